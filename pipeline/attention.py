@@ -1,0 +1,73 @@
+"""The one seam between diffusers and `splash_attn`: an attention processor for CogVideoX's transformer."""
+
+from typing import Any
+
+import jax
+import splash_attn
+import torch
+
+from pipeline.request import AttentionOptions
+from pipeline.torchax_bridge import torchax_module
+
+
+class SplashAttentionProcessor:
+    """Joint attention over text and video tokens, computed by `splash_attn.attention`.
+
+    Does what diffusers' CogVideoXAttnProcessor2_0 does (query and key LayerNorm, rotary embedding of the video tokens
+    only, output projection, split into video and text), for tensors of torchax. Set it with
+    `transformer.set_attn_processor(SplashAttentionProcessor(options))`.
+    """
+
+    def __init__(self, options: AttentionOptions):
+        self.options = options
+
+    def _attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        options = self.options
+        return splash_attn.attention(
+            q,
+            k,
+            v,
+            k_smooth=options.k_smooth,
+            block_sizes=options.block_sizes,
+            variant=options.variant,
+            implementation=options.implementation,
+        )
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states: [batch, video tokens, channels]; encoder_hidden_states: [batch, text tokens, channels].
+
+        image_rotary_emb: cosines and sines, each float32 [video tokens, head_dim]. Returns both, attended.
+        """
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        if attention_mask is not None:
+            raise NotImplementedError("attention_mask: CogVideoX attends to all tokens; a mask is not supported")
+        text_seq_len = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        batch_size, seq_len, _ = joint.shape
+
+        def heads(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.reshape(batch_size, seq_len, attn.heads, -1).transpose(1, 2)
+
+        q, k, v = heads(attn.to_q(joint)), heads(attn.to_k(joint)), heads(attn.to_v(joint))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        if image_rotary_emb is not None:
+            # Joined anew rather than assigned in place as stock does: JAX arrays do not change.
+            q, k = (
+                torch.cat([x[:, :, :text_seq_len], apply_rotary_emb(x[:, :, text_seq_len:], image_rotary_emb)], dim=2)
+                for x in (q, k)
+            )
+        out = torchax_module().interop.call_jax(self._attention, q, k, v)
+        out = out.transpose(1, 2).reshape(batch_size, seq_len, -1)
+        out = attn.to_out[1](attn.to_out[0](out))  # projection, dropout (none in eval mode)
+        return out[:, text_seq_len:], out[:, :text_seq_len]

@@ -1,0 +1,143 @@
+"""What the user asks for, checked once, before any work."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from splash_attn.types import BlockSizes, Variant
+
+from pipeline.errors import RequestError
+
+SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
+FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transformer, patch_size_t)
+MAX_SIDE = 4096
+MAX_FRAMES = 1001
+
+Stage = Literal["text", "denoise", "vae"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Dtype = Literal["float32", "bfloat16"]
+Scheduler = Literal["checkpoint", "ddim", "dpm"]
+Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
+
+
+def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
+    """The one or two values `k * multiple + offset` (k >= 1, or k >= 0 with an offset) nearest around `value`."""
+    smallest = offset or multiple
+    below = (value - offset) // multiple * multiple + offset
+    return sorted({max(below, smallest), max(below + multiple, smallest)})
+
+
+def _names(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)
+
+
+def _require_choice(name: str, value: Any, choices: Any) -> None:
+    allowed = get_args(choices)
+    _require(value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+
+
+def _require_int(name: str, value: Any, low: int, high: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_int and low <= value <= high, f"{name}={value!r}: expected a whole number from {low} to {high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """How `splash_attn.attention` is called. None leaves a choice to it: by platform, by its tuned entries."""
+
+    implementation: Implementation | None = None
+    k_smooth: bool = True
+    block_sizes: BlockSizes | None = None
+    variant: Variant | None = None
+
+    def __post_init__(self) -> None:
+        if self.implementation is not None:
+            _require_choice("attention.implementation", self.implementation, Implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """One video.
+
+    model: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels, multiples
+    of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a second of
+    the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler built from
+    its configuration. Raises RequestError.
+    """
+
+    prompt: str
+    model: str = "tiny"
+    negative_prompt: str = ""
+    revision: str | None = None
+    height: int = 96
+    width: int = 160
+    num_frames: int = 9
+    num_inference_steps: int = 8
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    seed: int = 42
+    fps: int = 8
+    dtype: Dtype = "float32"
+    scheduler: Scheduler = "checkpoint"
+    attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.prompt, str) and bool(self.prompt.strip()),
+            f'prompt={self.prompt!r}: expected some text, e.g. prompt="a red circle moves right"',
+        )
+        _require(
+            isinstance(self.negative_prompt, str),
+            f"negative_prompt={self.negative_prompt!r}: expected text (empty for none)",
+        )
+        _require(
+            isinstance(self.model, str) and bool(self.model.strip()),
+            f"model={self.model!r}: expected tiny, a folder, or a Hub id",
+        )
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _require_int(name, value, 1, MAX_SIDE)
+            _require(
+                value % SIZE_MULTIPLE == 0,
+                f"{name}={value}: expected a multiple of {SIZE_MULTIPLE}; "
+                f"the nearest is {_names(nearest_multiples(value, SIZE_MULTIPLE))}",
+            )
+        _require_int("num_frames", self.num_frames, 1, MAX_FRAMES)
+        _require(
+            self.num_frames % FRAME_MULTIPLE == 1,
+            f"num_frames={self.num_frames}: expected {FRAME_MULTIPLE}k + 1, so that (num_frames - 1) / 4 + 1 latent "
+            f"frames are odd; the nearest is {_names(nearest_multiples(self.num_frames, FRAME_MULTIPLE, 1))}",
+        )
+        _require_int("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _require(
+            isinstance(self.guidance_scale, int | float)
+            and math.isfinite(self.guidance_scale)
+            and self.guidance_scale >= 0,
+            f"guidance_scale={self.guidance_scale!r}: expected a number of 0 or more (1 or less turns guidance off)",
+        )
+        _require_int("seed", self.seed, 0, 2**63 - 1)
+        _require_int("fps", self.fps, 1, 240)
+        _require_choice("dtype", self.dtype, Dtype)
+        _require_choice("scheduler", self.scheduler, Scheduler)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt is used at all (as diffusers: guidance above 1)."""
+        return self.guidance_scale > 1.0
+
+
+def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:
+    """Stage names, as "text,denoise" or a sequence, to the stages in the order they run. Raises RequestError."""
+    names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
+    unknown = [name for name in names if name not in STAGES]
+    _require(
+        bool(names) and not unknown,
+        f"stages={','.join(map(str, names))}: expected some of {','.join(STAGES)}"
+        + (f"; unknown: {', '.join(map(repr, unknown))}" if unknown else ""),
+    )
+    return tuple(stage for stage in STAGES if stage in names)

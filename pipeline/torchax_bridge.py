@@ -1,0 +1,147 @@
+"""torchax, imported and set up for this project without changing anything for the rest of the process.
+
+Two gaps are bridged here, and each can go by itself:
+
+- torchax 0.0.13 names operator overloads for named tensors (`aten.prod.dim_Dimname`, ...) that torch 2.13 no longer
+  has, and so fails on import. Placeholders stand in for them while it is imported. Upstream has fixed this after
+  0.0.13: with a later release, delete `_MISSING_OVERLOADS` and `_import_torchax`, and write `import torchax`.
+- torchax lowers group norm by flattening each group and looping with `lax.map`, which XLA compiles into something huge
+  at 720p. `_group_norm` keeps the shape. Delete it once torchax reduces over axes.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+_MISSING_OVERLOADS = {
+    "all": ("dimname", "dimname_out"),
+    "index_add": ("dimname",),
+    "index_copy": ("dimname",),
+    "index_copy_": ("dimname",),
+    "index_fill": ("Dimname_Scalar", "Dimname_Tensor"),
+    "index_fill_": ("Dimname_Scalar", "Dimname_Tensor"),
+    "norm": ("names_ScalarOpt_dim", "names_ScalarOpt_dim_dtype", "names_dtype_out", "names_out"),
+    "prod": ("dim_Dimname",),
+    "std": ("correction_names", "correction_names_out", "names_dim", "names_out"),
+    "std_mean": ("correction_names", "names_dim"),
+    "unbind": ("Dimname",),
+}
+
+
+def _import_torchax() -> Any:
+    placeholders = []
+    for operator, overloads in _MISSING_OVERLOADS.items():
+        packet = getattr(torch.ops.aten, operator)
+        for overload in overloads:
+            if overload not in packet.overloads():
+                setattr(packet, overload, f"placeholder for aten.{operator}.{overload}, gone from torch")
+                placeholders.append((packet, overload))
+    # The import also turns off a fast path of torch.nn.MultiheadAttention for the whole process: put it back.
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        import torchax
+        import torchax.decompositions
+        import torchax.interop
+        import torchax.ops.ops_registry
+        import torchax.tensor
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for packet, overload in placeholders:
+            delattr(packet, overload)
+    return torchax
+
+
+@functools.cache
+def torchax_module() -> Any:
+    """The torchax package, imported on first use."""
+    return _import_torchax()
+
+
+@functools.cache
+def environment() -> Any:
+    """This project's torchax environment: a context manager in which torch operators run on JAX arrays.
+
+    It is an environment of our own, not `torchax.default_env()`, so that the group norm below reaches nobody else.
+    """
+    torchax = torchax_module()
+    env = torchax.tensor.Environment()
+
+    def native_group_norm(input, weight, bias, N, C, HxW, group, eps):  # noqa: N803 (torch's argument names)
+        return torchax.interop.call_jax(_group_norm, input, weight, bias, group, eps)
+
+    env.override_op_definition(torch.ops.aten.native_group_norm, native_group_norm)
+    return env
+
+
+def _group_norm(
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, num_groups: int, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group norm over [batch, channels, ...], statistics in float32. Returns (normalized, mean, reciprocal std)."""
+    batch_size, num_channels, *spatial = x.shape
+    grouped = x.reshape(batch_size, num_groups, num_channels // num_groups, *spatial).astype(jnp.float32)
+    axes = tuple(range(2, grouped.ndim))
+    mean = grouped.mean(axes, keepdims=True)
+    variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
+    rstd = jax.lax.rsqrt(variance + eps)
+    normalized = ((grouped - mean) * rstd).reshape(x.shape)
+    channel_shape = (1, num_channels) + (1,) * len(spatial)
+    if weight is not None:
+        normalized = normalized * weight.reshape(channel_shape).astype(jnp.float32)
+    if bias is not None:
+        normalized = normalized + bias.reshape(channel_shape).astype(jnp.float32)
+    return normalized.astype(x.dtype), mean.reshape(batch_size, num_groups), rstd.reshape(batch_size, num_groups)
+
+
+def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor as a numpy array of the same dtype (bfloat16 included), without a copy where possible."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def numpy_to_torch(array: np.ndarray) -> torch.Tensor:
+    """The inverse of `torch_to_numpy`; copies, because numpy views of JAX arrays are read-only."""
+    array = np.array(array)
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A pure JAX function `(weights, *args, **kwargs)` of a torch module, ready for `jax.jit`.
+
+    weights: dict of JAX arrays by parameter or buffer name. Tensors in arguments and results are JAX arrays.
+    method: called as `method(module, *args, **kwargs)`; the module's forward without it.
+    """
+
+    def call(weights: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+        env = environment()
+        weights, args, kwargs = env.j2t_iso((weights, args, kwargs))
+        holder = _Holder(module, method)
+        named = {f"module.{name}": value for name, value in weights.items()}
+        with warnings.catch_warnings(), env, torch.no_grad():
+            # torch's int64 positions become int32, as everything in JAX without x64: nothing here is that large.
+            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
+            result = torch.func.functional_call(holder, named, args, kwargs)
+        return env.t2j_iso(result)
+
+    return call
+
+
+class _Holder(torch.nn.Module):
+    """Lets `functional_call`, which only knows forward, run any function of a module."""
+
+    def __init__(self, module: torch.nn.Module, method: Callable[..., Any] | None):
+        super().__init__()
+        self.module = module
+        self._method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(self.module, *args, **kwargs) if self._method else self.module(*args, **kwargs)

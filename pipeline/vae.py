@@ -1,0 +1,109 @@
+"""Stage "vae": latents -> frames, with the stock decoder of AutoencoderKLCogVideoX.
+
+As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count), each batch handing
+the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from pipeline.errors import NonFiniteError
+from pipeline.loading import Checkpoint, LoadedModule, load_module
+from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
+from pipeline.torchax_bridge import jax_function
+
+# Convolutions of kernel size 1 need nothing of the batch before. Stock keeps all their input as "cache" nevertheless.
+_UNUSED_CACHES = {"conv_y", "conv_b"}
+_DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
+
+
+class VaeDecoder:
+    """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
+
+    def __init__(self, loaded: LoadedModule, config: Mapping[str, Any]):
+        self._weights = loaded.weights
+        self._scaling_factor = float(config["scaling_factor"])
+        self._frame_batch_size = loaded.module.num_latent_frames_batch_size
+        self._decode_batch = jax_function(loaded.module, _decode_batch)
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
+        """Load the decoder's half of vae/. Raises CheckpointError."""
+        loaded = load_module(checkpoint, "vae", dtype, keep=lambda name: name.startswith(_DECODER_PREFIXES))
+        return cls(loaded, checkpoint.config("vae"))
+
+    def decode(
+        self,
+        latents: np.ndarray,
+        timings: StageTimings | None = None,
+        progress: Progress = no_progress,
+        quantize: bool = True,
+    ) -> np.ndarray:
+        """Frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
+
+        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever `progress` raises,
+        which is called once a batch of latent frames.
+        """
+        timings = timings or StageTimings("vae")
+        batches = list(_frame_batches(latents.shape[1], self._frame_batch_size))
+        frames, cache = [], None
+        clock = None
+        for index, (start, stop) in enumerate(batches):
+            batch = jnp.asarray(latents[:, start:stop])
+            program = self._compile(batch, cache, quantize, timings, progress)
+            with timings.measure("run", no_progress):
+                clock = clock or StepClock(timings, len(batches), progress)
+                decoded, cache, finite = program(self._weights, batch, cache)
+                if not bool(finite):
+                    raise NonFiniteError(
+                        f"vae: batch {index + 1} of {len(batches)} (latent frames {start} to {stop - 1}): the frames "
+                        "hold NaN or infinity; try dtype=float32"
+                    )
+                frames.append(np.asarray(decoded))
+                clock.tick()
+        return np.concatenate(frames)
+
+    def _compile(self, batch: jax.Array, cache: Any, quantize: bool, timings: StageTimings, progress: Progress) -> Any:
+        key = (batch.shape, batch.dtype, cache is None, quantize)
+        if key not in self._compiled:
+
+            def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
+                video, cache = self._decode_batch(weights, latents / self._scaling_factor, cache)
+                video = video.astype(jnp.float32)
+                frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+                if quantize:
+                    frames = jnp.round(frames * 255).astype(jnp.uint8)
+                return frames, cache, jnp.isfinite(video).all()
+
+            with timings.measure("compile", progress):
+                donated = jax.jit(program, donate_argnums=2)
+                self._compiled[key] = donated.lower(self._weights, batch, cache).compile()
+        return self._compiled[key]
+
+
+def _decode_batch(vae: Any, latents: torch.Tensor, cache: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Latents [1, frames, channels, height, width] -> video [1, 3, frames, height, width] and the next cache."""
+    latents = latents.permute(0, 2, 1, 3, 4)
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    video, cache = vae.decoder(latents, conv_cache=cache)
+    return video, _used_caches(cache)
+
+
+def _used_caches(cache: dict[str, Any]) -> dict[str, Any]:
+    used = {name: value for name, value in cache.items() if name not in _UNUSED_CACHES and value is not None}
+    return {name: _used_caches(value) if isinstance(value, dict) else value for name, value in used.items()}
+
+
+def _frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
+    start, stop = 0, min(batch_size + num_frames % batch_size, num_frames)
+    while start < num_frames:
+        yield start, stop
+        start, stop = stop, stop + batch_size
