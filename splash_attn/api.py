@@ -1,0 +1,236 @@
+"""The public call: checks, smoothing and scaling, the choice of implementation and of tuned blocks."""
+
+import dataclasses
+import functools
+import logging
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from splash_attn import tuned
+from splash_attn.kernel import fixed_bound_limit, splash_attention_kernel
+from splash_attn.types import AttentionShape, BlockSizes, Variant
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
+
+LOG2_E = math.log2(math.e)
+SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
+# Scores that the "xla" implementation holds at once.
+_XLA_SCORE_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """How a call will run, and why."""
+
+    implementation: Implementation
+    block_sizes: BlockSizes | None
+    variant: Variant | None
+    reason: str
+
+    def __str__(self) -> str:
+        blocks = f" {self.block_sizes} {self.variant}" if self.block_sizes else ""
+        return f"{self.implementation}{blocks}: {self.reason}"
+
+
+def attention(
+    q: Float[Array, "batch heads q_seq head_dim"],
+    k: Float[Array, "batch heads kv_seq head_dim"],
+    v: Float[Array, "batch heads kv_seq head_dim"],
+    *,
+    scale: float | None = None,
+    k_smooth: bool = True,
+    block_sizes: BlockSizes | None = None,
+    variant: Variant | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch heads q_seq head_dim"]:
+    """`softmax(scale * q k^T) v`, exact at any length: padding never takes part in the softmax.
+
+    The Pallas implementations multiply in bfloat16 and accumulate in float32, whatever the input dtype; q is scaled and
+    k is smoothed in float32 before the one rounding. "xla" computes in float32 throughout.
+
+    Args:
+      q, k, v: bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
+      scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand.
+      k_smooth: subtract the mean key (SageAttention, arXiv:2410.02367). It shifts each row of logits by a constant, so it
+        changes nothing but rounding; it also widens the range in which the "fixed_bound" softmax is proved exact.
+      block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape (`splash_attn.tuned`).
+      implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla" (plain
+        JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
+      interpret: the same as implementation="pallas_interpret".
+
+    Returns:
+      The attention output in q's dtype.
+
+    Raises:
+      ValueError: mismatched shapes or dtypes, an unsupported dtype or head_dim, an empty sequence, a scale or (outside
+        jit) an input that is not finite, an unknown implementation.
+    """
+    shape = _check(q, k, v, scale)
+    resolution = resolve(
+        shape,
+        dtype=q.dtype.name,
+        block_sizes=block_sizes,
+        variant=variant,
+        implementation=implementation,
+        interpret=interpret,
+    )
+    _report(shape, resolution)
+    scale = shape.head_dim**-0.5 if scale is None else float(scale)
+    if resolution.implementation == "xla":
+        return _attention_xla(q, k, v, scale=scale, k_smooth=k_smooth)
+    assert resolution.block_sizes is not None and resolution.variant is not None
+    return _attention_pallas(
+        q,
+        k,
+        v,
+        scale=scale,
+        k_smooth=k_smooth,
+        block_sizes=resolution.block_sizes,
+        variant=resolution.variant,
+        interpret=resolution.implementation == "pallas_interpret",
+    )
+
+
+def resolve(
+    shape: AttentionShape,
+    *,
+    dtype: str = "bfloat16",
+    device_kind: str | None = None,
+    block_sizes: BlockSizes | None = None,
+    variant: Variant | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Resolution:
+    """What `attention` would do for a shape, without doing it.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`; None means the device of the mesh in context, or JAX's default.
+
+    Raises:
+      ValueError: an unknown implementation, or one that contradicts `interpret`.
+    """
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(f"implementation={implementation!r}: expected one of {get_args(Implementation)}, or None.")
+    if interpret:
+        if implementation not in (None, "pallas_interpret"):
+            raise ValueError(f"interpret=True contradicts implementation={implementation!r}; leave one of them out.")
+        implementation = "pallas_interpret"
+    kind = device_kind if device_kind is not None else _device_kind()
+    if implementation is None:
+        implementation = "pallas_tpu" if kind.startswith("TPU") else "xla"
+        reason = f"the device is {kind!r}"
+    else:
+        reason = "asked for"
+    if implementation == "xla":
+        return Resolution(implementation, None, None, reason)
+    if block_sizes is None:
+        choice = tuned.choose(kind, shape, dtype, variant=variant)
+        return Resolution(implementation, choice.block_sizes, choice.variant, f"{reason}; {choice.reason}")
+    blocks = tuned.clamp(block_sizes, shape)
+    return Resolution(implementation, blocks, variant or Variant(), f"{reason}; block sizes given")
+
+
+@functools.cache
+def _report(shape: AttentionShape, resolution: Resolution) -> None:
+    logger.info("attention %s: %s", shape, resolution)
+
+
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+def _check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None) -> AttentionShape:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name}.shape={x.shape}: expected [batch, heads, seq, head_dim].")
+        if x.dtype.name not in SUPPORTED_DTYPES:
+            raise ValueError(f"{name}.dtype={x.dtype.name}: expected one of {SUPPORTED_DTYPES}.")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype.name}: expected q's dtype, {q.dtype.name}.")
+        if 0 in x.shape:
+            raise ValueError(f"{name}.shape={x.shape}: expected no empty dimension.")
+    if k.shape != v.shape:
+        raise ValueError(f"v.shape={v.shape}: expected k's shape, {k.shape}.")
+    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        raise ValueError(f"k.shape={k.shape}: expected batch, heads and head_dim of q.shape={q.shape}.")
+    if scale is not None and not (math.isfinite(scale)):
+        raise ValueError(f"scale={scale}: expected a finite number.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
+            raise ValueError(f"{name} holds NaN or infinity: expected finite values.")
+    return AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+
+
+def _centre(k: jax.Array) -> jax.Array:
+    """k minus its mean over the sequence, in float32."""
+    k32 = k.astype(jnp.float32)
+    return k32 - k32.mean(axis=-2, keepdims=True)
+
+
+def _attention_pallas(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    k_smooth: bool,
+    block_sizes: BlockSizes,
+    variant: Variant,
+    interpret: bool,
+) -> jax.Array:
+    batch_size, num_heads, q_seq_len, head_dim = q.shape
+    kv_seq_len = k.shape[2]
+    qs = (q.astype(jnp.float32) * (scale * LOG2_E)).astype(jnp.bfloat16)
+    ks = (_centre(k) if k_smooth else k).astype(jnp.bfloat16)
+    qs = qs.reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
+    ks = ks.reshape(-1, kv_seq_len, head_dim)
+    vs = v.astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
+    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
+    if variant.softmax == "online":
+        out = call(qs, ks, vs, variant=variant)
+    else:
+        q_norms, k_norms = _largest_norm(qs, axis=1), _largest_norm(ks, axis=2)
+        exact = q_norms * k_norms <= fixed_bound_limit(kv_seq_len, centred=k_smooth)
+        num_exact = exact.sum(dtype=jnp.int32)
+        order = jnp.argsort(jnp.logical_not(exact)).astype(jnp.int32)  # the heads within the limit first
+        out = call(qs, ks, vs, variant=variant, k_norms=k_norms, head_ids=order, num_heads=num_exact)
+        online = dataclasses.replace(variant, softmax="online")
+        rest = batch_size * num_heads - num_exact
+        out = call(qs, ks, vs, variant=online, head_ids=order[::-1], num_heads=rest, out=out)
+    return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+
+
+def _largest_norm(x: jax.Array, axis: int) -> jax.Array:
+    """max over the sequence of the vectors' length, [heads], float32; `axis` is head_dim."""
+    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(axis=axis).max(axis=-1))
+
+
+def _attention_xla(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, k_smooth: bool) -> jax.Array:
+    batch_size, num_heads, q_seq_len, head_dim = q.shape
+    k32 = _centre(k) if k_smooth else k.astype(jnp.float32)
+    v32 = v.astype(jnp.float32)
+
+    def rows(q_chunk: jax.Array) -> jax.Array:
+        logits = jnp.einsum(
+            "bhqd,bhkd->bhqk", q_chunk.astype(jnp.float32) * scale, k32, precision=lax.Precision.HIGHEST
+        )
+        weights = jax.nn.softmax(logits, axis=-1)
+        return jnp.einsum("bhqk,bhkd->bhqd", weights, v32, precision=lax.Precision.HIGHEST).astype(q.dtype)
+
+    chunk = max(8, _XLA_SCORE_BYTES // (4 * batch_size * num_heads * k.shape[2]))
+    if chunk >= q_seq_len:
+        return rows(q)
+    num_chunks = -(-q_seq_len // chunk)
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, num_chunks * chunk - q_seq_len), (0, 0)))
+    chunks = padded.reshape(batch_size, num_heads, num_chunks, chunk, head_dim)
+    out = lax.map(rows, jnp.moveaxis(chunks, 2, 0))
+    return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :q_seq_len]

@@ -1,0 +1,82 @@
+"""What each TPU generation offers, with the source of each figure."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSpec:
+    """One TPU chip as XLA sees it (one JAX device).
+
+    Attributes:
+      name: the short name used on command lines, e.g. "v6e".
+      device_kind: what `jax.Device.device_kind` says.
+      topology: a single-host topology that libtpu compiles for, e.g. "v6e:2x4".
+      accelerator_type: value of TPU_ACCELERATOR_TYPE for that topology.
+      clock_hz: TensorCore clock, peak FLOP/s divided by the MXU's FLOPs a cycle.
+      peak_bf16_flops_per_s: dense bf16 peak of one JAX device.
+      hbm_bytes_per_s, hbm_bytes: HBM bandwidth and size of one JAX device.
+      vmem_bytes: on-chip vector memory of one TensorCore.
+      source: where the figures are published.
+    """
+
+    name: str
+    device_kind: str
+    topology: str
+    accelerator_type: str
+    clock_hz: float
+    peak_bf16_flops_per_s: float
+    hbm_bytes_per_s: float
+    hbm_bytes: int
+    vmem_bytes: int
+    source: str
+
+    @property
+    def flops_per_cycle(self) -> float:
+        return self.peak_bf16_flops_per_s / self.clock_hz
+
+
+_GB = 10**9
+_GIB = 2**30
+_MIB = 2**20
+
+DEVICES = {
+    spec.name: spec
+    for spec in (
+        DeviceSpec(
+            name="v6e",
+            device_kind="TPU v6 lite",
+            topology="v6e:2x4",
+            accelerator_type="v6e-8",
+            clock_hz=1.75e9,
+            peak_bf16_flops_per_s=918e12,
+            hbm_bytes_per_s=1638 * _GB,
+            hbm_bytes=32 * _GIB,
+            vmem_bytes=128 * _MIB,
+            source="https://cloud.google.com/tpu/docs/v6e; 918 TFLOP/s over two 256x256 MXUs is 1.75 GHz",
+        ),
+        DeviceSpec(
+            name="v5e",
+            device_kind="TPU v5 lite",
+            topology="v5e:2x4",
+            accelerator_type="v5litepod-8",
+            clock_hz=1.5e9,
+            peak_bf16_flops_per_s=197e12,
+            hbm_bytes_per_s=819 * _GB,
+            hbm_bytes=16 * _GIB,
+            vmem_bytes=128 * _MIB,
+            source="https://cloud.google.com/tpu/docs/v5e; 197 TFLOP/s over four 128x128 MXUs is 1.5 GHz",
+        ),
+    )
+}
+
+
+def by_name(name: str) -> DeviceSpec:
+    """The spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
+
+    Raises:
+      ValueError: the device is not known.
+    """
+    for spec in DEVICES.values():
+        if name in (spec.name, spec.device_kind):
+            return spec
+    raise ValueError(f"device={name!r}: expected one of {sorted(DEVICES)}.")

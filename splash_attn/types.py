@@ -1,0 +1,123 @@
+"""The frozen values that describe one attention call and one way to run it."""
+
+import dataclasses
+from typing import Any, Literal, Self, get_args
+
+LANES = 128
+MAX_HEAD_DIM = 256
+
+Softmax = Literal["online", "fixed_bound"]
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of `softmax(q k^T) v` with q `[batch, heads, q_seq, head_dim]`.
+
+    Raises:
+      ValueError: a size is not a positive integer, or head_dim is not a multiple of 8 up to 256.
+    """
+
+    batch_size: int
+    num_heads: int
+    q_seq_len: int
+    kv_seq_len: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require_positive_int(field.name, getattr(self, field.name))
+        if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim={self.head_dim}: expected a multiple of 8 up to {MAX_HEAD_DIM}; "
+                "pad q, k and v with zero columns and slice the output."
+            )
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the two matrix products: 4 * batch * heads * q * kv * head_dim."""
+        return 4 * self.batch_size * self.num_heads * self.q_seq_len * self.kv_seq_len * self.head_dim
+
+    def __str__(self) -> str:
+        seq = str(self.q_seq_len)
+        if self.kv_seq_len != self.q_seq_len:
+            seq = f"{self.q_seq_len}:{self.kv_seq_len}"
+        return f"{self.batch_size}x{self.num_heads}x{seq}x{self.head_dim}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Rows of q and of k/v that the kernel holds in VMEM, and k/v rows per inner step.
+
+    Raises:
+      ValueError: a size is not a positive multiple of 128 (the lane count), or
+        block_kv_compute does not divide block_kv.
+    """
+
+    block_q: int
+    block_kv: int
+    block_kv_compute: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require_positive_int(field.name, value)
+            if value % LANES:
+                raise ValueError(f"{field.name}={value}: expected a multiple of {LANES}.")
+        if self.block_kv % self.block_kv_compute:
+            raise ValueError(
+                f"block_kv_compute={self.block_kv_compute}: expected a divisor of block_kv={self.block_kv}."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.block_q}/{self.block_kv}/{self.block_kv_compute}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What the tuner may change besides the block sizes. Every variant computes the same attention.
+
+    Attributes:
+      softmax: "online" keeps a running maximum; "fixed_bound" subtracts a bound known beforehand, for the heads where
+        that is provably exact, and gives the others to "online".
+      block_q_compute: query columns of one score tile; a multiple of 128.
+      lookahead: score tiles that are started before a tile's exponentials are taken.
+      lp_scheduler: compile with the linear-programming instruction scheduler of the TPU compiler.
+      vmem_limit_bytes: VMEM that the compiler may give the kernel; None is the compiler's default.
+    """
+
+    softmax: Softmax = "fixed_bound"
+    block_q_compute: int = 512
+    lookahead: int = 2
+    lp_scheduler: bool = False
+    vmem_limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.softmax not in get_args(Softmax):
+            raise ValueError(f"softmax={self.softmax!r}: expected one of {get_args(Softmax)}.")
+        _require_positive_int("block_q_compute", self.block_q_compute)
+        if self.block_q_compute % LANES:
+            raise ValueError(f"block_q_compute={self.block_q_compute}: expected a multiple of {LANES}.")
+        if not isinstance(self.lookahead, int) or self.lookahead < 0:
+            raise ValueError(f"lookahead={self.lookahead!r}: expected an integer of at least 0.")
+        if self.vmem_limit_bytes is not None:
+            _require_positive_int("vmem_limit_bytes", self.vmem_limit_bytes)
+
+    def __str__(self) -> str:
+        text = f"{self.softmax}/{self.block_q_compute}/{self.lookahead}"
+        return text + ("+lp" if self.lp_scheduler else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        return cls(**fields)
+
+
+#: The block sizes of the published CogVideoX kernel for TPU v6e (BQSIZE, BKVSIZE, BKVCOMPUTESIZE).
+SEED_BLOCK_SIZES = BlockSizes(block_q=3328, block_kv=2816, block_kv_compute=256)

@@ -1,0 +1,1 @@
+"""The autotuner: sweeps, predictions, measurements and their records."""
