@@ -1,11 +1,15 @@
 """The one seam between diffusers and `splash_attn`: an attention processor for CogVideoX's transformer."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import splash_attn
 import torch
+from splash_attn import tuned
+from splash_attn.api import resolve
 
+from pipeline.errors import RequestError
 from pipeline.request import AttentionOptions
 from pipeline.torchax_bridge import torchax_module
 
@@ -23,15 +27,18 @@ class SplashAttentionProcessor:
 
     def _attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         options = self.options
-        return splash_attn.attention(
-            q,
-            k,
-            v,
-            k_smooth=options.k_smooth,
-            block_sizes=options.block_sizes,
-            variant=options.variant,
-            implementation=options.implementation,
-        )
+        try:
+            return splash_attn.attention(
+                q,
+                k,
+                v,
+                k_smooth=options.k_smooth,
+                block_sizes=options.block_sizes,
+                variant=options.variant,
+                implementation=options.implementation,
+            )
+        except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU
+            raise RequestError(f"attention: {error}") from error
 
     def __call__(
         self,
@@ -71,3 +78,23 @@ class SplashAttentionProcessor:
         out = out.transpose(1, 2).reshape(batch_size, seq_len, -1)
         out = attn.to_out[1](attn.to_out[0](out))  # projection, dropout (none in eval mode)
         return out[:, text_seq_len:], out[:, :text_seq_len]
+
+
+def describe_attention(
+    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
+) -> dict[str, Any]:
+    """What `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
+    shape = splash_attn.AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
+    resolution = resolve(
+        shape,
+        dtype=dtype,
+        block_sizes=options.block_sizes,
+        variant=options.variant,
+        implementation=options.implementation,
+    )
+    described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
+    described["tuned_entry"] = None
+    if resolution.implementation != "xla" and options.block_sizes is None:
+        entry = tuned.choose(jax.devices()[0].device_kind, shape, dtype, variant=options.variant).entry
+        described["tuned_entry"] = entry.to_dict() if entry else None
+    return described

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pipeline.attention import SplashAttentionProcessor
+from pipeline.attention import SplashAttentionProcessor, describe_attention
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.loading import Checkpoint, LoadedModule, load_module
 from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
@@ -133,6 +133,7 @@ class Denoiser:
         attention: AttentionOptions,
     ):
         loaded.module.set_attn_processor(SplashAttentionProcessor(attention))
+        self._attention = attention
         self._weights = loaded.weights
         self._transformer = jax_function(loaded.module)
         self._transformer_config = transformer_config
@@ -194,6 +195,22 @@ class Denoiser:
                     )
                 clock.tick()
         return np.asarray(state[0])[:, geometry.padding_frames :]
+
+    def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
+        """What attention runs as for a request, and why; JSON-able."""
+        config = self._transformer_config
+        geometry = LatentGeometry.of(request, config, self._vae_config)
+        _, num_frames, _, height, width = geometry.shape
+        patch_size = config["patch_size"]
+        video_seq_len = num_frames // config["patch_size_t"] * (height // patch_size) * (width // patch_size)
+        return describe_attention(
+            self._attention,
+            batch_size=2 if request.do_classifier_free_guidance else 1,
+            num_heads=config["num_attention_heads"],
+            seq_len=text_seq_len + video_seq_len,
+            head_dim=config["attention_head_dim"],
+            dtype=request.dtype,
+        )
 
     def _compile(self, arguments: tuple[Any, ...], guided: bool, timings: StageTimings, progress: Progress) -> Any:
         key = (guided, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments[1:])))

@@ -63,7 +63,7 @@ class Checkpoint:
             folder = self.folder / part
         if not folder.is_dir():
             raise CheckpointError(
-                f"model={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
+                f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
             )
         return folder
 
@@ -79,11 +79,11 @@ class Checkpoint:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"model={self.name!r}: cannot read {part}/{name} ({error.strerror})") from error
+            raise CheckpointError(f"checkpoint={self.name!r}: cannot read {part}/{name} ({error.strerror})") from error
         except ValueError as error:
-            raise CheckpointError(f"model={self.name!r}: {part}/{name} is not JSON ({error})") from error
+            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} is not JSON ({error})") from error
         if not isinstance(config, dict):
-            raise CheckpointError(f"model={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object")
+            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object")
         return config
 
     def identity(self, *parts: str) -> str:
@@ -114,24 +114,24 @@ def _digest_file(path: Path, digest: Any) -> None:
             digest.update(file.read(_BLOCK_BYTES))
 
 
-def resolve_checkpoint(model: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
     """Find a checkpoint: "tiny" (made in the cache folder), a local folder, or a Hub id "owner/name".
 
     Raises CheckpointError when it is none of these or cannot be reached.
     """
-    if model == TINY:
-        return Checkpoint(name=model, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
-    folder = Path(model).expanduser()
+    if revision is not None and (name == TINY or Path(name).expanduser().is_dir()):
+        raise CheckpointError(f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out")
+    if name == TINY:
+        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"revision={revision!r}: a local folder ({model}) has no revisions; leave it out")
-        return Checkpoint(name=model, folder=folder)
+        return Checkpoint(name=name, folder=folder)
     if folder.is_file():
-        raise CheckpointError(f"model={model!r}: is a file; expected a folder in diffusers' layout, not a single file")
-    if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise CheckpointError(f"model={model!r}: no such folder; expected tiny, an existing folder, or owner/name")
-    snapshot = _snapshot(model, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
-    return Checkpoint(name=model, repo_id=model, commit=snapshot.name)
+        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(f"checkpoint={name!r}: no such folder; expected tiny, an existing folder, or owner/name")
+    snapshot = _snapshot(name, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
+    return Checkpoint(name=name, repo_id=name, commit=snapshot.name)
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -141,13 +141,13 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise CheckpointError(f"model={repo_id!r}: not a folder here, and not a valid Hub id ({error})") from error
+        raise CheckpointError(f"checkpoint={repo_id!r}: not a folder here, and not a valid Hub id ({error})") from error
     except HfHubHTTPError as error:
         detail = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"model={repo_id!r} revision={revision}: the Hub refused it ({detail})") from error
+        raise CheckpointError(f"checkpoint={repo_id!r} revision={revision}: the Hub refused it ({detail})") from error
     except (HTTPError, OSError) as error:
         raise CheckpointError(
-            f"model={repo_id!r}: no such folder here, and the Hub cannot be reached; "
+            f"checkpoint={repo_id!r}: no such folder here, and the Hub cannot be reached; "
             "check the name and the network, or give a folder that holds the checkpoint"
         ) from error
 
@@ -162,6 +162,12 @@ class LoadedModule:
     @property
     def weight_bytes(self) -> int:
         return sum(value.nbytes for value in self.weights.values())
+
+
+def import_libraries() -> None:
+    """Import diffusers' and transformers' models, some seconds the first time, so that no stage's timing holds that."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: F401
+    from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
 
 
 def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
@@ -197,13 +203,13 @@ def load_module(
     expected_class = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}.get(part)
     if expected_class and config.get("_class_name") != expected_class:
         raise CheckpointError(
-            f"model={checkpoint.name!r}: {part}/config.json is for {config.get('_class_name')!r}, "
+            f"checkpoint={checkpoint.name!r}: {part}/config.json is for {config.get('_class_name')!r}, "
             f"expected {expected_class!r}"
         )
     module = build_module(part, config, dtype)
     wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
     aliases = _aliases(module)
-    where = f"model={checkpoint.name!r}: {part}/"
+    where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, jax.Array] = {}
     unexpected: list[str] = []
     for path in _weight_files(checkpoint, part):
@@ -226,7 +232,7 @@ def load_module(
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
         raise CheckpointError(f"{where} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)")
-    return LoadedModule(module, weights)
+    return LoadedModule(module, jax.block_until_ready(weights))
 
 
 def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -248,17 +254,17 @@ def _weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
         try:
             listed = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"model={checkpoint.name!r}: cannot read {part}/{index.name} ({error})") from error
+            raise CheckpointError(f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})") from error
         if absent := sorted(path.name for path in listed if not path.is_file()):
             raise CheckpointError(
-                f"model={checkpoint.name!r}: {part}/ lacks {absent[0]}, which {index.name} lists; download it again"
+                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, which {index.name} lists; download it again"
             )
         files = sorted(listed)
     if not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
         found = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
         raise CheckpointError(
-            f"model={checkpoint.name!r}: {part}/ holds {found}; expected *.safetensors"
+            f"checkpoint={checkpoint.name!r}: {part}/ holds {found}; expected *.safetensors"
             + (" (convert it with save_pretrained(safe_serialization=True))" if pickles else "")
         )
     return files

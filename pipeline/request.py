@@ -64,14 +64,14 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    model: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels, multiples
+    checkpoint: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels, multiples
     of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a second of
     the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler built from
     its configuration. Raises RequestError.
     """
 
     prompt: str
-    model: str = "tiny"
+    checkpoint: str = "tiny"
     negative_prompt: str = ""
     revision: str | None = None
     height: int = 96
@@ -96,8 +96,8 @@ class GenerateRequest:
             f"negative_prompt={self.negative_prompt!r}: expected text (empty for none)",
         )
         _require(
-            isinstance(self.model, str) and bool(self.model.strip()),
-            f"model={self.model!r}: expected tiny, a folder, or a Hub id",
+            isinstance(self.checkpoint, str) and bool(self.checkpoint.strip()),
+            f"checkpoint={self.checkpoint!r}: expected tiny, a folder, or a Hub id",
         )
         for name in ("height", "width"):
             value = getattr(self, name)

@@ -1,0 +1,66 @@
+"""The schema of configs/generate.yaml, and its one conversion to the frozen types."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from splash_attn.types import BlockSizes, Variant
+
+from pipeline.errors import RequestError
+from pipeline.request import AttentionOptions, GenerateRequest
+
+
+@dataclasses.dataclass
+class AttentionConfig:
+    """See `AttentionOptions`; block_sizes and variant are mappings of the fields of the types they become."""
+
+    implementation: str | None = None
+    k_smooth: bool = True
+    block_sizes: dict[str, int] | None = None
+    variant: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    """Keys of the command line. Types are checked by Hydra, values by `GenerateRequest`."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    checkpoint: str = "tiny"
+    revision: str | None = None
+    dtype: str = "float32"
+    height: int = 96
+    width: int = 160
+    num_frames: int = 9
+    fps: int = 8
+    num_inference_steps: int = 8
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    scheduler: str = "checkpoint"
+    seed: int = 42
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    stages: Any = "text,denoise,vae"
+    run_dir: Path | None = None
+    output_dir: Path = Path("videos")
+    resume: bool = True
+    results_path: Path | None = Path("results/generate.jsonl")
+    cache_dir: Path | None = None
+    verbose: bool = False
+
+
+def to_request(config: GenerateConfig) -> GenerateRequest:
+    """The checked request of a resolved configuration. Raises RequestError."""
+    attention = config.attention
+    try:
+        options = AttentionOptions(
+            implementation=attention.implementation,  # type: ignore[arg-type] # checked by AttentionOptions
+            k_smooth=attention.k_smooth,
+            block_sizes=BlockSizes(**attention.block_sizes) if attention.block_sizes else None,
+            variant=Variant(**attention.variant) if attention.variant else None,
+        )
+    except RequestError:
+        raise
+    except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
+        raise RequestError(f"attention: {error}") from error
+    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
+    return GenerateRequest(**{name: getattr(config, name) for name in names}, attention=options)

@@ -1,0 +1,141 @@
+"""Command line: `python -m pipeline.generate prompt="..."`. See --help."""
+
+import logging
+import sys
+import warnings
+from typing import NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from splash_attn.platform import accelerator_visible, quiet_jax_without_accelerator
+
+# Text that is meant literally: Hydra's grammar gives commas, quotes and brackets a meaning of their own.
+_LITERAL_KEYS = ("prompt", "negative_prompt", "checkpoint", "stages", "run_dir", "output_dir", "results_path", "cache_dir")
+_BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
+
+
+def default_model() -> str:
+    """The model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
+    return _BIG_MODEL if _default_backend() == "tpu" else _TINY_MODEL
+
+
+def _default_backend() -> str:
+    if not accelerator_visible():
+        return "cpu"  # known without starting JAX, which a mere --help should not do
+    import jax
+
+    return jax.default_backend()
+
+
+def quote_literals(arguments: list[str]) -> list[str]:
+    """Quote `key=value` arguments whose value is meant literally, so that Hydra takes any character as it is.
+
+    A value that the user has quoted for Hydra already, a list, null and empty stay as they are.
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        return arguments  # commas then separate runs
+    return [_quote_literal(argument) for argument in arguments]
+
+
+def _quote_literal(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if key not in _LITERAL_KEYS or not equals or value in ("", "null"):
+        return argument
+    if (key == "stages" and value.startswith("[")) or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return argument
+    # In a quoted value backslashes count only before a quote (or at the end), and ${ begins an interpolation.
+    escaped = value.replace("\\'", "\\\\\\'") if "\\'" in value else value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
+def _run(config: DictConfig) -> None:
+    from pipeline.config import to_request
+    from pipeline.console import ConsoleProgress, timing_table
+    from pipeline.errors import PipelineError
+    from pipeline.request import parse_stages
+    from pipeline.runner import generate
+
+    settings = OmegaConf.to_object(config)
+    _set_up_logging(settings.verbose)
+    progress = ConsoleProgress()
+    try:
+        request = to_request(settings)
+        stages = parse_stages(settings.stages)
+        print(_what_runs(request.checkpoint), flush=True)
+        result = generate(
+            request,
+            stages=stages,
+            run_dir=settings.run_dir,
+            output_dir=settings.output_dir,
+            resume=settings.resume,
+            cache_dir=settings.cache_dir,
+            results_path=settings.results_path,
+            progress=progress,
+        )
+    except PipelineError as error:
+        progress.close()
+        _fail(f"error: {error}")
+    except OSError as error:
+        progress.close()
+        _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        progress.close()
+        _fail("interrupted; the same command goes on with the stage it was in", code=130)
+    progress.close()
+    print(timing_table(result.timings))
+    if result.video_path is not None:
+        print(f"video: {result.video_path}")
+    else:
+        print(f"stage outputs: {result.run_dir}")
+    if settings.results_path is not None and not all(timing.reused for timing in result.timings):
+        print(f"timings: {settings.results_path}")
+
+
+def _what_runs(checkpoint: str) -> str:
+    import jax
+
+    device = jax.devices()[0]
+    kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
+    where = f"{jax.device_count()} x {kind}"
+    choice = HydraConfig.get().runtime.choices["model"]
+    if any(override.split("=")[0] == "model" for override in HydraConfig.get().overrides.task):
+        why = "as asked"
+    elif choice == _BIG_MODEL:
+        why = "the default on a TPU"
+    else:
+        why = f"the default without a TPU; model={_BIG_MODEL} for the full one"
+    return f"model {choice} ({why}), checkpoint {checkpoint}, on {where}"
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(format="  %(message)s", level=logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("splash_attn").setLevel(logging.INFO)  # which implementation runs, and why
+    # Of libraries, about things that are theirs: optional packages that are not here, deprecations.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Set up what must be set up before Hydra and JAX look at anything, then run."""
+    from pipeline.config import GenerateConfig
+
+    quiet_jax_without_accelerator()
+    OmegaConf.register_new_resolver("default_model", default_model, replace=True)
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    sys.argv[1:] = quote_literals(sys.argv[1:])
+    _run()
+
+
+if __name__ == "__main__":
+    main()

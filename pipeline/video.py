@@ -1,0 +1,30 @@
+"""Frames -> mp4 (H.264, yuv420p: plays everywhere)."""
+
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_path
+
+_CONSTANT_RATE_FACTOR = "17"  # visually lossless
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write uint8 frames [frames, height, width, 3], height and width even, under a temporary name, then rename.
+
+    Raises PipelineError with ffmpeg's last words if it fails.
+    """
+    _, height, width, _ = frames.shape
+    # Not imageio_ffmpeg.write_frames: it starts ffmpeg with a preexec_fn, hence by a bare fork, which can deadlock in
+    # a process with JAX's threads.
+    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-")
+    target = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", _CONSTANT_RATE_FACTOR, "-movflags", "+faststart")
+    with atomic_path(path) as temporary:
+        command = (imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *target, str(temporary))
+        done = subprocess.run(command, input=np.ascontiguousarray(frames).data, capture_output=True, check=False)
+        if done.returncode != 0:
+            last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            raise PipelineError(f"{path}: ffmpeg could not encode {width}x{height} at {fps} fps ({last_words[0]})")
