@@ -1,0 +1,201 @@
+"""Which block sizes and variant to run: the tuned entry nearest to a shape, or the stated default.
+
+Plain Python over one JSON file per device kind, `tuned/<device_kind>.json` (`TPU v6 lite` -> `tpu_v6_lite.json`):
+
+    {"schema_version": 1, "device_kind": "TPU v6 lite",
+     "entries": [{"shape": {...}, "dtype": "bfloat16", "block_sizes": {...}, "variant": {...}, "provenance": {...}}]}
+
+An entry is keyed by shape, dtype, variant and the label of its time (predicted and measured stand side by side).
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
+
+SCHEMA_VERSION = 1
+TUNED_DIR = Path(__file__).parent / "tuned"
+
+Label = Literal["measured", "predicted", "reported"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where an entry comes from.
+
+    Attributes:
+      label: how its time was got.
+      time_ms: one call of the whole op at the entry's shape.
+      workload: the named workload that was swept.
+      record_id: the Trial in results/ that won.
+      kernel_hash: hash of the kernel's source.
+      git_commit: commit of this repository, None outside a checkout.
+      versions: compiler and library versions.
+      created_at: UTC, ISO 8601.
+    """
+
+    label: Label
+    time_ms: float
+    workload: str
+    record_id: str
+    kernel_hash: str
+    git_commit: str | None
+    versions: dict[str, str]
+    created_at: str
+
+    def __post_init__(self) -> None:
+        if self.label not in get_args(Label):
+            raise ValueError(f"label={self.label!r}: expected one of {get_args(Label)}.")
+        if not self.time_ms > 0:
+            raise ValueError(f"time_ms={self.time_ms}: expected a positive number.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedEntry:
+    """The best known way to run one shape in one dtype with one variant."""
+
+    shape: AttentionShape
+    dtype: str
+    block_sizes: BlockSizes
+    variant: Variant
+    provenance: Provenance
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        return cls(
+            shape=AttentionShape(**fields["shape"]),
+            dtype=fields["dtype"],
+            block_sizes=BlockSizes(**fields["block_sizes"]),
+            variant=Variant.from_dict(fields["variant"]),
+            provenance=Provenance(**fields["provenance"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What to run, the entry it was taken from (None: the default) and why, in one sentence."""
+
+    block_sizes: BlockSizes
+    variant: Variant
+    entry: TunedEntry | None
+    reason: str
+
+
+def path_for(device_kind: str, directory: Path = TUNED_DIR) -> Path:
+    """`tuned/tpu_v6_lite.json` for "TPU v6 lite"."""
+    return directory / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
+
+
+def load(device_kind: str, directory: Path = TUNED_DIR) -> tuple[TunedEntry, ...]:
+    """Every entry for a device kind, empty where there is no file. Cached until the file changes.
+
+    Raises:
+      ValueError: the file is not what this version reads.
+    """
+    path = path_for(device_kind, directory)
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ()
+    return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=32)
+def _parse(path: Path, mtime_ns: int, size: int) -> tuple[TunedEntry, ...]:
+    del mtime_ns, size  # part of the cache key only
+    try:
+        content = json.loads(path.read_text())
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={content['schema_version']!r}: expected {SCHEMA_VERSION}.")
+        return tuple(TunedEntry.from_dict(entry) for entry in content["entries"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name}: unreadable tuned entries ({type(error).__name__}: {error}).") from error
+
+
+def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
+    """The same blocks, no longer than the sequences rounded up to what a block must be a multiple of."""
+    block_kv_compute = min(block_sizes.block_kv_compute, _round_up(shape.kv_seq_len, LANES))
+    return BlockSizes(
+        block_q=min(block_sizes.block_q, _round_up(shape.q_seq_len, LANES)),
+        block_kv=min(
+            block_sizes.block_kv // block_kv_compute * block_kv_compute,
+            _round_up(shape.kv_seq_len, block_kv_compute),
+        ),
+        block_kv_compute=block_kv_compute,
+    )
+
+
+def choose(
+    device_kind: str,
+    shape: AttentionShape,
+    dtype: str,
+    *,
+    variant: Variant | None = None,
+    directory: Path = TUNED_DIR,
+) -> Choice:
+    """Block sizes and variant for a shape on a device.
+
+    Nearest-shape rule: only entries with the same head_dim and dtype (and variant, where one is asked for) count. Among
+    them the least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted
+    before reported; then the least time per head. Its blocks are clamped to the sequences. With no such entry the
+    choice is SEED_BLOCK_SIZES, clamped, with the asked or the default variant, and `entry` is None.
+
+    Args:
+      device_kind: what `jax.Device.device_kind` says.
+      shape: of the call.
+      dtype: name of q's dtype, e.g. "bfloat16".
+      variant: only consider this one.
+      directory: where the JSON files are.
+    """
+    entries = load(device_kind, directory)
+    matching = [
+        entry
+        for entry in entries
+        if entry.shape.head_dim == shape.head_dim
+        and entry.dtype == dtype
+        and (variant is None or entry.variant == variant)
+    ]
+    if not matching:
+        wanted = f"head_dim {shape.head_dim} and {dtype}" + (f" and {variant}" if variant else "")
+        return Choice(
+            block_sizes=clamp(SEED_BLOCK_SIZES, shape),
+            variant=variant or Variant(),
+            entry=None,
+            reason=f"default {SEED_BLOCK_SIZES}, clamped to the sequences: "
+            f"{len(entries)} tuned entries for {device_kind}, none with {wanted}.",
+        )
+    entry = min(matching, key=lambda entry: _rank(entry, shape))
+    provenance = entry.provenance
+    origin = f"{provenance.label} {provenance.time_ms:.3f} ms at {entry.shape} ({provenance.workload})"
+    if entry.shape == shape:
+        reason = f"tuned for this shape: {origin}."
+    else:
+        factor = math.exp(_distance(entry.shape, shape))
+        reason = f"nearest tuned shape, sequence lengths off by a factor of {factor:.2f}: {origin}."
+    return Choice(clamp(entry.block_sizes, shape), entry.variant, entry, reason)
+
+
+def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:
+    heads = entry.shape.batch_size * entry.shape.num_heads
+    return (
+        _distance(entry.shape, shape),
+        heads != shape.batch_size * shape.num_heads,
+        get_args(Label).index(entry.provenance.label),
+        entry.provenance.time_ms / heads,
+    )
+
+
+def _distance(a: AttentionShape, b: AttentionShape) -> float:
+    return abs(math.log(a.q_seq_len / b.q_seq_len)) + abs(math.log(a.kv_seq_len / b.kv_seq_len))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,68 @@
+"""Which block sizes and variant attention() would use for a shape, and why: `python -m tuning.choose --help`."""
+
+import dataclasses
+import sys
+
+from omegaconf import DictConfig
+
+from splash_attn import device as devices
+from splash_attn import tuned
+from splash_attn.platform import quiet_jax_without_accelerator
+from tuning import cli, environment
+from tuning.workloads import Workload
+
+
+@dataclasses.dataclass
+class ChooseSchema:
+    """Fields of configs/choose.yaml."""
+
+    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
+    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    json: str | None = None
+
+
+cli.store_schema("choose_schema", ChooseSchema)
+
+
+def _command(config: DictConfig) -> int:
+    workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
+    device = cli.from_config(lambda: devices.by_name(config.device.name))
+    choice = cli.from_config(lambda: tuned.choose(device.device_kind, workload.shape, workload.dtype))
+    provenance = choice.entry.provenance if choice.entry else None
+    stale = provenance is not None and provenance.kernel_hash != environment.source_hash(environment.KERNEL_SOURCES)
+    lines = {
+        "shape": f"{workload.shape} {workload.dtype} on {device.device_kind}",
+        "block sizes": str(choice.block_sizes),
+        "variant": ", ".join(f"{name}={value}" for name, value in choice.variant.to_dict().items()),
+        "why": choice.reason,
+    }
+    if choice.entry is not None and provenance is not None:
+        lines["entry"] = f"{choice.entry.block_sizes}, record {provenance.record_id}, commit {provenance.git_commit}"
+    if stale:
+        lines["note"] = "the entry was tuned with another kernel source; sweep again to be sure of it"
+    for name, value in lines.items():
+        print(f"{name + ':':<13}{value}")
+    cli.write_json(
+        config.json,
+        {
+            "shape": dataclasses.asdict(workload.shape),
+            "dtype": workload.dtype,
+            "device_kind": device.device_kind,
+            "block_sizes": dataclasses.asdict(choice.block_sizes),
+            "variant": choice.variant.to_dict(),
+            "reason": choice.reason,
+            "entry": choice.entry.to_dict() if choice.entry else None,
+            "stale": stale,
+        },
+    )
+    return 0
+
+
+def main() -> int:
+    """The command line."""
+    quiet_jax_without_accelerator()
+    return cli.run("choose", _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+#: A change in one of these can change what a candidate computes or how long it takes.
+KERNEL_SOURCES = ("splash_attn/kernel.py", "splash_attn/api.py", "splash_attn/types.py")
+#: A change in one of these can change the figure that a backend gives for the same kernel.
+BACKEND_SOURCES = {
+    "offline": ("tuning/offline/*.py", "splash_attn/device.py"),
+    "measure": ("tuning/measure.py",),
+    "interpret": ("tuning/numerics.py",),
+}
+_PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "tokamax")
+_FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """Where a trial ran. Holds no host name and no path.
+
+    Attributes:
+      versions: of Python and of the packages that decide the figure; a package that is absent is left out.
+      flags: environment variables that JAX, XLA and libtpu read, where set.
+      git_commit: of this repository, None outside a checkout.
+      git_dirty: whether tracked files differed from that commit.
+      kernel_hash: of KERNEL_SOURCES, blind to comments, docstrings and layout.
+      backend_hash: the same of the backend's own sources.
+      host: processor architecture and system.
+      cpu_count: processors that the host reports.
+    """
+
+    versions: dict[str, str]
+    flags: dict[str, str]
+    git_commit: str | None
+    git_dirty: bool
+    kernel_hash: str
+    backend_hash: str
+    host: str
+    cpu_count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**fields)
+
+
+def capture(backend: str) -> Environment:
+    """The environment of this process, for trials of that backend."""
+    commit, dirty = _git_state()
+    return Environment(
+        versions=_versions(),
+        flags=_flags(),
+        git_commit=commit,
+        git_dirty=dirty,
+        kernel_hash=source_hash(KERNEL_SOURCES),
+        backend_hash=source_hash(BACKEND_SOURCES[backend]),
+        host=f"{platform.machine()}-{platform.system().lower()}",
+        cpu_count=os.cpu_count() or 1,
+    )
+
+
+def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
+    """Hash of Python sources as the interpreter sees them: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    return digest.hexdigest()[:16]
+
+
+def stable_hash(text: str) -> str:
+    """A short hash for names of studies and candidates."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
+    return tree
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _flags() -> dict[str, str]:
+    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
+    # Where a dump goes changes nothing, and the path is nobody's business.
+    return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()}
+
+
+def _git_state() -> tuple[str | None, bool]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPO_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None, False

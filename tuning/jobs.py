@@ -1,0 +1,160 @@
+"""What a worker process does with one candidate, by backend. Runs inside `tuning.worker`.
+
+A job takes the payload that `tuning.evaluate` made and returns the fields of a Trial that it found out.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from splash_attn import device as devices
+from splash_attn.types import AttentionShape, BlockSizes, Variant
+from tuning import kernels, measure, numerics
+from tuning.records import Status, TrialError
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One candidate as a job sees it."""
+
+    kernel: str
+    kernel_hash: str
+    shape: AttentionShape
+    dtype: str
+    block_sizes: BlockSizes
+    variant: Variant
+    device: str
+    check: bool
+    cache_dir: Path | None
+    measure: measure.MeasureSettings
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> "Request":
+        values = dict(payload)
+        values["shape"] = AttentionShape(**values["shape"])
+        values["block_sizes"] = BlockSizes(**values["block_sizes"])
+        values["variant"] = Variant.from_dict(values["variant"])
+        values["cache_dir"] = Path(values["cache_dir"]) if values["cache_dir"] else None
+        values["measure"] = measure.MeasureSettings(**values["measure"])
+        return cls(**values)
+
+    def attention(self, implementation: str) -> kernels.Attention:
+        return kernels.KERNELS[self.kernel].build(self.block_sizes, self.variant, implementation)
+
+    def abstract_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shape = self.shape
+        q = jax.ShapeDtypeStruct((shape.batch_size, shape.num_heads, shape.q_seq_len, shape.head_dim), self.dtype)
+        kv = jax.ShapeDtypeStruct((shape.batch_size, shape.num_heads, shape.kv_seq_len, shape.head_dim), self.dtype)
+        return q, kv, kv
+
+
+def offline(payload: dict[str, Any]) -> dict[str, Any]:
+    """Compile for the device that is not here, read the schedule, then check the numerics in interpret mode."""
+    from tuning import offline as offline_model
+
+    request = Request.from_payload(payload)
+    try:
+        prediction = offline_model.predict(
+            request.attention("pallas_tpu"), *request.abstract_args(), device=devices.by_name(request.device)
+        )
+    except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise _compile_error(error) from error
+    checked = _check(request, "pallas_interpret")
+    if checked["status"] != Status.OK:
+        return checked
+    return checked | {
+        "label": "predicted",
+        "time_samples_ms": [prediction.time_s * 1e3],
+        "cycles": prediction.cycles,
+        "vmem_bytes": prediction.vmem_bytes,
+        "spill_count": prediction.spill_count,
+        "fill_count": prediction.fill_count,
+        "peak_hbm_bytes": prediction.peak_hbm_bytes,
+        "compile_time_s": prediction.compile_time_s,
+        "ops": prediction.to_dict()["ops"],
+    }
+
+
+def interpret(payload: dict[str, Any]) -> dict[str, Any]:
+    """Check the numerics in interpret mode. No time."""
+    return _check(Request.from_payload(payload), "pallas_interpret")
+
+
+def measured(payload: dict[str, Any]) -> dict[str, Any]:
+    """Check the numerics and time the op on the first device that JAX finds here."""
+    request = Request.from_payload(payload)
+    device = jax.devices()[0]
+    on_tpu = device.platform == "tpu"
+    implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
+    checked = _check(request, implementation)
+    if checked["status"] != Status.OK:
+        return checked
+    keys = jax.random.split(jax.random.key(0), 3)
+    arguments = [
+        jax.device_put(jax.random.normal(key, spec.shape, jnp.float32).astype(spec.dtype), device)
+        for key, spec in zip(keys, request.abstract_args(), strict=True)
+    ]
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(request.attention(implementation)).lower(*arguments).compile()
+    except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise _compile_error(error) from error
+    compile_time_s = time.perf_counter() - start
+    try:
+        samples = measure.sample_times_ms(lambda: compiled(*arguments), request.measure)
+    except jax.errors.JaxRuntimeError as error:
+        raise _compile_error(error) from error
+    notes = []
+    if not on_tpu:
+        notes.append(f"interpret mode on {device.platform}: compares nothing but this host with itself")
+    if measure.median_ci_fraction(samples) > request.measure.target_ci_fraction:
+        notes.append(f"noisy: median known to {measure.median_ci_fraction(samples):.1%} after {len(samples)} samples")
+    return checked | {
+        "label": "measured",
+        "time_samples_ms": samples,
+        "compile_time_s": compile_time_s,
+        "notes": notes,
+    }
+
+
+def probe(payload: dict[str, Any]) -> dict[str, Any]:
+    """Which device JAX finds here; asked in a process of its own, so that the parent does not hold the chip."""
+    del payload
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device_kind": device.device_kind}
+
+
+def _check(request: Request, implementation: str) -> dict[str, Any]:
+    if not request.check:
+        return {"status": Status.OK, "notes": ["numerics not checked (check=false)"]}
+    key = numerics.CheckKey(
+        kernel=request.kernel,
+        kernel_hash=request.kernel_hash,
+        jax_version=jax.__version__,
+        head_dim=request.shape.head_dim,
+        dtype=request.dtype,
+        block_sizes=request.block_sizes,
+        variant=request.variant,
+        implementation=implementation,
+    )
+    found = numerics.check_once(key, request.attention(implementation), request.cache_dir)
+    result: dict[str, Any] = {"status": Status.OK, "numerics": dataclasses.asdict(found)}
+    if not found.passed:
+        result |= {
+            "status": Status.WRONG,
+            "error": f"rms_error={found.rms_error:.2e} (limit {found.tolerance:.2e}), "
+            f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})",
+        }
+    return result
+
+
+def _compile_error(error: Exception) -> TrialError:
+    """The one place that reads an error's text: XLA gives its status code no other way."""
+    text = str(error)
+    out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text
+    status = Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR
+    return TrialError(status, " ".join(text.split())[:500])

@@ -1,0 +1,105 @@
+"""Is a candidate kernel right? The same blocks and variant on a small odd shape, against the reference."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import splash_attn
+from splash_attn.types import BlockSizes, Variant
+from tuning.environment import stable_hash
+from tuning.kernels import Attention
+from tuning.records import Numerics
+
+#: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
+_EXTRA_Q, _EXTRA_KV = 211, 307
+#: Largest base-2 logit that each head can have.
+_BOUNDS = np.array([50.0, 120.0], np.float32)
+
+#: Limits of ||actual - expected|| / ||expected|| over all rows, and of the worst row. bfloat16 rounds q * scale,
+#: k - mean(k), the probabilities and the output, each by up to 2^-9 of itself; with logits of deviation 2.5 (first
+#: head) to 6 (second) that comes to 0.007 over all and 0.04 in the worst of some thousand rows. A row that is wrong is
+#: off by about 1. float32 has the same limits: the Pallas kernels multiply in bfloat16 whatever the input.
+TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckKey:
+    """Everything that the outcome of a check depends on."""
+
+    kernel: str
+    kernel_hash: str
+    jax_version: str
+    head_dim: int
+    dtype: str
+    block_sizes: BlockSizes
+    variant: Variant
+    implementation: str
+
+    @property
+    def name(self) -> str:
+        fields = dataclasses.asdict(self)
+        for field in dataclasses.fields(self.variant):
+            # What only the TPU compiler sees changes nothing in interpret mode: such candidates share one check.
+            if field.metadata.get("compile_only") and self.implementation == "pallas_interpret":
+                del fields["variant"][field.name]
+        return stable_hash(json.dumps(fields, sort_keys=True))
+
+
+def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> Numerics:
+    """The check of that key from the cache, or made now and put there."""
+    if cache_dir is None:
+        return check(key, attention)
+    path = cache_dir / f"{key.name}.json"
+    if path.exists():
+        return Numerics(**json.loads(path.read_text()))
+    numerics = check(key, attention)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(dataclasses.asdict(numerics)))
+    temporary.replace(path)
+    return numerics
+
+
+def check(key: CheckKey, attention: Attention) -> Numerics:
+    """Runs `attention` on two heads, just past one block of q and one of kv, and compares.
+
+    The keys have a common offset, as before K-smoothing. Few keys dominate each row, so that a key too many or too few,
+    or a lost rescale, shows. The largest |q| max|k - mean(k)| of the two heads lie to either side of what the
+    fixed-bound softmax takes (about 90 base-2 exponents at these lengths): both ways through such a kernel are checked.
+    """
+    import jax.numpy as jnp
+
+    q_seq_len, kv_seq_len = key.block_sizes.block_q + _EXTRA_Q, key.block_sizes.block_kv + _EXTRA_KV
+    rng = np.random.default_rng(0)
+
+    def normal(rows: int) -> np.ndarray:
+        return rng.standard_normal((1, len(_BOUNDS), rows, key.head_dim), dtype=np.float32)
+
+    q, k, v = normal(q_seq_len), normal(kv_seq_len), normal(kv_seq_len)
+    longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
+    q *= _BOUNDS[:, None, None] / (longest * key.head_dim**-0.5 * np.log2(np.e))
+    k += 2.0
+    q, k, v = (jnp.asarray(x, dtype=key.dtype) for x in (q, k, v))
+    actual = np.asarray(attention(q, k, v)).astype(np.float32)
+    expected = np.asarray(splash_attn.attention_reference(q, k, v, dtype=np.float32)).astype(np.float32)
+    if actual.shape != expected.shape:
+        raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
+    difference = actual - expected
+    rows = np.linalg.norm(difference, axis=-1) / np.linalg.norm(expected, axis=-1)
+    tolerance, row_tolerance = TOLERANCES[key.dtype]
+    return Numerics(
+        implementation=key.implementation,
+        q_seq_len=q_seq_len,
+        kv_seq_len=kv_seq_len,
+        num_heads=len(_BOUNDS),
+        block_sizes=str(key.block_sizes),
+        same_block_sizes=True,
+        rms_error=float(np.linalg.norm(difference) / np.linalg.norm(expected)),
+        max_row_error=float(rows.max()),
+        max_abs_error=float(np.abs(difference).max()),
+        tolerance=tolerance,
+        row_tolerance=row_tolerance,
+    )

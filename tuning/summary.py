@@ -1,0 +1,88 @@
+"""Tables of trials, as text and as rows for JSON."""
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from splash_attn import device as devices
+from tuning import records
+from tuning.bound import mxu_bound_ms
+from tuning.records import Trial
+
+_ERROR_CHARACTERS = 60
+_INTEGERS = ("block_q", "block_kv", "block_kv_compute", "spills", "fills")
+_FORMATS = {
+    "bound_fraction": "{:.1%}",
+    "rms_error": "{:.1e}",
+    "vmem_mib": "{:.1f}",
+    "peak_hbm_mib": "{:.0f}",
+    "compile_s": "{:.1f}",
+    "wall_s": "{:.1f}",
+}
+_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype", "kernel")
+
+
+def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One dict a trial, as the table shows them but whole; what is unknown is None."""
+    return json.loads(_frame(trials).to_json(orient="records"))
+
+
+def table(trials: Sequence[Trial], *, limit: int | None = 40, hide: Sequence[str] = _HIDDEN) -> str:
+    """The trials in their order as aligned text.
+
+    Columns that are empty or hidden are left out; a variant's field that is the same in all trials is said once, above.
+    """
+    if not trials:
+        return "no trials"
+    shown = trials[:limit] if limit else trials
+    frame = _frame(shown).drop(columns=list(hide)).dropna(axis="columns", how="all")
+    variant_columns = [name for name in frame if name.startswith(records.VARIANT_PREFIX)]
+    common = [name for name in variant_columns if len(shown) > 1 and frame[name].astype(str).nunique() == 1]
+    header = ", ".join(f"{name.removeprefix(records.VARIANT_PREFIX)}={frame[name].iloc[0]}" for name in common)
+    frame = frame.drop(columns=common).rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
+    if "error" in frame:
+        frame["error"] = [_shorten(error) for error in frame["error"]]
+    for column in _INTEGERS:
+        if column in frame:
+            frame[column] = frame[column].astype("Int64")
+    formatters = {name: form.format for name, form in _FORMATS.items() if name in frame}
+    text = frame.to_string(index=False, na_rep="-", float_format="{:.3f}".format, formatters=formatters)
+    left_out = len(trials) - len(shown)
+    return "\n".join(
+        [*([f"all with {header}"] if header else []), text, *([f"... {left_out} more"] if left_out else [])]
+    )
+
+
+def winner_line(trial: Trial) -> str:
+    """The winner in one sentence."""
+    kernel = f", kernel alone {trial.kernel_time_ms:.3f} ms" if trial.kernel_time_ms is not None else ""
+    return f"winner: {trial.config}: {trial.label} {trial.time_ms:.3f} ms{kernel} on {trial.device_kind}"
+
+
+def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
+    """How many trials ended how."""
+    return dict(collections.Counter(trial.status.value for trial in trials))
+
+
+def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
+    frame = records.frame(trials)
+    frame.insert(list(frame.columns).index("mcycles"), "bound_fraction", [_bound_fraction(trial) for trial in trials])
+    return frame
+
+
+def _bound_fraction(trial: Trial) -> float | None:
+    """The matrix units' bound over the kernel's time (the op's where that is not known): 1 is the best there can be."""
+    time_ms = trial.kernel_time_ms or trial.time_ms
+    spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == trial.device_kind), None)
+    if time_ms is None or spec is None or trial.dtype != "bfloat16":
+        return None
+    bound_ms = mxu_bound_ms(trial.shape, spec)
+    return bound_ms / time_ms if bound_ms else None
+
+
+def _shorten(error: object) -> str:
+    text = error if isinstance(error, str) else ""
+    return text if len(text) <= _ERROR_CHARACTERS else text[: _ERROR_CHARACTERS - 3] + "..."

@@ -1,0 +1,301 @@
+"""Find the fastest block sizes and variant of the kernel: `python -m tuning.sweep --help`."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from splash_attn import device as devices
+from splash_attn.platform import quiet_jax_without_accelerator
+from tuning import cli, environment, heatmap, records, summary
+from tuning.evaluate import JOBS, Evaluator, Runner, Target
+from tuning.promote import Promotion, promote
+from tuning.records import Status, Trial
+from tuning.search import Search
+from tuning.space import Candidate, Candidates, Pruner, enumerate_candidates
+from tuning.sweep_config import SweepSchema, SweepSettings, settings_from
+from tuning.workloads import Workload
+
+_PROBE_TIMEOUT_S = 120.0
+
+cli.store_schema("sweep_schema", SweepSchema)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult:
+    """What a sweep left behind.
+
+    Attributes:
+      directory: where its records are.
+      trials: one for each candidate of the study, best first.
+      winner: the best ok trial with a time; None where there is none.
+      candidates: those that could be searched, and how many were pruned why.
+      evaluated_count: trials made by this run; the others were on record.
+    """
+
+    directory: Path
+    trials: tuple[Trial, ...]
+    winner: Trial | None
+    candidates: Candidates
+    evaluated_count: int
+
+
+def sweep(
+    settings: SweepSettings,
+    *,
+    job: str | None = None,
+    report: Callable[[str], None] = print,
+) -> SweepResult:
+    """Runs or resumes a sweep.
+
+    Args:
+      settings: what to sweep.
+      job: the function that a worker runs for one candidate; None for the backend's own.
+      report: called with each line for the user.
+
+    Raises:
+      cli.UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
+    """
+    target = find_target(settings.device, settings.backend)
+    captured = environment.capture(settings.backend)
+    context = context_of(settings.workload, target, settings.backend, captured)
+    sweeps_dir = settings.results_dir / "sweeps"
+    directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend}-{context[:8]}"
+    candidates = enumerate_candidates(settings.space, _pruner(settings, target))
+    if not candidates.valid:
+        raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
+    with _locked(directory / "state"):
+        runner = Runner(directory / "state" / "work")
+        evaluator = Evaluator(
+            runner=runner,
+            workload=settings.workload,
+            target=target,
+            backend=settings.backend,
+            job=job or JOBS[settings.backend],
+            context=context,
+            environment=captured,
+            timeout_s=settings.timeout_s,
+            measure=settings.measure,
+            cache_dir=sweeps_dir / ".numerics",
+        )
+        path = directory / records.TRIALS_FILE
+        known = {key_of(trial): trial for trial in records.read(path)}
+        fingerprint = environment.stable_hash(settings.space.fingerprint)
+        search = Search(
+            storage_path=directory / "state" / "study.sqlite3",
+            study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
+            space=settings.space,
+            candidates=candidates,
+            settings=settings.search,
+            known=known,
+            objective=objective,
+        )
+        for line in _introduction(settings, target, candidates, search, directory):
+            report(line)
+        try:
+            evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
+        finally:
+            runner.cancel()
+    trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
+    timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
+    return SweepResult(directory, tuple(trials), timed[0] if timed else None, candidates, evaluated_count)
+
+
+def find_target(device: str, backend: str) -> Target:
+    """The device of a command line, for a backend.
+
+    Raises:
+      cli.UserError: the device is unknown, or is not the one that is here though the backend needs it.
+    """
+    if backend != "measure":
+        if device == "local" and backend == "interpret":
+            return Target("cpu", "cpu", None)
+        spec = cli.from_config(lambda: devices.by_name(device))
+        return Target(spec.name, spec.device_kind, spec)
+    with tempfile.TemporaryDirectory() as work_dir:
+        outcome = Runner(Path(work_dir)).run("tuning.jobs:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
+    if outcome.status is not Status.OK:
+        raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
+    kind = outcome.result["device_kind"]
+    spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
+    here = Target(spec.name, kind, spec) if spec else Target(outcome.result["platform"], kind, None)
+    if device not in ("local", here.name):
+        raise cli.UserError(
+            f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
+        )
+    return here
+
+
+def context_of(workload: Workload, target: Target, backend: str, captured: environment.Environment) -> str:
+    """Hash of everything that makes the times of two trials comparable, the candidate apart."""
+    flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
+    parts = [
+        str(workload.shape),
+        workload.dtype,
+        target.device_kind,
+        backend,
+        captured.kernel_hash,
+        captured.backend_hash,
+    ]
+    return environment.stable_hash(json.dumps([*parts, captured.versions, flags], sort_keys=True))
+
+
+def key_of(trial: Trial) -> str:
+    """The key of the candidate that a trial is about; see Candidate.key."""
+    fields = dataclasses.asdict(trial.block_sizes) if trial.block_sizes else {}
+    return json.dumps(fields | {"variant": trial.variant}, sort_keys=True)
+
+
+def objective(trial: Trial) -> float:
+    """What the search minimises: the time, or the error where a backend gives no time."""
+    if trial.time_ms is not None:
+        return trial.time_ms
+    return trial.numerics.rms_error if trial.numerics is not None else float("inf")
+
+
+def _evaluate_all(
+    settings: SweepSettings, search: Search, evaluator: Evaluator, known: dict[str, Trial], path: Path
+) -> int:
+    """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated."""
+    evaluated_count = 0
+    best: Trial | None = None
+    bar = tqdm(total=search.budget, initial=len(search.told), disable=not settings.progress, unit="trial", leave=False)
+    pool = concurrent.futures.ThreadPoolExecutor(settings.workers)
+    running: dict[concurrent.futures.Future[Trial], Candidate] = {}
+
+    def show(trial: Trial) -> None:
+        nonlocal best
+        if trial.status is Status.OK and (best is None or objective(trial) < objective(best)):
+            best = trial
+        if best is not None and best.time_ms is not None:
+            bar.set_postfix_str(f"best {best.time_ms:.3f} ms {best.label} {best.block_sizes}", refresh=False)
+
+    try:
+        for trial in search.told.values():
+            show(trial)
+        while True:
+            while len(running) < settings.workers and (candidate := search.ask()) is not None:
+                if candidate.key in known:  # another study of this context has evaluated it
+                    search.tell(candidate, known[candidate.key])
+                    show(known[candidate.key])
+                    bar.update()
+                else:
+                    running[pool.submit(evaluator.evaluate, candidate)] = candidate
+            if not running:
+                return evaluated_count
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                candidate, trial = running.pop(future), future.result()
+                records.append(path, trial)  # on disk first: the study can be put right from it, not the other way
+                search.tell(candidate, trial)
+                evaluated_count += 1
+                show(trial)
+                bar.update()
+    finally:
+        evaluator.runner.cancel()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+
+
+def _pruner(settings: SweepSettings, target: Target) -> Pruner:
+    shape = settings.workload.shape
+    if not settings.vmem_pruning or target.spec is None:
+        return Pruner(shape)
+    from splash_attn.kernel import vmem_bytes_estimate
+
+    return Pruner(
+        shape,
+        vmem_limit_bytes=target.spec.vmem_bytes,
+        vmem_estimate=functools.partial(vmem_bytes_estimate, itemsize=settings.workload.itemsize),
+    )
+
+
+def _introduction(
+    settings: SweepSettings, target: Target, candidates: Candidates, search: Search, directory: Path
+) -> Iterator[str]:
+    workload = settings.workload
+    yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend}"
+    yield f"{len(candidates.valid)} candidates, {candidates.pruned_count} pruned without compiling" + (
+        ": " + "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
+        if candidates.pruned
+        else ""
+    )
+    resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
+    if search.interrupted:
+        resumed += f", {len(search.interrupted)} cut short and run again"
+    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once{resumed}"
+    yield f"records: {directory / records.TRIALS_FILE}"
+
+
+@contextlib.contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """One sweep of a context at a time. What a dead one left in its work folder is removed."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise cli.UserError(
+                f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."
+            ) from error
+        shutil.rmtree(state_dir / "work", ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(state_dir / "work", ignore_errors=True)
+
+
+def _command(config: DictConfig) -> int:
+    settings = cli.from_config(lambda: settings_from(config))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
+    result = sweep(settings)
+    print(summary.table(result.trials))
+    picture = result.directory / "heatmap.png"
+    drawn = heatmap.save(result.trials, picture)
+    promotion: Promotion | None = None
+    if result.winner is not None:
+        print(summary.winner_line(result.winner))
+        if drawn:
+            print(f"heat map: {picture}")
+        if settings.promote:
+            promotion = promote(result.winner)
+            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'kept'}, {promotion.reason}")
+    cli.write_json(
+        config.json,
+        {
+            "directory": str(result.directory),
+            "winner": result.winner.to_dict() if result.winner else None,
+            "promotion": dataclasses.asdict(promotion) if promotion else None,
+            "heatmap": str(picture) if drawn else None,
+            "candidates": len(result.candidates.valid),
+            "pruned": result.candidates.pruned,
+            "evaluated": result.evaluated_count,
+            "statuses": summary.status_counts(result.trials),
+            "trials": summary.rows(result.trials),
+        },
+    )
+    if not any(trial.status is Status.OK for trial in result.trials):
+        print("no candidate was ok", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    """The command line."""
+    quiet_jax_without_accelerator()
+    return cli.run("sweep", _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+from tuning import cli
+from tuning.evaluate import JOBS
+from tuning.records import VARIANT_PREFIX
+from tuning.search import SearchSettings
+from tuning.space import Space
+from tuning.workloads import Workload
+
+
+@dataclasses.dataclass
+class SearchSchema:
+    """Fields of configs/search/*.yaml; becomes a tuning.search.SearchSettings."""
+
+    sampler: str = MISSING
+    max_trials: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class SpaceSchema:
+    """Fields of configs/space/*.yaml; becomes a tuning.space.Space."""
+
+    name: str = MISSING
+    block_q: list[int] = MISSING
+    block_kv: list[int] = MISSING
+    block_kv_compute: list[int] = MISSING
+    variant: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first: list[Any] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class SweepSchema:
+    """Fields of configs/sweep.yaml; becomes a SweepSettings."""
+
+    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
+    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    backend: cli.BackendSchema = dataclasses.field(default_factory=cli.BackendSchema)
+    search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
+    space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
+    workers: int | None = None
+    timeout_s: float = MISSING
+    vmem_pruning: bool = MISSING
+    results_dir: str = MISSING
+    promote: bool = MISSING
+    json: str | None = None
+    progress: bool = MISSING
+
+
+cli.store_schema("sweep_schema", SweepSchema)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """One sweep; see configs/sweep.yaml for what each field means.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    workload: Workload
+    device: str
+    backend: str
+    measure: Mapping[str, Any]
+    search: SearchSettings
+    space: Space
+    workers: int
+    timeout_s: float
+    vmem_pruning: bool
+    results_dir: Path
+    promote: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.backend not in JOBS:
+            raise ValueError(f"backend.name={self.backend!r}: expected one of {', '.join(JOBS)}.")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: expected at least 1, or null for the number of cores.")
+        if self.backend == "measure" and self.workers != 1:
+            raise ValueError(
+                f"workers={self.workers}: expected 1 with backend=measure, trials must not share the device."
+            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
+
+
+def settings_from(config: DictConfig) -> SweepSettings:
+    """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
+    space = cli.plain(config.space)
+    choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
+    choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
+    for name, values in choices.items():
+        if not isinstance(values, list):
+            raise ValueError(f"space.{name}={values!r}: expected a list.")
+    workers = config.workers
+    if workers is None:
+        workers = 1 if config.backend.name == "measure" else _core_count()
+    return SweepSettings(
+        workload=Workload.from_dict(cli.plain(config.workload)),
+        device=config.device.name,
+        backend=config.backend.name,
+        measure=cli.plain(config.backend.measure),
+        search=SearchSettings(**cli.plain(config.search)),
+        space=Space(
+            name=space["name"],
+            choices={name: tuple(values) for name, values in choices.items()},
+            first=tuple(space["first"]),
+        ),
+        workers=workers,
+        timeout_s=config.timeout_s,
+        vmem_pruning=config.vmem_pruning,
+        results_dir=Path(config.results_dir),
+        promote=config.promote,
+        progress=config.progress,
+    )
+
+
+def _core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
