@@ -3,7 +3,9 @@
 The compiler dumps every VLIW bundle of an op as text. All control flow of a TPU core runs on its scalar unit, so the
 few scalar instructions that branches depend on are executed here: loops, nested loops, software-pipeline prologues and
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
-taken as not skipping its region, and is listed in `Schedule.unresolved_branches`.
+taken as not skipping its region, a DMA under it as running, and both are listed in `Schedule.unresolved`. Two things
+are assumed instead: a traced grid size has the value that the caller names, and scalars loaded from different SMEM
+addresses (block indices that are prefetched) differ.
 """
 
 import dataclasses
@@ -23,9 +25,18 @@ _PREDICATE = re.compile(r"\((!?)(%p\w+)(?:, ([^)]*))?\)")
 _INSTRUCTION = re.compile(r"^(?:(%\w+) = )?([a-z_][\w.]*)\s*(.*)$", re.DOTALL)
 _TARGET = re.compile(r"target = \$region(\d+)")
 _MEMORY = re.compile(r"\[smem:(\[#allocation\w+\])\]")
+_INDEXED_MEMORY = re.compile(r"\[smem:\[(#allocation\w+)(?: \+ (%\w+|\$0x[0-9a-f]+))?\]\]")
+_SCALAR_OPERAND = re.compile(r"(%s\w+) = inlined_call_operand\.<no memory space> \[shape: s32\[\]")
+# Copies between memories of the chip (vmem_to_vmem, vmem_to_smem, ...) are not HBM traffic.
+_DMA = re.compile(r"\s*%\w+ = (dma\.(?:hbm_to_vmem|vmem_to_hbm|hbm_to_hbm|general))\b(.*)", re.DOTALL)
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+)")
 
 _INT32 = 2**32
+
+# A scalar is an int, a string for one loaded from a known SMEM address ("load ...") or for a difference of two such
+# (_NONZERO), or None where nothing is known.
+_Scalar = int | str | None
+_NONZERO = "nonzero"
 
 
 class UnknownDumpFormatError(RuntimeError):
@@ -100,8 +111,9 @@ class Schedule:
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
       static_spill_count: spill slots in the static schedule.
-      hbm_bytes: bytes moved between HBM and VMEM by the op's own DMAs, or None where a size is not known.
-      unresolved_branches: branches whose condition depends on data; their regions are counted as run.
+      hbm_bytes: bytes moved between HBM and VMEM by the op's own DMAs.
+      unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
+        size is not known, which are not counted.
     """
 
     name: str
@@ -112,16 +124,21 @@ class Schedule:
     spill_count: int
     fill_count: int
     static_spill_count: int
-    hbm_bytes: int | None
-    unresolved_branches: tuple[str, ...]
+    hbm_bytes: int
+    unresolved: tuple[str, ...]
 
     def utilization(self, unit: str) -> float:
         """Fraction of the unit's slots that the executed bundles fill."""
         return self.unit_uses[unit] / (self.unit_capacity[unit] * self.cycles) if self.cycles else 0.0
 
 
-def read_schedule(name: str, bundles_path: Path, utilization_path: Path) -> Schedule:
+def read_schedule(
+    name: str, bundles_path: Path, utilization_path: Path, *, grid_size: int | None = None
+) -> Schedule:
     """Reads the two dump files of one op.
+
+    Args:
+      grid_size: the value of a Pallas kernel's traced grid dimension, where it has one.
 
     Raises:
       UnknownDumpFormatError: the files are not in the known form, or they disagree in length.
@@ -132,7 +149,7 @@ def read_schedule(name: str, bundles_path: Path, utilization_path: Path) -> Sche
         raise UnknownDumpFormatError(
             f"{utilization_path.name}: {len(table)} bundles, expected the {program.length} of {bundles_path.name}."
         )
-    counts, hbm_bytes, unresolved = program.execute()
+    counts, hbm_bytes, unresolved = program.execute(grid_size)
     uses = dict.fromkeys(capacity, 0)
     static_spills = 0
     units = list(capacity)
@@ -152,7 +169,7 @@ def read_schedule(name: str, bundles_path: Path, utilization_path: Path) -> Sche
         fill_count=uses.get("VLOAD:FILL", 0),
         static_spill_count=static_spills,
         hbm_bytes=hbm_bytes,
-        unresolved_branches=tuple(unresolved),
+        unresolved=tuple(unresolved),
     )
 
 
@@ -174,6 +191,8 @@ class _Program:
             raise UnknownDumpFormatError("no VLIW bundles found in the dump; it may come from another libtpu.")
         self.length = len(starts)
         self.labels: dict[str, int] = {}
+        scalar_operand = _SCALAR_OPERAND.search(text, 0, starts[min(8, self.length - 1)].start())
+        self.grid_size_name = scalar_operand[1] if scalar_operand else None
         parsed: list[tuple[int, _Instruction]] = []
         for index, match in enumerate(starts):
             if int(match[1], 16) != index:
@@ -210,20 +229,21 @@ class _Program:
             bundle.sort(key=lambda i: (i.name != "sphi", i.name.startswith("sbr")))
         return events
 
-    def execute(self) -> tuple[list[int], int | None, list[str]]:
+    def execute(self, grid_size: int | None = None) -> tuple[list[int], int, list[str]]:
         """Runs the scalar slice.
 
         Returns:
-          How often each bundle runs, the bytes its HBM DMAs move (None where unknown), and the branches that were
-          not resolved.
+          How often each bundle runs, the bytes its HBM DMAs move, and what was not resolved.
 
         Raises:
           UnknownDumpFormatError: the program does not end within a large number of steps.
         """
         delta = [0] * (self.length + 1)
-        values: dict[str | int, int | None] = {}
-        hbm_bytes: int | None = 0
-        unresolved: list[str] = []
+        values: dict[str | int, _Scalar] = {}
+        if grid_size is not None and self.grid_size_name is not None:
+            values[self.grid_size_name] = grid_size
+        hbm_bytes = 0
+        unresolved: dict[str, None] = {}  # an ordered set
         addresses = sorted(self.events)
         next_event = {address: position for position, address in enumerate(addresses)}
         start, from_back_edge, steps = 0, False, 0
@@ -243,8 +263,7 @@ class _Program:
                         if taken and jump is None:
                             jump, branch_at = self.labels[instruction.target or ""], address
                     elif instruction.name.startswith("dma."):
-                        moved = _dma_bytes(instruction, values)
-                        hbm_bytes = None if hbm_bytes is None or moved is None else hbm_bytes + moved
+                        hbm_bytes += _dma_bytes(instruction, address, values, unresolved)
                     else:
                         _assign(instruction, values, from_back_edge and address == start)
                 position += 1
@@ -262,14 +281,14 @@ class _Program:
         for change in delta[: self.length]:
             running += change
             counts.append(running)
-        return counts, hbm_bytes, unresolved
+        return counts, hbm_bytes, list(unresolved)
 
     def _branch_taken(
         self,
         instruction: _Instruction,
         address: int,
-        values: dict[str | int, int | None],
-        unresolved: list[str],
+        values: dict[str | int, _Scalar],
+        unresolved: dict[str, None],
     ) -> bool:
         if instruction.target not in self.labels:
             raise UnknownDumpFormatError(f"branch at {address:#x} to an unknown region {instruction.target}.")
@@ -277,9 +296,7 @@ class _Program:
             return True
         condition = values.get(instruction.predicate)
         if condition is None:
-            note = f"{address:#x} -> region {instruction.target}"
-            if note not in unresolved:
-                unresolved.append(note)
+            unresolved[f"branch at {address:#x}"] = None
             return False
         return bool(condition) != instruction.predicate_negated
 
@@ -303,10 +320,8 @@ def _parse_bundle(body: str) -> list[_Instruction]:
         # Vector instructions are the bulk of a dump; only scalar and predicate results, stores, branches and DMAs count.
         if "%v" in raw and "= " in raw and raw.lstrip().startswith("%v"):
             continue
-        if "dma." in raw:
-            instruction = _parse_dma(raw)
-        else:
-            instruction = _parse_scalar(_COMMENT.sub("", raw))
+        dma = _DMA.match(raw) if "dma." in raw else None
+        instruction = _parse_dma(*dma.groups()) if dma else _parse_scalar(_COMMENT.sub("", raw))
         if instruction is not None:
             instructions.append(instruction)
     return instructions
@@ -331,13 +346,18 @@ def _parse_scalar(raw: str) -> _Instruction | None:
         )
     if name in ("sst", "sld"):
         memory = _MEMORY.search(rest)
+        indexed = _INDEXED_MEMORY.search(rest)
+        if name == "sld" and indexed and "_spill" not in indexed[1]:
+            index = indexed[2] or "$0x0"
+            offset: str | int = index if index.startswith("%") else int(index[1:], 16)
+            return _Instruction("sld", result, (indexed[1], offset), None, False, None, None)
         if memory is None:
-            return None if name == "sst" else _Instruction(name, result, (), None, False, None, None)
+            return None
         if name == "sst":
             stored = rest[memory.end() :].split(",")[0].strip()
             return _Instruction("smov.u32", memory[1], (_operand(stored.split()[0]),), None, False, None, None)
         return _Instruction("smov.u32", result, (memory[1],), None, False, None, None)
-    if result is None or not result.startswith(("%s", "%p")):
+    if result is None or not result.startswith(("%s", "%p")) or name.startswith("inlined_call_operand"):
         return None
     guard = _PREDICATE.match(rest)
     predicate = otherwise = None
@@ -350,11 +370,7 @@ def _parse_scalar(raw: str) -> _Instruction | None:
     return _Instruction(name, result, operands, predicate, negated, otherwise, None)
 
 
-def _parse_dma(raw: str) -> _Instruction | None:
-    match = re.search(r"\b(dma\.(?:hbm_to_vmem|vmem_to_hbm|hbm_to_hbm|general))\b(.*)", raw, re.DOTALL)
-    if match is None:
-        return None
-    name, rest = match.groups()
+def _parse_dma(name: str, rest: str) -> _Instruction:
     fields = dict(_FIELD.findall(rest))
     guard = _PREDICATE.search(rest.split("/*", 1)[0])
     size = fields.get("size_in_granules")
@@ -375,22 +391,27 @@ def _operand(text: str) -> str | int:
     return text
 
 
-def _value(operand: str | int, values: dict[str | int, int | None]) -> int | None:
+def _value(operand: str | int, values: dict[str | int, _Scalar]) -> _Scalar:
     return operand if isinstance(operand, int) else values.get(operand)
 
 
-def _dma_bytes(instruction: _Instruction, values: dict[str | int, int | None]) -> int | None:
+def _dma_bytes(
+    instruction: _Instruction, address: int, values: dict[str | int, _Scalar], unresolved: dict[str, None]
+) -> int:
     if instruction.predicate is not None:
         condition = values.get(instruction.predicate)
         if condition is None:
-            return None
-        if bool(condition) == instruction.predicate_negated:
+            unresolved[f"DMA at {address:#x}"] = None
+        elif bool(condition) == instruction.predicate_negated:
             return 0
     size = _value(instruction.operands[0], values) if instruction.operands else None
-    return None if size is None else size * HBM_GRANULE_BYTES
+    if not isinstance(size, int):
+        unresolved[f"size of the DMA at {address:#x}"] = None
+        return 0
+    return size * HBM_GRANULE_BYTES
 
 
-def _assign(instruction: _Instruction, values: dict[str | int, int | None], from_back_edge: bool) -> None:
+def _assign(instruction: _Instruction, values: dict[str | int, _Scalar], from_back_edge: bool) -> None:
     if instruction.result is None:
         return
     if instruction.predicate is not None:
@@ -405,10 +426,14 @@ def _assign(instruction: _Instruction, values: dict[str | int, int | None], from
     values[instruction.result] = _evaluate(instruction, values, from_back_edge)
 
 
-def _evaluate(instruction: _Instruction, values: dict[str | int, int | None], from_back_edge: bool) -> int | None:
+def _evaluate(instruction: _Instruction, values: dict[str | int, _Scalar], from_back_edge: bool) -> _Scalar:
     name = instruction.name.split(".")[0]
     if name == "sphi":
         return _value(instruction.operands[1 if from_back_edge else 0], values)
+    if name == "sld":
+        memory, offset = instruction.operands
+        index = _value(offset, values)
+        return f"load {memory} {index}" if isinstance(index, int) else None
     args = [_value(x, values) for x in instruction.operands]
     if name == "scalar_select":
         condition, on_true, on_false = args
@@ -420,11 +445,11 @@ def _evaluate(instruction: _Instruction, values: dict[str | int, int | None], fr
     if len(args) != 2:
         return None
     left, right = args
-    if name in ("por", "pand", "pnand") and (left is None or right is None):
-        known = left if right is None else right
-        if known is None or bool(known) != (name == "por"):
-            return None
-        return int(name == "por") if known or name == "por" else None
+    if name in ("por", "pand", "pnand") and (left is None) != (right is None):
+        known = left if right is None else right  # one operand is enough where it decides
+        return None if bool(known) != (name == "por") else int(name != "pand")
+    if isinstance(left, str) or isinstance(right, str):
+        return _evaluate_loaded(name, instruction.name, left, right)
     if left is None or right is None:
         return None
     if name == "scmp":
@@ -433,4 +458,19 @@ def _evaluate(instruction: _Instruction, values: dict[str | int, int | None], fr
         return int(_COMPARE[relation](convert(left), convert(right)))
     if name in _BINARY:
         return _signed(int(_BINARY[name](left, right)))
+    return None
+
+
+def _evaluate_loaded(name: str, full_name: str, left: _Scalar, right: _Scalar) -> _Scalar:
+    """Arithmetic on scalars that were loaded: equal where the address is the same, different elsewhere."""
+    if name == "sor" and _NONZERO in (left, right):
+        return _NONZERO
+    loaded = isinstance(left, str) and isinstance(right, str) and _NONZERO not in (left, right)
+    if name == "ssub" and loaded:
+        return 0 if left == right else _NONZERO
+    if name == "scmp" and full_name.startswith(("scmp.eq", "scmp.ne")):
+        if loaded:
+            return int((left == right) == full_name.startswith("scmp.eq"))
+        if {left, right} == {_NONZERO, 0}:
+            return int(full_name.startswith("scmp.ne"))
     return None
