@@ -2,6 +2,6 @@
 
 from tuning.offline.cost import OpCost as OpCost
 from tuning.offline.cost import Prediction as Prediction
-from tuning.offline.schedule import UnknownDumpFormatError as UnknownDumpFormatError
+from tuning.offline.errors import UnknownDumpFormatError as UnknownDumpFormatError
 from tuning.offline.topology import predict as predict
 from tuning.offline.topology import worker_environment as worker_environment

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import jax
 
 from splash_attn.device import DeviceSpec
-from tuning.offline.schedule import Schedule, UnknownDumpFormatError, read_schedule
-
-#: Share of the published HBM bandwidth that streaming DMAs reach. Fitted on the measured v6e rows that
-#: `python -m tuning.validate` compares with; no other constant is fitted.
-HBM_EFFICIENCY = 0.8
+from tuning.offline.constants import HBM_EFFICIENCY, dma_timing
+from tuning.offline.dma import DmaTiming
+from tuning.offline.errors import UnknownDumpFormatError
+from tuning.offline.schedule import Schedule, read_schedule
 
 _FINAL_BUNDLES = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -34,8 +33,9 @@ class OpCost:
 
     Attributes:
       name, scope: the HLO op's name and its JAX op_name path ("" where the compiler made it).
-      time_s: max(cycles / clock, hbm_bytes / (HBM_EFFICIENCY * bandwidth)), times `calls`.
+      time_s: (cycles + stall_cycles) / clock, times `calls`.
       cycles: TensorCore cycles of one call; one VLIW bundle is one cycle.
+      stall_cycles: cycles of one call beyond these, waiting for DMAs or for VMEM; see tuning.offline.dma.
       calls: how often the program runs the op.
       hbm_bytes: HBM traffic of one call.
       bound: what limits the op.
@@ -49,6 +49,7 @@ class OpCost:
     scope: str
     time_s: float
     cycles: int
+    stall_cycles: float
     calls: int
     hbm_bytes: int
     bound: Bound
@@ -96,7 +97,7 @@ def predict_from_dump(
     """
     hlo = _read_hlo(compiled.as_text())
     ops = []
-    for schedule in _read_schedules(dump_dir, grid_sizes):
+    for schedule in _read_schedules(dump_dir, grid_sizes, dma_timing(device)):
         op = hlo.get(schedule.name)
         if op is not None:
             ops.append(_cost(schedule, op, device))
@@ -131,16 +132,16 @@ class _HloOp:
 
 
 def _cost(schedule: Schedule, op: _HloOp, device: DeviceSpec) -> OpCost:
-    compute_s = schedule.cycles / device.clock_hz
-    hbm_s = schedule.hbm_bytes / (HBM_EFFICIENCY * device.hbm_bytes_per_s)
+    hbm_cycles = schedule.hbm_bytes / (HBM_EFFICIENCY * device.hbm_bytes_per_s) * device.clock_hz
     return OpCost(
         name=schedule.name,
         scope=op.scope,
-        time_s=max(compute_s, hbm_s) * op.calls,
+        time_s=(schedule.cycles + schedule.stall_cycles) / device.clock_hz * op.calls,
         cycles=schedule.cycles,
+        stall_cycles=schedule.stall_cycles,
         calls=op.calls,
         hbm_bytes=schedule.hbm_bytes,
-        bound="compute" if compute_s >= hbm_s else "hbm",
+        bound="compute" if schedule.cycles >= hbm_cycles else "hbm",
         vmem_bytes=op.vmem_bytes,
         spill_count=schedule.spill_count,
         fill_count=schedule.fill_count,
@@ -149,7 +150,7 @@ def _cost(schedule: Schedule, op: _HloOp, device: DeviceSpec) -> OpCost:
     )
 
 
-def _read_schedules(dump_dir: Path, grid_sizes: Mapping[str, int]) -> list[Schedule]:
+def _read_schedules(dump_dir: Path, grid_sizes: Mapping[str, int], timing: DmaTiming) -> list[Schedule]:
     schedules = []
     for path in sorted(dump_dir.iterdir()):
         match = _FINAL_BUNDLES.match(path.name)
@@ -160,7 +161,7 @@ def _read_schedules(dump_dir: Path, grid_sizes: Mapping[str, int]) -> list[Sched
         if len(tables) != 1:
             raise UnknownDumpFormatError(f"{path.name}: expected one utilization table beside it, found {len(tables)}.")
         kernel = match[1].rsplit(".", 1)[0]
-        schedules.append(read_schedule(match[1], path, tables[0], grid_size=grid_sizes.get(kernel)))
+        schedules.append(read_schedule(match[1], path, tables[0], timing=timing, grid_size=grid_sizes.get(kernel)))
     return schedules
 
 

@@ -73,9 +73,7 @@ def predict(
         topology = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
         mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
         replicated = PartitionSpec()
-        args = tuple(
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, replicated)) for a in args
-        )
+        args = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, replicated)) for a in args)
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
         fn = jax.shard_map(fn, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
     with jax.set_mesh(mesh):
@@ -83,7 +81,9 @@ def predict(
         compiled = jax.jit(fn).lower(*args).compile()
         compile_time_s = time.perf_counter() - start
     try:
-        return predict_from_dump(compiled, dump_dir, device=device, compile_time_s=compile_time_s, grid_sizes=grid_sizes or {})
+        return predict_from_dump(
+            compiled, dump_dir, device=device, compile_time_s=compile_time_s, grid_sizes=grid_sizes or {}
+        )
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
 

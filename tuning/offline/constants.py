@@ -1,0 +1,29 @@
+"""The constants of the time model, each with its source. None belongs to a kernel.
+
+Published figures of a device (clock, peak FLOP/s, HBM and ICI bandwidth) are in `splash_attn.device`. What follows is
+not published. The three below are fitted, together, on the 12 rows of tuning/data/measured_v6e_tokamax_splash.json and
+on nothing else; `python -m tuning.validate` prints what remains of each row. They are taken over to other devices
+as they are, for want of measurements there.
+"""
+
+from splash_attn.device import DeviceSpec
+from tuning.offline.dma import DmaTiming
+
+#: Share of the published HBM bandwidth that streaming DMAs reach.
+HBM_EFFICIENCY = 0.9
+
+#: From the start of a DMA to the flag that says it is done, without the transfer itself.
+DMA_LATENCY_S = 0.75e-6
+
+#: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want
+#: the same memory.
+VMEM_BYTES_PER_STOLEN_CYCLE = 1500.0
+
+
+def dma_timing(device: DeviceSpec) -> DmaTiming:
+    """The constants in the device's cycles."""
+    return DmaTiming(
+        bytes_per_cycle=HBM_EFFICIENCY * device.hbm_bytes_per_s / device.clock_hz,
+        latency_cycles=DMA_LATENCY_S * device.clock_hz,
+        vmem_bytes_per_stolen_cycle=VMEM_BYTES_PER_STOLEN_CYCLE,
+    )

@@ -1,0 +1,109 @@
+"""When the transfers of one op finish, and how long its core waits for them.
+
+The core starts a DMA, goes on, and waits for its flag later. Transfers to and from HBM share one channel, in the order
+in which they were started: each begins a latency after its start and then takes bytes / bandwidth. While a transfer
+fills or empties VMEM, the core runs slower, because both want the same memory.
+"""
+
+import collections
+import dataclasses
+
+HBM_GRANULE_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class DmaTiming:
+    """Constants of the model, in cycles of the core.
+
+    Attributes:
+      bytes_per_cycle: HBM bandwidth that streaming transfers reach.
+      latency_cycles: from the start of a DMA to its first byte, and from its last to the flag, together.
+      vmem_bytes_per_stolen_cycle: bytes moved into or out of VMEM for each cycle that the core loses meanwhile.
+    """
+
+    bytes_per_cycle: float
+    latency_cycles: float
+    vmem_bytes_per_stolen_cycle: float
+
+    @property
+    def slowdown(self) -> float:
+        """Fraction of the core's cycles lost while a transfer is under way."""
+        return min(1.0, self.bytes_per_cycle / self.vmem_bytes_per_stolen_cycle)
+
+
+class DmaClock:
+    """Time on the core, in cycles, with the transfers that run beside it.
+
+    Attributes:
+      now: cycles since the op began, stalls included.
+      hbm_bytes: bytes that the op's transfers moved to and from HBM.
+    """
+
+    def __init__(self, timing: DmaTiming) -> None:
+        self._timing = timing
+        self._busy: collections.deque[tuple[float, float]] = collections.deque()
+        self._free_at = 0.0
+        self._pending: dict[str, collections.deque[tuple[float, int]]] = {}
+        self.now = 0.0
+        self.hbm_bytes = 0
+
+    def run(self, bundles: int) -> None:
+        """The core executes bundles: a cycle each, and more while a transfer takes VMEM's time."""
+        left = float(bundles)
+        speed = 1.0 - self._timing.slowdown
+        while left > 0:
+            while self._busy and self._busy[0][1] <= self.now:
+                self._busy.popleft()
+            if not self._busy:
+                self.now += left
+                return
+            begin, end = self._busy[0]
+            if self.now < begin:
+                step = min(left, begin - self.now)
+                self.now += step
+                left -= step
+                continue
+            possible = (end - self.now) * speed
+            if possible >= left:
+                self.now += left / speed
+                return
+            left -= possible
+            self.now = end
+
+    def start(self, flag: str | None, size_bytes: int, spaces: tuple[str | None, str | None]) -> None:
+        """A DMA starts; `flag` is told when it ends (None: nobody can be waiting for it)."""
+        in_hbm = spaces.count("hbm") or spaces.count(None)  # a pointer that the dump does not explain: to HBM
+        begin = max(self.now + self._timing.latency_cycles, self._free_at)
+        end = begin + size_bytes * max(1, in_hbm) / self._timing.bytes_per_cycle
+        if in_hbm:
+            self.hbm_bytes += size_bytes * in_hbm
+            self._free_at = end
+        if "vmem" in spaces:
+            self._add_busy(begin, end)
+        if flag is not None:
+            self._pending.setdefault(flag, collections.deque()).append((end, size_bytes))
+
+    def wait(self, flag: str, size_bytes: int) -> bool:
+        """The core waits until `flag` has been told of that many bytes. False: no transfer was started with it.
+
+        Of a window that sticks out of its array only a part is transferred; the core itself tells the flag the rest.
+        """
+        pending = self._pending.get(flag)
+        if not pending:
+            return False
+        while pending and size_bytes > 0:
+            end, transferred = pending.popleft()
+            self.now = max(self.now, end)
+            if transferred > size_bytes:
+                pending.appendleft((end, transferred - size_bytes))
+            size_bytes -= transferred
+        return True
+
+    def finish(self) -> None:
+        """The op ends when its last transfer has."""
+        self.now = max([self.now, *(end for pending in self._pending.values() for end, _ in pending)])
+
+    def _add_busy(self, begin: float, end: float) -> None:
+        if self._busy and begin <= self._busy[-1][1]:
+            begin, end = self._busy[-1][0], max(end, self._busy.pop()[1])
+        self._busy.append((begin, end))
