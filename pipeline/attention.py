@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
-import splash_attn
 import torch
-from splash_attn import tuned
-from splash_attn.api import resolve
 
+import splash_attn
 from pipeline.errors import RequestError
 from pipeline.request import AttentionOptions
 from pipeline.torchax_bridge import torchax_module
+from splash_attn import tuned
+from splash_attn.api import resolve
 
 
 class SplashAttentionProcessor:

@@ -1,23 +1,21 @@
 """The schema of configs/generate.yaml, and its one conversion to the frozen types."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
-
-from splash_attn.types import BlockSizes, Variant
 
 from pipeline.errors import RequestError
 from pipeline.request import AttentionOptions, GenerateRequest
+from splash_attn.types import BlockSizes, Variant
 
 
 @dataclasses.dataclass
 class AttentionConfig:
-    """See `AttentionOptions`; block_sizes and variant are mappings of the fields of the types they become."""
+    """See `AttentionOptions`. block_sizes, variant: None, or mappings of the fields of the types they become."""
 
     implementation: str | None = None
     k_smooth: bool = True
-    block_sizes: dict[str, int] | None = None
-    variant: dict[str, Any] | None = None
+    block_sizes: Any = None
+    variant: Any = None
 
 
 @dataclasses.dataclass
@@ -40,11 +38,11 @@ class GenerateConfig:
     seed: int = 42
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     stages: Any = "text,denoise,vae"
-    run_dir: Path | None = None
-    output_dir: Path = Path("videos")
+    run_dir: str | None = None
+    output_dir: str = "videos"
     resume: bool = True
-    results_path: Path | None = Path("results/generate.jsonl")
-    cache_dir: Path | None = None
+    results_path: str | None = "results/generate.jsonl"
+    cache_dir: str | None = None
     verbose: bool = False
 
 
@@ -55,8 +53,8 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
         options = AttentionOptions(
             implementation=attention.implementation,  # type: ignore[arg-type] # checked by AttentionOptions
             k_smooth=attention.k_smooth,
-            block_sizes=BlockSizes(**attention.block_sizes) if attention.block_sizes else None,
-            variant=Variant(**attention.variant) if attention.variant else None,
+            block_sizes=BlockSizes(**attention.block_sizes) if attention.block_sizes is not None else None,
+            variant=Variant(**attention.variant) if attention.variant is not None else None,
         )
     except RequestError:
         raise

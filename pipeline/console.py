@@ -28,6 +28,8 @@ class ConsoleProgress:
         elif self._bar is not None and event.step_time_s is not None:
             self._bar.set_postfix_str(f"{event.step_time_s:.2f} s each", refresh=False)
             self._bar.update(event.step - self._bar.n)
+            if event.step == event.total_steps:
+                self.close()
 
     def close(self) -> None:
         """Leave the last line on the screen."""
@@ -43,7 +45,8 @@ def timing_table(timings: Sequence[StageTimings]) -> str:
         step = f"{timing.step_time_s:>9.3f}" if timing.step_time_s is not None else f"{'':>9}"
         lines.append(
             f"  {timing.stage:<8} {timing.load_time_s:>8.2f} {timing.compile_time_s:>10.2f} {timing.run_time_s:>8.2f} "
-            f"{len(timing.step_times_s):>6} {step}" + ("  reused, times of the run that made it" if timing.reused else "")
+            f"{len(timing.step_times_s):>6} {step}"
+            + ("  reused, times of the run that made it" if timing.reused else "")
         )
     ran = [timing for timing in timings if not timing.reused]
     total = sum(timing.load_time_s + timing.compile_time_s + timing.run_time_s for timing in ran)

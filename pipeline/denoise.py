@@ -132,7 +132,8 @@ class Denoiser:
         scheduler_config: Mapping[str, Any],
         attention: AttentionOptions,
     ):
-        loaded.module.set_attn_processor(SplashAttentionProcessor(attention))
+        module: Any = loaded.module
+        module.set_attn_processor(SplashAttentionProcessor(attention))
         self._attention = attention
         self._weights = loaded.weights
         self._transformer = jax_function(loaded.module)

@@ -1,18 +1,32 @@
 """Command line: `python -m pipeline.generate prompt="..."`. See --help."""
 
 import logging
+import os
 import sys
 import warnings
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from splash_attn.platform import accelerator_visible, quiet_jax_without_accelerator
 
 # Text that is meant literally: Hydra's grammar gives commas, quotes and brackets a meaning of their own.
-_LITERAL_KEYS = ("prompt", "negative_prompt", "checkpoint", "stages", "run_dir", "output_dir", "results_path", "cache_dir")
+_LITERAL_KEYS = (
+    "prompt",
+    "negative_prompt",
+    "checkpoint",
+    "stages",
+    "run_dir",
+    "output_dir",
+    "results_path",
+    "cache_dir",
+)
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 
 
@@ -29,25 +43,29 @@ def _default_backend() -> str:
     return jax.default_backend()
 
 
-def quote_literals(arguments: list[str]) -> list[str]:
-    """Quote `key=value` arguments whose value is meant literally, so that Hydra takes any character as it is.
+def protect_literals(arguments: list[str]) -> list[str]:
+    """Make Hydra take the values of `_LITERAL_KEYS` as they are, whatever characters they hold.
 
-    A value that the user has quoted for Hydra already, a list, null and empty stay as they are.
+    They are handed over encoded, as `prompt='${literal:x...}'`, for `decode_literal` to restore. Empty values, null,
+    lists of stages, and what the user has quoted for Hydra already stay as they are.
     """
     if {"-m", "--multirun"} & set(arguments):
         return arguments  # commas then separate runs
-    return [_quote_literal(argument) for argument in arguments]
+    return [_protect(argument) for argument in arguments]
 
 
-def _quote_literal(argument: str) -> str:
+def _protect(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if key not in _LITERAL_KEYS or not equals or value in ("", "null"):
+    if key not in _LITERAL_KEYS or not equals or value in ("", "null") or (key == "stages" and value.startswith("[")):
         return argument
-    if (key == "stages" and value.startswith("[")) or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
         return argument
-    # In a quoted value backslashes count only before a quote (or at the end), and ${ begins an interpolation.
-    escaped = value.replace("\\'", "\\\\\\'") if "\\'" in value else value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}='${{literal:x{value.encode().hex()}}}'"
+
+
+def decode_literal(encoded: str) -> str:
+    """The text that `protect_literals` encoded."""
+    return bytes.fromhex(encoded.removeprefix("x")).decode()
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
@@ -58,7 +76,7 @@ def _run(config: DictConfig) -> None:
     from pipeline.request import parse_stages
     from pipeline.runner import generate
 
-    settings = OmegaConf.to_object(config)
+    settings: Any = OmegaConf.to_object(config)
     _set_up_logging(settings.verbose)
     progress = ConsoleProgress()
     try:
@@ -68,11 +86,11 @@ def _run(config: DictConfig) -> None:
         result = generate(
             request,
             stages=stages,
-            run_dir=settings.run_dir,
-            output_dir=settings.output_dir,
+            run_dir=_path(settings.run_dir),
+            output_dir=Path(settings.output_dir).expanduser(),
             resume=settings.resume,
-            cache_dir=settings.cache_dir,
-            results_path=settings.results_path,
+            cache_dir=_path(settings.cache_dir),
+            results_path=_path(settings.results_path),
             progress=progress,
         )
     except PipelineError as error:
@@ -121,9 +139,26 @@ def _set_up_logging(verbose: bool) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value).expanduser()
+
+
 def _fail(message: str, code: int = 1) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _one_line(error: HydraException | OmegaConfBaseException) -> str:
+    """Hydra's message of several lines, without its search path, as one."""
+    text = str(error).split("Config search path")[0]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text += "\n" + str(error.__cause__).split("full_key")[0]
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("To append", "See https"))
+    ]
+    if isinstance(error, OverrideParseException):
+        lines.append('expected key=value; quote text with spaces: prompt="..."')
+    return "; ".join(lines).replace(":;", ":") + "; see --help"
 
 
 def main() -> None:
@@ -132,9 +167,17 @@ def main() -> None:
 
     quiet_jax_without_accelerator()
     OmegaConf.register_new_resolver("default_model", default_model, replace=True)
+    OmegaConf.register_new_resolver("literal", decode_literal, replace=True)
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    sys.argv[1:] = quote_literals(sys.argv[1:])
-    _run()
+    sys.argv[1:] = protect_literals(sys.argv[1:])
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        _run()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, rather than print ten lines for a mistyped key
+    try:
+        _run()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(f"error: {_one_line(error)}")
 
 
 if __name__ == "__main__":

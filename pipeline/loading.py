@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} is not JSON ({error})") from error
         if not isinstance(config, dict):
-            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object")
+            raise CheckpointError(
+                f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object"
+            )
         return config
 
     def identity(self, *parts: str) -> str:
@@ -120,7 +123,9 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
     Raises CheckpointError when it is none of these or cannot be reached.
     """
     if revision is not None and (name == TINY or Path(name).expanduser().is_dir()):
-        raise CheckpointError(f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out")
+        raise CheckpointError(
+            f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+        )
     if name == TINY:
         return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
     folder = Path(name).expanduser()
@@ -209,6 +214,7 @@ def load_module(
     module = build_module(part, config, dtype)
     wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
     aliases = _aliases(module)
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, jax.Array] = {}
     unexpected: list[str] = []
@@ -217,7 +223,7 @@ def load_module(
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = aliases.get(key, key)
                 if name not in wanted:
-                    if keep(name):
+                    if keep(name) and not any(re.search(pattern, key) for pattern in ignored):
                         unexpected.append(key)
                     continue
                 value = file.get_tensor(key)
@@ -254,10 +260,12 @@ def _weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
         try:
             listed = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})") from error
+            raise CheckpointError(
+                f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})"
+            ) from error
         if absent := sorted(path.name for path in listed if not path.is_file()):
             raise CheckpointError(
-                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, which {index.name} lists; download it again"
+                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, listed in {index.name}; download it again"
             )
         files = sorted(listed)
     if not files:

@@ -20,10 +20,12 @@ SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
-def make_record(request: GenerateRequest, timings: Sequence[StageTimings], denoise: Mapping[str, Any]) -> dict[str, Any]:
+def make_record(
+    request: GenerateRequest, timings: Sequence[StageTimings], denoise: Mapping[str, Any]
+) -> dict[str, Any]:
     """A JSON-able record of one run. Times are measured, on the device named; reused stages have none here.
 
-    denoise: details of the denoise stage, with "attention" in it where the stage ran.
+    denoise: details of the denoise stage, with "attention" in it; empty where that stage was not asked for.
     """
     device = jax.devices()[0]
     return {

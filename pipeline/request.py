@@ -4,9 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from splash_attn.types import BlockSizes, Variant
-
 from pipeline.errors import RequestError
+from splash_attn.types import BlockSizes, Variant
 
 SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
 FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transformer, patch_size_t)
@@ -64,9 +63,9 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    checkpoint: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels, multiples
-    of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a second of
-    the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler built from
+    checkpoint: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels,
+    multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a
+    second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler built from
     its configuration. Raises RequestError.
     """
 

@@ -16,12 +16,12 @@ import torch
 
 from pipeline import records
 from pipeline.denoise import Denoiser
-from pipeline.errors import PipelineError, StageOutputError
+from pipeline.errors import PipelineError, RequestError, StageOutputError
 from pipeline.files import append_json_line, write_json
 from pipeline.loading import Checkpoint, import_libraries, resolve_checkpoint
 from pipeline.profiling import Progress, StageTimings, no_progress
 from pipeline.request import STAGES, GenerateRequest, Stage
-from pipeline.stage_output import StageKey, check_stage, load_stage, load_timings, save_stage, stage_key
+from pipeline.stage_output import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
 from pipeline.text_encoder import TextEncoder
 from pipeline.vae import VaeDecoder
 from pipeline.video import write_mp4
@@ -69,6 +69,8 @@ def generate(
 
     Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
     """
+    if "denoise" in stages:
+        _check_attention_device(request)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     keys = _stage_keys(request, checkpoint, stages[-1])
     run_dir = run_dir or output_dir / run_name(request)
@@ -77,7 +79,8 @@ def generate(
     details: dict[Stage, dict[str, Any]] = {}
     for stage in stages:
         if resume and _reusable(run_dir, keys[stage]):
-            timings.append(load_timings(run_dir, stage))
+            details[stage] = load_details(run_dir, stage)
+            timings.append(details[stage]["timings"])
             continue
         arrays = _inputs(run_dir, keys, stage)
         timing = StageTimings(stage)
@@ -87,7 +90,7 @@ def generate(
         del arrays
         gc.collect()  # torch modules are cyclic; their device memory is wanted by the next stage
     record = records.make_record(request, timings, details.get("denoise", {}))
-    if details and results_path is not None:
+    if results_path is not None and not all(timing.reused for timing in timings):
         append_json_line(results_path, record)
     video_path = _write_video(request, run_dir, keys["vae"], timings, record) if "vae" in stages else None
     return GenerateResult(run_dir, video_path, tuple(timings))
@@ -100,6 +103,15 @@ def run_name(request: GenerateRequest) -> str:
     fields = {name: value for name, value in dataclasses.asdict(request).items() if name != "fps"}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return f"{slug}-{size}-seed{request.seed}-{digest[:8]}"
+
+
+def _check_attention_device(request: GenerateRequest) -> None:
+    platform = jax.default_backend()
+    if request.attention.implementation == "pallas_tpu" and platform != "tpu":
+        raise RequestError(
+            f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
+            "leave it out, or take xla or pallas_interpret"
+        )
 
 
 def _stage_keys(request: GenerateRequest, checkpoint: Checkpoint, last: Stage) -> dict[Stage, StageKey]:

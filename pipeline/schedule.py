@@ -11,6 +11,7 @@ The table is read off the stock scheduler itself, by stepping it in float64 on u
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class StepTable:
         return any(self.noise_draws)
 
 
-def build_scheduler(config: dict[str, Any], scheduler: str = "checkpoint") -> Any:
+def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") -> Any:
     """The stock scheduler of a scheduler_config.json, or "ddim" / "dpm" made from the same configuration."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
@@ -79,9 +80,7 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor, previous: torch.Tensor |
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     if "timestep_back" in _parameters(scheduler.step):
         old = old_x0 if previous is not None else None
-        prev, x0 = scheduler.step(
-            model_output, old, timestep, previous, sample, generator=generator, return_dict=False
-        )
+        prev, x0 = scheduler.step(model_output, old, timestep, previous, sample, generator=generator, return_dict=False)
     else:
         prev, x0 = scheduler.step(model_output, timestep, sample, generator=generator, return_dict=False)
     count, noise = _noise_drawn(generator, nothing)

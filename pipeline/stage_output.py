@@ -77,7 +77,7 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
     """Write a stage's arrays and what they belong to. details: more for the JSON file, e.g. timings."""
     tensors = {name: numpy_to_torch(array) for name, array in arrays.items()}
     with atomic_path(folder / f"{key.stage}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"stage": key.stage, "fingerprint": key.fingerprint})
+        save_file(tensors, temporary, metadata={"fingerprint": key.fingerprint})
     described = {
         "schema_version": SCHEMA_VERSION,
         "stage": key.stage,
@@ -114,10 +114,10 @@ def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
         return {name: torch_to_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
-def load_timings(folder: Path, stage: Stage) -> StageTimings:
-    """The timings of the run that made a stage's saved output, marked as reused."""
-    saved = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))["timings"]
-    return StageTimings(**{**saved, "reused": True})
+def load_details(folder: Path, stage: Stage) -> dict[str, Any]:
+    """What the JSON file of a stage's saved output says, after `check_stage`. Timings are marked as reused."""
+    details = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
+    return {**details, "timings": StageTimings(**{**details["timings"], "reused": True})}
 
 
 def _open(folder: Path, stage: Stage) -> Any:
@@ -126,4 +126,3 @@ def _open(folder: Path, stage: Stage) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise StageOutputError(f"{stage}: {path} is not readable ({error})") from error
-

@@ -82,4 +82,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return T5Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         detail = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"checkpoint={checkpoint.name!r}: cannot read tokenizer/ as a T5 tokenizer ({detail})") from error
+        raise CheckpointError(
+            f"checkpoint={checkpoint.name!r}: cannot read tokenizer/ as a T5 tokenizer ({detail})"
+        ) from error

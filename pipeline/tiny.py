@@ -1,4 +1,4 @@
-"""A small random checkpoint of CogVideoX 1.5's shape in diffusers' folder layout, always the same for one `TinySpec`."""
+"""A small random checkpoint of CogVideoX 1.5's shape in diffusers' layout, always the same for one `TinySpec`."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 @dataclasses.dataclass(frozen=True)
 class TinySpec:
-    """Sizes of the tiny checkpoint. What makes it CogVideoX 1.5 (patches, rotary, scheduler) is not here: it is fixed."""
+    """Sizes of the tiny checkpoint. What makes it CogVideoX 1.5 (patches, rotary, scheduler) is fixed, not here."""
 
     num_layers: int = 2
     num_attention_heads: int = 4
@@ -81,7 +81,6 @@ def _write(folder: Path, spec: TinySpec) -> None:
         num_layers=spec.text_layers,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
@@ -89,7 +88,8 @@ def _write(folder: Path, spec: TinySpec) -> None:
         text_encoder = T5EncoderModel(text_config)
         transformer = CogVideoXTransformer3DModel(**_transformer_config(spec))
         vae = AutoencoderKLCogVideoX(**_vae_config(spec))
-    for offset, module in enumerate((text_encoder, transformer, vae)):
+    modules: tuple[torch.nn.Module, ...] = (text_encoder, transformer, vae)
+    for offset, module in enumerate(modules):
         _randomize(module, spec.seed + offset)
     scheduler = CogVideoXDDIMScheduler(
         beta_start=0.00085,
@@ -155,7 +155,7 @@ def _vae_config(spec: TinySpec) -> dict[str, Any]:
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from a generator of our own, in the order of names: the same for any version of a library."""
+    """Fill every parameter from a generator of our own, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim == 1:

@@ -123,9 +123,9 @@ def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = No
 
     def call(weights: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
         env = environment()
-        weights, args, kwargs = env.j2t_iso((weights, args, kwargs))
+        tensors, args, kwargs = env.j2t_iso((weights, args, kwargs))
         holder = _Holder(module, method)
-        named = {f"module.{name}": value for name, value in weights.items()}
+        named = {f"module.{name}": value for name, value in tensors.items()}
         with warnings.catch_warnings(), env, torch.no_grad():
             # torch's int64 positions become int32, as everything in JAX without x64: nothing here is that large.
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")

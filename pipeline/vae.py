@@ -28,7 +28,7 @@ class VaeDecoder:
     def __init__(self, loaded: LoadedModule, config: Mapping[str, Any]):
         self._weights = loaded.weights
         self._scaling_factor = float(config["scaling_factor"])
-        self._frame_batch_size = loaded.module.num_latent_frames_batch_size
+        self._frame_batch_size = int(loaded.module.num_latent_frames_batch_size)  # type: ignore[arg-type] # an attribute, not a submodule
         self._decode_batch = jax_function(loaded.module, _decode_batch)
         self._compiled: dict[Any, Any] = {}
 
@@ -72,19 +72,23 @@ class VaeDecoder:
     def _compile(self, batch: jax.Array, cache: Any, quantize: bool, timings: StageTimings, progress: Progress) -> Any:
         key = (batch.shape, batch.dtype, cache is None, quantize)
         if key not in self._compiled:
-
-            def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
-                video, cache = self._decode_batch(weights, latents / self._scaling_factor, cache)
-                video = video.astype(jnp.float32)
-                frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
-                if quantize:
-                    frames = jnp.round(frames * 255).astype(jnp.uint8)
-                return frames, cache, jnp.isfinite(video).all()
-
             with timings.measure("compile", progress):
-                donated = jax.jit(program, donate_argnums=2)
+                donated = jax.jit(self._program(quantize), donate_argnums=2)
                 self._compiled[key] = donated.lower(self._weights, batch, cache).compile()
         return self._compiled[key]
+
+    def _program(self, quantize: bool) -> Any:
+        """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), a pure function of arrays."""
+
+        def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
+            video, cache = self._decode_batch(weights, latents / self._scaling_factor, cache)
+            video = video.astype(jnp.float32)
+            frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+            if quantize:
+                frames = jnp.round(frames * 255).astype(jnp.uint8)
+            return frames, cache, jnp.isfinite(video).all()
+
+        return program
 
 
 def _decode_batch(vae: Any, latents: torch.Tensor, cache: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, Any]]:

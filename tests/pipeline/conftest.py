@@ -1,0 +1,84 @@
+"""A checkpoint smaller still than the default tiny one, and stock diffusers' pipeline on it, once a session."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from pipeline.loading import Checkpoint
+from pipeline.request import GenerateRequest
+from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
+
+SPEC = TinySpec(
+    num_layers=2,
+    num_attention_heads=3,
+    attention_head_dim=64,
+    time_embed_dim=24,
+    text_embed_dim=20,
+    text_layers=1,
+    max_text_seq_length=19,
+    vae_block_out_channels=(8, 8, 16, 16),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
+    """Many tests compile the same programs in objects of their own: let them share, through a cache of this session."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_folder: Path) -> Checkpoint:
+    return Checkpoint(name="small", folder=tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def stock(tiny_folder: Path):
+    """diffusers' own pipeline on the same checkpoint: torch, CPU, float32, its own attention."""
+    from diffusers import CogVideoXPipeline
+
+    pipe = CogVideoXPipeline.from_pretrained(tiny_folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        yield pipe
+
+
+@pytest.fixture
+def request_of(tiny_folder: Path):
+    """Makes a small request; keyword arguments change it."""
+
+    def make(**changes) -> GenerateRequest:
+        values = {
+            "prompt": "a red circle moves right",
+            "checkpoint": str(tiny_folder),
+            "height": 48,
+            "width": 80,
+            "num_inference_steps": 3,
+            "seed": 7,
+            **changes,
+        }
+        return GenerateRequest(**values)
+
+    return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)

@@ -1,0 +1,170 @@
+"""The command line. Most is tested on Hydra's composition in this process, the rest in real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from pipeline import generate
+from pipeline.config import GenerateConfig, to_request
+from pipeline.errors import RequestError
+
+ROOT = Path(generate.__file__).resolve().parents[1]
+
+
+def _compose(*arguments: str) -> GenerateConfig:
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    OmegaConf.register_new_resolver("default_model", generate.default_model, replace=True)
+    OmegaConf.register_new_resolver("literal", generate.decode_literal, replace=True)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("generate", overrides=generate.protect_literals(list(arguments)))
+    return OmegaConf.to_object(config)
+
+
+def _run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, "-m", "pipeline.generate", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+PROMPTS = [
+    "a red circle moves right",
+    "it's \"red\", moves: {50%} [x] = $HOME ${oc.env:HOME} \\ (end)'",
+    "ends with a backslash \\",
+    "a \\' b",
+    '"a" and "b"',
+    "日本 — ü",
+    "null",
+    "123",
+    "a,b",
+    "x=y",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:6] + PROMPTS[7:])
+def test_prompts_are_taken_literally(prompt):
+    assert to_request(_compose(f"prompt={prompt}")).prompt == prompt
+
+
+def test_what_is_quoted_for_hydra_is_left_to_hydra():
+    assert _compose("prompt='a, b'").prompt == "a, b"
+    assert _compose("prompt=x", "stages=[text,vae]").stages == ["text", "vae"]
+    assert _compose("prompt=x", "run_dir=null").run_dir is None
+    assert generate.protect_literals(["--multirun", "prompt=a,b"]) == ["--multirun", "prompt=a,b"]
+
+
+def test_paths_and_stages_may_hold_commas():
+    config = _compose("prompt=x", "stages=text,vae", "run_dir=a, b/c=d")
+    assert (config.stages, config.run_dir) == ("text,vae", "a, b/c=d")
+
+
+def test_defaults_of_the_full_model_are_the_published_ones():
+    request = to_request(_compose("prompt=a cat", "model=cogvideox1.5-5b"))
+    assert request.checkpoint == "zai-org/CogVideoX1.5-5B"
+    assert (request.height, request.width, request.num_frames, request.fps) == (720, 1280, 81, 16)
+    assert (request.num_inference_steps, request.guidance_scale, request.seed) == (50, 6.0, 42)
+    assert request.dtype == "bfloat16"
+
+
+def test_the_command_line_comes_before_the_models_defaults():
+    request = to_request(_compose("prompt=a cat", "num_frames=17", "model=tiny", "checkpoint=some/where"))
+    assert (request.num_frames, request.checkpoint) == (17, "some/where")
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("tpu", "cogvideox1.5-5b"), ("cpu", "tiny"), ("gpu", "tiny")])
+def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
+    monkeypatch.setattr(generate, "_default_backend", lambda: backend)
+    assert generate.default_model() == expected
+    assert _compose("prompt=x").dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
+
+
+def test_attention_options():
+    request = to_request(
+        _compose(
+            "prompt=x",
+            "attention.block_sizes={block_q:256,block_kv:512,block_kv_compute:128}",
+            "attention.variant={softmax:online}",
+            "attention.k_smooth=false",
+        )
+    )
+    assert request.attention.block_sizes.block_kv == 512
+    assert request.attention.variant.softmax == "online"
+    assert request.attention.k_smooth is False
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("attention.block_sizes={block_q:100,block_kv:128,block_kv_compute:128}", "attention: block_q=100: expected"),
+        ("attention.variant={nope:1}", "attention: .*'nope'"),
+        ("attention.variant=3", "attention: "),
+    ],
+)
+def test_bad_attention_options(argument, message):
+    with pytest.raises(RequestError, match=message):
+        to_request(_compose("prompt=x", argument))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: prompt='': expected some text, e.g. prompt=\"a red circle moves right\""),
+        (("prompt=x", "num_frames=50"), "error: num_frames=50: expected 8k + 1"),
+        (("prompt=x", "stages=text,foo"), "error: stages=text,foo: expected some of text,denoise,vae; unknown: 'foo'"),
+        (("prompt=x", "checkpoint=./nowhere"), "error: checkpoint='./nowhere': no such folder"),
+        (("prompt=x", "model=nope"), "error: In 'generate': Could not find 'model/nope'"),
+        (("prompt=x", "sead=1"), "error: Could not override 'sead'"),
+        (("prompt=x", "height=tall"), "error: Error merging override height=tall"),
+        (("prompt=a", "cat"), "error: Error parsing override 'cat'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_users_error_is_one_line(arguments, message, tmp_path):
+    done = _run(tmp_path, *arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_key_and_starts_nothing(tmp_path):
+    done = _run(tmp_path, "--help")
+    assert done.returncode == 0
+    for name in GenerateConfig.__dataclass_fields__:
+        assert name in done.stdout, name
+    assert 'python -m pipeline.generate prompt="a red circle moves right"' in done.stdout
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_the_command_to_the_video(tmp_path, tiny_folder):
+    """In a process of its own, without JAX_PLATFORMS: nothing of libtpu's may show."""
+    arguments = (
+        "prompt=it's a cat, or not",
+        f"checkpoint={tiny_folder}",
+        "height=32",
+        "width=48",
+        "num_inference_steps=2",
+        "fps=5",
+    )
+    done = _run(tmp_path, *arguments, JAX_PLATFORMS="")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "videos"]
+    (run_dir,) = (tmp_path / "videos").iterdir()
+    assert f"video: videos/{run_dir.name}/video.mp4" in done.stdout
+    assert "model tiny (the default without a TPU" in done.stdout
+    assert "s a step" in done.stdout
+    (line,) = (tmp_path / "results" / "generate.jsonl").read_text().splitlines()
+    assert json.loads(line)["request"]["prompt"] == "it's a cat, or not"
+    for noise in ("Warning", "libtpu", "TPU_ACCELERATOR_TYPE", "deprecat", "torchvision", "Traceback"):
+        assert noise not in done.stderr
+    again = _run(tmp_path, *arguments, "stages=vae", "fps=6")
+    assert again.returncode == 0, again.stderr
+    assert "reused" in again.stdout
+    assert len((tmp_path / "results" / "generate.jsonl").read_text().splitlines()) == 1
