@@ -46,7 +46,7 @@ def test_frame_counts_of_the_rule_are_accepted(num_frames):
 
 
 def test_unknown_implementation():
-    with pytest.raises(RequestError, match="attention.implementation='cuda': expected one of pallas_tpu"):
+    with pytest.raises(RequestError, match=r"attention\.implementation='cuda': expected one of pallas_tpu"):
         AttentionOptions(implementation="cuda")
 
 

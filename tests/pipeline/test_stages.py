@@ -251,5 +251,15 @@ def test_geometry_of_the_full_model(request_of):
 def test_a_1_0_checkpoint_is_refused(request_of):
     transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
     vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
-    with pytest.raises(CheckpointError, match="a CogVideoX 1.0 checkpoint; expected 1.5"):
+    with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
         rotary_embedding(LatentGeometry.of(request_of(), transformer, vae), transformer)
+
+
+def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):
+    """The TPU kernel, interpreted. It multiplies in bfloat16 (8 bits), which one step of guidance 6 amplifies."""
+    request = request_of(num_inference_steps=1)
+    embeddings = _embeddings(encoder, request)
+    interpreted = Denoiser.load(checkpoint, torch.float32, AttentionOptions(implementation="pallas_interpret"))
+    expected = denoiser.denoise(request, embeddings)
+    error = interpreted.denoise(request, embeddings) - expected
+    assert 0 < np.linalg.norm(error) / np.linalg.norm(expected) < 0.02
