@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from splash_attn.device import DeviceSpec
+from splash_attn.types import BlockSizes
 from tuning import offline
 from tuning.environment import REPO_ROOT, Environment
-from tuning.records import Label, Numerics, Status, Trial
-from tuning.space import Candidate
+from tuning.records import Numerics, Trial
+from tuning.status import Label, Status
 from tuning.workloads import Workload
 
 _LOG_TAIL_CHARACTERS = 4000
@@ -120,7 +121,7 @@ class Runner:
         request_path, result_path, log_path = job_dir / "request.json", job_dir / "result.json", job_dir / "log"
         request_path.write_text(json.dumps({"target": target, "payload": payload, "timeout_s": timeout_s}))
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)} | variables
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search_path), **variables}
         command = [sys.executable, "-m", "tuning.worker", str(request_path), str(result_path)]
         start = time.monotonic()
         timed_out = False
@@ -182,24 +183,30 @@ class Evaluator:
     measure: Mapping[str, Any]
     cache_dir: Path
 
-    def evaluate(
-        self, candidate: Candidate, *, kernel: str = "splash_attn", check: bool = True, notes: tuple[str, ...] = ()
-    ) -> Trial:
-        """The Trial of a candidate, whatever becomes of it. Raises CancelledError."""
+    def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
+        """The Trial of a candidate, whatever becomes of it.
+
+        Args:
+          block_sizes: of the kernel.
+          options: fields of Variant, or a peer's own.
+          kernel: one of tuning.kernels.KERNELS.
+
+        Raises:
+          CancelledError: the runner was cancelled.
+        """
         payload = {
             "kernel": kernel,
             "kernel_hash": self.environment.kernel_hash,
             "shape": dataclasses.asdict(self.workload.shape),
             "dtype": self.workload.dtype,
-            "block_sizes": dataclasses.asdict(candidate.block_sizes),
-            "variant": candidate.variant.to_dict(),
+            "block_sizes": dataclasses.asdict(block_sizes),
+            "options": dict(options),
             "device": self.target.name,
-            "check": check,
             "cache_dir": str(self.cache_dir.absolute()),
             "measure": dict(self.measure),
         }
         outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
-        return self._trial(candidate, kernel, outcome, notes)
+        return self._trial(block_sizes, options, kernel, outcome)
 
     def _variables(self, job_dir: Path) -> Mapping[str, str]:
         if self.backend == "offline":
@@ -209,7 +216,7 @@ class Evaluator:
             return {"JAX_PLATFORMS": "cpu"}
         return {}
 
-    def _trial(self, candidate: Candidate, kernel: str, outcome: Outcome, notes: tuple[str, ...]) -> Trial:
+    def _trial(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome) -> Trial:
         found = dict(outcome.result)
         numerics = found.pop("numerics", None)
         label = found.pop("label", None)
@@ -223,14 +230,14 @@ class Evaluator:
             device=self.target.name,
             device_kind=self.target.device_kind,
             backend=self.backend,
-            block_sizes=candidate.block_sizes,
-            variant=candidate.variant.to_dict() if kernel == "splash_attn" else {},
+            block_sizes=block_sizes,
+            variant=dict(options),
             status=outcome.status,
             environment=self.environment,
             label=Label(label) if label else None,
             time_samples_ms=tuple(found.pop("time_samples_ms", ())),
             ops=tuple(found.pop("ops", ())),
-            notes=(*notes, *found.pop("notes", ())),
+            notes=tuple(found.pop("notes", ())),
             numerics=Numerics(**numerics) if numerics else None,
             wall_time_s=outcome.wall_time_s,
             error=outcome.error,

@@ -4,7 +4,8 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
-from tuning.records import Status, Trial
+from tuning.records import Trial
+from tuning.status import Status
 
 
 def save(trials: Sequence[Trial], path: Path) -> bool:
@@ -33,13 +34,13 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
     figure, axes = plt.subplots(figsize=(1.8 + 1.15 * len(columns), 2.0 + 0.62 * len(rows)), layout="constrained")
     image = axes.imshow(times, cmap="viridis_r", aspect="auto")
     winner = min(timed, key=_time)
+    middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
     for row, block_q in enumerate(rows):
         for column, block_kv in enumerate(columns):
             cell = (block_q, block_kv)
             if cell in best:
                 trial = best[cell]
-                fraction = image.norm(_time(trial))
-                colour = "white" if fraction > 0.5 else "black"
+                colour = "white" if _time(trial) > middle else "black"
                 text = f"{_time(trial):.4g}\n/{trial.block_sizes.block_kv_compute}"  # type: ignore[union-attr]
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
                 if trial is winner:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from splash_attn import device as devices
-from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_attn.api import Implementation
+from splash_attn.types import AttentionShape, BlockSizes
 from tuning import kernels, measure, numerics
-from tuning.records import Status, TrialError
+from tuning.status import Status, TrialError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,8 @@ class Request:
     shape: AttentionShape
     dtype: str
     block_sizes: BlockSizes
-    variant: Variant
+    options: dict[str, Any]
     device: str
-    check: bool
     cache_dir: Path | None
     measure: measure.MeasureSettings
 
@@ -37,13 +37,12 @@ class Request:
         values = dict(payload)
         values["shape"] = AttentionShape(**values["shape"])
         values["block_sizes"] = BlockSizes(**values["block_sizes"])
-        values["variant"] = Variant.from_dict(values["variant"])
         values["cache_dir"] = Path(values["cache_dir"]) if values["cache_dir"] else None
         values["measure"] = measure.MeasureSettings(**values["measure"])
         return cls(**values)
 
-    def attention(self, implementation: str) -> kernels.Attention:
-        return kernels.KERNELS[self.kernel].build(self.block_sizes, self.variant, implementation)
+    def attention(self, implementation: Implementation) -> kernels.Attention:
+        return kernels.KERNELS[self.kernel].build(self.block_sizes, self.options, implementation)
 
     def abstract_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         shape = self.shape
@@ -57,25 +56,37 @@ def offline(payload: dict[str, Any]) -> dict[str, Any]:
     from tuning import offline as offline_model
 
     request = Request.from_payload(payload)
+    kernel = kernels.KERNELS[request.kernel]
+    assumed = kernel.assume(request.shape, request.options)
     try:
         prediction = offline_model.predict(
-            request.attention("pallas_tpu"), *request.abstract_args(), device=devices.by_name(request.device)
+            request.attention("pallas_tpu"),
+            *request.abstract_args(),
+            device=devices.by_name(request.device),
+            grid_sizes=assumed.grid_sizes,
         )
-    except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except offline_model.UnknownDumpFormatError:
+        raise  # not the candidate's fault
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise _compile_error(error) from error
     checked = _check(request, "pallas_interpret")
     if checked["status"] != Status.OK:
         return checked
+    kernel_ops = prediction.matching(kernel.op_name)
+    assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
+    unresolved = {text for op in prediction.ops for text in op.unresolved}
     return checked | {
         "label": "predicted",
         "time_samples_ms": [prediction.time_s * 1e3],
-        "cycles": prediction.cycles,
-        "vmem_bytes": prediction.vmem_bytes,
-        "spill_count": prediction.spill_count,
-        "fill_count": prediction.fill_count,
+        "kernel_time_ms": sum(op.time_s for op in kernel_ops) * 1e3,
+        "cycles": sum(op.cycles * op.calls for op in kernel_ops),
+        "vmem_bytes": max(op.vmem_bytes for op in kernel_ops),
+        "spill_count": sum(op.spill_count * op.calls for op in kernel_ops),
+        "fill_count": sum(op.fill_count * op.calls for op in kernel_ops),
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "compile_time_s": prediction.compile_time_s,
         "ops": prediction.to_dict()["ops"],
+        "notes": [*kernel.notes, *assumed.notes, *sorted(unresolved)],
     }
 
 
@@ -89,7 +100,7 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     request = Request.from_payload(payload)
     device = jax.devices()[0]
     on_tpu = device.platform == "tpu"
-    implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
+    implementation: Implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
     checked = _check(request, implementation)
     if checked["status"] != Status.OK:
         return checked
@@ -101,7 +112,7 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         compiled = jax.jit(request.attention(implementation)).lower(*arguments).compile()
-    except (jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise _compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
@@ -128,9 +139,7 @@ def probe(payload: dict[str, Any]) -> dict[str, Any]:
     return {"platform": device.platform, "device_kind": device.device_kind}
 
 
-def _check(request: Request, implementation: str) -> dict[str, Any]:
-    if not request.check:
-        return {"status": Status.OK, "notes": ["numerics not checked (check=false)"]}
+def _check(request: Request, implementation: Implementation) -> dict[str, Any]:
     key = numerics.CheckKey(
         kernel=request.kernel,
         kernel_hash=request.kernel_hash,
@@ -138,7 +147,7 @@ def _check(request: Request, implementation: str) -> dict[str, Any]:
         head_dim=request.shape.head_dim,
         dtype=request.dtype,
         block_sizes=request.block_sizes,
-        variant=request.variant,
+        options=request.options,
         implementation=implementation,
     )
     found = numerics.check_once(key, request.attention(implementation), request.cache_dir)
@@ -157,4 +166,4 @@ def _compile_error(error: Exception) -> TrialError:
     text = str(error)
     out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text
     status = Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR
-    return TrialError(status, " ".join(text.split())[:500])
+    return TrialError(status, text)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 import splash_attn
-from splash_attn.types import BlockSizes, Variant
+from splash_attn.api import Implementation
+from splash_attn.types import BlockSizes
 from tuning.environment import stable_hash
-from tuning.kernels import Attention
+from tuning.kernels import KERNELS, Attention, Options
 from tuning.records import Numerics
 
 #: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
@@ -35,16 +36,16 @@ class CheckKey:
     head_dim: int
     dtype: str
     block_sizes: BlockSizes
-    variant: Variant
-    implementation: str
+    options: Options
+    implementation: Implementation
 
     @property
     def name(self) -> str:
         fields = dataclasses.asdict(self)
-        for field in dataclasses.fields(self.variant):
-            # What only the TPU compiler sees changes nothing in interpret mode: such candidates share one check.
-            if field.metadata.get("compile_only") and self.implementation == "pallas_interpret":
-                del fields["variant"][field.name]
+        if self.implementation == "pallas_interpret":
+            # What only the TPU compiler sees changes nothing here: such candidates share one check.
+            compile_only = KERNELS[self.kernel].compile_only
+            fields["options"] = {name: value for name, value in self.options.items() if name not in compile_only}
         return stable_hash(json.dumps(fields, sort_keys=True))
 
 
@@ -73,6 +74,8 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
     import jax.numpy as jnp
 
     q_seq_len, kv_seq_len = key.block_sizes.block_q + _EXTRA_Q, key.block_sizes.block_kv + _EXTRA_KV
+    if not KERNELS[key.kernel].exact_at_any_length:
+        q_seq_len, kv_seq_len = 2 * key.block_sizes.block_q, 2 * key.block_sizes.block_kv
     rng = np.random.default_rng(0)
 
     def normal(rows: int) -> np.ndarray:
@@ -82,9 +85,9 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
     longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
     q *= _BOUNDS[:, None, None] / (longest * key.head_dim**-0.5 * np.log2(np.e))
     k += 2.0
-    q, k, v = (jnp.asarray(x, dtype=key.dtype) for x in (q, k, v))
-    actual = np.asarray(attention(q, k, v)).astype(np.float32)
-    expected = np.asarray(splash_attn.attention_reference(q, k, v, dtype=np.float32)).astype(np.float32)
+    arguments = [jnp.asarray(x, dtype=key.dtype) for x in (q, k, v)]
+    actual = np.asarray(attention(*arguments)).astype(np.float32)
+    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float32)).astype(np.float32)
     if actual.shape != expected.shape:
         raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
     difference = actual - expected

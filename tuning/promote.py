@@ -8,7 +8,8 @@ from pathlib import Path
 
 from splash_attn import tuned
 from splash_attn.types import Variant
-from tuning.records import Status, Trial
+from tuning.records import Trial
+from tuning.status import Status
 
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:

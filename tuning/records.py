@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import enum
 import json
 import os
 import statistics
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from splash_attn.types import AttentionShape, BlockSizes
 from tuning.environment import Environment
+from tuning.status import Label, Status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,33 +22,6 @@ SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"
 #: Before the fields of a variant, in tables and in the parameters of a space.
 VARIANT_PREFIX = "variant."
-
-
-class Status(enum.StrEnum):
-    """How a trial ended. Only OK may carry a time."""
-
-    OK = "ok"
-    WRONG = "wrong"
-    OUT_OF_MEMORY = "out_of_memory"
-    COMPILE_ERROR = "compile_error"
-    TIMEOUT = "timeout"
-    CRASHED = "crashed"
-
-
-class Label(enum.StrEnum):
-    """How a time was got. Times of different labels are never put in one column."""
-
-    MEASURED = "measured"
-    PREDICTED = "predicted"
-    REPORTED = "reported"
-
-
-class TrialError(Exception):
-    """Raised by a worker's job for a candidate that fails in a known way."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +135,11 @@ class Trial:
         return statistics.median(self.time_samples_ms) if self.time_samples_ms else None
 
     @property
+    def key(self) -> str:
+        """Equal for trials of the same block sizes and variant."""
+        return config_key(self.block_sizes, self.variant)
+
+    @property
     def config(self) -> str:
         """Block sizes and variant in one short string."""
         variant = [f"{name}={value}" for name, value in self.variant.items()]
@@ -185,6 +163,12 @@ class Trial:
         for name in ("time_samples_ms", "ops", "notes"):
             values[name] = tuple(values[name])
         return cls(**values)
+
+
+def config_key(block_sizes: BlockSizes | None, variant: Mapping[str, Any]) -> str:
+    """The same string for the same block sizes and variant, in every process."""
+    fields = dataclasses.asdict(block_sizes) if block_sizes else {}
+    return json.dumps(fields | {"variant": dict(variant)}, sort_keys=True)
 
 
 def append(path: Path, trial: Trial) -> None:

@@ -8,7 +8,8 @@ from omegaconf import MISSING, DictConfig
 
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, records, summary
-from tuning.records import Status, Trial
+from tuning.records import Trial
+from tuning.status import Status
 from tuning.sweep import objective
 
 
@@ -40,7 +41,7 @@ def select(trials: list[Trial], **wanted: str | None) -> list[Trial]:
             continue
         there = list(Status) if name == "status" else sorted({getattr(trial, name) for trial in trials})
         if value not in there:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(there) or 'none, there are no records'}.")
+            raise ValueError(f"{name}={value!r}: on record are {', '.join(there) or 'no trials at all'}.")
         trials = [trial for trial in trials if getattr(trial, name) == value]
     return sorted(trials, key=lambda t: (t.workload, t.device, t.backend, t.status is not Status.OK, objective(t)))
 
@@ -52,7 +53,7 @@ def _command(config: DictConfig) -> int:
     trials = cli.from_config(lambda: select(records.read_all(results_dir), **wanted))
     if config.top is not None:
         trials = trials[: config.top]
-    print(summary.table(trials, limit=None, hide=("record_id", "created_at", "dtype")))
+    print(summary.table(trials, limit=None, hide=("record_id", "created_at", "dtype"), one_variant_column=True))
     cli.write_json(config.json, {"trials": summary.rows(trials), "statuses": summary.status_counts(trials)})
     return 0
 

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import optuna
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from tuning.records import Status, Trial
+from tuning.records import Trial
 from tuning.space import Candidate, Candidates, Space, candidate_of, parameters_of
+from tuning.status import Status
 
 Sampler = Literal["grid", "random", "tpe"]
 
 #: Suggestions in a row that were seen or cannot be valid, after which TPE is given an unseen candidate at random.
-_MAX_REJECTIONS = 50
+_MAX_REJECTIONS = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Search:
         self._settings = settings
         self._objective = objective
         self._rng = random.Random(settings.seed)
-        self._distributions = {name: _distribution(values) for name, values in space.choices.items()}
+        self._distributions: dict[str, BaseDistribution] = {
+            name: _distribution(values) for name, values in space.choices.items()
+        }
         self._study = optuna.create_study(
             storage=f"sqlite:///{storage_path}",
             study_name=study_name,
@@ -189,7 +192,7 @@ class Search:
                 yield candidate
 
 
-def _distribution(values: Sequence[Any]) -> IntDistribution | CategoricalDistribution:
+def _distribution(values: Sequence[Any]) -> BaseDistribution:
     """Numbers become positions in their list, so that TPE knows which are neighbours."""
     if all(type(value) is int for value in values):
         return IntDistribution(0, len(values) - 1)

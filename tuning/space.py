@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
-from tuning.records import VARIANT_PREFIX
+from tuning.records import VARIANT_PREFIX, config_key
 
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockSizes))
 
@@ -27,8 +27,7 @@ class Candidate:
     @functools.cached_property
     def key(self) -> str:
         """The same string for the same candidate, in every process."""
-        fields = dataclasses.asdict(self.block_sizes) | {"variant": self.variant.to_dict()}
-        return json.dumps(fields, sort_keys=True)
+        return config_key(self.block_sizes, self.variant.to_dict())
 
     def __str__(self) -> str:
         return f"{self.block_sizes} {self.variant}"

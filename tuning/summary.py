@@ -27,22 +27,35 @@ _HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype", 
 
 def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """One dict a trial, as the table shows them but whole; what is unknown is None."""
-    return json.loads(_frame(trials).to_json(orient="records"))
+    return json.loads(_frame(trials).to_json(orient="records")) if trials else []
 
 
-def table(trials: Sequence[Trial], *, limit: int | None = 40, hide: Sequence[str] = _HIDDEN) -> str:
+def table(
+    trials: Sequence[Trial], *, limit: int | None = 40, hide: Sequence[str] = _HIDDEN, one_variant_column: bool = False
+) -> str:
     """The trials in their order as aligned text.
 
     Columns that are empty or hidden are left out; a variant's field that is the same in all trials is said once, above.
+
+    Args:
+      trials: what to show.
+      limit: show the first so many; None shows all.
+      hide: columns to leave out.
+      one_variant_column: put the fields of the variant in one column, for trials of different kernels.
     """
     if not trials:
         return "no trials"
     shown = trials[:limit] if limit else trials
     frame = _frame(shown).drop(columns=list(hide)).dropna(axis="columns", how="all")
-    variant_columns = [name for name in frame if name.startswith(records.VARIANT_PREFIX)]
-    common = [name for name in variant_columns if len(shown) > 1 and frame[name].astype(str).nunique() == 1]
-    header = ", ".join(f"{name.removeprefix(records.VARIANT_PREFIX)}={frame[name].iloc[0]}" for name in common)
-    frame = frame.drop(columns=common).rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
+    same = _common_options(shown)
+    header = ", ".join(f"{name}={value}" for name, value in same.items())
+    frame = frame.drop(columns=[records.VARIANT_PREFIX + name for name in same], errors="ignore")
+    fields = [name for name in frame if name.startswith(records.VARIANT_PREFIX)]
+    if one_variant_column and fields:
+        options = [{name: value for name, value in trial.variant.items() if name not in same} for trial in shown]
+        frame = frame.drop(columns=fields)
+        frame["variant"] = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
+    frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
     if "error" in frame:
         frame["error"] = [_shorten(error) for error in frame["error"]]
     for column in _INTEGERS:
@@ -81,6 +94,14 @@ def _bound_fraction(trial: Trial) -> float | None:
         return None
     bound_ms = mxu_bound_ms(trial.shape, spec)
     return bound_ms / time_ms if bound_ms else None
+
+
+def _common_options(trials: Sequence[Trial]) -> dict[str, Any]:
+    """The fields of the variant that all of several trials have alike."""
+    if len(trials) < 2:
+        return {}
+    first, *others = (trial.variant for trial in trials)
+    return {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
 
 
 def _shorten(error: object) -> str:

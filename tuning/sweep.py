@@ -21,13 +21,16 @@ from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, heatmap, records, summary
 from tuning.evaluate import JOBS, Evaluator, Runner, Target
 from tuning.promote import Promotion, promote
-from tuning.records import Status, Trial
+from tuning.records import Trial
 from tuning.search import Search
 from tuning.space import Candidate, Candidates, Pruner, enumerate_candidates
+from tuning.status import Status
 from tuning.sweep_config import SweepSchema, SweepSettings, settings_from
 from tuning.workloads import Workload
 
 _PROBE_TIMEOUT_S = 120.0
+#: Packages whose version can change a time or whether a kernel compiles.
+COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 
 cli.store_schema("sweep_schema", SweepSchema)
 
@@ -90,7 +93,7 @@ def sweep(
             cache_dir=sweeps_dir / ".numerics",
         )
         path = directory / records.TRIALS_FILE
-        known = {key_of(trial): trial for trial in records.read(path)}
+        known = {trial.key: trial for trial in records.read(path)}
         fingerprint = environment.stable_hash(settings.space.fingerprint)
         search = Search(
             storage_path=directory / "state" / "study.sqlite3",
@@ -128,8 +131,8 @@ def find_target(device: str, backend: str) -> Target:
     if outcome.status is not Status.OK:
         raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
     kind = outcome.result["device_kind"]
-    spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
-    here = Target(spec.name, kind, spec) if spec else Target(outcome.result["platform"], kind, None)
+    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
+    here = Target(known.name, kind, known) if known else Target(outcome.result["platform"], kind, None)
     if device not in ("local", here.name):
         raise cli.UserError(
             f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
@@ -148,13 +151,8 @@ def context_of(workload: Workload, target: Target, backend: str, captured: envir
         captured.kernel_hash,
         captured.backend_hash,
     ]
-    return environment.stable_hash(json.dumps([*parts, captured.versions, flags], sort_keys=True))
-
-
-def key_of(trial: Trial) -> str:
-    """The key of the candidate that a trial is about; see Candidate.key."""
-    fields = dataclasses.asdict(trial.block_sizes) if trial.block_sizes else {}
-    return json.dumps(fields | {"variant": trial.variant}, sort_keys=True)
+    versions = {name: captured.versions.get(name) for name in COMPILER_PACKAGES}
+    return environment.stable_hash(json.dumps([*parts, versions, flags], sort_keys=True))
 
 
 def objective(trial: Trial) -> float:
@@ -191,7 +189,8 @@ def _evaluate_all(
                     show(known[candidate.key])
                     bar.update()
                 else:
-                    running[pool.submit(evaluator.evaluate, candidate)] = candidate
+                    future = pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())
+                    running[future] = candidate
             if not running:
                 return evaluated_count
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)

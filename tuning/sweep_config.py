@@ -99,10 +99,10 @@ def settings_from(config: DictConfig) -> SweepSettings:
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
     for name, values in choices.items():
         if not isinstance(values, list):
-            raise ValueError(f"space.{name}={values!r}: expected a list.")
+            raise ValueError(f"space.{name}={values!r}: expected a list.")  # noqa: TRY004 - bad input, as all here
     workers = config.workers
     if workers is None:
-        workers = 1 if config.backend.name == "measure" else _core_count()
+        workers = 1 if config.backend.name == "measure" else core_count()
     return SweepSettings(
         workload=Workload.from_dict(cli.plain(config.workload)),
         device=config.device.name,
@@ -123,6 +123,6 @@ def settings_from(config: DictConfig) -> SweepSettings:
     )
 
 
-def _core_count() -> int:
+def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

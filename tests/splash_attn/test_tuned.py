@@ -1,0 +1,147 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splash_attn import tuned
+from splash_attn.types import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
+
+KIND = "TPU v6 lite"
+SHAPE = AttentionShape(batch_size=1, num_heads=12, q_seq_len=39826, kv_seq_len=39826, head_dim=64)
+PROVENANCE = tuned.Provenance("predicted", 14.0, "cogvideox_720p", "r1", "k1", None, {"jax": "0.10.2"}, "2026-01-01")
+
+
+def entry(time_ms: float = 14.0, label: str = "predicted", **changes: Any) -> tuned.TunedEntry:
+    provenance = dataclasses.replace(PROVENANCE, time_ms=time_ms, label=label)
+    defaults = {
+        "shape": SHAPE,
+        "dtype": "bfloat16",
+        "block_sizes": BlockSizes(1024, 4096, 2048),
+        "variant": Variant(),
+        "provenance": provenance,
+    }
+    return tuned.TunedEntry(**(defaults | changes))
+
+
+def write(directory: Path, *entries: tuned.TunedEntry) -> None:
+    content = {"schema_version": 1, "device_kind": KIND, "entries": [e.to_dict() for e in entries]}
+    tuned.path_for(KIND, directory).write_text(json.dumps(content))
+
+
+def choose(directory: Path, shape: AttentionShape = SHAPE, dtype: str = "bfloat16", **options: Any) -> tuned.Choice:
+    return tuned.choose(KIND, shape, dtype, directory=directory, **options)
+
+
+def shape(**changes: int) -> AttentionShape:
+    return dataclasses.replace(SHAPE, **changes)
+
+
+def test_the_entry_for_the_shape_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, entry(shape=shape(q_seq_len=40009, kv_seq_len=40009), time_ms=1.0), entry())
+    choice = choose(tmp_path)
+    assert choice.entry == entry()
+    assert choice.reason == "tuned for this shape: predicted 14.000 ms at 1x12x39826x64 (cogvideox_720p)."
+
+
+def test_without_an_entry_the_default_is_taken_and_said(tmp_path: Path) -> None:
+    choice = choose(tmp_path)
+    assert (choice.block_sizes, choice.variant, choice.entry) == (SEED_BLOCK_SIZES, Variant(), None)
+    assert "default 3328/2816/256" in choice.reason and "0 tuned entries for TPU v6 lite" in choice.reason
+
+
+@pytest.mark.parametrize("other", [{"shape": shape(head_dim=128)}, {"dtype": "float32"}])
+def test_other_head_dims_and_dtypes_do_not_count(tmp_path: Path, other: dict) -> None:
+    write(tmp_path, entry(**other))
+    choice = choose(tmp_path)
+    assert choice.entry is None and "1 tuned entries for TPU v6 lite, none with head_dim 64" in choice.reason
+
+
+def test_a_variant_that_is_asked_for_is_kept(tmp_path: Path) -> None:
+    online = Variant(softmax="online")
+    write(tmp_path, entry(time_ms=10.0), entry(time_ms=20.0, variant=online, block_sizes=BlockSizes(512, 512, 512)))
+    assert choose(tmp_path).variant == Variant()
+    assert choose(tmp_path, variant=online).block_sizes == BlockSizes(512, 512, 512)
+    absent = choose(tmp_path, variant=Variant(lookahead=7))
+    assert (absent.entry, absent.variant, absent.block_sizes) == (None, Variant(lookahead=7), SEED_BLOCK_SIZES)
+
+
+def test_the_nearest_lengths_win_by_ratio(tmp_path: Path) -> None:
+    near = entry(shape=shape(q_seq_len=20011, kv_seq_len=20011), block_sizes=BlockSizes(128, 128, 128))
+    far = entry(shape=shape(q_seq_len=89003, kv_seq_len=89003), block_sizes=BlockSizes(256, 256, 256))
+    write(tmp_path, near, far)
+    assert choose(tmp_path, shape(q_seq_len=40009, kv_seq_len=40009)).entry == near
+    between = choose(tmp_path, shape(q_seq_len=50021, kv_seq_len=50021))  # nearer to 20011 by difference
+    assert between.entry == far
+    assert "off by a factor of 3.17" in between.reason  # (89003 / 50021) ** 2, q and kv
+
+
+def test_same_lengths_prefer_same_heads_then_measured_then_time_per_head(tmp_path: Path) -> None:
+    other_heads = entry(shape=shape(num_heads=6), time_ms=1.0)
+    predicted, measured = entry(time_ms=13.0), entry(time_ms=15.0, label="measured")
+    write(tmp_path, other_heads, predicted)
+    assert choose(tmp_path).entry == predicted
+    write(tmp_path, other_heads, predicted, measured)
+    assert choose(tmp_path).entry == measured
+    faster = entry(time_ms=14.5, label="measured", variant=Variant(lookahead=1))
+    write(tmp_path, measured, faster)
+    assert choose(tmp_path).entry == faster
+
+
+@pytest.mark.parametrize(
+    ("q_seq_len", "kv_seq_len", "expected"),
+    [
+        (39826, 39826, (3328, 2816, 256)),
+        (1, 1, (128, 128, 128)),
+        (1009, 77, (1024, 128, 128)),
+        (3328, 2816, (3328, 2816, 256)),
+        (3329, 2561, (3328, 2816, 256)),
+        (7, 2560, (128, 2560, 256)),
+        (129, 257, (256, 512, 256)),
+    ],
+)
+def test_blocks_are_clamped_to_the_sequences(q_seq_len: int, kv_seq_len: int, expected: tuple) -> None:
+    assert tuned.clamp(SEED_BLOCK_SIZES, shape(q_seq_len=q_seq_len, kv_seq_len=kv_seq_len)) == BlockSizes(*expected)
+
+
+def test_a_nearest_entry_is_clamped(tmp_path: Path) -> None:
+    write(tmp_path, entry())
+    assert choose(tmp_path, shape(q_seq_len=300, kv_seq_len=3000)).block_sizes == BlockSizes(384, 4096, 2048)
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    write(tmp_path, entry())
+    assert choose(tmp_path).entry is not None
+    write(tmp_path)
+    os.utime(tuned.path_for(KIND, tmp_path), ns=(1, 1))
+    assert choose(tmp_path).entry is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2, "entries": []}', '{"schema_version": 1}'])
+def test_an_unreadable_file_is_an_error_not_a_default(tmp_path: Path, text: str) -> None:
+    tuned.path_for(KIND, tmp_path).write_text(text)
+    with pytest.raises(ValueError, match=r"tpu_v6_lite\.json: unreadable tuned entries"):
+        choose(tmp_path)
+
+
+def test_the_entries_in_the_tree_can_be_read() -> None:
+    for path in tuned.TUNED_DIR.glob("*.json"):
+        kind = json.loads(path.read_text())["device_kind"]
+        assert tuned.path_for(kind) == path
+        assert tuned.load(kind)
+
+
+def test_choosing_needs_no_jax() -> None:
+    """Only this module and types: importing the package itself brings JAX in."""
+    code = (
+        "import sys, importlib.util\n"
+        "sys.modules['splash_attn'] = package = type(sys)('splash_attn')\n"
+        f"package.__path__ = [{str(Path(tuned.__file__).parent)!r}]\n"
+        "import splash_attn.tuned\n"
+        "assert not {'jax', 'torch', 'numpy', 'hydra', 'pandas'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

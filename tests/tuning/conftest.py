@@ -1,0 +1,129 @@
+"""Shared by the tests of tuning."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before anything imports JAX: these tests need no accelerator, and libtpu would complain that there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+from splash_attn.types import AttentionShape, BlockSizes, Variant
+from tuning.environment import REPO_ROOT, Environment
+from tuning.evaluate import Evaluator, Runner, Target
+from tuning.records import Numerics, Trial
+from tuning.search import SearchSettings
+from tuning.space import Space
+from tuning.status import Label, Status
+from tuning.sweep_config import SweepSettings
+from tuning.workloads import Workload
+
+SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
+ENVIRONMENT = Environment(
+    versions={"jax": "0.10.2"},
+    flags={},
+    git_commit=None,
+    git_dirty=False,
+    kernel_hash="k1",
+    backend_hash="b1",
+    host="x86_64-linux",
+    cpu_count=2,
+)
+NUMERICS = Numerics(
+    implementation="pallas_interpret",
+    q_seq_len=467,
+    kv_seq_len=563,
+    num_heads=2,
+    block_sizes="256/256/128",
+    same_block_sizes=True,
+    rms_error=0.004,
+    max_row_error=0.02,
+    max_abs_error=0.03,
+    tolerance=2**-6,
+    row_tolerance=2**-3,
+)
+BLOCKS = BlockSizes(block_q=256, block_kv=512, block_kv_compute=128)
+
+
+@pytest.fixture
+def make_trial() -> Callable[..., Trial]:
+    """A trial that is ok unless told otherwise."""
+
+    def make(**changes: Any) -> Trial:
+        ok = changes.get("status", Status.OK) is Status.OK
+        defaults: dict[str, Any] = {
+            "context": "c1",
+            "kernel": "splash_attn",
+            "workload": "tiny",
+            "shape": SHAPE,
+            "dtype": "bfloat16",
+            "device": "v6e",
+            "device_kind": "TPU v6 lite",
+            "backend": "offline",
+            "block_sizes": BLOCKS,
+            "variant": Variant().to_dict(),
+            "status": Status.OK,
+            "environment": ENVIRONMENT,
+            "label": Label.PREDICTED if ok else None,
+            "time_samples_ms": (12.5,) if ok else (),
+            "numerics": NUMERICS,
+        }
+        return Trial(**(defaults | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
+    """A sweep over block sizes 128..1024 of a small shape, with results in a folder of the test's own."""
+
+    def make(**changes: Any) -> SweepSettings:
+        defaults = {
+            "workload": Workload("tiny", SHAPE, "bfloat16"),
+            "device": "v6e",
+            "backend": "interpret",
+            "measure": {},
+            "search": SearchSettings(sampler="grid", max_trials=None, seed=0),
+            "space": Space(
+                "test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
+            ),
+            "workers": 2,
+            "timeout_s": 60.0,
+            "vmem_pruning": False,
+            "results_dir": tmp_path / "results",
+            "promote": False,
+            "progress": False,
+        }
+        return SweepSettings(**(defaults | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_evaluator(tmp_path: Path) -> Callable[[str], Evaluator]:
+    """An evaluator of the small shape that runs the named job; each has a cache of its own."""
+
+    def make(job: str) -> Evaluator:
+        return Evaluator(
+            runner=Runner(tmp_path / "work"),
+            workload=Workload("tiny", SHAPE, "bfloat16"),
+            target=Target("v6e", "TPU v6 lite", None),
+            backend="interpret",
+            job=job,
+            context="c1",
+            environment=ENVIRONMENT,
+            timeout_s=120,
+            measure={},
+            cache_dir=tmp_path / job.replace(":", "_"),
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def fake_jobs_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find tests/tuning/fake_jobs.py as module `fake_jobs`."""
+    here = str(REPO_ROOT / "tests" / "tuning")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))

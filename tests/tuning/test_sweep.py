@@ -1,0 +1,239 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tuning import heatmap, records, summary
+from tuning.cli import UserError
+from tuning.environment import REPO_ROOT
+from tuning.search import SearchSettings
+from tuning.space import Space
+from tuning.status import Status
+from tuning.sweep import find_target, sweep
+from tuning.sweep_config import SweepSettings
+
+MakeSettings = Callable[..., SweepSettings]
+
+
+def _quiet(line: str) -> None:
+    del line
+
+
+def _job_count(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_grid_evaluates_every_candidate_once_and_finds_the_best(make_settings: MakeSettings) -> None:
+    result = sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+    assert result.evaluated_count == len(result.trials) == len(result.candidates.valid) == 12
+    assert len({trial.key for trial in result.trials}) == 12
+    assert result.winner is not None and str(result.winner.block_sizes) == "384/512/128"
+    on_disk = records.read(result.directory / records.TRIALS_FILE)
+    assert {trial.record_id for trial in on_disk} == {trial.record_id for trial in result.trials}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_search_repeats_nothing_and_goes_on_where_it_was(
+    make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
+
+    def run(max_trials: int | None) -> int:
+        settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=1))  # type: ignore[arg-type]
+        result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+        assert len({trial.key for trial in result.trials}) == len(result.trials) == (max_trials or 12)
+        return result.evaluated_count
+
+    assert run(5) == 5
+    assert run(5) == 0
+    assert run(None) == 7
+    assert _job_count(log) == 12
+
+
+def test_another_study_of_the_same_context_takes_what_is_on_record(make_settings: MakeSettings) -> None:
+    sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+    other = make_settings(search=SearchSettings(sampler="tpe", max_trials=6, seed=3))
+    result = sweep(other, job="fake_jobs:abort", report=_quiet)
+    assert result.evaluated_count == 0
+    assert all(trial.status is Status.OK for trial in result.trials)
+
+
+def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
+    first = ({"block_q": 384, "block_kv": 256, "block_kv_compute": 256}, {"block_q": 256, "block_kv": 512})
+    space = Space("test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}, first)
+    settings = make_settings(space=space, search=SearchSettings(sampler="tpe", max_trials=2, seed=0))
+    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    assert {str(trial.block_sizes) for trial in result.trials} == {"384/256/256", "256/512/128"}
+
+
+def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings, tmp_path: Path) -> None:
+    choices = {"block_q": (128, 256, 384, 512, 640, 768, 896, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
+    settings = make_settings(space=Space("fates", choices), timeout_s=5.0, workers=4)
+    result = sweep(settings, job="fake_jobs:by_block_q", report=_quiet)
+    fates = {trial.block_sizes.block_q: trial.status for trial in result.trials if trial.block_sizes}
+    assert fates == {
+        128: Status.WRONG,
+        256: Status.OUT_OF_MEMORY,
+        384: Status.TIMEOUT,
+        512: Status.CRASHED,
+        640: Status.CRASHED,
+        768: Status.CRASHED,
+        896: Status.CRASHED,
+        1024: Status.OK,
+    }
+    assert all(trial.time_ms is None for trial in result.trials if trial.status is not Status.OK)
+    assert result.winner is not None and result.winner.block_sizes is not None
+    assert result.winner.block_sizes.block_q == 1024
+    table = summary.table(result.trials)
+    assert all(status.value in table for status in set(fates.values()))
+    assert heatmap.save(result.trials, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+_SWEEP_TO_KILL = """
+import pickle, sys
+from tuning.sweep import sweep
+if __name__ == "__main__":
+    settings = pickle.load(open(sys.argv[1], "rb"))
+    sweep(settings, job="fake_jobs:bowl", report=lambda line: None)
+"""
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_kill_9_loses_nothing_and_repeats_nothing(
+    make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
+    settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))  # type: ignore[arg-type]
+    settings_path.write_bytes(pickle.dumps(settings))
+    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
+    monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "0.6")
+    path = os.pathsep.join([str(REPO_ROOT), os.environ["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path)], env=os.environ | {"PYTHONPATH": path}
+    )
+    trials_glob = "sweeps/*/" + records.TRIALS_FILE
+    while not any(len(p.read_text().splitlines()) >= 4 for p in settings.results_dir.glob(trials_glob)):
+        assert process.poll() is None, "the sweep ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (records_path,) = settings.results_dir.glob(trials_glob)
+    before = records.read(records_path)
+    assert 4 <= len(before) < 12
+    monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "0")
+
+    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+
+    after = records.read(records_path)
+    assert [trial.record_id for trial in after[: len(before)]] == [trial.record_id for trial in before]
+    assert len({trial.key for trial in after}) == len(after) == len(result.trials) == 12
+    assert result.evaluated_count == 12 - len(before)
+    runs = [json.loads(line) for line in log.read_text().splitlines()]
+    for trial in before:
+        assert trial.block_sizes is not None
+        assert runs.count(dataclasses.asdict(trial.block_sizes)) == 1
+    assert not (result.directory / "state" / "work").exists()
+
+
+def test_workers_die_with_a_killed_sweep(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
+
+    log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
+    settings = make_settings()
+    settings_path.write_bytes(pickle.dumps(settings))
+    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
+    monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "600")
+    path = os.pathsep.join([str(REPO_ROOT), os.environ["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path)], env=os.environ | {"PYTHONPATH": path}
+    )
+    while _job_count(log) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = _worker_pids(settings.results_dir)
+    assert len(workers) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while _worker_pids(settings.results_dir) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _worker_pids(settings.results_dir) == []
+    assert not [p for work in settings.results_dir.glob("sweeps/*/state/work") for p in work.iterdir()]
+
+
+def _worker_pids(results_dir: Path) -> list[int]:
+    """Worker processes whose request lies under a results folder."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if "tuning.worker" in command and str(results_dir) in command:
+                pids.append(int(entry.name))
+    return pids
+
+
+def test_record_written_but_not_told_is_not_run_again(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Death between the record and the study, the narrowest place to die in."""
+    from tuning import search
+
+    settings = make_settings(search=SearchSettings(sampler="tpe", max_trials=None, seed=0), workers=1)
+
+    def die(*arguments: object) -> None:
+        raise SystemError("as if killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search.Search, "tell", die)
+        with pytest.raises(SystemError):
+            sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    assert result.evaluated_count == 11
+    assert len(result.trials) == 12
+
+
+def test_two_sweeps_of_one_context_do_not_mix(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuning import sweep as module
+
+    settings = make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0))
+    directory = sweep(settings, job="fake_jobs:bowl", report=_quiet).directory
+    with module._locked(directory / "state"), pytest.raises(UserError, match="another sweep"):
+        sweep(settings, job="fake_jobs:bowl", report=_quiet)
+
+
+def test_a_changed_kernel_starts_afresh(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(search=SearchSettings(sampler="grid", max_trials=2, seed=0))
+    first = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    from tuning import environment
+
+    monkeypatch.setattr(environment, "source_hash", lambda patterns: "another")
+    second = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    assert second.evaluated_count == 2
+    assert first.directory != second.directory
+
+
+def test_measure_refuses_a_device_that_is_not_here() -> None:
+    with pytest.raises(UserError, match=r"device=v6e backend=measure: the device here is 'cpu'"):
+        find_target("v6e", "measure")
+    assert find_target("local", "measure").device_kind == "cpu"
+
+
+def test_offline_needs_a_named_device() -> None:
+    with pytest.raises(UserError, match=r"device='local': expected one of \[.*'v6e'.*\]"):
+        find_target("local", "offline")

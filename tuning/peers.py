@@ -1,0 +1,165 @@
+"""Our kernel beside others, compiled for the same workload and device: `python -m tuning.peers --help`."""
+
+import concurrent.futures
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+from tqdm import tqdm
+
+from splash_attn import tuned
+from splash_attn.platform import quiet_jax_without_accelerator
+from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
+from tuning import cli, environment, records, summary
+from tuning.evaluate import JOBS, Evaluator, Runner
+from tuning.records import Trial
+from tuning.status import Status
+from tuning.sweep import context_of, find_target, objective
+from tuning.sweep_config import core_count
+from tuning.workloads import Workload
+
+_BACKEND = "offline"
+_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
+
+
+@dataclasses.dataclass
+class PeerSchema:
+    """One configuration of a peer; becomes an Entrant."""
+
+    kernel: str = MISSING
+    block_q: int = MISSING
+    block_kv: int = MISSING
+    block_kv_compute: int = MISSING
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class PeersSchema:
+    """Fields of configs/peers.yaml."""
+
+    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
+    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    peers: list[PeerSchema] = dataclasses.field(default_factory=list)
+    workers: int | None = None
+    timeout_s: float = MISSING
+    results_dir: str = MISSING
+    reuse: bool = MISSING
+    json: str | None = None
+
+
+cli.store_schema("peers_schema", PeersSchema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """A kernel in one configuration."""
+
+    kernel: str
+    block_sizes: BlockSizes
+    options: dict[str, Any]
+
+
+def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
+    """Ours and the installed peers, and a line about each that is missing or must be known.
+
+    Raises:
+      ValueError: a kernel is unknown or its block sizes are invalid.
+    """
+    from tuning.kernels import KERNELS
+
+    choice = tuned.choose(device_kind, workload.shape, workload.dtype)
+    options = choice.variant.to_dict()
+    found = [Entrant("splash_attn", choice.block_sizes, options)]
+    seed = Entrant("splash_attn", tuned.clamp(SEED_BLOCK_SIZES, workload.shape), options)
+    if seed not in found:
+        found.append(seed)
+    lines = [f"splash_attn runs {choice.reason}"]
+    for peer in cli.plain(config.peers):
+        name = peer.pop("kernel")
+        peer_options = peer.pop("options")
+        if name not in KERNELS:
+            raise ValueError(f"peers.kernel={name!r}: expected one of {', '.join(KERNELS)}.")
+        kernel = KERNELS[name]
+        if kernel.installed:
+            found.append(Entrant(name, BlockSizes(**peer), peer_options))
+        else:
+            lines.append(f"{name} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
+    return found, list(dict.fromkeys(lines))
+
+
+def _command(config: DictConfig) -> int:
+    workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
+    target = find_target(config.device.name, _BACKEND)
+    entered, lines = cli.from_config(lambda: entrants(config, workload, target.device_kind))
+    for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
+        print(line)
+    captured = environment.capture(_BACKEND)
+    context = context_of(workload, target, _BACKEND, captured)
+    results_dir = Path(config.results_dir)
+    path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
+    known = {(trial.kernel, trial.key): trial for trial in records.read(path)} if config.reuse else {}
+    with tempfile.TemporaryDirectory() as work_dir:
+        evaluator = Evaluator(
+            runner=Runner(Path(work_dir)),
+            workload=workload,
+            target=target,
+            backend=_BACKEND,
+            job=JOBS[_BACKEND],
+            context=context,
+            environment=captured,
+            timeout_s=config.timeout_s,
+            measure={},
+            cache_dir=results_dir / "sweeps" / ".numerics",
+        )
+        trials = _evaluate(entered, evaluator, known, path, config.workers or core_count())
+    trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
+    print(summary.table(trials, hide=_HIDDEN, one_variant_column=True))
+    for kernel, note in dict.fromkeys((trial.kernel, note) for trial in trials for note in trial.notes):
+        print(f"{kernel}: {note}")
+    cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": summary.rows(trials)})
+    return 0 if all(trial.status is Status.OK for trial in trials) else 1
+
+
+def _evaluate(
+    entered: list[Entrant],
+    evaluator: Evaluator,
+    known: dict[tuple[str, str], Trial],
+    path: Path,
+    workers: int,
+) -> list[Trial]:
+    """One trial for each entrant: those on record, and the others made and recorded now."""
+    trials: list[Trial] = []
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    bar = tqdm(total=len(entered), unit="kernel", leave=False)
+    futures = []
+    try:
+        for entrant in entered:
+            on_record = known.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
+            if on_record is not None:
+                trials.append(on_record)
+                bar.update()
+            else:
+                futures.append(pool.submit(evaluator.evaluate, entrant.block_sizes, entrant.options, entrant.kernel))
+        for future in concurrent.futures.as_completed(futures):
+            trial = future.result()
+            records.append(path, trial)
+            trials.append(trial)
+            bar.update()
+    finally:
+        evaluator.runner.cancel()
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    return trials
+
+
+def main() -> int:
+    """The command line."""
+    quiet_jax_without_accelerator()
+    return cli.run("peers", _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
