@@ -3,5 +3,6 @@
 from tuning.offline.cost import OpCost as OpCost
 from tuning.offline.cost import Prediction as Prediction
 from tuning.offline.errors import UnknownDumpFormatError as UnknownDumpFormatError
+from tuning.offline.topology import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
 from tuning.offline.topology import predict as predict
 from tuning.offline.topology import worker_environment as worker_environment
