@@ -25,7 +25,7 @@ def make_record(
 ) -> dict[str, Any]:
     """A JSON-able record of one run. Times are measured, on the device named; reused stages have none here.
 
-    denoise: details of the denoise stage, with "attention" in it; empty where that stage was not asked for.
+    denoise: details of the denoise stage, with "attention" in it; empty where there is no output of it.
     """
     device = jax.devices()[0]
     return {

@@ -74,7 +74,8 @@ def generate(
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     keys = _stage_keys(request, checkpoint, stages[-1])
     run_dir = run_dir or output_dir / run_name(request)
-    import_libraries()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RequestError(f"run_dir={str(run_dir)!r}: a file; expected a folder, or a name that is free")
     timings: list[StageTimings] = []
     details: dict[Stage, dict[str, Any]] = {}
     for stage in stages:
@@ -89,6 +90,8 @@ def generate(
         timings.append(timing)
         del arrays
         gc.collect()  # torch modules are cyclic; their device memory is wanted by the next stage
+    if "denoise" in keys and "denoise" not in details and _belongs(run_dir, keys["denoise"]):
+        details["denoise"] = load_details(run_dir, "denoise")
     record = records.make_record(request, timings, details.get("denoise", {}))
     if results_path is not None and not all(timing.reused for timing in timings):
         append_json_line(results_path, record)
@@ -118,6 +121,14 @@ def _stage_keys(request: GenerateRequest, checkpoint: Checkpoint, last: Stage) -
     needed = STAGES[: STAGES.index(last) + 1]
     identities = {stage: checkpoint.identity(*_PARTS[stage]) for stage in needed}
     return {stage: stage_key(request, stage, identities) for stage in needed}
+
+
+def _belongs(run_dir: Path, key: StageKey) -> bool:
+    try:
+        check_stage(run_dir, key)
+    except StageOutputError:
+        return False
+    return True
 
 
 def _reusable(run_dir: Path, key: StageKey) -> bool:
@@ -151,6 +162,7 @@ def _run_stage(
     progress: Progress,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The stage's arrays, and details for its JSON file."""
+    import_libraries()
     run: Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]
     run = {"text": _run_text, "denoise": _run_denoise, "vae": _run_vae}[stage]
     try:

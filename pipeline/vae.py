@@ -4,7 +4,7 @@ As stock, frames are decoded in batches of two latent frames (three in the first
 the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -52,15 +52,15 @@ class VaeDecoder:
         """
         timings = timings or StageTimings("vae")
         batches = list(_frame_batches(latents.shape[1], self._frame_batch_size))
+        inputs = [jnp.asarray(latents[:, start:stop]) for start, stop in batches]
+        programs = self._compile(inputs, quantize, timings, progress)
         frames, cache = [], None
-        clock = None
-        for index, (start, stop) in enumerate(batches):
-            batch = jnp.asarray(latents[:, start:stop])
-            program = self._compile(batch, cache, quantize, timings, progress)
-            with timings.measure("run", no_progress):
-                clock = clock or StepClock(timings, len(batches), progress)
+        with timings.measure("run", no_progress):
+            clock = StepClock(timings, len(batches), progress)
+            for index, (batch, program) in enumerate(zip(inputs, programs, strict=True)):
                 decoded, cache, finite = program(self._weights, batch, cache)
                 if not bool(finite):
+                    start, stop = batches[index]
                     raise NonFiniteError(
                         f"vae: batch {index + 1} of {len(batches)} (latent frames {start} to {stop - 1}): the frames "
                         "hold NaN or infinity; try dtype=float32"
@@ -69,13 +69,20 @@ class VaeDecoder:
                 clock.tick()
         return np.concatenate(frames)
 
-    def _compile(self, batch: jax.Array, cache: Any, quantize: bool, timings: StageTimings, progress: Progress) -> Any:
-        key = (batch.shape, batch.dtype, cache is None, quantize)
-        if key not in self._compiled:
-            with timings.measure("compile", progress):
-                donated = jax.jit(self._program(quantize), donate_argnums=2)
-                self._compiled[key] = donated.lower(self._weights, batch, cache).compile()
-        return self._compiled[key]
+    def _compile(
+        self, batches: Sequence[jax.Array], quantize: bool, timings: StageTimings, progress: Progress
+    ) -> list[Any]:
+        """The compiled program of each batch; all but the first are the same one."""
+        programs, cache = [], None
+        for batch in batches:
+            key = (batch.shape, batch.dtype, cache is None, quantize)
+            if key not in self._compiled:
+                with timings.measure("compile", progress):
+                    lowered = jax.jit(self._program(quantize), donate_argnums=2).lower(self._weights, batch, cache)
+                    self._compiled[key] = (lowered.compile(), lowered.out_info[1])
+            program, cache = self._compiled[key]
+            programs.append(program)
+        return programs
 
     def _program(self, quantize: bool) -> Any:
         """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), a pure function of arrays."""

@@ -154,6 +154,9 @@ def test_stages_one_at_a_time(finished, same, ran, tmp_path):
         result = generate(same(), stages=[stage], run_dir=run_dir)
         assert (result.video_path is not None) == (stage == "vae")
     assert ran == list(STAGES)
+    sidecar = json.loads((run_dir / "video.json").read_text())
+    assert [timing["stage"] for timing in sidecar["stages"]] == ["vae"]
+    assert sidecar["attention"]["implementation"] == "xla", "known from the denoise stage's own output"
     for stage in STAGES:
         name = f"{stage}.safetensors"
         assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes()
@@ -234,6 +237,12 @@ def test_pallas_tpu_without_a_tpu_is_refused_before_any_work(same, ran, tmp_path
     with pytest.raises(RequestError, match="'pallas_tpu': needs a TPU, and JAX runs on 'cpu'"):
         generate(request, run_dir=tmp_path / "run")
     assert ran == []
+
+
+def test_a_file_where_the_folder_should_be(same, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RequestError, match="taken': a file; expected a folder"):
+        generate(same(), run_dir=tmp_path / "taken")
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

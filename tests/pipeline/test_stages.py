@@ -171,6 +171,14 @@ def test_one_compilation_serves_any_number_of_steps(encoder, checkpoint, request
     assert (len(first.step_times_s), len(second.step_times_s)) == (2, 5)
 
 
+def test_compiling_is_not_counted_as_running(checkpoint, rng):
+    timings = StageTimings("vae")
+    events = []
+    VaeDecoder.load(checkpoint, torch.float32).decode(_latents(rng, 5), timings, events.append, quantize=False)
+    assert [event.phase for event in events] == ["compile", "compile", "run", "run", "run"]
+    assert sum(timings.step_times_s) <= timings.run_time_s
+
+
 def test_two_programs_decode_any_length(decoder, rng):
     decoder.decode(_latents(rng, 5), quantize=False)
     timings = StageTimings("vae")
