@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from splash_attn import tuned
-from splash_attn.kernel import fixed_bound_limit, splash_attention_kernel
+from splash_attn.kernel import extend_keys, fixed_bound_limit, splash_attention_kernel
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 
 logger = logging.getLogger(__name__)
@@ -53,14 +53,15 @@ def attention(
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """`softmax(scale * q k^T) v`, exact at any length: padding never takes part in the softmax.
 
-    The Pallas implementations multiply in bfloat16 and accumulate in float32, whatever the input dtype; q is scaled and
-    k is smoothed in float32 before the one rounding. "xla" computes in float32 throughout.
+    The Pallas implementations multiply in bfloat16 and accumulate in float32, whatever the input dtype: float32 and
+    float16 inputs are rounded once. "xla" computes in float32 throughout.
 
     Args:
       q, k, v: bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
       scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand.
       k_smooth: subtract the mean key (SageAttention, arXiv:2410.02367). It shifts each row of logits by a constant, so it
-        changes nothing but rounding; it also widens the range in which the "fixed_bound" softmax is proved exact.
+        changes nothing but rounding. Keys that have to be rounded to bfloat16 are centred first; the "fixed_bound"
+        softmax centres its bound, and is then proved exact over twice the range.
       block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape (`splash_attn.tuned`).
       implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla" (plain
         JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
@@ -189,29 +190,36 @@ def _attention_pallas(
 ) -> jax.Array:
     batch_size, num_heads, q_seq_len, head_dim = q.shape
     kv_seq_len = k.shape[2]
-    qs = (q.astype(jnp.float32) * (scale * LOG2_E)).astype(jnp.bfloat16)
-    ks = (_centre(k) if k_smooth else k).astype(jnp.bfloat16)
-    qs = qs.reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
-    ks = ks.reshape(-1, kv_seq_len, head_dim)
+    # Keys in bfloat16 are used as they are: subtracting their mean would round them again, for nothing.
+    smooth_keys = k_smooth and k.dtype != jnp.bfloat16
+    ks = (_centre(k) if smooth_keys else k).astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim)
+    qs = q.astype(jnp.bfloat16).reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
     vs = v.astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
-    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
+    call = functools.partial(
+        splash_attention_kernel,
+        qs,
+        extend_keys(ks),
+        vs,
+        exponent_scale=scale * LOG2_E,
+        block_sizes=block_sizes,
+        interpret=interpret,
+    )
     if variant.softmax == "online":
-        out = call(qs, ks, vs, variant=variant)
+        out = call(variant=variant)
     else:
-        q_norms, k_norms = _largest_norm(qs, axis=1), _largest_norm(ks, axis=2)
-        exact = q_norms * k_norms <= fixed_bound_limit(kv_seq_len, centred=k_smooth)
+        k32 = ks.astype(jnp.float32)
+        k_centre = k32.mean(axis=1) if k_smooth else jnp.zeros((ks.shape[0], head_dim), jnp.float32)
+        k_radius = jnp.sqrt(jnp.square(k32 - k_centre[:, None]).sum(axis=2).max(axis=1))
+        q_length = jnp.sqrt(jnp.square(qs.astype(jnp.float32)).sum(axis=1).max(axis=1))
+        limit = fixed_bound_limit(kv_seq_len, centred=k_smooth)
+        exact = abs(scale) * LOG2_E * q_length * k_radius <= limit
         num_exact = exact.sum(dtype=jnp.int32)
         order = jnp.argsort(jnp.logical_not(exact)).astype(jnp.int32)  # the heads within the limit first
-        out = call(qs, ks, vs, variant=variant, k_norms=k_norms, head_ids=order, num_heads=num_exact)
-        online = dataclasses.replace(variant, softmax="online")
+        out = call(variant=variant, k_radius=k_radius, k_centre=k_centre, head_ids=order, num_heads=num_exact)
+        online = Variant(softmax="online", vmem_limit_bytes=variant.vmem_limit_bytes)
         rest = batch_size * num_heads - num_exact
-        out = call(qs, ks, vs, variant=online, head_ids=order[::-1], num_heads=rest, out=out)
+        out = call(variant=online, head_ids=order[::-1], num_heads=rest, out=out)
     return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
-
-
-def _largest_norm(x: jax.Array, axis: int) -> jax.Array:
-    """max over the sequence of the vectors' length, [heads], float32; `axis` is head_dim."""
-    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(axis=axis).max(axis=-1))
 
 
 def _attention_xla(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, k_smooth: bool) -> jax.Array:

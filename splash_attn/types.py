@@ -91,8 +91,8 @@ class Variant:
     """
 
     softmax: Softmax = "fixed_bound"
-    block_q_compute: int = 512
-    lookahead: int = 2
+    block_q_compute: int = 256
+    lookahead: int = 4
     lp_scheduler: bool = False
     vmem_limit_bytes: int | None = None
 
