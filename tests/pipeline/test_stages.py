@@ -21,8 +21,8 @@ from pipeline.profiling import StageTimings
 from pipeline.request import AttentionOptions
 from pipeline.text_encoder import TextEncoder
 from pipeline.vae import VaeDecoder
-from tests.pipeline.conftest import SPEC
 
+TEXT_SEQ_LEN = 19  # of the session's checkpoint
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
 
@@ -53,7 +53,7 @@ def _stock(stock, request, **options):
         guidance_scale=request.guidance_scale,
         use_dynamic_cfg=request.use_dynamic_cfg,
         generator=torch.Generator().manual_seed(request.seed),
-        max_sequence_length=SPEC.max_text_seq_length,
+        max_sequence_length=TEXT_SEQ_LEN,
         **options,
     ).frames
 
@@ -66,9 +66,9 @@ def _embeddings(encoder, request):
 def test_embeddings(encoder, stock):
     prompts = ["a red circle moves right", "", "Zürich: 3 squares"]
     actual = encoder.encode(prompts)
-    expected, _ = stock.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=19)
+    expected, _ = stock.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_SEQ_LEN)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
-    assert actual.shape == (3, 19, SPEC.text_embed_dim)
+    assert actual.shape == (3, TEXT_SEQ_LEN, 20)
 
 
 def test_a_long_prompt_is_cut_with_a_warning(encoder, stock, caplog):
@@ -77,7 +77,7 @@ def test_a_long_prompt_is_cut_with_a_warning(encoder, stock, caplog):
         actual = encoder.encode([prompt])
     assert "longer than 19 tokens" in caplog.text
     assert "a w a y" in caplog.text.replace("away", "a w a y")
-    expected, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=19)
+    expected, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_SEQ_LEN)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
 
 
