@@ -1,0 +1,162 @@
+"""The kernel, interpreted on the CPU, against float64. Memory that was never written reads as NaN there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from splash_attn import BlockSizes, Variant, attention, attention_reference
+from splash_attn.kernel import fixed_bound_limit
+
+SMALL = BlockSizes(block_q=256, block_kv=256, block_kv_compute=128)
+ONLINE = Variant(softmax="online", block_q_compute=128, lookahead=2)
+FIXED = Variant(softmax="fixed_bound", block_q_compute=128, lookahead=2)
+SOFTMAXES = pytest.mark.parametrize("variant", [ONLINE, FIXED], ids=["online", "fixed_bound"])
+
+#: The same sums in bfloat16 operands: probabilities and outputs are each rounded by up to 2^-9 of themselves, and a row
+#: averages over v of deviation 1, so that errors relative to max|v| stay under 2^-8; 2^-7 leaves room for the tail.
+BF16_TOLERANCE = 2**-7
+
+
+def inputs(
+    q_seq_len: int, kv_seq_len: int, head_dim: int, *, heads: int = 2, batch: int = 1, dtype: object = jnp.bfloat16
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng([q_seq_len, kv_seq_len, head_dim])
+    shapes = [(batch, heads, n, head_dim) for n in (q_seq_len, kv_seq_len, kv_seq_len)]
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+def error(actual: jax.Array, expected: np.ndarray, v: jax.Array) -> float:
+    """Largest absolute error relative to the largest value."""
+    actual64 = np.asarray(actual).astype(np.float64)
+    return float(np.abs(actual64 - expected).max() / np.abs(np.asarray(v, np.float64)).max())
+
+
+def check(q: jax.Array, k: jax.Array, v: jax.Array, **options: object) -> None:
+    options = {"block_sizes": SMALL} | options
+    actual = attention(q, k, v, interpret=True, **options)  # type: ignore[arg-type]
+    assert actual.dtype == q.dtype and actual.shape == q.shape
+    scale = options.get("scale")
+    expected = attention_reference(q, k, v, scale=scale, dtype=np.float64)  # type: ignore[arg-type]
+    assert error(actual, expected, v) < BF16_TOLERANCE
+
+
+@SOFTMAXES
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("q_seq_len", "kv_seq_len"), [(1, 1), (7, 7), (127, 127), (129, 129), (1009, 1009), (7, 1009), (1009, 7), (257, 385)]
+)
+def test_odd_lengths(q_seq_len: int, kv_seq_len: int, head_dim: int, variant: Variant) -> None:
+    check(*inputs(q_seq_len, kv_seq_len, head_dim), variant=variant)
+
+
+@SOFTMAXES
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 256])
+def test_other_head_dims(head_dim: int, variant: Variant) -> None:
+    check(*inputs(131, 263, head_dim), variant=variant)
+
+
+@SOFTMAXES
+def test_batch_and_float32_inputs(variant: Variant) -> None:
+    check(*inputs(67, 139, 64, heads=3, batch=2, dtype=jnp.float32), variant=variant)
+
+
+@SOFTMAXES
+@pytest.mark.parametrize("block_sizes", [BlockSizes(128, 512, 256), BlockSizes(384, 256, 256), BlockSizes(256, 128, 128)])
+@pytest.mark.parametrize("lookahead", [0, 1, 5])
+def test_block_sizes_and_lookahead(block_sizes: BlockSizes, lookahead: int, variant: Variant) -> None:
+    variant = Variant(softmax=variant.softmax, block_q_compute=256, lookahead=lookahead)
+    check(*inputs(401, 523, 64), variant=variant, block_sizes=block_sizes)
+
+
+@SOFTMAXES
+@pytest.mark.parametrize("scale", [0.01, 1.0, -0.3])
+def test_scale(scale: float, variant: Variant) -> None:
+    check(*inputs(131, 149, 64), variant=variant, scale=scale)
+
+
+@SOFTMAXES
+def test_large_logits(variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64)
+    check(q * 30, k, v, variant=variant)
+
+
+@SOFTMAXES
+def test_one_key_dominates_by_2_to_the_100(variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64)
+    q = q.at[..., 0].set(8)
+    k = k.at[..., 0].set(0).at[:, :, 200, 0].set(100 / 8 / np.log2(np.e) * 8)  # 100 bits at scale 1/8
+    check(q, k, v, variant=variant)
+
+
+@SOFTMAXES
+def test_equal_keys_average_the_values(variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64)
+    check(q, jnp.broadcast_to(k[:, :, :1], k.shape), v, variant=variant)
+
+
+@SOFTMAXES
+@pytest.mark.parametrize("k_smooth", [False, True])
+def test_common_offset_of_the_keys(k_smooth: bool, variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64)
+    check(q, k + 100, v, variant=variant, k_smooth=k_smooth)
+
+
+@SOFTMAXES
+def test_zero_queries(variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64)
+    check(q.at[:, :, ::3].set(0), k, v, variant=variant)
+
+
+@SOFTMAXES
+def test_smoothing_changes_nothing_but_rounding(variant: Variant) -> None:
+    q, k, v = inputs(131, 263, 64, dtype=jnp.float32)
+    smooth, plain = (
+        attention(q, k + 3, v, interpret=True, block_sizes=SMALL, variant=variant, k_smooth=on) for on in (True, False)
+    )
+    expected = attention_reference(q, k + 3, v, dtype=np.float64)
+    # Centred before it is rounded, k keeps two more bits: the error must fall, and both stay right.
+    assert error(smooth, expected, v) < BF16_TOLERANCE
+    assert error(plain, expected, v) < 8 * BF16_TOLERANCE
+    assert error(smooth, expected, v) < error(plain, expected, v)
+
+
+@pytest.mark.parametrize("side", [0.98, 1.02])
+@pytest.mark.parametrize("centred", [False, True])
+def test_bound_at_the_gate(side: float, centred: bool) -> None:
+    """Just inside the limit the fixed bound loses nothing; just outside, the online kernel takes over."""
+    q, k, v = inputs(131, 263, 64)
+    k32 = np.asarray(k, np.float64)
+    centre = k32.mean(axis=2, keepdims=True) if centred else 0.0
+    radius = np.sqrt(((k32 - centre) ** 2).sum(-1)).max()
+    length = np.sqrt((np.asarray(q, np.float64) ** 2).sum(-1)).max()
+    limit = fixed_bound_limit(263, centred=centred)
+    scale = side * limit / (length * radius * np.log2(np.e))
+    check(q, k, v, variant=FIXED, scale=float(scale), k_smooth=centred)
+
+
+def test_heads_within_and_beyond_the_limit_in_one_call() -> None:
+    q, k, v = inputs(131, 263, 64, heads=5)
+    amplitude = jnp.asarray([1, 200, 2, 300, 1], q.dtype)[None, :, None, None]
+    check(q * amplitude, k, v, variant=FIXED)
+
+
+@SOFTMAXES
+def test_error_is_that_of_bfloat16_operands(variant: Variant) -> None:
+    """Root-mean-square error against the plain formula with bfloat16 operands and probabilities: at most 1.5 times.
+
+    1.5, because "fixed_bound" divides by the sum of the float32 probabilities, not of the rounded ones; both kernels
+    add block sums in another order.
+    """
+    for amplitude in (1, 3, 10):
+        q, k, v = inputs(263, 521, 64)
+        q = q * amplitude
+        expected = attention_reference(q, k, v, dtype=np.float64)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", *(x.astype(jnp.float32) for x in (q, k)), precision="highest") / 8
+        p = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        rounded = p.astype(jnp.bfloat16).astype(jnp.float32)
+        plain = jnp.einsum("bhqk,bhkd->bhqd", rounded, v.astype(jnp.float32), precision="highest")
+        plain = (plain / p.sum(axis=-1, keepdims=True)).astype(jnp.bfloat16)
+        actual = attention(q, k, v, interpret=True, block_sizes=SMALL, variant=variant)
+        ours, theirs = (np.sqrt(np.mean((np.asarray(x, np.float64) - expected) ** 2)) for x in (actual, plain))
+        assert ours < 1.5 * theirs

@@ -1,0 +1,45 @@
+import pytest
+
+from splash_attn import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
+from splash_attn.device import DEVICES, by_name
+
+
+def test_shape_counts_flops() -> None:
+    assert AttentionShape(2, 3, 5, 7, 8).flops == 4 * 2 * 3 * 5 * 7 * 8
+    assert str(AttentionShape(2, 3, 5, 7, 8)) == "2x3x5:7x8"
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1, 1, 8), (1, 1, 1, 1, 60), (1, 1, 1, 1, 512), (1, 1.5, 1, 1, 8)])
+def test_shape_refuses(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected a"):
+        AttentionShape(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(100, 256, 128), (128, 256, 96), (128, 256, 384), (-128, 256, 128)])
+def test_block_sizes_refuse(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected a"):
+        BlockSizes(*sizes)
+
+
+def test_the_published_kernels_blocks_are_a_named_configuration() -> None:
+    assert str(SEED_BLOCK_SIZES) == "3328/2816/256"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"softmax": "exact"}, {"block_q_compute": 100}, {"lookahead": -1}, {"vmem_limit_bytes": 0}]
+)
+def test_variant_refuses(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Variant(**fields)  # type: ignore[arg-type]
+
+
+def test_variant_round_trips() -> None:
+    variant = Variant(softmax="online", lookahead=3)
+    assert Variant.from_dict(variant.to_dict()) == variant
+
+
+def test_devices_are_found_by_either_name() -> None:
+    for spec in DEVICES.values():
+        assert by_name(spec.name) is by_name(spec.device_kind) is spec
+    with pytest.raises(ValueError, match="device='v1': expected one of"):
+        by_name("v1")
