@@ -59,12 +59,13 @@ def attention(
     Args:
       q, k, v: bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
       scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand.
-      k_smooth: subtract the mean key (SageAttention, arXiv:2410.02367). It shifts each row of logits by a constant, so it
-        changes nothing but rounding. Keys that have to be rounded to bfloat16 are centred first; the "fixed_bound"
+      k_smooth: subtract the mean key (SageAttention, arXiv:2410.02367). It shifts each row of logits by a constant, so
+        it changes nothing but rounding. Keys that have to be rounded to bfloat16 are centred first; the "fixed_bound"
         softmax centres its bound, and is then proved exact over twice the range.
-      block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape (`splash_attn.tuned`).
-      implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla" (plain
-        JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
+      block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape
+        (`splash_attn.tuned`).
+      implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla"
+        (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
       interpret: the same as implementation="pallas_interpret".
 
     Returns:
@@ -116,7 +117,7 @@ def resolve(
       device_kind: as `jax.Device.device_kind`; None means the device of the mesh in context, or JAX's default.
 
     Raises:
-      ValueError: an unknown implementation, or one that contradicts `interpret`.
+      ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run.
     """
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {get_args(Implementation)}, or None.")
@@ -130,6 +131,11 @@ def resolve(
         reason = f"the device is {kind!r}"
     else:
         reason = "asked for"
+    if implementation == "pallas_tpu" and not kind.startswith("TPU"):
+        raise ValueError(
+            f"implementation='pallas_tpu' on a device of kind {kind!r}: expected a TPU; "
+            "use 'pallas_interpret' or 'xla', or leave it out."
+        )
     if implementation == "xla":
         return Resolution(implementation, None, None, reason)
     if block_sizes is None:

@@ -1,7 +1,8 @@
 """The Pallas TPU kernel: exact softmax attention over one chip's heads, in [kv, q] orientation.
 
-Scores are computed as S^T = K Q^T, so that the softmax reduces over sublanes (cheap vector adds, no cross-lane work) and
-the probabilities are the stationary MXU operand of O^T = V^T P^T, whose 256-deep contraction runs the MXU at full width.
+Scores are computed as S^T = K Q^T, so that the softmax reduces over sublanes (cheap vector adds, no cross-lane work)
+and the probabilities are the stationary MXU operand of O^T = V^T P^T, whose 256-deep contraction runs the MXU at full
+width.
 
 Work goes through the block in tiles of `block_kv_compute` keys by `block_q_compute` queries. The kernel is unrolled and
 software-pipelined by hand: the scores of the next `lookahead` tiles are issued to the MXU before a tile's exponentials
@@ -19,12 +20,12 @@ Two softmaxes, same result:
   adds them for nothing.
 
 The bound, and when it is exact. Let x_ij = c q_i . k_j be the base-2 logits (c = scale log2(e)), u any vector, and
-B_i = |c| |q_i| max_j |k_j - u|. By Cauchy-Schwarz |c q_i . (k_j - u)| <= B_i, so with b_i = c q_i . u + B_i:
+B_i = |c| |q_i| max_j |k_j - u|. By Cauchy-Schwarz |c q_i . (k_j - u)| <= B_i, so that with b_i = c q_i . u + B_i:
 
     - 2 B_i <= x_ij - b_i <= 0.
 
-The kernel takes p_ij = 2^(x_ij - b_i). Softmax does not change when a constant is subtracted from a row, so any b_i that
-is the same for all j is exact in real arithmetic; what remains is float32:
+The kernel takes p_ij = 2^(x_ij - b_i). Softmax does not change when a constant is subtracted from a row, so any b_i
+that is the same for all j is exact in real arithmetic; what remains is float32:
 
   - no overflow, ever: p_ij <= 1, so the sum of S of them is at most S and |O_i| <= S max|v|, as in the online kernel.
   - no loss: a p_ij below 2^-126 may be flushed to zero. The flushed mass is at most S 2^-126, against a row sum of at
@@ -34,13 +35,13 @@ is the same for all j is exact in real arithmetic; what remains is float32:
         B_i <= 102 - log2(S) - 1  (u the mean),     B_i <= (102 - log2(S) - 1) / 2  (u = 0).
     The 1 pays for the rounding of b_i, which is held in three bfloat16 terms (24 bits).
 
-`splash_attn.api` computes max_i B_i for every head from the q and k of the call, and gives the heads that are not within
-`fixed_bound_limit` to the online kernel.
+`splash_attn.api` computes max_i B_i for every head from the q and k of the call, and gives the heads that are not
+within `fixed_bound_limit` to the online kernel.
 """
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,8 @@ def _split(x: Float[Array, "1 queries"]) -> Float[Array, "16 queries"]:
     return terms.astype(jnp.bfloat16)
 
 
-class _Tile(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Tile:
     """`num_keys` keys by the queries of one step; `keys` is rounded up to whole lanes."""
 
     index: int
@@ -120,7 +122,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(num_keys: int, num_queries: int, block_kv_compute: int, block_q_compute: int) -> list[_Tile]:
-    tiles = []
+    tiles: list[_Tile] = []
     for k_start in range(0, num_keys, block_kv_compute):
         keys_left = min(block_kv_compute, num_keys - k_start)
         keys = slice(k_start, k_start + -(-keys_left // LANES) * LANES)
@@ -166,9 +168,9 @@ def _kernel_body(
             l_scratch_ref[...] = jnp.zeros_like(l_scratch_ref)
             q = q_ref[...].astype(jnp.float32)
             length = jnp.sqrt(jnp.sum(q * q, axis=0, keepdims=True))
-            bound = length * k_radius_ref[head_ids_ref[pl.program_id(1)]]
-            bound += jnp.sum(q * k_centre_ref[...], axis=0, keepdims=True) * math.copysign(1, exponent_scale)
-            q_scratch_ref[-BOUND_ROWS:, :] = _split(-bound * math.copysign(1, exponent_scale))
+            radius = k_radius_ref[head_ids_ref[pl.program_id(1)]] * math.copysign(1, exponent_scale)
+            bound = jnp.sum(q * k_centre_ref[...], axis=0, keepdims=True) + length * radius  # b_i / c
+            q_scratch_ref[-BOUND_ROWS:, :] = _split(-bound)
 
     def score_slot(tile: _Tile):
         keys, queries = tile.shape
@@ -209,7 +211,7 @@ def _kernel_body(
         v = v_ref[:, tile.keys]
         if tile.ragged:  # what lies past the end may be NaN, and 0 * NaN is not 0
             v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 1) < tile.num_keys, v, jnp.zeros_like(v))
-        if online:
+        if rescale is not None:
             acc = (_by_sublane_group(acc) * rescale[None]).reshape(acc.shape)
             v = jnp.concatenate([v, jnp.ones((SUBLANES, v.shape[1]), v.dtype)], axis=0)
         acc_scratch_ref[:, tile.queries] = acc + lax.dot_general(

@@ -21,7 +21,7 @@ def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[jax.Ar
         ([(1, 2, 5, 64), (1, 2, 7, 64), (1, 2, 9, 64)], r"v.shape=\(1, 2, 9, 64\): expected k's shape"),
         ([(1, 2, 5, 64), (1, 3, 7, 64), (1, 3, 7, 64)], "expected batch, heads and head_dim of q"),
         ([(2, 5, 64), (2, 7, 64), (2, 7, 64)], r"expected \[batch, heads, seq, head_dim\]"),
-        ([(1, 2, 5, 60), (1, 2, 7, 60), (1, 2, 7, 60)], "head_dim=60: expected a multiple of 8 up to 256"),
+        ([(1, 2, 5, 60), (1, 2, 7, 60), (1, 2, 7, 60)], r"head_dim=60: expected a multiple of 8 up to 256"),
         ([(1, 2, 5, 264), (1, 2, 7, 264), (1, 2, 7, 264)], "head_dim=264: expected a multiple of 8 up to 256"),
         ([(1, 2, 5, 64), (1, 2, 0, 64), (1, 2, 0, 64)], "expected no empty dimension"),
     ],
@@ -33,9 +33,9 @@ def test_refuses_shapes(shapes: list[tuple[int, ...]], message: str) -> None:
 
 def test_refuses_dtypes() -> None:
     q, k, v = arrays((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8))
-    with pytest.raises(ValueError, match="k.dtype=bfloat16: expected q's dtype, float32"):
+    with pytest.raises(ValueError, match=r"k\.dtype=bfloat16: expected q's dtype, float32"):
         attention(q, k.astype(jnp.bfloat16), v)
-    with pytest.raises(ValueError, match="q.dtype=int32: expected one of"):
+    with pytest.raises(ValueError, match=r"q\.dtype=int32: expected one of"):
         attention(*(x.astype(jnp.int32) for x in (q, k, v)))
 
 
@@ -54,6 +54,8 @@ def test_refuses_unknown_and_contradicting_implementations() -> None:
         attention(q, k, v, implementation="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="contradicts"):
         attention(q, k, v, implementation="xla", interpret=True)
+    with pytest.raises(ValueError, match="on a device of kind 'cpu': expected a TPU"):
+        attention(q, k, v, implementation="pallas_tpu")
 
 
 def test_choice_by_platform_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -99,5 +101,5 @@ def test_reference_in_float32_and_float64_agree() -> None:
     q, k, v = arrays((1, 2, 17, 16), (1, 2, 29, 16), (1, 2, 29, 16))
     actual = attention_reference(q, k, v)
     np.testing.assert_allclose(actual, attention_reference(q, k, v, dtype=np.float64), atol=2e-6)
-    with pytest.raises(ValueError, match="expected numpy.float32 or numpy.float64"):
+    with pytest.raises(ValueError, match=r"expected numpy\.float32 or numpy\.float64"):
         attention_reference(q, k, v, dtype=np.float16)

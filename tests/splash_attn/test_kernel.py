@@ -44,7 +44,8 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, **options: object) -> None:
 @SOFTMAXES
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    ("q_seq_len", "kv_seq_len"), [(1, 1), (7, 7), (127, 127), (129, 129), (1009, 1009), (7, 1009), (1009, 7), (257, 385)]
+    ("q_seq_len", "kv_seq_len"),
+    [(1, 1), (7, 7), (127, 127), (129, 129), (1009, 1009), (7, 1009), (1009, 7), (257, 385)],
 )
 def test_odd_lengths(q_seq_len: int, kv_seq_len: int, head_dim: int, variant: Variant) -> None:
     check(*inputs(q_seq_len, kv_seq_len, head_dim), variant=variant)
@@ -62,7 +63,9 @@ def test_batch_and_float32_inputs(variant: Variant) -> None:
 
 
 @SOFTMAXES
-@pytest.mark.parametrize("block_sizes", [BlockSizes(128, 512, 256), BlockSizes(384, 256, 256), BlockSizes(256, 128, 128)])
+@pytest.mark.parametrize(
+    "block_sizes", [BlockSizes(128, 512, 256), BlockSizes(384, 256, 256), BlockSizes(256, 128, 128)]
+)
 @pytest.mark.parametrize("lookahead", [0, 1, 5])
 def test_block_sizes_and_lookahead(block_sizes: BlockSizes, lookahead: int, variant: Variant) -> None:
     variant = Variant(softmax=variant.softmax, block_q_compute=256, lookahead=lookahead)

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red circle moves right
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench lint format
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
+	$(BIN)/python -m tuning.sweep
+	$(BIN)/python -m tuning.choose
+	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)"
+
+test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test
+	$(BIN)/python -m pytest -q --durations=10
+
+test-slow: $(VENV)/.installed-dev  ## the tests that `make test` leaves out
+	$(BIN)/python -m pytest -q -m slow --durations=10
+
+bench: $(VENV)/.installed-dev  ## benchmarks of what runs on this machine
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## apply the formatter
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(VENV)/.installed $@
