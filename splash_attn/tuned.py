@@ -178,8 +178,7 @@ def choose(
     if entry.shape == shape:
         reason = f"tuned for this shape: {origin}."
     else:
-        factor = math.exp(_distance(entry.shape, shape))
-        reason = f"nearest tuned shape, sequence lengths off by a factor of {factor:.2f}: {origin}."
+        reason = f"nearest tuned shape by sequence lengths: {origin}."
     return Choice(clamp(entry.block_sizes, shape), entry.variant, entry, reason)
 
 

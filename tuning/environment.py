@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +24,13 @@ BACKEND_SOURCES = {
     "measure": ("tuning/measure.py",),
     "interpret": ("tuning/numerics.py",),
 }
-_PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "tokamax")
+#: Packages whose version can change a time, or whether a kernel compiles.
+COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
+_PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+
+#: CPython 3.11's ast.parse is not safe in threads: "AST constructor recursion depth mismatch" (python/cpython#106905).
+_PARSER_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Environment:
     backend_hash: str
     host: str
     cpu_count: int
+
+    @property
+    def compiler_versions(self) -> dict[str, str]:
+        """The versions of COMPILER_PACKAGES."""
+        return {name: self.versions[name] for name in COMPILER_PACKAGES if name in self.versions}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -77,9 +88,10 @@ def capture(backend: str) -> Environment:
 def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
     """Hash of Python sources as the interpreter sees them: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    with _PARSER_LOCK:
+        for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from splash_attn.device import DeviceSpec
 from splash_attn.types import BlockSizes
 from tuning import offline
-from tuning.environment import REPO_ROOT, Environment
+from tuning.cli import UserError
+from tuning.environment import KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
 from tuning.records import Numerics, Trial
 from tuning.status import Label, Status
 from tuning.workloads import Workload
@@ -193,6 +194,7 @@ class Evaluator:
 
         Raises:
           CancelledError: the runner was cancelled.
+          cli.UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
         """
         payload = {
             "kernel": kernel,
@@ -206,6 +208,8 @@ class Evaluator:
             "measure": dict(self.measure),
         }
         outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
+        if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
+            raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
         return self._trial(block_sizes, options, kernel, outcome)
 
     def _variables(self, job_dir: Path) -> Mapping[str, str]:

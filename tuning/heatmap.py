@@ -1,6 +1,7 @@
 """A picture of a sweep: block_q x block_kv, the best time over everything else in each cell."""
 
 import collections
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
     columns = sorted({block_kv for _, block_kv in best | failures})
     times = [[_time(best[r, c]) if (r, c) in best else float("nan") for c in columns] for r in rows]
 
-    figure, axes = plt.subplots(figsize=(1.8 + 1.15 * len(columns), 2.0 + 0.62 * len(rows)), layout="constrained")
+    # At least as wide as the title's first line.
+    size = (max(7.0, 1.8 + 1.15 * len(columns)), 2.2 + 0.62 * len(rows))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.set_facecolor("whitesmoke")  # cells that were not tried
     image = axes.imshow(times, cmap="viridis_r", aspect="auto")
     winner = min(timed, key=_time)
     middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
@@ -54,8 +58,8 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
     axes.set_xlabel("block_kv (in the cell: ms, / block_kv_compute)")
     axes.set_ylabel("block_q")
     axes.set_title(
-        f"{winner.workload} ({winner.shape} {winner.dtype}) on {winner.device}\n"
-        f"{winner.label} ms, best of each cell; winner {winner.config}: {winner.time_ms:.3f} ms",
+        f"{winner.workload} ({winner.shape} {winner.dtype}) on {winner.device}: {winner.label} ms, best of each cell\n"
+        + textwrap.fill(f"winner {winner.time_ms:.3f} ms: {winner.config}", width=int(12 * size[0])),
         fontsize=9,
     )
     figure.colorbar(image, label=f"{winner.label} ms")

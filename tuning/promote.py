@@ -35,7 +35,7 @@ def entry_of(trial: Trial) -> tuned.TunedEntry:
             record_id=trial.record_id,
             kernel_hash=environment.kernel_hash,
             git_commit=environment.git_commit,
-            versions=environment.versions | {"backend_sources": environment.backend_hash},
+            versions=environment.compiler_versions | {"backend_sources": environment.backend_hash},
             created_at=trial.created_at,
         ),
     )

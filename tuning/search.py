@@ -23,6 +23,8 @@ Sampler = Literal["grid", "random", "tpe"]
 
 #: Suggestions in a row that were seen or cannot be valid, after which TPE is given an unseen candidate at random.
 _MAX_REJECTIONS = 15
+#: Trials after which TPE follows what it has learnt; the candidates that a space names first count.
+_STARTUP_TRIALS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,4 +207,6 @@ def _make_sampler(settings: SearchSettings) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         # constant_liar: candidates that still run count as bad, so that parallel workers spread out
-        return optuna.samplers.TPESampler(seed=settings.seed, multivariate=True, constant_liar=True)
+        return optuna.samplers.TPESampler(
+            seed=settings.seed, multivariate=True, constant_liar=True, n_startup_trials=_STARTUP_TRIALS
+        )

@@ -13,8 +13,8 @@ from tuning.bound import mxu_bound_ms
 from tuning.records import Trial
 
 _ERROR_CHARACTERS = 60
-_INTEGERS = ("block_q", "block_kv", "block_kv_compute", "spills", "fills")
 _FORMATS = {
+    **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "spills", "fills"), "{:.0f}"),
     "bound_fraction": "{:.1%}",
     "rms_error": "{:.1e}",
     "vmem_mib": "{:.1f}",
@@ -58,11 +58,10 @@ def table(
     frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
     if "error" in frame:
         frame["error"] = [_shorten(error) for error in frame["error"]]
-    for column in _INTEGERS:
+    for column, form in _FORMATS.items():
         if column in frame:
-            frame[column] = frame[column].astype("Int64")
-    formatters = {name: form.format for name, form in _FORMATS.items() if name in frame}
-    text = frame.to_string(index=False, na_rep="-", float_format="{:.3f}".format, formatters=formatters)
+            frame[column] = ["-" if pd.isna(value) else form.format(value) for value in frame[column]]
+    text = frame.to_string(index=False, na_rep="-", float_format="{:.3f}".format)
     left_out = len(trials) - len(shown)
     return "\n".join(
         [*([f"all with {header}"] if header else []), text, *([f"... {left_out} more"] if left_out else [])]

@@ -29,8 +29,6 @@ from tuning.sweep_config import SweepSchema, SweepSettings, settings_from
 from tuning.workloads import Workload
 
 _PROBE_TIMEOUT_S = 120.0
-#: Packages whose version can change a time or whether a kernel compiles.
-COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 
 cli.store_schema("sweep_schema", SweepSchema)
 
@@ -151,8 +149,7 @@ def context_of(workload: Workload, target: Target, backend: str, captured: envir
         captured.kernel_hash,
         captured.backend_hash,
     ]
-    versions = {name: captured.versions.get(name) for name in COMPILER_PACKAGES}
-    return environment.stable_hash(json.dumps([*parts, versions, flags], sort_keys=True))
+    return environment.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))
 
 
 def objective(trial: Trial) -> float:

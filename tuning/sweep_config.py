@@ -99,7 +99,7 @@ def settings_from(config: DictConfig) -> SweepSettings:
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
     for name, values in choices.items():
         if not isinstance(values, list):
-            raise ValueError(f"space.{name}={values!r}: expected a list.")  # noqa: TRY004 - bad input, as all here
+            raise ValueError(f"space.{name}={values!r}: expected a list.")
     workers = config.workers
     if workers is None:
         workers = 1 if config.backend.name == "measure" else core_count()
@@ -112,7 +112,7 @@ def settings_from(config: DictConfig) -> SweepSettings:
         space=Space(
             name=space["name"],
             choices={name: tuple(values) for name, values in choices.items()},
-            first=tuple(space["first"]),
+            first=tuple(_flat(parameters) for parameters in space["first"]),
         ),
         workers=workers,
         timeout_s=config.timeout_s,
@@ -121,6 +121,14 @@ def settings_from(config: DictConfig) -> SweepSettings:
         promote=config.promote,
         progress=config.progress,
     )
+
+
+def _flat(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
+    if not isinstance(parameters, dict) or not isinstance(variant := parameters.get("variant", {}), dict):
+        raise ValueError(f"space.first={parameters!r}: expected a mapping, as {{block_q: 1024, variant: {{...}}}}.")
+    rest = {name: value for name, value in parameters.items() if name != "variant"}
+    return rest | {VARIANT_PREFIX + name: value for name, value in variant.items()}
 
 
 def core_count() -> int:

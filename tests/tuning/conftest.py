@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import pytest
 
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from tuning.environment import REPO_ROOT, Environment
+from tuning.environment import KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
 from tuning.evaluate import Evaluator, Runner, Target
 from tuning.records import Numerics, Trial
 from tuning.search import SearchSettings
@@ -26,7 +26,7 @@ ENVIRONMENT = Environment(
     flags={},
     git_commit=None,
     git_dirty=False,
-    kernel_hash="k1",
+    kernel_hash=source_hash(KERNEL_SOURCES),
     backend_hash="b1",
     host="x86_64-linux",
     cpu_count=2,
@@ -102,22 +102,23 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
 
 
 @pytest.fixture
-def make_evaluator(tmp_path: Path) -> Callable[[str], Evaluator]:
+def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
     """An evaluator of the small shape that runs the named job; each has a cache of its own."""
 
-    def make(job: str) -> Evaluator:
-        return Evaluator(
-            runner=Runner(tmp_path / "work"),
-            workload=Workload("tiny", SHAPE, "bfloat16"),
-            target=Target("v6e", "TPU v6 lite", None),
-            backend="interpret",
-            job=job,
-            context="c1",
-            environment=ENVIRONMENT,
-            timeout_s=120,
-            measure={},
-            cache_dir=tmp_path / job.replace(":", "_"),
-        )
+    def make(job: str, **changes: Any) -> Evaluator:
+        defaults: dict[str, Any] = {
+            "runner": Runner(tmp_path / "work"),
+            "workload": Workload("tiny", SHAPE, "bfloat16"),
+            "target": Target("v6e", "TPU v6 lite", None),
+            "backend": "interpret",
+            "job": job,
+            "context": "c1",
+            "environment": ENVIRONMENT,
+            "timeout_s": 120,
+            "measure": {"min_samples": 6, "max_samples": 6},
+            "cache_dir": tmp_path / job.replace(":", "_"),
+        }
+        return Evaluator(**(defaults | changes))
 
     return make
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuning import heatmap, records, summary
+from tuning import environment, evaluate, heatmap, records, summary
 from tuning.cli import UserError
 from tuning.environment import REPO_ROOT
 from tuning.search import SearchSettings
@@ -220,12 +220,20 @@ def test_two_sweeps_of_one_context_do_not_mix(make_settings: MakeSettings, monke
 def test_a_changed_kernel_starts_afresh(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(search=SearchSettings(sampler="grid", max_trials=2, seed=0))
     first = sweep(settings, job="fake_jobs:bowl", report=_quiet)
-    from tuning import environment
-
     monkeypatch.setattr(environment, "source_hash", lambda patterns: "another")
+    monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "another")
     second = sweep(settings, job="fake_jobs:bowl", report=_quiet)
     assert second.evaluated_count == 2
     assert first.directory != second.directory
+
+
+def test_a_kernel_that_changes_during_the_sweep_ends_it(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "edited meanwhile")
+    with pytest.raises(UserError, match=r"splash_attn/kernel\.py.*changed while this ran"):
+        sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+    assert not list(make_settings().results_dir.rglob(records.TRIALS_FILE))
 
 
 def test_measure_refuses_a_device_that_is_not_here() -> None:

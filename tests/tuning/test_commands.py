@@ -1,0 +1,118 @@
+"""The command lines: what a user sees of a mistake, and that JSON says what is printed."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splash_attn import tuned
+from tuning import choose, records, results, sweep
+from tuning.records import Trial
+from tuning.status import Status
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command's main with arguments, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(module: object, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        try:
+            code = module.main()  # type: ignore[attr-defined]
+        except SystemExit as end:  # Hydra's own, after --help
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "workload=nope",
+            "Could not find 'workload/nope' Available options in 'workload': cogvideox_480p cogvideox_720p",
+        ),
+        ("backend=nope", "Available options in 'backend': interpret measure offline"),
+        ("device=v9", "Could not find 'device/v9'"),
+        ("workers=0", "workers=0: expected at least 1"),
+        ("workers=many", "Value 'many' of type 'str' could not be converted to Integer"),
+        ("timeout_s=-1", "timeout_s=-1.0: expected a positive number of seconds"),
+        ("search.max_trials=0", "search.max_trials=0: expected at least 1"),
+        ("search.sampler=guess", "search.sampler='guess': expected one of ('grid', 'random', 'tpe')"),
+        ("space.block_q=[100]", "space.block_q=100: expected a positive multiple of 128"),
+        ("space.variant.softmax=online", "space.variant.softmax='online': expected a list"),
+        ("space.first=[{block_q: 128}]", "space.first block_q=128: expected one of"),
+        ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
+        ("workload.dtype=int3", "dtype='int3': expected one of"),
+        ("wrokers=2", "Could not override 'wrokers'"),
+        ("device=local", "device='local': expected one of"),
+    ],
+)
+def test_a_mistake_is_one_line(run: Run, argument: str, message: str) -> None:
+    code, out, err = run(sweep, argument)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_measure_needs_a_worker_at_a_time(run: Run) -> None:
+    code, _, err = run(sweep, "backend=measure", "device=local", "workers=2")
+    assert code == 2
+    assert "workers=2: expected 1 with backend=measure" in err
+
+
+def test_help_is_for_newcomers_and_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(sweep, "--help")
+    assert code == 0
+    assert "python -m tuning.sweep " in out
+    assert "workload: cogvideox_480p, cogvideox_720p" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
+    arguments = ["backend=interpret", "workload=tiny", "space=tiny", "space.block_q=[128]", "space.block_kv=[128,256]"]
+    code, out, err = run(sweep, *arguments, "space.block_kv_compute=[128]", "progress=false", "json=out/sweep.json")
+    assert code == 0, err
+    assert "2 candidates, 0 pruned" in out
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert content["statuses"] == {"ok": 2}
+    assert content["winner"] is None  # no times, no winner
+    assert content["promotion"] is None
+    assert all(row["rms_error"] < 0.02 for row in content["trials"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "results"}
+
+
+def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, make_trial: Callable[..., Trial]) -> None:
+    path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
+    records.append(path, make_trial(time_samples_ms=(2.0,)))
+    records.append(path, make_trial(time_samples_ms=(1.0,)))
+    records.append(path, make_trial(status=Status.TIMEOUT, numerics=None, error="killed after the time limit of 7 s"))
+    code, out, _ = run(results, "status=ok", "workload=tiny", "json=r.json")
+    assert code == 0
+    assert "timeout" not in out
+    assert [row["predicted_ms"] for row in json.loads((tmp_path / "r.json").read_text())["trials"]] == [1.0, 2.0]
+    assert "killed after the time limit of 7 s" in run(results, "status=timeout")[1]
+    assert run(results, "status=wrong")[1].strip() == "no trials"
+    code, _, err = run(results, "kernel=other")
+    assert code == 2
+    assert "kernel='other': on record are splash_attn" in err
+
+
+def test_choose_says_what_and_why(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "load", lambda device_kind, directory: ())
+    code, out, _ = run(choose, "workload.q_seq_len=1009", "workload.kv_seq_len=77", "json=c.json")
+    assert code == 0
+    assert "block sizes: 1024/128/128" in out
+    assert "default 3328/2816/256" in out
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["block_sizes"] == {"block_q": 1024, "block_kv": 128, "block_kv_compute": 128}
+    assert content["entry"] is None
