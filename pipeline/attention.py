@@ -1,6 +1,7 @@
-"""The one seam between diffusers and `splash_attn`: an attention processor for CogVideoX's transformer."""
+"""The one seam to `splash_attn`: attention with the user's options, and as a processor of stock diffusers blocks."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,20 +14,14 @@ from pipeline.torchax_bridge import torchax_module
 from splash_attn import tuned
 from splash_attn.api import resolve
 
+#: q, k, v, each [batch, heads, sequence, head_dim], to the output.
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-class SplashAttentionProcessor:
-    """Joint attention over text and video tokens, computed by `splash_attn.attention`.
 
-    Does what diffusers' CogVideoXAttnProcessor2_0 does (query and key LayerNorm, rotary embedding of the video tokens
-    only, output projection, split into video and text), for tensors of torchax. Set it with
-    `transformer.set_attn_processor(SplashAttentionProcessor(options))`.
-    """
+def attention_function(options: AttentionOptions) -> AttentionFunction:
+    """`splash_attn.attention` with these options. It raises RequestError for options that fit no such call."""
 
-    def __init__(self, options: AttentionOptions):
-        self.options = options
-
-    def _attention(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        options = self.options
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         try:
             return splash_attn.attention(
                 q,
@@ -39,6 +34,20 @@ class SplashAttentionProcessor:
             )
         except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU
             raise RequestError(f"attention: {error}") from error
+
+    return attend
+
+
+class SplashAttentionProcessor:
+    """Joint attention over text and video tokens in a stock CogVideoX block, by a function of our choice.
+
+    Does what diffusers' CogVideoXAttnProcessor2_0 does (query and key LayerNorm, rotary embedding of the video tokens
+    only, output projection, split into video and text), for tensors of torchax. Set it with
+    `block.attn1.set_processor(SplashAttentionProcessor(attention_function(options)))`.
+    """
+
+    def __init__(self, attend: AttentionFunction):
+        self._attend = attend
 
     def __call__(
         self,
@@ -74,7 +83,7 @@ class SplashAttentionProcessor:
                 torch.cat([x[:, :, :text_seq_len], apply_rotary_emb(x[:, :, text_seq_len:], image_rotary_emb)], dim=2)
                 for x in (q, k)
             )
-        out = torchax_module().interop.call_jax(self._attention, q, k, v)
+        out = torchax_module().interop.call_jax(self._attend, q, k, v)
         out = out.transpose(1, 2).reshape(batch_size, seq_len, -1)
         out = attn.to_out[1](attn.to_out[0](out))  # projection, dropout (none in eval mode)
         return out[:, text_seq_len:], out[:, :text_seq_len]

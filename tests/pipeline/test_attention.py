@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.attention import SplashAttentionProcessor, describe_attention
+from pipeline.attention import SplashAttentionProcessor, attention_function, describe_attention
 from pipeline.errors import RequestError
 from pipeline.request import AttentionOptions
 from pipeline.torchax_bridge import jax_function, torch_to_numpy
@@ -59,7 +59,9 @@ def test_same_as_the_stock_processor(with_rotary, k_smooth, rng):
             encoder_hidden_states=torch.from_numpy(text),
             image_rotary_emb=tuple(map(torch.from_numpy, rotary)) if rotary else None,
         )
-    module.set_processor(SplashAttentionProcessor(AttentionOptions(implementation="xla", k_smooth=k_smooth)))
+    module.set_processor(
+        SplashAttentionProcessor(attention_function(AttentionOptions(implementation="xla", k_smooth=k_smooth)))
+    )
     actual = _run(module, hidden, text, rotary)
     for ours, theirs in zip(actual, expected, strict=True):
         # float32 throughout; outputs are of order 1, sums run over 72 channels and 20 tokens.
@@ -75,7 +77,9 @@ def test_splash_attn_is_what_runs(rng, monkeypatch):
 
     monkeypatch.setattr("splash_attn.attention", attention)
     module = _module()
-    module.set_processor(SplashAttentionProcessor(AttentionOptions(implementation="xla", k_smooth=False)))
+    module.set_processor(
+        SplashAttentionProcessor(attention_function(AttentionOptions(implementation="xla", k_smooth=False)))
+    )
     hidden, text, cos, sin = _inputs(rng)
     _run(module, hidden, text, (cos, sin))
     (shape, options), *others = calls
@@ -86,7 +90,7 @@ def test_splash_attn_is_what_runs(rng, monkeypatch):
 
 
 def test_a_mask_is_refused(rng):
-    processor = SplashAttentionProcessor(AttentionOptions())
+    processor = SplashAttentionProcessor(attention_function(AttentionOptions()))
     hidden, text, *_ = _inputs(rng)
     with pytest.raises(NotImplementedError, match="attention_mask"):
         processor(_module(), torch.from_numpy(hidden), torch.from_numpy(text), attention_mask=torch.ones(1))
@@ -98,7 +102,7 @@ def test_what_attention_refuses_is_the_requests_fault(monkeypatch, rng):
 
     monkeypatch.setattr("splash_attn.attention", attention)
     module = _module()
-    module.set_processor(SplashAttentionProcessor(AttentionOptions()))
+    module.set_processor(SplashAttentionProcessor(attention_function(AttentionOptions())))
     hidden, text, cos, sin = _inputs(rng)
     with pytest.raises(RequestError, match="attention: head_dim=60"):
         _run(module, hidden, text, (cos, sin))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.denoise import Denoiser, LatentGeometry, rotary_embedding
+from pipeline.denoise import Denoiser
 from pipeline.errors import CheckpointError, NonFiniteError
+from pipeline.latents import LatentGeometry, rotary_embedding
 from pipeline.profiling import StageTimings
 from pipeline.request import AttentionOptions
 from pipeline.text_encoder import TextEncoder
