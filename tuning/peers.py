@@ -117,8 +117,8 @@ def _command(config: DictConfig) -> int:
         trials = _evaluate(entered, evaluator, known, path, config.workers or core_count())
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(summary.table(trials, hide=_HIDDEN, one_variant_column=True))
-    for kernel, note in dict.fromkeys((trial.kernel, note) for trial in trials for note in trial.notes):
-        print(f"{kernel}: {note}")
+    for line in summary.note_lines(trials):
+        print(line)
     cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": summary.rows(trials)})
     return 0 if all(trial.status is Status.OK for trial in trials) else 1
 

@@ -53,11 +53,13 @@ class Promotion:
 def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
     """Puts the trial in the place of the entry with the same shape, dtype, variant and label, if it is better.
 
-    Better is a smaller time. A time that another kernel source, compiler or cost model gave is not comparable: such an
-    entry is replaced.
+    Only a TPU's entries are kept: the kernel is not what other devices run. Better is a smaller time. A time that
+    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced.
     """
     new = entry_of(trial)
     path = tuned.path_for(trial.device_kind, directory)
+    if not trial.device_kind.startswith("TPU"):
+        return Promotion(False, f"{trial.device_kind!r} is not a TPU", path)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -54,7 +54,8 @@ def table(
     if one_variant_column and fields:
         options = [{name: value for name, value in trial.variant.items() if name not in same} for trial in shown]
         frame = frame.drop(columns=fields)
-        frame["variant"] = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
+        texts = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
+        frame.insert(list(frame.columns).index("status"), "variant", texts)
     frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
     if "error" in frame:
         frame["error"] = [_shorten(error) for error in frame["error"]]
@@ -72,6 +73,12 @@ def winner_line(trial: Trial) -> str:
     """The winner in one sentence."""
     kernel = f", kernel alone {trial.kernel_time_ms:.3f} ms" if trial.kernel_time_ms is not None else ""
     return f"winner: {trial.config}: {trial.label} {trial.time_ms:.3f} ms{kernel} on {trial.device_kind}"
+
+
+def note_lines(trials: Sequence[Trial]) -> list[str]:
+    """What a reader of the table must know, each thing once, with how many trials it is about."""
+    counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
+    return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
 
 
 def status_counts(trials: Sequence[Trial]) -> dict[str, int]:

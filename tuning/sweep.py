@@ -257,6 +257,8 @@ def _command(config: DictConfig) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(summary.table(result.trials))
+    for line in summary.note_lines(result.trials):
+        print(line)
     picture = result.directory / "heatmap.png"
     drawn = heatmap.save(result.trials, picture)
     promotion: Promotion | None = None
@@ -266,7 +268,7 @@ def _command(config: DictConfig) -> int:
             print(f"heat map: {picture}")
         if settings.promote:
             promotion = promote(result.winner)
-            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'kept'}, {promotion.reason}")
+            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
     cli.write_json(
         config.json,
         {

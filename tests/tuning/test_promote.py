@@ -54,6 +54,13 @@ def test_other_shapes_variants_and_labels_stand_beside(make_trial: MakeTrial, tm
     assert content["device_kind"] == "TPU v6 lite"
 
 
+def test_only_a_tpu_has_entries(make_trial: MakeTrial, tmp_path: Path) -> None:
+    promotion = promote(make_trial(device="cpu", device_kind="cpu", label=Label.MEASURED), tmp_path)
+    assert not promotion.written
+    assert promotion.reason == "'cpu' is not a TPU"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "changes", [{"status": Status.WRONG}, {"numerics": None}, {"kernel": "jax_splash"}, {"time_samples_ms": ()}]
 )
