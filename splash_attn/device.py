@@ -16,6 +16,8 @@ class DeviceSpec:
       peak_bf16_flops_per_s: dense bf16 peak of one JAX device.
       hbm_bytes_per_s, hbm_bytes: HBM bandwidth and size of one JAX device.
       vmem_bytes: on-chip vector memory of one TensorCore.
+      ici_link_bytes_per_s: bandwidth of one link between neighbouring chips, in one direction.
+      ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
     """
 
@@ -28,6 +30,8 @@ class DeviceSpec:
     hbm_bytes_per_s: float
     hbm_bytes: int
     vmem_bytes: int
+    ici_link_bytes_per_s: float
+    ici_wrap_length: int
     source: str
 
     @property
@@ -52,7 +56,10 @@ DEVICES = {
             hbm_bytes_per_s=1638 * _GB,
             hbm_bytes=32 * _GIB,
             vmem_bytes=128 * _MIB,
-            source="https://cloud.google.com/tpu/docs/v6e; 918 TFLOP/s over two 256x256 MXUs is 1.75 GHz",
+            ici_link_bytes_per_s=100 * _GB,
+            ici_wrap_length=16,
+            source="https://cloud.google.com/tpu/docs/v6e; 918 TFLOP/s over two 256x256 MXUs is 1.75 GHz; 800 GB/s of "
+            "bidirectional ICI a chip over 4 ports; a 2D torus at its full 16 x 16, a mesh below",
         ),
         DeviceSpec(
             name="v5e",
@@ -64,7 +71,10 @@ DEVICES = {
             hbm_bytes_per_s=819 * _GB,
             hbm_bytes=16 * _GIB,
             vmem_bytes=128 * _MIB,
-            source="https://cloud.google.com/tpu/docs/v5e; 197 TFLOP/s over four 128x128 MXUs is 1.5 GHz",
+            ici_link_bytes_per_s=50 * _GB,
+            ici_wrap_length=16,
+            source="https://cloud.google.com/tpu/docs/v5e; 197 TFLOP/s over four 128x128 MXUs is 1.5 GHz; 400 GB/s of "
+            "bidirectional ICI a chip over 4 ports; a 2D torus at its full 16 x 16, a mesh below",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Is the prediction right? Every reported time against the same call compiled here: `python -m tuning.validate --help`."""
+"""Every reported time against a prediction of the same call: `python -m tuning.validate --help`."""
 
 import concurrent.futures
 import dataclasses
@@ -85,7 +85,7 @@ class Summary:
     Attributes:
       row_count: rows compared; failed_count: rows without a prediction, in none of the figures below.
       median_abs_error, max_abs_error: of |predicted / reported - 1|.
-      spearman: rank correlation of predicted and reported times; None for fewer than two rows.
+      spearman: rank correlation of predicted and reported times; None where all times of one kind are the same.
     """
 
     row_count: int
@@ -150,12 +150,14 @@ def summarize(comparisons: Sequence[Comparison]) -> Summary:
         failed_count=len(comparisons) - len(ratios),
         median_abs_error=statistics.median(errors) if errors else None,
         max_abs_error=max(errors, default=None),
-        spearman=spearman(*zip(*compared, strict=True)) if len(compared) > 1 else None,
+        spearman=spearman([p for p, _ in compared], [r for _, r in compared]),
     )
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation: Pearson's, of the ranks, ties sharing their mean rank."""
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Rank correlation: Pearson's, of the ranks, ties sharing their mean rank. None where one side does not vary."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
     return statistics.correlation(_ranks(x), _ranks(y))
 
 
@@ -185,8 +187,8 @@ def _lines(reported: Reported, comparisons: Sequence[Comparison], summary: Summa
     if summary.median_abs_error is not None and summary.max_abs_error is not None:
         correlation = "-" if summary.spearman is None else f"{summary.spearman:.3f}"
         lines.append(
-            f"{summary.row_count} rows: median error {summary.median_abs_error:.1%}, worst {summary.max_abs_error:.1%}, "
-            f"Spearman {correlation}"
+            f"{summary.row_count} rows: median error {summary.median_abs_error:.1%}, "
+            f"worst {summary.max_abs_error:.1%}, Spearman {correlation}"
         )
     if summary.failed_count:
         lines.append(f"{summary.failed_count} of {len(comparisons)} rows could not be predicted")

@@ -11,16 +11,16 @@ _LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
 _PREDICATE = re.compile(r"\((!?)(%p\w+)(?:, ([^)]*))?\)")
 _INSTRUCTION = re.compile(r"^(?:(%\w+) = )?([a-z_][\w.]*)\s*(.*)$", re.DOTALL)
 _TARGET = re.compile(r"target = \$region(\d+)")
-_MEMORY = re.compile(r"\[smem:(\[#allocation\w+\])\]")
-_INDEXED_MEMORY = re.compile(r"\[smem:\[(#allocation\w+)(?: \+ (%\w+|\$0x[0-9a-f]+))?\]\]")
-_SCALAR_OPERAND = re.compile(r"(%s\w+) = inlined_call_operand\.<no memory space> \[shape: s32\[\]")
-_POINTER = re.compile(r"(%s\w+) = (?:scalar_lea|int_to_ptr|inlined_call_operand)\.(hbm|vmem|smem)\b")
+_SPILL = re.compile(r"\[smem:(\[#allocation\d+_spill\])\]")
+_MEMORY = re.compile(r"\[smem:\[(#allocation\d+|%\w+)(?: \+ (%\w+|\$0x[0-9a-f]+))?\]\]")
+_OPERAND = re.compile(r"\s*(%s\w+) = inlined_call_operand\.(<no memory space>|\w+) \[shape: (\S+), index: (\d+),")
 _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|general))\b(.*)", re.DOTALL)
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
+_ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 
 BRANCH, DMA, WAIT = "sbr.rel", "dma", "dma.done.wait"
-LOAD, MOVE, PHI = "sld", "smov.u32", "sphi"
+LOAD, MOVE, PHI, OPERAND = "sld", "smov.u32", "sphi", "inlined_call_operand"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Instruction:
     """One instruction of the scalar slice: `result = name operands`, executed where `predicate` holds.
 
     Attributes:
-      operands: registers and constants; of a DMA (size in granules, flag), of a wait (flag, size in granules).
+      operands: registers and constants; of a DMA (size in granules, flag, from, to), of a wait (flag, size in
+        granules), of an operand of the op (its index).
       otherwise: value of the result where the predicate does not hold.
       target: region that a branch jumps to.
-      spaces: memory spaces of a DMA, (from, to); None where the dump does not say.
+      spaces: memory spaces of a DMA, (from, to), or of a pointer, (its own,); None where its operand must tell.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Instruction:
     predicate_negated: bool = False
     otherwise: str | int | None = None
     target: str | None = None
-    spaces: tuple[str | None, str | None] = (None, None)
+    spaces: tuple[str | None, ...] = ()
 
     @property
     def reads(self) -> list[str]:
@@ -55,7 +56,6 @@ class Program:
       length: bundles.
       labels: bundle that each region starts at.
       events: instructions by bundle, in the order of execution.
-      grid_size_name: register of a traced grid size, None where the op has none.
 
     Raises:
       UnknownDumpFormatError: the text is not in the known form.
@@ -67,9 +67,6 @@ class Program:
             raise UnknownDumpFormatError("no VLIW bundles found in the dump; it may come from another libtpu.")
         self.length = len(starts)
         self.labels: dict[str, int] = {}
-        scalar_operand = _SCALAR_OPERAND.search(text, 0, starts[min(8, self.length - 1)].start())
-        self.grid_size_name = scalar_operand[1] if scalar_operand else None
-        spaces = dict(_POINTER.findall(text))
         parsed: list[tuple[int, Instruction]] = []
         for index, match in enumerate(starts):
             if int(match[1], 16) != index:
@@ -80,7 +77,7 @@ class Program:
                 for comment in _COMMENT.findall(body):
                     for label in _LABEL.findall(comment):
                         self.labels.setdefault(label, index)
-            parsed.extend((index, instruction) for instruction in _parse_bundle(body, spaces))
+            parsed.extend((index, instruction) for instruction in _parse_bundle(body))
         self.events = _slice(parsed)
         for address, bundle in self.events.items():
             for instruction in bundle:
@@ -111,16 +108,19 @@ def _slice(parsed: list[tuple[int, Instruction]]) -> dict[int, list[Instruction]
     return events
 
 
-def _parse_bundle(body: str, spaces: dict[str, str]) -> list[Instruction]:
+def _parse_bundle(body: str) -> list[Instruction]:
     instructions = []
     for raw in body.split(";;"):
         # Vector instructions are the bulk of a dump; only what makes a scalar, a predicate or a transfer counts.
         if raw.lstrip().startswith("%v") and "= " in raw:
             continue
         if "dma." in raw and (dma := _DMA.match(raw)):
-            instruction: Instruction | None = _parse_dma(dma[1], dma[2], spaces)
+            instruction: Instruction | None = _parse_dma(dma[1], dma[2])
         elif "dma.done.wait" in raw and (wait := _WAIT.match(raw)):
             instruction = _parse_wait(_COMMENT.sub("", wait[1]))
+        elif OPERAND in raw and (operand := _OPERAND.match(raw)):
+            space = operand[2] if operand[2].isidentifier() else None
+            instruction = Instruction(OPERAND, operand[1], (int(operand[4]),), spaces=(space,))
         else:
             instruction = _parse_scalar(_COMMENT.sub("", raw))
         if instruction is not None:
@@ -144,11 +144,12 @@ def _parse_scalar(raw: str) -> Instruction | None:
         )
     if name in ("sst", LOAD):
         return _parse_memory(name, result, rest)
-    if result is None or not result.startswith(("%s", "%p")) or name.startswith("inlined_call_operand"):
+    if result is None or not result.startswith(("%s", "%p")):
         return None
     guard = _PREDICATE.match(rest)
     if guard:
         rest = rest[guard.end() :].lstrip(", ")
+    rest = _ATTRIBUTE.sub("", rest)
     return Instruction(
         name,
         result,
@@ -160,37 +161,41 @@ def _parse_scalar(raw: str) -> Instruction | None:
 
 
 def _parse_memory(name: str, result: str | None, rest: str) -> Instruction | None:
-    """Scalars spilled to SMEM keep their value; what else is loaded from SMEM is known by its address only."""
+    """Scalars spilled to SMEM keep their value; for the rest of SMEM see scalar.Values."""
+    spill = _SPILL.search(rest)
     memory = _MEMORY.search(rest)
-    indexed = _INDEXED_MEMORY.search(rest)
-    if name == LOAD and indexed and "_spill" not in indexed[1]:
-        index = indexed[2] or "$0x0"
-        return Instruction(LOAD, result, (indexed[1], index if index.startswith("%") else int(index[1:], 16)))
-    if memory is None:
-        return None
     if name == LOAD:
-        return Instruction(MOVE, result, (memory[1],))
-    stored = rest[memory.end() :].split(",")[0].strip()
-    return Instruction(MOVE, memory[1], (_operand(stored.split()[0]),))
+        if spill is not None:
+            return Instruction(MOVE, result, (spill[1],))
+        if memory is None:
+            return None
+        base = memory[1] if memory[1].startswith("%") else f"[{memory[1]}]"
+        index = memory[2] or "$0x0"
+        return Instruction(LOAD, result, (base, index if index.startswith("%") else int(index[1:], 16)))
+    if spill is None:
+        return None
+    stored = rest[spill.end() :].split(",")[0].strip()
+    return Instruction(MOVE, spill[1], (_operand(stored.split()[0]),))
 
 
-def _parse_dma(name: str, rest: str, spaces: dict[str, str]) -> Instruction:
+def _parse_dma(name: str, rest: str) -> Instruction:
     fields = dict(_FIELD.findall(rest))
     guard = _PREDICATE.search(rest.split("/*", 1)[0])
-    if name == "dma.general":
-        ends = spaces.get(fields.get("src", "")), spaces.get(fields.get("dst", ""))
-    else:
-        source, _, destination = name.removeprefix("dma.").partition("_to_")
-        ends = source, destination
-    size, flag = fields.get("size_in_granules"), fields.get("dst_syncflagno")
-    if size is None or flag is None:
-        raise UnknownDumpFormatError(f"{name}: expected size_in_granules and dst_syncflagno, got {sorted(fields)}.")
+    source, _, destination = name.removeprefix("dma.").partition("_to_")
+    general = name == "dma.general"
+    names = ("src", "dst") if general else (source, destination)
+    missing = {"size_in_granules", "dst_syncflagno"} - fields.keys()
+    if missing:
+        raise UnknownDumpFormatError(f"{name}: expected {', '.join(sorted(missing))}, got {sorted(fields)}.")
+    # The ends of a transfer between HBM and VMEM are plain from its name: what they point at need not be worked out.
+    explained = not general and "smem" not in names
+    ends = () if explained else tuple(_operand(fields.get(name, "0")) for name in names)
     return Instruction(
         DMA,
-        operands=(_operand(size), _operand(flag)),
+        operands=(_operand(fields["size_in_granules"]), _operand(fields["dst_syncflagno"]), *ends),
         predicate=guard[2] if guard else None,
         predicate_negated=bool(guard and guard[1]),
-        spaces=ends,
+        spaces=(None, None) if general else (source, destination),
     )
 
 

@@ -1,30 +1,14 @@
-"""From schedules and HLO to time: what each op costs and what bounds it."""
+"""What a prediction says: the cost of each op, and of the program."""
 
+import collections
 import dataclasses
-import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
+from tuning.offline.collectives import Collective
 
-from splash_attn.device import DeviceSpec
-from tuning.offline.constants import HBM_EFFICIENCY, dma_timing
-from tuning.offline.dma import DmaTiming
-from tuning.offline.errors import UnknownDumpFormatError
-from tuning.offline.schedule import Schedule, read_schedule
-
-_FINAL_BUNDLES = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OP = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = ")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_WHILE = re.compile(r"\bwhile\(.*condition=%([\w.\-]+), body=%([\w.\-]+)")
-_CALLED = re.compile(r"(?:to_apply|true_computation|false_computation)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"')
-
-Bound = Literal["compute", "hbm"]
+Bound = Literal["compute", "hbm", "link"]
+Category = Literal["kernel", "matmul", "elementwise", "layout", "collective", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +17,27 @@ class OpCost:
 
     Attributes:
       name, scope: the HLO op's name and its JAX op_name path ("" where the compiler made it).
-      time_s: (cycles + stall_cycles) / clock, times `calls`.
+      category: kernel (Pallas), matmul (and what is fused with it), elementwise (reductions too), layout (copies,
+        transposes, slices, pads: data moved and not changed), collective, or other (what runs on a SparseCore).
+      time_s: (cycles + stall_cycles) / clock, times `calls`; of a transfer or collective that runs beside other ops,
+        what it adds to them.
       cycles: TensorCore cycles of one call; one VLIW bundle is one cycle.
-      stall_cycles: cycles of one call beyond these, waiting for DMAs or for VMEM; see tuning.offline.dma.
+      stall_cycles: cycles of one call beyond these, waiting for DMAs, for VMEM or for links.
       calls: how often the program runs the op.
       hbm_bytes: HBM traffic of one call.
       bound: what limits the op.
       vmem_bytes: VMEM that the op reserves.
       spill_count, fill_count: vector registers spilled and filled in one call.
       utilization: fraction of each unit's slots in use.
-      unresolved: what depends on data: branches and DMAs (counted as run), trip counts (counted once).
+      unresolved: what depends on data: branches and DMAs (counted as run), trip counts (counted once), branches of
+        conditionals (the slowest counted); and ops whose schedule is not known.
+      collective: of a collective, its bytes and links.
+      start_s: when the op first starts, from the start of the program.
     """
 
     name: str
     scope: str
+    category: Category
     time_s: float
     cycles: int
     stall_cycles: float
@@ -58,11 +49,22 @@ class OpCost:
     fill_count: int
     utilization: dict[str, float]
     unresolved: tuple[str, ...]
+    collective: Collective | None
+    start_s: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Predicted cost of a compiled program on one chip; ops run one after the other."""
+    """Predicted cost of a compiled program on one chip.
+
+    The ops run one after the other. Transfers and collectives that the compiler starts early run beside the ops up to
+    the one that waits for them; see tuning.offline.program.
+
+    Attributes:
+      time_s, cycles, spill_count, fill_count, hbm_bytes: sums over `ops`, each times its calls.
+      vmem_bytes: the most that an op reserves.
+      peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
+    """
 
     time_s: float
     cycles: int
@@ -81,129 +83,34 @@ class Prediction:
         """The ops whose name or scope contains `text`."""
         return tuple(op for op in self.ops if text in op.name or text in op.scope)
 
+    def by_category(self) -> dict[str, float]:
+        """Seconds by category, longest first."""
+        return _summed((op.category, op.time_s) for op in self.ops)
 
-def predict_from_dump(
-    compiled: jax.stages.Compiled,
-    dump_dir: Path,
-    *,
-    device: DeviceSpec,
-    compile_time_s: float,
-    grid_sizes: Mapping[str, int],
-) -> Prediction:
-    """Joins the dumped schedules of a program's ops with its HLO; `grid_sizes` as for `predict`.
+    def by_scope(self, depth: int) -> dict[str, float]:
+        """Seconds by the first `depth` parts of the scope, longest first; "" for ops that the compiler made."""
+        return _summed(("/".join(op.scope.split("/")[:depth]), op.time_s) for op in self.ops)
 
-    Raises:
-      UnknownDumpFormatError: there is no schedule, or not in the known form.
-    """
-    hlo = _read_hlo(compiled.as_text())
-    ops = []
-    for schedule in _read_schedules(dump_dir, grid_sizes, dma_timing(device)):
-        op = hlo.get(schedule.name)
-        if op is not None:
-            ops.append(_cost(schedule, op, device))
-    if not ops:
-        raise UnknownDumpFormatError(f"{dump_dir}: no schedule of any of the program's {len(hlo)} ops was dumped.")
-    memory = compiled.memory_analysis()
-    return Prediction(
-        time_s=sum(op.time_s for op in ops),
-        cycles=sum(op.cycles * op.calls for op in ops),
-        ops=tuple(ops),
-        vmem_bytes=max(op.vmem_bytes for op in ops),
-        spill_count=sum(op.spill_count * op.calls for op in ops),
-        fill_count=sum(op.fill_count * op.calls for op in ops),
-        hbm_bytes=sum(op.hbm_bytes * op.calls for op in ops),
-        peak_hbm_bytes=(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        ),
-        compile_time_s=compile_time_s,
-    )
+    def breakdown(self, scopes: Sequence[str]) -> dict[str, float]:
+        """Seconds by the first of `scopes` that an op's scope or name contains, and by category for the others."""
+        return _summed(
+            (next((text for text in scopes if text in op.scope or text in op.name), op.category), op.time_s)
+            for op in self.ops
+        )
+
+    @property
+    def collectives(self) -> tuple[OpCost, ...]:
+        """The ops that communicate."""
+        return tuple(op for op in self.ops if op.collective is not None)
+
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        """What the prediction had to assume, with the op's name."""
+        return tuple(f"{op.name}: {text}" for op in self.ops for text in op.unresolved)
 
 
-@dataclasses.dataclass(frozen=True)
-class _HloOp:
-    scope: str
-    calls: int
-    vmem_bytes: int
-    unresolved: tuple[str, ...]
-
-
-def _cost(schedule: Schedule, op: _HloOp, device: DeviceSpec) -> OpCost:
-    hbm_cycles = schedule.hbm_bytes / (HBM_EFFICIENCY * device.hbm_bytes_per_s) * device.clock_hz
-    return OpCost(
-        name=schedule.name,
-        scope=op.scope,
-        time_s=(schedule.cycles + schedule.stall_cycles) / device.clock_hz * op.calls,
-        cycles=schedule.cycles,
-        stall_cycles=schedule.stall_cycles,
-        calls=op.calls,
-        hbm_bytes=schedule.hbm_bytes,
-        bound="compute" if schedule.cycles >= hbm_cycles else "hbm",
-        vmem_bytes=op.vmem_bytes,
-        spill_count=schedule.spill_count,
-        fill_count=schedule.fill_count,
-        utilization={unit: round(schedule.utilization(unit), 4) for unit in schedule.unit_capacity},
-        unresolved=schedule.unresolved + op.unresolved,
-    )
-
-
-def _read_schedules(dump_dir: Path, grid_sizes: Mapping[str, int], timing: DmaTiming) -> list[Schedule]:
-    schedules = []
-    for path in sorted(dump_dir.iterdir()):
-        match = _FINAL_BUNDLES.match(path.name)
-        if match is None or match[1].endswith("schedule-analysis") or match[1].startswith(("<", "TLP")):
-            continue
-        stem = path.name.rsplit("-", 2)[0]
-        tables = [p for p in dump_dir.iterdir() if p.name.startswith(stem + "-") and "per-bundle-utilization" in p.name]
-        if len(tables) != 1:
-            raise UnknownDumpFormatError(f"{path.name}: expected one utilization table beside it, found {len(tables)}.")
-        kernel = match[1].rsplit(".", 1)[0]
-        schedules.append(read_schedule(match[1], path, tables[0], timing=timing, grid_size=grid_sizes.get(kernel)))
-    return schedules
-
-
-def _read_hlo(text: str) -> dict[str, _HloOp]:
-    """Every op of the scheduled HLO with how often it runs, from the trip counts that the compiler knows."""
-    lines_of: dict[str, list[str]] = {}
-    entry = current = ""
-    for line in text.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            current = header[2]
-            lines_of[current] = []
-            if header[1]:
-                entry = current
-        elif current:
-            lines_of[current].append(line)
-    ops: dict[str, _HloOp] = {}
-
-    def visit(computation: str, calls: int, unresolved: tuple[str, ...]) -> None:
-        for line in lines_of.get(computation, ()):
-            match = _OP.match(line)
-            if match is None:
-                continue
-            scope = _OP_NAME.search(line)
-            vmem = _VMEM.search(line)
-            ops[match[1]] = _HloOp(
-                scope=scope[1] if scope else "",
-                calls=calls,
-                vmem_bytes=int(vmem[1]) + int(vmem[2]) if vmem else 0,
-                unresolved=unresolved,
-            )
-            loop = _WHILE.search(line)
-            if loop:
-                trips = _TRIPS.search(line)
-                note = () if trips else (f"{match[1]}: trip count not known, counted once",)
-                visit(loop[2], calls * int(trips[1]) if trips else calls, unresolved + note)
-                continue
-            branches = _BRANCHES.search(line)
-            called = re.findall(r"%([\w.\-]+)", branches[1]) if branches else _CALLED.findall(line)
-            note = (f"{match[1]}: every branch counted",) if "conditional(" in line else ()
-            for name in called:
-                visit(name, calls, unresolved + note)
-
-    visit(entry, 1, ())
-    return ops
+def _summed(items: Any) -> dict[str, float]:
+    sums: collections.Counter[str] = collections.Counter()
+    for name, time_s in items:
+        sums[name] += time_s
+    return dict(sums.most_common())

@@ -7,6 +7,7 @@ fills or empties VMEM, the core runs slower, because both want the same memory.
 
 import collections
 import dataclasses
+from collections.abc import Hashable
 
 HBM_GRANULE_BYTES = 32
 
@@ -43,7 +44,7 @@ class DmaClock:
         self._timing = timing
         self._busy: collections.deque[tuple[float, float]] = collections.deque()
         self._free_at = 0.0
-        self._pending: dict[str, collections.deque[tuple[float, int]]] = {}
+        self._pending: dict[Hashable, collections.deque[tuple[float, int]]] = {}
         self.now = 0.0
         self.hbm_bytes = 0
 
@@ -70,7 +71,7 @@ class DmaClock:
             left -= possible
             self.now = end
 
-    def start(self, flag: str | None, size_bytes: int, spaces: tuple[str | None, str | None]) -> None:
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
         """A DMA starts; `flag` is told when it ends (None: nobody can be waiting for it)."""
         in_hbm = spaces.count("hbm") or spaces.count(None)  # a pointer that the dump does not explain: to HBM
         begin = max(self.now + self._timing.latency_cycles, self._free_at)
@@ -83,7 +84,7 @@ class DmaClock:
         if flag is not None:
             self._pending.setdefault(flag, collections.deque()).append((end, size_bytes))
 
-    def wait(self, flag: str, size_bytes: int) -> bool:
+    def wait(self, flag: Hashable, size_bytes: int) -> bool:
         """The core waits until `flag` has been told of that many bytes. False: no transfer was started with it.
 
         Of a window that sticks out of its array only a part is transferred; the core itself tells the flag the rest.

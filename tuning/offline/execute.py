@@ -2,18 +2,19 @@
 
 All control flow of a TPU core runs on its scalar unit, so loops, nested loops, software-pipeline prologues and
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
-taken as not skipping its region, a DMA under it as running, and both are listed. Two things are assumed instead: a
-traced grid size has the value that the caller names, and scalars loaded from different SMEM addresses (block indices
-that are prefetched) differ.
+taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
+(constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
+that are prefetched) are assumed to differ where their addresses do.
 """
 
 import bisect
 import dataclasses
+from collections.abc import Mapping, Sequence
 
-from tuning.offline import scalar
 from tuning.offline.bundles import BRANCH, DMA, WAIT, Instruction, Program
 from tuning.offline.dma import HBM_GRANULE_BYTES, DmaClock, DmaTiming
 from tuning.offline.errors import UnknownDumpFormatError
+from tuning.offline.scalar import Pointer, Scalars
 
 BRANCH_DELAY_SLOTS = 4
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
@@ -36,25 +37,23 @@ class Execution:
     unresolved: tuple[str, ...]
 
 
-def execute(program: Program, timing: DmaTiming, *, grid_size: int | None = None) -> Execution:
+def execute(program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
     """Runs the program.
 
     Args:
-      grid_size: the value of a traced grid size, where the op has one.
+      operands: by index, the words of operands that are known: constants, a traced grid size.
 
     Raises:
       UnknownDumpFormatError: the program does not end within a large number of steps.
     """
-    return _Run(program, timing, grid_size).to_the_end()
+    return _Run(program, timing, operands or {}).to_the_end()
 
 
 class _Run:
-    def __init__(self, program: Program, timing: DmaTiming, grid_size: int | None) -> None:
+    def __init__(self, program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]]) -> None:
         self._program = program
         self._addresses = sorted(program.events)
-        self._values: scalar.Values = {}
-        if grid_size is not None and program.grid_size_name is not None:
-            self._values[program.grid_size_name] = grid_size
+        self._scalars = Scalars(operands)
         self._clock = DmaClock(timing)
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
@@ -109,7 +108,7 @@ class _Run:
                 elif instruction.name == WAIT:
                     self._wait(instruction, address)
                 else:
-                    scalar.assign(instruction, self._values, from_back_edge and address == start)
+                    self._scalars.assign(instruction, from_back_edge and address == start)
         return jump, branch_at, steps
 
     def _run_clock_to(self, address: int) -> None:
@@ -117,33 +116,40 @@ class _Run:
         self._clocked_to = address
 
     def _taken(self, instruction: Instruction, address: int) -> bool:
-        taken = scalar.holds(instruction, self._values)
+        taken = self._scalars.holds(instruction)
         if taken is None:
             self._unresolved[f"branch at {address:#x}"] = None
             return False
         return taken
 
     def _start_dma(self, instruction: Instruction, address: int) -> None:
-        runs = scalar.holds(instruction, self._values)
+        runs = self._scalars.holds(instruction)
         if runs is None:
             self._unresolved[f"DMA at {address:#x}"] = None
         elif not runs:
             return
-        size, flag = (scalar.value_of(operand, self._values) for operand in instruction.operands)
+        size = self._scalars.value(instruction.operands[0])
         if not isinstance(size, int):
             self._unresolved[f"size of the DMA at {address:#x}"] = None
             return
-        if None in instruction.spaces:
+        ends = [self._scalars.value(operand) for operand in instruction.operands[2:]]
+        spaces = instruction.spaces
+        if ends:
+            if spaces[1] == "smem":
+                self._scalars.copy_to_smem(ends[0], ends[1])
+            spaces = tuple(
+                known or (end.space if isinstance(end, Pointer) else None)
+                for known, end in zip(spaces, ends, strict=True)
+            )
+        if None in spaces:
             self._unresolved[f"memories of the DMA at {address:#x}"] = None
         self._run_clock_to(address)
-        known = flag if isinstance(flag, str) and scalar.is_flag(flag) else None
-        self._clock.start(known, size * HBM_GRANULE_BYTES, instruction.spaces)
+        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces)
 
     def _wait(self, instruction: Instruction, address: int) -> None:
-        if scalar.holds(instruction, self._values) is False:
+        if self._scalars.holds(instruction) is False:
             return
-        flag, size = (scalar.value_of(operand, self._values) for operand in instruction.operands)
+        flag, size = self._scalars.flag(instruction.operands[0]), self._scalars.value(instruction.operands[1])
         self._run_clock_to(address)
-        known = isinstance(flag, str) and scalar.is_flag(flag) and isinstance(size, int)
-        if not known or not self._clock.wait(str(flag), size * HBM_GRANULE_BYTES):  # type: ignore[operator]
+        if flag is None or not isinstance(size, int) or not self._clock.wait(flag, size * HBM_GRANULE_BYTES):
             self._unresolved[f"wait at {address:#x} for a DMA that is not known"] = None

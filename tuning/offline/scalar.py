@@ -1,22 +1,49 @@
 """Arithmetic of the scalar unit, on values of which some are not known."""
 
+import dataclasses
+import enum
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from tuning.offline.bundles import LOAD, PHI, Instruction
+from tuning.offline.bundles import LOAD, OPERAND, PHI, Instruction
 
 _INT32 = 2**32
 
-#: A scalar: an int; a string for one loaded from a known SMEM address ("load ..."), for a difference of two such
-#: (_NONZERO), or for a sync flag ("flag ..."); None where nothing is known.
-Scalar = int | str | None
-_NONZERO = "nonzero"
-_FLAG = "flag "
-Values = dict[str | int, Scalar]
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A sync flag: "[#allocation7 + $0x1]" and index 1 of "[#allocation7]" are the same."""
+
+    allocation: str
+    index: int
 
 
-def signed(value: int) -> int:
-    """As the unit's 32-bit registers hold it."""
+@dataclasses.dataclass(frozen=True)
+class Pointer:
+    """An address: its memory and what it is in (an allocation, or "operand N" of the op); None where not known."""
+
+    space: str | None
+    name: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What was loaded from an SMEM address whose content is not known."""
+
+    name: str | None
+    index: int
+
+
+class _Difference(enum.Enum):
+    NONZERO = "of two Loaded from different addresses"
+
+
+Scalar = int | Flag | Pointer | Loaded | _Difference | None
+
+_Binary = Callable[[int, int], int]
+
+
+def _signed(value: int) -> int:
     value &= _INT32 - 1
     return value - _INT32 if value >= _INT32 // 2 else value
 
@@ -25,7 +52,6 @@ def _unsigned(value: int) -> int:
     return value & (_INT32 - 1)
 
 
-_Binary = Callable[[int, int], int]
 _COMPARE: dict[str, _Binary] = {
     "eq": operator.eq,
     "ne": operator.ne,
@@ -38,6 +64,7 @@ _BINARY: dict[str, _Binary] = {
     "sadd": operator.add,
     "ssub": operator.sub,
     "smul": operator.mul,
+    "smulhi": lambda a, b: (_unsigned(a) * _unsigned(b)) >> 32,
     "sand": operator.and_,
     "sor": operator.or_,
     "sxor": operator.xor,
@@ -54,115 +81,143 @@ _BINARY: dict[str, _Binary] = {
 }
 
 
-def value_of(operand: str | int, values: Values) -> Scalar:
-    """Of a register, a constant or a sync flag named directly."""
-    if isinstance(operand, int):
-        return operand
-    if operand.startswith("[#allocation") and "_spill" not in operand:
-        return _flag(operand)
-    return values.get(operand)
+class Scalars:
+    """The scalar registers and SMEM of a core.
+
+    Args:
+      operands: by index, the words of the op's operands that the caller knows.
+    """
+
+    def __init__(self, operands: Mapping[int, Sequence[int]]) -> None:
+        self._operands = operands
+        self._values: dict[str, Scalar] = {}
+        self._memory: dict[str, Sequence[int]] = {}
+
+    def value(self, operand: str | int) -> Scalar:
+        """Of a register, a spill slot, a constant, or an allocation named directly."""
+        if isinstance(operand, int):
+            return operand
+        if operand.startswith("[#allocation") and not operand.endswith("_spill]"):
+            return Pointer(None, operand[1:-1])
+        return self._values.get(operand)
+
+    def flag(self, operand: str | int) -> Flag | None:
+        """The sync flag that an operand stands for; None where that is not known."""
+        value = self.value(operand)
+        if isinstance(value, Pointer) and value.name is not None:
+            allocation, _, offset = value.name.partition(" + ")
+            return Flag(allocation, int(offset.lstrip("$"), 16) if offset else 0)
+        return value if isinstance(value, Flag) else None
+
+    def holds(self, instruction: Instruction) -> bool | None:
+        """Whether the instruction's predicate lets it run; None where that is not known."""
+        if instruction.predicate is None:
+            return True
+        condition = self._values.get(instruction.predicate)
+        return None if condition is None else bool(condition) != instruction.predicate_negated
+
+    def copy_to_smem(self, source: Scalar, destination: Scalar) -> None:
+        """A DMA fills an allocation in SMEM."""
+        if isinstance(destination, Pointer) and destination.name is not None:
+            self._memory.pop(destination.name, None)
+            if isinstance(source, Pointer) and source.name is not None:
+                words = self._operands.get(_operand_index(source.name))
+                if words is not None:
+                    self._memory[destination.name] = words
+
+    def assign(self, instruction: Instruction, from_back_edge: bool) -> None:
+        """Runs one instruction that makes a scalar or a predicate."""
+        if instruction.result is None:
+            return
+        runs = self.holds(instruction)
+        if runs is None:
+            value: Scalar = None
+        elif not runs:
+            value = None if instruction.otherwise is None else self.value(instruction.otherwise)
+        else:
+            value = self._evaluate(instruction, from_back_edge)
+        self._values[instruction.result] = value
+
+    def _evaluate(self, instruction: Instruction, from_back_edge: bool) -> Scalar:
+        name, _, kind = instruction.name.partition(".")
+        if name == PHI:
+            return self.value(instruction.operands[1 if from_back_edge else 0])
+        if name == OPERAND:
+            return self._operand(instruction)
+        args = [self.value(x) for x in instruction.operands]
+        if name == LOAD:
+            return self._load(args[0], args[1])
+        if name in ("scalar_lea", "int_to_ptr"):
+            if kind == "sflag":
+                return self._flag_at(instruction, args)
+            pointed = next((arg.name for arg in args if isinstance(arg, Pointer)), None)
+            return Pointer(kind, pointed)
+        if name == "scalar_select":
+            condition, on_true, on_false = args
+            return None if condition is None else on_true if condition else on_false
+        if name in ("smov", "pmov"):
+            return args[0]
+        if name == "pneg":
+            return None if args[0] is None else int(not args[0])
+        if len(args) != 2:
+            return None
+        return _binary(name, instruction.name, args[0], args[1])
+
+    def _operand(self, instruction: Instruction) -> Scalar:
+        index = instruction.operands[0]
+        assert isinstance(index, int)
+        if instruction.spaces[0] is None:  # the scalar itself, not its address
+            words = self._operands.get(index)
+            return words[0] if words else None
+        return Pointer(instruction.spaces[0], f"operand {index}")
+
+    def _load(self, base: Scalar, index: Scalar) -> Scalar:
+        if not isinstance(index, int) or not isinstance(base, Pointer):
+            return None
+        words = self._memory.get(base.name) if base.name is not None else None
+        if words is None:
+            return Loaded(base.name, index)
+        return words[index] if 0 <= index < len(words) else None
+
+    def _flag_at(self, instruction: Instruction, args: list[Scalar]) -> Flag | None:
+        base = self.flag(instruction.operands[0])
+        index = args[1] if len(args) > 1 else 0
+        if base is None or not isinstance(index, int):
+            return None
+        return Flag(base.allocation, base.index + index)
 
 
-def is_flag(value: Scalar) -> bool:
-    """Whether the value names a sync flag."""
-    return isinstance(value, str) and value.startswith(_FLAG)
-
-
-def holds(instruction: Instruction, values: Values) -> bool | None:
-    """Whether the instruction's predicate lets it run; None where that is not known."""
-    if instruction.predicate is None:
-        return True
-    condition = values.get(instruction.predicate)
-    return None if condition is None else bool(condition) != instruction.predicate_negated
-
-
-def assign(instruction: Instruction, values: Values, from_back_edge: bool) -> None:
-    """Runs one instruction that makes a scalar or a predicate."""
-    if instruction.result is None:
-        return
-    runs = holds(instruction, values)
-    if runs is None:
-        values[instruction.result] = None
-    elif not runs:
-        otherwise = instruction.otherwise
-        values[instruction.result] = None if otherwise is None else value_of(otherwise, values)
-    else:
-        values[instruction.result] = _evaluate(instruction, values, from_back_edge)
-
-
-def _evaluate(instruction: Instruction, values: Values, from_back_edge: bool) -> Scalar:
-    name = instruction.name.split(".")[0]
-    if name == PHI:
-        return value_of(instruction.operands[1 if from_back_edge else 0], values)
-    if name == LOAD:
-        memory, offset = instruction.operands
-        index = value_of(offset, values)
-        return f"load {memory} {index}" if isinstance(index, int) else None
-    if instruction.name == "scalar_lea.sflag":
-        return _flag_at(instruction, values)
-    args = [value_of(x, values) for x in instruction.operands]
-    if name == "scalar_select":
-        condition, on_true, on_false = args
-        return None if condition is None else on_true if condition else on_false
-    if name in ("smov", "pmov"):
-        return args[0]
-    if name == "pneg":
-        return None if args[0] is None else int(not args[0])
-    if len(args) != 2:
-        return None
-    return _binary(name, instruction.name, args[0], args[1])
+def _operand_index(name: str) -> int:
+    return int(name.removeprefix("operand ")) if name.startswith("operand ") else -1
 
 
 def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
     if name in ("por", "pand", "pnand") and (left is None) != (right is None):
         known = left if right is None else right  # one operand is enough where it decides
         return None if bool(known) != (name == "por") else int(name != "pand")
-    if isinstance(left, str) or isinstance(right, str):
-        return _on_loaded(name, full_name, left, right)
-    if left is None or right is None:
-        return None
-    if name == "scmp":
-        _, relation, kind = full_name.split(".")[:3]
-        convert = _unsigned if kind == "u32" else signed
-        return int(_COMPARE[relation](convert(left), convert(right)))
-    if name in _BINARY:
-        return signed(int(_BINARY[name](left, right)))
-    return None
+    if isinstance(left, int) and isinstance(right, int):
+        if name == "scmp":
+            _, relation, kind = full_name.split(".")[:3]
+            convert = _unsigned if kind == "u32" else _signed
+            return int(_COMPARE[relation](convert(left), convert(right)))
+        return _signed(int(_BINARY[name](left, right))) if name in _BINARY else None
+    for pointer in (left, right):
+        if isinstance(pointer, Pointer):
+            return pointer if name in ("sshll", "sadd") else None  # an address in another unit, or an offset
+    return _on_loaded(name, full_name, left, right)
 
 
 def _on_loaded(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
     """Scalars that were loaded are equal where their address is the same, and assumed different elsewhere."""
-    if is_flag(left) or is_flag(right):
-        return None
-    if name == "sor" and _NONZERO in (left, right):
-        return _NONZERO
-    loaded = isinstance(left, str) and isinstance(right, str) and _NONZERO not in (left, right)
+    loaded = isinstance(left, Loaded) and isinstance(right, Loaded)
     if name == "ssub" and loaded:
-        return 0 if left == right else _NONZERO
+        return 0 if left == right else _Difference.NONZERO
+    if name == "sor" and _Difference.NONZERO in (left, right):
+        return _Difference.NONZERO
     if name == "scmp" and full_name.startswith(("scmp.eq", "scmp.ne")):
+        wants_equal = full_name.startswith("scmp.eq")
         if loaded:
-            return int((left == right) == full_name.startswith("scmp.eq"))
-        if {left, right} == {_NONZERO, 0}:
-            return int(full_name.startswith("scmp.ne"))
+            return int((left == right) == wants_equal)
+        if {left, right} == {_Difference.NONZERO, 0}:
+            return int(not wants_equal)
     return None
-
-
-def _flag(name: str, index: int = 0) -> str:
-    """A flag by allocation and index: "[#allocation7 + $0x1]" and index 1 of "[#allocation7]" are the same."""
-    allocation, _, offset = name.strip("[]").partition(" + ")
-    return f"{_FLAG}{allocation} {index + (int(offset.lstrip('$'), 16) if offset else 0)}"
-
-
-def _flag_at(instruction: Instruction, values: Values) -> Scalar:
-    base = instruction.operands[0]
-    index = value_of(instruction.operands[1], values)
-    if not isinstance(index, int):
-        return None
-    if isinstance(base, str) and base.startswith("["):
-        return _flag(base, index)
-    pointer = value_of(base, values)
-    if not is_flag(pointer):
-        return None
-    assert isinstance(pointer, str)
-    _, allocation, offset = pointer.split(" ")
-    return f"{_FLAG}{allocation} {int(offset) + index}"

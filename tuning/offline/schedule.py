@@ -1,6 +1,7 @@
 """What one op costs on its core, from the two dump files that the compiler wrote about it."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tuning.offline.bundles import Program
@@ -47,9 +48,17 @@ class Schedule:
 
 
 def read_schedule(
-    name: str, bundles_path: Path, utilization_path: Path, *, timing: DmaTiming, grid_size: int | None = None
+    name: str,
+    bundles_path: Path,
+    utilization_path: Path,
+    *,
+    timing: DmaTiming,
+    operands: Mapping[int, Sequence[int]] | None = None,
 ) -> Schedule:
-    """Reads the two dump files of one op.
+    """Reads the two dump files of one op, and runs it.
+
+    Args:
+      operands: by index, the words of the op's operands that are known.
 
     Args:
       grid_size: the value of a Pallas kernel's traced grid dimension, where it has one.
@@ -66,7 +75,7 @@ def read_schedule(
         raise UnknownDumpFormatError(
             f"{utilization_path.name}: {len(table)} bundles, expected the {program.length} of {bundles_path.name}."
         )
-    execution = execute(program, timing, grid_size=grid_size)
+    execution = execute(program, timing, operands)
     uses = dict.fromkeys(capacity, 0)
     static_spills = 0
     units = list(capacity)

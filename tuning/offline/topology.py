@@ -1,10 +1,11 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from splash_attn.device import DeviceSpec
-from tuning.offline.cost import Prediction, predict_from_dump
+from splash_attn.device import DeviceSpec, by_name
+from tuning.offline.constants import dma_timing
+from tuning.offline.cost import Prediction
+from tuning.offline.dump import Dump
+from tuning.offline.links import Grid
+from tuning.offline.program import ProgramCost
 
 #: The libtpu whose dump format `schedule.py` reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
+
+#: Chips -> shape of the slice, where slices are flat. Source: https://cloud.google.com/tpu/docs/v6e
+SLICE_SHAPES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 
@@ -43,49 +51,127 @@ def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
     }
 
 
-def predict(
-    fn: Callable[..., Any],
-    *args: jax.ShapeDtypeStruct,
-    device: DeviceSpec,
-    mesh: Mesh | None = None,
-    grid_sizes: Mapping[str, int] | None = None,
-) -> Prediction:
-    """Compiles `fn` for `device` and predicts its time from the compiler's schedule. Nothing is run.
+def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
+    """A mesh of devices that are not here.
 
     Args:
-      fn: a JAX function of arrays; Pallas TPU kernels may be inside.
-      args: abstract arrays. With `mesh` they carry their shardings; without, one chip holds them whole.
-      mesh: devices of a topology for a sharded `fn`. None: one chip of `device`.
-      grid_sizes: by Pallas kernel name, the value to assume for a traced grid size. A traced size that is not named is
-        counted as one trip and reported in `OpCost.unresolved`.
+      topology: "v6e-8" (so many chips, in the shape that such a slice has) or "v6e:2x4" (that shape).
+      shape, axis_names: of the mesh; neighbours on the chips' own grid are kept together where that is possible.
 
     Raises:
+      ValueError: the topology is not known, or the mesh does not have as many devices.
+    """
+    device, name = parse_topology(topology)
+    del device
+    description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    if math.prod(shape) != len(description.devices):
+        raise ValueError(f"shape={tuple(shape)}: expected {len(description.devices)} devices, as {topology} has.")
+    return topologies.make_mesh(description, tuple(shape), tuple(axis_names))
+
+
+def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
+    """The device of a topology and the name that libtpu knows it by: "v6e-8" is (v6e, "v6e:2x4").
+
+    Raises:
+      ValueError: it is not known.
+    """
+    name, separator, size = topology.replace(":", "-").partition("-")
+    device = by_name(name)
+    if not separator:
+        return device, device.topology
+    if "x" in size:
+        return device, f"{device.topology.partition(':')[0]}:{size}"
+    slices = SLICE_SHAPES if len(device.topology.split("x")) == 2 else {}
+    if not size.isdigit() or int(size) not in slices:
+        raise ValueError(f"{topology=}: expected {name}:AxB, or {name}-N with N one of {', '.join(map(str, slices))}.")
+    return device, f"{device.topology.partition(':')[0]}:{slices[int(size)]}"
+
+
+def predict(
+    fn: Callable[..., Any],
+    *args: Any,
+    device: DeviceSpec | None = None,
+    topology: str | None = None,
+    mesh: Mesh | None = None,
+    grid_sizes: Mapping[str, int] | None = None,
+    trip_counts: Mapping[str, int] | None = None,
+) -> Prediction:
+    """Compiles `fn` and predicts its time from the compiler's schedule. Nothing is run.
+
+    Args:
+      fn: a JAX function of arrays, jitted or not; Pallas TPU kernels may be inside.
+      args: abstract arrays, or pytrees of them. With `mesh` they carry their shardings; without, one chip holds them.
+      device, topology: one of them: the device, or as for `topology_mesh`.
+      mesh: devices of a topology for a sharded `fn`, as `topology_mesh` makes it. None: one chip.
+      grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
+        that is not named is counted as one trip and reported in `OpCost.unresolved`.
+      trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
+
+    Raises:
+      ValueError: neither or both of device and topology are given, or the topology is not known.
       RuntimeError: the process was not started with `worker_environment`, or libtpu is another version.
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
+    if (device is None) == (topology is None):
+        raise ValueError(f"{device=}, {topology=}: expected one of them.")
+    if device is None:
+        assert topology is not None
+        device, _ = parse_topology(topology)
     dump_dir = _dump_dir()
     _check_libtpu()
-    for entry in dump_dir.iterdir() if dump_dir.is_dir() else ():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    dump_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(dump_dir, ignore_errors=True)
+    dump_dir.mkdir(parents=True)
+    try:
+        start = time.perf_counter()
+        compiled, mesh = _compile(fn, args, device, mesh)
+        compile_time_s = time.perf_counter() - start
+        dump = Dump(dump_dir, timing=dma_timing(device), grid_sizes=grid_sizes or {})
+        program = ProgramCost(
+            dump.module,
+            dump.schedule,
+            device=device,
+            grid=Grid.of([chip.coords for chip in mesh.devices.flat], device.ici_wrap_length),
+            trip_counts=trip_counts or {},
+        )
+        time_s = program.run()
+    finally:
+        shutil.rmtree(dump_dir, ignore_errors=True)
+    ops = program.ops
+    memory = compiled.memory_analysis()
+    assert memory is not None, "libtpu tells what a program needs"
+    return Prediction(
+        time_s=time_s,
+        cycles=sum(op.cycles * op.calls for op in ops),
+        ops=tuple(ops),
+        vmem_bytes=max((op.vmem_bytes for op in ops), default=0),
+        spill_count=sum(op.spill_count * op.calls for op in ops),
+        fill_count=sum(op.fill_count * op.calls for op in ops),
+        hbm_bytes=sum(op.hbm_bytes * op.calls for op in ops),
+        peak_hbm_bytes=(
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.generated_code_size_in_bytes
+        ),
+        compile_time_s=compile_time_s,
+    )
+
+
+def _compile(
+    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None
+) -> tuple[jax.stages.Compiled, Mesh]:
     if mesh is None:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
         mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
-        replicated = PartitionSpec()
-        args = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, replicated)) for a in args)
+        one_chip = NamedSharding(mesh, PartitionSpec())
+        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_chip), args)
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
-        fn = jax.shard_map(fn, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     with jax.set_mesh(mesh):
-        start = time.perf_counter()
-        compiled = jax.jit(fn).lower(*args).compile()
-        compile_time_s = time.perf_counter() - start
-    try:
-        return predict_from_dump(
-            compiled, dump_dir, device=device, compile_time_s=compile_time_s, grid_sizes=grid_sizes or {}
-        )
-    finally:
-        shutil.rmtree(dump_dir, ignore_errors=True)
+        jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+        return jitted.lower(*args).compile(), mesh
 
 
 def _dump_dir() -> Path:
