@@ -135,8 +135,13 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
         raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise CheckpointError(f"checkpoint={name!r}: no such folder; expected tiny, an existing folder, or owner/name")
-    snapshot = _snapshot(name, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
-    return Checkpoint(name=name, repo_id=name, commit=snapshot.name)
+    return hub_checkpoint(name, revision)
+
+
+def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
+    """A checkpoint on the Hub, whatever folders there are here. Raises CheckpointError when it cannot be reached."""
+    snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
+    return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
+
 from pipeline.request import Stage
 
 Phase = Literal["load", "compile", "run"]
@@ -17,7 +19,9 @@ class StageEvent:
     """Something a stage has begun (step 0) or a step it has done.
 
     step, total_steps: of the phase "run"; a step is a denoising step, a batch of latent frames, or the whole encoding.
-    step_time_s: of the step just done, None at the beginning.
+    step_time_s: of the step just done, None at the beginning. preview: of a denoising step, what the video would be if
+    this step were the last: float32 latents [1, frames, channels, height, width], copied from the device when called,
+    which is possible until the callback returns.
     """
 
     stage: Stage
@@ -25,6 +29,7 @@ class StageEvent:
     step: int = 0
     total_steps: int = 0
     step_time_s: float | None = None
+    preview: Callable[[], np.ndarray] | None = None
 
 
 #: Called at every event. It may raise, e.g. to interrupt: the stage then stops within one step and frees its memory.
@@ -76,10 +81,10 @@ class StepClock:
         self._last = time.perf_counter()
         progress(StageEvent(timings.stage, "run", 0, total_steps))
 
-    def tick(self) -> None:
-        """Call when a step's result is there (not merely dispatched)."""
+    def tick(self, preview: Callable[[], np.ndarray] | None = None) -> None:
+        """Call when a step's result is there (not merely dispatched). preview: see `StageEvent`."""
         now = time.perf_counter()
         self._timings.step_times_s.append(now - self._last)
         step = len(self._timings.step_times_s)
-        self._progress(StageEvent(self._timings.stage, "run", step, self._total_steps, now - self._last))
+        self._progress(StageEvent(self._timings.stage, "run", step, self._total_steps, now - self._last, preview))
         self._last = time.perf_counter()
