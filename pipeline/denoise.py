@@ -1,9 +1,11 @@
 """Stage "denoise": T5 embeddings -> latents, with classifier-free guidance and the checkpoint's scheduler."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.experimental import multihost_utils
@@ -126,6 +128,9 @@ class Denoiser:
         def rows(latents: np.ndarray) -> np.ndarray:
             return to_rows(latents, geometry, step.shape, step.layout)
 
+        def video_latents(rows: jax.Array) -> np.ndarray:
+            return from_rows(_to_host(rows), geometry, step.shape, step.layout)[:, geometry.padding_frames :]
+
         sample = put(rows(latents), step.sharding("sample"))
         state = [sample, put(np.zeros(sample.shape, np.float32), step.sharding("x0"))]
         tables = rotary_embedding(geometry, self._transformer_config)
@@ -162,9 +167,8 @@ class Denoiser:
                         f"denoise: step {index + 1} of {len(table.timesteps)}: the latents hold NaN or infinity; "
                         "try dtype=float32 or a lower guidance_scale"
                     )
-                clock.tick()
-        latents = from_rows(_to_host(state[0]), geometry, step.shape, step.layout)
-        return latents[:, geometry.padding_frames :]
+                clock.tick(functools.partial(video_latents, state[1]))
+        return video_latents(state[0])
 
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """What attention runs as for a request, and why; JSON-able."""
@@ -206,3 +210,28 @@ def _to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def abstract_arguments(step: DenoiseStep, config: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:
+    """The arguments of the step's program after the weights, as ShapeDtypeStructs with shardings.
+
+    config: of the transformer. dtype: of weights, embeddings and latents.
+    """
+
+    def array(name: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=step.sharding(name))
+
+    layout, channels = step.layout, step.shape.patch_channels
+    half = step.shape.head_dim // 2
+    table = (layout.video, 2 * half) if step.plan.plan == "seed_tp" else (half, layout.rows)
+    rotary = array("rotary", jnp.float32, *table)
+    return (
+        array("sample", dtype, layout.rows, channels),
+        array("x0", jnp.float32, layout.rows, channels),
+        array("noise", dtype, layout.rows, channels) if step.noisy else array("noise", jnp.float32),
+        array("embeddings", dtype, 2 if step.guided else 1, layout.text, config["text_embed_dim"]),
+        (rotary, rotary),
+        array("scalar", jnp.int32),
+        array("scalar", jnp.float32),
+        array("scalar", jnp.float32, 6),
+    )
