@@ -17,7 +17,7 @@ from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, offline
 from tuning.evaluate import Runner
 from tuning.job_cache import JobCache
-from tuning.records import Status
+from tuning.status import Status
 from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
 from tuning.sweep_config import core_count
 
