@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from splash_attn.device import DeviceSpec, by_name
 from tuning.offline.constants import dma_timing
 from tuning.offline.cost import Prediction
 from tuning.offline.dump import Dump
+from tuning.offline.errors import UnknownDumpFormatError
 from tuning.offline.links import Grid
 from tuning.offline.program import ProgramCost
 
@@ -135,6 +136,10 @@ def predict(
             trip_counts=trip_counts or {},
         )
         time_s = program.run()
+    except UnknownDumpFormatError as error:
+        raise UnknownDumpFormatError(
+            f"{error} (libtpu {_libtpu_version()}; this reader knows the dumps of {SUPPORTED_LIBTPU})"
+        ) from error
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
     ops = program.ops
@@ -185,9 +190,17 @@ def _dump_dir() -> Path:
 
 
 def _check_libtpu() -> None:
-    found = version("libtpu")
+    found = _libtpu_version()
     if found != SUPPORTED_LIBTPU:
         raise RuntimeError(
-            f"libtpu {found} is installed, expected {SUPPORTED_LIBTPU}: the schedule dumps that predictions are read "
-            f"from change between releases. Install libtpu=={SUPPORTED_LIBTPU}."
+            f"{f'libtpu {found}' if found else 'no libtpu'} is installed, expected {SUPPORTED_LIBTPU}: the schedule "
+            "dumps that predictions are read from change between releases. "
+            f"Install libtpu=={SUPPORTED_LIBTPU} (Linux, x86-64)."
         )
+
+
+def _libtpu_version() -> str | None:
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return None

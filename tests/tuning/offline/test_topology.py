@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from splash_attn import device as devices
+from tuning import offline
+from tuning.offline import topology
+
+V6E = devices.by_name("v6e")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v6e", "v6e:2x4"),
+        ("v6e-1", "v6e:1x1"),
+        ("v6e-4", "v6e:2x2"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-16", "v6e:4x4"),
+        ("v6e:4x8", "v6e:4x8"),
+        ("v5e-8", "v5e:2x4"),
+    ],
+)
+def test_names_of_topologies(name: str, expected: str) -> None:
+    device, actual = topology.parse_topology(name)
+    assert actual == expected
+    assert device.name == name[:3]
+
+
+@pytest.mark.parametrize("name", ["v6e-7", "v6e-many", "v99-8"])
+def test_an_unknown_topology_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        topology.parse_topology(name)
+
+
+@pytest.fixture
+def dump_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path / 'dump'}")
+
+
+def test_another_libtpu_is_refused_with_both_versions(dump_flag: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "version", lambda package: "9.9.9")
+    with pytest.raises(RuntimeError, match=rf"libtpu 9\.9\.9 is installed, expected {offline.SUPPORTED_LIBTPU}"):
+        offline.predict(lambda x: x, device=V6E)
+
+
+def test_a_process_without_the_dump_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    with pytest.raises(RuntimeError, match="worker_environment"):
+        offline.predict(lambda x: x, device=V6E)
+
+
+def test_device_and_topology_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="expected one of them"):
+        offline.predict(lambda x: x, device=V6E, topology="v6e-8")
