@@ -10,14 +10,14 @@ from splash_attn.device import DeviceSpec
 from tuning.offline.dma import DmaTiming
 
 #: Share of the published HBM bandwidth that streaming DMAs reach.
-HBM_EFFICIENCY = 0.9
+HBM_EFFICIENCY = 0.88
 
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
-DMA_LATENCY_S = 0.75e-6
+DMA_LATENCY_S = 0.77e-6
 
 #: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want
 #: the same memory.
-VMEM_BYTES_PER_STOLEN_CYCLE = 1500.0
+VMEM_BYTES_PER_STOLEN_CYCLE = 1700.0
 
 #: Share of the published link bandwidth that collectives reach. Not fitted: nothing public to fit it on. 0.9 makes
 #: v6e's 100 GB/s a link and direction the 9e10 B/s that "How to Scale Your Model" (jax-ml.github.io/scaling-book, TPUs)

@@ -1,5 +1,6 @@
 """The files that the compiler left: which schedule belongs to which op."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ _MODULE_SUFFIX = "-TLP-hlo.txt"
 _NOT_OPS = ("TLP", "<")
 _ANALYSIS_SUFFIX = "schedule-analysis"
 _UTILIZATION = "per-bundle-utilization"
+_VMEM_SUFFIX = "-vmem_report.html"
+_VMEM_DATA = re.compile(r"\bDATA\s*=\s*(?=\{)")
 
 
 class Dump:
@@ -22,6 +25,7 @@ class Dump:
 
     Attributes:
       module: its scheduled HLO.
+      vmem_bytes: by op, the VMEM that it reserves while it runs.
 
     Args:
       grid_sizes: as for `tuning.offline.predict`.
@@ -32,10 +36,8 @@ class Dump:
 
     def __init__(self, directory: Path, *, timing: DmaTiming, grid_sizes: Mapping[str, int]) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
-        modules = [path for path in paths if path.name.endswith(_MODULE_SUFFIX)]
-        if len(modules) != 1:
-            raise UnknownDumpFormatError(f"expected one file *{_MODULE_SUFFIX} in the dump, found {len(modules)}.")
-        self.module = HloModule.parse(modules[0].read_text())
+        self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
+        self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
         self._tables = [path for path in paths if _UTILIZATION in path.name]
@@ -91,3 +93,26 @@ class Dump:
             if scalars:
                 known[scalars[0]] = (size,)
         return known
+
+
+def _only(paths: list[Path], suffix: str) -> Path:
+    found = [path for path in paths if path.name.endswith(suffix)]
+    if len(found) != 1:
+        raise UnknownDumpFormatError(f"expected one file *{suffix} in the dump, found {len(found)}.")
+    return found[0]
+
+
+def _read_vmem(path: Path) -> dict[str, int]:
+    """From the page that the compiler draws: the data in its script."""
+    text = path.read_text()
+    start = _VMEM_DATA.search(text)
+    if start is None:
+        raise UnknownDumpFormatError(f"{path.name}: expected its data as DATA = {{...}}.")
+    try:
+        data, _ = json.JSONDecoder().raw_decode(text, start.end())
+        return {
+            name: sum(block["block_size"] for block in op["blocks"] if block["block_type"] == "SCOPED")
+            for name, op in data["hlo_breakdowns"].items()
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UnknownDumpFormatError(f"{path.name}: its data are not in the known form ({error}).") from error

@@ -15,7 +15,6 @@ _CALLED = re.compile(
     r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
-_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"')
 _COMMENT = re.compile(r"/\*[^*]*\*/")
 _DESCRIPTION = re.compile(
     r"\b(?:metadata|frontend_attributes|sharding)=\{(?:[^{}\"]|\"(?:[^\"\\]|\\.)*\"|\{[^{}]*\})*\}"
@@ -57,12 +56,6 @@ class HloOp:
         for one, several in _CALLED.findall(self.attributes):
             names.extend([one] if one else _NAME.findall(several))
         return tuple(names)
-
-    @functools.cached_property
-    def vmem_bytes(self) -> int:
-        """VMEM that the op reserves while it runs."""
-        match = _VMEM.search(self.attributes)
-        return int(match[1]) + int(match[2]) if match else 0
 
     def attribute(self, name: str) -> str | None:
         """The text of `name={...}` or `name=word`."""

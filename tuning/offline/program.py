@@ -66,6 +66,7 @@ class ProgramCost:
       ops: the cost of each op, after `run`.
 
     Args:
+      vmem_bytes: by op, the VMEM that it reserves.
       trip_counts: by text that a loop's scope contains, trips of a loop whose count depends on data.
     """
 
@@ -74,12 +75,14 @@ class ProgramCost:
         module: HloModule,
         find_schedule: FindSchedule,
         *,
+        vmem_bytes: Mapping[str, int],
         device: DeviceSpec,
         grid: Grid,
         trip_counts: Mapping[str, int],
     ) -> None:
         self._module = module
         self._find_schedule = find_schedule
+        self._vmem_bytes = vmem_bytes
         self._device = device
         self._grid = grid
         self._trip_counts = trip_counts
@@ -281,7 +284,7 @@ class ProgramCost:
                 calls=context.calls,
                 hbm_bytes=hbm_bytes,
                 bound=bound,
-                vmem_bytes=op.vmem_bytes,
+                vmem_bytes=self._vmem_bytes.get(op.name, 0),
                 spill_count=schedule.spill_count if schedule else 0,
                 fill_count=schedule.fill_count if schedule else 0,
                 utilization=(

@@ -131,6 +131,7 @@ def predict(
         program = ProgramCost(
             dump.module,
             dump.schedule,
+            vmem_bytes=dump.vmem_bytes,
             device=device,
             grid=Grid.of([chip.coords for chip in mesh.devices.flat], device.ici_wrap_length),
             trip_counts=trip_counts or {},
