@@ -1,0 +1,112 @@
+"""What the nodes ask of ComfyUI: model folders, progress, previews, interruption, and the call to free memory."""
+
+import logging
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from server import PromptServer
+
+from .preview import latent_picture
+
+logger = logging.getLogger(__name__)
+
+MAX_PREVIEW_SIDE = 512
+_DOING = {"load": "loading weights", "compile": "compiling"}
+
+
+def model_folders() -> list[Path]:
+    """Where checkpoints may lie: ComfyUI's folders for diffusers models, then its models folder."""
+    return [Path(folder) for folder in [*folder_paths.get_folder_paths("diffusers"), folder_paths.models_dir]]
+
+
+def interrupt_if_asked() -> None:
+    """Raises ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class NodeProgress:
+    """A `pipeline.profiling.Progress` that shows on a node what it is doing, and stops it when the user asks.
+
+    Shown are a bar, seconds a step with the time left, and a picture of every denoising step where ComfyUI has
+    previews turned on.
+    """
+
+    def __init__(self, node_id: str):
+        self._node_id = node_id
+        self._bar: Any = None
+        self._step_times_s: list[float] = []
+
+    def __call__(self, event: Any) -> None:
+        interrupt_if_asked()
+        if event.phase != "run":
+            self._say(f"{event.stage}: {_DOING[event.phase]} ...")
+        elif event.step == 0:
+            self._bar = comfy.utils.ProgressBar(event.total_steps, node_id=self._node_id)
+            self._step_times_s = []
+        else:
+            self._step_times_s.append(event.step_time_s)
+            self._say(step_text(event.step, event.total_steps, self._step_times_s))
+            self._bar.update_absolute(event.step, event.total_steps, _preview(event))
+
+    def _say(self, text: str) -> None:
+        logger.info(text)
+        PromptServer.instance.send_progress_text(text, self._node_id)
+
+
+def step_text(step: int, total_steps: int, step_times_s: list[float]) -> str:
+    """How far a stage is, seconds a step (median), and the time left."""
+    step_time_s = statistics.median(step_times_s)
+    left_s = round(step_time_s * (total_steps - step))
+    left = f"{left_s} s" if left_s < 60 else f"{left_s // 60} min {left_s % 60} s"
+    return f"{step}/{total_steps}, {step_time_s:.2f} s a step, {left} left"
+
+
+def _preview(event: Any) -> tuple[str, Any, int] | None:
+    if event.preview is None or args.preview_method == LatentPreviewMethod.NoPreviews:
+        return None
+    return ("JPEG", latent_picture(event.preview(), MAX_PREVIEW_SIDE), MAX_PREVIEW_SIDE)
+
+
+class CogVideoXStages(torch.nn.Module):
+    """Without parameters: a name for ComfyUI's log."""
+
+
+class _Unloadable(comfy.model_patcher.ModelPatcher):
+    """Stands among ComfyUI's loaded models for what this pack has loaded, to be told when memory is to be freed.
+
+    It has no weights of its own: those are JAX's, which ComfyUI cannot move. Its size is 0, so that loading one of ours
+    never makes ComfyUI unload another pack's.
+    """
+
+    def __init__(self, release: Callable[[], None]):
+        device = comfy.model_management.get_torch_device()
+        super().__init__(CogVideoXStages(), load_device=device, offload_device=torch.device("cpu"))
+        self._release = release
+
+    def model_size(self) -> int:
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        if unpatch_all:  # False: nothing is to be freed
+            self._release()
+        return super().detach(unpatch_all)
+
+
+_unloadable: _Unloadable | None = None
+
+
+def call_when_unloading(release: Callable[[], None]) -> None:
+    """Have ComfyUI call `release` at its next "unload models", /free, or when its own models run out of memory."""
+    global _unloadable
+    if _unloadable is None:
+        _unloadable = _Unloadable(release)
+    if not any(loaded.model is _unloadable for loaded in comfy.model_management.current_loaded_models):
+        comfy.model_management.load_models_gpu([_unloadable])
