@@ -12,7 +12,8 @@ from pipeline.errors import RequestError
 from pipeline.request import AttentionOptions
 from pipeline.torchax_bridge import torchax_module
 from splash_attn import tuned
-from splash_attn.api import resolve
+from splash_attn.api import Resolution, resolve
+from splash_attn.types import AttentionShape
 
 #: q, k, v, each [batch, heads, sequence, head_dim], to the output.
 AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -89,18 +90,26 @@ class SplashAttentionProcessor:
         return out[:, text_seq_len:], out[:, :text_seq_len]
 
 
-def describe_attention(
-    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
-) -> dict[str, Any]:
-    """What `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
-    shape = splash_attn.AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
-    resolution = resolve(
+def resolve_attention(
+    options: AttentionOptions, shape: AttentionShape, dtype: str, device_kind: str | None = None
+) -> Resolution:
+    """What `splash_attn.attention` runs for a shape, and why. device_kind: of another device than the one here."""
+    return resolve(
         shape,
         dtype=dtype,
+        device_kind=device_kind,
         block_sizes=options.block_sizes,
         variant=options.variant,
         implementation=options.implementation,
     )
+
+
+def describe_attention(
+    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
+) -> dict[str, Any]:
+    """What `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
+    shape = AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
+    resolution = resolve_attention(options, shape, dtype)
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
     described["tuned_entry"] = None
     if resolution.implementation != "xla" and options.block_sizes is None:

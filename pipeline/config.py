@@ -1,9 +1,11 @@
 """The schema of configs/generate.yaml, and its one conversion to the frozen types."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.parallel import ParallelOptions
 from pipeline.request import AttentionOptions, GenerateRequest
 from splash_attn.types import BlockSizes, Variant
 
@@ -16,6 +18,16 @@ class AttentionConfig:
     k_smooth: bool = True
     block_sizes: Any = None
     variant: Any = None
+
+
+@dataclasses.dataclass
+class ParallelConfig:
+    """See `ParallelOptions`."""
+
+    plan: str = "auto"
+    num_devices: int | None = None
+    dp: int | None = None
+    weights: str = "replicated"
 
 
 @dataclasses.dataclass
@@ -37,6 +49,7 @@ class GenerateConfig:
     scheduler: str = "checkpoint"
     seed: int = 42
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     stages: Any = "text,denoise,vae"
     run_dir: str | None = None
     output_dir: str = "videos"
@@ -62,3 +75,21 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
         raise RequestError(f"attention: {error}") from error
     names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
     return GenerateRequest(**{name: getattr(config, name) for name in names}, attention=options)
+
+
+def request_to_dict(request: GenerateRequest) -> dict[str, Any]:
+    """JSON-able."""
+    return dataclasses.asdict(request)
+
+
+def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
+    """The inverse of `request_to_dict`."""
+    attention = dict(fields["attention"])
+    for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
+        attention[name] = kind(**attention[name]) if attention[name] is not None else None
+    return GenerateRequest(**{**fields, "attention": AttentionOptions(**attention)})
+
+
+def to_parallel(config: GenerateConfig) -> ParallelOptions:
+    """The checked parallel options of a resolved configuration. Raises RequestError."""
+    return ParallelOptions(**dataclasses.asdict(config.parallel))

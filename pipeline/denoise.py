@@ -62,7 +62,7 @@ class Denoiser:
     ):
         self._module: Any = loaded.module
         self._attention = attention
-        self._plan = plan
+        self.plan = plan
         self._devices = devices
         mesh = build_mesh(plan, devices)
         self._weights = place_weights(loaded.weights, transformer_config["attention_head_dim"], plan, mesh)
@@ -115,7 +115,7 @@ class Denoiser:
             self._module,
             geometry,
             embeddings.shape[1],
-            self._plan,
+            self.plan,
             self._devices,
             attention=self._attention,
             guided=request.do_classifier_free_guidance,
@@ -134,7 +134,7 @@ class Denoiser:
         sample = put(rows(latents), step.sharding("sample"))
         state = [sample, put(np.zeros(sample.shape, np.float32), step.sharding("x0"))]
         tables = rotary_embedding(geometry, self._transformer_config)
-        if self._plan.plan != "seed_tp":
+        if self.plan.plan != "seed_tp":
             tables = rotary_rows(tables, step.layout)
         fixed = (
             put(embeddings, step.sharding("embeddings")),

@@ -53,7 +53,11 @@ class DenoiseStep:
     def compile(self, weights: Mapping[str, jax.Array], *arguments: Any) -> jax.stages.Compiled:
         """Compile for these arguments (arrays, or ShapeDtypeStructs with shardings)."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.program(weights), donate_argnums=(1, 2)).lower(weights, *arguments).compile()
+            return self.jitted(weights).lower(weights, *arguments).compile()
+
+    def jitted(self, weights: Mapping[str, Any]) -> Any:
+        """`program` under jit, sample and old_x0 donated."""
+        return jax.jit(self.program(weights), donate_argnums=(1, 2))
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
         """The function to be jitted with the mesh set; of `weights` only the names count."""

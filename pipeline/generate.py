@@ -70,7 +70,7 @@ def decode_literal(encoded: str) -> str:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
 def _run(config: DictConfig) -> None:
-    from pipeline.config import to_request
+    from pipeline.config import to_parallel, to_request
     from pipeline.console import ConsoleProgress, timing_table
     from pipeline.errors import PipelineError
     from pipeline.request import parse_stages
@@ -89,6 +89,7 @@ def _run(config: DictConfig) -> None:
             run_dir=_path(settings.run_dir),
             output_dir=Path(settings.output_dir).expanduser(),
             resume=settings.resume,
+            parallel=to_parallel(settings),
             cache_dir=_path(settings.cache_dir),
             results_path=_path(settings.results_path),
             progress=progress,

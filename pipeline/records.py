@@ -35,10 +35,11 @@ def make_record(
         "label": "measured",
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "host": f"{platform.machine()}-{platform.system().lower()}",
-        "versions": _versions(),
-        "git": _git_state(),
+        "versions": package_versions(),
+        "git": git_state(),
         "request": dataclasses.asdict(request),
         "attention": denoise.get("attention"),
+        "parallel": denoise.get("parallel"),
         "stages": {
             timing.stage: {
                 "load_time_s": timing.load_time_s,
@@ -54,7 +55,7 @@ def make_record(
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -64,7 +65,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit of this source tree and whether it was changed since; None where it is not a git checkout."""
 
     def git(*arguments: str) -> str:

@@ -19,6 +19,7 @@ from pipeline.denoise import Denoiser
 from pipeline.errors import PipelineError, RequestError, StageOutputError
 from pipeline.files import append_json_line, write_json
 from pipeline.loading import Checkpoint, import_libraries, resolve_checkpoint
+from pipeline.parallel import ParallelOptions
 from pipeline.profiling import Progress, StageTimings, no_progress
 from pipeline.request import STAGES, GenerateRequest, Stage
 from pipeline.stage_output import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
@@ -56,6 +57,7 @@ def generate(
     run_dir: Path | None = None,
     output_dir: Path = Path("videos"),
     resume: bool = True,
+    parallel: ParallelOptions | None = None,
     cache_dir: Path | None = None,
     results_path: Path | None = None,
     progress: Progress = no_progress,
@@ -64,7 +66,9 @@ def generate(
 
     run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
     it. resume: take a stage's saved output where it belongs to exactly this request, rather than run the stage again.
-    cache_dir: for the tiny checkpoint. results_path: a JSON-lines file that gets a record of the timings.
+    parallel: how to lay the work out over the devices; does not change what is computed, so that a stage's output may
+    be reused by a run with another plan. cache_dir: for the tiny checkpoint. results_path: a JSON-lines file that gets
+    a record of the timings.
     progress: told of every step; may raise to interrupt, after which the same call resumes at the stage it was in.
 
     Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
@@ -85,7 +89,7 @@ def generate(
             continue
         arrays = _inputs(run_dir, keys, stage)
         timing = StageTimings(stage)
-        arrays, details[stage] = _run_stage(request, checkpoint, stage, arrays, timing, progress)
+        arrays, details[stage] = _run_stage(request, checkpoint, stage, arrays, timing, progress, parallel)
         save_stage(run_dir, keys[stage], arrays, {**details[stage], "timings": timing.to_dict()})
         timings.append(timing)
         del arrays
@@ -160,13 +164,14 @@ def _run_stage(
     inputs: Mapping[str, np.ndarray],
     timings: StageTimings,
     progress: Progress,
+    parallel: ParallelOptions | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The stage's arrays, and details for its JSON file."""
     import_libraries()
     run: Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]
     run = {"text": _run_text, "denoise": _run_denoise, "vae": _run_vae}[stage]
     try:
-        return run(request, checkpoint, inputs, timings, progress)
+        return run(request, checkpoint, inputs, timings, progress, parallel or ParallelOptions())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -180,7 +185,7 @@ def _dtype(request: GenerateRequest) -> torch.dtype:
     return getattr(torch, request.dtype)
 
 
-def _run_text(request, checkpoint, inputs, timings, progress):  # type: ignore[no-untyped-def]
+def _run_text(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
     with timings.measure("load", progress):
         encoder = TextEncoder.load(checkpoint, _dtype(request))
     if not request.do_classifier_free_guidance:
@@ -189,16 +194,20 @@ def _run_text(request, checkpoint, inputs, timings, progress):  # type: ignore[n
     return {"prompt_embeds": positive[None], "negative_prompt_embeds": negative[None]}, {}
 
 
-def _run_denoise(request, checkpoint, inputs, timings, progress):  # type: ignore[no-untyped-def]
+def _run_denoise(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
     with timings.measure("load", progress):
-        denoiser = Denoiser.load(checkpoint, _dtype(request), request.attention)
+        guided = request.do_classifier_free_guidance
+        denoiser = Denoiser.load(checkpoint, _dtype(request), request.attention, parallel, guided)
     names = ("negative_prompt_embeds", "prompt_embeds") if request.do_classifier_free_guidance else ("prompt_embeds",)
     embeddings = np.concatenate([inputs[name] for name in names])
     latents = denoiser.denoise(request, embeddings, timings, progress)
-    return {"latents": latents}, {"attention": denoiser.describe_attention(request, embeddings.shape[1])}
+    return {"latents": latents}, {
+        "attention": denoiser.describe_attention(request, embeddings.shape[1]),
+        "parallel": denoiser.plan.to_dict(),
+    }
 
 
-def _run_vae(request, checkpoint, inputs, timings, progress):  # type: ignore[no-untyped-def]
+def _run_vae(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
     with timings.measure("load", progress):
         decoder = VaeDecoder.load(checkpoint, _dtype(request))
     return {"frames": decoder.decode(inputs["latents"], timings, progress)}, {}

@@ -1,0 +1,59 @@
+"""Configurations of published checkpoints, so that their cost can be predicted without fetching anything.
+
+From diffusers' conversion script for CogVideoX 1.5 (scripts/convert_cogvideox_to_diffusers.py) and the T5 v1.1 XXL
+encoder that it names. Keys that are left out have the libraries' defaults.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
+    "transformer": {
+        "_class_name": "CogVideoXTransformer3DModel",
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 42,
+        "num_attention_heads": 48,
+        "attention_head_dim": 64,
+        "time_embed_dim": 512,
+        "text_embed_dim": 4096,
+        "max_text_seq_length": 226,
+        "sample_width": 300,
+        "sample_height": 300,
+        "sample_frames": 81,
+        "patch_size": 2,
+        "patch_size_t": 2,
+        "patch_bias": False,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": False,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKLCogVideoX",
+        "block_out_channels": (128, 256, 256, 512),
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "latent_channels": 16,
+        "layers_per_block": 3,
+        "norm_num_groups": 32,
+        "temporal_compression_ratio": 4,
+        "scaling_factor": 0.7,
+    },
+    "text_encoder": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "scheduler": {
+        "_class_name": "CogVideoXDDIMScheduler",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 1.0,
+        "timestep_spacing": "trailing",
+    },
+}
+
+KNOWN_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"zai-org/CogVideoX1.5-5B": _COGVIDEOX_1_5_5B}

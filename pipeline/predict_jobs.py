@@ -1,0 +1,151 @@
+"""What a worker of `pipeline.predict` does: compile one stage for a topology that is not here, and add up its cost.
+
+Runs in a process of its own, started with `tuning.offline.worker_environment`. Payload and result are JSON.
+"""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.experimental import topologies
+
+from pipeline.attention import resolve_attention
+from pipeline.config import request_from_dict
+from pipeline.denoise import abstract_arguments, build_step
+from pipeline.latents import LatentGeometry
+from pipeline.loading import build_module
+from pipeline.parallel import ParallelPlan
+from pipeline.transformer import TokenLayout, TransformerShape
+from pipeline.weights import abstract_weights
+from splash_attn.types import AttentionShape
+from tuning.kernels import KERNELS
+from tuning.offline import Prediction, predict
+from tuning.offline.topology import parse_topology
+from tuning.status import Status, TrialError
+
+_MAX_OPS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One stage to predict. configs: of the checkpoint's parts. options: a request, see `request_from_dict`."""
+
+    stage: str
+    topology: str
+    plan: ParallelPlan
+    options: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+
+    def to_payload(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> "Job":
+        return cls(**{**payload, "plan": ParallelPlan(**payload["plan"])})
+
+
+def run(payload: dict[str, Any]) -> dict[str, Any]:
+    """Predict the stage that the payload names. See `summary` for the result."""
+    job = Job.from_payload(payload)
+    try:
+        return {"denoise": _denoise}[job.stage](job)
+    except jax.errors.JaxRuntimeError as error:
+        status = Status.OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else Status.COMPILE_ERROR
+        raise TrialError(status, str(error)) from error
+
+
+def _devices(job: Job) -> list[jax.Device]:
+    _, name = parse_topology(job.topology)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def _denoise(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    config = job.configs["transformer"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("transformer", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.of(request, module.config, job.configs["vae"])
+    guided = request.do_classifier_free_guidance
+    step = build_step(
+        module,
+        geometry,
+        module.config["max_text_seq_length"],
+        job.plan,
+        _devices(job),
+        attention=dataclasses.replace(request.attention, implementation="pallas_tpu"),
+        guided=guided,
+        noisy=False,
+    )
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    weights = abstract_weights(shapes, dtype, job.plan, step.mesh)
+    batch_size = (2 if guided else 1) // job.plan.dp
+    heads = step.shape.num_heads // job.plan.model
+    tokens = step.layout.tokens
+    shape = AttentionShape(batch_size, heads, tokens, tokens, step.shape.head_dim)
+    device, _ = parse_topology(job.topology)
+    resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
+    assert resolution.variant is not None and resolution.block_sizes is not None
+    assumed = KERNELS["splash_attn"].assume(shape, resolution.variant.to_dict())
+    prediction = predict(
+        step.jitted(weights),
+        weights,
+        *abstract_arguments(step, module.config, dtype),
+        topology=job.topology,
+        mesh=step.mesh,
+        grid_sizes=assumed.grid_sizes,
+    )
+    flops = step_flops(step.shape, step.layout, 2 if guided else 1)
+    return summary(prediction) | {
+        "flops": flops,
+        "mfu_fraction": flops / (job.plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
+        "num_layers": step.shape.num_layers,
+        "attention": {"shape": str(shape), "resolution": str(resolution)},
+        "notes": [*assumed.notes, *prediction.unresolved],
+    }
+
+
+def step_flops(shape: TransformerShape, layout: TokenLayout, batch_size: int) -> int:
+    """Multiply-adds, twice, that a step needs on real tokens: projections, feed-forward and attention of all layers."""
+    channels = shape.num_heads * shape.head_dim
+    products = 2 * 12 * channels**2 * layout.tokens
+    attention = 4 * channels * layout.tokens**2
+    return batch_size * shape.num_layers * (products + attention)
+
+
+def summary(prediction: Prediction) -> dict[str, Any]:
+    """Seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted."""
+    kinds: dict[str, float] = {}
+    for op in prediction.ops:
+        kind = "attention_kernel" if "splash_attention" in op.name else op.category
+        kinds[kind] = kinds.get(kind, 0.0) + op.time_s
+    collectives = [op for op in prediction.collectives if op.collective is not None]
+    return {
+        "time_s": prediction.time_s,
+        "breakdown_s": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "peak_hbm_bytes": prediction.peak_hbm_bytes,
+        "hbm_traffic_bytes": prediction.hbm_bytes,
+        "link_bytes": sum(op.collective.link_bytes * op.calls for op in collectives if op.collective),
+        "collectives": [
+            {"op": str(op.collective), "calls": op.calls, "time_s": op.time_s, "scope": op.scope} for op in collectives
+        ],
+        "compile_time_s": prediction.compile_time_s,
+        "compile_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "ops": [
+            {
+                "name": op.name,
+                "scope": op.scope,
+                "category": op.category,
+                "calls": op.calls,
+                "time_s": op.time_s,
+                "hbm_bytes": op.hbm_bytes,
+                "bound": op.bound,
+            }
+            for op in sorted(prediction.ops, key=lambda op: -op.time_s)[:_MAX_OPS]
+        ],
+    }

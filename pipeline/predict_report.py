@@ -1,0 +1,123 @@
+"""A prediction as a record and on a terminal, next to what was reported for the published pipeline."""
+
+import dataclasses
+import datetime
+from typing import Any
+
+from pipeline.parallel import ParallelPlan
+from pipeline.predict_run import Outcome
+from pipeline.records import git_state, package_versions
+from pipeline.request import GenerateRequest
+
+SCHEMA_VERSION = 1
+_GIB = 2**30
+#: Of the published CogVideoX TPU nodes (yangwhale/ComfyUI-CogVideoX-TPU) on a v6e-8 at 1280x720, 81 frames, 50 steps.
+REPORTED_SEED = {
+    "label": "reported",
+    "source": "author of ComfyUI-CogVideoX-TPU, on a v6e-8; its README says about 3 min",
+    "total_time_s": 106.47,
+    "step_time_s": 2.13,
+}
+#: Milliseconds of the seed's own kernel a layer, which is not in this tree: 12 heads a chip, 39826 tokens, head_dim 64,
+#: float32 operands, blocks 3328/2816/256; predicted from the compiler's schedule.
+SEED_KERNEL_MS = {"1x12x39826x64": 24.0}
+
+
+def make_report(request: GenerateRequest, topology: str, outcome: Outcome, config_source: str) -> dict[str, Any]:
+    """A JSON-able record. All times and bytes are predicted, but for the entry "reported"."""
+    stages = outcome.stages
+    denoise = stages.get("denoise")
+    step_time_s = own_kernel_s = None
+    notes: list[str] = []
+    if denoise is not None:
+        step_time_s = own_kernel_s = denoise["time_s"]
+        if outcome.plan.plan == "seed_tp":
+            step_time_s, note = _with_seed_kernel(denoise)
+            notes.append(note)
+    stage_times = {stage: result["time_s"] for stage, result in stages.items()}
+    if step_time_s is not None:
+        stage_times["denoise"] = step_time_s * request.num_inference_steps
+    complete = set(stages) == {"text", "denoise", "vae"}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "label": "predicted",
+        "topology": topology,
+        "request": dataclasses.asdict(request),
+        "config_source": config_source,
+        "plan": outcome.plan.to_dict(),
+        "step_time_s": step_time_s,
+        "step_time_own_kernel_s": own_kernel_s,
+        "total_time_s": sum(stage_times.values()) if complete else None,
+        "stage_times_s": stage_times,
+        "peak_hbm_gib": max(result["peak_hbm_bytes"] for result in stages.values()) / _GIB,
+        "hbm_gib": next(iter(stages.values()))["hbm_bytes"] / _GIB,
+        "compile_time_s": {stage: result["compile_time_s"] for stage, result in stages.items()},
+        "mfu_fraction": denoise["mfu_fraction"] if denoise else None,
+        "stages": stages,
+        "other_plans": outcome.others,
+        "reported": REPORTED_SEED if _is_reported_case(request, topology) else None,
+        "notes": notes,
+        "versions": package_versions(),
+        "git": git_state(),
+    }
+
+
+def _with_seed_kernel(denoise: dict[str, Any]) -> tuple[float, str]:
+    shape = denoise["attention"]["shape"]
+    ours_s = denoise["breakdown_s"].get("attention_kernel", 0.0)
+    seed_ms = SEED_KERNEL_MS.get(shape)
+    if seed_ms is None:
+        return denoise["time_s"], f"seed_tp with this project's kernel: the seed's is not known at {shape}"
+    theirs_s = seed_ms / 1e3 * denoise["num_layers"]
+    return denoise["time_s"] - ours_s + theirs_s, (
+        f"seed_tp: this project's kernel ({ours_s:.3f} s a step) replaced by the seed's, {seed_ms} ms a layer "
+        f"({theirs_s:.3f} s), as predicted for it separately"
+    )
+
+
+def _is_reported_case(request: GenerateRequest, topology: str) -> bool:
+    size = (request.width, request.height, request.num_frames, request.num_inference_steps)
+    return size == (1280, 720, 81, 50) and topology in ("v6e-8", "v6e:2x4")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as lines of text."""
+    request, plan = report["request"], ParallelPlan(**report["plan"])
+    print(
+        f"{request['checkpoint']}, {request['width']}x{request['height']}, {request['num_frames']} frames, "
+        f"{request['num_inference_steps']} steps on {report['topology']}: predicted from the compiler's schedule, "
+        "nothing was run"
+    )
+    print(f"  plan {plan}" + "".join(f"; {name}: {_other(value)}" for name, value in report["other_plans"].items()))
+    for stage, result in report["stages"].items():
+        times = report["step_time_s"] if stage == "denoise" else result["time_s"]
+        unit = "s a step" if stage == "denoise" else "s"
+        print(f"  {stage:<8} {times:8.3f} {unit}")
+        for kind, seconds in result["breakdown_s"].items():
+            print(f"    {kind.replace('_', ' '):<18} {seconds:8.4f} s  {seconds / result['time_s']:6.1%}")
+        memory = f"{result['peak_hbm_bytes'] / _GIB:.2f} of {result['hbm_bytes'] / _GIB:.0f} GiB"
+        print(
+            f"    HBM peak {memory} ({result['peak_hbm_bytes'] / result['hbm_bytes']:.0%}); traffic "
+            f"{result['hbm_traffic_bytes'] / 1e9:.1f} GB HBM, {result['link_bytes'] / 1e9:.2f} GB busiest link"
+        )
+        print(
+            f"    compiled in {result['compile_time_s']:.0f} s with "
+            f"{result['compile_peak_rss_bytes'] / 1e9:.1f} GB of host memory"
+        )
+        if "mfu_fraction" in result:
+            print(f"    MFU {result['mfu_fraction']:.1%}; attention {result['attention']['resolution']}")
+    if report["total_time_s"] is not None:
+        print(f"  total    {report['total_time_s']:8.2f} s predicted")
+    if report["reported"] is not None:
+        reported = report["reported"]
+        print(
+            f"  reported for the published pipeline: {reported['step_time_s']} s a step, "
+            f"{reported['total_time_s']} s in all ({reported['source']})"
+        )
+    for note in report["notes"]:
+        print(f"  note: {note}")
+
+
+def _other(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3f} s a step"

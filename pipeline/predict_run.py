@@ -1,0 +1,113 @@
+"""Which programs to compile for a prediction, each in a process of its own, and which plan comes out best."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, RequestError
+from pipeline.known import KNOWN_CONFIGS
+from pipeline.loading import resolve_checkpoint
+from pipeline.parallel import ParallelOptions, ParallelPlan, resolve_plan
+from pipeline.predict_jobs import Job
+from pipeline.request import GenerateRequest, Stage
+from tuning.evaluate import Runner
+from tuning.offline import worker_environment
+from tuning.offline.topology import parse_topology
+from tuning.status import Status
+
+_AUTO = (ParallelOptions(plan="ulysses"), ParallelOptions(plan="megatron"))
+#: Tried where none of _AUTO fits.
+_FRUGAL = ParallelOptions(plan="ulysses", weights="sharded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """plan: of the denoise stage. stages: results of `predict_jobs`. others: step times of plans not chosen."""
+
+    plan: ParallelPlan
+    stages: dict[Stage, dict[str, Any]]
+    others: dict[str, float | str]
+
+
+def configs_of(request: GenerateRequest, cache_dir: str | None) -> tuple[dict[str, Any], str]:
+    """Configurations of the checkpoint's parts, and where they are from. Fetches none that this project knows."""
+    if request.checkpoint in KNOWN_CONFIGS:
+        known = KNOWN_CONFIGS[request.checkpoint]
+        return {part: dict(config) for part, config in known.items()}, "built in"
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, Path(cache_dir) if cache_dir else None)
+    parts = ("transformer", "vae", "text_encoder", "scheduler")
+    return {part: checkpoint.config(part) for part in parts}, "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Predicts stages of one request on one topology. say: told of every program that is compiled."""
+
+    topology: str
+    options: dict[str, Any]
+    configs: Mapping[str, Any]
+    timeout_s: float
+    say: Callable[[str], None]
+
+    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> Outcome:
+        """Raises RequestError for a topology or plan that there is not, PipelineError for what does not fit."""
+        try:
+            _, name = parse_topology(self.topology)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        rows, columns = (int(n) for n in name.partition(":")[2].split("x")[:2])
+        num_heads = self.configs["transformer"]["num_attention_heads"]
+
+        def plan_of(options: ParallelOptions) -> ParallelPlan:
+            options = dataclasses.replace(options, num_devices=parallel.num_devices, dp=parallel.dp)
+            return resolve_plan(options, rows * columns, guided, num_heads)
+
+        candidates = _AUTO if parallel.plan == "auto" else (parallel,)
+        plans = list(dict.fromkeys(plan_of(options) for options in candidates))
+        if plans[0].model == 1:
+            plans = plans[:1]  # with one device a prompt the plans are the same
+        results: dict[Stage, dict[str, Any]] = {}
+        others: dict[str, float | str] = {}
+        best = plans[0]
+        if "denoise" in stages:
+            tried: dict[ParallelPlan, dict[str, Any]] = {}
+            failures: dict[str, str] = {}
+            for plan in plans + ([plan_of(_FRUGAL)] if parallel.plan == "auto" and plans[0].model > 1 else []):
+                if plan.weights == "sharded" and tried:
+                    continue
+                try:
+                    tried[plan] = self._run("denoise", plan)
+                except PipelineError as error:
+                    failures[str(plan)] = str(error)
+            if not tried:
+                raise PipelineError("; ".join(failures.values()))
+            best = min(tried, key=lambda plan: tried[plan]["time_s"])
+            others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | failures
+            results["denoise"] = tried[best]
+        for stage in stages:
+            if stage != "denoise":
+                results[stage] = self._run(stage, best)
+        return Outcome(best, {stage: results[stage] for stage in stages}, others)
+
+    def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
+        device, _ = parse_topology(self.topology)
+        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if stage == "denoise" else ""))
+        job = Job(stage, self.topology, plan, self.options, dict(self.configs))
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = Runner(Path(folder)).run(
+                "pipeline.predict_jobs:run",
+                job.to_payload(),
+                timeout_s=self.timeout_s,
+                variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
+            )
+        where = f"{stage} on {self.topology}" + (f" with {plan}" if stage == "denoise" else "")
+        if outcome.status == Status.OUT_OF_MEMORY:
+            raise PipelineError(
+                f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
+                f"parallel=ulysses_sharded, or a smaller video ({outcome.error})"
+            )
+        if outcome.status != Status.OK:
+            raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
+        return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}
