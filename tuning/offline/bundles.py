@@ -79,10 +79,12 @@ class Program:
                         self.labels.setdefault(label, index)
             parsed.extend((index, instruction) for instruction in _parse_bundle(body))
         self.events = _slice(parsed)
-        for address, bundle in self.events.items():
-            for instruction in bundle:
-                if instruction.name == BRANCH and instruction.target not in self.labels:
-                    raise UnknownDumpFormatError(f"branch at {address:#x} to an unknown region {instruction.target}.")
+        targets = {i.target for bundle in self.events.values() for i in bundle if i.name == BRANCH}
+        missing = sorted(str(target) for target in targets - self.labels.keys())
+        if len(missing) > 1:
+            raise UnknownDumpFormatError(f"branches to unknown regions {', '.join(missing)}.")
+        for exit_region in missing:  # the region behind the last bundle is empty, and has no label
+            self.labels[exit_region] = self.length
 
 
 def _slice(parsed: list[tuple[int, Instruction]]) -> dict[int, list[Instruction]]:

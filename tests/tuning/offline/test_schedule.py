@@ -50,6 +50,12 @@ def test_a_branch_on_an_unknown_scalar_is_reported() -> None:
     assert actual.unresolved == ("branch at 0x4",)
 
 
+def test_a_branch_to_the_region_behind_the_last_bundle_ends_the_op() -> None:
+    text = LOOP.replace("%10 = sbr.rel (!%p1_p0)", "%10 = sbr.rel (%p1_p0)").replace("$region2", "$region9")
+    actual = execute(Program(text.replace("%s3_s2, 7 /*", "%s3_s2, 1 /*")), TIMING)
+    assert actual.counts == [1] * 9 + [0]
+
+
 def test_a_scalar_operand_that_the_caller_knows_is_used() -> None:
     operand = "%s9_s9 = inlined_call_operand.<no memory space> [shape: s32[], index: 2, kind: input]"
     text = LOOP.replace("{ %s1_s0", f"{{ {operand}  ;;  %s1_s0").replace("%s3_s2, 7 /*", "%s3_s2, %s9_s9 /*")
@@ -102,7 +108,12 @@ def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
     [
         ("no bundles at all", "no VLIW bundles"),
         (LOOP.replace("   0x4 ", "   0x7 "), "expected address 0x4"),
-        (LOOP.replace("Start region 2 ", "Start region 3 "), "unknown region 2"),
+        (
+            LOOP.replace("Start region", "Begin region").replace(
+                "{ %s1_s0", "{ %1 = sbr.rel target = $region9 ;; %s1_s0"
+            ),
+            "unknown regions 2, 9",
+        ),
         (TRANSFER.replace("/*size_in_granules=*/64, ", ""), "expected size_in_granules"),
         (TRANSFER.replace("[#allocation7 + $0x1], 64", "[#allocation7 + $0x1]"), "expected a flag and a size"),
     ],
