@@ -41,6 +41,7 @@ class Space:
       name: for tables and study names.
       choices: parameter ("block_q", "variant.softmax", ...) -> values.
       first: parameters of the candidates to try first; what they leave out has its default.
+      max_block_scores: see Pruner.
 
     Raises:
       ValueError: a parameter is unknown, a list is empty or repeats itself, or `first` names a value not listed.
@@ -49,6 +50,7 @@ class Space:
     name: str
     choices: Mapping[str, tuple[Any, ...]]
     first: tuple[Mapping[str, Any], ...] = ()
+    max_block_scores: int | None = None
 
     def __post_init__(self) -> None:
         variant_fields = tuple(VARIANT_PREFIX + field.name for field in dataclasses.fields(Variant))
@@ -63,6 +65,8 @@ class Space:
             for value in self.choices[parameter]:
                 if not isinstance(value, int) or value < LANES or value % LANES:
                     raise ValueError(f"space.{parameter}={value!r}: expected a positive multiple of {LANES}.")
+        if self.max_block_scores is not None and self.max_block_scores < 1:
+            raise ValueError(f"space.max_block_scores={self.max_block_scores}: expected a positive number, or null.")
         for parameters in self.first:
             for parameter, value in self.complete(parameters).items():
                 if value not in self.choices[parameter]:
@@ -73,7 +77,8 @@ class Space:
     @property
     def fingerprint(self) -> str:
         """What a study's name is derived from; `first` and the name do not change what is searched."""
-        return json.dumps({name: list(values) for name, values in self.choices.items()}, sort_keys=True)
+        choices = {name: list(values) for name, values in self.choices.items()}
+        return json.dumps(choices | {"max_block_scores": self.max_block_scores}, sort_keys=True)
 
     def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters with what is left out: the default of Variant where listed, else the first listed value.
@@ -122,11 +127,14 @@ class Pruner:
 
     Attributes:
       shape: the attention call.
+      max_block_scores: largest block_q * block_kv. The kernel is unrolled over a block: larger ones take minutes to
+        compile. None: any.
       vmem_limit_bytes: VMEM of one core; None leaves the estimate out.
       vmem_estimate: bytes that a candidate will need.
     """
 
     shape: AttentionShape
+    max_block_scores: int | None = None
     vmem_limit_bytes: int | None = None
     vmem_estimate: VmemEstimate | None = None
 
@@ -143,6 +151,9 @@ class Pruner:
             return "block_q longer than the padded q sequence"
         if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
             return "block_kv longer than the padded kv sequence"
+        scores = candidate.block_sizes.block_q * candidate.block_sizes.block_kv
+        if self.max_block_scores is not None and scores > self.max_block_scores:
+            return "more scores a block than space.max_block_scores"
         if self.vmem_estimate is not None and self.vmem_limit_bytes is not None:
             needed = self.vmem_estimate(self.shape, candidate.block_sizes, candidate.variant)
             if needed > self.vmem_limit_bytes:

@@ -207,11 +207,12 @@ def _evaluate_all(
 def _pruner(settings: SweepSettings, target: Target) -> Pruner:
     shape = settings.workload.shape
     if not settings.vmem_pruning or target.spec is None:
-        return Pruner(shape)
+        return Pruner(shape, settings.space.max_block_scores)
     from splash_attn.kernel import vmem_bytes_estimate
 
     return Pruner(
         shape,
+        settings.space.max_block_scores,
         vmem_limit_bytes=target.spec.vmem_bytes,
         vmem_estimate=functools.partial(vmem_bytes_estimate, itemsize=settings.workload.itemsize),
     )

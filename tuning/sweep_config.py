@@ -35,6 +35,7 @@ class SpaceSchema:
     block_kv_compute: list[int] = MISSING
     variant: dict[str, Any] = dataclasses.field(default_factory=dict)
     first: list[Any] = dataclasses.field(default_factory=list)
+    max_block_scores: int | None = None
 
 
 @dataclasses.dataclass
@@ -113,6 +114,7 @@ def settings_from(config: DictConfig) -> SweepSettings:
             name=space["name"],
             choices={name: tuple(values) for name, values in choices.items()},
             first=tuple(_flat(parameters) for parameters in space["first"]),
+            max_block_scores=space["max_block_scores"],
         ),
         workers=workers,
         timeout_s=config.timeout_s,

@@ -18,6 +18,15 @@ def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
     assert {candidate.block_sizes.block_kv for candidate in found.valid} == {256, 512}
 
 
+def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
+    found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE, max_block_scores=128 * 512))
+    assert {str(candidate.block_sizes) for candidate in found.valid} == {
+        f"128/{block_kv}/{compute}" for block_kv in (256, 512) for compute in (128, 256)
+    }
+    with pytest.raises(ValueError, match="max_block_scores=0: expected a positive number"):
+        Space("test", BLOCKS, max_block_scores=0)
+
+
 def test_vmem_estimate_prunes() -> None:
     def estimate(shape: AttentionShape, block_sizes: BlockSizes, variant: Variant) -> int:
         assert shape == SHAPE
@@ -36,7 +45,7 @@ def test_real_vmem_estimate_prunes_what_no_tpu_holds() -> None:
     shape = AttentionShape(1, 12, 400_000, 400_000, 128)
     space = Space("test", {"block_q": (1024, 131072), "block_kv": (1024, 131072), "block_kv_compute": (1024,)})
     limit = device.by_name("v6e").vmem_bytes
-    found = enumerate_candidates(space, Pruner(shape, limit, vmem_bytes_estimate))
+    found = enumerate_candidates(space, Pruner(shape, None, limit, vmem_bytes_estimate))
     assert [str(candidate.block_sizes) for candidate in found.valid] == ["1024/1024/1024"]
 
 
