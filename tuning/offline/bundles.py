@@ -81,9 +81,9 @@ class Program:
         self.events = _slice(parsed)
         targets = {i.target for bundle in self.events.values() for i in bundle if i.name == BRANCH}
         missing = sorted(str(target) for target in targets - self.labels.keys())
-        if len(missing) > 1:
+        if len(missing) > 1 and "PF:  {} /* exit bundle" not in text:
             raise UnknownDumpFormatError(f"branches to unknown regions {', '.join(missing)}.")
-        for exit_region in missing:  # the region behind the last bundle is empty, and has no label
+        for exit_region in missing:  # nested regions that end with the op: empty, behind the last bundle, no label
             self.labels[exit_region] = self.length
 
 
