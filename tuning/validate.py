@@ -17,8 +17,8 @@ from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, offline
 from tuning.evaluate import Runner
 from tuning.job_cache import JobCache
-from tuning.status import Status
 from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
+from tuning.status import Status
 from tuning.sweep_config import core_count
 
 _JOB = "tuning.tokamax_op:predict_row"
