@@ -47,16 +47,17 @@ class NodeProgress:
     def __call__(self, event: Any) -> None:
         interrupt_if_asked()
         if event.phase != "run":
-            self._say(f"{event.stage}: {_DOING[event.phase]} ...")
+            self.say(f"{event.stage}: {_DOING[event.phase]} ...")
         elif event.step == 0:
             self._bar = comfy.utils.ProgressBar(event.total_steps, node_id=self._node_id)
             self._step_times_s = []
         else:
             self._step_times_s.append(event.step_time_s)
-            self._say(step_text(event.step, event.total_steps, self._step_times_s))
+            self.say(step_text(event.step, event.total_steps, self._step_times_s))
             self._bar.update_absolute(event.step, event.total_steps, _preview(event))
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Show a text on the node."""
         logger.info(text)
         PromptServer.instance.send_progress_text(text, self._node_id)
 

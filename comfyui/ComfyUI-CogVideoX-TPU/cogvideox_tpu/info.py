@@ -1,71 +1,86 @@
-"""What the info node shows: the attention call of a size, the tuned entry for it, and its time."""
+"""What the info node shows: the attention call of a size, the tuned entry for it, and what it costs."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import settings
 
 DEVICE_KINDS = ("TPU v6 lite", "TPU v5 lite")  # v6e, v5e: splash_attn.device's; the tests compare them
+_TIMEOUT_S = 1200.0
 
 
 def report(
+    *,
     model_id: str,
-    height: int,
-    width: int,
-    num_frames: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    num_devices: int,
     device: str,
+    num_devices: int,
     parallel_plan: str,
     kernel: str,
-    scheduler: str,
+    predict: bool,
+    say: Callable[[str], None],
+    **fields: Any,
 ) -> str:
-    """Text of some lines. Raises what the sampler would for the same values, but for devices that are not here."""
+    """Text of some lines. Raises what the sampler would for the same values, but for devices that are not here.
+
+    predict: compile the step for that device, in a process of its own. say: told when that begins. fields: more of a
+    GenerateRequest.
+    """
     settings.require_packages()
+    import torch
+
     from pipeline.latents import LatentGeometry
+    from pipeline.loading import build_module
     from pipeline.parallel import resolve_plan
     from pipeline.request import GenerateRequest
     from pipeline.transformer import TransformerShape
     from splash_attn import tuned
     from splash_attn.types import AttentionShape
 
-    request = GenerateRequest(
-        prompt="any",
-        checkpoint=model_id,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        dtype=settings.resolve_dtype(settings.AUTO, model_id),  # type: ignore[arg-type]
-        scheduler=scheduler,  # type: ignore[arg-type]
-        attention=settings.attention_options(kernel),
-    )
+    attention, parallel = settings.attention_options(kernel), settings.parallel_options(parallel_plan, num_devices)
+    dtype = settings.resolve_dtype(settings.AUTO, model_id)
+    request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
     guided = request.do_classifier_free_guidance
-    checkpoint = settings.find_checkpoint(model_id)
-    transformer, vae = checkpoint.config("transformer"), checkpoint.config("vae")
+    configs = _configs(model_id)
+    # With diffusers' defaults for what a configuration leaves out.
+    module: Any = build_module("transformer", configs["transformer"], torch.float32)
+    transformer = module.config
     num_heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
-    plan = resolve_plan(settings.parallel_options(parallel_plan, num_devices), num_devices, guided, num_heads)
-    patches = LatentGeometry.of(request, transformer, vae).num_patches(TransformerShape.of(transformer))
-    seq_len = transformer.get("max_text_seq_length", 226) + patches
+    plan = resolve_plan(parallel, num_devices, guided, num_heads)
+    patches = LatentGeometry.of(request, transformer, configs["vae"]).num_patches(TransformerShape.of(transformer))
+    seq_len = transformer["max_text_seq_length"] + patches
     shape = AttentionShape((2 if guided else 1) // plan.dp, num_heads // plan.model, seq_len, seq_len, head_dim)
     lines = [
-        f"{checkpoint.name}: {width}x{height}, {num_frames} frames, {num_inference_steps} steps, {request.dtype}",
+        f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "
+        f"{request.num_inference_steps} steps, {dtype}",
         f"{plan} on {plan.num_devices} x {device}",
         f"attention on each device: {shape} (batch x heads x sequence x head_dim)",
     ]
-    if request.attention.implementation == "xla":
+    if attention.implementation == "xla":
         return "\n".join([*lines, "kernel=xla: plain XLA, for which nothing is tuned and no time is known"])
-    choice = tuned.choose(device, shape, request.dtype, variant=request.attention.variant)
+    choice = tuned.choose(device, shape, dtype, variant=attention.variant)
     lines += [f"blocks {choice.block_sizes}, variant {choice.variant}", choice.reason]
-    lines += _times(choice, shape, transformer["num_layers"], num_inference_steps)
+    lines += _attention_times(choice, shape, transformer["num_layers"], request.num_inference_steps)
+    if predict:
+        lines += _predicted_step(request, configs, parallel, device, num_devices, say)
     return "\n".join(lines)
 
 
-def _times(choice: Any, shape: Any, num_layers: int, num_inference_steps: int) -> list[str]:
+def _configs(model_id: str) -> Mapping[str, Any]:
+    """Configurations of the checkpoint's parts; built in for a published one, which then is not fetched."""
+    from pipeline.known import KNOWN_CONFIGS
+
+    parts = ("transformer", "vae", "text_encoder", "scheduler")
+    if model_id.strip() in KNOWN_CONFIGS:
+        known = KNOWN_CONFIGS[model_id.strip()]
+        return {part: dict(known[part]) for part in parts}
+    checkpoint = settings.find_checkpoint(model_id)
+    return {part: checkpoint.config(part) for part in parts}
+
+
+def _attention_times(choice: Any, shape: Any, num_layers: int, num_inference_steps: int) -> list[str]:
     """The entry's time, and what it comes to for the whole video."""
     if choice.entry is None:
-        return ["no tuned entry, hence no time; to tune one: python -m tuning.sweep"]
+        return ["no tuned entry, hence no time of attention; to tune one: python -m tuning.sweep"]
     provenance = choice.entry.provenance
     label, call_ms = provenance.label, provenance.time_ms
     if choice.entry.shape != shape:
@@ -74,6 +89,30 @@ def _times(choice: Any, shape: Any, num_layers: int, num_inference_steps: int) -
     total_s = call_ms * num_layers * num_inference_steps / 1000
     return [
         f"attention call: {call_ms:.3f} ms ({label}, record {provenance.record_id})",
-        f"attention of the whole video: {total_s:.1f} s ({num_layers} layers x {num_inference_steps} steps; without "
-        "the other operations, the text encoder and the VAE)",
+        f"attention of the whole video: {total_s:.1f} s ({num_layers} layers x {num_inference_steps} steps)",
+    ]
+
+
+def _predicted_step(
+    request: Any,
+    configs: Mapping[str, Any],
+    parallel: Any,
+    device: str,
+    num_devices: int,
+    say: Callable[[str], None],
+) -> list[str]:
+    from pipeline.config import request_to_dict
+    from pipeline.predict_run import Predictor
+    from splash_attn.device import by_name
+
+    topology = f"{by_name(device).name}-{num_devices}"
+    predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
+    outcome = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+    denoise = outcome.stages["denoise"]
+    total_s = denoise["time_s"] * request.num_inference_steps
+    return [
+        f"denoising on {topology}: {denoise['time_s']:.3g} s a step, {total_s:.3g} s in all, without text encoder and "
+        "VAE (predicted from the compiler's schedule; nothing was run)",
+        f"memory at its peak: {denoise['peak_hbm_bytes'] / 2**30:.2f} of {denoise['hbm_bytes'] / 2**30:.0f} GiB a "
+        "device (predicted)",
     ]

@@ -58,10 +58,11 @@ def _parallel_plan() -> Any:
     return io.Combo.Input(
         "parallel_plan",
         options=list(PARALLEL_PLANS),
-        default="ulysses",
+        default=AUTO,
         optional=True,
-        tooltip="How a step is split over devices. ulysses: by sequence, traded for heads around attention; with "
-        "weights sharded it needs less memory. megatron: by heads and columns. seed_tp: the published weight table.",
+        tooltip="How a step is split over devices. auto: the fastest as predicted. ulysses: by sequence, traded for "
+        "heads around attention; with weights sharded it needs less memory. megatron: by heads and columns. "
+        "seed_tp: the published weight table.",
     )
 
 
@@ -166,7 +167,7 @@ class CogVideoXTPUSampler(io.ComfyNode):
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Optional inputs that a workflow leaves out are not passed at all."""
-    return {"parallel_plan": "ulysses", "kernel": AUTO, "scheduler": "checkpoint", **values}
+    return {"parallel_plan": AUTO, "kernel": AUTO, "scheduler": "checkpoint", **values}
 
 
 class CogVideoXTPUVAEDecoder(io.ComfyNode):
@@ -216,16 +217,23 @@ class CogVideoXTPUInfo(io.ComfyNode):
                     default=info.DEVICE_KINDS[0],
                     tooltip="The TPU to tell about; it need not be here.",
                 ),
+                io.Boolean.Input(
+                    "predict",
+                    default=False,
+                    tooltip="Also compile the denoising step for that TPU and predict its time and memory. No TPU is "
+                    "needed, but libtpu, and minutes for the full model, in which Cancel waits.",
+                ),
                 _parallel_plan(),
                 _kernel(),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The same text.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
-        report = info.report(**_with_defaults(values))
+        report = info.report(**_with_defaults(values), say=NodeProgress(cls.hidden.unique_id).say)
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 

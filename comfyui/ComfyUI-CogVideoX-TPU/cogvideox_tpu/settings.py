@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
 #: Name in the widget -> (plan, weights at rest) of `pipeline.parallel.ParallelOptions`.
 PARALLEL_PLANS = {
+    AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
     "ulysses, weights sharded": ("ulysses", "sharded"),
     "megatron": ("megatron", "replicated"),
@@ -28,6 +30,7 @@ KERNELS: dict[str, tuple[str | None, str | None]] = {
     "interpret": ("pallas_interpret", None),
     "xla": ("xla", None),
 }
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PACKAGES = ("pipeline.request", "splash_attn.types")
 
 
@@ -61,7 +64,7 @@ def find_checkpoint(model_id: str) -> Any:
     folder = _local_folder(model_id)
     if folder is not None:
         return Checkpoint(name=model_id, folder=folder)
-    if model_id.count("/") == 1 and not os.path.isabs(model_id) and ".." not in model_id:
+    if _HUB_ID.fullmatch(model_id):
         return hub_checkpoint(model_id)
     folders = " or ".join(str(folder) for folder in host.model_folders())
     raise CheckpointError(

@@ -140,4 +140,4 @@ def decode(latents: Latents, progress: Any) -> torch.Tensor:
 
         decoder = models.loaded_stage(("vae", latents.checkpoint.identity("vae"), dtype), load)
         frames = decoder.decode(latents.latents, timings, progress, quantize=False)
-    return torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
+        return torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only

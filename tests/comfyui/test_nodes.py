@@ -1,0 +1,290 @@
+"""The nodes run, over the stand-in for ComfyUI and the tiny model: results, progress, interruption, memory."""
+
+import dataclasses
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from pipeline import loading
+from pipeline.errors import NonFiniteError, RequestError
+from pipeline.loading import Checkpoint
+from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
+
+SPEC = TinySpec(
+    num_layers=1,
+    num_attention_heads=2,
+    time_embed_dim=24,
+    text_embed_dim=20,
+    text_layers=1,
+    max_text_seq_length=19,
+    vae_block_out_channels=(8, 8, 8, 8),
+)
+PROMPT = "a red circle moves right"
+VALUES = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 9,
+    "num_inference_steps": 3,
+    "guidance_scale": 6.0,
+    "seed": 42,
+    "num_devices": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
+    """The tests compile the same programs again after each unloading: let them share, through a cache of theirs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiny(_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model_id tiny, smaller still."""
+    monkeypatch.setattr(loading, "ensure_tiny_checkpoint", lambda cache_dir: _tiny)
+
+
+def run(nodes: dict[str, Any], **changes: Any) -> tuple[torch.Tensor, float]:
+    """What ComfyUI does with the three nodes: in inference mode, asking the sampler before it encodes."""
+    values = {**VALUES, **changes}
+    sampler = nodes["CogVideoXTPUSampler"]
+    with torch.inference_mode():
+        assert sampler.check_lazy_status(embeddings=None, **values) == ["embeddings"]
+        (embeds,) = nodes["CogVideoXTextEncoder"].execute(PROMPT, "", "tiny").args
+        assert sampler.check_lazy_status(embeddings=embeds, **values) == []
+        (latents,) = sampler.execute(embeds, **values).args
+        images, frame_rate = nodes["CogVideoXTPUVAEDecoder"].execute(latents, 16).args
+    return images, frame_rate
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None:
+    images, frame_rate = run(nodes)
+    assert images.shape == (9, 32, 48, 3) and images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+    assert type(frame_rate) is float and frame_rate == 16.0
+    images += 1  # writable: the frames are a copy of JAX's
+    steps = [text for text, node_id in comfy.texts if "/3, " in text and node_id == "7"]
+    assert len(steps) == 3
+    assert steps[0].startswith("1/3, ") and " s a step, " in steps[0] and steps[-1].endswith(", 0 s left")
+    assert [bar for bar in comfy.bars if bar[1] == 3] == [(1, 3), (2, 3), (3, 3)]
+    assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
+
+
+def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from pipeline.request import GenerateRequest
+    from pipeline.runner import generate
+    from pipeline.torchax_bridge import torch_to_numpy
+
+    images, _ = run(nodes)
+    fields = {name: value for name, value in VALUES.items() if name != "num_devices"}
+    generate(GenerateRequest(PROMPT, str(_tiny), **fields), run_dir=tmp_path)
+    with safe_open(tmp_path / "vae.safetensors", framework="pt") as file:
+        expected = torch_to_numpy(file.get_tensor("frames"))
+    np.testing.assert_array_equal(np.round(images.numpy() * 255).astype(np.uint8), expected)
+
+
+def test_models_stay_between_runs_and_unloading_frees_them(nodes: dict[str, Any], comfy: Any) -> None:
+    before = live_bytes()
+    run(nodes)
+    loaded = live_bytes()
+    assert loaded > before
+    comfy.texts.clear()
+    run(nodes, seed=43)
+    assert not [text for text, _ in comfy.texts if "loading" in text or "compiling" in text]
+    assert live_bytes() == loaded
+    assert len(comfy.loaded) == 1
+    comfy.unload_all_models()
+    assert live_bytes() == before
+    run(nodes)
+    assert [text for text, _ in comfy.texts if "loading" in text], "loaded anew"
+    assert len(comfy.loaded) == 1, "and again to be unloaded"
+
+
+def test_another_seed_or_no_guidance_makes_another_video(nodes: dict[str, Any], comfy: Any) -> None:
+    first, again, other, unguided = (
+        run(nodes, **changes)[0] for changes in ({}, {}, {"seed": 43}, {"guidance_scale": 1.0})
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other) and not torch.equal(first, unguided)
+
+
+@pytest.mark.parametrize("text", ["2/", "denoise: compiling", "vae: loading"])
+def test_interrupt_within_a_step(nodes: dict[str, Any], stub: Any, comfy: Any, text: str) -> None:
+    comfy.interrupt_after = text
+    with pytest.raises(stub.InterruptProcessingException):
+        run(nodes, num_inference_steps=5)
+    assert comfy.texts[-1][0].startswith(text), "nothing after it"
+    comfy.interrupt_after = None
+    assert run(nodes, num_inference_steps=5)[0].shape == (9, 32, 48, 3)
+
+
+def test_previews_are_as_comfyui_is_set(nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["comfy.cli_args"].args, "preview_method", "none")
+    run(nodes)
+    assert not comfy.previews and len(comfy.bars) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 80}, "num_frames=80: expected 8k [+] 1.* the nearest is 73 or 81"),
+        ({"height": 100}, "height=100: expected a multiple of 16; the nearest is 96 or 112"),
+        ({"width": 24}, "width=24: expected a multiple of 16; the nearest is 16 or 32"),
+        ({"num_devices": 512}, "num_devices=512: JAX sees"),
+        ({"kernel": "fixed_bound"}, "kernel=fixed_bound: needs a TPU"),
+        ({"scheduler": "euler"}, "scheduler='euler': expected one of checkpoint, ddim, dpm"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+    ],
+)
+def test_bad_values_before_any_work(nodes: dict[str, Any], comfy: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        run(nodes, **changes)
+    assert not comfy.texts, "no text was encoded"
+
+
+def test_empty_prompt(nodes: dict[str, Any], comfy: Any) -> None:
+    with pytest.raises(RequestError, match="prompt=' ': expected some text"):
+        nodes["CogVideoXTextEncoder"].execute(" ", "", "tiny")
+    assert not comfy.texts
+
+
+def test_nan_is_an_error_not_a_black_video(nodes: dict[str, Any], comfy: Any, part: Any) -> None:
+    (embeds,) = nodes["CogVideoXTextEncoder"].execute(PROMPT, "", "tiny").args
+    spoilt = dataclasses.replace(embeds, prompts=np.full_like(embeds.prompts, np.nan))
+    with pytest.raises(NonFiniteError, match="denoise: step 1 of 3"):
+        nodes["CogVideoXTPUSampler"].execute(spoilt, **VALUES)
+
+
+def test_full_memory_frees_the_models(
+    nodes: dict[str, Any], comfy: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.errors import PipelineError
+    from pipeline.vae import VaeDecoder
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(VaeDecoder, "decode", out_of_memory)
+    with pytest.raises(PipelineError, match="vae: not enough device memory; loaded models were freed"):
+        run(nodes)
+    assert not part("models")._stages
+
+
+def test_room_is_made_by_what_was_used_longest_ago(comfy: Any, part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = part("models")
+    monkeypatch.setattr(models, "_held_fraction", lambda: 0.3 * len(models._stages))
+    for key in ("a", "b"):
+        models.loaded_stage(key, object)
+    assert list(models._stages) == ["b"], "0.6 of the memory is more than half"
+    monkeypatch.setattr(models, "_held_fraction", lambda: 0.2 * len(models._stages))
+    kept = models.loaded_stage("b", object)
+    models.loaded_stage("c", object)
+    assert models.loaded_stage("b", object) is kept
+    models.loaded_stage("d", object)
+    assert list(models._stages) == ["b", "d"]
+
+
+def test_nothing_global_is_changed(nodes: dict[str, Any], comfy: Any) -> None:
+    import torchax
+
+    def state() -> Any:
+        config = {name: jax.config.values[name] for name in ("jax_enable_x64", "jax_default_matmul_precision")}
+        with torch.random.fork_rng(devices=[]):
+            probe = torch.ones(2) + 1
+        return (
+            *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            *(type(probe), torch.get_rng_state().sum(), config, torchax.default_env().enabled),
+            *(dict(os.environ), list(sys.path)),
+        )
+
+    from pipeline.torchax_bridge import torchax_module
+
+    torchax_module()
+    before = state()
+    run(nodes)
+    assert state() == before
+
+
+def test_info(nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**VALUES, "num_devices": 2, "model_id": "tiny", "device": "TPU v6 lite", "predict": False}
+    del values["seed"]
+    output = nodes["CogVideoXTPUInfo"].execute(**values)
+    (report,) = output.args
+    assert output.ui["text"][0] == report
+    assert "attention on each device: 1x2x31x64" in report  # 2 x 3 patches in 2 pairs of frames, 19 text tokens
+    assert "dp=2 x model=1" in report
+    with pytest.raises(RequestError, match="num_devices=3: 3 devices a prompt do not divide 2 heads"):
+        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3})
+    published = {
+        "model_id": "zai-org/CogVideoX1.5-5B",
+        "height": 720,
+        "width": 1280,
+        "num_frames": 81,
+        "num_devices": 8,
+    }
+    (report,) = nodes["CogVideoXTPUInfo"].execute(**{**values, **published}).args  # without fetching anything
+    assert "attention on each device: 1x12x39826x64" in report
+    assert "no time is known" in nodes["CogVideoXTPUInfo"].execute(**values, kernel="xla").args[0]
+
+
+def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import predict_run
+
+    asked: list[Any] = []
+
+    def predict(self: Any, stages: Any, parallel: Any, guided: bool) -> Any:
+        asked.append((self.topology, stages, parallel.num_devices, guided))
+        self.say("compiling")
+        results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}
+        return predict_run.Outcome(None, results, {})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predict_run.Predictor, "predict", predict)
+    values = {**VALUES, "num_devices": 4, "model_id": "tiny", "device": "TPU v6 lite", "predict": True}
+    del values["seed"]
+    with pytest.raises(RequestError, match="4"):  # the check of heads comes first
+        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 8})
+    (report,) = nodes["CogVideoXTPUInfo"].execute(**values).args
+    assert asked == [("v6e-4", ("denoise",), 4, True)]
+    assert comfy.texts == [("compiling", "7")]
+    assert "denoising on v6e-4: 2.5 s a step, 7.5 s in all" in report and "3.00 of 32 GiB" in report
+
+
+def test_preview_shows_what_varies(part: Any) -> None:
+    latents = np.random.default_rng(0).normal(0, 0.01, (1, 3, 16, 12, 20)).astype(np.float32)
+    latents[:, :, 5, :, 10:] += 1  # one channel tells left from right
+    picture = np.asarray(part("preview").latent_picture(latents, 512))
+    assert picture.shape == (96, 160, 3)
+    assert abs(picture[:, :64, 0].mean() - picture[:, 96:, 0].mean()) > 200
+    wide = part("preview").latent_picture(latents, 40)
+    assert wide.size == (40, 24)
+
+
+def test_checkpoint_is_not_opened_before_it_is_wanted(nodes: dict[str, Any], comfy: Any, part: Any) -> None:
+    """The sampler's check knows no model; with embeddings it takes theirs, whose folder may be gone by then."""
+    Embeds = part("stages").Embeds  # noqa: N806
+    embeds = Embeds(Checkpoint("gone", folder=Path("gone")), PROMPT, "", "float32", np.zeros((2, 19, 20), np.float32))
+    assert nodes["CogVideoXTPUSampler"].check_lazy_status(embeddings=embeds, **VALUES) == []

@@ -1,0 +1,156 @@
+"""Schemas against the published nodes, against `pipeline`'s limits, and against the pack's texts and metadata."""
+
+import asyncio
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from pipeline import request
+from pipeline.parallel import PlanChoice, WeightsAtRest
+from splash_attn.device import DEVICES
+from splash_attn.types import Softmax
+
+# The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.
+PUBLISHED = {
+    "CogVideoXTextEncoder": (
+        [
+            ("prompt", "STRING", None),
+            ("negative_prompt", "STRING", ""),
+            ("model_id", "STRING", "zai-org/CogVideoX1.5-5B"),
+        ],
+        ["COGVIDEOX_EMBEDS"],
+    ),
+    "CogVideoXTPUSampler": (
+        [
+            ("embeddings", "COGVIDEOX_EMBEDS", None),
+            ("height", "INT", 720),
+            ("width", "INT", 1280),
+            ("num_frames", "INT", 81),
+            ("num_inference_steps", "INT", 50),
+            ("guidance_scale", "FLOAT", 6.0),
+            ("seed", "INT", 42),
+            ("num_devices", "INT", 8),
+        ],
+        ["COGVIDEOX_LATENTS"],
+    ),
+    # Published with fps as an INT output, which Create Video (FLOAT) refuses.
+    "CogVideoXTPUVAEDecoder": ([("latents", "COGVIDEOX_LATENTS", None), ("fps", "INT", 16)], ["IMAGE", "FLOAT"]),
+}
+NODES = [*PUBLISHED, "CogVideoXTPUInfo"]
+
+
+@pytest.mark.parametrize("node", PUBLISHED)
+def test_published_inputs_and_outputs(schemas: dict[str, Any], node: str) -> None:
+    inputs, outputs = PUBLISHED[node]
+    schema = schemas[node]
+    required = [slot for slot in schema.inputs if not slot.get("optional")]
+    assert [(slot.id, slot.io_type) for slot in required] == [(name, io_type) for name, io_type, _ in inputs]
+    for slot, (name, _, default) in zip(required, inputs, strict=True):
+        assert default is None or slot.get("default") == default, name
+    assert schema.inputs[: len(required)] == required, "what is new comes after, so that positions stay"
+    assert [slot.io_type for slot in schema.outputs] == outputs
+
+
+def test_extension_lists_the_nodes(_loaded: Any, nodes: dict[str, Any]) -> None:
+    extension = asyncio.run(_loaded[0].comfy_entrypoint())
+    assert asyncio.run(extension.get_node_list()) == list(nodes.values())
+    assert list(nodes) == NODES
+
+
+def test_a_keyword_of_a_newer_comfyui_is_refused(stub: Any, schemas: dict[str, Any]) -> None:
+    io = sys.modules["comfy_api.latest"].io
+    with pytest.raises(TypeError, match="advanced"):
+        io.Int.Input("height", default=1, advanced=True)
+    with pytest.raises(TypeError, match="search_aliases"):
+        io.Schema(node_id="x", display_name="x", search_aliases=["y"])
+
+
+def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]) -> None:
+    nodes, settings, info = part("nodes"), part("settings"), part("info")
+    assert (request.MAX_SIDE, request.MAX_FRAMES) == (nodes.MAX_SIDE, nodes.MAX_FRAMES)
+    sampler = {slot.id: slot for slot in schemas["CogVideoXTPUSampler"].inputs}
+    for side in ("height", "width"):
+        assert sampler[side].get("step") == request.SIZE_MULTIPLE
+        assert sampler[side].get("min") % request.SIZE_MULTIPLE == 0
+    assert (sampler["num_frames"].get("step"), sampler["num_frames"].get("min") % 8) == (request.FRAME_MULTIPLE, 1)
+    assert get_args(request.Scheduler) == settings.SCHEDULERS
+    assert set(settings.DTYPES) - {"auto"} == set(get_args(request.Dtype))
+    assert {plan for plan, _ in settings.PARALLEL_PLANS.values()} == set(get_args(PlanChoice))
+    assert {weights for _, weights in settings.PARALLEL_PLANS.values()} == set(get_args(WeightsAtRest))
+    implementations, softmaxes = zip(*settings.KERNELS.values(), strict=True)
+    assert set(implementations) == {None, *get_args(request.Implementation)}
+    assert set(softmaxes) == {None, *get_args(Softmax)}
+    assert set(info.DEVICE_KINDS) == {spec.device_kind for spec in DEVICES.values()}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_defaults_lie_within_limits(schemas: dict[str, Any], node: str) -> None:
+    for slot in schemas[node].inputs:
+        default = slot.get("default")
+        assert not slot.is_widget or default is not None, slot.id
+        if slot.io_type in ("INT", "FLOAT"):
+            assert slot.get("min") <= default <= slot.get("max"), slot.id
+        if slot.io_type == "COMBO":
+            assert default in slot.get("options"), slot.id
+        assert slot.get("tooltip"), slot.id
+
+
+def test_english_texts_are_the_schemas(pack_dir: Path, schemas: dict[str, Any]) -> None:
+    assert json.loads((pack_dir / "locales" / "en" / "nodeDefs.json").read_text()) == {
+        name: {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": {slot.id: {"name": slot.id, "tooltip": slot.get("tooltip")} for slot in schema.inputs},
+            "outputs": {
+                str(index): {"name": slot.get("display_name"), "tooltip": slot.get("tooltip")}
+                for index, slot in enumerate(schema.outputs)
+            },
+        }
+        for name, schema in schemas.items()
+    }
+
+
+def _keys(texts: Any) -> Any:
+    return {name: _keys(value) for name, value in texts.items()} if isinstance(texts, dict) else bool(texts)
+
+
+def test_chinese_texts_are_complete(pack_dir: Path) -> None:
+    english, chinese = (
+        json.loads((pack_dir / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+        for language in ("en", "zh")
+    )
+    assert _keys(chinese) == _keys(english)
+    assert all(re.search(r"[\u4e00-\u9fff]", node["description"]) for node in chinese.values())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_tells_of_every_input_and_output(
+    pack_dir: Path, schemas: dict[str, Any], node: str, language: str
+) -> None:
+    page = (pack_dir / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+    for slot in schemas[node].inputs:
+        assert f"| `{slot.id}` |" in page
+    for slot in schemas[node].outputs:
+        assert f"| `{slot.get('display_name')}` |" in page
+
+
+def test_metadata(pack_dir: Path, stub: Any) -> None:
+    project = tomllib.loads((pack_dir / "pyproject.toml").read_text())
+    root = tomllib.loads((pack_dir.parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["project"]["version"] == root["version"]
+    assert project["project"]["license"] == root["license"]
+    comfy = project["tool"]["comfy"]
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert comfy["requires-comfyui"] == f">={stub.COMFYUI_VERSION}"
+    assert (pack_dir / comfy["Icon"]).is_file()
+    requirements = {
+        line for line in (pack_dir / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
+    }
+    assert requirements == set(project["project"]["dependencies"])
+    assert requirements <= set(root["dependencies"]), "the same pins as the package itself"

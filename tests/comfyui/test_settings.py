@@ -1,0 +1,148 @@
+"""Widget values to the pipeline's types: which model ids are opened, and what is refused."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import loading
+from pipeline.errors import CheckpointError, RequestError
+from pipeline.loading import Checkpoint
+from pipeline.parallel import ParallelOptions
+from pipeline.request import AttentionOptions
+from splash_attn.types import Variant
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids that were asked of the Hub, which is not reached."""
+    asked: list[str] = []
+
+    def snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+        asked.append(repo_id)
+        return Path("commit")
+
+    monkeypatch.setattr(loading, "_snapshot", snapshot)
+    return asked
+
+
+def test_tiny_and_hub_ids(
+    part: Any, hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comfy: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # a folder where ComfyUI was started is not a model
+    monkeypatch.setenv(loading.CACHE_VARIABLE, str(tmp_path / "cache"))
+    find = part("settings").find_checkpoint
+    assert find("owner/name") == Checkpoint(name="owner/name", repo_id="owner/name", commit="commit")
+    assert hub == ["owner/name"]
+    assert find(" tiny ").folder.is_relative_to(tmp_path / "cache")
+
+
+def test_folders_under_models(part: Any, hub: list[str], comfy: Any) -> None:
+    find = part("settings").find_checkpoint
+    for folder in ("diffusers/mine", "diffusers/owner/name", "other"):
+        (comfy.models_dir / folder).mkdir(parents=True, exist_ok=True)
+    assert find("mine").folder == comfy.models_dir / "diffusers" / "mine"
+    assert find("owner/name").folder == comfy.models_dir / "diffusers" / "owner" / "name", "here rather than the Hub"
+    assert find("other").folder == comfy.models_dir / "other"
+    assert find(str(comfy.models_dir / "other")).folder == comfy.models_dir / "other"
+    assert not hub
+
+
+@pytest.mark.parametrize("model_id", ["", ".", "..", "../x", "diffusers/../../x", "/etc", "~/x", "a/b/c", "a/..", "x"])
+def test_nothing_else_is_opened(part: Any, hub: list[str], comfy: Any, model_id: str) -> None:
+    (comfy.models_dir.parent / "x").mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"model_id=.*expected a Hub id \(owner/name\), a folder under"):
+        part("settings").find_checkpoint(model_id)
+    assert not hub
+
+
+def test_folder_outside_by_its_absolute_path(part: Any, hub: list[str], comfy: Any, tmp_path: Path) -> None:
+    for folder in (tmp_path, comfy.models_dir, comfy.models_dir.parent):
+        with pytest.raises(CheckpointError, match="expected a Hub id"):
+            part("settings").find_checkpoint(str(folder))
+
+
+def test_dtype(part: Any) -> None:
+    resolve = part("settings").resolve_dtype
+    assert resolve("auto", "tiny") == "float32"
+    assert resolve("auto", "owner/name") == "bfloat16"
+    assert resolve("bfloat16", "tiny") == "bfloat16"
+
+
+def test_kernels_and_plans(part: Any) -> None:
+    settings = part("settings")
+    assert settings.attention_options("auto") == AttentionOptions()
+    assert settings.attention_options("online") == AttentionOptions("pallas_tpu", variant=Variant(softmax="online"))
+    assert settings.attention_options("xla") == AttentionOptions("xla")
+    assert settings.parallel_options("auto", 0) == ParallelOptions()
+    sharded = settings.parallel_options("ulysses, weights sharded", 4)
+    assert sharded == ParallelOptions("ulysses", num_devices=4, weights="sharded")
+
+
+def test_devices_that_are_not_here(part: Any) -> None:
+    settings = part("settings")
+    with pytest.raises(RequestError, match=r"num_devices=512: JAX sees \d+ of 'cpu' here; expected at most \d+, or 0"):
+        settings.check_devices(AttentionOptions(), ParallelOptions(num_devices=512))
+    with pytest.raises(RequestError, match=r"kernel=online: needs a TPU, .* take kernel=auto"):
+        settings.check_devices(settings.attention_options("online"), ParallelOptions())
+    settings.check_devices(AttentionOptions(), ParallelOptions(num_devices=1))
+
+
+_IMPORT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import comfy_stub, importlib.util, pathlib
+import numpy, PIL.Image, torch  # ComfyUI's own, there already when it loads packs
+comfy_stub.install(pathlib.Path("models"))
+before = torch.get_default_dtype(), torch.is_grad_enabled(), set(sys.modules)
+sys.path[:] = [path for path in sys.path if path not in {hidden!r}]
+start = time.perf_counter()
+spec = importlib.util.spec_from_file_location("pack", {pack!r})
+pack = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = pack
+spec.loader.exec_module(pack)
+schemas = [node.define_schema() for node in sys.modules["pack.cogvideox_tpu.nodes"].NODES]
+seconds = time.perf_counter() - start
+heavy = {{"jax", "jaxlib", "torchax", "diffusers", "transformers", "pipeline", "splash_attn", "libtpu"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert before[:2] == (torch.get_default_dtype(), torch.is_grad_enabled())
+assert seconds < 2, seconds
+assert importlib.util.find_spec("pipeline") is None
+try:
+    sys.modules["pack.cogvideox_tpu.settings"].require_packages()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_import_is_quick_and_needs_no_package(pack_dir: Path, tmp_path: Path) -> None:
+    root = str(pack_dir.parents[1])
+    code = _IMPORT.format(
+        tests=str(Path(__file__).parent), pack=str(pack_dir / "__init__.py"), hidden=["", root, str(tmp_path)]
+    )
+    # -P and -I leave the current folder and PYTHONPATH out; -S would leave out the libraries.
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    if "find_spec" in done.stderr and "AssertionError" in done.stderr:
+        pytest.skip("cogvideox-splash is installed in this Python, and cannot be hidden")
+    assert done.returncode == 0, done.stderr
+    assert "cannot import pipeline; install cogvideox-splash" in done.stdout
+
+
+def test_another_package_of_the_same_name(part: Any, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("")
+    code = (
+        "import importlib.util, sys, types\n"
+        "sys.modules['p'] = types.ModuleType('p'); sys.modules['p'].__path__ = []\n"
+        "sys.modules['p.host'] = types.ModuleType('p.host')\n"
+        f"spec = importlib.util.spec_from_file_location('p.settings', {part('settings').__file__!r})\n"
+        "settings = importlib.util.module_from_spec(spec); spec.loader.exec_module(settings)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "settings.require_packages()"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    message = done.stderr.strip().splitlines()[-1]
+    assert "cannot import pipeline.request; another package of the name pipeline is at" in message, done.stderr
