@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.experimental import multihost_utils
 
 from pipeline.attention import describe_attention
 from pipeline.denoise_step import DenoiseStep
@@ -16,12 +15,13 @@ from pipeline.errors import NonFiniteError
 from pipeline.latents import LatentGeometry, from_rows, initial_noise, rotary_embedding, rotary_rows, to_rows
 from pipeline.loading import Checkpoint, LoadedModule, load_module
 from pipeline.parallel import ParallelOptions, ParallelPlan, build_mesh, resolve_plan
+from pipeline.placement import put, to_host
 from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
 from pipeline.request import AttentionOptions, GenerateRequest
 from pipeline.schedule import StepTable, build_scheduler, guidance_scales, step_table
 from pipeline.torchax_bridge import torch_to_numpy
 from pipeline.transformer import TokenLayout, TransformerShape
-from pipeline.weights import place_weights, put
+from pipeline.weights import place_weights
 
 
 def build_step(
@@ -129,7 +129,7 @@ class Denoiser:
             return to_rows(latents, geometry, step.shape, step.layout)
 
         def video_latents(rows: jax.Array) -> np.ndarray:
-            return from_rows(_to_host(rows), geometry, step.shape, step.layout)[:, geometry.padding_frames :]
+            return from_rows(to_host(rows), geometry, step.shape, step.layout)[:, geometry.padding_frames :]
 
         sample = put(rows(latents), step.sharding("sample"))
         state = [sample, put(np.zeros(sample.shape, np.float32), step.sharding("x0"))]
@@ -203,13 +203,6 @@ def _step_noise(
     for _ in range(table.noise_draws[index]):
         noise = torch.randn(shape, generator=generator, dtype=dtype)
     return torch_to_numpy(noise)
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    """A global array on every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def abstract_arguments(step: DenoiseStep, config: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.attention import resolve_attention
 from pipeline.config import request_from_dict
@@ -20,7 +21,10 @@ from pipeline.denoise import abstract_arguments, build_step
 from pipeline.latents import LatentGeometry
 from pipeline.loading import build_module
 from pipeline.parallel import ParallelPlan
+from pipeline.placement import split_mesh
+from pipeline.text_encoder import encode_program, weight_sharding
 from pipeline.transformer import TokenLayout, TransformerShape
+from pipeline.vae import DECODER_PREFIXES, cache_like, decode_function, decode_program, frame_batches, latent_sharding
 from pipeline.weights import abstract_weights
 from splash_attn.types import AttentionShape
 from tuning.kernels import KERNELS
@@ -53,7 +57,7 @@ def run(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict the stage that the payload names. See `summary` for the result."""
     job = Job.from_payload(payload)
     try:
-        return {"denoise": _denoise}[job.stage](job)
+        return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except jax.errors.JaxRuntimeError as error:
         status = Status.OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else Status.COMPILE_ERROR
         raise TrialError(status, str(error)) from error
@@ -106,6 +110,65 @@ def _denoise(job: Job) -> dict[str, Any]:
         "num_layers": step.shape.num_layers,
         "attention": {"shape": str(shape), "resolution": str(resolution)},
         "notes": [*assumed.notes, *prediction.unresolved],
+    }
+
+
+def _text(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    dtype = jnp.dtype(request.dtype)
+    module = build_module("text_encoder", job.configs["text_encoder"], getattr(torch, request.dtype))
+    devices = _devices(job)
+    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=weight_sharding(value.shape, devices))
+        for name, value in module.named_parameters()
+    }
+    num_prompts = 2 if request.do_classifier_free_guidance else 1
+    text_seq_len = job.configs["transformer"].get("max_text_seq_length", 226)
+    token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
+    program = encode_program(module, everywhere)
+    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=everywhere.mesh))
+
+
+def _vae(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    config = job.configs["vae"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("vae", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.of(request, job.configs["transformer"], config)
+    channels, height, width = geometry.shape[2:]
+    sharding = latent_sharding(geometry.shape, _devices(job))
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere)
+        for name, value in module.named_parameters()
+        if name.startswith(DECODER_PREFIXES)
+    }
+    program = decode_program(decode_function(module), float(module.config["scaling_factor"]), True, sharding)
+    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
+    results, cache = [], None
+    for start, stop in batches[:2]:
+        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
+        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=sharding.mesh)
+        results.append(summary(prediction))
+        with jax.set_mesh(sharding.mesh):
+            cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
+    return together(results, [1, len(batches) - 1])
+
+
+def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    """Summaries of programs that run one after the other, so often each, as one."""
+    pairs = list(zip(results, calls, strict=False))
+    kinds = {kind for result in results for kind in result["breakdown_s"]}
+    breakdown = {kind: sum(result["breakdown_s"].get(kind, 0.0) * n for result, n in pairs) for kind in kinds}
+    return {
+        name: sum(result[name] * n for result, n in pairs) for name in ("time_s", "hbm_traffic_bytes", "link_bytes")
+    } | {
+        "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
+        "peak_hbm_bytes": max(result["peak_hbm_bytes"] for result in results),
+        "compile_time_s": sum(result["compile_time_s"] for result in results),
+        "compile_peak_rss_bytes": max(result["compile_peak_rss_bytes"] for result in results),
+        "programs": [{"calls": n, **result} for result, n in pairs],
     }
 
 

@@ -2,8 +2,12 @@
 
 As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count), each batch handing
 the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
+
+Over several devices a batch is split along its width, or height, whatever divides better; XLA's partitioner exchanges
+the edges that convolutions need and sums the group norms' statistics over the whole, so that nothing is approximated.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -11,32 +15,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.errors import NonFiniteError
 from pipeline.loading import Checkpoint, LoadedModule, load_module
+from pipeline.placement import SPLIT, put, split_mesh, to_host
 from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
 from pipeline.torchax_bridge import jax_function
 
 # Convolutions of kernel size 1 need nothing of the batch before. Stock keeps all their input as "cache" nevertheless.
 _UNUSED_CACHES = {"conv_y", "conv_b"}
-_DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
+DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 
 
 class VaeDecoder:
     """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
 
-    def __init__(self, loaded: LoadedModule, config: Mapping[str, Any]):
+    def __init__(self, loaded: LoadedModule, config: Mapping[str, Any], devices: Sequence[jax.Device]):
         self._weights = loaded.weights
+        self._devices = devices
         self._scaling_factor = float(config["scaling_factor"])
         self._frame_batch_size = int(loaded.module.num_latent_frames_batch_size)  # type: ignore[arg-type] # an attribute, not a submodule
-        self._decode_batch = jax_function(loaded.module, _decode_batch)
+        self._decode_batch = decode_function(loaded.module)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
         """Load the decoder's half of vae/. Raises CheckpointError."""
-        loaded = load_module(checkpoint, "vae", dtype, keep=lambda name: name.startswith(_DECODER_PREFIXES))
-        return cls(loaded, checkpoint.config("vae"))
+        devices = jax.devices()
+        everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+        loaded = load_module(
+            checkpoint,
+            "vae",
+            dtype,
+            keep=lambda name: name.startswith(DECODER_PREFIXES),
+            place=lambda name, value: put(value, everywhere),
+        )
+        return cls(loaded, checkpoint.config("vae"), devices)
 
     def decode(
         self,
@@ -51,8 +66,9 @@ class VaeDecoder:
         which is called once a batch of latent frames.
         """
         timings = timings or StageTimings("vae")
-        batches = list(_frame_batches(latents.shape[1], self._frame_batch_size))
-        inputs = [jnp.asarray(latents[:, start:stop]) for start, stop in batches]
+        batches = list(frame_batches(latents.shape[1], self._frame_batch_size))
+        sharding = latent_sharding(latents.shape, self._devices)
+        inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
         programs = self._compile(inputs, quantize, timings, progress)
         frames, cache = [], None
         with timings.measure("run", no_progress):
@@ -65,7 +81,7 @@ class VaeDecoder:
                         f"vae: batch {index + 1} of {len(batches)} (latent frames {start} to {stop - 1}): the frames "
                         "hold NaN or infinity; try dtype=float32"
                     )
-                frames.append(np.asarray(decoded))
+                frames.append(to_host(decoded))
                 clock.tick()
         return np.concatenate(frames)
 
@@ -78,24 +94,62 @@ class VaeDecoder:
             key = (batch.shape, batch.dtype, cache is None, quantize)
             if key not in self._compiled:
                 with timings.measure("compile", progress):
-                    lowered = jax.jit(self._program(quantize), donate_argnums=2).lower(self._weights, batch, cache)
-                    self._compiled[key] = (lowered.compile(), lowered.out_info[1])
+                    program = decode_program(self._decode_batch, self._scaling_factor, quantize, batch.sharding)
+                    lowered = program.lower(self._weights, batch, cache)
+                    self._compiled[key] = (lowered.compile(), cache_like(lowered.out_info[1], batch.sharding))
             program, cache = self._compiled[key]
             programs.append(program)
         return programs
 
-    def _program(self, quantize: bool) -> Any:
-        """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), a pure function of arrays."""
 
-        def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
-            video, cache = self._decode_batch(weights, latents / self._scaling_factor, cache)
-            video = video.astype(jnp.float32)
-            frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
-            if quantize:
-                frames = jnp.round(frames * 255).astype(jnp.uint8)
-            return frames, cache, jnp.isfinite(video).all()
+def decode_program(decode_batch: Any, scaling_factor: float, quantize: bool, sharding: NamedSharding) -> Any:
+    """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), under jit, the cache donated.
 
-        return program
+    decode_batch: `_decode_batch` as a JAX function. sharding: of the latents; frames and cache are split alike.
+    """
+    split = "width" if sharding.spec and len(sharding.spec) == 5 and sharding.spec[4] else "height"
+    frames_spec = PartitionSpec(None, None, SPLIT) if split == "width" else PartitionSpec(None, SPLIT)
+
+    def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
+        video, cache = decode_batch(weights, latents / scaling_factor, cache)
+        video = video.astype(jnp.float32)
+        frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+        if quantize:
+            frames = jnp.round(frames * 255).astype(jnp.uint8)
+        return frames, cache, jnp.isfinite(video).all()
+
+    # One sharding stands for all leaves of the cache, which are [1, channels, frames, height, width] like the latents.
+    outputs = (NamedSharding(sharding.mesh, frames_spec), sharding, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.jit(program, donate_argnums=2, out_shardings=outputs)
+
+
+def cache_like(cache: Any, sharding: NamedSharding) -> Any:
+    """Abstract arrays of a cache, split as the program returns it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
+
+
+def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
+    """Latents [1, frames, channels, height, width] split along width or height over as many devices as divide it."""
+    *_, height, width = shape
+    by_width, by_height = split_mesh(devices, width), split_mesh(devices, height)
+    if by_width.shape[SPLIT] >= by_height.shape[SPLIT]:
+        return NamedSharding(by_width, PartitionSpec(None, None, None, None, SPLIT))
+    return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
+
+
+def _never_split_convolutions(vae: torch.nn.Module) -> None:
+    """Stock splits inputs of over 2 GB in time, for cuDNN; here that would go by the size over all devices."""
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+
+    for module in vae.modules():
+        if isinstance(module, CogVideoXSafeConv3d):
+            module.forward = functools.partial(torch.nn.Conv3d.forward, module)  # type: ignore[method-assign]
+
+
+def decode_function(vae: torch.nn.Module) -> Any:
+    """`(weights, latents of a batch, cache) -> (video, cache)` of a stock VAE, for `decode_program`."""
+    _never_split_convolutions(vae)
+    return jax_function(vae, _decode_batch)
 
 
 def _decode_batch(vae: Any, latents: torch.Tensor, cache: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -112,7 +166,7 @@ def _used_caches(cache: dict[str, Any]) -> dict[str, Any]:
     return {name: _used_caches(value) if isinstance(value, dict) else value for name, value in used.items()}
 
 
-def _frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
+def frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
     """Start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
     start, stop = 0, min(batch_size + num_frames % batch_size, num_frames)
     while start < num_frames:

@@ -5,7 +5,7 @@ Names and shapes otherwise stay those of the stock checkpoint: "transformer_bloc
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipeline.parallel import ParallelPlan, weight_partition
+from pipeline.placement import put
 
 BLOCKS = "transformer_blocks."
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
@@ -69,9 +70,3 @@ def abstract_weights(
         sharding = NamedSharding(mesh, weight_partition(plan, key))
         abstract[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return abstract
-
-
-def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same in every process, as one global array. Only the parts of devices here are copied."""
-    piece: Callable[[Any], np.ndarray] = lambda index: value[index]  # noqa: E731
-    return jax.make_array_from_callback(value.shape, sharding, piece)

@@ -21,7 +21,7 @@ from pipeline.latents import LatentGeometry, rotary_embedding
 from pipeline.profiling import StageTimings
 from pipeline.request import AttentionOptions
 from pipeline.text_encoder import TextEncoder
-from pipeline.vae import VaeDecoder
+from pipeline.vae import VaeDecoder, decode_program, latent_sharding
 
 TEXT_SEQ_LEN = 19  # of the session's checkpoint
 LATENT_TOLERANCE = 2e-4
@@ -191,7 +191,8 @@ def test_two_programs_decode_any_length(decoder, rng):
 def test_no_cache_is_kept_for_convolutions_without_extent_in_time(checkpoint, rng):
     decoder = VaeDecoder.load(checkpoint, torch.float32)
     latents = jnp.asarray(rng.normal(size=(1, 3, 16, 2, 2)), jnp.float32)
-    _, cache, _ = jax.eval_shape(decoder._program(quantize=True), decoder._weights, latents, None)
+    program = decode_program(decoder._decode_batch, 0.7, True, latent_sharding(latents.shape, jax.devices()))
+    _, cache, _ = jax.eval_shape(program, decoder._weights, latents, None)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(cache)]
     assert names
     assert not [name for name in names if "conv_y" in name or "conv_b" in name]
