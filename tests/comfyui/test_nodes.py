@@ -255,9 +255,11 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
     from pipeline import predict_run
 
     asked: list[Any] = []
+    kind: list[str] = []
 
     def predict(self: Any, stages: Any, parallel: Any, guided: bool) -> Any:
         asked.append((self.topology, stages, parallel.num_devices, guided))
+        kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}
         return predict_run.Outcome(None, results, {})  # type: ignore[arg-type]
@@ -269,6 +271,7 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
         nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 8})
     (report,) = nodes["CogVideoXTPUInfo"].execute(**values).args
     assert asked == [("v6e-4", ("denoise",), 4, True)]
+    assert kind == ["ulysses"], "what auto runs as"
     assert comfy.texts == [("compiling", "7")]
     assert "denoising on v6e-4: 2.5 s a step, 7.5 s in all" in report and "3.00 of 32 GiB" in report
 

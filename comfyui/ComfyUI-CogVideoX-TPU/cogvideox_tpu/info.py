@@ -1,5 +1,6 @@
 """What the info node shows: the attention call of a size, the tuned entry for it, and what it costs."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,8 +62,17 @@ def report(
     lines += [f"blocks {choice.block_sizes}, variant {choice.variant}", choice.reason]
     lines += _attention_times(choice, shape, transformer["num_layers"], request.num_inference_steps)
     if predict:
+        parallel = dataclasses.replace(parallel, plan=plan.plan)  # the one that would run, not the best of several
         lines += _predicted_step(request, configs, parallel, device, num_devices, say)
     return "\n".join(lines)
+
+
+def tuned_version(device: str) -> str:
+    """Changes with the tuned entries of a device."""
+    settings.require_packages()
+    from splash_attn import tuned
+
+    return repr(tuned.load(device))
 
 
 def _configs(model_id: str) -> Mapping[str, Any]:

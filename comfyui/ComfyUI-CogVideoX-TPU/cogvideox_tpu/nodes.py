@@ -232,6 +232,11 @@ class CogVideoXTPUInfo(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, device: str, **values: Any) -> str:
+        """A report is shown again from ComfyUI's cache until the device is tuned anew."""
+        return info.tuned_version(device)
+
+    @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
         report = info.report(**_with_defaults(values), say=NodeProgress(cls.hidden.unique_id).say)
         return io.NodeOutput(report, ui=ui.PreviewText(report))
