@@ -56,6 +56,8 @@ class GenerateConfig:
     resume: bool = True
     results_path: str | None = "results/generate.jsonl"
     cache_dir: str | None = None
+    compilation_cache: bool = True
+    warm_up: bool = False
     verbose: bool = False
 
 

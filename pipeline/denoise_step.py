@@ -18,6 +18,9 @@ from pipeline.torchax_bridge import jax_function
 from pipeline.transformer import Share, TokenLayout, TransformerShape, block, transformer
 
 _REPLICATED = PartitionSpec()
+#: Predicted for v6e at 720p: products read their operands less often with twice the default (0.35 ms a layer), and the
+#: exchange of one of q, k, v runs beside the projection of another (0.75 ms a layer).
+TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enable_async_all_to_all": "true"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,9 @@ class DenoiseStep:
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
         """`program` under jit, sample and old_x0 donated."""
-        return jax.jit(self.program(weights), donate_argnums=(1, 2))
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        options = TPU_COMPILER_OPTIONS if on_tpu else None
+        return jax.jit(self.program(weights), donate_argnums=(1, 2), compiler_options=options)
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
         """The function to be jitted with the mesh set; of `weights` only the names count."""

@@ -73,8 +73,9 @@ def _run(config: DictConfig) -> None:
     from pipeline.config import to_parallel, to_request
     from pipeline.console import ConsoleProgress, timing_table
     from pipeline.errors import PipelineError
+    from pipeline.loading import default_cache_dir, use_compilation_cache
     from pipeline.request import parse_stages
-    from pipeline.runner import generate
+    from pipeline.runner import generate, warm_up
 
     settings: Any = OmegaConf.to_object(config)
     _set_up_logging(settings.verbose)
@@ -82,7 +83,19 @@ def _run(config: DictConfig) -> None:
     try:
         request = to_request(settings)
         stages = parse_stages(settings.stages)
+        use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
         print(_what_runs(request.checkpoint), flush=True)
+        if settings.warm_up:
+            timings = warm_up(
+                request,
+                stages=stages,
+                parallel=to_parallel(settings),
+                cache_dir=_path(settings.cache_dir),
+                progress=progress,
+            )
+            progress.close()
+            print(timing_table(timings))
+            return
         result = generate(
             request,
             stages=stages,

@@ -41,6 +41,16 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
+def use_compilation_cache(folder: Path | None) -> None:
+    """Keep compiled programs in a folder across runs, so that a second start is fast; None: do not.
+
+    What the user or the environment has set (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if folder is not None and jax.config.jax_compilation_cache_dir is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose parts are fetched when asked for.

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.config import GenerateConfig, request_to_dict, to_parallel, to_request
 from pipeline.errors import PipelineError
 from pipeline.files import append_json_line, write_json
+from pipeline.generate import decode_literal, protect_literals
 from pipeline.parallel import ParallelOptions
 from pipeline.predict_report import make_report, print_report
 from pipeline.predict_run import Predictor, configs_of
@@ -32,6 +33,8 @@ def main() -> int:
     """Run the command; returns its exit code."""
     quiet_jax_without_accelerator()
     cli.store_schema("predict_schema", PredictConfig)
+    OmegaConf.register_new_resolver("literal", decode_literal, replace=True)
+    sys.argv[1:] = protect_literals(sys.argv[1:])
     return cli.run("predict", _command)
 
 

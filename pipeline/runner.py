@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,34 @@ def generate(
         append_json_line(results_path, record)
     video_path = _write_video(request, run_dir, keys["vae"], timings, record) if "vae" in stages else None
     return GenerateResult(run_dir, video_path, tuple(timings))
+
+
+def warm_up(
+    request: GenerateRequest,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    parallel: ParallelOptions | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[StageTimings, ...]:
+    """Compile every stage of a request and try it on a single denoising step; keeps no output.
+
+    With a persistent compilation cache the next run, of any number of steps, starts without compiling. `stages` must
+    begin with "text". Raises as `generate` does.
+    """
+    if stages[0] != "text":
+        raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
+    with tempfile.TemporaryDirectory() as folder:
+        result = generate(
+            dataclasses.replace(request, num_inference_steps=1),
+            stages=stages,
+            run_dir=Path(folder),
+            resume=False,
+            parallel=parallel,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    return result.timings
 
 
 def run_name(request: GenerateRequest) -> str:

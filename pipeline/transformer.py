@@ -18,6 +18,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pipeline.errors import CheckpointError
@@ -204,8 +205,10 @@ def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, 
 
     normed = layer_norm(x, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"], eps)
     modulated = normed * (1 + by_row(text_scale, scale)) + by_row(text_shift, shift)
-    # Computed once, here: XLA would otherwise compute it anew for every tile of the product that reads it.
-    return lax.optimization_barrier(modulated.astype(x.dtype)), by_row(text_gate, gate)
+    # Computed once, here: XLA would otherwise compute it anew for every tile of the product that reads it; and with
+    # channels last in memory, which the feed-forward's products want, though q, k and v would have it otherwise.
+    modulated = with_layout_constraint(lax.optimization_barrier(modulated.astype(x.dtype)), Layout((0, 1, 2)))
+    return modulated, by_row(text_gate, gate)
 
 
 def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
