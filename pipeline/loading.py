@@ -46,7 +46,7 @@ def use_compilation_cache(folder: Path | None) -> None:
 
     What the user or the environment has set (JAX_COMPILATION_CACHE_DIR) stays.
     """
-    if folder is not None and jax.config.jax_compilation_cache_dir is None:
+    if folder is not None and jax.config.values["jax_compilation_cache_dir"] is None:
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -174,10 +174,10 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 @dataclasses.dataclass
 class LoadedModule:
-    """A torch module without storage (on the meta device) and its weights as JAX arrays by name."""
+    """A torch module without storage (on the meta device) and its weights by name, as `place` made them."""
 
     module: torch.nn.Module
-    weights: dict[str, jax.Array]
+    weights: dict[str, Any]
 
     @property
     def weight_bytes(self) -> int:
@@ -212,7 +212,7 @@ def load_module(
     part: str,
     dtype: torch.dtype,
     keep: Callable[[str], bool] = lambda name: True,
-    place: Callable[[str, np.ndarray], jax.Array] = lambda name, value: jax.device_put(value),
+    place: Callable[[str, np.ndarray], Any] = lambda name, value: jax.device_put(value),
 ) -> LoadedModule:
     """Load one part ("text_encoder", "transformer" or "vae").
 
@@ -231,7 +231,7 @@ def load_module(
     aliases = _aliases(module)
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
-    weights: dict[str, jax.Array] = {}
+    weights: dict[str, Any] = {}
     unexpected: list[str] = []
     for path in _weight_files(checkpoint, part):
         with _open_weights(path, where) as file:

@@ -7,13 +7,13 @@ import dataclasses
 import resource
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import torch
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.attention import resolve_attention
 from pipeline.config import request_from_dict
@@ -127,7 +127,7 @@ def _text(job: Job) -> dict[str, Any]:
     text_seq_len = job.configs["transformer"].get("max_text_seq_length", 226)
     token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
     program = encode_program(module, everywhere)
-    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=everywhere.mesh))
+    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
 
 
 def _vae(job: Job) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def _vae(job: Job) -> dict[str, Any]:
     geometry = LatentGeometry.of(request, job.configs["transformer"], config)
     channels, height, width = geometry.shape[2:]
     sharding = latent_sharding(geometry.shape, _devices(job))
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    mesh = cast(Mesh, sharding.mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     weights = {
         name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere)
         for name, value in module.named_parameters()
@@ -149,9 +150,9 @@ def _vae(job: Job) -> dict[str, Any]:
     results, cache = [], None
     for start, stop in batches[:2]:
         latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
-        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=sharding.mesh)
+        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
         results.append(summary(prediction))
-        with jax.set_mesh(sharding.mesh):
+        with jax.set_mesh(mesh):
             cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
     return together(results, [1, len(batches) - 1])
 

@@ -92,11 +92,13 @@ class VaeDecoder:
         programs, cache = [], None
         for batch in batches:
             key = (batch.shape, batch.dtype, cache is None, quantize)
+            sharding = batch.sharding
+            assert isinstance(sharding, NamedSharding)
             if key not in self._compiled:
                 with timings.measure("compile", progress):
-                    program = decode_program(self._decode_batch, self._scaling_factor, quantize, batch.sharding)
+                    program = decode_program(self._decode_batch, self._scaling_factor, quantize, sharding)
                     lowered = program.lower(self._weights, batch, cache)
-                    self._compiled[key] = (lowered.compile(), cache_like(lowered.out_info[1], batch.sharding))
+                    self._compiled[key] = (lowered.compile(), cache_like(lowered.out_info[1], sharding))
             program, cache = self._compiled[key]
             programs.append(program)
         return programs
