@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import append_json_line, write_json
 from pipeline.generate import decode_literal, protect_literals
 from pipeline.parallel import ParallelOptions
-from pipeline.predict_report import make_report, print_report
+from pipeline.predict_report import compact, make_report, print_report
 from pipeline.predict_run import Predictor, configs_of
 from pipeline.request import parse_stages
 from splash_attn.platform import quiet_jax_without_accelerator
@@ -61,7 +61,7 @@ def _command(config: DictConfig) -> int:
     if settings.json is not None:
         write_json(Path(settings.json), report)
     if settings.results_path is not None:
-        append_json_line(Path(settings.results_path), {key: report[key] for key in report if key != "ops"})
+        append_json_line(Path(settings.results_path), compact(report))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.parallel import ParallelPlan
@@ -117,6 +118,50 @@ def print_report(report: dict[str, Any]) -> None:
         )
     for note in report["notes"]:
         print(f"  note: {note}")
+
+
+def compact(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without its list of ops: what is kept in results/."""
+
+    def without_ops(result: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in result.items() if name not in ("ops", "collectives")}
+        if "programs" in kept:
+            kept["programs"] = [without_ops(program) for program in kept["programs"]]
+        return kept
+
+    return {**report, "stages": {stage: without_ops(result) for stage, result in report["stages"].items()}}
+
+
+def markdown_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Predictions as one table, newest of each case only; what was reported for the published pipeline below it."""
+    newest = {(_case(report), str(ParallelPlan(**report["plan"]))): report for report in reports}
+    lines = [
+        "| video | topology | plan | s a step | text s | vae s | total s | HBM peak GiB | MFU | label |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (case, plan), report in sorted(newest.items()):
+        times = report["stage_times_s"]
+        cells = [case, report["topology"], plan, *(_cell(x) for x in (report["step_time_s"],))]
+        cells += [_cell(times.get("text")), _cell(times.get("vae")), _cell(report["total_time_s"], 1)]
+        cells += [_cell(report["peak_hbm_gib"], 1), _cell(report["mfu_fraction"], 2), report["label"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(report["reported"] for report in reports):
+        seed = REPORTED_SEED
+        lines.append(
+            f"| 1280x720x81, 50 steps | v6e-8 | published nodes | {seed['step_time_s']} | | | {seed['total_time_s']} "
+            f"| | | reported: {seed['source']} |"
+        )
+    notes = sorted({note for report in newest.values() for note in report["notes"]})
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def _case(report: Mapping[str, Any]) -> str:
+    request = report["request"]
+    return f"{request['width']}x{request['height']}x{request['num_frames']}, {request['num_inference_steps']} steps"
+
+
+def _cell(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _other(value: float | str) -> str:
