@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.parallel import ParallelPlan
 from pipeline.predict_run import Outcome
 from pipeline.records import git_state, package_versions
-from pipeline.request import GenerateRequest
+from pipeline.request import STAGES, GenerateRequest
 
 SCHEMA_VERSION = 1
 _GIB = 2**30
@@ -133,26 +133,43 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown_table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Predictions as one table, newest of each case only; what was reported for the published pipeline below it."""
-    newest = {(_case(report), str(ParallelPlan(**report["plan"]))): report for report in reports}
+    """Predictions as one table, what was reported for the published pipeline below it.
+
+    One line a case and plan: the newest, with stages that it lacks from the one before.
+    """
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for report in reports:
+        key = (f"{_case(report)} on {report['topology']}", str(ParallelPlan(**report["plan"])))
+        newest[key] = _joined(newest[key], report) if key in newest else dict(report)
     lines = [
-        "| video | topology | plan | s a step | text s | vae s | total s | HBM peak GiB | MFU | label |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| video | plan | s a step | text s | vae s | total s | HBM peak GiB | MFU | label |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, plan), report in sorted(newest.items()):
         times = report["stage_times_s"]
-        cells = [case, report["topology"], plan, *(_cell(x) for x in (report["step_time_s"],))]
+        cells = [case, plan, *(_cell(x) for x in (report["step_time_s"],))]
         cells += [_cell(times.get("text")), _cell(times.get("vae")), _cell(report["total_time_s"], 1)]
         cells += [_cell(report["peak_hbm_gib"], 1), _cell(report["mfu_fraction"], 2), report["label"]]
         lines.append(f"| {' | '.join(cells)} |")
     if any(report["reported"] for report in reports):
         seed = REPORTED_SEED
         lines.append(
-            f"| 1280x720x81, 50 steps | v6e-8 | published nodes | {seed['step_time_s']} | | | {seed['total_time_s']} "
+            f"| 1280x720x81, 50 steps on v6e-8 | published nodes | {seed['step_time_s']} | | | {seed['total_time_s']} "
             f"| | | reported: {seed['source']} |"
         )
     notes = sorted({note for report in newest.values() for note in report["notes"]})
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def _joined(before: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    times = {**before["stage_times_s"], **report["stage_times_s"]}
+    joined = {**report, "stage_times_s": times}
+    for name in ("step_time_s", "mfu_fraction"):
+        joined[name] = before[name] if report[name] is None else report[name]
+    stages = joined["stages"] = {**before["stages"], **report["stages"]}
+    joined["total_time_s"] = sum(times.values()) if len(times) == len(STAGES) else None
+    joined["peak_hbm_gib"] = max(result["peak_hbm_bytes"] for result in stages.values()) / _GIB
+    return joined
 
 
 def _case(report: Mapping[str, Any]) -> str:
