@@ -92,24 +92,22 @@ def test_devices_that_are_not_here(part: Any) -> None:
 
 
 _IMPORT = """
-import sys, time
+import sys
+{hide}
 sys.path.insert(0, {tests!r})
 import comfy_stub, importlib.util, pathlib
 import numpy, PIL.Image, torch  # ComfyUI's own, there already when it loads packs
 comfy_stub.install(pathlib.Path("models"))
 before = torch.get_default_dtype(), torch.is_grad_enabled(), set(sys.modules)
 sys.path[:] = [path for path in sys.path if path not in {hidden!r}]
-start = time.perf_counter()
 spec = importlib.util.spec_from_file_location("pack", {pack!r})
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 schemas = [node.define_schema() for node in sys.modules["pack.cogvideox_tpu.nodes"].NODES]
-seconds = time.perf_counter() - start
 heavy = {{"jax", "jaxlib", "torchax", "diffusers", "transformers", "pipeline", "splash_attn", "libtpu"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert before[:2] == (torch.get_default_dtype(), torch.is_grad_enabled())
-assert seconds < 2, seconds
 assert importlib.util.find_spec("pipeline") is None
 try:
     sys.modules["pack.cogvideox_tpu.settings"].require_packages()
@@ -118,15 +116,20 @@ except RuntimeError as error:
 """
 
 
-def test_import_is_quick_and_needs_no_package(pack_dir: Path, tmp_path: Path) -> None:
+#: An editable install answers for its packages from a finder of its own; these tests are about what has none.
+_HIDE = "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
+
+
+def test_import_is_light_and_needs_no_package(pack_dir: Path, tmp_path: Path) -> None:
     root = str(pack_dir.parents[1])
     code = _IMPORT.format(
-        tests=str(Path(__file__).parent), pack=str(pack_dir / "__init__.py"), hidden=["", root, str(tmp_path)]
+        hide=_HIDE,
+        tests=str(Path(__file__).parent),
+        pack=str(pack_dir / "__init__.py"),
+        hidden=["", root, str(tmp_path)],
     )
     # -P and -I leave the current folder and PYTHONPATH out; -S would leave out the libraries.
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    if "find_spec" in done.stderr and "AssertionError" in done.stderr:
-        pytest.skip("cogvideox-splash is installed in this Python, and cannot be hidden")
     assert done.returncode == 0, done.stderr
     assert "cannot import pipeline; install cogvideox-splash" in done.stdout
 
@@ -135,7 +138,7 @@ def test_another_package_of_the_same_name(part: Any, tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("")
     code = (
-        "import importlib.util, sys, types\n"
+        f"import importlib.util, sys, types\n{_HIDE}\n"
         "sys.modules['p'] = types.ModuleType('p'); sys.modules['p'].__path__ = []\n"
         "sys.modules['p.host'] = types.ModuleType('p.host')\n"
         f"spec = importlib.util.spec_from_file_location('p.settings', {part('settings').__file__!r})\n"
