@@ -1,17 +1,19 @@
 """torchax, imported and set up for this project without changing anything for the rest of the process.
 
-Two gaps are bridged here, and each can go by itself:
+Three gaps are bridged here, and each can go by itself:
 
 - torchax 0.0.13 names operator overloads for named tensors (`aten.prod.dim_Dimname`, ...) that torch 2.13 no longer
   has, and so fails on import. Placeholders stand in for them while it is imported. Upstream has fixed this after
   0.0.13: with a later release, delete `_MISSING_OVERLOADS` and `_import_torchax`, and write `import torchax`.
 - torchax lowers group norm by flattening each group and looping with `lax.map`, which XLA compiles into something huge
   at 720p. `_group_norm` keeps the shape. Delete it once torchax reduces over axes.
+- torchax upsamples by gathering with indices, which is slow on a TPU and makes the partitioner gather the whole array.
+  `_upsample_nearest` repeats instead.
 """
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +78,23 @@ def environment() -> Any:
         return torchax.interop.call_jax(_group_norm, input, weight, bias, group, eps)
 
     env.override_op_definition(torch.ops.aten.native_group_norm, native_group_norm)
+
+    def upsample_nearest(input, output_size, *scales):
+        return torchax.interop.call_jax(functools.partial(_upsample_nearest, output_size), input)
+
+    for operator in (torch.ops.aten.upsample_nearest2d, torch.ops.aten.upsample_nearest3d):
+        env.override_op_definition(operator, upsample_nearest)
     return env
+
+
+def _upsample_nearest(output_size: Sequence[int], x: jax.Array) -> jax.Array:
+    """Nearest-neighbour upsampling of [batch, channels, ...] by whole factors."""
+    for axis, size in enumerate(output_size, start=2):
+        factor, rest = divmod(size, x.shape[axis])
+        if rest:
+            raise NotImplementedError(f"{x.shape=} {output_size=}: expected whole factors")
+        x = jnp.repeat(x, factor, axis)
+    return x
 
 
 def _group_norm(

@@ -7,7 +7,6 @@ Over several devices a batch is split along its width, or height, whatever divid
 the edges that convolutions need and sums the group norms' statistics over the whole, so that nothing is approximated.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from pipeline.loading import Checkpoint, LoadedModule, load_module
 from pipeline.placement import SPLIT, put, split_mesh, to_host
 from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
 from pipeline.torchax_bridge import jax_function
+from pipeline.vae_modules import adapt
 
 # Convolutions of kernel size 1 need nothing of the batch before. Stock keeps all their input as "cache" nevertheless.
 _UNUSED_CACHES = {"conv_y", "conv_b"}
@@ -139,18 +139,9 @@ def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> Name
     return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
 
 
-def _never_split_convolutions(vae: torch.nn.Module) -> None:
-    """Stock splits inputs of over 2 GB in time, for cuDNN; here that would go by the size over all devices."""
-    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
-
-    for module in vae.modules():
-        if isinstance(module, CogVideoXSafeConv3d):
-            module.forward = functools.partial(torch.nn.Conv3d.forward, module)  # type: ignore[method-assign]
-
-
 def decode_function(vae: torch.nn.Module) -> Any:
     """`(weights, latents of a batch, cache) -> (video, cache)` of a stock VAE, for `decode_program`."""
-    _never_split_convolutions(vae)
+    adapt(vae)
     return jax_function(vae, _decode_batch)
 
 
