@@ -1,6 +1,7 @@
 """The command lines: what a user sees of a mistake, and that JSON says what is printed."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,18 @@ def test_choose_says_what_and_why(run: Run, tmp_path: Path, monkeypatch: pytest.
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["block_sizes"] == {"block_q": 1024, "block_kv": 128, "block_kv_compute": 128}
     assert content["entry"] is None
+
+
+def test_log_handlers_of_others_are_left_alone(run: Run) -> None:
+    """Hydra's logging set-up closes every handler of the process; absl's closes the stream that it writes to."""
+    closed = []
+
+    class Handler(logging.Handler):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    handler = Handler()
+    run(sweep, "workers=0")
+    assert not closed
+    handler.close()
