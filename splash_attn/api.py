@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from splash_attn import gates, tuned
 from splash_attn.kernel import extend_keys, short_unroll_q, splash_attention_kernel
 from splash_attn.quantize import quantize_qk
-from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def attention(
     k_smooth: bool = True,
     block_sizes: BlockSizes | None = None,
     variant: Variant | None = None,
+    qk_dtype: QkDtype | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
@@ -66,6 +67,8 @@ def attention(
         softmax centres its bound, and is then proved exact over twice the range.
       block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape
         (`splash_attn.tuned`).
+      qk_dtype: "int8" asks for int8 q and k, faster and not exact, for the heads whose error is within
+        `splash_attn.gates.INT8_ERROR_BUDGET`. None means what `variant` says, and bfloat16 without one.
       implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla"
         (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
       interpret: the same as implementation="pallas_interpret".
@@ -83,6 +86,7 @@ def attention(
         dtype=q.dtype.name,
         block_sizes=block_sizes,
         variant=variant,
+        qk_dtype=qk_dtype,
         implementation=implementation,
         interpret=interpret,
     )
@@ -110,6 +114,7 @@ def resolve(
     device_kind: str | None = None,
     block_sizes: BlockSizes | None = None,
     variant: Variant | None = None,
+    qk_dtype: QkDtype | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Resolution:
@@ -119,8 +124,13 @@ def resolve(
       device_kind: as `jax.Device.device_kind`; None means the device of the mesh in context, or JAX's default.
 
     Raises:
-      ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run.
+      ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run, a qk_dtype
+        that contradicts `variant`.
     """
+    if qk_dtype not in (None, *get_args(QkDtype)):
+        raise ValueError(f"qk_dtype={qk_dtype!r}: expected one of {get_args(QkDtype)}, or None.")
+    if variant is not None and qk_dtype not in (None, variant.qk_dtype):
+        raise ValueError(f"qk_dtype={qk_dtype!r} contradicts variant={variant}; leave one of them out.")
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {get_args(Implementation)}, or None.")
     if interpret:
@@ -140,11 +150,12 @@ def resolve(
         )
     if implementation == "xla":
         return Resolution(implementation, None, None, reason)
+    qk_dtype = qk_dtype or "bfloat16"
     if block_sizes is None:
-        choice = tuned.choose(kind, shape, dtype, variant=variant)
+        choice = tuned.choose(kind, shape, dtype, variant=variant, qk_dtype=qk_dtype)
         return Resolution(implementation, choice.block_sizes, choice.variant, f"{reason}; {choice.reason}")
     blocks = tuned.clamp(block_sizes, shape)
-    return Resolution(implementation, blocks, variant or Variant(), f"{reason}; block sizes given")
+    return Resolution(implementation, blocks, variant or Variant(qk_dtype=qk_dtype), f"{reason}; block sizes given")
 
 
 @functools.cache
