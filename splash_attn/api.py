@@ -260,10 +260,12 @@ def _attention_pallas(
         ways.insert(0, (accurate, in_int8))
     way = jnp.select([may for may, _ in ways], list(range(len(ways))), len(ways))
     order = jnp.argsort(way).astype(jnp.int32)
-    out = None
-    for index, run in enumerate([*(run for _, run in ways), functools.partial(in_bfloat16, variant=online)]):
+    out: jax.Array | None = None
+    runs = [run for _, run in ways] + [functools.partial(in_bfloat16, variant=online)]
+    for index, run in enumerate(runs):
         head_ids = jnp.roll(order, -(way < index).sum())
         out = run(head_ids=head_ids, num_heads=(way == index).sum(dtype=jnp.int32), out=out)
+    assert out is not None
     return restore(out)
 
 

@@ -26,6 +26,7 @@ operand is rounded a second time.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +86,16 @@ class _Tile:
     index: int
     keys: slice
     num_keys: int
-    queries: pl.Slice
+    q_start: int | jax.Array
+    num_queries: int
+
+    @property
+    def queries(self) -> Any:
+        return pl.ds(self.q_start, self.num_queries)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.keys.stop - self.keys.start, self.queries.size
+        return self.keys.stop - self.keys.start, self.num_queries
 
     @property
     def ragged(self) -> bool:
@@ -104,8 +110,8 @@ def _tiles(
         keys_left = min(block_kv_compute, num_keys - k_start)
         keys = slice(k_start, k_start + -(-keys_left // LANES) * LANES)
         for offset in range(0, num_queries, block_q_compute):
-            queries = pl.ds(q_start + offset, min(block_q_compute, num_queries - offset))
-            tiles.append(_Tile(len(tiles), keys, keys_left, queries))
+            queries_left = min(block_q_compute, num_queries - offset)
+            tiles.append(_Tile(len(tiles), keys, keys_left, q_start + offset, queries_left))
     return tiles
 
 

@@ -173,7 +173,8 @@ def choose(
             variant=variant,
             entry=None,
             reason=f"default {SEED_BLOCK_SIZES}, clamped to the sequences: "
-            f"{len(entries)} tuned entries for {device_kind}, none with head_dim {shape.head_dim}, {dtype} and {variant}.",
+            f"{len(entries)} tuned entries for {device_kind}, "
+            f"none with head_dim {shape.head_dim}, {dtype} and {variant}.",
         )
     entry = min(matching, key=lambda entry: _rank(entry, shape))
     provenance = entry.provenance
