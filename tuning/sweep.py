@@ -19,9 +19,10 @@ from tqdm import tqdm
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, heatmap, records, summary
-from tuning.evaluate import JOBS, Evaluator, Runner, Target
+from tuning.evaluate import JOBS, Evaluator, Target
 from tuning.promote import Promotion, promote
 from tuning.records import Trial
+from tuning.runner import JOBS_PER_WORKER, Runner
 from tuning.search import Search
 from tuning.space import Candidate, Candidates, Pruner, enumerate_candidates
 from tuning.status import Status
@@ -77,7 +78,7 @@ def sweep(
     if not candidates.valid:
         raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     with _locked(directory / "state"):
-        runner = Runner(directory / "state" / "work")
+        runner = Runner(directory / "state" / "work", jobs_per_worker=JOBS_PER_WORKER)
         evaluator = Evaluator(
             runner=runner,
             workload=settings.workload,

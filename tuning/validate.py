@@ -15,9 +15,9 @@ from tqdm import tqdm
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, offline
-from tuning.evaluate import Runner
 from tuning.job_cache import JobCache
 from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
+from tuning.runner import JOBS_PER_WORKER, Runner
 from tuning.status import Status
 from tuning.sweep_config import core_count
 
@@ -202,7 +202,7 @@ def _command(config: DictConfig) -> int:
     with tempfile.TemporaryDirectory() as work_dir:
         comparisons = compare(
             reported,
-            runner=Runner(Path(work_dir)),
+            runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
             cache=JobCache(Path(config.results_dir) / ".cache"),
             workers=config.workers or core_count(),
             timeout_s=config.timeout_s,

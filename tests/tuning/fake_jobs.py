@@ -108,6 +108,28 @@ def dumps_and_aborts(payload: dict[str, Any]) -> dict[str, Any]:
     raise AssertionError("not reached")
 
 
+def dumps(payload: dict[str, Any]) -> dict[str, Any]:
+    """Leaves a dump, and fails if there is one."""
+    dump_dir = Path(os.environ["FAKE_DUMP_DIR"])
+    dump_dir.mkdir()
+    (dump_dir / "bundles.txt").write_text("x" * 10_000)
+    print("dumped")
+    time.sleep(0.3)  # long enough to be seen
+    return pid(payload)
+
+
+_jobs_of_this_process: list[str] = []
+
+
+def pid(payload: dict[str, Any]) -> dict[str, Any]:
+    _jobs_of_this_process.append("pid")
+    return {"pid": os.getpid()}
+
+
+def aborts_in_a_used_process(payload: dict[str, Any]) -> dict[str, Any]:
+    return abort(payload) if _jobs_of_this_process else pid(payload)
+
+
 def wrong_kernel(payload: dict[str, Any]) -> dict[str, Any]:
     """The real check of the real kernel, whose output is then spoilt in one row."""
     import splash_attn
