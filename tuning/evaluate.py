@@ -1,6 +1,7 @@
 """One candidate -> one Trial, made in a worker process, with a time limit."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from splash_attn.types import BlockSizes
 from tuning import offline
 from tuning.cli import UserError
 from tuning.environment import KERNEL_SOURCES, Environment, source_hash
+from tuning.job_cache import STATUSES, JobCache
 from tuning.records import Numerics, Trial
 from tuning.runner import Outcome, Runner
 from tuning.status import Label, Status
@@ -21,6 +23,11 @@ JOBS = {
     "measure": "tuning.jobs:measured",
     "interpret": "tuning.jobs:interpret",
 }
+#: Their outcomes do not depend on when and where they are made. A measured time does.
+_CACHED_BACKENDS = frozenset({"offline", "interpret"})
+#: What the outcome of a job depends on besides the backend's own sources.
+_JOB_SOURCES = ("splash_attn/*.py", "tuning/jobs.py", "tuning/kernels.py", "tuning/numerics.py")
+_CACHE_NOTE = "not compiled again: from the cache of an earlier run with the same sources and versions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Evaluator:
       timeout_s: limit of one trial.
       measure: fields of tuning.measure.MeasureSettings.
       cache_dir: where numerics checks are shared between candidates.
+      cache: of whole outcomes, for backends that time nothing; None: compile anew.
     """
 
     runner: Runner
@@ -61,6 +69,7 @@ class Evaluator:
     timeout_s: float
     measure: Mapping[str, Any]
     cache_dir: Path
+    cache: JobCache | None = None
 
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
         """The Trial of a candidate, whatever becomes of it.
@@ -85,10 +94,27 @@ class Evaluator:
             "cache_dir": str(self.cache_dir.absolute()),
             "measure": dict(self.measure),
         }
+        cache = self.cache if self.backend in _CACHED_BACKENDS else None
+        key = JobCache.key(self.job, payload | {"cache_dir": None}, self._dependencies)
+        if cache is not None and (stored := cache.get(key)) is not None:
+            outcome = Outcome(Status(stored["status"]), stored["result"], stored["error"], "", 0.0)
+            return self._trial(block_sizes, options, kernel, outcome, _CACHE_NOTE)
         outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
         if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
             raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
+        if cache is not None and outcome.status in STATUSES:
+            cache.put(key, {"status": outcome.status, "result": outcome.result, "error": outcome.error})
         return self._trial(block_sizes, options, kernel, outcome)
+
+    @functools.cached_property
+    def _dependencies(self) -> dict[str, Any]:
+        """What an outcome depends on besides the payload."""
+        return {
+            "versions": self.environment.versions,
+            "flags": self.environment.flags,
+            "backend": self.environment.backend_hash,
+            "sources": source_hash(_JOB_SOURCES),
+        }
 
     def _variables(self, worker_dir: Path) -> Mapping[str, str]:
         if self.backend == "offline":
@@ -98,7 +124,9 @@ class Evaluator:
             return {"JAX_PLATFORMS": "cpu"}
         return {}
 
-    def _trial(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome) -> Trial:
+    def _trial(
+        self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome, *notes: str
+    ) -> Trial:
         found = dict(outcome.result)
         numerics = found.pop("numerics", None)
         label = found.pop("label", None)
@@ -119,7 +147,7 @@ class Evaluator:
             label=Label(label) if label else None,
             time_samples_ms=tuple(found.pop("time_samples_ms", ())),
             ops=tuple(found.pop("ops", ())),
-            notes=tuple(found.pop("notes", ())),
+            notes=(*found.pop("notes", ()), *notes),
             numerics=Numerics(**numerics) if numerics else None,
             wall_time_s=outcome.wall_time_s,
             error=outcome.error,

@@ -146,7 +146,6 @@ def _check(request: Request, implementation: Implementation) -> dict[str, Any]:
     key = numerics.CheckKey(
         kernel=request.kernel,
         kernel_hash=request.kernel_hash,
-        jax_version=jax.__version__,
         head_dim=request.shape.head_dim,
         dtype=request.dtype,
         block_sizes=request.block_sizes,

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def bowl(payload: dict[str, Any]) -> dict[str, Any]:
             file.write(json.dumps(payload["block_sizes"]) + "\n")
     time.sleep(float(os.environ.get("FAKE_JOBS_SLEEP_S", "0")))
     return {"label": "predicted", "time_samples_ms": [_time_ms(payload["block_sizes"])], "numerics": _passed()}
+
+
+def bowl_of_uneven_speed(payload: dict[str, Any]) -> dict[str, Any]:
+    """`bowl`, now one and now another first done."""
+    time.sleep(random.choice((0, 0, 0.2)))
+    return bowl(payload)
 
 
 def by_block_q(payload: dict[str, Any]) -> dict[str, Any]:
