@@ -21,7 +21,7 @@ KERNEL_SOURCES = ("splash_attn/kernel.py", "splash_attn/api.py", "splash_attn/ty
 #: A change in one of these can change the figure that a backend gives for the same kernel.
 BACKEND_SOURCES = {
     "offline": ("tuning/offline/*.py", "splash_attn/device.py"),
-    "measure": ("tuning/measure.py",),
+    "measure": ("tuning/measure.py", "tuning/xplane.py"),
     "interpret": ("tuning/numerics.py",),
 }
 #: Packages whose version can change a time, or whether a kernel compiles.

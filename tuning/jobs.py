@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 from splash_attn import device as devices
 from splash_attn.api import Implementation
@@ -58,11 +59,14 @@ def offline(payload: dict[str, Any]) -> dict[str, Any]:
     request = Request.from_payload(payload)
     kernel = kernels.KERNELS[request.kernel]
     assumed = kernel.assume(request.shape, request.options)
+    device = devices.by_name(request.device)
+    # Outside of the try: what libtpu says against its own start is not the candidate's fault.
+    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
     try:
         prediction = offline_model.predict(
             request.attention("pallas_tpu"),
             *request.abstract_args(),
-            device=devices.by_name(request.device),
+            device=device,
             grid_sizes=assumed.grid_sizes,
         )
     except offline_model.UnknownDumpFormatError:
@@ -103,6 +107,7 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     request = Request.from_payload(payload)
     device = jax.devices()[0]
     on_tpu = device.platform == "tpu"
+    kernel = kernels.KERNELS[request.kernel]
     implementation: Implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
     checked = _check(request, implementation)
     if checked["status"] != Status.OK:
@@ -119,17 +124,18 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
         raise _compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
-        samples = measure.sample_times_ms(lambda: compiled(*arguments), request.measure)
+        measured = measure.measure(
+            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
+        )
     except jax.errors.JaxRuntimeError as error:
         raise _compile_error(error) from error
-    notes = []
+    notes = [*kernel.notes, *measured.notes]
     if not on_tpu:
-        notes.append(f"interpret mode on {device.platform}: compares nothing but this host with itself")
-    if measure.median_ci_fraction(samples) > request.measure.target_ci_fraction:
-        notes.append(f"noisy: median known to {measure.median_ci_fraction(samples):.1%} after {len(samples)} samples")
+        notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
     return checked | {
         "label": "measured",
-        "time_samples_ms": samples,
+        "time_samples_ms": measured.times_ms,
+        "kernel_time_ms": measured.kernel_time_ms,
         "compile_time_s": compile_time_s,
         "notes": notes,
     }
