@@ -101,7 +101,7 @@ def test_too_little_warm_up_is_noticed() -> None:
 def test_two_modes_are_told_apart_from_outliers() -> None:
     modes = [x * (1.3 if i % 3 == 0 else 1) for i, x in enumerate(_noise(30))]
     (note,) = [note for note in quality_notes(modes, 0.5) if "two modes" in note]
-    assert note.startswith("two modes: 20 samples at 9.99")
+    assert note.startswith("two modes: 20 samples at 9.987 ms")
     assert "10 at 13.0" in note
     outliers = [x * (2 + i / 10 if i % 7 == 3 else 1) for i, x in enumerate(_noise(30))]
     (note,) = quality_notes(outliers, 0.5)
