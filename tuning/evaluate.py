@@ -11,7 +11,7 @@ from splash_attn.types import BlockSizes
 from tuning import offline
 from tuning.cli import UserError
 from tuning.environment import KERNEL_SOURCES, Environment, source_hash
-from tuning.job_cache import STATUSES, JobCache
+from tuning.job_cache import JobCache
 from tuning.records import Numerics, Trial
 from tuning.runner import Outcome, Runner
 from tuning.status import Label, Status
@@ -94,17 +94,18 @@ class Evaluator:
             "cache_dir": str(self.cache_dir.absolute()),
             "measure": dict(self.measure),
         }
-        cache = self.cache if self.backend in _CACHED_BACKENDS else None
+
+        def run() -> Outcome:
+            outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
+            if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
+                raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
+            return outcome
+
+        if self.cache is None or self.backend not in _CACHED_BACKENDS:
+            return self._trial(block_sizes, options, kernel, run())
         key = JobCache.key(self.job, payload | {"cache_dir": None}, self._dependencies)
-        if cache is not None and (stored := cache.get(key)) is not None:
-            outcome = Outcome(Status(stored["status"]), stored["result"], stored["error"], "", 0.0)
-            return self._trial(block_sizes, options, kernel, outcome, _CACHE_NOTE)
-        outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
-        if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
-            raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
-        if cache is not None and outcome.status in STATUSES:
-            cache.put(key, {"status": outcome.status, "result": outcome.result, "error": outcome.error})
-        return self._trial(block_sizes, options, kernel, outcome)
+        outcome, was_there = self.cache.outcome(key, run)
+        return self._trial(block_sizes, options, kernel, outcome, *([_CACHE_NOTE] if was_there else []))
 
     @functools.cached_property
     def _dependencies(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from splash_attn import device as devices
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
 from tuning import kernels, measure, numerics
-from tuning.status import Status, TrialError
+from tuning.status import Status, compile_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def offline(payload: dict[str, Any]) -> dict[str, Any]:
     except offline_model.UnknownDumpFormatError:
         raise  # not the candidate's fault
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise _compile_error(error) from error
+        raise compile_error(error) from error
     checked = _check(request, "pallas_interpret")
     if checked["status"] != Status.OK:
         return checked
@@ -121,14 +121,14 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         compiled = jax.jit(request.attention(implementation)).lower(*arguments).compile()
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise _compile_error(error) from error
+        raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
         measured = measure.measure(
             lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
         )
     except jax.errors.JaxRuntimeError as error:
-        raise _compile_error(error) from error
+        raise compile_error(error) from error
     notes = [*kernel.notes, *measured.notes]
     if not on_tpu:
         notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
@@ -167,11 +167,3 @@ def _check(request: Request, implementation: Implementation) -> dict[str, Any]:
             f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})",
         }
     return result
-
-
-def _compile_error(error: Exception) -> TrialError:
-    """The one place that reads an error's text: XLA gives its status code no other way."""
-    text = str(error)
-    out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text
-    status = Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR
-    return TrialError(status, text)

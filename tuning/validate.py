@@ -17,7 +17,7 @@ from tuning import agreement, cli, environment, offline, records
 from tuning.agreement import Pair, Summary, pairs_of, summarize
 from tuning.job_cache import JobCache
 from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
-from tuning.runner import JOBS_PER_WORKER, Runner
+from tuning.runner import JOBS_PER_WORKER, Outcome, Runner
 from tuning.status import Label, Status
 from tuning.sweep_config import core_count
 
@@ -114,19 +114,19 @@ def compare(
         # The job must not know the time, and a new time is no new compilation.
         payload = {"row": row.to_dict() | {"median_time_ms": 1.0}, "device": device.name}
         key = JobCache.key(_JOB, payload, dependencies)
-        prediction = cache.get(key) if cache else None
-        if prediction is None:
-            outcome = runner.run(
+
+        def run() -> Outcome:
+            return runner.run(
                 _JOB,
                 payload,
                 timeout_s=timeout_s,
                 variables=lambda worker_dir: offline.worker_environment(device, worker_dir / "dump"),
             )
-            if outcome.status is not Status.OK:
-                return Comparison(row, None, None, (), (), f"{outcome.status}: {outcome.error}")
-            prediction = outcome.result
-            if cache:
-                cache.put(key, prediction)
+
+        outcome = cache.outcome(key, run)[0] if cache else run()
+        if outcome.status is not Status.OK:
+            return Comparison(row, None, None, (), (), f"{outcome.status}: {outcome.error}")
+        prediction = outcome.result
         ops = sorted(prediction["ops"], key=lambda op: -op["time_s"])
         unresolved = tuple(f"{op['name']}: {text}" for op in ops for text in op["unresolved"])
         return Comparison(row, prediction["time_s"] * 1e3, ops[0]["bound"], tuple(ops), unresolved, None)
