@@ -123,7 +123,7 @@ def draw(pairs: Sequence[Pair], path: Path, title: str) -> None:
 
     assert pairs, "something to draw"
     times = [time for pair in pairs for time in (pair.actual_ms, pair.predicted_ms)]
-    low, high = min(times) / 1.5, max(times) * 1.5
+    low, high = min(times) / 4, max(times) * 4  # room for the names
     line = [low, high]
     figure, axes = plt.subplots(figsize=(7.5, 7.0), layout="constrained")
     axes.plot(line, line, color="black", linewidth=1, label="predicted = actual")
@@ -145,6 +145,7 @@ def draw(pairs: Sequence[Pair], path: Path, title: str) -> None:
         axes.annotate(
             f"{pair.name}: {pair.ratio:.2f}",
             (pair.actual_ms, pair.predicted_ms),
+            annotation_clip=True,
             xytext=(-6, 6) if above else (6, -6),
             textcoords="offset points",
             ha="right" if above else "left",
