@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -79,6 +79,23 @@ def note_lines(trials: Sequence[Trial]) -> list[str]:
     """What a reader of the table must know, each thing once, with how many trials it is about."""
     counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
+
+
+def effort_line(effort: Mapping[str, Any]) -> str:
+    """What a sweep took, in one sentence; see SweepResult.effort."""
+    parts = [f"{effort['jobs']} candidates evaluated in {effort['wall_time_s']:.0f} s"]
+    if effort["candidates_per_minute"] is not None:
+        parts.append(f"{effort['candidates_per_minute']:.1f} a minute")
+    if effort["from_cache"]:
+        parts.append(f"{effort['from_cache']} more from the cache")
+    if effort["jobs"]:
+        memory = effort["peak_memory_bytes"]
+        parts.append(
+            f"{effort['workers_started']} worker processes, together at most "
+            f"{'unknown' if memory is None else f'{memory / 2**30:.1f}'} GiB of memory and "
+            f"{effort['peak_disk_bytes'] / 2**20:.0f} MiB of scratch files"
+        )
+    return "; ".join(parts)
 
 
 def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
