@@ -20,8 +20,8 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
 #: A change in one of these can change the figure that a backend gives for the same kernel.
 BACKEND_SOURCES = {
-    "offline": ("tuning/offline/*.py", "splash_attn/device.py"),
-    "measure": ("tuning/measure.py", "tuning/xplane.py"),
+    "offline": ("tuning/offline/*.py", "tuning/kernels.py", "splash_attn/device.py"),
+    "measure": ("tuning/measure.py", "tuning/xplane.py", "tuning/kernels.py"),
     "interpret": ("tuning/numerics.py",),
 }
 #: Packages whose version can change a time, or whether a kernel compiles.
