@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format
+.PHONY: help demo report test test-slow bench lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
 	$(BIN)/python -m tuning.choose
 	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)" output_dir=demo/videos results_path=demo/results/generate.jsonl
 	@echo; echo "Look at:"; ls demo/results/sweeps/*/heatmap.png demo/videos/*/*.mp4
+
+report: $(VENV)/.installed  ## what is on record as one page: results/report/index.html
+	$(BIN)/python -m tuning.report
 
 test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test
 	$(BIN)/python -m pytest -q --durations=10
