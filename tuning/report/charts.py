@@ -73,10 +73,11 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[s
     bottom = min(point.tflops_per_s for point in points) / 2.5
     ink, muted = _STAND_IN["ink"], _STAND_IN["muted"]
     axes.plot([left, ridge, right], [left * roof.hbm_tbytes_per_s, *[roof.peak_tflops_per_s] * 2], color=ink, lw=1.6)
-    peak = f"MXU peak, bf16: {roof.peak_tflops_per_s:.0f}"
+    mxu = roof.mxu_tflops_per_s
+    at_peak = mxu is not None and mxu > 0.97 * roof.peak_tflops_per_s
+    peak = f"{roof.mxu_label if at_peak else 'MXU peak, bf16'}: {roof.peak_tflops_per_s:.0f}"
     axes.annotate(peak, (right, roof.peak_tflops_per_s), (-3, 4), textcoords="offset points", ha="right", color=muted)
-    if roof.mxu_tflops_per_s is not None:
-        mxu = roof.mxu_tflops_per_s
+    if mxu is not None and not at_peak:
         start = mxu / roof.hbm_tbytes_per_s
         axes.plot([start, right], [mxu] * 2, color=ink, lw=1.2, ls=(0, (4, 3)))
         text = f"{roof.mxu_label}: {mxu:.0f}"
@@ -164,7 +165,8 @@ def standalone(svg: str) -> str:
     """The picture as a file of its own, with its colours in light and in dark."""
     light, dark = (";".join(f"--{name}:{pair[mode]}" for name, pair in COLOURS.items()) for mode in (0, 1))
     style = (
-        f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif}}"
+        f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
+        "paint-order:stroke;stroke:var(--paper);stroke-width:3px}"
         f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     )
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, svg, count=1) + "\n"

@@ -1,0 +1,127 @@
+"""What is chosen of the records, without the command around it."""
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from splash_attn.types import BlockSizes
+from tuning.records import Trial
+from tuning.report import charts, kernels, parts, pipeline, trials
+from tuning.report.inputs import PredictedRun, TrialFile
+from tuning.status import Label
+
+MakeTrial = Callable[..., Trial]
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "expected"),
+    [
+        (14.6331, 4, "14.63"),
+        (0.0123456, 3, "0.0123"),
+        (106.47, 3, "106"),
+        (39826.0, 3, "39,826"),
+        (9.9996, 4, "10.000"),
+        (0.0, 3, "0"),
+        (None, 3, parts.MISSING),
+        (float("inf"), 3, "inf"),
+    ],
+)
+def test_significant_digits(value: float | None, digits: int, expected: str) -> None:
+    assert parts.significant(value, digits) == expected
+
+
+def test_a_kernel_is_where_its_flops_bytes_and_time_put_it(make_trial: MakeTrial) -> None:
+    op = {"category": "kernel", "hbm_bytes": 3 * 10**6, "calls": 2}
+    other = {"category": "layout", "hbm_bytes": 10**9, "calls": 1}
+    trial = make_trial(time_samples_ms=(9.0,), kernel_time_ms=4.0, ops=(op, other))
+    (roofline,) = kernels.rooflines([TrialFile("results/sweeps/x/trials.jsonl", (trial,))], [])
+    ((shown, intensity, rate, fraction),) = roofline.rows
+    flops = 4 * 3 * 1021 * 1013 * 64
+    assert shown is trial
+    assert intensity == pytest.approx(flops / 6e6)
+    assert rate == pytest.approx(flops / 4e-3 / 1e12)
+    assert fraction == pytest.approx(trials.bound_of(trial.shape, "bfloat16", "TPU v6 lite") / 4.0)
+    assert f"<title>{trials.describe(trial)}; " in roofline.svg
+
+
+def test_kernels_without_traffic_are_counted_not_placed(make_trial: MakeTrial) -> None:
+    op = {"category": "kernel", "hbm_bytes": 10**6, "calls": 1}
+    placed = make_trial(ops=(op,))
+    unknown = make_trial(block_sizes=BlockSizes(128, 128, 128))
+    (roofline,) = kernels.rooflines([TrialFile("x", (placed, unknown))], [])
+    assert roofline.skipped == 1
+    assert len(roofline.rows) == 1
+
+
+def test_the_newest_record_of_a_candidate_counts(make_trial: MakeTrial) -> None:
+    first = make_trial(time_samples_ms=(1.0,), created_at="2026-11-01T00:00:00+00:00")
+    again = make_trial(time_samples_ms=(2.0,), created_at="2026-11-02T00:00:00+00:00")
+    other = make_trial(block_sizes=BlockSizes(128, 128, 128))
+    assert trials.newest_trials([again, first, other]) == [again, other]
+
+
+def test_provenance_tells_old_kernel_sources_apart(make_trial: MakeTrial) -> None:
+    trial = make_trial()
+    old = dataclasses.replace(trial.environment, kernel_hash="0123456789abcdef", git_commit="f" * 40, git_dirty=True)
+    text = trials.provenance([trial, make_trial(environment=old)])
+    assert f"kernel source 01234567 (not the present one), {trial.environment.kernel_hash[:8]};" in text
+    assert "commit fffffff+changes, no commit;" in text
+
+
+def test_stages_come_from_the_newest_record_that_has_them(samples: SimpleNamespace) -> None:
+    old = samples.predicted(created_at="2026-11-01T00:00:00+00:00")
+    denoise = {"denoise": samples.stage | {"time_s": 0.25, "breakdown_s": {"matmul": 0.25}}}
+    new = samples.predicted(created_at="2026-11-02T00:00:00+00:00", stages=denoise, step_time_s=0.25)
+    (case,) = pipeline.cases([PredictedRun.of(new), PredictedRun.of(old)])
+    (row,) = case.plans
+    assert row.step_s == 0.25
+    assert row.total_s == pytest.approx(0.5 + 50 * 0.25 + 0.5)
+
+
+def test_a_plan_without_all_stages_has_no_total(samples: SimpleNamespace) -> None:
+    run = PredictedRun.of(samples.predicted(stages={"denoise": samples.stage}))
+    (case,) = pipeline.cases([run])
+    assert case.plans[0].total_s is None
+    assert case.plans[0].lacking == "text, vae"
+    assert [stack.title for stack in case.stacks] == ["A denoising step"]
+
+
+def test_another_kernel_in_place_of_ours_is_in_the_bar(samples: SimpleNamespace) -> None:
+    """The record's step time has it, its breakdown has ours."""
+    (case,) = pipeline.cases([PredictedRun.of(samples.predicted(step_time_s=0.75))])
+    bar = next(stack for stack in case.stacks if stack.title == "A denoising step").bars[0]
+    assert {s.name: s.value for s in bar.segments} == {"attention kernel": pytest.approx(0.55), "matmul": 0.2}
+    assert bar.total == pytest.approx(0.75)
+
+
+def test_reported_bars_are_labelled_and_on_the_same_scale(samples: SimpleNamespace) -> None:
+    reported = {"label": "reported", "source": "somebody", "total_time_s": 52.0, "step_time_s": 1.0}
+    (case,) = pipeline.cases([PredictedRun.of(samples.predicted(reported=reported))])
+    whole = case.stacks[0]
+    assert [(bar.label, bar.total) for bar in whole.bars] == [(Label.PREDICTED, 26.0), (Label.REPORTED, 52.0)]
+    assert sum(segment.width for segment in whole.bars[0].segments) == pytest.approx(50)
+    assert whole.bars[1].segments[0].width == pytest.approx(100)
+
+
+def test_quality_of_other_fields_is_another_table() -> None:
+    lines = [
+        {"label": "measured", "candidate": "a", "psnr_db": 40.0, "git": {"commit": None}},
+        {"label": "measured", "candidate": "b", "psnr_db": 41.0},
+        {"label": "measured", "candidate": "c", "frames": {"ssim": 0.9}, "psnr_db": 3.0},
+    ]
+    first, second = pipeline.quality(lines)
+    assert (first.names, first.figures) == (("candidate",), ("psnr_db",))
+    assert [row[0] for row in first.rows] == [("a",), ("b",)]
+    assert second.figures == ("frames.ssim", "psnr_db")
+
+
+def test_pictures_take_their_colours_from_variables() -> None:
+    svg = charts.parity("p", [("a < b", 1.0, 1.02), ("c", 3.0, 2.9)], "reported")
+    assert "<title>a &lt; b</title>" in svg
+    assert "var(--c1)" in svg
+    assert "#0102" not in svg
+    assert svg == charts.parity("p", [("a < b", 1.0, 1.02), ("c", 3.0, 2.9)], "reported")
+    alone = charts.standalone(svg)
+    assert "prefers-color-scheme:dark" in alone
