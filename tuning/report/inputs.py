@@ -159,8 +159,35 @@ class GeneratedRun:
         for stage, value in fields["stages"].items():
             times = {name: value[name] for name in names}
             stages[stage] = GeneratedStage(**times | {"step_times_s": tuple(times["step_times_s"])})
-        device = fields["device"]
-        return cls(Origin.of(fields), Video.of(fields["request"]), f"{device['count']} x {device['kind']}", stages)
+        return cls(Origin.of(fields), Video.of(fields["request"]), _device_of(fields), stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRun:
+    """A line of quality.jsonl: a candidate's videos beside the reference's. psnr_db: None where both are the same."""
+
+    origin: Origin
+    video: Video
+    device: str
+    candidate: str
+    psnr_db: tuple[float | None, ...]
+    ssim: tuple[float, ...]
+    read_back: Mapping[str, float]
+    failures: tuple[str, ...]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        psnr_db, ssim = tuple(fields["psnr_db"]), tuple(fields["ssim"])
+        if not psnr_db or len(psnr_db) != len(ssim):
+            raise ValueError(f"expected as many PSNR as SSIM figures, got {len(psnr_db)} and {len(ssim)}")
+        device, read_back = _device_of(fields), dict(fields["read_back"])
+        what = Origin.of(fields), Video.of(fields["request"]), device, fields["candidate"]
+        return cls(*what, psnr_db, ssim, read_back, tuple(fields["failures"]))
+
+
+def _device_of(fields: Mapping[str, Any]) -> str:
+    device = fields["device"]
+    return f"{device['count']} x {device['kind']}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +198,7 @@ class Inputs:
       entries: (device kind, tuned entry).
       sweeps, peers: one for each folder.
       validation: of `tuning.validate`, or the reported rows alone.
-      predicted, generated, quality: the lines of the pipeline's files; quality as they are.
+      predicted, generated, quality: the lines of the pipeline's files.
       files: (file, what it holds) of each file that was read.
       torn: a line about each that a crash tore, and that is left out.
     """
@@ -182,7 +209,7 @@ class Inputs:
     validation: Validation
     predicted: tuple[PredictedRun, ...]
     generated: tuple[GeneratedRun, ...]
-    quality: tuple[dict[str, Any], ...]
+    quality: tuple[QualityRun, ...]
     files: tuple[tuple[str, str], ...]
     torn: tuple[str, ...]
 
@@ -231,7 +258,7 @@ def read(results_dir: Path, validation_path: Path, tuned_dir: Path = tuned.TUNED
         validation=validation,
         predicted=lines("predict.jsonl", "prediction", PredictedRun.of),
         generated=lines("generate.jsonl", "run", GeneratedRun.of),
-        quality=lines("quality.jsonl", "comparison", _quality_of),
+        quality=lines("quality.jsonl", "comparison", QualityRun.of),
         files=tuple(files),
         torn=tuple(torn),
     )
@@ -288,13 +315,6 @@ def _validation(path: Path) -> Validation:
         raise ValueError(f"{path}: expected a field {error}; write it with `python -m tuning.validate`.") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not what `python -m tuning.validate json=...` writes ({error}).") from error
-
-
-def _quality_of(fields: dict[str, Any]) -> dict[str, Any]:
-    Label(fields["label"])
-    if not any("psnr" in name or "ssim" in name for name in fields):
-        raise ValueError(f"expected a field whose name has psnr or ssim, got {', '.join(fields)}")
-    return fields
 
 
 def _count(number: int, one: str, several: str | None = None) -> str:

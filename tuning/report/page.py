@@ -1,6 +1,7 @@
 """Everything on the page, from the records to HTML and Markdown."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
         "commit": parts.commit,
         "slug": _slug,
         "cell": lambda text: str(text).replace("|", "\\|"),
-        "title": _title,
+        "psnr": lambda value: "same" if math.isinf(value) else f"{value:.1f}",
         "relative": lambda path: Path(os.path.relpath(path, output)).as_posix(),
         "compiler": parts.compiler,
     }
@@ -159,11 +160,3 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _title(field: str) -> str:
-    """A field of a quality record as the head of a column: "psnr_db" -> "PSNR, dB"."""
-    words = field.replace(".", " ").split("_")
-    unit = ", dB" if words[-1] == "db" else ""
-    words = words[:-1] if unit else words
-    return " ".join(word.upper() if word in ("psnr", "ssim") else word for word in words) + unit

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuning.report.inputs import GeneratedRun, Origin, PredictedRun, PredictedStage, Video
+from tuning.report.inputs import GeneratedRun, Origin, PredictedRun, PredictedStage, QualityRun, Video
 from tuning.report.parts import GIB, Stack, commit, compiler, listed, stack
 from tuning.status import Label
 
@@ -21,10 +21,6 @@ _KIND_COLOURS = {
     "collective": "c2",
     "other": "c6",
 }
-#: Fields of a quality record that are in its caption, or are nobody's business in a table.
-_UNSHOWN = frozenset(
-    ("label", "versions", "git", "environment", "created_at", "schema_version", "record_id", "host", "notes")
-)
 _PHASE_COLOURS = {"load": "c4", "compile": "c5", "run": "c1"}
 
 
@@ -82,12 +78,28 @@ class Generated:
 
 
 @dataclasses.dataclass(frozen=True)
-class QualityTable:
-    """Comparisons of the same fields: text columns, then the label, then the figures."""
+class QualityRow:
+    """A candidate: its worst and median video beside the reference's; PSNR is infinite where both are the same."""
 
-    names: tuple[str, ...]
-    figures: tuple[str, ...]
-    rows: tuple[tuple[tuple[str, ...], Label, tuple[float | None, ...]], ...]
+    candidate: str
+    label: Label
+    video_count: int
+    worst_psnr_db: float
+    median_psnr_db: float
+    worst_ssim: float
+    median_ssim: float
+    read_back: Mapping[str, float]
+    failures: str
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityTable:
+    """Candidates of one checkpoint, size and device. read: what was read back from the videos, by name."""
+
+    title: str
+    checkpoint: str
+    read: tuple[str, ...]
+    rows: tuple[QualityRow, ...]
     provenance: str
 
 
@@ -218,33 +230,36 @@ def origin_text(origins: Sequence[Origin], how: str) -> str:
     return f"{how}{versions}; commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
-def quality(lines: Sequence[Mapping[str, Any]]) -> list[QualityTable]:
-    """Tables of the lines that have the same fields, in the order of the file."""
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[dict[str, Any], Mapping[str, Any]]]] = {}
-    for line in lines:
-        flat = _flat(line)
-        names = tuple(name for name, value in flat.items() if isinstance(value, str | bool))
-        figures = tuple(name for name in flat if name not in names)
-        groups.setdefault((names, figures), []).append((flat, line))
-    tables = []
-    for (names, figures), members in groups.items():
-        rows = tuple(
-            (tuple(str(flat[name]) for name in names), Label(line["label"]), tuple(flat[name] for name in figures))
-            for flat, line in members
+def quality(runs: Sequence[QualityRun]) -> list[QualityTable]:
+    """A table for each checkpoint, size and device, with the newest line of each candidate."""
+    groups: dict[tuple[str, str, str], dict[str, QualityRun]] = {}
+    for run in runs:
+        members = groups.setdefault((run.video.checkpoint, str(run.video), run.device), {})
+        if run.candidate not in members or run.origin.created_at >= members[run.candidate].origin.created_at:
+            members[run.candidate] = run
+    return [
+        QualityTable(
+            title=f"{video} on {device}",
+            checkpoint=checkpoint,
+            read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
+            rows=tuple(_quality_row(run) for run in members.values()),
+            provenance=origin_text([run.origin for run in members.values()], f"on {device} with "),
         )
-        origins = [Origin.of(line) for _, line in members if "git" in line and "versions" in line]
-        tables.append(QualityTable(names, figures, rows, origin_text(origins, "with ") if origins else ""))
-    return tables
+        for (checkpoint, video, device), members in groups.items()
+    ]
 
 
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Text, truth values and numbers by dotted name, without what a caption says or nobody looks for in a table."""
-    flat: dict[str, Any] = {}
-    for name, value in line.items():
-        if not prefix and name in _UNSHOWN:
-            continue
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, str | bool | int | float):
-            flat[prefix + name] = value
-    return flat
+def _quality_row(run: QualityRun) -> QualityRow:
+    # No PSNR: the very same video, which is better than any figure.
+    psnr_db = [float("inf") if value is None else value for value in run.psnr_db]
+    return QualityRow(
+        candidate=run.candidate,
+        label=run.origin.label,
+        video_count=len(psnr_db),
+        worst_psnr_db=min(psnr_db),
+        median_psnr_db=statistics.median(psnr_db),
+        worst_ssim=min(run.ssim),
+        median_ssim=statistics.median(run.ssim),
+        read_back=run.read_back,
+        failures="; ".join(run.failures),
+    )

@@ -97,6 +97,24 @@ def validated(**changes: Any) -> dict[str, Any]:
     return content | changes
 
 
+def judged(**changes: Any) -> dict[str, Any]:
+    """A line of quality.jsonl, of three videos."""
+    record: dict[str, Any] = {
+        "created_at": "2026-11-23T10:00:00+00:00",
+        "label": "measured",
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "request": REQUEST,
+        "candidate": "online",
+        "psnr_db": [41.25, None, 50.0],
+        "ssim": [0.9875, 1.0, 0.999],
+        "read_back": {"colour": 1.0, "all": 0.75},
+        "failures": [],
+        "versions": VERSIONS,
+        "git": GIT,
+    }
+    return record | changes
+
+
 def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
     """JSON lines; a string as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +125,10 @@ def write_lines(path: Path, *lines: dict[str, Any] | str) -> None:
 def samples() -> SimpleNamespace:
     """The functions above."""
     return SimpleNamespace(
-        predicted=predicted, generated=generated, validated=validated, write_lines=write_lines, stage=STAGE
+        predicted=predicted,
+        generated=generated,
+        validated=validated,
+        judged=judged,
+        write_lines=write_lines,
+        stage=STAGE,
     )

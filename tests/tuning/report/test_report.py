@@ -63,9 +63,7 @@ def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Cal
         records.append(peers, make_trial(time_samples_ms=(4.5,), kernel_time_ms=3.0, record_id="r4", **peer))
         samples.write_lines(results / "predict.jsonl", samples.predicted())
         samples.write_lines(results / "generate.jsonl", samples.generated())
-        samples.write_lines(
-            results / "quality.jsonl", {"label": "measured", "candidate": "online", "psnr_db": 41.25, "ssim": 0.987}
-        )
+        samples.write_lines(results / "quality.jsonl", samples.judged())
         (results / "validate.json").write_text(json.dumps(samples.validated()))
         return results
 
@@ -180,8 +178,7 @@ def test_every_figure_of_the_sample_is_there_with_its_label(run: Run, fill: Call
     assert "| predicted | 0.500 | 0.500 | 25.0 | 0.500 | 26.0 | 8.00 | 32 | 38 % |" in text
     assert "| denoise | 0.250 | 2.00 | 1.50 | 3 | 0.500 | 0.250 | 0.750 |" in text
     assert "measured on 1 x cpu with libtpu 0.0.52, jax 0.10.2; commit 0123456; 2026-11-23" in text
-    assert "| candidate | label | PSNR, dB | SSIM |" in text
-    assert "| online | measured | 41.25 | 0.9870 |" in text
+    assert "| online | measured | 3 | 41.2 | 50.0 | 0.9875 | 0.9990 | 100 % | 75 % | within budget |" in text
     assert "3 ok, 1 out of memory" in text
 
 
@@ -206,8 +203,8 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
             lambda samples: ["", _without(samples.generated(), "device")],
             "generate.jsonl:2: expected a field",
         ),
-        ("quality.jsonl", lambda samples: [{"label": "measured", "mse": 1.0}], "quality.jsonl:1: not a record"),
-        ("quality.jsonl", lambda samples: [{"psnr_db": 1.0}], "quality.jsonl:1: expected a field 'label'"),
+        ("quality.jsonl", lambda samples: [samples.judged(ssim=[1.0])], "quality.jsonl:1: not a record"),
+        ("quality.jsonl", lambda samples: [_without(samples.judged(), "label")], "quality.jsonl:1: expected a field"),
         ("validate.json", lambda samples: ["{}"], "validate.json: expected a field 'rows'"),
         (
             "validate.json",

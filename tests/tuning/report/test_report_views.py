@@ -9,7 +9,7 @@ import pytest
 from splash_attn.types import BlockSizes
 from tuning.records import Trial
 from tuning.report import charts, kernels, parts, pipeline, trials
-from tuning.report.inputs import PredictedRun, TrialFile
+from tuning.report.inputs import PredictedRun, QualityRun, TrialFile
 from tuning.status import Label
 
 MakeTrial = Callable[..., Trial]
@@ -105,16 +105,18 @@ def test_reported_bars_are_labelled_and_on_the_same_scale(samples: SimpleNamespa
     assert whole.bars[1].segments[0].width == pytest.approx(100)
 
 
-def test_quality_of_other_fields_is_another_table() -> None:
+def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) -> None:
     lines = [
-        {"label": "measured", "candidate": "a", "psnr_db": 40.0, "git": {"commit": None}},
-        {"label": "measured", "candidate": "b", "psnr_db": 41.0},
-        {"label": "measured", "candidate": "c", "frames": {"ssim": 0.9}, "psnr_db": 3.0},
+        samples.judged(created_at="2026-11-02T00:00:00+00:00", psnr_db=[None] * 3, failures=["SSIM 0.9 < 0.98"]),
+        samples.judged(created_at="2026-11-01T00:00:00+00:00"),
+        samples.judged(candidate="int8"),
+        samples.judged(candidate="int8", device={"platform": "tpu", "kind": "TPU v6 lite", "count": 8}),
     ]
-    first, second = pipeline.quality(lines)
-    assert (first.names, first.figures) == (("candidate",), ("psnr_db",))
-    assert [row[0] for row in first.rows] == [("a",), ("b",)]
-    assert second.figures == ("frames.ssim", "psnr_db")
+    here, there = pipeline.quality([QualityRun.of(line) for line in lines])
+    assert [row.candidate for row in here.rows] == ["online", "int8"]
+    assert here.rows[0].worst_psnr_db == float("inf")
+    assert here.rows[0].failures == "SSIM 0.9 < 0.98"
+    assert there.title.endswith("on 8 x TPU v6 lite")
 
 
 def test_pictures_take_their_colours_from_variables() -> None:
