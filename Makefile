@@ -24,8 +24,10 @@ test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test
 test-slow: $(VENV)/.installed-dev  ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow --durations=10
 
-bench: $(VENV)/.installed-dev  ## benchmarks of what runs on this machine
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+# Every run is kept in .benchmarks. To compare: make bench; git checkout OTHER; make bench BENCH=--benchmark-compare
+# (the last run kept; =0003 names one; --benchmark-compare-fail=median:20% makes a slower one fail).
+bench: $(VENV)/.installed-dev  ## benchmarks of what runs here, kept; BENCH=--benchmark-compare: beside the last
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
