@@ -2,6 +2,9 @@
 
 A time here means something beside another of the same run, and beside the same one of another commit on the same quiet
 machine (`make bench` says how). It says nothing about a TPU, and interpreted kernels are not timed at all.
+
+All run on one core. Where others use the machine, two threads of torch that wait for each other take 20 times as long,
+and two of XLA do not: that would be a figure of the load and not of the libraries.
 """
 
 import os
@@ -9,11 +12,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 10
@@ -34,6 +37,19 @@ class Row:
     unit: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_core() -> Iterator[None]:
+    """Before JAX starts its CPU client, which makes as many threads as it may use cores."""
+    torch.set_num_threads(1)
+    if not hasattr(os, "sched_setaffinity"):  # not on Linux
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.fixture
 def beside(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Times a call in a group, and keeps it for the table of ratios. Returns what the call returned."""
@@ -49,7 +65,7 @@ def beside(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Calla
         unit: str = "",
     ) -> Any:
         benchmark.group = group
-        benchmark.extra_info |= {"baseline": baseline, "device": jax.devices()[0].device_kind}
+        benchmark.extra_info |= {"baseline": baseline}
         result = benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is not None:  # None with --benchmark-disable
             stats = benchmark.stats.stats
@@ -67,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash.get(_ROWS, [])
     if not rows:
         return
-    terminalreporter.section(f"side by side, on {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
+    terminalreporter.section("side by side, on one core")
     width = max(len(row.name) for row in rows) + 2
     for group in dict.fromkeys(row.group for row in rows):
         members = sorted((row for row in rows if row.group == group), key=lambda row: not row.baseline)
