@@ -20,6 +20,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 10
+#: A ratio of medians says little where the quartiles are further apart than this share of the median.
+_NOISY = 0.25
 _ROWS = pytest.StashKey[list["Row"]]()
 
 
@@ -91,9 +93,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(group)
         for row in members:
             ratio = f"{row.median_s / baselines[0].median_s:5.2f} x" if baselines else f"{'-':>7}"
+            noisy = row.iqr_s > _NOISY * row.median_s
             rate = f"  {row.amount / row.median_s:,.0f} {row.unit}/s" if row.amount is not None else ""
             terminalreporter.write_line(
                 f"  {row.name:<{width}}{row.median_s * 1e3:10.2f} ms  IQR {row.iqr_s / row.median_s:4.0%}  {ratio}"
-                f"{'  baseline' if row.baseline else ''}{rate}"
+                f"{'  baseline' if row.baseline else ''}{rate}{'  noisy' if noisy else ''}"
             )
     terminalreporter.write_line("ratio: median over the baseline's, less is faster; IQR: its share of the median")

@@ -129,7 +129,7 @@ class PredictedRun:
             step_time_s=fields["step_time_s"],
             stages={stage: PredictedStage.of(value) for stage, value in fields["stages"].items()},
             reported=fields["reported"],
-            notes=tuple(fields["notes"]),
+            notes=(*fields["notes"], *_other_outcomes(plan["plan"], fields)),
         )
 
 
@@ -183,6 +183,15 @@ class QualityRun:
         device, read_back = _device_of(fields), dict(fields["read_back"])
         what = Origin.of(fields), Video.of(fields["request"]), device, fields["candidate"]
         return cls(*what, psnr_db, ssim, read_back, tuple(fields["failures"]))
+
+
+def _other_outcomes(plan: str, fields: Mapping[str, Any]) -> list[str]:
+    """What became of stages without a prediction, and of the plans that were tried and not taken."""
+    lines = [f"{plan}: {stage}: {reason.splitlines()[0]}" for stage, reason in fields.get("failures", {}).items()]
+    for other, outcome in fields.get("other_plans", {}).items():
+        text = outcome.splitlines()[0] if isinstance(outcome, str) else f"{outcome:.3f} s a step"
+        lines.append(f"{other}: {text}, predicted and not taken")
+    return lines
 
 
 def _device_of(fields: Mapping[str, Any]) -> str:

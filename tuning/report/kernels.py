@@ -23,6 +23,7 @@ from tuning.report.trials import (
     describe,
     device_of,
     identity,
+    is_exact,
     kernel_bytes,
     kernel_order,
     kernel_time,
@@ -31,6 +32,7 @@ from tuning.report.trials import (
     op_time,
     options,
     provenance,
+    series,
 )
 from tuning.status import Label, Status
 
@@ -131,7 +133,9 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) ->
                 workload=entry.provenance.workload,
                 device=device_title(device_kind),
                 entry=entry,
-                of_bound=bound_ms / entry.provenance.time_ms if bound_ms else None,
+                of_bound=bound_ms / entry.provenance.time_ms
+                if bound_ms and is_exact(entry.variant.to_dict())
+                else None,
                 chosen=choice.entry == entry,
                 stale=entry.provenance.kernel_hash != present,
             )
@@ -248,14 +252,15 @@ def _roofline(
     shape = trials[0].shape
     best: dict[str, Trial] = {}
     for trial in sorted(trials, key=lambda t: (kernel_time(t), t.key)):
-        best.setdefault(trial.kernel, trial)
+        best.setdefault(series(trial), trial)
     points, rows = [], []
     for trial in trials:
         intensity = trial.shape.flops / traffic[identity(trial)]
         rate = trial.shape.flops / kernel_time(trial) / 1e9
         text = f"{describe(trial)}; {rate:.0f} TFLOP/s, {intensity:.0f} FLOP a byte"
-        top = best[trial.kernel] is trial
-        points.append(Point(trial.kernel, text, intensity, rate, trial.kernel if top else None))
+        name = series(trial)
+        top = best[name] is trial
+        points.append(Point(name, text, intensity, rate, name if top else None))
         if top:
             rows.append((trial, intensity, rate, of_bound(trial)))
     bound_ms = mxu_bound_ms(shape, spec)
@@ -286,7 +291,7 @@ def peers(files: Sequence[TrialFile]) -> list[Peers]:
 def _peers(file: TrialFile) -> Peers:
     trials = newest_trials(file.trials)
     trials.sort(key=lambda t: (t.time_ms is None, t.time_ms or 0.0, t.kernel, t.key))
-    ours = [kernel_time(t) for t in trials if t.kernel == OURS and t.time_ms is not None]
+    ours = [kernel_time(t) for t in trials if series(t) == OURS and t.time_ms is not None]
     theirs = [kernel_time(t) for t in trials if t.kernel != OURS and t.time_ms is not None]
     rows, bars = [], []
     for trial in trials:
@@ -299,7 +304,7 @@ def _peers(file: TrialFile) -> Peers:
         parts = {"op": trial.time_ms} if kernel_ms is None else {"kernel": kernel_ms, "rest": trial.time_ms - kernel_ms}
         names = {"op": "whole op", "kernel": "kernel", "rest": "rest of the op: transposes, padding, checks"}
         note = " ".join(filter(None, [str(trial.block_sizes or ""), text]))
-        bars.append((trial.kernel, trial.label, {names[part]: value for part, value in parts.items()}, note))
+        bars.append((series(trial), trial.label, {names[part]: value for part, value in parts.items()}, note))
     colours = {"kernel": "c1", "whole op": "c1", "rest of the op: transposes, padding, checks": "c4"}
     first = trials[0]
     notes = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)

@@ -138,7 +138,7 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
         "signed": parts.signed_percent,
         "device": parts.device_title,
         "commit": parts.commit,
-        "slug": _slug,
+        "series": trials.series,
         "cell": lambda text: str(text).replace("|", "\\|"),
         "psnr": lambda value: "same" if math.isinf(value) else f"{value:.1f}",
         "relative": lambda path: Path(os.path.relpath(path, output)).as_posix(),
@@ -156,7 +156,3 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
     html = environment.get_template("report.html").render(context)
     markdown = environment.get_template("report.md").render(context)
     return html, re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

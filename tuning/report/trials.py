@@ -1,6 +1,7 @@
 """Trials as a report shows them: which count, in which words, how far from the bound."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from splash_attn import device as devices
 from splash_attn.device import DeviceSpec
@@ -12,6 +13,8 @@ from tuning.report.parts import commit, compiler, listed, percent, significant
 from tuning.status import Label, Status
 
 OURS = "splash_attn"
+#: Field of a variant: int8 products of q and k are faster and not exact, and no peer of those that are.
+_QK_DTYPE, _INT8 = "qk_dtype", "int8"
 _ABSENT = object()
 
 
@@ -79,8 +82,20 @@ def bound_of(shape: AttentionShape, dtype: str, device_kind: str) -> float | Non
     return mxu_bound_ms(shape, spec) if spec is not None and dtype == "bfloat16" else None
 
 
+def is_exact(variant: Mapping[str, Any]) -> bool:
+    """Whether a variant computes the same attention as the others."""
+    return variant.get(_QK_DTYPE) != _INT8
+
+
+def series(trial: Trial) -> str:
+    """The kernel's name, with what sets it apart from the exact ones."""
+    return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} {_INT8}"
+
+
 def of_bound(trial: Trial) -> float | None:
-    """The bound over the kernel's time, over the op's where that is not known."""
+    """The bound over the kernel's time, over the op's where that is not known. None for int8: the bound is bf16's."""
+    if not is_exact(trial.variant):
+        return None
     bound_ms = bound_of(trial.shape, trial.dtype, trial.device_kind)
     return bound_ms / kernel_time(trial) if bound_ms and trial.time_ms is not None else None
 
@@ -92,7 +107,7 @@ def device_of(device_kind: str) -> DeviceSpec | None:
 
 def kernel_order(trials: Iterable[Trial]) -> list[str]:
     """Ours first, then the others by name: who has which colour."""
-    return sorted({trial.kernel for trial in trials}, key=lambda name: (name != OURS, name))
+    return sorted({series(trial) for trial in trials}, key=lambda name: (name != OURS, name))
 
 
 def identity(trial: Trial) -> tuple[object, ...]:

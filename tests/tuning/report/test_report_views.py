@@ -55,6 +55,24 @@ def test_kernels_without_traffic_are_counted_not_placed(make_trial: MakeTrial) -
     assert len(roofline.rows) == 1
 
 
+def test_int8_is_apart_from_what_is_exact(make_trial: MakeTrial) -> None:
+    """It is faster and computes something else: no headline, no share of the bound of bf16."""
+    op = {"category": "kernel", "hbm_bytes": 10**6, "calls": 1}
+    exact = make_trial(time_samples_ms=(2.0,), ops=(op,), variant={"qk_dtype": "bfloat16"})
+    int8 = make_trial(time_samples_ms=(1.0,), ops=(op,), variant={"qk_dtype": "int8"})
+    peer = make_trial(time_samples_ms=(3.0,), ops=(op,), kernel="jax_splash", variant={})
+    file = TrialFile("results/peers/x/trials.jsonl", (exact, int8, peer))
+    (peers,) = kernels.peers([file])
+    assert peers.best_ratio == pytest.approx(1.5)
+    assert [bar.name for bar in peers.bars.bars] == ["splash_attn int8", "splash_attn", "jax_splash"]
+    (roofline,) = kernels.rooflines([], [file])
+    assert [(trials.series(row[0]), row[3] is None) for row in roofline.rows] == [
+        ("splash_attn int8", True),
+        ("splash_attn", False),
+        ("jax_splash", False),
+    ]
+
+
 def test_the_newest_record_of_a_candidate_counts(make_trial: MakeTrial) -> None:
     first = make_trial(time_samples_ms=(1.0,), created_at="2026-11-01T00:00:00+00:00")
     again = make_trial(time_samples_ms=(2.0,), created_at="2026-11-02T00:00:00+00:00")
@@ -78,6 +96,17 @@ def test_stages_come_from_the_newest_record_that_has_them(samples: SimpleNamespa
     (row,) = case.plans
     assert row.step_s == 0.25
     assert row.total_s == pytest.approx(0.5 + 50 * 0.25 + 0.5)
+
+
+def test_what_was_tried_and_not_taken_is_noted(samples: SimpleNamespace) -> None:
+    others = {"megatron": 0.75, "seed_tp": "does not fit\nand more"}
+    record = samples.predicted(other_plans=others, failures={"vae": "does not fit: 40 GiB"})
+    (case,) = pipeline.cases([PredictedRun.of(record)])
+    assert case.notes == (
+        "megatron: 0.750 s a step, predicted and not taken",
+        "seed_tp: does not fit, predicted and not taken",
+        "ulysses: vae: does not fit: 40 GiB",
+    )
 
 
 def test_a_plan_without_all_stages_has_no_total(samples: SimpleNamespace) -> None:
