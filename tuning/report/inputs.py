@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from splash_attn import tuned
 from tuning import records
 from tuning.records import Trial
-from tuning.reported import DEFAULT_PATH, Reported
+from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
 from tuning.status import Label
 
 T = TypeVar("T")
@@ -101,8 +101,8 @@ class PredictedStage:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
         kinds = {str(kind): float(seconds) for kind, seconds in fields["breakdown_s"].items()}
-        memory = fields["peak_hbm_bytes"], fields["hbm_bytes"]
-        return cls(float(fields["time_s"]), kinds, *memory, fields.get("mfu_fraction"))
+        memory = int(fields["peak_hbm_bytes"]), int(fields["hbm_bytes"])
+        return cls(float(fields["time_s"]), kinds, *memory, _number(fields.get("mfu_fraction")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,9 @@ class PredictedRun:
             video=Video.of(fields["request"]),
             topology=fields["topology"],
             plan=f"{plan['plan']}, dp={plan['dp']} x model={plan['model']}, weights {plan['weights']}",
-            step_time_s=fields["step_time_s"],
+            step_time_s=_number(fields["step_time_s"]),
             stages={stage: PredictedStage.of(value) for stage, value in fields["stages"].items()},
-            reported=fields["reported"],
+            reported=fields["reported"] and _reported_of(fields["reported"]),
             notes=(*fields["notes"], *_other_outcomes(plan["plan"], fields)),
         )
 
@@ -157,8 +157,8 @@ class GeneratedRun:
         names = [field.name for field in dataclasses.fields(GeneratedStage)]
         stages = {}
         for stage, value in fields["stages"].items():
-            times = {name: value[name] for name in names}
-            stages[stage] = GeneratedStage(**times | {"step_times_s": tuple(times["step_times_s"])})
+            load_s, compile_s, run_s = (float(value[name]) for name in names[:3])
+            stages[stage] = GeneratedStage(load_s, compile_s, run_s, tuple(map(float, value[names[3]])))
         return cls(Origin.of(fields), Video.of(fields["request"]), _device_of(fields), stages)
 
 
@@ -177,7 +177,7 @@ class QualityRun:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
-        psnr_db, ssim = tuple(fields["psnr_db"]), tuple(fields["ssim"])
+        psnr_db, ssim = tuple(map(_number, fields["psnr_db"])), tuple(map(float, fields["ssim"]))
         if not psnr_db or len(psnr_db) != len(ssim):
             raise ValueError(f"expected as many PSNR as SSIM figures, got {len(psnr_db)} and {len(ssim)}")
         device, read_back = _device_of(fields), dict(fields["read_back"])
@@ -192,6 +192,15 @@ def _other_outcomes(plan: str, fields: Mapping[str, Any]) -> list[str]:
         text = outcome.splitlines()[0] if isinstance(outcome, str) else f"{outcome:.3f} s a step"
         lines.append(f"{other}: {text}, predicted and not taken")
     return lines
+
+
+def _reported_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    times = {name: float(fields[name]) for name in ("total_time_s", "step_time_s")}
+    return {"source": fields["source"], **times}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _device_of(fields: Mapping[str, Any]) -> str:
@@ -308,15 +317,13 @@ def _validation(path: Path) -> Validation:
         reported = Reported.read(DEFAULT_PATH)
         rows = [ValidationRow(r.shape, r.config, r.median_time_ms, None, None, None) for r in reported.rows]
         return Validation(reported.source, reported.device_kind, None, tuple(rows), None, None, None)
-    from tuning.reported import ReportedRow
-
     own = {field.name for field in dataclasses.fields(ReportedRow)}
     try:
         content = json.loads(path.read_text())
         rows = []
         for fields in content["rows"]:
             call = ReportedRow(**{name: fields[name] for name in own})
-            times = fields["reported_ms"], fields["predicted_ms"]
+            times = float(fields["reported_ms"]), _number(fields["predicted_ms"])
             rows.append(ValidationRow(call.shape, call.config, *times, fields["bound"], fields["error"]))
         names = ("source", "device_kind", "libtpu", "median_abs_error", "max_abs_error", "spearman")
         return Validation(rows=tuple(rows), **{name: content[name] for name in names})

@@ -22,13 +22,13 @@ from tuning.report.trials import (
     bound_of,
     describe,
     device_of,
-    identity,
     is_exact,
     kernel_bytes,
     kernel_order,
     kernel_time,
     newest_trials,
     of_bound,
+    on_device,
     op_time,
     options,
     provenance,
@@ -229,11 +229,11 @@ def rooflines(sweep_files: Sequence[TrialFile], peer_files: Sequence[TrialFile])
         if trial.label is not None and (trial.kernel_time_ms or trial.time_ms) and trial.dtype == "bfloat16":
             groups.setdefault((trial.workload, trial.device_kind, trial.label.value), []).append(trial)
     kernels = kernel_order(trials)
-    traffic = {identity(trial): bytes_ for trial in trials if (bytes_ := kernel_bytes(trial))}
+    traffic = {on_device(trial): bytes_ for trial in trials if (bytes_ := kernel_bytes(trial))}
     drawn = []
     for (workload, device_kind, label), members in sorted(groups.items()):
         spec = device_of(device_kind)
-        placed = [trial for trial in members if identity(trial) in traffic]
+        placed = [trial for trial in members if on_device(trial) in traffic]
         if spec is None or not placed:
             continue
         drawn.append(_roofline(workload, spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
@@ -255,7 +255,7 @@ def _roofline(
         best.setdefault(series(trial), trial)
     points, rows = [], []
     for trial in trials:
-        intensity = trial.shape.flops / traffic[identity(trial)]
+        intensity = trial.shape.flops / traffic[on_device(trial)]
         rate = trial.shape.flops / kernel_time(trial) / 1e9
         text = f"{describe(trial)}; {rate:.0f} TFLOP/s, {intensity:.0f} FLOP a byte"
         name = series(trial)
@@ -326,7 +326,7 @@ def pairs(files: Sequence[TrialFile]) -> list[tuple[Trial, Trial]]:
     for file in newest_of(files)[0]:
         for trial in newest_trials(file.trials):
             if trial.label is not None and trial.time_ms is not None:
-                by_label.setdefault((identity(trial), trial.device_kind), {})[trial.label] = trial
+                by_label.setdefault(on_device(trial), {})[trial.label] = trial
     both = [group for group in by_label.values() if {Label.MEASURED, Label.PREDICTED} <= set(group)]
     found = [(group[Label.MEASURED], group[Label.PREDICTED]) for group in both]
     return sorted(found, key=lambda pair: (pair[0].workload, pair[0].device, op_time(pair[0]), pair[0].key))

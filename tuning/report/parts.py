@@ -23,7 +23,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A row of stacked pieces. text: its total with what belongs to it; note: small, below the name."""
+    """A row of stacked pieces. total: of all of them; note: small, below the name."""
 
     name: str
     label: Label

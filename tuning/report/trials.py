@@ -22,7 +22,7 @@ def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
     """One for each kernel, configuration, shape, device and backend: the newest, in the order of the first."""
     found: dict[tuple[object, ...], Trial] = {}
     for trial in trials:
-        key = (*identity(trial), trial.device_kind, trial.backend)
+        key = (*on_device(trial), trial.backend)
         if key not in found or trial.created_at >= found[key].created_at:
             found[key] = trial
     return list(found.values())
@@ -110,9 +110,9 @@ def kernel_order(trials: Iterable[Trial]) -> list[str]:
     return sorted({series(trial) for trial in trials}, key=lambda name: (name != OURS, name))
 
 
-def identity(trial: Trial) -> tuple[object, ...]:
-    """Equal for trials of the same kernel, configuration and call, whatever the device and however timed."""
-    return trial.kernel, trial.shape, trial.dtype, trial.key
+def on_device(trial: Trial) -> tuple[object, ...]:
+    """Equal for trials of the same kernel, configuration, call and device, however timed."""
+    return trial.kernel, trial.shape, trial.dtype, trial.key, trial.device_kind
 
 
 def kernel_bytes(trial: Trial) -> int:

@@ -198,6 +198,12 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
         ),
         ("predict.jsonl", lambda samples: [samples.predicted(label="guessed")], "predict.jsonl:1: not a record"),
         ("predict.jsonl", lambda samples: [samples.predicted(stages=[])], "predict.jsonl:1: not a record"),
+        ("predict.jsonl", lambda samples: [samples.predicted(step_time_s="fast")], "predict.jsonl:1: not a record"),
+        (
+            "predict.jsonl",
+            lambda samples: [samples.predicted(reported={"source": "somebody"})],
+            "predict.jsonl:1: expected a field 'total_time_s'",
+        ),
         (
             "generate.jsonl",
             lambda samples: ["", _without(samples.generated(), "device")],
