@@ -243,7 +243,10 @@ def quality(runs: Sequence[QualityRun]) -> list[QualityTable]:
             checkpoint=checkpoint,
             read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
             rows=tuple(_quality_row(run) for run in members.values()),
-            provenance=origin_text([run.origin for run in members.values()], f"on {device} with "),
+            provenance=origin_text(
+                [run.origin for run in members.values()],
+                f"{next(iter(members.values())).origin.label} on {device} with ",
+            ),
         )
         for (checkpoint, video, device), members in groups.items()
     ]
