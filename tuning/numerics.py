@@ -102,7 +102,7 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
     k += 2.0
     arguments = [jnp.asarray(x, dtype=key.dtype) for x in (q, k, v)]
     actual = np.asarray(attention(*arguments)).astype(np.float32)
-    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float32)).astype(np.float32)
+    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float64)).astype(np.float32)
     if actual.shape != expected.shape:
         raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
     difference = actual - expected

@@ -13,9 +13,12 @@ from tuning.bound import mxu_bound_ms
 from tuning.records import Trial
 
 _ERROR_CHARACTERS = 60
+#: Units of the core, as the compiler names them, and their columns: the share of their slots that the kernel uses.
+_UNITS = {"MATMUL": "mxu", "VALU": "valu", "VPOP": "vpop", "EUP": "eup", "VLOAD": "vload", "VSTORE": "vstore"}
 _FORMATS = {
     **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "spills", "fills"), "{:.0f}"),
     "bound_fraction": "{:.1%}",
+    **dict.fromkeys(_UNITS.values(), "{:.0%}"),
     "rms_error": "{:.1e}",
     "vmem_mib": "{:.1f}",
     "peak_hbm_mib": "{:.0f}",
@@ -31,7 +34,12 @@ def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def table(
-    trials: Sequence[Trial], *, limit: int | None = 40, hide: Sequence[str] = _HIDDEN, one_variant_column: bool = False
+    trials: Sequence[Trial],
+    *,
+    limit: int | None = 40,
+    hide: Sequence[str] = _HIDDEN,
+    one_variant_column: bool = False,
+    units: bool = False,
 ) -> str:
     """The trials in their order as aligned text.
 
@@ -41,12 +49,14 @@ def table(
       trials: what to show.
       limit: show the first so many; None shows all.
       hide: columns to leave out.
+      units: show how busy each unit of the core is in the kernel.
       one_variant_column: put the fields of the variant in one column, for trials of different kernels.
     """
     if not trials:
         return "no trials"
     shown = trials[:limit] if limit else trials
-    frame = _frame(shown).drop(columns=list(hide)).dropna(axis="columns", how="all")
+    hide = [*hide, *(() if units else _UNITS.values())]
+    frame = _frame(shown).drop(columns=hide).dropna(axis="columns", how="all")
     same = _common_options(shown)
     header = ", ".join(f"{name}={value}" for name, value in same.items())
     frame = frame.drop(columns=[records.VARIANT_PREFIX + name for name in same], errors="ignore")
@@ -106,14 +116,25 @@ def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
 def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
     frame = records.frame(trials)
     frame.insert(list(frame.columns).index("mcycles"), "bound_fraction", [_bound_fraction(trial) for trial in trials])
+    for unit, column in _UNITS.items():
+        frame.insert(list(frame.columns).index("vmem_mib"), column, [_utilization(trial, unit) for trial in trials])
     return frame
+
+
+def _utilization(trial: Trial, unit: str) -> float | None:
+    """Share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
+    kernels = [op for op in trial.ops if op["category"] == "kernel" and op["time_s"] > 0]
+    if not kernels:
+        return None
+    return sum(op["utilization"][unit] * op["time_s"] for op in kernels) / sum(op["time_s"] for op in kernels)
 
 
 def _bound_fraction(trial: Trial) -> float | None:
     """The matrix units' bound over the kernel's time (the op's where that is not known): 1 is the best there can be."""
     time_ms = trial.kernel_time_ms or trial.time_ms
     spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == trial.device_kind), None)
-    if time_ms is None or spec is None or trial.dtype != "bfloat16":
+    in_int8 = trial.variant.get("qk_dtype") == "int8"  # whose bound is another
+    if time_ms is None or spec is None or trial.dtype != "bfloat16" or in_int8:
         return None
     bound_ms = mxu_bound_ms(trial.shape, spec)
     return bound_ms / time_ms if bound_ms else None
