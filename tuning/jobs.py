@@ -130,18 +130,18 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
-        measured = measure.measure(
+        timed = measure.measure(
             lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
         )
     except jax.errors.JaxRuntimeError as error:
         raise compile_error(error) from error
-    notes = [*kernel.notes, *measured.notes]
+    notes = [*kernel.notes, *timed.notes]
     if not on_tpu:
         notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
     return checked | {
         "label": "measured",
-        "time_samples_ms": measured.times_ms,
-        "kernel_time_ms": measured.kernel_time_ms,
+        "time_samples_ms": timed.times_ms,
+        "kernel_time_ms": timed.kernel_time_ms,
         "compile_time_s": compile_time_s,
         "notes": notes,
     }

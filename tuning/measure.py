@@ -38,6 +38,7 @@ class MeasureSettings:
       warm_up_count: runs that are not kept.
       min_samples, max_samples: bounds of the number of runs kept.
       target_ci_fraction: stop once the half width of the median's 95% confidence interval is this part of the median.
+      max_time_s: take no more than min_samples after this; a slow or noisy device must not use up a trial's time limit.
 
     Raises:
       ValueError: a number is out of range.
@@ -47,6 +48,7 @@ class MeasureSettings:
     min_samples: int = 7
     max_samples: int = 100
     target_ci_fraction: float = 0.01
+    max_time_s: float = 30.0
 
     def __post_init__(self) -> None:
         if self.warm_up_count < 1:
@@ -58,6 +60,8 @@ class MeasureSettings:
             )
         if not 0 < self.target_ci_fraction < 1:
             raise ValueError(f"target_ci_fraction={self.target_ci_fraction}: expected between 0 and 1.")
+        if not self.max_time_s > 0:
+            raise ValueError(f"max_time_s={self.max_time_s}: expected a positive number of seconds.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Measurement:
 
 
 def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: str, kernel: str) -> Measurement:
-    """Times a function on the device until its median is known well enough or max_samples are taken.
+    """Times a function on the device until its median is known well enough, or samples or time are used up.
 
     Args:
       run: starts the compiled program once, and returns its arrays.
@@ -177,8 +181,9 @@ def _two_modes(samples: Sequence[float]) -> tuple[tuple[float, int], tuple[float
 
 
 def _until_known(take: Callable[[int], list[Run]], settings: MeasureSettings, *, batch: int) -> list[Run]:
+    start = time.monotonic()
     runs = take(settings.min_samples)
-    while len(runs) < settings.max_samples:
+    while len(runs) < settings.max_samples and time.monotonic() - start < settings.max_time_s:
         if median_ci_fraction([run.time_ms for run in runs]) <= settings.target_ci_fraction:
             break
         runs += take(min(batch, settings.max_samples - len(runs)))

@@ -59,6 +59,14 @@ def test_noisy_device_is_sampled_until_the_cap(wall_clock: Any) -> None:
     assert any(note.startswith("noisy: median known to") for note in found.notes)
 
 
+def test_a_slow_device_is_sampled_no_longer_than_its_time(wall_clock: Any) -> None:
+    wall_clock(1.0, 9.0, 4.0)
+    settings = MeasureSettings(min_samples=7, max_samples=100, max_time_s=1e-9)
+    found = measure(lambda: None, settings, platform="cpu", kernel="k")
+    assert len(found.times_ms) == 7
+    assert any(note.startswith("noisy: median known to") for note in found.notes)
+
+
 def test_a_profile_without_the_devices_runs_gives_way_to_the_wall_clock_and_says_so() -> None:
     """This machine's own profiler, asked for an accelerator's times."""
     import jax.numpy as jnp
@@ -72,7 +80,14 @@ def test_a_profile_without_the_devices_runs_gives_way_to_the_wall_clock_and_says
 
 
 @pytest.mark.parametrize(
-    "bad", [{"warm_up_count": 0}, {"min_samples": 5}, {"min_samples": 9, "max_samples": 8}, {"target_ci_fraction": 0}]
+    "bad",
+    [
+        {"warm_up_count": 0},
+        {"min_samples": 5},
+        {"min_samples": 9, "max_samples": 8},
+        {"target_ci_fraction": 0},
+        {"max_time_s": 0},
+    ],
 )
 def test_bad_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="expected"):

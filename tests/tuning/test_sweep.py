@@ -221,7 +221,7 @@ def test_workers_die_with_a_killed_sweep(
 
 
 def _worker_pids(results_dir: Path) -> list[int]:
-    """Worker processes whose request lies under a results folder."""
+    """Worker processes whose folder lies under a results folder."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
