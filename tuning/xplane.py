@@ -1,0 +1,324 @@
+"""What a profile holds: the time of each op and named scope, of each step, on a device plane or on the host's.
+
+A TPU writes a plane for each core, "/device:TPU:0", whose ops carry their scope. XLA's CPU backend writes its ops among
+the host's threads, with the names of program and HLO op; the scope is in the HLO that the profiler saves beside them.
+"""
+
+import collections
+import dataclasses
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tuning.xplane_proto import message
+
+SUFFIX = ".xplane.pb"
+_DEVICE_PLANE = "/device:"
+_CORE_PLANE = re.compile(r"^/device:[A-Za-z]+:\d+$")  # not "/device:TPU:0 SparseCore 1", nor "/device:CUSTOM:..."
+_HOST_PLANE, _METADATA_PLANE = "/host:CPU", "/host:metadata"
+_OPS_LINE, _STEPS_LINE, _MODULES_LINE = "XLA Ops", "Steps", "XLA Modules"
+_HLO_STAT = "Hlo Proto"
+#: Stat of a device plane that no device wrote.
+PREDICTED_STAT = "predicted"
+#: Ops whose time is that of the ops that they run.
+_CONTROL_FLOW = frozenset(("while", "conditional", "call"))
+#: Parts of an op_name that JAX adds, not the author of the program.
+_ADDED = frozenset(
+    "while body cond closed_call shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
+)
+_NUMBER = re.compile(r"\.\d+$")
+_BRANCH = re.compile(r"^branch_\d+_fun$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One run of an HLO op.
+
+    Attributes:
+      name: of the HLO op, e.g. "fusion.3".
+      scope: named scopes around it, "denoise/blocks/attention"; "" where the compiler made it or it has none.
+      opcode: of HLO ("fusion"), or the profiler's category on a device plane; "" where neither is known.
+      program: the HLO module, "jit_step".
+      plane: where it ran: "/device:TPU:0", or "/host:CPU".
+      start_ps, duration_ps: picoseconds; the start counts from the plane's own zero.
+      self_ps: duration without the ops within it on the same line; 0 for control flow, whose ops have the time.
+    """
+
+    name: str
+    scope: str
+    opcode: str
+    program: str
+    plane: str
+    start_ps: int
+    duration_ps: int
+    self_ps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step: what `jax.profiler.StepTraceAnnotation` enclosed on the host, or the device's own for it.
+
+    Attributes:
+      name: of the annotation; the step's number on a device plane.
+      number: `step_num`.
+      plane, start_ps, duration_ps: as of an Op.
+    """
+
+    name: str
+    number: int
+    plane: str
+    start_ps: int
+    duration_ps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One host's part of a profile.
+
+    Attributes:
+      host: the file's name without its suffix.
+      ops: of every plane that has ops; those of different planes ran at the same time.
+      steps: by the device's clock on device planes, by the host's on "/host:CPU".
+      modules: runs of whole programs on device planes, as Ops of their own (scope and opcode empty).
+      predicted: written by tuning.trace_predicted: nothing ran.
+    """
+
+    host: str
+    ops: tuple[Op, ...]
+    steps: tuple[Step, ...]
+    modules: tuple[Op, ...]
+    predicted: bool
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """Names of the planes that have ops; device planes where there are any."""
+        return tuple(sorted({op.plane for op in self.ops}))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the times are a device's (or predicted for one), not those of XLA's CPU backend."""
+        return any(plane.startswith(_DEVICE_PLANE) for plane in self.planes)
+
+    def matching(self, text: str) -> tuple[Op, ...]:
+        """The ops whose name or scope contains `text`, in the order of their start."""
+        return tuple(op for op in self.ops if text in op.name or text in op.scope)
+
+    def seconds_by(self, key: Callable[[Op], str], ops: Iterable[Op] | None = None) -> dict[str, float]:
+        """Self seconds summed by a key, longest first; the mean over planes, as they run the same at the same time."""
+        sums: collections.Counter[str] = collections.Counter()
+        for op in self.ops if ops is None else ops:
+            sums[key(op)] += op.self_ps
+        planes = max(len(self.planes), 1)
+        return {name: ps / planes / 1e12 for name, ps in sums.most_common()}
+
+    def seconds_by_scope(self, ops: Iterable[Op] | None = None) -> dict[str, float]:
+        """Self seconds by scope, longest first."""
+        return self.seconds_by(lambda op: op.scope, ops)
+
+    def module_seconds(self, text: str = "") -> list[float]:
+        """Seconds of each run of the programs whose name contains `text`, on the first plane. Device planes only."""
+        runs = [run for run in self.modules if text in run.program and run.plane == self.planes[0]]
+        return [run.duration_ps / 1e12 for run in runs]
+
+    def ops_by_step(self) -> list[tuple[Step, tuple[Op, ...]]]:
+        """Each step with the ops that started within it on its plane."""
+        found = []
+        for step in self.steps:
+            end = step.start_ps + step.duration_ps
+            inside = (op for op in self.ops if op.plane == step.plane and step.start_ps <= op.start_ps < end)
+            found.append((step, tuple(inside)))
+        return found
+
+    def step_time_s(self) -> float | None:
+        """Median of the steps, None without any."""
+        return statistics.median(step.duration_ps for step in self.steps) / 1e12 if self.steps else None
+
+
+def read(path: Path) -> Profile:
+    """Reads an .xplane.pb.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: it is not an xplane.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        space = message("XSpace").FromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: expected an xplane written by the JAX profiler ({error}).") from error
+    return from_space(space, path.name.removesuffix(SUFFIX))
+
+
+def from_space(space: Any, host: str) -> Profile:
+    """A Profile of a parsed XSpace (tuning.xplane_proto). The host's ops count only where there is no device plane."""
+    programs = _programs(space)
+    device_planes = [plane for plane in space.planes if _CORE_PLANE.match(plane.name) and _has_line(plane, _OPS_LINE)]
+    predicted = any(PREDICTED_STAT in _stats(plane, plane.stats) for plane in device_planes)
+    ops: list[Op] = []
+    steps: list[Step] = []
+    modules: list[Op] = []
+    for plane in device_planes:
+        for line in plane.lines:
+            if line.name == _OPS_LINE:
+                ops += _nested(_device_op(plane, line, event, programs) for event in line.events)
+            elif line.name == _STEPS_LINE:
+                steps += [step for event in line.events if (step := _device_step(plane, line, event))]
+            elif line.name == _MODULES_LINE:
+                modules += [_module(plane, line, event) for event in line.events]
+    if not device_planes:
+        for plane in space.planes:
+            if plane.name == _HOST_PLANE:
+                for line in plane.lines:
+                    found = (_host_op(plane, line, event, programs) for event in line.events)
+                    ops += _nested(op for op in found if op is not None)
+                    steps += [step for event in line.events if (step := _host_step(plane, line, event))]
+    return Profile(
+        host=host,
+        ops=tuple(sorted(ops, key=lambda op: (op.plane, op.start_ps))),
+        steps=tuple(sorted(steps, key=lambda step: (step.plane, step.start_ps))),
+        modules=tuple(sorted(modules, key=lambda run: (run.plane, run.start_ps))),
+        predicted=predicted,
+    )
+
+
+def named_scope(op_name: str) -> str:
+    """The named scopes of an HLO op_name: "jit(f)/blocks/while/body/closed_call/attention/dot" -> "blocks/attention".
+
+    Left out are the primitive at the end, functions (`jit(f)`), and what JAX adds for control flow. Of the several
+    names that XLA gives a fused op the first counts.
+    """
+    parts = op_name.split(";")[0].rstrip(":").split("/")[:-1]
+    return "/".join(part for part in parts if part not in _ADDED and "(" not in part and not _BRANCH.match(part))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    opcode: str
+    scope: str
+
+
+def _programs(space: Any) -> dict[str, dict[str, _Instruction]]:
+    """ "module(program id)" -> HLO op -> what it is, from the HLO that the profiler saves."""
+    found = {}
+    for plane in space.planes:
+        if plane.name != _METADATA_PLANE:
+            continue
+        for metadata in plane.event_metadata.values():
+            proto = _stats(plane, metadata.stats).get(_HLO_STAT)
+            if isinstance(proto, bytes):
+                found[metadata.name] = _instructions(message("HloProto").FromString(proto).hlo_module)
+    return found
+
+
+def _instructions(module: Any) -> dict[str, _Instruction]:
+    computations = {computation.id: computation for computation in module.computations}
+    found = {}
+    for computation in module.computations:
+        for instruction in computation.instructions:
+            scope = named_scope(instruction.metadata.op_name)
+            if not scope and instruction.opcode == "fusion":  # made by the compiler: what most of it is of
+                inside = [op for n in instruction.called_computation_ids for op in computations[n].instructions]
+                scopes = collections.Counter(filter(None, (named_scope(op.metadata.op_name) for op in inside)))
+                scope = scopes.most_common(1)[0][0] if scopes else ""
+            found[instruction.name] = _Instruction(instruction.opcode, scope)
+    return found
+
+
+def _nested(ops: Iterable[Op]) -> list[Op]:
+    """Ops of one line with the time of those within them taken away."""
+    ordered = sorted(ops, key=lambda op: (op.start_ps, -op.duration_ps))
+    self_ps = [op.duration_ps for op in ordered]
+    open_ops: list[int] = []
+    for index, op in enumerate(ordered):
+        while open_ops and ordered[open_ops[-1]].start_ps + ordered[open_ops[-1]].duration_ps <= op.start_ps:
+            open_ops.pop()
+        if open_ops:
+            self_ps[open_ops[-1]] -= op.duration_ps
+        open_ops.append(index)
+    return [
+        dataclasses.replace(op, self_ps=0 if _is_control_flow(op) else max(left, 0))
+        for op, left in zip(ordered, self_ps, strict=True)
+    ]
+
+
+def _is_control_flow(op: Op) -> bool:
+    return op.opcode in _CONTROL_FLOW or (not op.opcode and _NUMBER.sub("", op.name) in _CONTROL_FLOW)
+
+
+def _device_op(plane: Any, line: Any, event: Any, programs: Mapping[str, Mapping[str, _Instruction]]) -> Op:
+    metadata = plane.event_metadata[event.metadata_id]
+    stats = _stats(plane, metadata.stats) | _stats(plane, event.stats)
+    name = metadata.display_name or metadata.name.split(" = ")[0].lstrip("%")
+    program = str(stats.get("hlo_module") or stats.get("program_id", ""))
+    suffix = f"({stats.get('program_id')})"
+    known = next((ops.get(name) for key, ops in programs.items() if key.endswith(suffix)), None)
+    op_name = stats.get("tf_op")
+    scope = named_scope(str(op_name)) if op_name else (known.scope if known else "")
+    opcode = known.opcode if known else str(stats.get("hlo_category", ""))
+    return _op(plane, line, event, name=name, scope=scope, opcode=opcode, program=program)
+
+
+def _host_op(plane: Any, line: Any, event: Any, programs: Mapping[str, Mapping[str, _Instruction]]) -> Op | None:
+    if not event.stats:
+        return None
+    stats = _stats(plane, event.stats)
+    if "hlo_op" not in stats:
+        return None
+    name, program = str(stats["hlo_op"]), str(stats.get("hlo_module", ""))
+    known = programs.get(f"{program}({stats.get('program_id')})", {}).get(name)
+    return _op(
+        plane,
+        line,
+        event,
+        name=name,
+        scope=known.scope if known else "",
+        opcode=known.opcode if known else "",
+        program=program,
+    )
+
+
+def _module(plane: Any, line: Any, event: Any) -> Op:
+    name = plane.event_metadata[event.metadata_id].name
+    return _op(plane, line, event, name=name, scope="", opcode="", program=name.split("(")[0])
+
+
+def _op(plane: Any, line: Any, event: Any, **fields: str) -> Op:
+    start = line.timestamp_ns * 1000 + event.offset_ps
+    return Op(plane=plane.name, start_ps=start, duration_ps=event.duration_ps, self_ps=event.duration_ps, **fields)
+
+
+def _device_step(plane: Any, line: Any, event: Any) -> Step | None:
+    name = plane.event_metadata[event.metadata_id].name
+    return _step(plane, line, event, name, int(name)) if name.isdigit() else None
+
+
+def _host_step(plane: Any, line: Any, event: Any) -> Step | None:
+    if not event.stats:
+        return None
+    number = _stats(plane, event.stats).get("step_num")
+    return None if number is None else _step(plane, line, event, plane.event_metadata[event.metadata_id].name, number)
+
+
+def _step(plane: Any, line: Any, event: Any, name: str, number: Any) -> Step:
+    return Step(name, int(number), plane.name, line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps)
+
+
+def _stats(plane: Any, stats: Any) -> dict[str, Any]:
+    return dict(_named_stats(plane, stats))
+
+
+def _named_stats(plane: Any, stats: Any) -> Iterator[tuple[str, Any]]:
+    for stat in stats:
+        kind = stat.WhichOneof("value")
+        value = getattr(stat, kind) if kind else None
+        yield (
+            plane.stat_metadata[stat.metadata_id].name,
+            (plane.stat_metadata[value].name if kind == "ref_value" else value),
+        )
+
+
+def _has_line(plane: Any, name: str) -> bool:
+    return any(line.name == name for line in plane.lines)
