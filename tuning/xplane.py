@@ -233,8 +233,8 @@ def _nested(ops: Iterable[Op]) -> list[Op]:
     self_ps = [op.duration_ps for op in ordered]
     open_ops: list[int] = []
     for index, op in enumerate(ordered):
-        while open_ops and ordered[open_ops[-1]].start_ps + ordered[open_ops[-1]].duration_ps <= op.start_ps:
-            open_ops.pop()
+        while open_ops and _end_ps(ordered[open_ops[-1]]) < max(_end_ps(op), op.start_ps + 1):
+            open_ops.pop()  # over, or only overlapping by what clocks are off
         if open_ops:
             self_ps[open_ops[-1]] -= op.duration_ps
         open_ops.append(index)
@@ -242,6 +242,10 @@ def _nested(ops: Iterable[Op]) -> list[Op]:
         dataclasses.replace(op, self_ps=0 if _is_control_flow(op) else max(left, 0))
         for op, left in zip(ordered, self_ps, strict=True)
     ]
+
+
+def _end_ps(op: Op) -> int:
+    return op.start_ps + op.duration_ps
 
 
 def _is_control_flow(op: Op) -> bool:

@@ -55,6 +55,9 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "stats": (5, "[XStat]"),
     },
     "XStatMetadata": {"id": (1, _INT), "name": (2, _STRING)},
+    # Value of the stat "memory_access_breakdown" (xprof's op_metrics.proto).
+    "MemoryAccessBreakdown": {"memory_accessed": (1, "[MemoryAccessed]")},
+    "MemoryAccessed": {"operation_type": (1, _INT), "memory_space": (2, _INT), "bytes_accessed": (3, _UINT)},
     "HloProto": {"hlo_module": (1, "HloModuleProto")},
     "HloModuleProto": {"name": (1, _STRING), "computations": (3, "[HloComputationProto]")},
     "HloComputationProto": {"name": (1, _STRING), "id": (5, _INT), "instructions": (2, "[HloInstructionProto]")},

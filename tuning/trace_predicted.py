@@ -1,0 +1,216 @@
+"""A prediction as a timeline that TensorBoard's profile tab opens, labelled so that nobody takes it for a measurement.
+
+Ops are laid out one after the other, as tuning.offline predicts them to run; loops are unrolled. Each op's FLOPs are the MXU
+slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is then the MXU's occupancy.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from splash_attn.device import DeviceSpec
+from tuning.xplane import PREDICTED_STAT
+from tuning.xplane_proto import message
+
+#: Before the names of runs, hosts and programs that were predicted.
+PREFIX = "predicted-"
+HOST = "predicted"
+#: Ops of a loop are one after the other to this many seconds; a larger gap is where another loop begins.
+_SAME_S = 1e-10
+_HBM_READ = {"operation_type": 1, "memory_space": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictedOp:
+    """What a timeline shows of a tuning.offline.OpCost, which has the meaning of the fields. time_s: over all calls."""
+
+    name: str
+    scope: str
+    category: str
+    time_s: float
+    start_s: float
+    calls: int
+    cycles: int = 0
+    hbm_bytes: int = 0
+    bound: str = ""
+    vmem_bytes: int = 0
+    spill_count: int = 0
+    fill_count: int = 0
+    utilization: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "PredictedOp":
+        """From an OpCost as a dict, as trials keep them.
+
+        Raises:
+          KeyError: a time is missing.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        required = ("name", "scope", "category", "time_s", "start_s", "calls")
+        return cls(**{name: fields[name] for name in required} | {n: fields[n] for n in names & set(fields)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One predicted program. name: "denoise_step", say; ops: in the order of the program."""
+
+    name: str
+    ops: tuple[PredictedOp, ...]
+
+
+def unrolled(ops: Sequence[PredictedOp]) -> Iterator[tuple[PredictedOp, float, float]]:
+    """Each run of each op, with its start and its time in seconds, in order.
+
+    An op says how often it runs and when it first starts; which ops are of one loop follows from the two.
+    """
+    yield from _level([op for op in ops if op.calls > 0], 1, 0.0)
+
+
+def _level(ops: Sequence[PredictedOp], calls: int, shift_s: float) -> Iterator[tuple[PredictedOp, float, float]]:
+    index = 0
+    while index < len(ops):
+        op = ops[index]
+        if op.calls <= calls:
+            yield op, op.start_s + shift_s, op.time_s / op.calls
+            index += 1
+            continue
+        stop = _loop_end(ops, index, calls)
+        body = ops[index:stop]
+        inside = min(op.calls for op in body)
+        trips, period_s = inside // calls, sum(op.time_s for op in body) / inside
+        for trip in range(trips):
+            yield from _level(body, inside, shift_s + trip * period_s)
+        index = stop
+
+
+def _loop_end(ops: Sequence[PredictedOp], start: int, calls: int) -> int:
+    """Where the loop ends that begins with `ops[start]`, in a computation that runs `calls` times."""
+    stop = start
+    while stop < len(ops) and ops[stop].calls > calls:
+        stop += 1
+    # Two loops in a row look like one, but the second starts only when all trips of the first are over.
+    inside = min(op.calls for op in ops[start:stop])
+    spent_s = 0.0
+    for index in range(start, stop):
+        if abs(ops[index].start_s - ops[start].start_s - spent_s) > _SAME_S * (index - start + 1):
+            return index
+        spent_s += ops[index].time_s / inside
+    return stop
+
+
+def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> Any:
+    """An XSpace with one step for each program, one after the other on one core of a device that is not here.
+
+    Args:
+      programs: what runs.
+      device: whose peaks the rooflines are.
+      made_by: what predicted it, "libtpu 0.0.52".
+    """
+    space = message("XSpace")()
+    space.hostnames.append(HOST)
+    plane = _Plane(space.planes.add(id=1, name="/device:TPU:0"))
+    plane.stats(plane.proto.stats, _device_stats(device, made_by))
+    steps, modules, ops_line = (
+        plane.proto.lines.add(id=number, display_id=number, name=name, display_name=f"{name} ({HOST})")
+        for number, name in enumerate(("Steps", "XLA Modules", "XLA Ops"), start=1)
+    )
+    now = 0
+    for number, program in enumerate(programs):
+        end = now
+        program_id = number + 1
+        group = {"group_id": number}
+        for op, start_s, time_s in unrolled(program.ops):
+            start, stop = now + _ps(start_s), now + _ps(start_s + time_s)
+            if stop > start:
+                metadata = plane.event(f"{program_id}:{op.name}", op.name, _op_stats(op, program_id, device))
+                event = ops_line.events.add(metadata_id=metadata, offset_ps=start, duration_ps=stop - start)
+                plane.stats(event.stats, group)
+            end = max(end, stop)
+        whole = {"offset_ps": now, "duration_ps": end - now}
+        step = steps.events.add(metadata_id=plane.event(f"step {number}", str(number), {}), **whole)
+        plane.stats(step.stats, group)
+        module = modules.events.add(
+            metadata_id=plane.event(f"module {number}", f"{PREFIX}{program.name}({program_id})", {}), **whole
+        )
+        plane.stats(module.stats, group | {"program_id": program_id, "run_id": number})
+        now = end
+    return space
+
+
+def _device_stats(device: DeviceSpec, made_by: str) -> dict[str, Any]:
+    hbm_gb = device.hbm_bytes_per_s / 1e9
+    return {
+        PREDICTED_STAT: f"nothing ran: read from the schedule of {made_by}",
+        "device_vendor": "Google",
+        "device_type_string": f"{device.device_kind} ({HOST} by {made_by})",
+        "peak_teraflops_per_second": device.peak_bf16_flops_per_s / 1e12,
+        "peak_hbm_bw_gigabytes_per_second": hbm_gb,
+    }
+
+
+def _op_stats(op: PredictedOp, program_id: int, device: DeviceSpec) -> dict[str, Any]:
+    flops = round(op.utilization.get("MATMUL", 0.0) * op.cycles * device.flops_per_cycle)
+    return {
+        "tf_op": op.scope,
+        "hlo_category": op.category,
+        "program_id": program_id,
+        "flops": flops,
+        "model_flops": flops,
+        "bytes_accessed": op.hbm_bytes,
+        "raw_bytes_accessed": op.hbm_bytes,
+        "memory_access_breakdown": _hbm_traffic(op.hbm_bytes),
+        "long_name": f"{op.name} ({HOST}): {op.category}, bound by {op.bound}",
+        "cycles": op.cycles,
+        "vmem_bytes": op.vmem_bytes,
+        "spills": op.spill_count,
+        "fills": op.fill_count,
+        **{f"{unit} utilization": fraction for unit, fraction in op.utilization.items() if fraction},
+    }
+
+
+def _hbm_traffic(hbm_bytes: int) -> bytes:
+    """As xprof wants it, all of it as reads: a schedule's DMAs are not told apart in an OpCost."""
+    breakdown = message("MemoryAccessBreakdown")()
+    breakdown.memory_accessed.add(**_HBM_READ, bytes_accessed=hbm_bytes)
+    return breakdown.SerializeToString()
+
+
+def _ps(seconds: float) -> int:
+    return round(seconds * 1e12)
+
+
+class _Plane:
+    """Gives names of events and stats their numbers within one plane."""
+
+    def __init__(self, proto: Any) -> None:
+        self.proto = proto
+        self._events: dict[str, int] = {}
+        self._stats: dict[str, int] = {}
+
+    def event(self, key: str, name: str, stats: Mapping[str, Any]) -> int:
+        """The number of the event metadata of a key, made where it is new."""
+        if key not in self._events:
+            number = self._events[key] = len(self._events) + 1
+            metadata = self.proto.event_metadata[number]
+            metadata.id, metadata.name, metadata.display_name = number, name, name
+            self.stats(metadata.stats, {"symbol_id": number, **stats} if stats else {})
+        return self._events[key]
+
+    def stats(self, target: Any, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            stat = target.add(metadata_id=self._stat(name))
+            if isinstance(value, str):
+                stat.str_value = value
+            elif isinstance(value, bytes):
+                stat.bytes_value = value
+            elif isinstance(value, float):
+                stat.double_value = value
+            else:
+                stat.int64_value = value
+
+    def _stat(self, name: str) -> int:
+        if name not in self._stats:
+            number = self._stats[name] = len(self._stats) + 1
+            metadata = self.proto.stat_metadata[number]
+            metadata.id, metadata.name = number, name
+        return self._stats[name]
