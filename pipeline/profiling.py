@@ -53,10 +53,14 @@ _recorder: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("r
 @contextlib.contextmanager
 def tracing(recorder: "Recorder | None") -> Iterator[None]:
     """Within the block every stage that runs is profiled, without its loading and compiling: a session each."""
-    token = _recorder.set(recorder)
+    option = "jax_compilation_cache_include_metadata_in_key"
+    token, before = _recorder.set(recorder), jax.config.values[option]
+    if recorder is not None:  # a cached program may be of before a scope was named
+        jax.config.update(option, True)
     try:
         yield
     finally:
+        jax.config.update(option, before)
         _recorder.reset(token)
 
 

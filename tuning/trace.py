@@ -1,7 +1,7 @@
 """Profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
 
 A run has a session for each of its parts (a stage of the pipeline, or none), and each repeat of the run has its own:
-`<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. What ran is in `session.json` beside it, written last.
+`<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it, written last, says what ran.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def record(self, part: str = "") -> Iterator[Session]:
-        """Profiles the block, which should compile nothing. A block that fails leaves a session without SESSION_FILE."""
+        """Profiles the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
         session = Session(
             run=self.run,
             part=part,

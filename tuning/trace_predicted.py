@@ -1,7 +1,7 @@
 """A prediction as a timeline that TensorBoard's profile tab opens, labelled so that nobody takes it for a measurement.
 
-Ops are laid out one after the other, as tuning.offline predicts them to run; loops are unrolled. Each op's FLOPs are the MXU
-slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is then the MXU's occupancy.
+Ops are laid out one after the other, as tuning.offline predicts them to run; loops are unrolled. Each op's FLOPs are the
+MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is the MXU's occupancy.
 """
 
 import dataclasses

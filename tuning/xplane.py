@@ -2,13 +2,15 @@
 
 A TPU writes a plane for each core, "/device:TPU:0", whose ops carry their scope. XLA's CPU backend writes its ops among
 the host's threads, with the names of program and HLO op; the scope is in the HLO that the profiler saves beside them.
+There an op may go on in other threads after its own event: it lasts to the event "end: <op>". Such ops overlap, and
+each moment is shared equally among those that run, so that sums over scopes are seconds in which something ran.
 """
 
 import collections
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _OPS_LINE, _STEPS_LINE, _MODULES_LINE = "XLA Ops", "Steps", "XLA Modules"
 _HLO_STAT = "Hlo Proto"
 #: Stat of a device plane that no device wrote.
 PREDICTED_STAT = "predicted"
+_ENDED = "end: "
 #: Ops whose time is that of the ops that they run.
 _CONTROL_FLOW = frozenset(("while", "conditional", "call"))
 #: Parts of an op_name that JAX adds, not the author of the program.
@@ -29,7 +32,7 @@ _ADDED = frozenset(
     "while body cond closed_call shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
 )
 _NUMBER = re.compile(r"\.\d+$")
-_BRANCH = re.compile(r"^branch_\d+_fun$")
+_NO_SCOPE = re.compile(r"\(|->|^branch_\d+_fun$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Op:
       program: the HLO module, "jit_step".
       plane: where it ran: "/device:TPU:0", or "/host:CPU".
       start_ps, duration_ps: picoseconds; the start counts from the plane's own zero.
-      self_ps: duration without the ops within it on the same line; 0 for control flow, whose ops have the time.
+      self_ps: duration without the ops within it (on the host: its share where ops overlap); 0 for control flow, whose
+        ops have the time.
     """
 
     name: str
@@ -154,7 +158,7 @@ def read(path: Path) -> Profile:
 
 def from_space(space: Any, host: str) -> Profile:
     """A Profile of a parsed XSpace (tuning.xplane_proto). The host's ops count only where there is no device plane."""
-    programs = _programs(space)
+    programs = _Programs(space)
     device_planes = [plane for plane in space.planes if _CORE_PLANE.match(plane.name) and _has_line(plane, _OPS_LINE)]
     predicted = any(PREDICTED_STAT in _stats(plane, plane.stats) for plane in device_planes)
     ops: list[Op] = []
@@ -171,10 +175,10 @@ def from_space(space: Any, host: str) -> Profile:
     if not device_planes:
         for plane in space.planes:
             if plane.name == _HOST_PLANE:
-                for line in plane.lines:
-                    found = (_host_op(plane, line, event, programs) for event in line.events)
-                    ops += _nested(op for op in found if op is not None)
-                    steps += [step for event in line.events if (step := _host_step(plane, line, event))]
+                ops += _shared(_host_ops(plane, programs))
+                steps += [
+                    step for line in plane.lines for event in line.events if (step := _host_step(plane, line, event))
+                ]
     return Profile(
         host=host,
         ops=tuple(sorted(ops, key=lambda op: (op.plane, op.start_ps))),
@@ -187,11 +191,11 @@ def from_space(space: Any, host: str) -> Profile:
 def named_scope(op_name: str) -> str:
     """The named scopes of an HLO op_name: "jit(f)/blocks/while/body/closed_call/attention/dot" -> "blocks/attention".
 
-    Left out are the primitive at the end, functions (`jit(f)`), and what JAX adds for control flow. Of the several
-    names that XLA gives a fused op the first counts.
+    Left out are the primitive at the end, functions (`jit(f)`), the formulas of einsum, and what JAX adds for control
+    flow. Of the several names that XLA gives a fused op the first counts.
     """
     parts = op_name.split(";")[0].rstrip(":").split("/")[:-1]
-    return "/".join(part for part in parts if part not in _ADDED and "(" not in part and not _BRANCH.match(part))
+    return "/".join(part for part in parts if part not in _ADDED and not _NO_SCOPE.search(part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +204,35 @@ class _Instruction:
     scope: str
 
 
-def _programs(space: Any) -> dict[str, dict[str, _Instruction]]:
-    """ "module(program id)" -> HLO op -> what it is, from the HLO that the profiler saves."""
-    found = {}
-    for plane in space.planes:
-        if plane.name != _METADATA_PLANE:
-            continue
-        for metadata in plane.event_metadata.values():
-            proto = _stats(plane, metadata.stats).get(_HLO_STAT)
-            if isinstance(proto, bytes):
-                found[metadata.name] = _instructions(message("HloProto").FromString(proto).hlo_module)
-    return found
+_UNKNOWN = _Instruction("", "")
+
+
+class _Programs:
+    """What the HLO that the profiler saves says of each op."""
+
+    def __init__(self, space: Any) -> None:
+        self._by_id: dict[str, dict[str, _Instruction]] = {}
+        self._by_name: dict[str, list[dict[str, _Instruction]]] = collections.defaultdict(list)
+        for plane in space.planes:
+            if plane.name != _METADATA_PLANE:
+                continue
+            for metadata in plane.event_metadata.values():
+                proto = _stats(plane, metadata.stats).get(_HLO_STAT)
+                if isinstance(proto, bytes):
+                    module = message("HloProto").FromString(proto).hlo_module
+                    instructions = _instructions(module)
+                    self._by_id[metadata.name[metadata.name.rfind("(") :]] = instructions
+                    self._by_name[module.name].append(instructions)
+
+    def find(self, stats: Mapping[str, Any], op: str) -> _Instruction:
+        """An op by its event's stats; with nothing in it where the HLO is not there or does not tell which it is."""
+        module = str(stats.get("hlo_module", ""))
+        program = self._by_id.get(f"({stats.get('program_id')})")
+        if program in self._by_name.get(module, ()) or (program and not module):
+            return program.get(op, _UNKNOWN) if program else _UNKNOWN
+        # A program out of the compilation cache runs under the number that it had when it was compiled.
+        found = {program[op] for program in self._by_name.get(module, ()) if op in program}
+        return found.pop() if len(found) == 1 else _UNKNOWN
 
 
 def _instructions(module: Any) -> dict[str, _Instruction]:
@@ -252,36 +274,60 @@ def _is_control_flow(op: Op) -> bool:
     return op.opcode in _CONTROL_FLOW or (not op.opcode and _NUMBER.sub("", op.name) in _CONTROL_FLOW)
 
 
-def _device_op(plane: Any, line: Any, event: Any, programs: Mapping[str, Mapping[str, _Instruction]]) -> Op:
+def _shared(ops: Sequence[Op]) -> list[Op]:
+    """Ops that overlap, with each moment shared equally among those that run."""
+    running: dict[int, float] = {}
+    shares = [0.0] * len(ops)
+    moments = sorted(
+        (moment, begins, index)
+        for index, op in enumerate(ops)
+        if not _is_control_flow(op)
+        for moment, begins in ((op.start_ps, True), (_end_ps(op), False))
+    )
+    before = 0
+    for moment, begins, index in moments:
+        for other in running:
+            shares[other] += (moment - before) / len(running)
+        before = moment
+        if begins:
+            running[index] = moment
+        else:
+            running.pop(index, None)
+    return [dataclasses.replace(op, self_ps=round(share)) for op, share in zip(ops, shares, strict=True)]
+
+
+def _device_op(plane: Any, line: Any, event: Any, programs: _Programs) -> Op:
     metadata = plane.event_metadata[event.metadata_id]
     stats = _stats(plane, metadata.stats) | _stats(plane, event.stats)
     name = metadata.display_name or metadata.name.split(" = ")[0].lstrip("%")
-    program = str(stats.get("hlo_module") or stats.get("program_id", ""))
-    suffix = f"({stats.get('program_id')})"
-    known = next((ops.get(name) for key, ops in programs.items() if key.endswith(suffix)), None)
+    known = programs.find(stats, name)
     op_name = stats.get("tf_op")
-    scope = named_scope(str(op_name)) if op_name else (known.scope if known else "")
-    opcode = known.opcode if known else str(stats.get("hlo_category", ""))
+    scope = named_scope(str(op_name)) if op_name else known.scope
+    opcode = known.opcode or str(stats.get("hlo_category", ""))
+    program = str(stats.get("hlo_module") or stats.get("program_id", ""))
     return _op(plane, line, event, name=name, scope=scope, opcode=opcode, program=program)
 
 
-def _host_op(plane: Any, line: Any, event: Any, programs: Mapping[str, Mapping[str, _Instruction]]) -> Op | None:
-    if not event.stats:
-        return None
-    stats = _stats(plane, event.stats)
-    if "hlo_op" not in stats:
-        return None
-    name, program = str(stats["hlo_op"]), str(stats.get("hlo_module", ""))
-    known = programs.get(f"{program}({stats.get('program_id')})", {}).get(name)
-    return _op(
-        plane,
-        line,
-        event,
-        name=name,
-        scope=known.scope if known else "",
-        opcode=known.opcode if known else "",
-        program=program,
-    )
+def _host_ops(plane: Any, programs: _Programs) -> list[Op]:
+    """XLA's CPU ops, each from its event to the one that says that it has ended."""
+    begun: list[tuple[Op, Any]] = []
+    ended: dict[Any, int] = {}
+    for line in plane.lines:
+        for event in line.events:
+            if not event.stats:
+                continue
+            stats = _stats(plane, event.stats)
+            if "hlo_op" in stats:
+                name = str(stats["hlo_op"])
+                known = programs.find(stats, name)
+                program = str(stats.get("hlo_module", ""))
+                op = _op(plane, line, event, name=name, scope=known.scope, opcode=known.opcode, program=program)
+                begun.append((op, stats.get("_p")))
+            elif "_c" in stats and plane.event_metadata[event.metadata_id].name.startswith(_ENDED):
+                ended[stats["_c"]] = line.timestamp_ns * 1000 + event.offset_ps
+    return [
+        dataclasses.replace(op, duration_ps=max(op.duration_ps, ended.get(flow, 0) - op.start_ps)) for op, flow in begun
+    ]
 
 
 def _module(plane: Any, line: Any, event: Any) -> Op:
