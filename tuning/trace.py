@@ -1,7 +1,8 @@
 """Profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
 
 A run has a session for each of its parts (a stage of the pipeline, or none), and each repeat of the run has its own:
-`<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it, written last, says what ran.
+`<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it is written last and says
+what ran.
 """
 
 import contextlib

@@ -1,14 +1,16 @@
 """A prediction as a timeline that TensorBoard's profile tab opens, labelled so that nobody takes it for a measurement.
 
-Ops are laid out one after the other, as tuning.offline predicts them to run; loops are unrolled. Each op's FLOPs are the
-MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is the MXU's occupancy.
+Ops are laid out one after the other, as tuning.offline predicts them to run; loops are unrolled. An op's FLOPs are the
+MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is MXU occupancy.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from splash_attn.device import DeviceSpec
+from splash_attn.device import DeviceSpec, by_name
+from tuning.records import Trial
+from tuning.status import Label
 from tuning.xplane import PREDICTED_STAT
 from tuning.xplane_proto import message
 
@@ -56,6 +58,14 @@ class Program:
 
     name: str
     ops: tuple[PredictedOp, ...]
+
+
+def space_of_trial(trial: Trial) -> Any:
+    """The timeline of a trial that was predicted. Raises ValueError for another."""
+    if trial.label is not Label.PREDICTED or not trial.ops:
+        raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
+    program = Program(f"{trial.workload} {trial.config}", tuple(map(PredictedOp.of, trial.ops)))
+    return space_of([program], by_name(trial.device), f"libtpu {trial.environment.versions['libtpu']}")
 
 
 def unrolled(ops: Sequence[PredictedOp]) -> Iterator[tuple[PredictedOp, float, float]]:

@@ -127,13 +127,20 @@ class Profile:
         return [run.duration_ps / 1e12 for run in runs]
 
     def ops_by_step(self) -> list[tuple[Step, tuple[Op, ...]]]:
-        """Each step with the ops that started within it on its plane."""
-        found = []
+        """Each step with the ops that started within it, on every plane. Its time is the mean over planes."""
+        planes: dict[tuple[str, int], list[Step]] = collections.defaultdict(list)
         for step in self.steps:
-            end = step.start_ps + step.duration_ps
-            inside = (op for op in self.ops if op.plane == step.plane and step.start_ps <= op.start_ps < end)
-            found.append((step, tuple(inside)))
+            planes[step.name, step.number].append(step)
+        found = []
+        for steps in planes.values():
+            inside = [op for step in steps for op in self._within(step)]
+            mean_ps = round(statistics.mean(step.duration_ps for step in steps))
+            found.append((dataclasses.replace(steps[0], duration_ps=mean_ps), tuple(inside)))
         return found
+
+    def _within(self, step: Step) -> Iterator[Op]:
+        end = step.start_ps + step.duration_ps
+        return (op for op in self.ops if op.plane == step.plane and step.start_ps <= op.start_ps < end)
 
     def step_time_s(self) -> float | None:
         """Median of the steps, None without any."""
@@ -141,7 +148,12 @@ class Profile:
 
 
 def read(path: Path) -> Profile:
-    """Reads an .xplane.pb.
+    """Reads an .xplane.pb. Raises as `parse`."""
+    return from_space(parse(path), path.name.removesuffix(SUFFIX))
+
+
+def parse(path: Path) -> Any:
+    """The XSpace message of an .xplane.pb, see tuning.xplane_proto.
 
     Raises:
       OSError: there is no such file.
@@ -150,10 +162,9 @@ def read(path: Path) -> Profile:
     from google.protobuf.message import DecodeError
 
     try:
-        space = message("XSpace").FromString(path.read_bytes())
+        return message("XSpace").FromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(f"{path}: expected an xplane written by the JAX profiler ({error}).") from error
-    return from_space(space, path.name.removesuffix(SUFFIX))
 
 
 def from_space(space: Any, host: str) -> Profile:
