@@ -113,8 +113,8 @@ A RUN is one of:
 {HELP}
 
 In the table: the median of all steps, +- half of the range in which a repeat may well fall (from the least lower
-quartile of a session to the greatest upper one); the ratio to the first run; and whether the two ranges lie apart (slower,
-faster) or not (noise). "?" stands for too few steps to say. Repeats: give the same command with profile=true again.
+quartile of a session to the greatest upper one); the ratio to the first run; and whether the two ranges lie apart
+(slower, faster) or not (noise). "?" stands for too few steps to say. Repeats: the same command with profile=true again.
 
   python -m pipeline.generate prompt="a cat" profile=true profile_run=a
   python -m pipeline.generate prompt="a cat" profile=true profile_run=b attention.block_sizes={{...}}

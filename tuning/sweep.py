@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, environment, heatmap, records, summary
+from tuning import cli, environment, heatmap, records, summary, trace, trace_sweep
 from tuning.evaluate import JOBS, Evaluator, Runner, Target
 from tuning.promote import Promotion, promote
 from tuning.records import Trial
@@ -255,6 +255,8 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 def _command(config: DictConfig) -> int:
     settings = cli.from_config(lambda: settings_from(config))
+    if config.profile:
+        trace.require_tensorboard("profile=true")  # before hours of work, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(summary.table(result.trials))
@@ -270,6 +272,9 @@ def _command(config: DictConfig) -> int:
         if settings.promote:
             promotion = promote(result.winner)
             print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
+    if config.profile:
+        for line in trace_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
+            print(line)
     cli.write_json(
         config.json,
         {
