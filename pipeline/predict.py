@@ -14,6 +14,7 @@ from pipeline.generate import decode_literal, protect_literals
 from pipeline.parallel import ParallelOptions
 from pipeline.predict_report import compact, make_report, print_report
 from pipeline.predict_run import Predictor, configs_of
+from pipeline.predict_trace import write_timelines
 from pipeline.request import parse_stages
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli
@@ -58,6 +59,8 @@ def _command(config: DictConfig) -> int:
     except PipelineError as error:
         raise cli.UserError(str(error)) from error
     print_report(report)
+    if settings.profile:
+        print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     if settings.json is not None:
         write_json(Path(settings.json), report)
     if settings.results_path is not None:

@@ -41,7 +41,7 @@ def parameters(trial: Trial) -> dict[str, str | float | bool]:
     variant = {
         name: value if isinstance(value, bool | int | float) else str(value) for name, value in trial.variant.items()
     }
-    about = {name: getattr(trial, name) for name in ("kernel", "workload", "device", "backend")}
+    about = {name: getattr(trial, name) for name in ("kernel", "workload", "device")}
     return {**blocks, **variant, **about, "status": trial.status.value}
 
 
@@ -55,9 +55,7 @@ def metrics(trial: Trial) -> dict[str, float]:
         "kernel Mcycles": None if trial.cycles is None else trial.cycles / 1e6,
         "spills": trial.spill_count,
         "VMEM MiB": None if trial.vmem_bytes is None else trial.vmem_bytes / 2**20,
-        "HBM peak MiB": None if trial.peak_hbm_bytes is None else trial.peak_hbm_bytes / 2**20,
         "compile s": trial.compile_time_s,
-        "rms error": trial.numerics.rms_error if trial.numerics else None,
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 

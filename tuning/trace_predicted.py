@@ -11,7 +11,7 @@ from typing import Any
 from splash_attn.device import DeviceSpec, by_name
 from tuning.records import Trial
 from tuning.status import Label
-from tuning.xplane import PREDICTED_STAT
+from tuning.xplane import PREDICTED_STAT, named_scope
 from tuning.xplane_proto import message
 
 #: Before the names of runs, hosts and programs that were predicted.
@@ -120,22 +120,27 @@ def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> A
     space.hostnames.append(HOST)
     plane = _Plane(space.planes.add(id=1, name="/device:TPU:0"))
     plane.stats(plane.proto.stats, _device_stats(device, made_by))
-    steps, modules, ops_line = (
+    steps, modules, ops_line, scopes = (
         plane.proto.lines.add(id=number, display_id=number, name=name, display_name=f"{name} ({HOST})")
-        for number, name in enumerate(("Steps", "XLA Modules", "XLA Ops"), start=1)
+        for number, name in enumerate(("Steps", "XLA Modules", "XLA Ops", "Framework Name Scope"), start=1)
     )
     now = 0
     for number, program in enumerate(programs):
         end = now
+        runs = list(unrolled(program.ops))
         program_id = number + 1
         group = {"group_id": number}
-        for op, start_s, time_s in unrolled(program.ops):
+        for op, start_s, time_s in runs:
             start, stop = now + _ps(start_s), now + _ps(start_s + time_s)
             if stop > start:
                 metadata = plane.event(f"{program_id}:{op.name}", op.name, _op_stats(op, program_id, device))
                 event = ops_line.events.add(metadata_id=metadata, offset_ps=start, duration_ps=stop - start)
                 plane.stats(event.stats, group)
             end = max(end, stop)
+        for scope, start_s, stop_s in _spans(runs):
+            metadata = plane.event(f"scope {scope}", scope, {})
+            start, stop = now + _ps(start_s), now + _ps(stop_s)
+            scopes.events.add(metadata_id=metadata, offset_ps=start, duration_ps=stop - start)
         whole = {"offset_ps": now, "duration_ps": end - now}
         step = steps.events.add(metadata_id=plane.event(f"step {number}", str(number), {}), **whole)
         plane.stats(step.stats, group)
@@ -145,6 +150,26 @@ def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> A
         plane.stats(module.stats, group | {"program_id": program_id, "run_id": number})
         now = end
     return space
+
+
+def _spans(runs: Iterable[tuple[PredictedOp, float, float]]) -> Iterator[tuple[str, float, float]]:
+    """Named scopes from where they begin to where they end, outer ones before those within them."""
+    spans: list[list[Any]] = []
+    opened: list[list[Any]] = []
+    for op, start_s, time_s in runs:
+        if not time_s:
+            continue
+        parts = [part for part in named_scope(op.scope).split("/") if part]
+        same = 0
+        while same < min(len(parts), len(opened)) and opened[same][0] == parts[same]:
+            same += 1
+        del opened[same:]
+        for part in parts[same:]:
+            opened.append([part, start_s, start_s])
+            spans.append(opened[-1])
+        for span in opened:
+            span[2] = start_s + time_s
+    return ((name, start_s, stop_s) for name, start_s, stop_s in spans)
 
 
 def _device_stats(device: DeviceSpec, made_by: str) -> dict[str, Any]:
