@@ -12,6 +12,8 @@ from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, compare_table, trace
 from tuning.compare_inputs import HELP, Input, resolve
 from tuning.compare_table import Row
+from tuning.status import Label
+from tuning.trace_predicted import PREFIX
 from tuning.xplane import SUFFIX
 
 _TOOLS = {"trace_viewer@": "both timelines, aligned", "overview_page": "overview"}
@@ -23,7 +25,7 @@ def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list
     Returns:
       Names of the sessions, one a part that all runs have a trace of, with their hosts.
     """
-    hosts = [trace.safe_name(given.column.name) for given in inputs]
+    hosts = [_host(given) for given in inputs]
     written = []
     for part in inputs[0].spaces:
         if not all(part in given.spaces for given in inputs):
@@ -39,6 +41,14 @@ def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list
             (folder / f"{host}{SUFFIX}").write_bytes(space.SerializeToString())
         written.append((name, hosts))
     return written
+
+
+def _host(given: Input) -> str:
+    """The run's name; of a prediction it says so."""
+    name = trace.safe_name(given.column.name)
+    if given.column.label is Label.PREDICTED and not name.startswith(PREFIX):
+        return f"{PREFIX}{name}"
+    return name
 
 
 def save(

@@ -78,8 +78,9 @@ def measured(trial: Trial, logdir: Path) -> Session:
 
 
 def _name(trial: Trial) -> str:
-    values = [trial.workload, trial.device, trial.block_sizes or trial.kernel, *trial.variant.values()]
-    return trace.safe_name("-".join(map(str, values)))
+    variant = [name if value is True else str(value) for name, value in trial.variant.items() if value]
+    kernel = [] if trial.kernel == "splash_attn" else [trial.kernel]
+    return trace.safe_name("-".join([trial.workload, trial.device, *kernel, str(trial.block_sizes), *variant]))
 
 
 def _config(trial: Trial) -> dict[str, str]:
