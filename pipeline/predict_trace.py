@@ -8,7 +8,7 @@ from tuning import environment, trace
 from tuning.offline.topology import parse_topology
 from tuning.status import Label
 from tuning.trace import Session
-from tuning.trace_predicted import PREFIX, PredictedOp, Program, space_of
+from tuning.trace_predicted import PREFIX, PredictedOp, Program, predicted_by, space_of
 
 
 def write_timelines(report: Mapping[str, Any], logdir: Path, run: str | None) -> Sequence[str]:
@@ -22,7 +22,7 @@ def write_timelines(report: Mapping[str, Any], logdir: Path, run: str | None) ->
     name = PREFIX + trace.check_name(name).removeprefix(PREFIX)
     device, _ = parse_topology(report["topology"])
     captured = environment.capture("offline")
-    made_by = f"libtpu {captured.versions['libtpu']}"
+    made_by = predicted_by(captured.versions)
     for stage, result in report["stages"].items():
         programs = [
             Program(f"{stage}-{number}" if number else stage, tuple(map(PredictedOp.of, program["timeline"])))

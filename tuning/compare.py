@@ -86,9 +86,7 @@ def _command(arguments: argparse.Namespace) -> None:
     columns = [given.column for given in inputs]
     names = [column.name for column in columns]
     if len(names) != len(set(names)):
-        raise cli.UserError(
-            f"{', '.join(names)}: expected runs of different names; name one: other={arguments.runs[-1]}"
-        )
+        raise cli.UserError(f"{', '.join(names)}: expected different names; name one: other={arguments.runs[-1]}")
     rows = compare_table.rows_of(columns)
     shown = compare_table.rows_of(columns, arguments.depth or None)
     for column in columns:
@@ -122,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 A RUN is one of:
 {HELP}
 
-In the table: the median of all steps, +- half of the range in which a repeat may well fall (from the least lower
-quartile of a session to the greatest upper one); the ratio to the first run; and whether the two ranges lie apart
-(slower, faster) or not (noise). "?" stands for too few steps to say. Repeats: the same command with profile=true again.
+In the table: the median of all steps, +- half of the range in which a repeat may well fall (from the least 10th
+percentile of a session to the greatest 90th); the ratio to the first run; and whether the two ranges lie apart (slower,
+faster) or not (noise). "?": fewer than {compare_table.MIN_STEPS} steps. Repeats: the same command with profile=true again.
 
   python -m pipeline.generate prompt="a cat" profile=true profile_run=a
   python -m pipeline.generate prompt="a cat" profile=true profile_run=b attention.block_sizes={{...}}

@@ -187,7 +187,7 @@ def _of_trial(name: str, trial: Trial) -> Input:
     spaces = {}
     made_by = None
     if trial.label is Label.PREDICTED:
-        made_by = f"libtpu {trial.environment.versions.get('libtpu', 'unknown')}"
+        made_by = trace_predicted.predicted_by(trial.environment.versions)
         samples |= _sums((xplane.named_scope(op["scope"]) or NO_SCOPE, op["time_s"]) for op in trial.ops)
         samples[ALL_OPS] = [sum(op["time_s"] for op in trial.ops)]
         spaces[""] = trace_predicted.space_of_trial(trial)
@@ -201,7 +201,7 @@ def _of_pipeline_prediction(name: str, record: Mapping[str, Any]) -> Input:
     for stage, result in record["stages"].items():
         samples[_special(stage, STEP)] = [result["time_s"]]
         samples |= {f"{stage}: kind {kind}": [time_s] for kind, time_s in result["breakdown_s"].items()}
-    made_by = f"libtpu {record['versions'].get('libtpu', 'unknown')}"
+    made_by = trace_predicted.predicted_by(record["versions"])
     note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
     column = Column(name, Label.PREDICTED, record["topology"], made_by, (samples,), (note,))
     return Input(column, {}, record["request"] | {"plan": record["plan"]})

@@ -46,7 +46,7 @@ class Cell:
 
     Attributes:
       median_s: over all steps of all sessions.
-      low_s, high_s: the least lower and the greatest upper quartile of its sessions: where a repeat may well fall.
+      low_s, high_s: the least 10th and the greatest 90th percentile of its sessions: where a repeat may well fall.
       count: steps.
     """
 
@@ -58,9 +58,9 @@ class Cell:
     @classmethod
     def of(cls, sessions: Iterable[Sequence[float]]) -> "Cell":
         samples = [list(session) for session in sessions if session]
-        quartiles = [_quartiles(session) for session in samples]
+        deciles = [_outer_deciles(session) for session in samples]
         everything = [time_s for session in samples for time_s in session]
-        low, high = min(q[0] for q in quartiles), max(q[1] for q in quartiles)
+        low, high = min(low for low, _ in deciles), max(high for _, high in deciles)
         return cls(statistics.median(everything), low, high, len(everything))
 
 
@@ -69,7 +69,7 @@ class Row:
     """A scope in all runs. cells: None where the run lacks it.
 
     verdicts: for each run after the first: "slower" or "faster" than it where the ranges lie apart, "noise" where they
-    overlap, "?" where a run has too few steps to say, "only here", "gone", or "" where neither has it.
+    overlap ("same" of predictions, which have none), "?" where a run has too few steps to say, "only here", "gone", or "" where neither has it.
     """
 
     scope: str
@@ -86,8 +86,8 @@ class Row:
         )
 
 
-#: With fewer steps in all, quartiles say nothing.
-MIN_STEPS = 3
+#: With so many steps of each of two equal runs their ranges lie apart in 1 of 300 rows; with 8 in 1 of 700.
+MIN_STEPS = 7
 
 
 def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
@@ -206,11 +206,11 @@ def _verdict(first: Column, before: Cell | None, column: Column, cell: Cell | No
     return "noise" if measured else "same"
 
 
-def _quartiles(samples: Sequence[float]) -> tuple[float, float]:
+def _outer_deciles(samples: Sequence[float]) -> tuple[float, float]:
     if len(samples) == 1:
         return samples[0], samples[0]
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, high
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return deciles[0], deciles[-1]
 
 
 def _cut(column: Column, depth: int) -> Column:

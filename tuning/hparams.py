@@ -29,7 +29,7 @@ class HParamsSchema:
 
     results_dir: str = MISSING
     logdir: str = MISSING
-    workload: str | None = None
+    workload: cli.WorkloadSchema | None = None
 
 
 cli.store_schema("hparams_schema", HParamsSchema)
@@ -111,14 +111,15 @@ def _write_trial(trial: Trial, folder: Path) -> None:
 def _command(config: DictConfig) -> int:
     results_dir, logdir = Path(config.results_dir), Path(config.logdir)
     trace.require_tensorboard("python -m tuning.hparams")
+    workload = config.workload.name if config.workload else None
     count = 0
     for path in sorted(results_dir.rglob(TRIALS_FILE)):
-        trials = [t for t in records.read(path) if config.workload is None or t.workload == config.workload]
+        trials = [t for t in records.read(path) if workload in (None, t.workload)]
         if trials:
             print(f"{len(trials)} trials: {write(trials, logdir, path.parent.name)}")
             count += len(trials)
     if not count:
-        wanted = "" if config.workload is None else f" of workload={config.workload}"
+        wanted = f" of workload={workload}" if workload else ""
         raise cli.UserError(f"results_dir={results_dir}: no trials{wanted}; run python -m tuning.sweep first.")
     print(f"look: {trace.tensorboard_command(logdir)}\n      http://127.0.0.1:{trace.PORT}/#hparams")
     return 0

@@ -65,7 +65,12 @@ def space_of_trial(trial: Trial) -> Any:
     if trial.label is not Label.PREDICTED or not trial.ops:
         raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
     program = Program(f"{trial.workload} {trial.config}", tuple(map(PredictedOp.of, trial.ops)))
-    return space_of([program], by_name(trial.device), f"libtpu {trial.environment.versions['libtpu']}")
+    return space_of([program], by_name(trial.device), predicted_by(trial.environment.versions))
+
+
+def predicted_by(versions: Mapping[str, str]) -> str:
+    """What a prediction was read from, by the versions of its environment."""
+    return f"libtpu {versions.get('libtpu', 'of unknown version')}"
 
 
 def unrolled(ops: Sequence[PredictedOp]) -> Iterator[tuple[PredictedOp, float, float]]:

@@ -45,7 +45,7 @@ def predicted(trial: Trial, logdir: Path) -> Session:
         repeat=1,  # the same prediction again is no other sample
         label=Label.PREDICTED,
         device=trial.device_kind,
-        made_by=f"libtpu {trial.environment.versions['libtpu']}",
+        made_by=trace_predicted.predicted_by(trial.environment.versions),
         config=_config(trial),
         environment=trial.environment.to_dict(),
     )

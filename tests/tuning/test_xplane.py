@@ -9,6 +9,7 @@ from jax import lax
 from jax.profiler import ProfileData
 
 from tuning import xplane
+from tuning.xplane_proto import message
 
 DEVICE = """
 planes {
@@ -88,6 +89,71 @@ def test_several_planes_are_averaged(tmp_path):
 )
 def test_named_scope(op_name, expected):
     assert xplane.named_scope(op_name) == expected
+
+
+def hlo(scope: str) -> bytes:
+    module = message("HloModuleProto")(name="jit_step")
+    computation = module.computations.add(name="main", id=1)
+    for name, opcode in (("dot.1", "dot"), ("add.2", "add"), ("while.3", "while")):
+        computation.instructions.add(name=name, opcode=opcode, metadata={"op_name": f"jit(step)/{scope}/x"})
+    computation.instructions.add(name="fusion.4", opcode="fusion", called_computation_ids=[1])
+    return message("HloProto")(hlo_module=module).SerializeToString()
+
+
+def host_space(program_id: int, scopes: dict[int, str]):
+    """Ops of program `program_id` on two threads, and the HLO of programs by their id."""
+    space = message("XSpace")()
+    metadata = space.planes.add(name="/host:metadata")
+    metadata.stat_metadata[1].name = "Hlo Proto"
+    for number, scope in scopes.items():
+        metadata.event_metadata[number].name = f"jit_step({number})"
+        metadata.event_metadata[number].stats.add(metadata_id=1, bytes_value=hlo(scope))
+    plane = space.planes.add(name="/host:CPU")
+    for number, name in enumerate(("hlo_op", "hlo_module", "program_id", "_p", "_c"), start=1):
+        plane.stat_metadata[number].name = name
+    threads = [plane.lines.add(name=name) for name in ("one", "two")]
+
+    def begin(thread: int, op: str, start: int, duration: int, flow: int) -> None:
+        number = len(plane.event_metadata) + 1
+        plane.event_metadata[number].name = op
+        event = threads[thread].events.add(metadata_id=number, offset_ps=start, duration_ps=duration)
+        event.stats.add(metadata_id=1, str_value=op)
+        event.stats.add(metadata_id=2, str_value="jit_step")
+        event.stats.add(metadata_id=3, int64_value=program_id)
+        event.stats.add(metadata_id=4, uint64_value=flow)
+
+    def end(thread: int, op: str, start: int, flow: int) -> None:
+        number = len(plane.event_metadata) + 1
+        plane.event_metadata[number].name = f"end: {op}"
+        event = threads[thread].events.add(metadata_id=number, offset_ps=start, duration_ps=1)
+        event.stats.add(metadata_id=5, uint64_value=flow)
+
+    begin(0, "while.3", 0, 1000, flow=1)
+    begin(0, "dot.1", 100, 50, flow=2)  # returns at once, goes on in other threads
+    end(1, "dot.1", 500, flow=2)
+    begin(1, "add.2", 300, 300, flow=3)
+    end(1, "add.2", 600, flow=3)
+    begin(1, "fusion.4", 700, 100, flow=4)
+    return space
+
+
+def test_cpu_ops_last_to_their_end_and_share_the_time_in_which_they_overlap():
+    profile = xplane.from_space(host_space(7, {7: "blocks"}), "vm")
+    found = {op.name: (op.opcode, op.scope, op.duration_ps, op.self_ps) for op in profile.ops}
+    assert found == {
+        "while.3": ("while", "blocks", 1000, 0),
+        "dot.1": ("dot", "blocks", 400, 300),  # alone from 100 to 300, then one of two
+        "add.2": ("add", "blocks", 300, 200),
+        "fusion.4": ("fusion", "blocks", 100, 100),  # has no scope itself: that of the ops in it
+    }
+    assert profile.seconds_by_scope() == {"blocks": 600e-12}
+
+
+def test_a_program_out_of_the_compilation_cache_runs_under_another_number():
+    profile = xplane.from_space(host_space(3, {7: "blocks"}), "vm")
+    assert {op.scope for op in profile.ops} == {"blocks"}
+    ambiguous = xplane.from_space(host_space(3, {7: "blocks", 8: "other"}), "vm")
+    assert {op.scope for op in ambiguous.ops} == {""}
 
 
 def test_profile_of_this_machine(tmp_path):

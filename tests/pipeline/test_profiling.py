@@ -1,0 +1,89 @@
+"""Traces of the stages of a small model, on the CPU."""
+
+import dataclasses
+
+import pytest
+
+from pipeline import profiling
+from pipeline.config import GenerateConfig
+from pipeline.errors import RequestError
+from pipeline.profiling import StageTimings, StepClock, recorder_of, tracing
+from pipeline.runner import generate
+from tuning import trace, xplane
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory, tiny_folder):
+    """logdir and result of one traced run."""
+    from pipeline.request import GenerateRequest
+
+    folder = tmp_path_factory.mktemp("traced")
+    request = GenerateRequest(
+        prompt="a red circle", checkpoint=str(tiny_folder), height=48, width=80, num_inference_steps=3, seed=7
+    )
+    settings = GenerateConfig(profile=True, profile_run="small", logdir=str(folder / "runs"))
+    with tracing(recorder_of(settings, request)):
+        result = generate(request, run_dir=folder / "video", resume=False)
+    profiles = {}
+    for path, session in trace.sessions(folder / "runs"):
+        (plane,) = path.glob(f"*{xplane.SUFFIX}")
+        profiles[session.part] = (session, xplane.read(plane))
+    return result, profiles
+
+
+def test_each_stage_has_a_session_with_what_ran(traced):
+    result, profiles = traced
+    assert set(profiles) == {"text", "denoise", "vae"}
+    for part, (session, profile) in profiles.items():
+        assert session.name == f"small-{part}" and session.label == "measured"
+        assert session.config["num_inference_steps"] == 3
+        assert profile.ops and {step.name for step in profile.steps} == {part}
+    assert all(timings.profiled for timings in result.timings)
+
+
+def test_steps_are_numbered_and_their_ops_have_scopes(traced):
+    _, profiles = traced
+    denoise = profiles["denoise"][1]
+    assert [step.number for step in denoise.steps] == [1, 2, 3]
+    for _, ops in denoise.ops_by_step():
+        scopes = {op.scope for op in ops}
+        for part in ("blocks/attention", "blocks/qkv", "blocks/norm1", "blocks/feed_forward", "embed", "project_out"):
+            assert any(scope.startswith(f"denoise/{part}") for scope in scopes), (part, scopes)
+    seconds = denoise.seconds_by_scope()
+    assert seconds.get("", 0.0) < 0.1 * sum(seconds.values())
+    assert any(scope.startswith("vae/decoder/up_blocks.0/resnets.0") for scope in profiles["vae"][1].seconds_by_scope())
+    assert any(scope.startswith("text/encoder/block.0") for scope in profiles["text"][1].seconds_by_scope())
+
+
+def test_loading_and_compiling_are_not_in_the_trace(traced):
+    result, profiles = traced
+    for timings in result.timings:
+        profile = profiles[timings.stage][1]
+        first = min(step.start_ps for step in profile.steps)
+        last = max(step.start_ps + step.duration_ps for step in profile.steps)
+        # A trace's clock starts with it: nothing but the run is before the first step and after the last.
+        assert first < 0.5e12 * timings.run_time_s
+        assert last < 1.1e12 * timings.run_time_s + 0.5e12
+
+
+def test_without_profile_there_is_no_recorder(request_of):
+    assert recorder_of(GenerateConfig(), request_of()) is None
+
+
+def test_a_run_is_named_after_what_decides_its_time(request_of, tmp_path):
+    request = request_of(attention=dataclasses.replace(request_of().attention, implementation="xla"))
+    recorder = recorder_of(GenerateConfig(profile=True, logdir=str(tmp_path)), request)
+    assert recorder.run.endswith("-80x48x9-float32-xla") or "80x48x" in recorder.run
+    with pytest.raises(RequestError, match="profile_run=.*expected a run's name"):
+        recorder_of(GenerateConfig(profile=True, profile_run="../x", logdir=str(tmp_path)), request)
+
+
+def test_the_recorder_is_of_the_block_only():
+    with tracing(None):
+        assert profiling._recorder.get() is None
+    timings = StageTimings("denoise")
+    with timings.measure("run", profiling.no_progress):
+        clock = StepClock(timings, 2, profiling.no_progress)
+        clock.tick()
+        clock.tick()
+    assert not timings.profiled and len(timings.step_times_s) == 2
