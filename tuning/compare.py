@@ -122,7 +122,7 @@ A RUN is one of:
 
 In the table: the median of all steps, +- half of the range in which a repeat may well fall (from the least 10th
 percentile of a session to the greatest 90th); the ratio to the first run; and whether the two ranges lie apart (slower,
-faster) or not (noise). "?": fewer than {compare_table.MIN_STEPS} steps. Repeats: the same command with profile=true again.
+faster) or not (noise). "?": fewer than {compare_table.MIN_STEPS} steps. For repeats give the same command again.
 
   python -m pipeline.generate prompt="a cat" profile=true profile_run=a
   python -m pipeline.generate prompt="a cat" profile=true profile_run=b attention.block_sizes={{...}}

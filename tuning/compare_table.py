@@ -69,7 +69,8 @@ class Row:
     """A scope in all runs. cells: None where the run lacks it.
 
     verdicts: for each run after the first: "slower" or "faster" than it where the ranges lie apart, "noise" where they
-    overlap ("same" of predictions, which have none), "?" where a run has too few steps to say, "only here", "gone", or "" where neither has it.
+      overlap ("same" of predictions, which have none), "?" where a run has too few steps to say, "only here", "gone",
+      or "" where neither has it.
     """
 
     scope: str
