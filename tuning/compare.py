@@ -16,8 +16,6 @@ from tuning.status import Label
 from tuning.trace_predicted import PREFIX
 from tuning.xplane import SUFFIX
 
-_TOOLS = {"trace_viewer@": "both timelines, aligned", "overview_page": "overview"}
-
 
 def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list[str]]]:
     """Writes sessions that have each run as a host, so that TensorBoard shows their timelines in one view.
@@ -41,6 +39,30 @@ def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list
             (folder / f"{host}{SUFFIX}").write_bytes(space.SerializeToString())
         written.append((name, hosts))
     return written
+
+
+def _links(inputs: Sequence[Input], pairs: Sequence[tuple[str, list[str]]], logdir: Path, port: int) -> dict[str, str]:
+    """What there is to see -> where: timelines of a pair; overviews, and ops of a device, of a run against the first.
+
+    The overview of a pair would show the mean of its runs.
+    """
+    links = {
+        f"timelines of {name}, aligned": trace.link(name, "trace_viewer@", hosts, port=port) for name, hosts in pairs
+    }
+    first = inputs[0].paths
+    for given in inputs[1:]:
+        for part, path in given.paths.items():
+            folders = [path.parent, first[part].parent] if part in first else []
+            if not folders or any(folder.parent != trace.profile_dir(logdir) for folder in folders):
+                continue
+            tools = {"overview_page": "overview"}
+            if given.on_device and inputs[0].on_device:
+                tools["op_profile"] = "ops"
+            for tool, what in tools.items():
+                host = [path.name.removesuffix(SUFFIX)]
+                address = trace.link(folders[0].name, tool, host, base=folders[1].name, port=port)
+                links[f"{what} of {folders[0].name}, against {folders[1].name}"] = address
+    return links
 
 
 def _host(given: Input) -> str:
@@ -91,24 +113,20 @@ def _command(arguments: argparse.Namespace) -> None:
     shown = compare_table.rows_of(columns, arguments.depth or None)
     for column in columns:
         steps = sum(max((len(steps) for steps in session.values()), default=0) for session in column.sessions)
-        print(f"{column.title}: {len(column.sessions)} sessions, {steps} steps")
+        print(f"{column.title}; sessions: {len(column.sessions)}, steps: {steps}")
     print()
     print(compare_table.text(columns, shown, arguments.top or None))
     print()
     for note in compare_table.notes_of(columns):
         print(f"note: {note}")
     pairs = [] if arguments.no_session else pair_sessions(inputs, arguments.logdir)
-    links = {
-        f"{what}, {name}": trace.link(name, tool, hosts, arguments.port)
-        for name, hosts in pairs
-        for tool, what in _TOOLS.items()
-    }
+    links = _links(inputs, pairs, arguments.logdir, arguments.port)
     paths = save(inputs, rows, shown, arguments.output, {"tensorboard": links})
     print(f"table: {', '.join(map(str, paths))}")
     if pairs:
         print(f"look:  {trace.tensorboard_command(arguments.logdir, arguments.port)}")
         for what, address in links.items():
-            print(f"  {address}   {what}")
+            print(f"  {what}: {address}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,12 +26,19 @@ class Input:
     Attributes:
       column: its times.
       spaces: by part, an XSpace of it for TensorBoard; of the last repeat.
+      paths: by part, the file that it is from, where it is from one.
       config: what ran, as far as is known.
     """
 
     column: Column
     spaces: Mapping[str, Any]
+    paths: Mapping[str, Path]
     config: Mapping[str, Any]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether TensorBoard's pages about a device's ops have something to show."""
+        return any(plane.name.startswith("/device:TPU") for space in self.spaces.values() for plane in space.planes)
 
 
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Input:
@@ -85,6 +92,7 @@ def _session(folder: Path) -> Session | None:
 def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Input:
     repeats: dict[int, dict[str, list[float]]] = collections.defaultdict(dict)
     spaces: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
     notes: list[str] = []
     label, device, made_by = Label.MEASURED, "unknown device", None
     for path, session in sorted(found, key=lambda item: item[1].repeat if item[1] else 1):
@@ -97,7 +105,7 @@ def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Inp
         if not profile.ops:
             notes.append(f"{path.parent.name}: holds no XLA ops, only what the host did")
         repeats[session.repeat if session else 1] |= samples_of(profile, part, notes)
-        spaces[part] = space
+        spaces[part], paths[part] = space, path
         if profile.predicted:
             label = Label.PREDICTED
         if session is not None:
@@ -111,7 +119,7 @@ def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Inp
     column = Column(
         name, label, device, made_by, tuple(repeats[n] for n in sorted(repeats)), tuple(dict.fromkeys(notes))
     )
-    return Input(column, spaces, described[-1].config if described else {})
+    return Input(column, spaces, paths, described[-1].config if described else {})
 
 
 def samples_of(profile: xplane.Profile, part: str, notes: list[str]) -> dict[str, list[float]]:
@@ -193,7 +201,7 @@ def _of_trial(name: str, trial: Trial) -> Input:
         spaces[""] = trace_predicted.space_of_trial(trial)
     config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
     column = Column(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes)
-    return Input(column, spaces, config)
+    return Input(column, spaces, {}, config)
 
 
 def _of_pipeline_prediction(name: str, record: Mapping[str, Any]) -> Input:
@@ -204,7 +212,7 @@ def _of_pipeline_prediction(name: str, record: Mapping[str, Any]) -> Input:
     made_by = trace_predicted.predicted_by(record["versions"])
     note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
     column = Column(name, Label.PREDICTED, record["topology"], made_by, (samples,), (note,))
-    return Input(column, {}, record["request"] | {"plan": record["plan"]})
+    return Input(column, {}, {}, record["request"] | {"plan": record["plan"]})
 
 
 def _sums(items: Iterable[tuple[str, float]]) -> dict[str, list[float]]:

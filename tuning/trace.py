@@ -186,8 +186,17 @@ def tensorboard_command(logdir: Path, port: int = PORT) -> str:
     return f"tensorboard --logdir {logdir} --host 127.0.0.1 --port {port}"
 
 
-def link(session: str, tool: str, hosts: Sequence[str], port: int = PORT) -> str:
-    """The address of a tool of TensorBoard's profile tab ("overview_page", "trace_viewer@", "op_profile")."""
-    host = {"hosts": ",".join(hosts)} if len(hosts) > 1 else {"host": hosts[0]}
-    query = urllib.parse.urlencode({"run": session, "tag": tool, **host}, safe="@,")
-    return f"http://127.0.0.1:{port}/?{query}#profile"
+def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:
+    """The address of a page of TensorBoard's profile tab.
+
+    Args:
+      session: which.
+      tool: "overview_page", "trace_viewer@", "op_profile" ...
+      hosts: of the session, one or several side by side.
+      base: a session to show differences to, where the tool can.
+      port: of TensorBoard.
+    """
+    query = {"run": session, "tag": tool, "hosts" if len(hosts) > 1 else "host": ",".join(hosts)}
+    if base is not None:
+        query["base_session_id"] = base
+    return f"http://127.0.0.1:{port}/?{urllib.parse.urlencode(query, safe='@,')}#profile"

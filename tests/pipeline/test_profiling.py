@@ -11,9 +11,12 @@ from pipeline import profiling
 from pipeline.config import GenerateConfig
 from pipeline.errors import RequestError
 from pipeline.profiling import StageTimings, StepClock, recorder_of, tracing
-from pipeline.request import GenerateRequest
+from pipeline.request import AttentionOptions, GenerateRequest
 from pipeline.runner import generate
+from splash_attn.types import BlockSizes
 from tuning import trace, xplane
+from tuning.compare_inputs import resolve
+from tuning.compare_table import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,28 @@ def test_the_recorder_is_of_the_block_only():
         clock.tick()
         clock.tick()
     assert not timings.profiled and len(timings.step_times_s) == 2
+
+
+@pytest.mark.slow
+def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
+    """The kernel interpreted instead of XLA's attention, on this machine: by far the slowest, and in attention only."""
+    runs = {"xla": request_of(num_inference_steps=8), "kernel": request_of(num_inference_steps=8)}
+    runs["kernel"] = dataclasses.replace(
+        runs["kernel"],
+        attention=AttentionOptions(implementation="pallas_interpret", block_sizes=BlockSizes(128, 128, 128)),
+    )
+    for run, request in runs.items():
+        settings = GenerateConfig(profile=True, profile_run=run, logdir=str(tmp_path / "runs"))
+        with tracing(recorder_of(settings, request)):
+            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), resume=False)
+    columns = [resolve(run, tmp_path / "runs", tmp_path).column for run in runs]
+    rows = {row.scope: row for row in rows_of(columns, depth=3)}
+    attention = rows["denoise/blocks/attention"]
+    assert attention.verdicts == ("slower",)
+    more_s = {
+        scope: row.cells[1].median_s - row.cells[0].median_s
+        for scope, row in rows.items()
+        if scope.startswith("denoise/") and None not in row.cells
+    }
+    assert more_s["denoise/blocks/attention"] > 0.8 * sum(map(abs, more_s.values())), more_s
+    assert rows["denoise (step)"].verdicts == ("slower",)

@@ -165,7 +165,7 @@ def test_command_prints_saves_and_pairs(write, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("denoise/embed"))
     assert line.endswith("slower")
-    assert "a (measured, TPU v6 lite): 2 sessions" in printed
+    assert "a (measured, TPU v6 lite); sessions: 2, steps: 16" in printed
     folder = tmp_path / "results" / "compare"
     with (folder / "a_vs_b.csv").open() as file:
         rows = {row["scope"]: row for row in csv.DictReader(file)}
@@ -181,6 +181,7 @@ def test_command_prints_saves_and_pairs(write, tmp_path, monkeypatch, capsys):
     assert len(xplane.read(pair / "b.xplane.pb").steps) == STEPS
     assert list(xplane.parse(pair / "b.xplane.pb").hostnames) == ["b"]
     assert "run=a_vs_b-denoise&tag=trace_viewer@&hosts=a,b#profile" in printed
+    assert "run=b-denoise.2&tag=overview_page&host=vm&base_session_id=a-denoise.2#profile" in printed
     assert "--host 127.0.0.1" in printed
 
 
