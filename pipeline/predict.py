@@ -59,12 +59,12 @@ def _command(config: DictConfig) -> int:
     except PipelineError as error:
         raise cli.UserError(str(error)) from error
     print_report(report)
-    if settings.profile:
-        print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     if settings.json is not None:
         write_json(Path(settings.json), report)
     if settings.results_path is not None:
         append_json_line(Path(settings.results_path), compact(report))
+    if settings.profile:
+        print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     return 0
 
 

@@ -272,9 +272,6 @@ def _command(config: DictConfig) -> int:
         if settings.promote:
             promotion = promote(result.winner)
             print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
-    if config.profile:
-        for line in trace_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
-            print(line)
     cli.write_json(
         config.json,
         {
@@ -289,6 +286,9 @@ def _command(config: DictConfig) -> int:
             "trials": summary.rows(result.trials),
         },
     )
+    if config.profile:
+        for line in trace_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
+            print(line)
     if not any(trial.status is Status.OK for trial in result.trials):
         print("no candidate was ok", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from tuning.xplane_proto import message
 #: Before the names of runs, hosts and programs that were predicted.
 PREFIX = "predicted-"
 HOST = "predicted"
-#: Ops of a loop are one after the other to this many seconds; a larger gap is where another loop begins.
-_SAME_S = 1e-10
 _HBM_READ = {"operation_type": 1, "memory_space": 1}
 
 
@@ -73,44 +72,82 @@ def predicted_by(versions: Mapping[str, str]) -> str:
     return f"libtpu {versions.get('libtpu', 'of unknown version')}"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """Ops and loops that run `trips` times, one after the other, `period_s` a time."""
+
+    body: tuple["PredictedOp | _Loop", ...]
+    calls: int
+    trips: int
+    period_s: float
+
+
 def unrolled(ops: Sequence[PredictedOp]) -> Iterator[tuple[PredictedOp, float, float]]:
     """Each run of each op, with its start and its time in seconds, in order.
 
-    An op says how often it runs and when it first starts; which ops are of one loop follows from the two.
+    An op says how often it runs and when it first starts, and nothing is between two ops: the loops follow from that.
+
+    Raises:
+      ValueError: an op does not start where the ops before it end, in whatever loops.
     """
-    yield from _level([op for op in ops if op.calls > 0], 1, 0.0)
+    ops = [op for op in ops if op.calls > 0]
+    items, stop, end_s = _parse(ops, 0, 1, 0.0)
+    if stop < len(ops):
+        raise ValueError(
+            f"{ops[stop].name}: starts at {ops[stop].start_s} s; expected {end_s} s, after the ops before it."
+        )
+    yield from _runs(items, 1, 0.0)
 
 
-def _level(ops: Sequence[PredictedOp], calls: int, shift_s: float) -> Iterator[tuple[PredictedOp, float, float]]:
-    index = 0
-    while index < len(ops):
+def _parse(
+    ops: Sequence[PredictedOp], index: int, calls: int, now: float
+) -> tuple[tuple[PredictedOp | _Loop, ...], int, float]:
+    """What runs `calls` times from `ops[index]` on: ops and loops, the index after them, and when they first end."""
+    items: list[PredictedOp | _Loop] = []
+    while index < len(ops) and ops[index].calls >= calls and _same(ops[index].start_s, now):
         op = ops[index]
-        if op.calls <= calls:
-            yield op, op.start_s + shift_s, op.time_s / op.calls
-            index += 1
+        if op.calls == calls:
+            items.append(op)
+            index, now = index + 1, now + op.time_s / calls
             continue
-        stop = _loop_end(ops, index, calls)
-        body = ops[index:stop]
-        inside = min(op.calls for op in body)
-        trips, period_s = inside // calls, sum(op.time_s for op in body) / inside
-        for trip in range(trips):
-            yield from _level(body, inside, shift_s + trip * period_s)
-        index = stop
+        found = _parse_loop(ops, index, calls, now)
+        if found is None:
+            break
+        loop, index = found
+        items.append(loop)
+        now += loop.trips * loop.period_s
+    return tuple(items), index, now
 
 
-def _loop_end(ops: Sequence[PredictedOp], start: int, calls: int) -> int:
-    """Where the loop ends that begins with `ops[start]`, in a computation that runs `calls` times."""
-    stop = start
-    while stop < len(ops) and ops[stop].calls > calls:
-        stop += 1
-    # Two loops in a row look like one, but the second starts only when all trips of the first are over.
-    inside = min(op.calls for op in ops[start:stop])
-    spent_s = 0.0
-    for index in range(start, stop):
-        if abs(ops[index].start_s - ops[start].start_s - spent_s) > _SAME_S * (index - start + 1):
-            return index
-        spent_s += ops[index].time_s / inside
-    return stop
+def _parse_loop(ops: Sequence[PredictedOp], index: int, calls: int, now: float) -> tuple[_Loop, int] | None:
+    """The loop that begins at an op, and the index after it. The op may be in a loop within it that comes first."""
+    for inside in sorted({op.calls for op in ops[index:] if calls < op.calls <= ops[index].calls}):
+        if inside % calls:
+            continue
+        body, stop, end_s = _parse(ops, index, inside, now)
+        loop = _Loop(body, inside, inside // calls, end_s - now)
+        after_s = now + loop.trips * loop.period_s
+        # Where an outer loop ends too, the next op starts later: `_parse` of that one checks it.
+        if body and (stop == len(ops) or ops[stop].calls < calls or _same(ops[stop].start_s, after_s)):
+            return loop, stop
+        if body and ops[stop].calls >= calls and ops[stop].start_s > after_s and calls > 1:
+            return loop, stop
+    return None
+
+
+def _runs(
+    items: Sequence[PredictedOp | _Loop], calls: int, shift_s: float
+) -> Iterator[tuple[PredictedOp, float, float]]:
+    for item in items:
+        if isinstance(item, PredictedOp):
+            yield item, item.start_s + shift_s, item.time_s / calls
+        else:
+            for trip in range(item.trips):
+                yield from _runs(item.body, item.calls, shift_s + trip * item.period_s)
+
+
+def _same(start_s: float, expected_s: float) -> bool:
+    return math.isclose(start_s, expected_s, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> Any:

@@ -59,6 +59,30 @@ def test_nested_loops():
     ]
 
 
+def test_a_loop_of_two_ops_within_a_loop_of_two_ops():
+    # Twice: three times a (1 s) and b (2 s), then c (4 s); then d, then twice e.
+    ops = op("a", 0, 6, 6), op("b", 1, 12, 6), op("c", 9, 8, 2), op("d", 26, 1), op("e", 27, 2, 2)
+    expected = ["a", "b", "a", "b", "a", "b", "c"] * 2 + ["d", "e", "e"]
+    found = list(unrolled(ops))
+    assert [run.name for run, *_ in found] == expected
+    now = 0.0
+    for _, start_s, time_s in found:
+        assert start_s == pytest.approx(now)
+        now += time_s
+    assert now == pytest.approx(29)
+
+
+def test_an_inner_loop_at_the_end_of_an_outer_one_before_another_loop():
+    # Twice: a, then three times b; then as often as that c.
+    ops = op("a", 0, 2, 2), op("b", 1, 6, 6), op("c", 8, 6, 6)
+    assert [run.name for run, *_ in unrolled(ops)] == ["a", "b", "b", "b"] * 2 + ["c"] * 6
+
+
+def test_a_gap_is_an_error():
+    with pytest.raises(ValueError, match=r"b: starts at 5 s; expected 1\.0 s"):
+        list(unrolled([op("a", 0, 1), op("b", 5, 1)]))
+
+
 def test_ops_that_never_run_are_left_out():
     assert runs(op("never", 0, 0, 0), op("a", 0, 1)) == [("a", 0, 1)]
 
