@@ -58,6 +58,9 @@ class GenerateConfig:
     cache_dir: str | None = None
     compilation_cache: bool = True
     warm_up: bool = False
+    profile: bool = False
+    profile_run: str | None = None
+    logdir: str = "runs"
     verbose: bool = False
 
 

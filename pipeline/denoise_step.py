@@ -120,6 +120,7 @@ class DenoiseStep:
         }
         return specs[argument]
 
+    @jax.named_scope("denoise")
     def _step(
         self, weights, sample, old_x0, noise, embeddings, rotary, timestep, guidance_scale, coefficients, *, block
     ):  # type: ignore[no-untyped-def]

@@ -26,6 +26,8 @@ _LITERAL_KEYS = (
     "output_dir",
     "results_path",
     "cache_dir",
+    "logdir",
+    "profile_run",
 )
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 
@@ -74,6 +76,7 @@ def _run(config: DictConfig) -> None:
     from pipeline.console import ConsoleProgress, timing_table
     from pipeline.errors import PipelineError
     from pipeline.loading import default_cache_dir, use_compilation_cache
+    from pipeline.profiling import recorder_of, tracing
     from pipeline.request import parse_stages
     from pipeline.runner import generate, warm_up
 
@@ -96,17 +99,19 @@ def _run(config: DictConfig) -> None:
             progress.close()
             print(timing_table(timings))
             return
-        result = generate(
-            request,
-            stages=stages,
-            run_dir=_path(settings.run_dir),
-            output_dir=Path(settings.output_dir).expanduser(),
-            resume=settings.resume,
-            parallel=to_parallel(settings),
-            cache_dir=_path(settings.cache_dir),
-            results_path=_path(settings.results_path),
-            progress=progress,
-        )
+        recorder = recorder_of(settings, request)
+        with tracing(recorder):
+            result = generate(
+                request,
+                stages=stages,
+                run_dir=_path(settings.run_dir),
+                output_dir=Path(settings.output_dir).expanduser(),
+                resume=settings.resume and not settings.profile,  # what is not run leaves no trace
+                parallel=to_parallel(settings),
+                cache_dir=_path(settings.cache_dir),
+                results_path=None if settings.profile else _path(settings.results_path),  # the profiler takes time
+                progress=progress,
+            )
     except PipelineError as error:
         progress.close()
         _fail(f"error: {error}")
@@ -122,7 +127,9 @@ def _run(config: DictConfig) -> None:
         print(f"video: {result.video_path}")
     else:
         print(f"stage outputs: {result.run_dir}")
-    if settings.results_path is not None and not all(timing.reused for timing in result.timings):
+    if recorder is not None:
+        print("\n".join(recorder.how_to_look()))
+    elif settings.results_path is not None and not all(timing.reused for timing in result.timings):
         print(f"timings: {settings.results_path}")
 
 

@@ -14,6 +14,7 @@ from pipeline.generate import decode_literal, protect_literals
 from pipeline.parallel import ParallelOptions
 from pipeline.predict_report import compact, make_report, print_report
 from pipeline.predict_run import Predictor, configs_of
+from pipeline.predict_trace import write_timelines
 from pipeline.request import parse_stages
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli
@@ -62,6 +63,8 @@ def _command(config: DictConfig) -> int:
         write_json(Path(settings.json), report)
     if settings.results_path is not None:
         append_json_line(Path(settings.results_path), compact(report))
+    if settings.profile:
+        print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     return 0
 
 

@@ -212,4 +212,5 @@ def summary(prediction: Prediction) -> dict[str, Any]:
             }
             for op in sorted(prediction.ops, key=lambda op: -op.time_s)[:_MAX_OPS]
         ],
+        "timeline": prediction.to_dict()["ops"],
     }

@@ -124,7 +124,7 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
     """The report without its list of ops: what is kept in results/."""
 
     def without_ops(result: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in result.items() if name not in ("ops", "collectives")}
+        kept = {name: value for name, value in result.items() if name not in ("ops", "collectives", "timeline")}
         if "programs" in kept:
             kept["programs"] = [without_ops(program) for program in kept["programs"]]
         return kept

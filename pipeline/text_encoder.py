@@ -81,7 +81,7 @@ class TextEncoder:
 
 def encode_program(encoder: torch.nn.Module, everywhere: NamedSharding) -> Any:
     """`(weights, token ids [prompts, tokens]) -> embeddings` of a stock T5 encoder, the result everywhere."""
-    return jax.jit(jax_function(encoder, _last_hidden_state), out_shardings=everywhere)
+    return jax.jit(jax.named_scope("text")(jax_function(encoder, _last_hidden_state)), out_shardings=everywhere)
 
 
 def weight_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:

@@ -11,9 +11,10 @@ Three gaps are bridged here, and each can go by itself:
   `_upsample_nearest` repeats instead.
 """
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -144,13 +145,40 @@ def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = No
         tensors, args, kwargs = env.j2t_iso((weights, args, kwargs))
         holder = _Holder(module, method)
         named = {f"module.{name}": value for name, value in tensors.items()}
-        with warnings.catch_warnings(), env, torch.no_grad():
+        with warnings.catch_warnings(), env, torch.no_grad(), _named_scopes(module):
             # torch's int64 positions become int32, as everything in JAX without x64: nothing here is that large.
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
             result = torch.func.functional_call(holder, named, args, kwargs)
         return env.t2j_iso(result)
 
     return call
+
+
+@contextlib.contextmanager
+def _named_scopes(module: torch.nn.Module) -> Iterator[None]:
+    """Within the block each part of the module runs in a `jax.named_scope` of its name: profiles tell them apart."""
+    entered: list[Any] = []
+
+    def enter(name: str, *_: Any) -> None:
+        entered.append(jax.named_scope(name))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    handles = []
+    for name, part in module.named_modules():
+        parent, _, scope = name.rpartition(".")
+        if parent and isinstance(module.get_submodule(parent), torch.nn.ModuleList):  # never called, has no scope
+            scope = f"{parent.rpartition('.')[2]}.{scope}"
+        if scope:
+            handles.append(part.register_forward_pre_hook(functools.partial(enter, scope)))
+            handles.append(part.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Holder(torch.nn.Module):

@@ -154,10 +154,12 @@ class Share:
         """The inverse of `to_heads`."""
         return lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
 
+    @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
         """The sum over devices that each hold a part of a contraction."""
         return lax.psum(x, MODEL) if self.plan.plan == "megatron" and self.axis_size > 1 else x
 
+    @jax.named_scope("gather_weights")
     def whole_weights(self, weights: Weights) -> Weights:
         """One layer's weights, gathered where they are split at rest."""
         if self.plan.weights != "sharded" or self.axis_size == 1:

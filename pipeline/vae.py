@@ -112,6 +112,7 @@ def decode_program(decode_batch: Any, scaling_factor: float, quantize: bool, sha
     split = "width" if sharding.spec and len(sharding.spec) == 5 and sharding.spec[4] else "height"
     frames_spec = PartitionSpec(None, None, SPLIT) if split == "width" else PartitionSpec(None, SPLIT)
 
+    @jax.named_scope("vae")
     def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
         video, cache = decode_batch(weights, latents / scaling_factor, cache)
         video = video.astype(jnp.float32)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, environment, heatmap, records, summary
+from tuning import cli, environment, heatmap, records, summary, trace, trace_sweep
 from tuning.evaluate import JOBS, Evaluator, Target
 from tuning.job_cache import JobCache
 from tuning.promote import Promotion, promote
@@ -304,6 +304,8 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 def _command(config: DictConfig) -> int:
     settings = cli.from_config(lambda: settings_from(config))
+    if config.profile:
+        trace.require_tensorboard("profile=true")  # before hours of work, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(summary.table(result.trials))
@@ -335,6 +337,9 @@ def _command(config: DictConfig) -> int:
             "trials": summary.rows(result.trials),
         },
     )
+    if config.profile:
+        for line in trace_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
+            print(line)
     if not any(trial.status is Status.OK for trial in result.trials):
         print("no candidate was ok", file=sys.stderr)
         return 1

@@ -55,6 +55,9 @@ class SweepSchema:
     promote: bool = MISSING
     json: str | None = None
     progress: bool = MISSING
+    profile: bool = MISSING
+    profile_top: int = MISSING
+    logdir: str = MISSING
 
 
 cli.store_schema("sweep_schema", SweepSchema)

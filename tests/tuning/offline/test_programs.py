@@ -11,6 +11,7 @@ import pytest
 
 from tuning.environment import REPO_ROOT
 from tuning.offline.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
+from tuning.trace_predicted import PredictedOp, unrolled
 
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
@@ -202,3 +203,14 @@ def test_a_sharded_program_pays_for_its_collective_in_every_trip(predictions: di
     assert all("mlp" in o["scope"] for o in matmuls)
     total = predictions["tensor_parallel"]["time_s"]
     assert total == pytest.approx(sum(o["time_s"] for o in ops))
+
+
+@pytest.mark.parametrize("program", ["scan", "nested_loops", "unrolled_loop", "two_branches", "tensor_parallel"])
+def test_the_timeline_of_a_prediction_has_its_time_without_gaps(predictions: dict[str, Any], program: str) -> None:
+    runs = list(unrolled([PredictedOp.of(op) for op in predictions[program]["ops"]]))
+    now = 0.0
+    for _, start_s, time_s in runs:
+        assert start_s == pytest.approx(now, abs=1e-12)
+        now = start_s + time_s
+    assert now == pytest.approx(predictions[program]["time_s"])
+    assert len(runs) == sum(op["calls"] for op in predictions[program]["ops"])

@@ -1,0 +1,42 @@
+"""Predictions of stages as timelines for TensorBoard: `python -m pipeline.predict profile=true`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuning import environment, trace
+from tuning.offline.topology import parse_topology
+from tuning.status import Label
+from tuning.trace import Session
+from tuning.trace_predicted import PREFIX, PredictedOp, Program, predicted_by, space_of
+
+
+def write_timelines(report: Mapping[str, Any], logdir: Path, run: str | None) -> Sequence[str]:
+    """Write a session for each stage of a report, with its ops still in it: a denoise step, a batch of latent frames.
+
+    Replaces those of the same run. run: its name; None: made from topology, size and plan. Returns lines for the user.
+    """
+    request, plan = report["request"], report["plan"]
+    size = f"{request['width']}x{request['height']}x{request['num_frames']}-{request['dtype']}"
+    name = run or trace.safe_name(f"{Path(request['checkpoint']).name}-{size}-{report['topology']}-{plan['plan']}")
+    name = PREFIX + trace.check_name(name).removeprefix(PREFIX)
+    device, _ = parse_topology(report["topology"])
+    captured = environment.capture("offline")
+    made_by = predicted_by(captured.versions)
+    for stage, result in report["stages"].items():
+        programs = [
+            Program(f"{stage}-{number}" if number else stage, tuple(map(PredictedOp.of, program["timeline"])))
+            for number, program in enumerate(result.get("programs", [result]))
+        ]
+        session = Session(
+            run=name,
+            part=stage,
+            repeat=1,
+            label=Label.PREDICTED,
+            device=f"{device.device_kind} ({report['topology']}, one chip)",
+            made_by=made_by,
+            config={**request, "plan": plan},
+            environment=captured.to_dict(),
+        )
+        trace.write_session(logdir, session, space_of(programs, device, made_by))
+    return trace.how_to_look(logdir, name)
