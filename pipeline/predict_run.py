@@ -12,9 +12,9 @@ from pipeline.loading import resolve_checkpoint
 from pipeline.parallel import ParallelOptions, ParallelPlan, resolve_plan
 from pipeline.predict_jobs import Job
 from pipeline.request import GenerateRequest, Stage
-from tuning.evaluate import Runner
 from tuning.offline import worker_environment
 from tuning.offline.topology import parse_topology
+from tuning.runner import Runner
 from tuning.status import Status
 
 _AUTO = (ParallelOptions(plan="ulysses"), ParallelOptions(plan="megatron"))

@@ -14,8 +14,10 @@ from splash_attn import tuned
 from splash_attn.platform import quiet_jax_without_accelerator
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
 from tuning import cli, environment, records, summary
-from tuning.evaluate import JOBS, Evaluator, Runner
+from tuning.evaluate import JOBS, Evaluator
+from tuning.job_cache import JobCache
 from tuning.records import Trial
+from tuning.runner import JOBS_PER_WORKER, Runner
 from tuning.status import Status
 from tuning.sweep import context_of, find_target, objective
 from tuning.sweep_config import core_count
@@ -106,7 +108,8 @@ def _command(config: DictConfig) -> int:
     known = {(trial.kernel, trial.key): trial for trial in records.read(path)} if config.reuse else {}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
-            runner=Runner(Path(work_dir)),
+            runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
+            cache=JobCache.of_user(config.reuse),
             workload=workload,
             target=target,
             backend=_BACKEND,
