@@ -2,19 +2,15 @@
 
 import dataclasses
 import datetime
-import functools
-import platform
-import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from pipeline.profiling import StageTimings
 from pipeline.request import GenerateRequest
+from tuning import environment
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
@@ -34,7 +30,7 @@ def make_record(
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "label": "measured",
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "host": f"{platform.machine()}-{platform.system().lower()}",
+        "host": environment.host(),
         "versions": package_versions(),
         "git": git_state(),
         "request": dataclasses.asdict(request),
@@ -54,25 +50,12 @@ def make_record(
     }
 
 
-@functools.cache
 def package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    """Versions of what a stage's result and time depend on."""
+    return environment.package_versions(_PACKAGES)
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit of this source tree and whether it was changed since; None where it is not a git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
+    commit, dirty = environment.git_state()
+    return None if commit is None else {"commit": commit, "dirty": dirty}
