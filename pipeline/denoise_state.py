@@ -13,7 +13,7 @@ import torch
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, remove_leftovers
 from pipeline.torchax_bridge import numpy_to_torch, torch_to_numpy
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,8 @@ class StateFile:
     def remove(self) -> None:
         """Call when the stage's own output is safe."""
         if jax.process_index() == 0:
-            # Also what a kill in the middle of writing has left.
-            for path in (self._path, *self._path.parent.glob(f".{self._path.stem}-*")):
-                path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+            remove_leftovers(self._path)
 
 
 def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:

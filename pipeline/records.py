@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from pipeline.request import GenerateRequest
 from tuning import environment
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
+_MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
+_PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
 def make_record(
@@ -21,7 +23,8 @@ def make_record(
 ) -> dict[str, Any]:
     """A JSON-able record of one run. Times are measured, on the device named; reused stages have none here.
 
-    denoise: details of the denoise stage, with "attention" in it; empty where there is no output of it.
+    denoise: details of the denoise stage, with "attention" in it; empty where there is no output of it. Where it was
+    resumed after a step, its step times are those of all runs, and its load and compile times of the last.
     """
     device = jax.devices()[0]
     return {
@@ -36,6 +39,7 @@ def make_record(
         "request": dataclasses.asdict(request),
         "attention": denoise.get("attention"),
         "parallel": denoise.get("parallel"),
+        "resumed_at_step": denoise.get("resumed_at_step"),
         "stages": {
             timing.stage: {
                 "load_time_s": timing.load_time_s,
@@ -48,6 +52,21 @@ def make_record(
         },
         "reused_stages": [timing.stage for timing in timings if timing.reused],
     }
+
+
+def video_tags(record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
+    """What the mp4 itself says of a run: the prompt as its title, the rest as JSON in its comment.
+
+    record: of `make_record`. fingerprint: of the frames, as in the sidecar.
+    """
+    request = record["request"]
+    said = {name: value for name, value in request.items() if name != "attention"}
+    for name in ("prompt", "negative_prompt"):
+        said[name] = said[name][:_MAX_PROMPT]
+    attention = record["attention"] or {}
+    said["attention"] = {name: attention.get(name) for name in ("implementation", "block_sizes", "variant")}
+    said |= {"versions": record["versions"], "git": record["git"], "fingerprint": fingerprint}
+    return {"title": request["prompt"][:_MAX_PROMPT], "comment": json.dumps(said, ensure_ascii=False)}
 
 
 def package_versions() -> dict[str, str]:
