@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from pipeline.options import RunOptions
 from pipeline.profiling import Progress, no_progress
 from pipeline.request import Stage
 from pipeline.runner import GenerateResult, Job
-from pipeline.stages import LoadedStages, denoise_key
+from pipeline.stages import LoadedStages, denoise_key, text_key
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 class Item:
     """A line of the batch, and what became of it.
 
-    group: items with equal ones share a loaded denoise stage. error: why it failed, in one line. time_s: spent on it in
+    weights: of the stages "text" and "denoise": items with equal ones share what is loaded. error: why it failed, in one line. time_s: spent on it in
     this run, with what it was the first to load and compile.
     """
 
     entry: Entry
     job: Job
-    group: Hashable
+    weights: Mapping[Stage, Hashable]
     status: Status = "waiting"
     error: str | None = None
     result: GenerateResult | None = None
@@ -69,11 +69,10 @@ def prepare(
             if which not in checkpoints:
                 checkpoints[which] = resolve_checkpoint(*which, cache_dir)
             job = Job.prepare(request, stages, output_dir / entry.name, checkpoints[which])
-            group: Hashable = None
+            weights: dict[Stage, Hashable] = {"text": text_key(request, job.keys["text"])}
             if "denoise" in stages:
-                weights = job.keys["denoise"].fields["denoise_weights"]
-                group = denoise_key(request, job.checkpoint, options.parallel, weights)
-            items.append(Item(entry, job, group))
+                weights["denoise"] = denoise_key(request, job.keys["denoise"], job.checkpoint, options.parallel)
+            items.append(Item(entry, job, weights))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:
@@ -113,12 +112,12 @@ class Batch:
                 self._tell(item, f"finished before, skipped: {finished.video_path}")
         stages = self.items[0].job.stages
         if "text" in stages:
-            for item in self._waiting():
+            for item in self._in_order("text"):
                 self._tell(item, "")
                 self._attempt(item, "text")
             self._loaded.drop("text")
         if "denoise" in stages:
-            todo = self._by_group(self._waiting())
+            todo = self._in_order("denoise")
             for index, item in enumerate(todo):
                 self._tell(item, f"{item.entry.name}{self._time_left(len(todo) - index)}")
                 self._attempt(item, "denoise")
@@ -135,10 +134,11 @@ class Batch:
     def _waiting(self) -> list[Item]:
         return [item for item in self.items if item.status == "waiting"]
 
-    def _by_group(self, items: Sequence[Item]) -> list[Item]:
-        """In the order of the file, but for those that can take what an earlier one has loaded: they follow it."""
-        groups = list(dict.fromkeys(item.group for item in items))
-        return sorted(items, key=lambda item: groups.index(item.group))
+    def _in_order(self, stage: Stage) -> list[Item]:
+        """As in the file, but for those that can take what an earlier one has loaded: they follow it."""
+        items = self._waiting()
+        groups = list(dict.fromkeys(item.weights[stage] for item in items))
+        return sorted(items, key=lambda item: groups.index(item.weights[stage]))
 
     def _attempt(self, item: Item, stage: Stage) -> None:
         """Run a stage of an item that has not failed. It stays "waiting" while stages of it are to be run."""

@@ -60,12 +60,21 @@ def video_tags(record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
     record: of `make_record`. fingerprint: of the frames, as in the sidecar.
     """
     request = record["request"]
-    said = {name: value for name, value in request.items() if name != "attention"}
+    first = (
+        "checkpoint",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "scheduler",
+    )  # some tools cut what they show
+    said = {name: request[name] for name in first}
+    said |= {"git": record["git"], "versions": record["versions"]}
+    said |= {name: value for name, value in request.items() if name not in (*first, "attention")}
     for name in ("prompt", "negative_prompt"):
         said[name] = said[name][:_MAX_PROMPT]
     attention = record["attention"] or {}
     said["attention"] = {name: attention.get(name) for name in ("implementation", "block_sizes", "variant")}
-    said |= {"versions": record["versions"], "git": record["git"], "fingerprint": fingerprint}
+    said["fingerprint"] = fingerprint
     return {"title": request["prompt"][:_MAX_PROMPT], "comment": json.dumps(said, ensure_ascii=False)}
 
 

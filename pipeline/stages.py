@@ -78,11 +78,16 @@ def run_stage(
     raise DeviceMemoryError(message)
 
 
-def denoise_key(request: GenerateRequest, checkpoint: Checkpoint, parallel: ParallelOptions, weights: str) -> Hashable:
-    """Requests with equal keys share one loaded denoise stage. weights: identity of the checkpoint's part."""
+def text_key(request: GenerateRequest, key: StageKey) -> Hashable:
+    """Requests with equal ones share a loaded text stage. key: of any stage's output."""
+    return key.fields["text_weights"], request.dtype
+
+
+def denoise_key(request: GenerateRequest, key: StageKey, checkpoint: Checkpoint, parallel: ParallelOptions) -> Hashable:
+    """Requests with equal ones share a loaded denoise stage. Raises RequestError where the plan fits no devices here."""
     num_heads = checkpoint.config("transformer")["num_attention_heads"]
     plan = resolve_plan(parallel, jax.device_count(), request.do_classifier_free_guidance, num_heads)
-    return weights, request.dtype, request.attention, plan
+    return key.fields["denoise_weights"], request.dtype, request.attention, plan
 
 
 def _dtype(request: GenerateRequest) -> torch.dtype:
@@ -94,7 +99,7 @@ def _run_text(request, checkpoint, key, inputs, run_dir, timings, options, loade
         with timings.measure("load", progress):
             return TextEncoder.load(checkpoint, _dtype(request))
 
-    encoder = loaded.get("text", (key.fields["text_weights"], request.dtype), load)
+    encoder = loaded.get("text", text_key(request, key), load)
     if not request.do_classifier_free_guidance:
         return {"prompt_embeds": encoder.encode([request.prompt], timings, progress)}, {}
     negative, positive = encoder.encode([request.negative_prompt, request.prompt], timings, progress)
@@ -108,8 +113,7 @@ def _run_denoise(request, checkpoint, key, inputs, run_dir, timings, options, lo
         with timings.measure("load", progress):
             return Denoiser.load(checkpoint, _dtype(request), request.attention, options.parallel, guided)
 
-    same = denoise_key(request, checkpoint, options.parallel, key.fields["denoise_weights"])
-    denoiser = loaded.get("denoise", same, load)
+    denoiser = loaded.get("denoise", denoise_key(request, key, checkpoint, options.parallel), load)
     names = ("negative_prompt_embeds", "prompt_embeds") if guided else ("prompt_embeds",)
     embeddings = np.concatenate([inputs[name] for name in names])
     plan = denoiser.plan.to_dict()
