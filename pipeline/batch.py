@@ -37,8 +37,8 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 class Item:
     """A line of the batch, and what became of it.
 
-    weights: of the stages "text" and "denoise": items with equal ones share what is loaded. error: why it failed, in one line. time_s: spent on it in
-    this run, with what it was the first to load and compile.
+    weights: of the stages "text" and "denoise": items with equal ones share what is loaded. error: why it failed, in
+    one line. time_s: spent on it in this run, with what it was the first to load and compile.
     """
 
     entry: Entry
@@ -83,8 +83,8 @@ def prepare(
 class Batch:
     """Runs items. One that fails leaves an error.json in its folder, and the others go on.
 
-    say: told "[2 of 3]" and what begins or ended there ("": nothing but the place). progress: told of every step; what it raises that is no Exception
-    (KeyboardInterrupt) ends the batch, and another one of the same items resumes it.
+    say: told "[2 of 3]" and what begins or ended there ("": nothing but the place). progress: told of every step; what
+    it raises that is no Exception (KeyboardInterrupt) ends the batch, and another one of the same items resumes it.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     Raises BatchFileError with all that is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other breaks, which a string may hold
     except OSError as error:
         raise RequestError(f"prompts={str(path)!r}: {error.strerror}; expected a file of JSON lines") from error
     except UnicodeDecodeError as error:
@@ -70,7 +70,9 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
 def _parse_line(text: str, number: int, config: GenerateConfig) -> Entry:
     try:
         fields = json.loads(text, object_pairs_hook=_unique)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError also of a number with thousands of digits
         raise RequestError(f'not JSON ({error}); expected an object a line, e.g. {{"prompt": "a cat"}}') from error
     if not isinstance(fields, dict):
         raise RequestError(f'{text.strip()[:80]}: expected an object, e.g. {{"prompt": "a cat"}}')

@@ -66,6 +66,8 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if self.implementation is not None:
             _require_choice("attention.implementation", self.implementation, Implementation)
+        flag = self.k_smooth
+        _require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def text_key(request: GenerateRequest, key: StageKey) -> Hashable:
 
 
 def denoise_key(request: GenerateRequest, key: StageKey, checkpoint: Checkpoint, parallel: ParallelOptions) -> Hashable:
-    """Requests with equal ones share a loaded denoise stage. Raises RequestError where the plan fits no devices here."""
+    """Requests with equal ones share a loaded denoise stage. Raises RequestError for a plan that does not fit."""
     num_heads = checkpoint.config("transformer")["num_attention_heads"]
     plan = resolve_plan(parallel, jax.device_count(), request.do_classifier_free_guidance, num_heads)
     return key.fields["denoise_weights"], request.dtype, request.attention, plan
