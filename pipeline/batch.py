@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from pipeline.options import RunOptions
 from pipeline.profiling import Progress, no_progress
 from pipeline.request import Stage
 from pipeline.runner import GenerateResult, Job
-from pipeline.stages import LoadedStages, denoise_key, text_key
+from pipeline.stages import LoadedStages
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,11 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 class Item:
     """A line of the batch, and what became of it.
 
-    weights: of the stages "text" and "denoise": items with equal ones share what is loaded. error: why it failed, in
-    one line. time_s: spent on it in this run, with what it was the first to load and compile.
+    error: why it failed, in one line. time_s: spent on it in this run, with what it was the first to load and compile.
     """
 
     entry: Entry
     job: Job
-    weights: Mapping[Stage, Hashable]
     status: Status = "waiting"
     error: str | None = None
     result: GenerateResult | None = None
@@ -68,11 +66,9 @@ def prepare(
         try:
             if which not in checkpoints:
                 checkpoints[which] = resolve_checkpoint(*which, cache_dir)
-            job = Job.prepare(request, stages, output_dir / entry.name, checkpoints[which])
-            weights: dict[Stage, Hashable] = {"text": text_key(request, job.keys["text"])}
-            if "denoise" in stages:
-                weights["denoise"] = denoise_key(request, job.keys["denoise"], job.checkpoint, options.parallel)
-            items.append(Item(entry, job, weights))
+            items.append(
+                Item(entry, Job.prepare(request, stages, output_dir / entry.name, checkpoints[which], options))
+            )
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:
@@ -137,8 +133,8 @@ class Batch:
     def _in_order(self, stage: Stage) -> list[Item]:
         """As in the file, but for those that can take what an earlier one has loaded: they follow it."""
         items = self._waiting()
-        groups = list(dict.fromkeys(item.weights[stage] for item in items))
-        return sorted(items, key=lambda item: groups.index(item.weights[stage]))
+        groups = list(dict.fromkeys(item.job.shared[stage] for item in items))
+        return sorted(items, key=lambda item: groups.index(item.job.shared[stage]))
 
     def _attempt(self, item: Item, stage: Stage) -> None:
         """Run a stage of an item that has not failed. It stays "waiting" while stages of it are to be run."""

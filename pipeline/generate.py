@@ -179,6 +179,8 @@ def _check_combination(settings: Any) -> None:
     from pipeline.errors import RequestError
 
     if settings.prompts is not None:
+        if not settings.prompts.strip():
+            raise RequestError("prompts='': expected a file of JSON lines")
         for name in ("prompt", "run_dir"):
             if value := getattr(settings, name):
                 instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"

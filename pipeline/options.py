@@ -27,4 +27,4 @@ class RunOptions:
         for name, none in (("checkpoint_every", "only when interrupted"), ("preview_every", "none")):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_EVERY:
-                raise RequestError(f"{name}={value}: expected steps from 1 to {MAX_EVERY}, or 0 for {none}")
+                raise RequestError(f"{name}={value}: expected steps from 1 to {MAX_EVERY}, or 0: {none}")

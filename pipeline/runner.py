@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.options import RunOptions
 from pipeline.profiling import Progress, StageTimings, no_progress
 from pipeline.request import STAGES, GenerateRequest, Stage
 from pipeline.stage_output import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
-from pipeline.stages import LoadedStages, run_stage
+from pipeline.stages import LoadedStages, denoise_key, run_stage, text_key
 from pipeline.video import write_mp4
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,9 @@ def generate(
 
     Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
     """
-    run_dir = run_dir or output_dir / run_name(request)
-    job = Job.prepare(request, stages, run_dir, resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
-    options = options or RunOptions()
+    options, run_dir = options or RunOptions(), run_dir or output_dir / run_name(request)
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    job = Job.prepare(request, stages, run_dir, checkpoint, options)
     for stage in stages:
         loaded = LoadedStages()
         job.run(stage, loaded, options, progress)
@@ -108,7 +109,8 @@ def warm_up(
 class Job:
     """One request on its way through its stages.
 
-    keys: of the stages asked for and all before them. timings, details: of the stages that are done.
+    keys: of the stages asked for and all before them. shared: of the stages "text" and "denoise"; jobs with equal ones
+    share what is loaded. timings, details: of the stages that are done.
     """
 
     request: GenerateRequest
@@ -116,20 +118,29 @@ class Job:
     run_dir: Path
     checkpoint: Checkpoint
     keys: Mapping[Stage, StageKey]
+    shared: Mapping[Stage, Hashable]
     timings: list[StageTimings] = dataclasses.field(default_factory=list)
     details: dict[Stage, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, request: GenerateRequest, stages: Sequence[Stage], run_dir: Path, checkpoint: Checkpoint) -> "Job":
+    def prepare(
+        cls,
+        request: GenerateRequest,
+        stages: Sequence[Stage],
+        run_dir: Path,
+        checkpoint: Checkpoint,
+        options: RunOptions,
+    ) -> Self:
         """Checked against what is here, without any work. Raises RequestError and CheckpointError."""
-        if "denoise" in stages:
-            _check_attention_device(request)
-        if run_dir.exists() and not run_dir.is_dir():
-            raise RequestError(f"run_dir={str(run_dir)!r}: a file; expected a folder, or a name that is free")
+        _check_folder(run_dir)
         needed = STAGES[: STAGES.index(stages[-1]) + 1]
         identities = {stage: checkpoint.identity(*_PARTS[stage]) for stage in needed}
         keys = {stage: stage_key(request, stage, identities) for stage in needed}
-        return cls(request, tuple(stages), run_dir, checkpoint, keys)
+        shared: dict[Stage, Hashable] = {"text": text_key(request, keys["text"])}
+        if "denoise" in stages:
+            _check_attention_device(request)
+            shared["denoise"] = denoise_key(request, keys["denoise"], checkpoint, options.parallel)
+        return cls(request, tuple(stages), run_dir, checkpoint, keys, shared)
 
     def run(self, stage: Stage, loaded: LoadedStages, options: RunOptions, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
@@ -217,6 +228,16 @@ class Job:
         }
         write_json(self.run_dir / SIDECAR_NAME, sidecar)
         return path
+
+
+def _check_folder(run_dir: Path) -> None:
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RequestError(
+            f"run_dir={str(run_dir)!r}: {there.name} is a file; expected a folder, or a name that is free"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"run_dir={str(run_dir)!r}: {there} is not writable; choose another output_dir or run_dir")
 
 
 def _check_attention_device(request: GenerateRequest) -> None:

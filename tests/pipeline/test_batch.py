@@ -309,7 +309,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
 
 def test_options_of_a_run():
     for changes in ({"checkpoint_every": -1}, {"preview_every": 1001}):
-        with pytest.raises(RequestError, match="expected steps from 1 to 1000, or 0 for"):
+        with pytest.raises(RequestError, match="expected steps from 1 to 1000, or 0: "):
             RunOptions(**changes)
     assert dataclasses.asdict(RunOptions())["checkpoint_every"] is None
 

@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError, RequestError, StageOutputError
 from pipeline.files import append_json_line, atomic_path
 from pipeline.naming import run_name
 from pipeline.options import RunOptions
+from pipeline.parallel import ParallelOptions
 from pipeline.request import STAGES, AttentionOptions
 from pipeline.runner import generate
 from pipeline.video import MAX_TAG_LENGTH, write_mp4
@@ -352,8 +353,17 @@ def test_pallas_tpu_without_a_tpu_is_refused_before_any_work(same, ran, tmp_path
 
 def test_a_file_where_the_folder_should_be(same, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(RequestError, match="taken': a file; expected a folder"):
+    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
         generate(same(), run_dir=tmp_path / "taken")
+    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
+        generate(same(), output_dir=tmp_path / "taken" / "videos")
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_work(same, ran, tmp_path):
+    options = RunOptions(parallel=ParallelOptions(num_devices=9))
+    with pytest.raises(RequestError, match="num_devices=9: only"):
+        generate(same(), run_dir=tmp_path, options=options)
+    assert ran == []
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
