@@ -100,10 +100,8 @@ def _run(config: DictConfig) -> None:
         _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}")
     except Interrupted as error:
         console.close()
-        _fail(
-            f"interrupted {console.place} {progress.where}; the same command goes on from there".replace("  ", " "),
-            code=128 + error.signal_number,
-        )
+        where = " ".join(filter(None, ("interrupted", console.place, progress.where)))
+        _fail(f"{where}{_how_to_go_on(settings, error.between_steps)}", code=128 + error.signal_number)
     sys.exit(code)
 
 
@@ -111,7 +109,6 @@ def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptibl
     """Run what is asked for; the exit code."""
     from pipeline.config import to_options, to_request
     from pipeline.console import timing_table
-    from pipeline.loading import default_cache_dir, use_compilation_cache
     from pipeline.naming import run_name
     from pipeline.request import parse_stages
     from pipeline.runner import generate, warm_up
@@ -119,12 +116,12 @@ def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptibl
     _check_combination(settings)
     stages, options = parse_stages(settings.stages), to_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
-    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
     if settings.prompts is not None:
         return _run_batch(settings, stages, options, console, progress)
     request = to_request(settings)
     output_dir = Path(settings.output_dir).expanduser()
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
         timings = warm_up(request, stages=stages, options=options, cache_dir=cache_dir, progress=progress)
@@ -165,6 +162,7 @@ def _run_batch(
     path = Path(settings.prompts).expanduser()
     entries = read_entries(path, settings)
     items = prepare(entries, path, stages, Path(settings.output_dir).expanduser(), options, _path(settings.cache_dir))
+    _use_compilation_cache(settings)
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
     batch = Batch(items, options, _path(settings.results_path), progress, console.say)
     try:
@@ -173,6 +171,19 @@ def _run_batch(
         console.close()
         print(batch_table(items), flush=True)
     return 1 if any(item.status == "failed" for item in items) else 0
+
+
+def _how_to_go_on(settings: Any, between_steps: bool) -> str:
+    if settings.warm_up:
+        return ""
+    command = "the same command" if settings.resume else "the same command without resume=false"
+    return f"; {command} goes on from {'there' if between_steps else 'what is saved'}"
+
+
+def _use_compilation_cache(settings: Any) -> None:
+    from pipeline.loading import default_cache_dir, use_compilation_cache
+
+    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
 
 
 def _check_combination(settings: Any) -> None:

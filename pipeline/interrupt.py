@@ -10,11 +10,12 @@ from pipeline.profiling import Progress, StageEvent
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. signal_number: which."""
+    """Ctrl-C or SIGTERM. signal_number: which. between_steps: whether the step it came in was ended first."""
 
-    def __init__(self, signal_number: int):
+    def __init__(self, signal_number: int, between_steps: bool):
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+        self.between_steps = between_steps
 
 
 class Interruptible:
@@ -32,7 +33,7 @@ class Interruptible:
         self._last = event
         self._progress(event)
         if self._pending is not None:
-            raise Interrupted(self._pending)
+            raise Interrupted(self._pending, between_steps=True)
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -59,6 +60,6 @@ class Interruptible:
         # After the last step, too, until the next stage begins: its output is being saved.
         in_step = event is not None and event.phase == "run" and event.total_steps > 0
         if not in_step or self._pending is not None:
-            raise Interrupted(number)
+            raise Interrupted(number, between_steps=False)
         self._pending = number
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
