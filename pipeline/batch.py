@@ -23,7 +23,7 @@ from pipeline.loading import Checkpoint, resolve_checkpoint
 from pipeline.options import RunOptions
 from pipeline.profiling import Progress, no_progress
 from pipeline.request import Stage
-from pipeline.runner import GenerateResult, Job
+from pipeline.runner import GenerateResult, Job, identities
 from pipeline.stages import LoadedStages
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 Status = Literal["waiting", "done", "finished before", "failed"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Item:
     """A line of the batch, and what became of it.
 
@@ -57,7 +57,7 @@ def prepare(
     cache_dir: Path | None = None,
 ) -> list[Item]:
     """Entries of the file `path`, checked against the checkpoints, devices and folders here. Raises BatchFileError."""
-    checkpoints: dict[Any, Checkpoint] = {}
+    checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
@@ -65,10 +65,10 @@ def prepare(
         which = (request.checkpoint, request.revision)
         try:
             if which not in checkpoints:
-                checkpoints[which] = resolve_checkpoint(*which, cache_dir)
-            items.append(
-                Item(entry, Job.prepare(request, stages, output_dir / entry.name, checkpoints[which], options))
-            )
+                checkpoint = resolve_checkpoint(*which, cache_dir)
+                checkpoints[which] = checkpoint, identities(checkpoint, stages)
+            job = Job.prepare(request, stages, output_dir / entry.name, *checkpoints[which], options)
+            items.append(Item(entry, job))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:

@@ -70,7 +70,7 @@ def generate(
     """
     options, run_dir = options or RunOptions(), run_dir or output_dir / run_name(request)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
-    job = Job.prepare(request, stages, run_dir, checkpoint, options)
+    job = Job.prepare(request, stages, run_dir, checkpoint, identities(checkpoint, stages), options)
     for stage in stages:
         loaded = LoadedStages()
         job.run(stage, loaded, options, progress)
@@ -129,13 +129,12 @@ class Job:
         stages: Sequence[Stage],
         run_dir: Path,
         checkpoint: Checkpoint,
+        identities: Mapping[Stage, str],
         options: RunOptions,
     ) -> Self:
         """Checked against what is here, without any work. Raises RequestError and CheckpointError."""
         _check_folder(run_dir)
-        needed = STAGES[: STAGES.index(stages[-1]) + 1]
-        identities = {stage: checkpoint.identity(*_PARTS[stage]) for stage in needed}
-        keys = {stage: stage_key(request, stage, identities) for stage in needed}
+        keys = {stage: stage_key(request, stage, identities) for stage in identities}
         shared: dict[Stage, Hashable] = {"text": text_key(request, keys["text"])}
         if "denoise" in stages:
             _check_attention_device(request)
@@ -148,15 +147,15 @@ class Job:
         if options.resume and self._reusable(key):
             self.details[stage] = load_details(self.run_dir, stage)
             self.timings.append(self.details[stage]["timings"])
-            return
-        inputs, timings = self._inputs(stage), StageTimings(stage)
-        arrays, self.details[stage] = run_stage(
-            self.request, self.checkpoint, key, inputs, self.run_dir, timings, options, loaded, progress
-        )
-        save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
+        else:
+            inputs, timings = self._inputs(stage), StageTimings(stage)
+            arrays, self.details[stage] = run_stage(
+                self.request, self.checkpoint, key, inputs, self.run_dir, timings, options, loaded, progress
+            )
+            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
+            self.timings.append(timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
-        self.timings.append(timings)
 
     def finish(self, options: RunOptions, results_path: Path | None = None) -> GenerateResult:
         """Record the timings, and write the video where its stage was among those run."""
@@ -228,6 +227,11 @@ class Job:
         }
         write_json(self.run_dir / SIDECAR_NAME, sidecar)
         return path
+
+
+def identities(checkpoint: Checkpoint, stages: Sequence[Stage]) -> dict[Stage, str]:
+    """What tells the weights from others, of the stages and all before them. Raises CheckpointError."""
+    return {stage: checkpoint.identity(*_PARTS[stage]) for stage in STAGES[: STAGES.index(stages[-1]) + 1]}
 
 
 def _check_folder(run_dir: Path) -> None:

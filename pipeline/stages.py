@@ -1,5 +1,6 @@
 """Runs one stage of one request. What a stage loads stays for the next request until it is dropped."""
 
+import functools
 import gc
 import hashlib
 import json
@@ -14,7 +15,7 @@ import torch
 from pipeline import records
 from pipeline.denoise import Denoiser
 from pipeline.denoise_state import StateFile
-from pipeline.errors import DeviceMemoryError
+from pipeline.errors import CheckpointError, DeviceMemoryError
 from pipeline.loading import Checkpoint, import_libraries
 from pipeline.options import RunOptions
 from pipeline.parallel import ParallelOptions, resolve_plan
@@ -85,9 +86,19 @@ def text_key(request: GenerateRequest, key: StageKey) -> Hashable:
 
 def denoise_key(request: GenerateRequest, key: StageKey, checkpoint: Checkpoint, parallel: ParallelOptions) -> Hashable:
     """Requests with equal ones share a loaded denoise stage. Raises RequestError for a plan that does not fit."""
-    num_heads = checkpoint.config("transformer")["num_attention_heads"]
-    plan = resolve_plan(parallel, jax.device_count(), request.do_classifier_free_guidance, num_heads)
+    guided, num_heads = request.do_classifier_free_guidance, _num_heads(checkpoint)
+    plan = resolve_plan(parallel, jax.device_count(), guided, num_heads)
     return key.fields["denoise_weights"], request.dtype, request.attention, plan
+
+
+@functools.cache  # a batch asks for every line, and the Hub answers over the network
+def _num_heads(checkpoint: Checkpoint) -> int:
+    try:
+        return checkpoint.config("transformer")["num_attention_heads"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"checkpoint={checkpoint.name!r}: transformer/config.json has no {error}; expected CogVideoX 1.5's"
+        ) from error
 
 
 def _dtype(request: GenerateRequest) -> torch.dtype:
