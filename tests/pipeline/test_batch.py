@@ -237,6 +237,7 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     assert "run_denoise" in "".join(traceback)
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
     """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
     lines = (
