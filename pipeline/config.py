@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.options import RunOptions
 from pipeline.parallel import ParallelOptions
 from pipeline.request import AttentionOptions, GenerateRequest
 from splash_attn.types import BlockSizes, Variant
@@ -35,6 +36,7 @@ class GenerateConfig:
     """Keys of the command line. Types are checked by Hydra, values by `GenerateRequest`."""
 
     prompt: str = ""
+    prompts: str | None = None
     negative_prompt: str = ""
     checkpoint: str = "tiny"
     revision: str | None = None
@@ -53,7 +55,10 @@ class GenerateConfig:
     stages: Any = "text,denoise,vae"
     run_dir: str | None = None
     output_dir: str = "videos"
+    name: str | None = None
     resume: bool = True
+    checkpoint_every: int | None = None
+    preview_every: int = 0
     results_path: str | None = "results/generate.jsonl"
     cache_dir: str | None = None
     compilation_cache: bool = True
@@ -98,3 +103,8 @@ def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
 def to_parallel(config: GenerateConfig) -> ParallelOptions:
     """The checked parallel options of a resolved configuration. Raises RequestError."""
     return ParallelOptions(**dataclasses.asdict(config.parallel))
+
+
+def to_options(config: GenerateConfig) -> RunOptions:
+    """The checked options of a resolved configuration. Raises RequestError."""
+    return RunOptions(config.resume, to_parallel(config), config.checkpoint_every, config.preview_every)

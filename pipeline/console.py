@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from pipeline.batch import Item
 from pipeline.profiling import StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
@@ -11,25 +12,43 @@ _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
 
 
 class ConsoleProgress:
-    """A `Progress` that shows one line a stage: what it is doing, then a bar with seconds a step and the time left."""
+    """A `Progress` that shows one line a stage: what it is doing, then a bar with seconds a step and the time left.
+
+    place: where in a batch this is, e.g. "[2 of 3]"; stands before every line.
+    """
 
     def __init__(self) -> None:
+        self.place = ""
         self._bar: tqdm | None = None
+
+    def say(self, place: str, text: str) -> None:
+        """A line of its own, where there is text; the next ones are of the same place."""
+        self.close()
+        self.place = place
+        if text:
+            tqdm.write(f"{place} {text}")
 
     def __call__(self, event: StageEvent) -> None:
         if event.phase != "run":
             self.close()
-            tqdm.write(f"  {event.stage:<8} {event.phase} ...")
-        elif event.total_steps and event.step == 0:
+            tqdm.write(f"  {self._name(event)} {event.phase} ...")
+        elif event.total_steps and event.step_time_s is None:
             self.close()
             self._bar = tqdm(
-                total=event.total_steps, desc=event.stage, unit=_UNITS[event.stage], bar_format=_BAR_FORMAT
+                total=event.total_steps,
+                initial=event.step,  # not 0 where a stage is resumed
+                desc=self._name(event),
+                unit=_UNITS[event.stage],
+                bar_format=_BAR_FORMAT,
             )
         elif self._bar is not None and event.step_time_s is not None:
             self._bar.set_postfix_str(f"{event.step_time_s:.2f} s each", refresh=False)
             self._bar.update(event.step - self._bar.n)
             if event.step == event.total_steps:
                 self.close()
+
+    def _name(self, event: StageEvent) -> str:
+        return f"{self.place} {event.stage:<8}".lstrip()
 
     def close(self) -> None:
         """Leave the last line on the screen."""
@@ -51,4 +70,18 @@ def timing_table(timings: Sequence[StageTimings]) -> str:
     ran = [timing for timing in timings if not timing.reused]
     total = sum(timing.load_time_s + timing.compile_time_s + timing.run_time_s for timing in ran)
     lines.append(f"  {'total':<8} {total:>8.2f}" + ("" if len(ran) == len(timings) else " of this run"))
+    return "\n".join(lines)
+
+
+def batch_table(items: Sequence[Item]) -> str:
+    """A table of what became of every line of a batch, and how many there are of each."""
+    lines = [f"  {'line':>4}  {'result':<15}  {'seconds':>8}  video, folder or error"]
+    for item in items:
+        where = item.error
+        if item.result is not None:
+            where = str(item.result.video_path or item.result.run_dir)
+        time_s = f"{item.time_s:.2f}" if item.time_s else ""
+        lines.append(f"  {item.entry.line:>4}  {item.status:<15}  {time_s:>8}  {where or ''}".rstrip())
+    counts = {status: sum(item.status == status for item in items) for status in dict.fromkeys(i.status for i in items)}
+    lines.append("  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Stage "denoise": T5 embeddings -> latents, with classifier-free guidance and the checkpoint's scheduler."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 
 from pipeline.attention import describe_attention
+from pipeline.denoise_state import DenoiseState, StateFile, generator_state, restore_generator
 from pipeline.denoise_step import DenoiseStep
 from pipeline.errors import NonFiniteError
 from pipeline.latents import LatentGeometry, from_rows, initial_noise, rotary_embedding, rotary_rows, to_rows
 from pipeline.loading import Checkpoint, LoadedModule, load_module
 from pipeline.parallel import ParallelOptions, ParallelPlan, build_mesh, resolve_plan
 from pipeline.placement import put, to_host
-from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
+from pipeline.profiling import Progress, StageEvent, StageTimings, StepClock, no_progress
 from pipeline.request import AttentionOptions, GenerateRequest
 from pipeline.schedule import StepTable, build_scheduler, guidance_scales, step_table
 from pipeline.torchax_bridge import torch_to_numpy
@@ -99,11 +101,13 @@ class Denoiser:
         timings: StageTimings | None = None,
         progress: Progress = no_progress,
         latents: np.ndarray | None = None,
+        state_file: StateFile | None = None,
     ) -> np.ndarray:
         """Latents [1, frames, channels, height, width] in the transformer's dtype, ready for the VAE stage.
 
         embeddings: [2 or 1, text tokens, text_embed_dim]: negative and positive, or positive alone without guidance.
         latents: initial noise, with padding frames; drawn from the request's seed without it.
+        state_file: where to go on from, and to save to, also when `progress` raises. The caller removes it.
         Raises NonFiniteError, and whatever `progress` raises, which is called once a step.
         """
         timings = timings or StageTimings("denoise")
@@ -122,17 +126,28 @@ class Denoiser:
             noisy=table.needs_noise,
         )
         generator = torch.Generator().manual_seed(request.seed)
-        if latents is None:
-            latents = torch_to_numpy(initial_noise(request, geometry.shape, generator) * table.init_noise_sigma)
 
         def rows(latents: np.ndarray) -> np.ndarray:
             return to_rows(latents, geometry, step.shape, step.layout)
 
-        def video_latents(rows: jax.Array) -> np.ndarray:
-            return from_rows(to_host(rows), geometry, step.shape, step.layout)[:, geometry.padding_frames :]
+        def all_latents(rows: jax.Array) -> np.ndarray:
+            return from_rows(to_host(rows), geometry, step.shape, step.layout)
 
-        sample = put(rows(latents), step.sharding("sample"))
-        state = [sample, put(np.zeros(sample.shape, np.float32), step.sharding("x0"))]
+        def video_latents(rows: jax.Array) -> np.ndarray:
+            return all_latents(rows)[:, geometry.padding_frames :]
+
+        saved = state_file.load() if state_file is not None else None
+        if saved is not None:
+            restore_generator(generator, saved.generator)
+            timings.step_times_s[:] = saved.step_times_s
+            timings.run_time_s += sum(saved.step_times_s)
+            start, sample, x0 = saved.step, rows(saved.sample), rows(saved.x0)
+        else:
+            if latents is None:
+                latents = torch_to_numpy(initial_noise(request, geometry.shape, generator) * table.init_noise_sigma)
+            start, sample = 0, rows(latents)
+            x0 = np.zeros(sample.shape, np.float32)
+        state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
         tables = rotary_embedding(geometry, self._transformer_config)
         if self.plan.plan != "seed_tp":
             tables = rotary_rows(tables, step.layout)
@@ -155,16 +170,35 @@ class Denoiser:
                 *(put(scalar, step.sharding("scalar")) for scalar in scalars),
             )
 
-        first = arguments(0)
+        def save(done: int) -> None:
+            assert state_file is not None
+            arrays = (all_latents(state[0]), all_latents(state[1]), generator_state(generator))
+            state_file.save(DenoiseState(done, *arrays, timings.step_times_s))
+
+        def tell(event: StageEvent) -> None:
+            """Of a step, and save its state. Called within the clock's tick, which counts none of it as a step's."""
+            due = event.step > start and state_file is not None and state_file.due(event.step, timings.step_times_s)
+            if due:
+                save(event.step)
+            try:
+                progress(event if event.step else dataclasses.replace(event, step=start))
+            except BaseException:
+                # Other processes may not be interrupted, or at another step, and fetching takes all of them.
+                if event.step > start and state_file is not None and not due and jax.process_count() == 1:
+                    save(event.step)
+                raise
+
+        total = len(table.timesteps)
+        first = arguments(min(start, total - 1))  # start == total: interrupted when all was done but this call
         program = self._compile(step, first, timings, progress)
         with timings.measure("run", progress):
-            clock = StepClock(timings, len(table.timesteps), progress)
-            for index in range(len(table.timesteps)):
-                *state, finite = program(self._weights, *(first if index == 0 else arguments(index)))
+            clock = StepClock(timings, total, tell)
+            for index in range(start, total):
+                *state, finite = program(self._weights, *(first if index == start else arguments(index)))
                 first = ()  # donated
                 if not bool(finite):
                     raise NonFiniteError(
-                        f"denoise: step {index + 1} of {len(table.timesteps)}: the latents hold NaN or infinity; "
+                        f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
                         "try dtype=float32 or a lower guidance_scale"
                     )
                 clock.tick(functools.partial(video_latents, state[1]))

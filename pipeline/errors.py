@@ -19,3 +19,7 @@ class StageOutputError(PipelineError, ValueError):
 
 class NonFiniteError(PipelineError, ArithmeticError):
     """A stage produced NaN or infinity."""
+
+
+class DeviceMemoryError(PipelineError, MemoryError):
+    """A stage did not fit into the devices' memory."""

@@ -26,6 +26,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(*paths: Path) -> None:
+    """Remove the temporary files that `atomic_path` of these paths has left where the process was killed."""
+    for path in paths:
+        for temporary in path.parent.glob(f".{path.stem}-????????{path.suffix}"):
+            temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -1,11 +1,12 @@
 """Command line: `python -m pipeline.generate prompt="..."`. See --help."""
 
+import dataclasses
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,9 +17,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_attn.platform import accelerator_visible, quiet_jax_without_accelerator
 
+if TYPE_CHECKING:
+    from pipeline.console import ConsoleProgress
+    from pipeline.interrupt import Interruptible
+    from pipeline.options import RunOptions
+    from pipeline.request import Stage
+
 # Text that is meant literally: Hydra's grammar gives commas, quotes and brackets a meaning of their own.
 _LITERAL_KEYS = (
     "prompt",
+    "prompts",
+    "name",
     "negative_prompt",
     "checkpoint",
     "stages",
@@ -72,56 +81,72 @@ def decode_literal(encoded: str) -> str:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
 def _run(config: DictConfig) -> None:
-    from pipeline.config import to_parallel, to_request
-    from pipeline.console import ConsoleProgress, timing_table
+    from pipeline.batch_file import BatchFileError
+    from pipeline.console import ConsoleProgress
     from pipeline.errors import PipelineError
-    from pipeline.loading import default_cache_dir, use_compilation_cache
+    from pipeline.interrupt import Interrupted, Interruptible
+
+    settings: Any = OmegaConf.to_object(config)
+    _set_up_logging(settings.verbose)
+    console = ConsoleProgress()
+    progress = Interruptible(console)
+    try:
+        with progress.handling_signals():
+            code = _generate(settings, console, progress)
+    except BatchFileError as error:
+        _fail("\n".join(f"error: {message}" for message in error.errors))
+    except PipelineError as error:
+        console.close()
+        _fail(f"error: {error}")
+    except OSError as error:
+        console.close()
+        _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+    except Interrupted as error:
+        console.close()
+        where = " ".join(filter(None, ("interrupted", console.place, progress.where)))
+        _fail(f"{where}{_how_to_go_on(settings, error.between_steps)}", code=128 + error.signal_number)
+    sys.exit(code)
+
+
+def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptible") -> int:
+    """Run what is asked for; the exit code."""
+    from pipeline.config import to_options, to_request
+    from pipeline.console import timing_table
+    from pipeline.naming import run_name
     from pipeline.profiling import recorder_of, tracing
     from pipeline.request import parse_stages
     from pipeline.runner import generate, warm_up
 
-    settings: Any = OmegaConf.to_object(config)
-    _set_up_logging(settings.verbose)
-    progress = ConsoleProgress()
-    try:
-        request = to_request(settings)
-        stages = parse_stages(settings.stages)
-        use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
-        print(_what_runs(request.checkpoint), flush=True)
-        if settings.warm_up:
-            timings = warm_up(
-                request,
-                stages=stages,
-                parallel=to_parallel(settings),
-                cache_dir=_path(settings.cache_dir),
-                progress=progress,
-            )
-            progress.close()
-            print(timing_table(timings))
-            return
-        recorder = recorder_of(settings, request)
-        with tracing(recorder):
-            result = generate(
-                request,
-                stages=stages,
-                run_dir=_path(settings.run_dir),
-                output_dir=Path(settings.output_dir).expanduser(),
-                resume=settings.resume and not settings.profile,  # what is not run leaves no trace
-                parallel=to_parallel(settings),
-                cache_dir=_path(settings.cache_dir),
-                results_path=None if settings.profile else _path(settings.results_path),  # the profiler takes time
-                progress=progress,
-            )
-    except PipelineError as error:
-        progress.close()
-        _fail(f"error: {error}")
-    except OSError as error:
-        progress.close()
-        _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        progress.close()
-        _fail("interrupted; the same command goes on with the stage it was in", code=130)
-    progress.close()
+    _check_combination(settings)
+    stages, options = parse_stages(settings.stages), to_options(settings)
+    cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
+    if settings.prompts is not None:
+        return _run_batch(settings, stages, options, console, progress)
+    request = to_request(settings)
+    output_dir = Path(settings.output_dir).expanduser()
+    run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    _use_compilation_cache(settings)
+    print(_what_runs(request.checkpoint), flush=True)
+    if settings.warm_up:
+        timings = warm_up(request, stages=stages, options=options, cache_dir=cache_dir, progress=progress)
+        console.close()
+        print(timing_table(timings))
+        return 0
+    recorder = recorder_of(settings, request)
+    if recorder is not None:
+        options = dataclasses.replace(options, resume=False)  # what is not run leaves no trace
+        results_path = None  # the profiler takes time
+    with tracing(recorder):
+        result = generate(
+            request,
+            stages=stages,
+            run_dir=run_dir,
+            options=options,
+            cache_dir=cache_dir,
+            results_path=results_path,
+            progress=progress,
+        )
+    console.close()
     print(timing_table(result.timings))
     if result.video_path is not None:
         print(f"video: {result.video_path}")
@@ -129,8 +154,66 @@ def _run(config: DictConfig) -> None:
         print(f"stage outputs: {result.run_dir}")
     if recorder is not None:
         print("\n".join(recorder.how_to_look()))
-    elif settings.results_path is not None and not all(timing.reused for timing in result.timings):
-        print(f"timings: {settings.results_path}")
+    elif results_path is not None and not all(timing.reused for timing in result.timings):
+        print(f"timings: {results_path}")
+    return 0
+
+
+def _run_batch(
+    settings: Any,
+    stages: tuple["Stage", ...],
+    options: "RunOptions",
+    console: "ConsoleProgress",
+    progress: "Interruptible",
+) -> int:
+    from pipeline.batch import Batch, prepare
+    from pipeline.batch_file import read_entries
+    from pipeline.console import batch_table
+
+    path = Path(settings.prompts).expanduser()
+    entries = read_entries(path, settings)
+    items = prepare(entries, path, stages, Path(settings.output_dir).expanduser(), options, _path(settings.cache_dir))
+    _use_compilation_cache(settings)
+    print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
+    batch = Batch(items, options, _path(settings.results_path), progress, console.say)
+    try:
+        batch.run()
+    finally:
+        console.close()
+        print(batch_table(items), flush=True)
+    return 1 if any(item.status == "failed" for item in items) else 0
+
+
+def _how_to_go_on(settings: Any, between_steps: bool) -> str:
+    if settings.warm_up:
+        return ""
+    command = "the same command" if settings.resume else "the same command without resume=false"
+    return f"; {command} goes on from {'there' if between_steps else 'what is saved'}"
+
+
+def _use_compilation_cache(settings: Any) -> None:
+    from pipeline.loading import default_cache_dir, use_compilation_cache
+
+    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+
+
+def _check_combination(settings: Any) -> None:
+    from pipeline.errors import RequestError
+
+    if settings.prompts is not None:
+        if not settings.prompts.strip():
+            raise RequestError("prompts='': expected a file of JSON lines")
+        for name in ("prompt", "run_dir"):
+            if value := getattr(settings, name):
+                instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"
+                raise RequestError(
+                    f"prompts={settings.prompts!r} and {name}={value!r}: expected one of them; {instead}"
+                )
+        for name, what in (("warm_up", "warming up"), ("profile", "a trace")):
+            if getattr(settings, name):
+                raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")
+    if settings.run_dir is not None and settings.name is not None:
+        raise RequestError(f"run_dir={settings.run_dir!r} and name={settings.name!r}: expected one of them")
 
 
 def _what_runs(checkpoint: str) -> str:

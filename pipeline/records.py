@@ -2,22 +2,20 @@
 
 import dataclasses
 import datetime
-import functools
-import platform
-import subprocess
+import json
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from pipeline.profiling import StageTimings
 from pipeline.request import GenerateRequest
+from tuning import environment
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
+_MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
+_PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 
 
 def make_record(
@@ -25,7 +23,8 @@ def make_record(
 ) -> dict[str, Any]:
     """A JSON-able record of one run. Times are measured, on the device named; reused stages have none here.
 
-    denoise: details of the denoise stage, with "attention" in it; empty where there is no output of it.
+    denoise: details of the denoise stage, with "attention" in it; empty where there is no output of it. Where it was
+    resumed after a step, its step times are those of all runs, and its load and compile times of the last.
     """
     device = jax.devices()[0]
     return {
@@ -34,12 +33,13 @@ def make_record(
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "label": "measured",
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "host": f"{platform.machine()}-{platform.system().lower()}",
+        "host": environment.host(),
         "versions": package_versions(),
         "git": git_state(),
         "request": dataclasses.asdict(request),
         "attention": denoise.get("attention"),
         "parallel": denoise.get("parallel"),
+        "resumed_at_step": denoise.get("resumed_at_step"),
         "stages": {
             timing.stage: {
                 "load_time_s": timing.load_time_s,
@@ -54,25 +54,36 @@ def make_record(
     }
 
 
-@functools.cache
+def video_tags(record: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
+    """What the mp4 itself says of a run: the prompt as its title, the rest as JSON in its comment.
+
+    record: of `make_record`. fingerprint: of the frames, as in the sidecar.
+    """
+    request = record["request"]
+    first = (
+        "checkpoint",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "scheduler",
+    )  # some tools cut what they show
+    said = {name: request[name] for name in first}
+    said |= {"git": record["git"], "versions": record["versions"]}
+    said |= {name: value for name, value in request.items() if name not in (*first, "attention")}
+    for name in ("prompt", "negative_prompt"):
+        said[name] = said[name][:_MAX_PROMPT]
+    attention = record["attention"] or {}
+    said["attention"] = {name: attention.get(name) for name in ("implementation", "block_sizes", "variant")}
+    said["fingerprint"] = fingerprint
+    return {"title": request["prompt"][:_MAX_PROMPT], "comment": json.dumps(said, ensure_ascii=False)}
+
+
 def package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    """Versions of what a stage's result and time depend on."""
+    return environment.package_versions(_PACKAGES)
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit of this source tree and whether it was changed since; None where it is not a git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
+    commit, dirty = environment.git_state()
+    return None if commit is None else {"commit": commit, "dirty": dirty}

@@ -1,7 +1,6 @@
 """What the user asks for, checked once, before any work."""
 
 import dataclasses
-import math
 from typing import Any, Literal, get_args
 
 from pipeline.errors import RequestError
@@ -11,6 +10,7 @@ SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transform
 FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transformer, patch_size_t)
 MAX_SIDE = 4096
 MAX_FRAMES = 1001
+MAX_GUIDANCE = 1000
 
 Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -45,6 +45,15 @@ def _require_int(name: str, value: Any, low: int, high: int) -> None:
     _require(is_int and low <= value <= high, f"{name}={value!r}: expected a whole number from {low} to {high}")
 
 
+def _require_text(name: str, value: Any, expected: str) -> None:
+    _require(isinstance(value, str), f"{name}={value!r}: expected {expected}")
+    try:
+        whole = "\0" not in value and bool(value.encode())
+    except UnicodeEncodeError:
+        whole = False
+    _require(whole or not value, f"{name}={value!r}: holds a NUL or half a surrogate pair; expected Unicode text")
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
     """How `splash_attn.attention` is called. None leaves a choice to it: by platform, by its tuned entries."""
@@ -57,6 +66,8 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if self.implementation is not None:
             _require_choice("attention.implementation", self.implementation, Implementation)
+        flag = self.k_smooth
+        _require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +97,14 @@ class GenerateRequest:
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
 
     def __post_init__(self) -> None:
-        _require(
-            isinstance(self.prompt, str) and bool(self.prompt.strip()),
-            f'prompt={self.prompt!r}: expected some text, e.g. prompt="a red circle moves right"',
-        )
-        _require(
-            isinstance(self.negative_prompt, str),
-            f"negative_prompt={self.negative_prompt!r}: expected text (empty for none)",
-        )
-        _require(
-            isinstance(self.checkpoint, str) and bool(self.checkpoint.strip()),
-            f"checkpoint={self.checkpoint!r}: expected tiny, a folder, or a Hub id",
-        )
+        prompt, checkpoint = 'some text, e.g. prompt="a red circle moves right"', "tiny, a folder, or a Hub id"
+        _require_text("prompt", self.prompt, prompt)
+        _require(bool(self.prompt.strip()), f"prompt={self.prompt!r}: expected {prompt}")
+        _require_text("negative_prompt", self.negative_prompt, "text (empty for none)")
+        _require_text("checkpoint", self.checkpoint, checkpoint)
+        _require(bool(self.checkpoint.strip()), f"checkpoint={self.checkpoint!r}: expected {checkpoint}")
+        if self.revision is not None:
+            _require_text("revision", self.revision, "a branch, tag or commit of a Hub id")
         for name in ("height", "width"):
             value = getattr(self, name)
             _require_int(name, value, 1, MAX_SIDE)
@@ -115,10 +122,13 @@ class GenerateRequest:
         _require_int("num_inference_steps", self.num_inference_steps, 1, 1000)
         _require(
             isinstance(self.guidance_scale, int | float)
-            and math.isfinite(self.guidance_scale)
-            and self.guidance_scale >= 0,
-            f"guidance_scale={self.guidance_scale!r}: expected a number of 0 or more (1 or less turns guidance off)",
+            and not isinstance(self.guidance_scale, bool)
+            and 0 <= self.guidance_scale <= MAX_GUIDANCE,
+            f"guidance_scale={self.guidance_scale!r}: expected a number from 0 to {MAX_GUIDANCE} "
+            "(1 or less turns guidance off)",
         )
+        flag = self.use_dynamic_cfg
+        _require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")
         _require_int("seed", self.seed, 0, 2**63 - 1)
         _require_int("fps", self.fps, 1, 240)
         _require_choice("dtype", self.dtype, Dtype)

@@ -1,31 +1,28 @@
 """Runs the stages of a request in a folder of its own, reusing what is already there for the same request."""
 
 import dataclasses
-import gc
-import hashlib
 import json
 import logging
-import re
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
-import torch
 
 from pipeline import records
-from pipeline.denoise import Denoiser
-from pipeline.errors import PipelineError, RequestError, StageOutputError
-from pipeline.files import append_json_line, write_json
-from pipeline.loading import Checkpoint, import_libraries, resolve_checkpoint
-from pipeline.parallel import ParallelOptions
+from pipeline.denoise_state import StateFile
+from pipeline.errors import RequestError, StageOutputError
+from pipeline.files import append_json_line, remove_leftovers, write_json
+from pipeline.loading import Checkpoint, resolve_checkpoint
+from pipeline.naming import run_name
+from pipeline.options import RunOptions
 from pipeline.profiling import Progress, StageTimings, no_progress
 from pipeline.request import STAGES, GenerateRequest, Stage
 from pipeline.stage_output import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
-from pipeline.text_encoder import TextEncoder
-from pipeline.vae import VaeDecoder
+from pipeline.stages import LoadedStages, denoise_key, run_stage, text_key
 from pipeline.video import write_mp4
 
 logger = logging.getLogger(__name__)
@@ -57,8 +54,7 @@ def generate(
     stages: Sequence[Stage] = STAGES,
     run_dir: Path | None = None,
     output_dir: Path = Path("videos"),
-    resume: bool = True,
-    parallel: ParallelOptions | None = None,
+    options: RunOptions | None = None,
     cache_dir: Path | None = None,
     results_path: Path | None = None,
     progress: Progress = no_progress,
@@ -66,49 +62,27 @@ def generate(
     """Run stages of one request, each with only its own weights in memory, and write the video.
 
     run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
-    it. resume: take a stage's saved output where it belongs to exactly this request, rather than run the stage again.
-    parallel: how to lay the work out over the devices; does not change what is computed, so that a stage's output may
-    be reused by a run with another plan. cache_dir: for the tiny checkpoint. results_path: a JSON-lines file that gets
-    a record of the timings.
-    progress: told of every step; may raise to interrupt, after which the same call resumes at the stage it was in.
+    it. cache_dir: for the tiny checkpoint. results_path: a JSON-lines file that gets a record of the timings.
+    progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
+    in the stage "denoise", else at the beginning of the stage.
 
     Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
     """
-    if "denoise" in stages:
-        _check_attention_device(request)
+    options, run_dir = options or RunOptions(), run_dir or output_dir / run_name(request)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
-    keys = _stage_keys(request, checkpoint, stages[-1])
-    run_dir = run_dir or output_dir / run_name(request)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RequestError(f"run_dir={str(run_dir)!r}: a file; expected a folder, or a name that is free")
-    timings: list[StageTimings] = []
-    details: dict[Stage, dict[str, Any]] = {}
+    job = Job.prepare(request, stages, run_dir, checkpoint, identities(checkpoint, stages), options)
     for stage in stages:
-        if resume and _reusable(run_dir, keys[stage]):
-            details[stage] = load_details(run_dir, stage)
-            timings.append(details[stage]["timings"])
-            continue
-        arrays = _inputs(run_dir, keys, stage)
-        timing = StageTimings(stage)
-        arrays, details[stage] = _run_stage(request, checkpoint, stage, arrays, timing, progress, parallel)
-        save_stage(run_dir, keys[stage], arrays, {**details[stage], "timings": timing.to_dict()})
-        timings.append(timing)
-        del arrays
-        gc.collect()  # torch modules are cyclic; their device memory is wanted by the next stage
-    if "denoise" in keys and "denoise" not in details and _belongs(run_dir, keys["denoise"]):
-        details["denoise"] = load_details(run_dir, "denoise")
-    record = records.make_record(request, timings, details.get("denoise", {}))
-    if results_path is not None and not all(timing.reused for timing in timings):
-        append_json_line(results_path, record)
-    video_path = _write_video(request, run_dir, keys["vae"], timings, record) if "vae" in stages else None
-    return GenerateResult(run_dir, video_path, tuple(timings))
+        loaded = LoadedStages()
+        job.run(stage, loaded, options, progress)
+        loaded.drop(stage)
+    return job.finish(options, results_path)
 
 
 def warm_up(
     request: GenerateRequest,
     *,
     stages: Sequence[Stage] = STAGES,
-    parallel: ParallelOptions | None = None,
+    options: RunOptions | None = None,
     cache_dir: Path | None = None,
     progress: Progress = no_progress,
 ) -> tuple[StageTimings, ...]:
@@ -124,21 +98,150 @@ def warm_up(
             dataclasses.replace(request, num_inference_steps=1),
             stages=stages,
             run_dir=Path(folder),
-            resume=False,
-            parallel=parallel,
+            options=dataclasses.replace(options or RunOptions(), resume=False),
             cache_dir=cache_dir,
             progress=progress,
         )
     return result.timings
 
 
-def run_name(request: GenerateRequest) -> str:
-    """A folder name: the beginning of the prompt, size, frames, seed, and a digest of everything but fps."""
-    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
-    size = f"{request.width}x{request.height}x{request.num_frames}"
-    fields = {name: value for name, value in dataclasses.asdict(request).items() if name != "fps"}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return f"{slug}-{size}-seed{request.seed}-{digest[:8]}"
+@dataclasses.dataclass
+class Job:
+    """One request on its way through its stages.
+
+    keys: of the stages asked for and all before them. shared: of the stages "text" and "denoise"; jobs with equal ones
+    share what is loaded. timings, details: of the stages that are done.
+    """
+
+    request: GenerateRequest
+    stages: tuple[Stage, ...]
+    run_dir: Path
+    checkpoint: Checkpoint
+    keys: Mapping[Stage, StageKey]
+    shared: Mapping[Stage, Hashable]
+    timings: list[StageTimings] = dataclasses.field(default_factory=list)
+    details: dict[Stage, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        request: GenerateRequest,
+        stages: Sequence[Stage],
+        run_dir: Path,
+        checkpoint: Checkpoint,
+        identities: Mapping[Stage, str],
+        options: RunOptions,
+    ) -> Self:
+        """Checked against what is here, without any work. Raises RequestError and CheckpointError."""
+        _check_folder(run_dir)
+        keys = {stage: stage_key(request, stage, identities) for stage in identities}
+        shared: dict[Stage, Hashable] = {"text": text_key(request, keys["text"])}
+        if "denoise" in stages:
+            _check_attention_device(request)
+            shared["denoise"] = denoise_key(request, keys["denoise"], checkpoint, options.parallel)
+        return cls(request, tuple(stages), run_dir, checkpoint, keys, shared)
+
+    def run(self, stage: Stage, loaded: LoadedStages, options: RunOptions, progress: Progress = no_progress) -> None:
+        """Run a stage and save its output, or take the saved one of exactly this request."""
+        key = self.keys[stage]
+        if options.resume and self._reusable(key):
+            self.details[stage] = load_details(self.run_dir, stage)
+            self.timings.append(self.details[stage]["timings"])
+        else:
+            inputs, timings = self._inputs(stage), StageTimings(stage)
+            arrays, self.details[stage] = run_stage(
+                self.request, self.checkpoint, key, inputs, self.run_dir, timings, options, loaded, progress
+            )
+            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
+            self.timings.append(timings)
+        if stage == "denoise":
+            StateFile(self.run_dir, "").remove()
+
+    def finish(self, options: RunOptions, results_path: Path | None = None) -> GenerateResult:
+        """Record the timings, and write the video where its stage was among those run."""
+        if "denoise" in self.keys and "denoise" not in self.details and self._belongs(self.keys["denoise"]):
+            self.details["denoise"] = load_details(self.run_dir, "denoise")
+        record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
+        if results_path is not None and not all(timing.reused for timing in self.timings):
+            append_json_line(results_path, record)
+        video_path = self._write_video(record, options) if "vae" in self.stages else None
+        written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
+        remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
+        return GenerateResult(self.run_dir, video_path, tuple(self.timings))
+
+    def finished(self) -> GenerateResult | None:
+        """The result where the video of exactly this request is already there, even if stage outputs are not."""
+        try:
+            sidecar = json.loads((self.run_dir / SIDECAR_NAME).read_text(encoding="utf-8"))
+            timings = tuple(StageTimings(**{**timing, "reused": True}) for timing in sidecar["stages"])
+            is_this = (
+                "vae" in self.stages
+                and sidecar["fingerprint"] == self.keys["vae"].fingerprint
+                and sidecar["request"]["fps"] == self.request.fps
+                and sidecar["video_bytes"] == (self.run_dir / VIDEO_NAME).stat().st_size
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return GenerateResult(self.run_dir, self.run_dir / VIDEO_NAME, timings) if is_this else None
+
+    def _belongs(self, key: StageKey) -> bool:
+        try:
+            check_stage(self.run_dir, key)
+        except StageOutputError:
+            return False
+        return True
+
+    def _reusable(self, key: StageKey) -> bool:
+        if not (self.run_dir / f"{key.stage}.json").exists():
+            return False
+        try:
+            check_stage(self.run_dir, key)
+        except StageOutputError as error:
+            logger.warning("%s: running it again", error)
+            return False
+        logger.info("%s: reusing the output in %s", key.stage, self.run_dir)
+        return True
+
+    def _inputs(self, stage: Stage) -> dict[str, np.ndarray]:
+        if stage == "text":
+            return {}
+        before = STAGES[STAGES.index(stage) - 1]
+        try:
+            return load_stage(self.run_dir, self.keys[before])
+        except StageOutputError as error:
+            raise StageOutputError(
+                f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
+            ) from error
+
+    def _write_video(self, record: Mapping[str, Any], options: RunOptions) -> Path:
+        path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
+        frames = load_stage(self.run_dir, key)["frames"]
+        write_mp4(path, frames, self.request.fps, records.video_tags(record, key.fingerprint))
+        sidecar = {
+            **record,
+            "fingerprint": key.fingerprint,
+            "video_bytes": path.stat().st_size,
+            "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},
+            "options": dataclasses.asdict(options),
+            "stages": [timing.to_dict() for timing in self.timings],
+        }
+        write_json(self.run_dir / SIDECAR_NAME, sidecar)
+        return path
+
+
+def identities(checkpoint: Checkpoint, stages: Sequence[Stage]) -> dict[Stage, str]:
+    """What tells the weights from others, of the stages and all before them. Raises CheckpointError."""
+    return {stage: checkpoint.identity(*_PARTS[stage]) for stage in STAGES[: STAGES.index(stages[-1]) + 1]}
+
+
+def _check_folder(run_dir: Path) -> None:
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RequestError(
+            f"run_dir={str(run_dir)!r}: {there.name} is a file; expected a folder, or a name that is free"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"run_dir={str(run_dir)!r}: {there} is not writable; choose another output_dir or run_dir")
 
 
 def _check_attention_device(request: GenerateRequest) -> None:
@@ -148,106 +251,3 @@ def _check_attention_device(request: GenerateRequest) -> None:
             f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
             "leave it out, or take xla or pallas_interpret"
         )
-
-
-def _stage_keys(request: GenerateRequest, checkpoint: Checkpoint, last: Stage) -> dict[Stage, StageKey]:
-    needed = STAGES[: STAGES.index(last) + 1]
-    identities = {stage: checkpoint.identity(*_PARTS[stage]) for stage in needed}
-    return {stage: stage_key(request, stage, identities) for stage in needed}
-
-
-def _belongs(run_dir: Path, key: StageKey) -> bool:
-    try:
-        check_stage(run_dir, key)
-    except StageOutputError:
-        return False
-    return True
-
-
-def _reusable(run_dir: Path, key: StageKey) -> bool:
-    if not (run_dir / f"{key.stage}.json").exists():
-        return False
-    try:
-        check_stage(run_dir, key)
-    except StageOutputError as error:
-        logger.warning("%s: running it again", error)
-        return False
-    logger.info("%s: reusing the output in %s", key.stage, run_dir)
-    return True
-
-
-def _inputs(run_dir: Path, keys: Mapping[Stage, StageKey], stage: Stage) -> dict[str, np.ndarray]:
-    if stage == "text":
-        return {}
-    before = STAGES[STAGES.index(stage) - 1]
-    try:
-        return load_stage(run_dir, keys[before])
-    except StageOutputError as error:
-        raise StageOutputError(f"{error}; run that stage too (stages={before},{stage}), or name its run_dir") from error
-
-
-def _run_stage(
-    request: GenerateRequest,
-    checkpoint: Checkpoint,
-    stage: Stage,
-    inputs: Mapping[str, np.ndarray],
-    timings: StageTimings,
-    progress: Progress,
-    parallel: ParallelOptions | None,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The stage's arrays, and details for its JSON file."""
-    import_libraries()
-    run: Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]
-    run = {"text": _run_text, "denoise": _run_denoise, "vae": _run_vae}[stage]
-    try:
-        return run(request, checkpoint, inputs, timings, progress, parallel or ParallelOptions())
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise PipelineError(
-            f"{stage}: not enough device memory for {request.width}x{request.height}, {request.num_frames} frames, "
-            f"{request.dtype}; try a smaller size, fewer frames, or dtype=bfloat16"
-        ) from error
-
-
-def _dtype(request: GenerateRequest) -> torch.dtype:
-    return getattr(torch, request.dtype)
-
-
-def _run_text(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
-    with timings.measure("load", progress):
-        encoder = TextEncoder.load(checkpoint, _dtype(request))
-    if not request.do_classifier_free_guidance:
-        return {"prompt_embeds": encoder.encode([request.prompt], timings, progress)}, {}
-    negative, positive = encoder.encode([request.negative_prompt, request.prompt], timings, progress)
-    return {"prompt_embeds": positive[None], "negative_prompt_embeds": negative[None]}, {}
-
-
-def _run_denoise(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
-    with timings.measure("load", progress):
-        guided = request.do_classifier_free_guidance
-        denoiser = Denoiser.load(checkpoint, _dtype(request), request.attention, parallel, guided)
-    names = ("negative_prompt_embeds", "prompt_embeds") if request.do_classifier_free_guidance else ("prompt_embeds",)
-    embeddings = np.concatenate([inputs[name] for name in names])
-    latents = denoiser.denoise(request, embeddings, timings, progress)
-    return {"latents": latents}, {
-        "attention": denoiser.describe_attention(request, embeddings.shape[1]),
-        "parallel": denoiser.plan.to_dict(),
-    }
-
-
-def _run_vae(request, checkpoint, inputs, timings, progress, parallel):  # type: ignore[no-untyped-def]
-    with timings.measure("load", progress):
-        decoder = VaeDecoder.load(checkpoint, _dtype(request))
-    return {"frames": decoder.decode(inputs["latents"], timings, progress)}, {}
-
-
-def _write_video(
-    request: GenerateRequest, run_dir: Path, key: StageKey, timings: Sequence[StageTimings], record: Mapping[str, Any]
-) -> Path:
-    path = run_dir / VIDEO_NAME
-    frames = load_stage(run_dir, key)["frames"]
-    write_mp4(path, frames, request.fps)
-    sidecar = {**record, "fingerprint": key.fingerprint, "stages": [timing.to_dict() for timing in timings]}
-    write_json(run_dir / SIDECAR_NAME, sidecar)
-    return path

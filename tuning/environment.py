@@ -75,15 +75,15 @@ class Environment:
 
 def capture(backend: str) -> Environment:
     """The environment of this process, for trials of that backend."""
-    commit, dirty = _git_state()
+    commit, dirty = git_state()
     return Environment(
-        versions=package_versions(),
+        versions=package_versions(_PACKAGES),
         flags=_flags(),
         git_commit=commit,
         git_dirty=dirty,
         kernel_hash=source_hash(KERNEL_SOURCES),
         backend_hash=source_hash(BACKEND_SOURCES[backend]),
-        host=f"{platform.machine()}-{platform.system().lower()}",
+        host=host(),
         cpu_count=os.cpu_count() or 1,
     )
 
@@ -119,10 +119,10 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 
 @functools.cache
-def package_versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a figure; one that is absent is left out."""
+def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of Python and of those packages, without importing them; one that is absent is left out."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -136,7 +136,14 @@ def _flags() -> dict[str, str]:
     return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()}
 
 
-def _git_state() -> tuple[str | None, bool]:
+def host() -> str:
+    """Processor architecture and system of this machine, e.g. "x86_64-linux"; not its name."""
+    return f"{platform.machine()}-{platform.system().lower()}"
+
+
+def git_state() -> tuple[str | None, bool]:
+    """Commit of this source tree and whether tracked files differ from it; None where it is not a git checkout."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPO_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -12,7 +12,7 @@ import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_attn.types import BlockSizes
-from tuning.environment import package_versions, source_hash, stable_hash
+from tuning.environment import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
 from tuning.kernels import KERNELS, Attention, Options
 from tuning.records import Numerics
 
@@ -58,7 +58,7 @@ class CheckKey:
 @functools.cache
 def _checker() -> str:
     """What a check depends on besides its key: this file, the reference, the versions of what is checked."""
-    return json.dumps([source_hash(_SOURCES), package_versions()], sort_keys=True)
+    return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
 
 
 def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> Numerics:

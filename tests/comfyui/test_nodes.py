@@ -276,16 +276,6 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
     assert "denoising on v6e-4: 2.5 s a step, 7.5 s in all" in report and "3.00 of 32 GiB" in report
 
 
-def test_preview_shows_what_varies(part: Any) -> None:
-    latents = np.random.default_rng(0).normal(0, 0.01, (1, 3, 16, 12, 20)).astype(np.float32)
-    latents[:, :, 5, :, 10:] += 1  # one channel tells left from right
-    picture = np.asarray(part("preview").latent_picture(latents, 512))
-    assert picture.shape == (96, 160, 3)
-    assert abs(picture[:, :64, 0].mean() - picture[:, 96:, 0].mean()) > 200
-    wide = part("preview").latent_picture(latents, 40)
-    assert wide.size == (40, 24)
-
-
 def test_checkpoint_is_not_opened_before_it_is_wanted(nodes: dict[str, Any], comfy: Any, part: Any) -> None:
     """The sampler's check knows no model; with embeddings it takes theirs, whose folder may be gone by then."""
     Embeds = part("stages").Embeds  # noqa: N806

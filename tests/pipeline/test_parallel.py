@@ -53,6 +53,26 @@ for name, (options, changes) in settings["runs"].items():
         checkpoint, torch.float32, AttentionOptions(), ParallelOptions(**options), guided
     )
     results[name] = denoiser.denoise(request, embeddings if guided else embeddings[1:])
+if settings["processes"] > 1:
+    # Interrupted after the first of two steps: the first process saves, in a folder that the second does not have.
+    from pipeline.denoise_state import StateFile
+
+    def interrupt(event):
+        if event.step == 1:
+            raise KeyboardInterrupt
+
+    state = Path(settings["output"]).with_name(f"state{settings['process']}")
+    request = GenerateRequest("a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7)
+    options = ParallelOptions(**settings["runs"]["base"][0])
+    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions(), options)
+    try:
+        denoiser.denoise(request, embeddings, progress=interrupt, state_file=StateFile(state, "x", every=1))
+    except KeyboardInterrupt:
+        pass
+    assert [file.name for file in state.glob("*")] == ["denoise.partial.safetensors"] * (settings["process"] == 0)
+    state_file = StateFile(state, "x")
+    results["resumed"] = denoiser.denoise(request, embeddings, state_file=state_file)
+    assert state_file.resumed_at_step == 1
 results["frames"] = VaeDecoder.load(checkpoint, torch.float32).decode(results["base"], quantize=False)
 results["embeddings"] = embeddings
 results["devices"] = np.asarray(jax.device_count())
@@ -151,6 +171,7 @@ def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):
     assert two["devices"] == 6
     for name in runs:
         np.testing.assert_allclose(two[name], eight["one device"], rtol=0, atol=LATENT_TOLERANCE)
+    np.testing.assert_array_equal(two["resumed"], two["base"])
     np.testing.assert_allclose(two["frames"], eight["frames"], rtol=0, atol=FRAME_TOLERANCE)
 
 

@@ -1,20 +1,27 @@
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
-from pipeline import runner
+from pipeline import denoise_state, preview, runner
+from pipeline.denoise_state import STATE_NAME, StateFile
 from pipeline.errors import PipelineError, RequestError, StageOutputError
 from pipeline.files import append_json_line, atomic_path
+from pipeline.naming import run_name
+from pipeline.options import RunOptions
+from pipeline.parallel import ParallelOptions
 from pipeline.request import STAGES, AttentionOptions
-from pipeline.runner import generate, run_name
-from pipeline.video import write_mp4
+from pipeline.runner import generate
+from pipeline.video import MAX_TAG_LENGTH, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +51,13 @@ def same(request_of):
 def ran(monkeypatch) -> list[str]:
     """Names of the stages that are really run."""
     names: list[str] = []
-    original = runner._run_stage
+    original = runner.run_stage
 
-    def run_stage(request, checkpoint, stage, *args):
-        names.append(stage)
-        return original(request, checkpoint, stage, *args)
+    def run_stage(request, checkpoint, key, *args):
+        names.append(key.stage)
+        return original(request, checkpoint, key, *args)
 
-    monkeypatch.setattr(runner, "_run_stage", run_stage)
+    monkeypatch.setattr(runner, "run_stage", run_stage)
     return names
 
 
@@ -69,6 +76,21 @@ def _probe(path: Path) -> tuple[dict, np.ndarray]:
     meta = json.loads(done.stderr)
     width, height = meta["size"]
     return meta, np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
+
+
+def _tags(path: Path) -> dict[str, str]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    lines = re.split(r"(?<!\\)\n", done.stdout.decode())
+    return {name: re.sub(r"\\(.)", r"\1", value, flags=re.S) for name, _, value in (x.partition("=") for x in lines)}
+
+
+def test_tags_hold_any_text(tmp_path):
+    title = 'it\'s "red"; 50% = #1 \\ 日本\nsecond line'
+    write_mp4(tmp_path / "video.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8, {"title": title, "comment": "x" * 200_000})
+    tags = _tags(tmp_path / "video.mp4")
+    assert tags["title"] == title
+    assert tags["comment"] == "x" * MAX_TAG_LENGTH
 
 
 def test_what_a_run_leaves(finished):
@@ -95,6 +117,13 @@ def test_what_a_run_leaves(finished):
     assert len(record["stages"]["denoise"]["step_times_s"]) == 2
     sidecar = json.loads((run_dir / "video.json").read_text())
     assert sidecar["request"] == record["request"]
+    assert sidecar["options"]["parallel"]["plan"] == "auto"
+    assert set(sidecar["weights"]) == set(STAGES)
+    tags = _tags(run_dir / "video.mp4")
+    assert tags["title"] == "a cat"
+    comment = json.loads(tags["comment"])
+    assert comment["seed"] == 7 and comment["prompt"] == "a cat" and comment["fingerprint"] == sidecar["fingerprint"]
+    assert comment["versions"] == record["versions"] and comment["git"] == record["git"]
     assert [timing["stage"] for timing in sidecar["stages"]] == list(STAGES)
 
 
@@ -116,7 +145,7 @@ def test_another_rate_only_writes_the_video_again(run_dir, same, ran):
 
 def test_without_resume_stages_run_again_and_give_the_same_bits(run_dir, same, ran):
     before = {path.name: path.read_bytes() for path in run_dir.glob("*.safetensors")}
-    generate(same(), stages=["text", "denoise"], run_dir=run_dir, resume=False)
+    generate(same(), stages=["text", "denoise"], run_dir=run_dir, options=RunOptions(resume=False))
     assert ran == ["text", "denoise"]
     assert {path.name: path.read_bytes() for path in run_dir.glob("*.safetensors")} == before
 
@@ -137,11 +166,11 @@ def test_without_resume_stages_run_again_and_give_the_same_bits(run_dir, same, r
 def test_a_changed_request_runs_what_depends_on_the_change(changes, expected, run_dir, same, monkeypatch, caplog):
     names = []
 
-    def run_stage(request, checkpoint, stage, *args):
-        names.append(stage)
+    def run_stage(request, checkpoint, key, *args):
+        names.append(key.stage)
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 
-    monkeypatch.setattr(runner, "_run_stage", run_stage)
+    monkeypatch.setattr(runner, "run_stage", run_stage)
     generate(same(**changes), run_dir=run_dir)
     assert names == expected
     assert "was made for another request" in caplog.text
@@ -208,22 +237,105 @@ def test_damaged_description(content, run_dir, same, ran):
     assert ran == ["text"]
 
 
-def test_an_interrupted_run_goes_on_with_the_stage_it_was_in(finished, same, ran, tmp_path):
+@pytest.mark.parametrize("changes", [{"scheduler": "dpm"}, {"dtype": "bfloat16"}], ids=str)
+def test_an_interrupted_run_goes_on_with_the_step_it_was_in(changes, same, ran, tmp_path):
+    """Also with a scheduler that draws noise: the generator's state comes back."""
+    request, stages = same(**changes, num_inference_steps=5), ["text", "denoise"]
+
     def interrupt(event):
-        if event.stage == "denoise" and event.step == 1:
+        if event.stage == "denoise" and event.step == 3:
             raise KeyboardInterrupt
 
-    run_dir, stages = tmp_path / "run", ["text", "denoise"]
-    with pytest.raises(KeyboardInterrupt):
-        generate(same(), stages=stages, run_dir=run_dir, progress=interrupt)
-    assert sorted(path.name for path in run_dir.iterdir()) == ["text.json", "text.safetensors"]
+    generate(request, stages=stages, run_dir=tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    for every in (2, 0):  # saved after step 2, and after step 3 because of the interrupt
+        with pytest.raises(KeyboardInterrupt):
+            options = RunOptions(checkpoint_every=every)
+            generate(request, stages=stages, run_dir=run_dir, options=options, progress=interrupt)
+        assert sorted(path.name for path in run_dir.iterdir()) == [STATE_NAME, "text.json", "text.safetensors"]
     ran.clear()
-    generate(same(), stages=stages, run_dir=run_dir)
+    events = []
+    result = generate(request, stages=stages, run_dir=run_dir, progress=events.append)
     assert ran == ["denoise"]
-    assert (run_dir / "denoise.safetensors").read_bytes() == (finished[0] / "denoise.safetensors").read_bytes()
+    steps = [event.step for event in events if event.phase == "run" and event.total_steps]
+    assert steps == [3, 4, 5]
+    assert len(result.timings[1].step_times_s) == 5
+    assert (run_dir / "denoise.safetensors").read_bytes() == (tmp_path / "whole" / "denoise.safetensors").read_bytes()
+    assert json.loads((run_dir / "denoise.json").read_text())["resumed_at_step"] == 3
+    assert not (run_dir / STATE_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("other request", "belongs to another request"), ("truncated", "is not readable"), ("no resume", "")],
+)
+def test_a_state_that_does_not_fit_is_not_taken(damage, message, same, tmp_path, caplog):
+    def interrupt(event):
+        if event.stage == "denoise" and event.step == 2:
+            raise KeyboardInterrupt
+
+    request, stages, resume = same(num_inference_steps=3), ["text", "denoise"], True
+    with pytest.raises(KeyboardInterrupt):
+        generate(request, stages=stages, run_dir=tmp_path, progress=interrupt)
+    if damage == "other request":
+        request = dataclasses.replace(request, seed=8)
+    elif damage == "truncated":
+        (tmp_path / STATE_NAME).write_bytes((tmp_path / STATE_NAME).read_bytes()[:300])
+    else:
+        resume = False
+    events = []
+    options = RunOptions(resume=resume)
+    generate(request, stages=stages, run_dir=tmp_path, options=options, progress=events.append)
+    steps = [event.step for event in events if event.stage == "denoise" and event.total_steps]
+    assert steps == [0, 1, 2, 3]
+    assert message in caplog.text
+    assert not (tmp_path / STATE_NAME).exists()
+
+
+def test_an_unwritable_state_is_a_warning(same, tmp_path, caplog, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(denoise_state, "atomic_path", full)
+    generate(same(), stages=["text", "denoise"], run_dir=tmp_path, options=RunOptions(checkpoint_every=1))
+    assert "step 1 could not be saved" in caplog.text and "No space left" in caplog.text
+    assert (tmp_path / "denoise.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "step_times_s", "expected"),
+    [
+        (None, [90.0, 0.86], [35, 70]),  # the first step is not representative
+        (None, [90.0], []),
+        (None, [1.0, 45.0], list(range(1, 101))),
+        (10, [1.0], list(range(10, 101, 10))),
+        (0, [1.0, 100.0], []),
+    ],
+)
+def test_when_the_state_is_saved(every, step_times_s, expected, tmp_path):
+    state_file = StateFile(tmp_path, "x", every)
+    assert [step for step in range(1, 101) if state_file.due(step, step_times_s)] == expected
+
+
+def test_preview_pictures(same, tmp_path, monkeypatch, caplog):
+    stages, options = ["text", "denoise"], RunOptions(preview_every=2)
+    generate(same(), stages=stages, run_dir=tmp_path, options=options)
+    with Image.open(tmp_path / "preview.png") as picture:
+        assert picture.size == (2 * 80, 2 * 48)  # 3 latent frames, in 2 rows of 2
+
+    def fail(latents):
+        raise ZeroDivisionError("no picture")
+
+    monkeypatch.setattr(preview, "contact_sheet", fail)
+    generate(same(seed=8), stages=stages, run_dir=tmp_path, options=options)
+    assert "no preview of step 2 (no picture)" in caplog.text
 
 
 def test_names_of_runs(same):
+    assert run_name(same(), "{line:03d} {slug} {seed}", 4) == "004 a-cat 7"
+    for name in ("", ".", "..", "a/b", "/etc", "x" * 300, "{prompt}", "{seed", "{seed.real}", "{}", "{slug:d}", 3):
+        with pytest.raises(RequestError, match="name="):
+            run_name(same(), name)
     name = run_name(same(prompt="A cat, on a mat!"))
     assert name.startswith("a-cat-on-a-mat-80x48x9-seed7-")
     assert run_name(same(prompt="日本")).startswith("video-80x48x9")
@@ -241,8 +353,17 @@ def test_pallas_tpu_without_a_tpu_is_refused_before_any_work(same, ran, tmp_path
 
 def test_a_file_where_the_folder_should_be(same, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(RequestError, match="taken': a file; expected a folder"):
+    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
         generate(same(), run_dir=tmp_path / "taken")
+    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
+        generate(same(), output_dir=tmp_path / "taken" / "videos")
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_work(same, ran, tmp_path):
+    options = RunOptions(parallel=ParallelOptions(num_devices=9))
+    with pytest.raises(RequestError, match="num_devices=9: only"):
+        generate(same(), run_dir=tmp_path, options=options)
+    assert ran == []
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

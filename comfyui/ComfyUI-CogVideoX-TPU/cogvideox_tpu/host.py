@@ -14,8 +14,6 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from server import PromptServer
 
-from .preview import latent_picture
-
 logger = logging.getLogger(__name__)
 
 MAX_PREVIEW_SIDE = 512
@@ -73,6 +71,8 @@ def step_text(step: int, total_steps: int, step_times_s: list[float]) -> str:
 def _preview(event: Any) -> tuple[str, Any, int] | None:
     if event.preview is None or args.preview_method == LatentPreviewMethod.NoPreviews:
         return None
+    from pipeline.preview import latent_picture
+
     return ("JPEG", latent_picture(event.preview(), MAX_PREVIEW_SIDE), MAX_PREVIEW_SIDE)
 
 
