@@ -11,6 +11,7 @@ import datetime
 import importlib.util
 import json
 import re
+import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ class Recorder:
         options = jax.profiler.ProfileOptions()
         options.session_id = session.name
         options.python_tracer_level = 0  # every call of Python as an event would slow down what is measured
+        if jax.process_count() == 1:  # what a run that failed left, and TensorBoard made of it
+            shutil.rmtree(profile_dir(self.logdir) / session.name, ignore_errors=True)
         with jax.profiler.trace(self.logdir, profiler_options=options):
             yield session
         if jax.process_index() == 0:
@@ -133,6 +136,8 @@ def profile_dir(logdir: Path) -> Path:
 def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
     """Writes what a session is of, after its XSpace where one is given. Returns the session's folder."""
     folder = profile_dir(logdir) / session.name
+    if space is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
     folder.mkdir(parents=True, exist_ok=True)
     if space is not None:
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
