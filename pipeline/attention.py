@@ -24,6 +24,9 @@ def attention_function(options: AttentionOptions) -> AttentionFunction:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         try:
+            shape = AttentionShape(*q.shape[:3], k.shape[2], q.shape[3])
+            if options.qk_dtype == "int8" and resolve_attention(options, shape, q.dtype.name).implementation == "xla":
+                raise ValueError("qk_dtype='int8' is the kernel's, and implementation='xla' runs here; leave it out.")
             return splash_attn.attention(
                 q,
                 k,
@@ -31,6 +34,7 @@ def attention_function(options: AttentionOptions) -> AttentionFunction:
                 k_smooth=options.k_smooth,
                 block_sizes=options.block_sizes,
                 variant=options.variant,
+                qk_dtype=options.qk_dtype,
                 implementation=options.implementation,
             )
         except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU
@@ -100,6 +104,7 @@ def resolve_attention(
         device_kind=device_kind,
         block_sizes=options.block_sizes,
         variant=options.variant,
+        qk_dtype=options.qk_dtype,
         implementation=options.implementation,
     )
 
@@ -113,6 +118,7 @@ def describe_attention(
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
     described["tuned_entry"] = None
     if resolution.implementation != "xla" and options.block_sizes is None:
-        entry = tuned.choose(jax.devices()[0].device_kind, shape, dtype, variant=options.variant).entry
+        device_kind, qk_dtype = jax.devices()[0].device_kind, options.qk_dtype or "bfloat16"
+        entry = tuned.choose(device_kind, shape, dtype, variant=options.variant, qk_dtype=qk_dtype).entry
         described["tuned_entry"] = entry.to_dict() if entry else None
     return described

@@ -19,6 +19,7 @@ class AttentionConfig:
     k_smooth: bool = True
     block_sizes: Any = None
     variant: Any = None
+    qk_dtype: str | None = None
 
 
 @dataclasses.dataclass
@@ -78,6 +79,7 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
             k_smooth=attention.k_smooth,
             block_sizes=BlockSizes(**attention.block_sizes) if attention.block_sizes is not None else None,
             variant=Variant(**attention.variant) if attention.variant is not None else None,
+            qk_dtype=attention.qk_dtype,  # type: ignore[arg-type] # checked by AttentionOptions
         )
     except RequestError:
         raise

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from pipeline.errors import RequestError
-from splash_attn.types import BlockSizes, Variant
+from splash_attn.types import BlockSizes, QkDtype, Variant
 
 SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
 FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transformer, patch_size_t)
@@ -62,10 +62,13 @@ class AttentionOptions:
     k_smooth: bool = True
     block_sizes: BlockSizes | None = None
     variant: Variant | None = None
+    qk_dtype: QkDtype | None = None
 
     def __post_init__(self) -> None:
         if self.implementation is not None:
             _require_choice("attention.implementation", self.implementation, Implementation)
+        if self.qk_dtype is not None:
+            _require_choice("attention.qk_dtype", self.qk_dtype, QkDtype)
         flag = self.k_smooth
         _require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
 

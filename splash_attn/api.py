@@ -68,7 +68,8 @@ def attention(
       block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape
         (`splash_attn.tuned`).
       qk_dtype: "int8" asks for int8 q and k, faster and not exact, for the heads whose error is within
-        `splash_attn.gates.INT8_ERROR_BUDGET`. None means what `variant` says, and bfloat16 without one.
+        `splash_attn.gates.INT8_ERROR_BUDGET`. None means what `variant` says, and bfloat16 without one. Like a variant,
+        it is about the kernel: "xla" computes in float32 whatever it says.
       implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla"
         (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
       interpret: the same as implementation="pallas_interpret".

@@ -115,3 +115,10 @@ def test_description_names_implementation_and_reason():
     asked = describe_attention(AttentionOptions(implementation="pallas_interpret"), 2, 3, 131, 64, "float32")
     assert asked["implementation"] == "pallas_interpret"
     assert asked["block_sizes"]["block_q"] % 128 == 0
+
+
+def test_int8_is_refused_where_the_kernel_does_not_run():
+    q = jnp.zeros((1, 1, 9, 16), jnp.float32)
+    with pytest.raises(RequestError, match="qk_dtype='int8' is the kernel's, and implementation='xla' runs here"):
+        attention_function(AttentionOptions(qk_dtype="int8"))(q, q, q)
+    attention_function(AttentionOptions(qk_dtype="int8", implementation="pallas_interpret"))(q, q, q)
