@@ -24,7 +24,8 @@ from pipeline.parallel import ParallelPlan
 from pipeline.placement import split_mesh
 from pipeline.text_encoder import encode_program, weight_sharding
 from pipeline.transformer import TokenLayout, TransformerShape
-from pipeline.vae import DECODER_PREFIXES, cache_like, decode_function, decode_program, frame_batches, latent_sharding
+from pipeline.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from pipeline.vae_decoder import DecoderShape, arrange
 from pipeline.weights import abstract_weights
 from splash_attn.types import AttentionShape
 from tuning.kernels import KERNELS
@@ -141,11 +142,13 @@ def _vae(job: Job) -> dict[str, Any]:
     mesh = cast(Mesh, sharding.mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     weights = {
-        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere)
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
+        )
         for name, value in module.named_parameters()
         if name.startswith(DECODER_PREFIXES)
     }
-    program = decode_program(decode_function(module), float(module.config["scaling_factor"]), True, sharding)
+    program = decode_program(DecoderShape.of(module.config), True, sharding)
     batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     results, cache = [], None
     for start, stop in batches[:2]:
