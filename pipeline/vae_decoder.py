@@ -202,20 +202,15 @@ class _Run:
     def _with_neighbours(self, x: Activations) -> Activations:
         """One column more on each side of a strip, of the strips beside it; zeros beyond the image's edges."""
 
-        def edge(column: jax.Array, step: int) -> jax.Array:
-            last, others = (
-                (column[..., -1:, :], column[..., :-1, :])
-                if step > 0
-                else (
-                    column[..., :1, :],
-                    column[..., 1:, :],
-                )
-            )
-            pairs = [(i, i + step) for i in range(self.num_shards) if 0 <= i + step < self.num_shards]
-            last = lax.ppermute(last, SPLIT, pairs)
-            return jnp.concatenate([last, others] if step > 0 else [others, last], axis=3)
+        def from_beside(column: jax.Array, step: int) -> jax.Array:
+            """What each strip's neighbour, `step` to the right, has to tell; over the devices for the outermost."""
+            pairs = [(i, i - step) for i in range(self.num_shards) if 0 <= i - step < self.num_shards]
+            strips = column.shape[3]
+            inner, outer = (slice(1, None), slice(0, 1)) if step > 0 else (slice(0, -1), slice(strips - 1, None))
+            beside = [column[..., inner, :], lax.ppermute(column[..., outer, :], SPLIT, pairs)]
+            return jnp.concatenate(beside[::step], axis=3)
 
-        return jnp.concatenate([edge(x[:, -1:], 1), x, edge(x[:, :1], -1)], axis=1)
+        return jnp.concatenate([from_beside(x[:, -1:], -1), x, from_beside(x[:, :1], 1)], axis=1)
 
     def _conv(self, name: str, x: Activations, dtype: Any, residual: Activations | None = None) -> Activations:
         """Without padding in time and along columns, and as many rows as before. Bias and residual in float32."""
