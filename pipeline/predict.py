@@ -62,6 +62,8 @@ def _command(config: DictConfig) -> int:
         write_json(Path(settings.json), report)
     if settings.results_path is not None:
         append_json_line(Path(settings.results_path), compact(report))
+    if outcome.failures:
+        raise cli.UserError("; ".join(outcome.failures.values()))
     return 0
 
 

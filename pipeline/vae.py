@@ -113,6 +113,7 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
     by_height = len(sharding.spec) == 4  # then height and width change places around the decoder
     frames_spec = PartitionSpec(None, SPLIT) if by_height else PartitionSpec(None, None, SPLIT)
 
+    @jax.named_scope("vae")
     def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
         z = (latents[0] / shape.scaling_factor).transpose(0, 2, 3, 1)
         if by_height:

@@ -64,6 +64,8 @@ class Prediction:
       time_s, cycles, spill_count, fill_count, hbm_bytes: sums over `ops`, each times its calls.
       vmem_bytes: the most that an op reserves.
       peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
+      compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
+        threads, which tells more where the machine does other things.
     """
 
     time_s: float
@@ -75,6 +77,7 @@ class Prediction:
     hbm_bytes: int
     peak_hbm_bytes: int
     compile_time_s: float
+    compile_cpu_s: float
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -124,9 +124,9 @@ def predict(
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         compiled, mesh = _compile(fn, args, device, mesh)
-        compile_time_s = time.perf_counter() - start
+        compile_time_s, compile_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
         dump = Dump(dump_dir, timing=dma_timing(device), grid_sizes=grid_sizes or {})
         program = ProgramCost(
             dump.module,
@@ -162,6 +162,7 @@ def predict(
             + memory.generated_code_size_in_bytes
         ),
         compile_time_s=compile_time_s,
+        compile_cpu_s=compile_cpu_s,
     )
 
 
