@@ -24,8 +24,8 @@ from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
 from pipeline.vae_decoder import DecoderShape, arrange, decode
 
 DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
-#: Of the cache: [frames, columns, rows, strips, channels].
-CACHE_SPEC = PartitionSpec(None, None, None, SPLIT)
+#: Of the cache: [resnets, frames, columns, rows, strips, channels].
+CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 
 
 class VaeDecoder:

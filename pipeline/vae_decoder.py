@@ -13,8 +13,9 @@ functions, biases and residuals are computed in float32 and rounded once, where 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -28,7 +29,8 @@ from pipeline.placement import SPLIT
 NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXSpatialNorm3D
 MAX_STRIPS = 8  # sublanes of a TPU's vector register
 Weights = Mapping[str, jax.Array]
-#: Of each causal convolution, by its name: the last two frames of its input.
+#: Of each causal convolution, by its name and over the resnets of a run: the last two frames of its input,
+#: [resnets, frames, columns, rows, strips, channels].
 Cache = dict[str, jax.Array]
 Activations = Float[Array, "frames columns rows strips channels"]
 
@@ -85,19 +87,41 @@ def decode(
     z = latents.swapaxes(1, 2)
     if "post_quant_conv.weight" in weights:
         z = (z @ weights["post_quant_conv.weight"].reshape(z.shape[-1], -1)) + weights["post_quant_conv.bias"]
-    run = _Run(weights, z, cache, shape, num_shards)
-    x = run.causal_conv("decoder.conv_in", cut(z, num_strips(z.shape[1])))
-    for index in range(2):
-        x = run.resnet(f"decoder.mid_block.resnets.{index}", x)
+    next_cache: Cache = {}
+
+    def run(names: Sequence[str], x: Activations, layer: Callable[["_Layer", Activations], Activations]) -> Activations:
+        """`layer` with the weights below each of `names`, which are alike, one after the other; compiled once."""
+        layers = [{k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)} for name in names]
+        caches = {k.removeprefix(names[0]): v for k, v in (cache or {}).items() if k.startswith(names[0])}
+
+        def step(x: Activations, this: tuple[Weights, Cache]) -> tuple[Activations, Cache]:
+            state = _Layer(this[0], this[1] if cache else None, z, shape.num_groups, num_shards)
+            return layer(state, x), state.next_cache
+
+        if len(names) == 1:
+            x, after = step(x, (layers[0], {k: v[0] for k, v in caches.items()}))
+            after = {k: v[None] for k, v in after.items()}
+        else:
+            x, after = lax.scan(step, x, (jax.tree.map(lambda *values: jnp.stack(values), *layers), caches))
+        next_cache.update({names[0] + k: v for k, v in after.items()})
+        return x
+
+    x = cut(z, num_strips(z.shape[1]))
+    x = run(["decoder."], x, lambda layer, x: layer.causal_conv("conv_in", x))
+    x = run([f"decoder.mid_block.resnets.{index}." for index in range(2)], x, _Layer.resnet)
     for level in range(shape.num_levels):
         block = f"decoder.up_blocks.{level}"
-        for index in range(shape.num_resnets):
-            x = run.resnet(f"{block}.resnets.{index}", x)
-        if level < shape.num_levels - 1:
-            x = run.upsample(f"{block}.upsamplers.0.conv", x, double_frames=level < shape.time_levels)
-    x = run.norm_silu("decoder.norm_out", x)
-    video = join(run.causal_conv("decoder.conv_out", x, dtype=jnp.float32))
-    return video.swapaxes(1, 2), run.next_cache
+        with jax.named_scope(f"level_{level}"):
+            resnets = [f"{block}.resnets.{index}." for index in range(shape.num_resnets)]
+            if f"{resnets[0]}conv_shortcut.weight" in weights:  # to another number of channels
+                x = run([resnets.pop(0)], x, _Layer.resnet)
+            x = run(resnets, x, _Layer.resnet)
+            if level < shape.num_levels - 1:
+                upsample = functools.partial(_Layer.upsample, double_frames=level < shape.time_levels)
+                x = run([f"{block}.upsamplers.0."], x, upsample)
+    x = run(["decoder."], x, lambda layer, x: layer.norm_silu("norm_out", x))
+    video = run(["decoder."], x, lambda layer, x: layer.causal_conv("conv_out", x, dtype=jnp.float32))
+    return join(video).swapaxes(1, 2), next_cache
 
 
 def num_strips(num_columns: int) -> int:
@@ -118,39 +142,38 @@ def join(x: Activations) -> Float[Array, "frames columns rows channels"]:
 
 
 @dataclasses.dataclass
-class _Run:
-    """One batch on its way through the decoder. z: the latents [frames, columns, rows, channels], for the norms."""
+class _Layer:
+    """One layer at work. weights, cache: by names below the layer's. z: latents [frames, columns, rows, channels]."""
 
     weights: Weights
-    z: jax.Array
     cache: Cache | None
-    shape: DecoderShape
+    z: jax.Array
+    num_groups: int
     num_shards: int
     next_cache: Cache = dataclasses.field(default_factory=dict)
 
-    def resnet(self, name: str, x: Activations) -> Activations:
-        with jax.named_scope(name.removeprefix("decoder.")):
-            h = self.causal_conv(f"{name}.conv1", self.norm_silu(f"{name}.norm1", x))
-            h = self.norm_silu(f"{name}.norm2", h)
-            if f"{name}.conv_shortcut.weight" in self.weights:
-                x = self._conv(f"{name}.conv_shortcut", x, x.dtype)
-            return self.causal_conv(f"{name}.conv2", h, residual=x)
+    def resnet(self, x: Activations) -> Activations:
+        h = self.causal_conv("conv1", self.norm_silu("norm1", x))
+        h = self.norm_silu("norm2", h)
+        if "conv_shortcut.weight" in self.weights:
+            x = self._conv("conv_shortcut", x, x.dtype)
+        return self.causal_conv("conv2", h, residual=x)
 
     def causal_conv(
         self, name: str, x: Activations, dtype: Any = None, residual: Activations | None = None
     ) -> Activations:
         """3x3x3, of each frame and the two before it; before the first batch lies its first frame, twice."""
-        with jax.named_scope(name.rpartition(".")[2]):
+        with jax.named_scope(name):
             before = jnp.concatenate([x[:1]] * 2) if self.cache is None else self.cache[name]
             x = jnp.concatenate([before, x])
             self.next_cache[name] = x[-2:]
             return self._conv(f"{name}.conv", self._with_neighbours(x), dtype or x.dtype, residual)
 
-    def upsample(self, name: str, x: Activations, double_frames: bool) -> Activations:
+    def upsample(self, x: Activations, double_frames: bool) -> Activations:
         """Twice the rows and columns (and frames) by repeating, and a convolution of each frame by itself."""
         with jax.named_scope("upsample"):
             x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-            x = self._conv(name, self._with_neighbours(x), x.dtype)
+            x = self._conv("conv", self._with_neighbours(x), x.dtype)
             if double_frames:  # after the convolution, which would do the same twice; an odd frame is the first
                 odd = x.shape[0] % 2
                 x = jnp.concatenate([x[:odd], jnp.repeat(x[odd:], 2, axis=0)])
@@ -164,7 +187,7 @@ class _Run:
         These work on the latents before the interpolation instead of after it: nearest-neighbour interpolation only
         repeats pixels.
         """
-        with jax.named_scope(name.rpartition(".")[2]):
+        with jax.named_scope(name):
             factor, offset = self._group_norm(f"{name}.norm_layer", x)
             z = self._latents_like(x)
             scale, shift = (
@@ -178,7 +201,7 @@ class _Run:
 
     def _group_norm(self, name: str, x: Activations) -> tuple[jax.Array, jax.Array]:
         """Float32 [channels] each, by which group norm multiplies, and which it adds. Statistics are of the whole."""
-        groups = self.shape.num_groups
+        groups = self.num_groups
         count = x.size // groups * self.num_shards
 
         def mean(values: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def test_no_cache_is_kept_for_convolutions_without_extent_in_time(checkpoint, rn
     _, cache, _ = jax.eval_shape(program, decoder._weights, latents, None)
     assert "decoder.conv_in" in cache
     assert not [name for name in cache if "conv_y" in name or "conv_b" in name]
-    assert {leaf.shape[0] for leaf in cache.values()} == {2}
+    assert {leaf.shape[1] for leaf in cache.values()} == {2}
 
 
 _START = """
