@@ -4,16 +4,18 @@ import dataclasses
 import functools
 import logging
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from splash_attn import tuned
-from splash_attn.kernel import extend_keys, fixed_bound_limit, splash_attention_kernel
-from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_attn import gates, tuned
+from splash_attn.kernel import extend_keys, short_unroll_q, splash_attention_kernel
+from splash_attn.quantize import quantize_qk
+from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def attention(
     k_smooth: bool = True,
     block_sizes: BlockSizes | None = None,
     variant: Variant | None = None,
+    qk_dtype: QkDtype | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
@@ -64,6 +67,8 @@ def attention(
         softmax centres its bound, and is then proved exact over twice the range.
       block_sizes, variant: how the kernel runs; None takes the tuned entry for this device and shape
         (`splash_attn.tuned`).
+      qk_dtype: "int8" asks for int8 q and k, faster and not exact, for the heads whose error is within
+        `splash_attn.gates.INT8_ERROR_BUDGET`. None means what `variant` says, and bfloat16 without one.
       implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla"
         (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
       interpret: the same as implementation="pallas_interpret".
@@ -81,6 +86,7 @@ def attention(
         dtype=q.dtype.name,
         block_sizes=block_sizes,
         variant=variant,
+        qk_dtype=qk_dtype,
         implementation=implementation,
         interpret=interpret,
     )
@@ -108,6 +114,7 @@ def resolve(
     device_kind: str | None = None,
     block_sizes: BlockSizes | None = None,
     variant: Variant | None = None,
+    qk_dtype: QkDtype | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Resolution:
@@ -117,8 +124,13 @@ def resolve(
       device_kind: as `jax.Device.device_kind`; None means the device of the mesh in context, or JAX's default.
 
     Raises:
-      ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run.
+      ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run, a qk_dtype
+        that contradicts `variant`.
     """
+    if qk_dtype not in (None, *get_args(QkDtype)):
+        raise ValueError(f"qk_dtype={qk_dtype!r}: expected one of {get_args(QkDtype)}, or None.")
+    if variant is not None and qk_dtype not in (None, variant.qk_dtype):
+        raise ValueError(f"qk_dtype={qk_dtype!r} contradicts variant={variant}; leave one of them out.")
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {get_args(Implementation)}, or None.")
     if interpret:
@@ -138,11 +150,12 @@ def resolve(
         )
     if implementation == "xla":
         return Resolution(implementation, None, None, reason)
+    qk_dtype = qk_dtype or "bfloat16"
     if block_sizes is None:
-        choice = tuned.choose(kind, shape, dtype, variant=variant)
+        choice = tuned.choose(kind, shape, dtype, variant=variant, qk_dtype=qk_dtype)
         return Resolution(implementation, choice.block_sizes, choice.variant, f"{reason}; {choice.reason}")
     blocks = tuned.clamp(block_sizes, shape)
-    return Resolution(implementation, blocks, variant or Variant(), f"{reason}; block sizes given")
+    return Resolution(implementation, blocks, variant or Variant(qk_dtype=qk_dtype), f"{reason}; block sizes given")
 
 
 @functools.cache
@@ -196,36 +209,64 @@ def _attention_pallas(
 ) -> jax.Array:
     batch_size, num_heads, q_seq_len, head_dim = q.shape
     kv_seq_len = k.shape[2]
+    exponent_scale = scale * LOG2_E
     # Keys in bfloat16 are used as they are: subtracting their mean would round them again, for nothing.
     smooth_keys = k_smooth and k.dtype != jnp.bfloat16
     ks = (_centre(k) if smooth_keys else k).astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim)
     qs = q.astype(jnp.bfloat16).reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
     vs = v.astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
-    call = functools.partial(
-        splash_attention_kernel,
-        qs,
-        extend_keys(ks),
-        vs,
-        exponent_scale=scale * LOG2_E,
-        block_sizes=block_sizes,
-        interpret=interpret,
-    )
+    heads = batch_size * num_heads
+    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
+    in_bfloat16 = functools.partial(call, qs, extend_keys(ks), vs, exponent_scale=exponent_scale)
+
+    def restore(out: jax.Array) -> jax.Array:
+        return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+
     if variant.softmax == "online":
-        out = call(variant=variant)
-    else:
-        k32 = ks.astype(jnp.float32)
-        k_centre = k32.mean(axis=1) if k_smooth else jnp.zeros((ks.shape[0], head_dim), jnp.float32)
-        k_radius = jnp.sqrt(jnp.square(k32 - k_centre[:, None]).sum(axis=2).max(axis=1))
-        q_length = jnp.sqrt(jnp.square(qs.astype(jnp.float32)).sum(axis=1).max(axis=1))
-        limit = fixed_bound_limit(kv_seq_len, centred=k_smooth)
-        exact = abs(scale) * LOG2_E * q_length * k_radius <= limit
-        num_exact = exact.sum(dtype=jnp.int32)
-        order = jnp.argsort(jnp.logical_not(exact)).astype(jnp.int32)  # the heads within the limit first
-        out = call(variant=variant, k_radius=k_radius, k_centre=k_centre, head_ids=order, num_heads=num_exact)
-        online = Variant(softmax="online", vmem_limit_bytes=variant.vmem_limit_bytes)
-        rest = batch_size * num_heads - num_exact
-        out = call(variant=online, head_ids=order[::-1], num_heads=rest, out=out)
-    return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+        return restore(in_bfloat16(variant=variant))
+    unroll_q = short_unroll_q(block_sizes.block_kv, block_sizes, variant)
+    fallback = dataclasses.replace(variant, qk_dtype="bfloat16", unroll_q=unroll_q, lp_scheduler=False)
+    online = dataclasses.replace(fallback, softmax="online")
+    fixed = fallback if variant.qk_dtype == "int8" else variant
+    common: dict[str, Any] = {"exponent_scale": exponent_scale, "kv_seq_len": kv_seq_len}
+    log2_max_v = gates.log2_max(vs)
+    k32 = ks.astype(jnp.float32)
+    centre = k32.mean(axis=1, keepdims=True) if k_smooth else jnp.zeros((heads, 1, head_dim), jnp.float32)
+    exact = gates.fixed_bound_exact(
+        gates.max_length(qs, axis=1),
+        gates.max_length(k32 - centre),
+        gates.max_length(centre),
+        log2_max_v,
+        centred=k_smooth,
+        **common,
+    )
+    shift = (qs.astype(jnp.float32) * centre.swapaxes(1, 2)).sum(axis=1)
+    # Each head goes to the first that may have it; a kernel leaves the heads of the others alone.
+    ways: list[tuple[jax.Array, Callable[..., jax.Array]]] = [
+        (exact, functools.partial(in_bfloat16, per_query=shift, variant=fixed))
+    ]
+    if variant.qk_dtype == "int8":
+        quantized = quantize_qk(qs, ks, exponent_scale)
+        accurate = gates.int8_accurate(
+            quantized.q_length,
+            quantized.k_length,
+            quantized.q_step,
+            quantized.k_step,
+            log2_max_v,
+            head_dim=head_dim,
+            **common,
+        )
+        in_int8 = functools.partial(call, quantized.q, quantized.k, vs, per_query=quantized.scale, variant=variant)
+        ways.insert(0, (accurate, in_int8))
+    way = jnp.select([may for may, _ in ways], list(range(len(ways))), len(ways))
+    order = jnp.argsort(way).astype(jnp.int32)
+    out: jax.Array | None = None
+    runs = [run for _, run in ways] + [functools.partial(in_bfloat16, variant=online)]
+    for index, run in enumerate(runs):
+        head_ids = jnp.roll(order, -(way < index).sum())
+        out = run(head_ids=head_ids, num_heads=(way == index).sum(dtype=jnp.int32), out=out)
+    assert out is not None
+    return restore(out)
 
 
 def _attention_xla(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, k_smooth: bool) -> jax.Array:

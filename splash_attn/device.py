@@ -76,16 +76,39 @@ DEVICES = {
             source="https://cloud.google.com/tpu/docs/v5e; 197 TFLOP/s over four 128x128 MXUs is 1.5 GHz; 400 GB/s of "
             "bidirectional ICI a chip over 4 ports; a 2D torus at its full 16 x 16, a mesh below",
         ),
+        DeviceSpec(
+            name="v7x",
+            device_kind="TPU7x",
+            topology="tpu7x:2x2x1",
+            accelerator_type="tpu7x-8",
+            clock_hz=2.2e9,
+            peak_bf16_flops_per_s=1153.5e12,
+            hbm_bytes_per_s=3690 * _GB,
+            hbm_bytes=96 * _GIB,
+            vmem_bytes=64 * _MIB,
+            ici_link_bytes_per_s=100 * _GB,
+            ici_wrap_length=4,
+            source="https://cloud.google.com/tpu/docs/tpu7x, halved: a chip's two TensorCores are two JAX devices; "
+            "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
+        ),
     )
 }
+
+#: Generations that libtpu compiles for, and why no figure is given for them.
+UNSUPPORTED = dict.fromkeys(
+    ("v4", "v5p", "TPU v4", "TPU v5", "TPU v5p"),
+    "its two TensorCores share a kernel's grid (megacore), and the compiler's schedule is that of one",
+)
 
 
 def by_name(name: str) -> DeviceSpec:
     """The spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
 
     Raises:
-      ValueError: the device is not known.
+      ValueError: the device is not known, or not supported.
     """
+    if name in UNSUPPORTED:
+        raise ValueError(f"device={name!r}: not supported: {UNSUPPORTED[name]}. Expected one of {sorted(DEVICES)}.")
     for spec in DEVICES.values():
         if name in (spec.name, spec.device_kind):
             return spec

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
+from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant
 
 SCHEMA_VERSION = 1
 TUNED_DIR = Path(__file__).parent / "tuned"
@@ -139,11 +139,13 @@ def choose(
     dtype: str,
     *,
     variant: Variant | None = None,
+    qk_dtype: QkDtype = "bfloat16",
     directory: Path = TUNED_DIR,
 ) -> Choice:
     """Block sizes and variant for a shape on a device.
 
-    Nearest-shape rule: only entries with the same head_dim and dtype (and variant, where one is asked for) count. Among
+    Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (or variant, where one is asked for)
+    count, so that int8 is never chosen unless asked for. Among
     them the least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted
     before reported; then the least time per head. Its blocks are clamped to the sequences. With no such entry the
     choice is SEED_BLOCK_SIZES, clamped, with the asked or the default variant, and `entry` is None.
@@ -152,7 +154,8 @@ def choose(
       device_kind: what `jax.Device.device_kind` says.
       shape: of the call.
       dtype: name of q's dtype, e.g. "bfloat16".
-      variant: only consider this one.
+      variant: only consider this one, whatever qk_dtype says.
+      qk_dtype: only consider variants with it.
       directory: where the JSON files are.
     """
     entries = load(device_kind, directory)
@@ -161,16 +164,17 @@ def choose(
         for entry in entries
         if entry.shape.head_dim == shape.head_dim
         and entry.dtype == dtype
-        and (variant is None or entry.variant == variant)
+        and (entry.variant.qk_dtype == qk_dtype if variant is None else entry.variant == variant)
     ]
     if not matching:
-        wanted = f"head_dim {shape.head_dim} and {dtype}" + (f" and {variant}" if variant else "")
+        variant = variant or Variant(qk_dtype=qk_dtype)
         return Choice(
             block_sizes=clamp(SEED_BLOCK_SIZES, shape),
-            variant=variant or Variant(),
+            variant=variant,
             entry=None,
             reason=f"default {SEED_BLOCK_SIZES}, clamped to the sequences: "
-            f"{len(entries)} tuned entries for {device_kind}, none with {wanted}.",
+            f"{len(entries)} tuned entries for {device_kind}, "
+            f"none with head_dim {shape.head_dim}, {dtype} and {variant}.",
         )
     entry = min(matching, key=lambda entry: _rank(entry, shape))
     provenance = entry.provenance

@@ -7,6 +7,7 @@ LANES = 128
 MAX_HEAD_DIM = 256
 
 Softmax = Literal["online", "fixed_bound"]
+QkDtype = Literal["bfloat16", "int8"]
 
 
 def _require_positive_int(name: str, value: object) -> None:
@@ -79,37 +80,51 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What the tuner may change besides the block sizes. Every variant computes the same attention.
+    """What the tuner may change besides the block sizes. Every variant but int8 computes the same attention.
 
     Attributes:
-      softmax: "online" keeps a running maximum; "fixed_bound" subtracts a bound known beforehand, for the heads where
-        that is provably exact, and gives the others to "online".
+      softmax: "online" keeps a running maximum; "fixed_bound" does without, for the heads where that is provably exact,
+        and gives the others to "online".
+      qk_dtype: "int8" quantises q and k, for the heads whose predicted error is within `gates.INT8_ERROR_BUDGET`, and
+        treats the others as "bfloat16" does. Faster and not exact; nothing chooses it unless asked to.
       block_q_compute: query columns of one score tile; a multiple of 128.
       lookahead: score tiles that are started before a tile's exponentials are taken.
+      unroll_q: queries whose tiles are unrolled into straight-line code, a multiple of 128; None for the whole block_q.
+        Less is quicker to compile and slower to run.
       lp_scheduler: compile with the linear-programming instruction scheduler of the TPU compiler.
       vmem_limit_bytes: VMEM that the compiler may give the kernel; None is the compiler's default.
     """
 
     softmax: Softmax = "fixed_bound"
+    qk_dtype: QkDtype = "bfloat16"
     block_q_compute: int = 256
     lookahead: int = 4
+    unroll_q: int | None = None
     lp_scheduler: bool = False
     vmem_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.softmax not in get_args(Softmax):
             raise ValueError(f"softmax={self.softmax!r}: expected one of {get_args(Softmax)}.")
+        if self.qk_dtype not in get_args(QkDtype):
+            raise ValueError(f"qk_dtype={self.qk_dtype!r}: expected one of {get_args(QkDtype)}.")
+        if self.qk_dtype == "int8" and self.softmax != "fixed_bound":
+            raise ValueError(f"softmax={self.softmax!r} qk_dtype='int8': expected softmax='fixed_bound' with int8.")
         _require_positive_int("block_q_compute", self.block_q_compute)
         if self.block_q_compute % LANES:
             raise ValueError(f"block_q_compute={self.block_q_compute}: expected a multiple of {LANES}.")
         if not isinstance(self.lookahead, int) or self.lookahead < 0:
             raise ValueError(f"lookahead={self.lookahead!r}: expected an integer of at least 0.")
+        if self.unroll_q is not None and (self.unroll_q < 1 or self.unroll_q % LANES):
+            raise ValueError(f"unroll_q={self.unroll_q!r}: expected a multiple of {LANES}, or null for all of block_q.")
         if self.vmem_limit_bytes is not None:
             _require_positive_int("vmem_limit_bytes", self.vmem_limit_bytes)
 
     def __str__(self) -> str:
         text = f"{self.softmax}/{self.block_q_compute}/{self.lookahead}"
-        return text + ("+lp" if self.lp_scheduler else "")
+        if self.unroll_q is not None:
+            text += f"/{self.unroll_q}"
+        return text + ("+int8" if self.qk_dtype == "int8" else "") + ("+lp" if self.lp_scheduler else "")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

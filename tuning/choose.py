@@ -18,6 +18,7 @@ class ChooseSchema:
 
     workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
     device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    qk_dtype: str = "bfloat16"
     json: str | None = None
 
 
@@ -27,7 +28,9 @@ cli.store_schema("choose_schema", ChooseSchema)
 def _command(config: DictConfig) -> int:
     workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
     device = cli.from_config(lambda: devices.by_name(config.device.name))
-    choice = cli.from_config(lambda: tuned.choose(device.device_kind, workload.shape, workload.dtype))
+    choice = cli.from_config(
+        lambda: tuned.choose(device.device_kind, workload.shape, workload.dtype, qk_dtype=config.qk_dtype)
+    )
     provenance = choice.entry.provenance if choice.entry else None
     stale = provenance is not None and provenance.kernel_hash != environment.source_hash(environment.KERNEL_SOURCES)
     lines = {

@@ -17,7 +17,7 @@ from typing import Any, Self
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
 #: A change in one of these can change what a candidate computes or how long it takes.
-KERNEL_SOURCES = ("splash_attn/kernel.py", "splash_attn/api.py", "splash_attn/types.py")
+KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
 #: A change in one of these can change the figure that a backend gives for the same kernel.
 BACKEND_SOURCES = {
     "offline": ("tuning/offline/*.py", "splash_attn/device.py"),

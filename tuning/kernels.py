@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import splash_attn
 from splash_attn.api import Implementation
+from splash_attn.kernel import kernel_name
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -74,13 +75,13 @@ def _ours(block_sizes: BlockSizes, options: Options, implementation: Implementat
 
 
 def _our_assumption(shape: AttentionShape, options: Options) -> Assumption:
-    if options["softmax"] == "online":
+    variant = Variant.from_dict(dict(options))
+    if variant.softmax == "online":
         return Assumption({}, ())
     heads = shape.batch_size * shape.num_heads
-    return Assumption(
-        {f"splash_attention_{options['softmax']}": heads, "splash_attention_online": 0},
-        (f"assumes that all {heads} heads are within the limit of the {options['softmax']} softmax",),
-    )
+    ways = [variant, dataclasses.replace(variant, qk_dtype="bfloat16"), Variant(softmax="online")]
+    grid_sizes = {kernel_name(way): 0 for way in ways} | {kernel_name(variant): heads}
+    return Assumption(grid_sizes, (f"assumes that {kernel_name(variant)} may have all {heads} heads",))
 
 
 def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:

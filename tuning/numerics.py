@@ -9,6 +9,7 @@ import numpy as np
 
 import splash_attn
 from splash_attn.api import Implementation
+from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_attn.types import BlockSizes
 from tuning.environment import stable_hash
 from tuning.kernels import KERNELS, Attention, Options
@@ -16,14 +17,18 @@ from tuning.records import Numerics
 
 #: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
 _EXTRA_Q, _EXTRA_KV = 211, 307
-#: Largest base-2 logit that each head can have.
-_BOUNDS = np.array([50.0, 120.0], np.float32)
+#: Largest base-2 logit that each head can have: one that the fixed-bound softmax takes, one that it does not.
+_BOUNDS = (50.0, 120.0)
+#: With int8, whose error grows with it, also: the first is the only head that runs in int8.
+_INT8_BOUNDS = (16.0, 50.0, 120.0)
 
 #: Limits of ||actual - expected|| / ||expected|| over all rows, and of the worst row. bfloat16 rounds q * scale,
 #: k - mean(k), the probabilities and the output, each by up to 2^-9 of itself; with logits of deviation 2.5 (first
 #: head) to 6 (second) that comes to 0.007 over all and 0.04 in the worst of some thousand rows. A row that is wrong is
 #: off by about 1. float32 has the same limits: the Pallas kernels multiply in bfloat16 whatever the input.
 TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
+#: int8: the error that it is allowed, which is for the rms; for the worst row the same share more as above.
+INT8_TOLERANCE = (INT8_ERROR_BUDGET, 8 * INT8_ERROR_BUDGET)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
 
     The keys have a common offset, as before K-smoothing. Few keys dominate each row, so that a key too many or too few,
     or a lost rescale, shows. The largest |q| max|k - mean(k)| of the two heads lie to either side of what the
-    fixed-bound softmax takes (about 90 base-2 exponents at these lengths): both ways through such a kernel are checked.
+    fixed-bound softmax takes (about 112 base-2 exponents at these lengths): every way through a kernel is checked.
     """
     import jax.numpy as jnp
 
@@ -78,12 +83,15 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
         q_seq_len, kv_seq_len = 2 * key.block_sizes.block_q, 2 * key.block_sizes.block_kv
     rng = np.random.default_rng(0)
 
+    int8 = key.options.get("qk_dtype") == "int8"
+    bounds = np.array(_INT8_BOUNDS if int8 else _BOUNDS, np.float32)
+
     def normal(rows: int) -> np.ndarray:
-        return rng.standard_normal((1, len(_BOUNDS), rows, key.head_dim), dtype=np.float32)
+        return rng.standard_normal((1, len(bounds), rows, key.head_dim), dtype=np.float32)
 
     q, k, v = normal(q_seq_len), normal(kv_seq_len), normal(kv_seq_len)
     longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
-    q *= _BOUNDS[:, None, None] / (longest * key.head_dim**-0.5 * np.log2(np.e))
+    q *= bounds[:, None, None] / (longest * key.head_dim**-0.5 * np.log2(np.e))
     k += 2.0
     arguments = [jnp.asarray(x, dtype=key.dtype) for x in (q, k, v)]
     actual = np.asarray(attention(*arguments)).astype(np.float32)
@@ -92,12 +100,12 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
         raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
     difference = actual - expected
     rows = np.linalg.norm(difference, axis=-1) / np.linalg.norm(expected, axis=-1)
-    tolerance, row_tolerance = TOLERANCES[key.dtype]
+    tolerance, row_tolerance = INT8_TOLERANCE if int8 else TOLERANCES[key.dtype]
     return Numerics(
         implementation=key.implementation,
         q_seq_len=q_seq_len,
         kv_seq_len=kv_seq_len,
-        num_heads=len(_BOUNDS),
+        num_heads=len(bounds),
         block_sizes=str(key.block_sizes),
         same_block_sizes=True,
         rms_error=float(np.linalg.norm(difference) / np.linalg.norm(expected)),

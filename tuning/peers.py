@@ -76,6 +76,9 @@ def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[
     seed = Entrant("splash_attn", tuned.clamp(SEED_BLOCK_SIZES, workload.shape), options)
     if seed not in found:
         found.append(seed)
+    quantized = tuned.choose(device_kind, workload.shape, workload.dtype, qk_dtype="int8")
+    if quantized.entry is not None:
+        found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
     lines = [f"splash_attn runs {choice.reason}"]
     for peer in cli.plain(config.peers):
         name = peer.pop("kernel")

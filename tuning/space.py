@@ -127,7 +127,7 @@ class Pruner:
 
     Attributes:
       shape: the attention call.
-      max_block_scores: largest block_q * block_kv. The kernel is unrolled over a block: larger ones take minutes to
+      max_block_scores: largest min(unroll_q, block_q) * block_kv. So much of a block is unrolled: more takes minutes to
         compile. None: any.
       vmem_limit_bytes: VMEM of one core; None leaves the estimate out.
       vmem_estimate: bytes that a candidate will need.
@@ -151,9 +151,12 @@ class Pruner:
             return "block_q longer than the padded q sequence"
         if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
             return "block_kv longer than the padded kv sequence"
-        scores = candidate.block_sizes.block_q * candidate.block_sizes.block_kv
+        block_q, unroll_q = candidate.block_sizes.block_q, candidate.variant.unroll_q
+        if unroll_q is not None and unroll_q >= block_q:
+            return "unroll_q is all of block_q, as with null"
+        scores = (unroll_q or block_q) * candidate.block_sizes.block_kv
         if self.max_block_scores is not None and scores > self.max_block_scores:
-            return "more scores a block than space.max_block_scores"
+            return "more scores unrolled than space.max_block_scores"
         if self.vmem_estimate is not None and self.vmem_limit_bytes is not None:
             needed = self.vmem_estimate(self.shape, candidate.block_sizes, candidate.variant)
             if needed > self.vmem_limit_bytes:

@@ -56,6 +56,10 @@ def test_refuses_unknown_and_contradicting_implementations() -> None:
         attention(q, k, v, implementation="xla", interpret=True)
     with pytest.raises(ValueError, match="on a device of kind 'cpu': expected a TPU"):
         attention(q, k, v, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="qk_dtype='int4': expected one of"):
+        attention(q, k, v, qk_dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="qk_dtype='int8' contradicts variant="):
+        attention(q, k, v, qk_dtype="int8", variant=Variant())
 
 
 def test_choice_by_platform_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splash_attn import BlockSizes, Variant, attention
-from splash_attn.kernel import fixed_bound_limit
+from splash_attn.gates import fixed_bound_limit
 
 HEADS, Q_SEQ_LEN, KV_SEQ_LEN, HEAD_DIM = 32, 24, 129, 64  # a tail of one key
 BLOCK_SIZES = BlockSizes(128, 128, 128)
@@ -59,7 +59,8 @@ def heads(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     elif kind == "at the gate":
         centre = k.mean(axis=0) if draw(st.booleans()) else 0
         bound = np.sqrt(np.square(q).sum(1).max() * np.square(k - centre).sum(1).max())
-        q *= fixed_bound_limit(KV_SEQ_LEN, centred=not np.isscalar(centre)) / bound * draw(st.floats(0.97, 1.03))
+        limit = fixed_bound_limit(KV_SEQ_LEN, np.log2(np.abs(v).max()), centred=not np.isscalar(centre))
+        q *= float(limit) / bound * draw(st.floats(0.97, 1.03))
     elif kind == "outlier channel":
         k[:, 3] *= 2.0 ** draw(st.integers(3, 8))
     return q, k, v

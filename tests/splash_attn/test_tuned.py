@@ -70,6 +70,17 @@ def test_a_variant_that_is_asked_for_is_kept(tmp_path: Path) -> None:
     assert (absent.entry, absent.variant, absent.block_sizes) == (None, Variant(lookahead=7), SEED_BLOCK_SIZES)
 
 
+def test_int8_is_chosen_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    int8 = entry(time_ms=9.0, variant=Variant(qk_dtype="int8", lookahead=2), block_sizes=BlockSizes(512, 512, 512))
+    write(tmp_path, int8)
+    assert choose(tmp_path).entry is None
+    assert choose(tmp_path, qk_dtype="int8").entry == int8
+    write(tmp_path, int8, entry(time_ms=14.0))
+    assert choose(tmp_path).variant == Variant()
+    assert choose(tmp_path, variant=int8.variant).entry == int8
+    assert choose(tmp_path, shape(head_dim=128), qk_dtype="int8").variant == Variant(qk_dtype="int8")
+
+
 def test_the_nearest_lengths_win_by_ratio(tmp_path: Path) -> None:
     near = entry(shape=shape(q_seq_len=20011, kv_seq_len=20011), block_sizes=BlockSizes(128, 128, 128))
     far = entry(shape=shape(q_seq_len=89003, kv_seq_len=89003), block_sizes=BlockSizes(256, 256, 256))

@@ -4,6 +4,7 @@ from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.space import Candidate, Pruner, Space, candidate_of, enumerate_candidates, parameters_of
 
 SHAPE = AttentionShape(batch_size=1, num_heads=2, q_seq_len=1021, kv_seq_len=509, head_dim=64)
+UNROLLS = (None, 128, 256, 1024)
 BLOCKS = {"block_q": (128, 1024, 1152), "block_kv": (256, 512, 640, 768), "block_kv_compute": (128, 256)}
 
 
@@ -22,6 +23,15 @@ def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
     found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE, max_block_scores=128 * 512))
     assert {str(candidate.block_sizes) for candidate in found.valid} == {
         f"128/{block_kv}/{compute}" for block_kv in (256, 512) for compute in (128, 256)
+    }
+    space = Space(
+        "test", {"block_q": (1024,), "block_kv": (512,), "block_kv_compute": (256,), "variant.unroll_q": UNROLLS}
+    )
+    found = enumerate_candidates(space, Pruner(SHAPE, max_block_scores=128 * 512))
+    assert [candidate.variant.unroll_q for candidate in found.valid] == [128]
+    assert found.pruned == {
+        "more scores unrolled than space.max_block_scores": 2,
+        "unroll_q is all of block_q, as with null": 1,
     }
     with pytest.raises(ValueError, match="max_block_scores=0: expected a positive number"):
         Space("test", BLOCKS, max_block_scores=0)

@@ -19,6 +19,7 @@ V6E = devices.by_name("v6e")
         ("v6e-16", "v6e:4x4"),
         ("v6e:4x8", "v6e:4x8"),
         ("v5e-8", "v5e:2x4"),
+        ("v7x", "tpu7x:2x2x1"),
     ],
 )
 def test_names_of_topologies(name: str, expected: str) -> None:
@@ -31,6 +32,11 @@ def test_names_of_topologies(name: str, expected: str) -> None:
 def test_an_unknown_topology_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         topology.parse_topology(name)
+
+
+def test_a_megacore_is_refused_by_name_and_reason() -> None:
+    with pytest.raises(ValueError, match="device='v5p': not supported: its two TensorCores share"):
+        topology.parse_topology("v5p")
 
 
 @pytest.fixture
