@@ -20,14 +20,17 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
 #: A change in one of these can change the figure that a backend gives for the same kernel.
 BACKEND_SOURCES = {
-    "offline": ("tuning/offline/*.py", "splash_attn/device.py"),
-    "measure": ("tuning/measure.py",),
+    "offline": ("tuning/offline/*.py", "tuning/kernels.py", "splash_attn/device.py"),
+    "measure": ("tuning/measure.py", "tuning/xplane.py", "tuning/kernels.py"),
     "interpret": ("tuning/numerics.py",),
 }
 #: Packages whose version can change a time, or whether a kernel compiles.
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+
+#: Names the folder of all caches; what is in it can be made again.
+CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 
 #: CPython 3.11's ast.parse is not safe in threads: "AST constructor recursion depth mismatch" (python/cpython#106905).
 _PARSER_LOCK = threading.Lock()
@@ -74,7 +77,7 @@ def capture(backend: str) -> Environment:
     """The environment of this process, for trials of that backend."""
     commit, dirty = _git_state()
     return Environment(
-        versions=_versions(),
+        versions=package_versions(),
         flags=_flags(),
         git_commit=commit,
         git_dirty=dirty,
@@ -83,6 +86,13 @@ def capture(backend: str) -> Environment:
         host=f"{platform.machine()}-{platform.system().lower()}",
         cpu_count=os.cpu_count() or 1,
     )
+
+
+def user_cache_dir() -> Path:
+    """$COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
 def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
@@ -109,7 +119,8 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a figure; one that is absent is left out."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

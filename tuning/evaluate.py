@@ -1,16 +1,8 @@
-"""One candidate -> one Trial, in a worker process of its own, with a time limit."""
+"""One candidate -> one Trial, made in a worker process, with a time limit."""
 
 import dataclasses
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +10,12 @@ from splash_attn.device import DeviceSpec
 from splash_attn.types import BlockSizes
 from tuning import offline
 from tuning.cli import UserError
-from tuning.environment import KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
+from tuning.environment import KERNEL_SOURCES, Environment, source_hash
+from tuning.job_cache import JobCache
 from tuning.records import Numerics, Trial
+from tuning.runner import Outcome, Runner
 from tuning.status import Label, Status
 from tuning.workloads import Workload
-
-_LOG_TAIL_CHARACTERS = 4000
-#: Seconds that a killed process group has to disappear.
-_REAP_S = 30
 
 #: Backend -> the job that its workers run.
 JOBS = {
@@ -33,10 +23,11 @@ JOBS = {
     "measure": "tuning.jobs:measured",
     "interpret": "tuning.jobs:interpret",
 }
-
-
-class CancelledError(Exception):
-    """The sweep is stopping: the job was killed and has no outcome."""
+#: Their outcomes do not depend on when and where they are made. A measured time does.
+_CACHED_BACKENDS = frozenset({"offline", "interpret"})
+#: What the outcome of a job depends on besides the backend's own sources.
+_JOB_SOURCES = ("splash_attn/*.py", "tuning/jobs.py", "tuning/kernels.py", "tuning/numerics.py")
+_CACHE_NOTE = "not compiled again: from the cache of an earlier run with the same sources and versions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,112 +46,6 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a job left: its result (None if it ended without one), how it ended, and the end of what it printed."""
-
-    status: Status
-    result: dict[str, Any]
-    error: str | None
-    log_tail: str
-    wall_time_s: float
-
-
-class Runner:
-    """Runs jobs in processes of their own, from any number of threads, until cancelled.
-
-    Args:
-      work_dir: scratch folder; each job has its own folder in it, gone when the job is over.
-    """
-
-    def __init__(self, work_dir: Path) -> None:
-        self._work_dir = work_dir
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._cancelled = False
-
-    def run(
-        self,
-        target: str,
-        payload: Mapping[str, Any],
-        *,
-        timeout_s: float,
-        variables: Callable[[Path], Mapping[str, str]] = lambda job_dir: {},
-    ) -> Outcome:
-        """Runs "package.module:function" on the payload.
-
-        Args:
-          target: the job.
-          payload: its argument, JSON.
-          timeout_s: its whole process group is killed after this.
-          variables: folder of the job -> environment variables to add to this process's own.
-
-        Raises:
-          CancelledError: `cancel` was called.
-        """
-        self._work_dir.mkdir(parents=True, exist_ok=True)
-        job_dir = Path(tempfile.mkdtemp(dir=self._work_dir))
-        try:
-            return self._run_in(job_dir, target, payload, timeout_s, variables(job_dir))
-        finally:
-            shutil.rmtree(job_dir)
-
-    def cancel(self) -> None:
-        """Kills what runs; every `run`, present and future, raises CancelledError."""
-        with self._lock:
-            self._cancelled = True
-            for process in self._running:
-                _kill_group(process)
-
-    def _run_in(
-        self,
-        job_dir: Path,
-        target: str,
-        payload: Mapping[str, Any],
-        timeout_s: float,
-        variables: Mapping[str, str],
-    ) -> Outcome:
-        request_path, result_path, log_path = job_dir / "request.json", job_dir / "result.json", job_dir / "log"
-        request_path.write_text(json.dumps({"target": target, "payload": payload, "timeout_s": timeout_s}))
-        search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search_path), **variables}
-        command = [sys.executable, "-m", "tuning.worker", str(request_path), str(result_path)]
-        start = time.monotonic()
-        timed_out = False
-        with log_path.open("wb") as log:
-            with self._lock:
-                if self._cancelled:
-                    raise CancelledError
-                # The worker watches its stdin: it ends when this process does, however this process ends.
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
-                self._running.add(process)
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                timed_out = True
-            finally:
-                _kill_group(process)
-                process.wait(_REAP_S)
-                assert process.stdin is not None
-                process.stdin.close()
-                with self._lock:
-                    self._running.discard(process)
-        if self._cancelled:
-            raise CancelledError
-        wall_time_s = time.monotonic() - start
-        log_tail = _scrub(log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], job_dir)
-        if timed_out:
-            error = f"killed after the time limit of {timeout_s:g} s"
-            return Outcome(Status.TIMEOUT, {}, error, log_tail, wall_time_s)
-        if not result_path.exists():
-            return Outcome(Status.CRASHED, {}, _describe_exit(process.returncode), log_tail, wall_time_s)
-        result = json.loads(result_path.read_text())
-        status, error = Status(result.pop("status")), result.pop("error", None)
-        return Outcome(status, result, _scrub(error, job_dir) if error else None, log_tail, wall_time_s)
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Makes Trials of one workload on one device with one backend.
 
@@ -171,6 +56,7 @@ class Evaluator:
       timeout_s: limit of one trial.
       measure: fields of tuning.measure.MeasureSettings.
       cache_dir: where numerics checks are shared between candidates.
+      cache: of whole outcomes, for backends that time nothing; None: compile anew.
     """
 
     runner: Runner
@@ -183,6 +69,7 @@ class Evaluator:
     timeout_s: float
     measure: Mapping[str, Any]
     cache_dir: Path
+    cache: JobCache | None = None
 
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
         """The Trial of a candidate, whatever becomes of it.
@@ -207,20 +94,40 @@ class Evaluator:
             "cache_dir": str(self.cache_dir.absolute()),
             "measure": dict(self.measure),
         }
-        outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
-        if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
-            raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
-        return self._trial(block_sizes, options, kernel, outcome)
 
-    def _variables(self, job_dir: Path) -> Mapping[str, str]:
+        def run() -> Outcome:
+            outcome = self.runner.run(self.job, payload, timeout_s=self.timeout_s, variables=self._variables)
+            if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
+                raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
+            return outcome
+
+        if self.cache is None or self.backend not in _CACHED_BACKENDS:
+            return self._trial(block_sizes, options, kernel, run())
+        key = JobCache.key(self.job, payload | {"cache_dir": None}, self._dependencies)
+        outcome, was_there = self.cache.outcome(key, run)
+        return self._trial(block_sizes, options, kernel, outcome, *([_CACHE_NOTE] if was_there else []))
+
+    @functools.cached_property
+    def _dependencies(self) -> dict[str, Any]:
+        """What an outcome depends on besides the payload."""
+        return {
+            "versions": self.environment.versions,
+            "flags": self.environment.flags,
+            "backend": self.environment.backend_hash,
+            "sources": source_hash(_JOB_SOURCES),
+        }
+
+    def _variables(self, worker_dir: Path) -> Mapping[str, str]:
         if self.backend == "offline":
             assert self.target.spec is not None
-            return offline.worker_environment(self.target.spec, job_dir / "dump")
+            return offline.worker_environment(self.target.spec, worker_dir / "dump")
         if self.backend == "interpret":
             return {"JAX_PLATFORMS": "cpu"}
         return {}
 
-    def _trial(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome) -> Trial:
+    def _trial(
+        self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome, *notes: str
+    ) -> Trial:
         found = dict(outcome.result)
         numerics = found.pop("numerics", None)
         label = found.pop("label", None)
@@ -241,29 +148,10 @@ class Evaluator:
             label=Label(label) if label else None,
             time_samples_ms=tuple(found.pop("time_samples_ms", ())),
             ops=tuple(found.pop("ops", ())),
-            notes=tuple(found.pop("notes", ())),
+            notes=(*found.pop("notes", ()), *notes),
             numerics=Numerics(**numerics) if numerics else None,
             wall_time_s=outcome.wall_time_s,
             error=outcome.error,
             log_tail=outcome.log_tail if failed else None,
             **found,
         )
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:  # not waited for yet: its process id is still its own
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _describe_exit(return_code: int) -> str:
-    if return_code < 0:
-        hint = " (out of host memory?)" if -return_code == signal.SIGKILL else ""
-        return f"the worker died of {signal.Signals(-return_code).name}{hint}"
-    return f"the worker ended with exit code {return_code} and no result"
-
-
-def _scrub(text: str, job_dir: Path) -> str:
-    """Results are shared: they name no path of this machine."""
-    for path, name in ((job_dir, "JOB"), (Path(sys.prefix), "PREFIX"), (REPO_ROOT, "REPO"), (Path.home(), "HOME")):
-        text = text.replace(str(path), name)
-    return text

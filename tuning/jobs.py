@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 from splash_attn import device as devices
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
 from tuning import kernels, measure, numerics
-from tuning.status import Status, TrialError
+from tuning.status import Status, compile_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,16 @@ class Request:
     def attention(self, implementation: Implementation) -> kernels.Attention:
         return kernels.KERNELS[self.kernel].build(self.block_sizes, self.options, implementation)
 
+    def timed(self, implementation: Implementation) -> kernels.Attention:
+        """The whole op, of which the time is taken: from the projections' outputs to the output projection's input."""
+        return kernels.from_projections(self.attention(implementation), self.shape.num_heads)
+
     def abstract_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of `timed`: [batch, seq, heads * head_dim] three times."""
         shape = self.shape
-        q = jax.ShapeDtypeStruct((shape.batch_size, shape.num_heads, shape.q_seq_len, shape.head_dim), self.dtype)
-        kv = jax.ShapeDtypeStruct((shape.batch_size, shape.num_heads, shape.kv_seq_len, shape.head_dim), self.dtype)
+        channels = shape.num_heads * shape.head_dim
+        q = jax.ShapeDtypeStruct((shape.batch_size, shape.q_seq_len, channels), self.dtype)
+        kv = jax.ShapeDtypeStruct((shape.batch_size, shape.kv_seq_len, channels), self.dtype)
         return q, kv, kv
 
 
@@ -58,17 +65,20 @@ def offline(payload: dict[str, Any]) -> dict[str, Any]:
     request = Request.from_payload(payload)
     kernel = kernels.KERNELS[request.kernel]
     assumed = kernel.assume(request.shape, request.options)
+    device = devices.by_name(request.device)
+    # Outside of the try: what libtpu says against its own start is not the candidate's fault.
+    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
     try:
         prediction = offline_model.predict(
-            request.attention("pallas_tpu"),
+            request.timed("pallas_tpu"),
             *request.abstract_args(),
-            device=devices.by_name(request.device),
+            device=device,
             grid_sizes=assumed.grid_sizes,
         )
     except offline_model.UnknownDumpFormatError:
         raise  # not the candidate's fault
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise _compile_error(error) from error
+        raise compile_error(error) from error
     checked = _check(request, "pallas_interpret")
     if checked["status"] != Status.OK:
         return checked
@@ -103,6 +113,7 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     request = Request.from_payload(payload)
     device = jax.devices()[0]
     on_tpu = device.platform == "tpu"
+    kernel = kernels.KERNELS[request.kernel]
     implementation: Implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
     checked = _check(request, implementation)
     if checked["status"] != Status.OK:
@@ -114,22 +125,23 @@ def measured(payload: dict[str, Any]) -> dict[str, Any]:
     ]
     start = time.perf_counter()
     try:
-        compiled = jax.jit(request.attention(implementation)).lower(*arguments).compile()
+        compiled = jax.jit(request.timed(implementation)).lower(*arguments).compile()
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise _compile_error(error) from error
+        raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
-        samples = measure.sample_times_ms(lambda: compiled(*arguments), request.measure)
+        timed = measure.measure(
+            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
+        )
     except jax.errors.JaxRuntimeError as error:
-        raise _compile_error(error) from error
-    notes = []
+        raise compile_error(error) from error
+    notes = [*kernel.notes, *timed.notes]
     if not on_tpu:
-        notes.append(f"interpret mode on {device.platform}: compares nothing but this host with itself")
-    if measure.median_ci_fraction(samples) > request.measure.target_ci_fraction:
-        notes.append(f"noisy: median known to {measure.median_ci_fraction(samples):.1%} after {len(samples)} samples")
+        notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
     return checked | {
         "label": "measured",
-        "time_samples_ms": samples,
+        "time_samples_ms": timed.times_ms,
+        "kernel_time_ms": timed.kernel_time_ms,
         "compile_time_s": compile_time_s,
         "notes": notes,
     }
@@ -146,7 +158,6 @@ def _check(request: Request, implementation: Implementation) -> dict[str, Any]:
     key = numerics.CheckKey(
         kernel=request.kernel,
         kernel_hash=request.kernel_hash,
-        jax_version=jax.__version__,
         head_dim=request.shape.head_dim,
         dtype=request.dtype,
         block_sizes=request.block_sizes,
@@ -162,11 +173,3 @@ def _check(request: Request, implementation: Implementation) -> dict[str, Any]:
             f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})",
         }
     return result
-
-
-def _compile_error(error: Exception) -> TrialError:
-    """The one place that reads an error's text: XLA gives its status code no other way."""
-    text = str(error)
-    out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text
-    status = Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR
-    return TrialError(status, text)

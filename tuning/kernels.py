@@ -74,6 +74,16 @@ def _ours(block_sizes: BlockSizes, options: Options, implementation: Implementat
     return attention
 
 
+def from_projections(attention: Attention, num_heads: int) -> Attention:
+    """`attention` as a layer has it around it: [batch, seq, heads * head_dim] three times -> the same."""
+
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        heads = (x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2) for x in (q, k, v))
+        return attention(*heads).swapaxes(1, 2).reshape(q.shape)
+
+    return layer
+
+
 def _our_assumption(shape: AttentionShape, options: Options) -> Assumption:
     variant = Variant.from_dict(dict(options))
     if variant.softmax == "online":

@@ -1,6 +1,7 @@
 """Is a candidate kernel right? The same blocks and variant on a small odd shape, against the reference."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,11 @@ import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_attn.types import BlockSizes
-from tuning.environment import stable_hash
+from tuning.environment import package_versions, source_hash, stable_hash
 from tuning.kernels import KERNELS, Attention, Options
 from tuning.records import Numerics
 
+_SOURCES = ("tuning/numerics.py", "tuning/kernels.py", "splash_attn/reference.py")
 #: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
 _EXTRA_Q, _EXTRA_KV = 211, 307
 #: Largest base-2 logit that each head can have: one that the fixed-bound softmax takes, one that it does not.
@@ -37,7 +39,6 @@ class CheckKey:
 
     kernel: str
     kernel_hash: str
-    jax_version: str
     head_dim: int
     dtype: str
     block_sizes: BlockSizes
@@ -46,12 +47,18 @@ class CheckKey:
 
     @property
     def name(self) -> str:
-        fields = dataclasses.asdict(self)
+        fields = dataclasses.asdict(self) | {"checker": _checker()}
         if self.implementation == "pallas_interpret":
             # What only the TPU compiler sees changes nothing here: such candidates share one check.
             compile_only = KERNELS[self.kernel].compile_only
             fields["options"] = {name: value for name, value in self.options.items() if name not in compile_only}
         return stable_hash(json.dumps(fields, sort_keys=True))
+
+
+@functools.cache
+def _checker() -> str:
+    """What a check depends on besides its key: this file, the reference, the versions of what is checked."""
+    return json.dumps([source_hash(_SOURCES), package_versions()], sort_keys=True)
 
 
 def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> Numerics:
@@ -95,7 +102,7 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
     k += 2.0
     arguments = [jnp.asarray(x, dtype=key.dtype) for x in (q, k, v)]
     actual = np.asarray(attention(*arguments)).astype(np.float32)
-    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float32)).astype(np.float32)
+    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float64)).astype(np.float32)
     if actual.shape != expected.shape:
         raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
     difference = actual - expected

@@ -119,7 +119,7 @@ def _command(config: DictConfig) -> int:
         )
         trials = _evaluate(entered, evaluator, known, path, config.workers or core_count())
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
-    print(summary.table(trials, hide=_HIDDEN, one_variant_column=True))
+    print(summary.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in summary.note_lines(trials):
         print(line)
     cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": summary.rows(trials)})

@@ -77,7 +77,7 @@ class Trial:
       vmem_bytes, spill_count, fill_count: of the kernel, as compiled.
       peak_hbm_bytes: of the whole op.
       compile_time_s: of the whole op.
-      wall_time_s: of the whole trial, process start to end.
+      wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
       ops: parts of a prediction, one dict for each HLO op.
       numerics: the check, None where the trial did not get that far.
       notes: what a reader of the figures must know.

@@ -28,3 +28,10 @@ class TrialError(Exception):
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def compile_error(error: Exception) -> TrialError:
+    """What a compiler's refusal is to a trial. The one place that reads an error's text: XLA tells no other way."""
+    text = str(error)
+    out_of_memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
+    return TrialError(Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR, text)

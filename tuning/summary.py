@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,12 @@ from tuning.bound import mxu_bound_ms
 from tuning.records import Trial
 
 _ERROR_CHARACTERS = 60
+#: Units of the core, as the compiler names them, and their columns: the share of their slots that the kernel uses.
+_UNITS = {"MATMUL": "mxu", "VALU": "valu", "VPOP": "vpop", "EUP": "eup", "VLOAD": "vload", "VSTORE": "vstore"}
 _FORMATS = {
     **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "spills", "fills"), "{:.0f}"),
     "bound_fraction": "{:.1%}",
+    **dict.fromkeys(_UNITS.values(), "{:.0%}"),
     "rms_error": "{:.1e}",
     "vmem_mib": "{:.1f}",
     "peak_hbm_mib": "{:.0f}",
@@ -31,7 +34,12 @@ def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def table(
-    trials: Sequence[Trial], *, limit: int | None = 40, hide: Sequence[str] = _HIDDEN, one_variant_column: bool = False
+    trials: Sequence[Trial],
+    *,
+    limit: int | None = 40,
+    hide: Sequence[str] = _HIDDEN,
+    one_variant_column: bool = False,
+    units: bool = False,
 ) -> str:
     """The trials in their order as aligned text.
 
@@ -41,12 +49,14 @@ def table(
       trials: what to show.
       limit: show the first so many; None shows all.
       hide: columns to leave out.
+      units: show how busy each unit of the core is in the kernel.
       one_variant_column: put the fields of the variant in one column, for trials of different kernels.
     """
     if not trials:
         return "no trials"
     shown = trials[:limit] if limit else trials
-    frame = _frame(shown).drop(columns=list(hide)).dropna(axis="columns", how="all")
+    hide = [*hide, *(() if units else _UNITS.values())]
+    frame = _frame(shown).drop(columns=hide).dropna(axis="columns", how="all")
     same = _common_options(shown)
     header = ", ".join(f"{name}={value}" for name, value in same.items())
     frame = frame.drop(columns=[records.VARIANT_PREFIX + name for name in same], errors="ignore")
@@ -81,6 +91,23 @@ def note_lines(trials: Sequence[Trial]) -> list[str]:
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
 
 
+def effort_line(effort: Mapping[str, Any]) -> str:
+    """What a sweep took, in one sentence; see SweepResult.effort."""
+    parts = [f"{effort['jobs']} candidates evaluated in {effort['wall_time_s']:.0f} s"]
+    if effort["candidates_per_minute"] is not None:
+        parts.append(f"{effort['candidates_per_minute']:.1f} a minute")
+    if effort["from_cache"]:
+        parts.append(f"{effort['from_cache']} more from the cache")
+    if effort["jobs"]:
+        memory = effort["peak_memory_bytes"]
+        parts.append(
+            f"{effort['workers_started']} worker processes, together at most "
+            f"{'unknown' if memory is None else f'{memory / 2**30:.1f}'} GiB of memory and "
+            f"{effort['peak_disk_bytes'] / 2**20:.0f} MiB of scratch files"
+        )
+    return "; ".join(parts)
+
+
 def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
     """How many trials ended how."""
     return dict(collections.Counter(trial.status.value for trial in trials))
@@ -89,14 +116,25 @@ def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
 def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
     frame = records.frame(trials)
     frame.insert(list(frame.columns).index("mcycles"), "bound_fraction", [_bound_fraction(trial) for trial in trials])
+    for unit, column in _UNITS.items():
+        frame.insert(list(frame.columns).index("vmem_mib"), column, [_utilization(trial, unit) for trial in trials])
     return frame
+
+
+def _utilization(trial: Trial, unit: str) -> float | None:
+    """Share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
+    kernels = [op for op in trial.ops if op["category"] == "kernel" and op["time_s"] > 0]
+    if not kernels:
+        return None
+    return sum(op["utilization"][unit] * op["time_s"] for op in kernels) / sum(op["time_s"] for op in kernels)
 
 
 def _bound_fraction(trial: Trial) -> float | None:
     """The matrix units' bound over the kernel's time (the op's where that is not known): 1 is the best there can be."""
     time_ms = trial.kernel_time_ms or trial.time_ms
     spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == trial.device_kind), None)
-    if time_ms is None or spec is None or trial.dtype != "bfloat16":
+    in_int8 = trial.variant.get("qk_dtype") == "int8"  # whose bound is another
+    if time_ms is None or spec is None or trial.dtype != "bfloat16" or in_int8:
         return None
     bound_ms = mxu_bound_ms(trial.shape, spec)
     return bound_ms / time_ms if bound_ms else None

@@ -1,5 +1,6 @@
 """Find the fastest block sizes and variant of the kernel: `python -m tuning.sweep --help`."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -10,8 +11,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -19,9 +22,11 @@ from tqdm import tqdm
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli, environment, heatmap, records, summary
-from tuning.evaluate import JOBS, Evaluator, Runner, Target
+from tuning.evaluate import JOBS, Evaluator, Target
+from tuning.job_cache import JobCache
 from tuning.promote import Promotion, promote
 from tuning.records import Trial
+from tuning.runner import JOBS_PER_WORKER, Runner, Usage
 from tuning.search import Search
 from tuning.space import Candidate, Candidates, Pruner, enumerate_candidates
 from tuning.status import Status
@@ -29,6 +34,8 @@ from tuning.sweep_config import SweepSchema, SweepSettings, settings_from
 from tuning.workloads import Workload
 
 _PROBE_TIMEOUT_S = 120.0
+#: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
+_ASKED_PER_WORKER = 2
 
 cli.store_schema("sweep_schema", SweepSchema)
 
@@ -42,7 +49,9 @@ class SweepResult:
       trials: one for each candidate of the study, best first.
       winner: the best ok trial with a time; None where there is none.
       candidates: those that could be searched, and how many were pruned why.
-      evaluated_count: trials made by this run; the others were on record.
+      evaluated_count: trials made by this run, from the compile cache or by a job; the others were on record.
+      wall_time_s: of this run.
+      usage: what its jobs took.
     """
 
     directory: Path
@@ -50,6 +59,21 @@ class SweepResult:
     winner: Trial | None
     candidates: Candidates
     evaluated_count: int
+    wall_time_s: float
+    usage: Usage
+
+    def effort(self) -> dict[str, Any]:
+        """What this run took, for people and JSON. Candidates from the cache are in no rate."""
+        jobs = self.usage.job_count
+        return {
+            "wall_time_s": self.wall_time_s,
+            "jobs": jobs,
+            "from_cache": self.evaluated_count - jobs,
+            "candidates_per_minute": 60 * jobs / self.wall_time_s if jobs else None,
+            "workers_started": self.usage.worker_count,
+            "peak_memory_bytes": self.usage.peak_memory_bytes,
+            "peak_disk_bytes": self.usage.peak_disk_bytes,
+        }
 
 
 def sweep(
@@ -76,8 +100,9 @@ def sweep(
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
         raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
+    cache = JobCache.of_user(settings.cache)
     with _locked(directory / "state"):
-        runner = Runner(directory / "state" / "work")
+        runner = Runner(directory / "state" / "work", jobs_per_worker=JOBS_PER_WORKER)
         evaluator = Evaluator(
             runner=runner,
             workload=settings.workload,
@@ -88,7 +113,8 @@ def sweep(
             environment=captured,
             timeout_s=settings.timeout_s,
             measure=settings.measure,
-            cache_dir=sweeps_dir / ".numerics",
+            cache_dir=cache.numerics_dir if cache else sweeps_dir / ".numerics",
+            cache=cache,
         )
         path = directory / records.TRIALS_FILE
         known = {trial.key: trial for trial in records.read(path)}
@@ -104,13 +130,20 @@ def sweep(
         )
         for line in _introduction(settings, target, candidates, search, directory):
             report(line)
-        try:
-            evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
-        finally:
-            runner.cancel()
+        start = time.monotonic()
+        evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
+        wall_time_s = time.monotonic() - start
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
-    return SweepResult(directory, tuple(trials), timed[0] if timed else None, candidates, evaluated_count)
+    return SweepResult(
+        directory=directory,
+        trials=tuple(trials),
+        winner=timed[0] if timed else None,
+        candidates=candidates,
+        evaluated_count=evaluated_count,
+        wall_time_s=wall_time_s,
+        usage=runner.usage(),
+    )
 
 
 def find_target(device: str, backend: str) -> Target:
@@ -162,12 +195,18 @@ def objective(trial: Trial) -> float:
 def _evaluate_all(
     settings: SweepSettings, search: Search, evaluator: Evaluator, known: dict[str, Trial], path: Path
 ) -> int:
-    """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated."""
+    """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated.
+
+    A trial is recorded as soon as it is made, but told in the order in which the candidates were asked, each followed
+    by one question: what the search then asks depends on its seed and on `workers`, not on which worker was faster.
+    """
     evaluated_count = 0
     best: Trial | None = None
     bar = tqdm(total=search.budget, initial=len(search.told), disable=not settings.progress, unit="trial", leave=False)
     pool = concurrent.futures.ThreadPoolExecutor(settings.workers)
     running: dict[concurrent.futures.Future[Trial], Candidate] = {}
+    untold: collections.deque[Candidate] = collections.deque()
+    made: dict[str, Trial] = {}
 
     def show(trial: Trial) -> None:
         nonlocal best
@@ -176,28 +215,38 @@ def _evaluate_all(
         if best is not None and best.time_ms is not None:
             bar.set_postfix_str(f"best {best.time_ms:.3f} ms {best.label} {best.block_sizes}", refresh=False)
 
+    def ask() -> None:
+        candidate = search.ask()
+        if candidate is None:
+            return
+        untold.append(candidate)
+        if candidate.key in known:  # another study of this context has evaluated it
+            made[candidate.key] = known[candidate.key]
+            show(known[candidate.key])
+            bar.update()
+        else:
+            running[pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())] = candidate
+
     try:
         for trial in search.told.values():
             show(trial)
-        while True:
-            while len(running) < settings.workers and (candidate := search.ask()) is not None:
-                if candidate.key in known:  # another study of this context has evaluated it
-                    search.tell(candidate, known[candidate.key])
-                    show(known[candidate.key])
-                    bar.update()
-                else:
-                    future = pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())
-                    running[future] = candidate
-            if not running:
-                return evaluated_count
+        for _ in range(_ASKED_PER_WORKER * settings.workers):
+            ask()
+        while untold:
+            if untold[0].key in made:
+                candidate = untold.popleft()
+                search.tell(candidate, made.pop(candidate.key))
+                ask()
+                continue
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 candidate, trial = running.pop(future), future.result()
                 records.append(path, trial)  # on disk first: the study can be put right from it, not the other way
-                search.tell(candidate, trial)
+                made[candidate.key] = trial
                 evaluated_count += 1
                 show(trial)
                 bar.update()
+        return evaluated_count
     finally:
         evaluator.runner.cancel()
         pool.shutdown(cancel_futures=True)
@@ -230,7 +279,7 @@ def _introduction(
     )
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:
-        resumed += f", {len(search.interrupted)} cut short and run again"
+        resumed += f", {len(search.interrupted)} asked for and not finished come first"
     yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once{resumed}"
     yield f"records: {directory / records.TRIALS_FILE}"
 
@@ -260,6 +309,7 @@ def _command(config: DictConfig) -> int:
     print(summary.table(result.trials))
     for line in summary.note_lines(result.trials):
         print(line)
+    print(summary.effort_line(result.effort()))
     picture = result.directory / "heatmap.png"
     drawn = heatmap.save(result.trials, picture)
     promotion: Promotion | None = None
@@ -280,6 +330,7 @@ def _command(config: DictConfig) -> int:
             "candidates": len(result.candidates.valid),
             "pruned": result.candidates.pruned,
             "evaluated": result.evaluated_count,
+            "effort": result.effort(),
             "statuses": summary.status_counts(result.trials),
             "trials": summary.rows(result.trials),
         },

@@ -51,6 +51,7 @@ class SweepSchema:
     timeout_s: float = MISSING
     vmem_pruning: bool = MISSING
     results_dir: str = MISSING
+    cache: bool = MISSING
     promote: bool = MISSING
     json: str | None = None
     progress: bool = MISSING
@@ -77,6 +78,7 @@ class SweepSettings:
     timeout_s: float
     vmem_pruning: bool
     results_dir: Path
+    cache: bool
     promote: bool
     progress: bool
 
@@ -120,6 +122,7 @@ def settings_from(config: DictConfig) -> SweepSettings:
         timeout_s=config.timeout_s,
         vmem_pruning=config.vmem_pruning,
         results_dir=Path(config.results_dir),
+        cache=config.cache,
         promote=config.promote,
         progress=config.progress,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from tuning.reported import ReportedRow
+from tuning.status import compile_error
 
 
 def build(row: ReportedRow) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
@@ -54,9 +55,17 @@ def abstract_args(row: ReportedRow) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
     """The worker's job. Payload: `row`, the fields of a ReportedRow, and `device`, a name of splash_attn.device."""
+    from jax.experimental import topologies
+
     from splash_attn import device as devices
     from tuning import offline
 
     row = ReportedRow(**payload["row"])
-    prediction = offline.predict(build(row), *abstract_args(row), device=devices.by_name(payload["device"]))
-    return prediction.to_dict()
+    device = devices.by_name(payload["device"])
+    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)  # its errors are not the row's
+    try:
+        return offline.predict(build(row), *abstract_args(row), device=device).to_dict()
+    except offline.UnknownDumpFormatError:
+        raise
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise compile_error(error) from error

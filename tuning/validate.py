@@ -1,8 +1,7 @@
-"""Every reported time against a prediction of the same call: `python -m tuning.validate --help`."""
+"""Predicted times against those of real chips, reported or measured: `python -m tuning.validate --help`."""
 
 import concurrent.futures
 import dataclasses
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ from tqdm import tqdm
 
 from splash_attn import device as devices
 from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, environment, offline
-from tuning.evaluate import Runner
+from tuning import agreement, cli, environment, offline, records
+from tuning.agreement import Pair, Summary, pairs_of, summarize
 from tuning.job_cache import JobCache
 from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
-from tuning.status import Status
+from tuning.runner import JOBS_PER_WORKER, Outcome, Runner
+from tuning.status import Label, Status
 from tuning.sweep_config import core_count
 
 _JOB = "tuning.tokamax_op:predict_row"
@@ -34,6 +34,7 @@ class ValidateSchema:
     workers: int | None = None
     timeout_s: float = MISSING
     results_dir: str = MISSING
+    cache: bool = MISSING
     json: str | None = None
     progress: bool = MISSING
 
@@ -65,6 +66,19 @@ class Comparison:
         """Predicted over reported."""
         return None if self.predicted_ms is None else self.predicted_ms / self.row.median_time_ms
 
+    def pair(self, group: str) -> Pair | None:
+        """None where the call could not be predicted."""
+        if self.predicted_ms is None:
+            return None
+        return Pair(
+            group=group,
+            name=f"{self.row.shape} {self.row.config}",
+            label=Label.REPORTED,
+            actual_ms=self.row.median_time_ms,
+            predicted_ms=self.predicted_ms,
+            notes=self.unresolved,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.row.to_dict(),
@@ -78,25 +92,14 @@ class Comparison:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """How good the predictions are.
-
-    Attributes:
-      row_count: rows compared; failed_count: rows without a prediction, in none of the figures below.
-      median_abs_error, max_abs_error: of |predicted / reported - 1|.
-      spearman: rank correlation of predicted and reported times; None where all times of one kind are the same.
-    """
-
-    row_count: int
-    failed_count: int
-    median_abs_error: float | None
-    max_abs_error: float | None
-    spearman: float | None
-
-
 def compare(
-    reported: Reported, *, runner: Runner, cache: JobCache, workers: int, timeout_s: float, progress: bool = False
+    reported: Reported,
+    *,
+    runner: Runner,
+    cache: JobCache | None,
+    workers: int,
+    timeout_s: float,
+    progress: bool = False,
 ) -> list[Comparison]:
     """Predicts every row, in worker processes. A row that cannot be predicted is in the list with its error.
 
@@ -108,23 +111,22 @@ def compare(
     dependencies = {"versions": captured.versions, "sources": environment.source_hash(_SOURCES)}
 
     def compare_one(row: ReportedRow) -> Comparison:
-        fields = row.to_dict() | {
-            "median_time_ms": 1.0
-        }  # the job must not know, and a new figure is no new compilation
-        payload = {"row": fields, "device": device.name}
-        key = cache.key(_JOB, payload, dependencies)
-        prediction = cache.get(key)
-        if prediction is None:
-            outcome = runner.run(
+        # The job must not know the time, and a new time is no new compilation.
+        payload = {"row": row.to_dict() | {"median_time_ms": 1.0}, "device": device.name}
+        key = JobCache.key(_JOB, payload, dependencies)
+
+        def run() -> Outcome:
+            return runner.run(
                 _JOB,
                 payload,
                 timeout_s=timeout_s,
-                variables=lambda job_dir: offline.worker_environment(device, job_dir / "dump"),
+                variables=lambda worker_dir: offline.worker_environment(device, worker_dir / "dump"),
             )
-            if outcome.status is not Status.OK:
-                return Comparison(row, None, None, (), (), f"{outcome.status}: {outcome.error}")
-            prediction = outcome.result
-            cache.put(key, prediction)
+
+        outcome = cache.outcome(key, run)[0] if cache else run()
+        if outcome.status is not Status.OK:
+            return Comparison(row, None, None, (), (), f"{outcome.status}: {outcome.error}")
+        prediction = outcome.result
         ops = sorted(prediction["ops"], key=lambda op: -op["time_s"])
         unresolved = tuple(f"{op['name']}: {text}" for op in ops for text in op["unresolved"])
         return Comparison(row, prediction["time_s"] * 1e3, ops[0]["bound"], tuple(ops), unresolved, None)
@@ -138,31 +140,6 @@ def compare(
             return [future.result() for future in futures]
         finally:
             runner.cancel()
-
-
-def summarize(comparisons: Sequence[Comparison]) -> Summary:
-    """The figures of the rows that have a prediction."""
-    ratios = [c.ratio for c in comparisons if c.ratio is not None]
-    errors = [abs(ratio - 1) for ratio in ratios]
-    compared = [(c.predicted_ms, c.row.median_time_ms) for c in comparisons if c.predicted_ms is not None]
-    return Summary(
-        row_count=len(ratios),
-        failed_count=len(comparisons) - len(ratios),
-        median_abs_error=statistics.median(errors) if errors else None,
-        max_abs_error=max(errors, default=None),
-        spearman=spearman([p for p, _ in compared], [r for _, r in compared]),
-    )
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation: Pearson's, of the ranks, ties sharing their mean rank. None where one side does not vary."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    return statistics.correlation(_ranks(x), _ranks(y))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [(sum(v < x for v in values) + sum(v <= x for v in values) + 1) / 2 for x in values]
 
 
 def _lines(reported: Reported, comparisons: Sequence[Comparison], summary: Summary) -> list[str]:
@@ -183,33 +160,50 @@ def _lines(reported: Reported, comparisons: Sequence[Comparison], summary: Summa
         ops = ", ".join(f"{op['name']} {op['time_s'] * 1e3:.3f}" for op in c.ops[:_LISTED_OPS])
         lines.append(f"{head}{c.predicted_ms:>9.3f}  {c.ratio:>6.3f}  {c.bound:<8}{ops}")
         lines.extend(f"  not known: {text}" for text in c.unresolved)
-    lines.append("")
-    if summary.median_abs_error is not None and summary.max_abs_error is not None:
-        correlation = "-" if summary.spearman is None else f"{summary.spearman:.3f}"
-        lines.append(
-            f"{summary.row_count} rows: median error {summary.median_abs_error:.1%}, "
-            f"worst {summary.max_abs_error:.1%}, Spearman {correlation}"
-        )
+    lines += ["", summary.line]
     if summary.failed_count:
         lines.append(f"{summary.failed_count} of {len(comparisons)} rows could not be predicted")
     return lines
 
 
+def _measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
+    if not pairs:
+        return [f"measured: no candidate in {results_dir} has been both measured and predicted"]
+    width = max(len(pair.name) for pair in pairs)
+    lines = [f"measured: records in {results_dir}, joined with the predictions of the same candidates"]
+    lines.append(f"{'':<{width}}  {'measured':>9}  {'predicted':>9}  {'ratio':>6}")
+    for pair in sorted(pairs, key=lambda pair: pair.name):
+        lines.append(f"{pair.name:<{width}}  {pair.actual_ms:>9.3f}  {pair.predicted_ms:>9.3f}  {pair.ratio:>6.3f}")
+        lines.extend(f"  {note}" for note in pair.notes)
+    for group in dict.fromkeys(pair.group for pair in pairs):
+        lines.append(f"{group}: {summarize([pair for pair in pairs if pair.group == group]).line}")
+    return lines
+
+
 def _command(config: DictConfig) -> int:
     path = Path(config.measured) if config.measured else DEFAULT_PATH
+    results_dir = Path(config.results_dir)
     reported = cli.from_config(lambda: Reported.read(path))
     cli.from_config(lambda: devices.by_name(reported.device_kind))
+    measured = cli.from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         comparisons = compare(
             reported,
-            runner=Runner(Path(work_dir)),
-            cache=JobCache(Path(config.results_dir) / ".cache"),
+            runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
+            cache=JobCache.of_user(config.cache),
             workers=config.workers or core_count(),
             timeout_s=config.timeout_s,
             progress=config.progress,
         )
-    summary = summarize(comparisons)
-    print("\n".join(_lines(reported, comparisons, summary)))
+    group = f"reported, {path.name}"
+    pairs = [pair for comparison in comparisons if (pair := comparison.pair(group))]
+    summary = summarize(pairs, len(comparisons) - len(pairs))
+    print("\n".join([*_lines(reported, comparisons, summary), "", *_measured_lines(measured, results_dir)]))
+    picture = results_dir / "validate" / f"{path.stem}.png"
+    if pairs or measured:
+        title = f"Predicted by libtpu {offline.SUPPORTED_LIBTPU} on a machine without the chip, against real chips"
+        agreement.draw([*pairs, *measured], picture, title)
+        print(f"picture: {picture}")
     cli.write_json(
         config.json,
         {
@@ -218,6 +212,11 @@ def _command(config: DictConfig) -> int:
             "libtpu": offline.SUPPORTED_LIBTPU,
             **dataclasses.asdict(summary),
             "rows": [c.to_dict() for c in comparisons],
+            "measured": {
+                **dataclasses.asdict(summarize(measured)),
+                "rows": [dataclasses.asdict(pair) | {"ratio": pair.ratio} for pair in measured],
+            },
+            "picture": str(picture) if pairs or measured else None,
         },
     )
     return 1 if summary.failed_count else 0

@@ -1,20 +1,24 @@
-"""The other end of `tuning.evaluate.run_job`: one job in this process, its result in a file.
+"""The other end of `tuning.runner`: runs one job after another in this process.
 
-    python -m tuning.worker REQUEST.json RESULT.json
+    python -m tuning.worker FOLDER CONNECTION
 
-The request names a function, "package.module:function"; it takes the request's payload and returns a dict.
+A request names a function, "package.module:function"; it takes the request's payload and returns a dict.
 """
 
+import contextlib
+import gc
 import importlib
 import json
 import math
 import os
+import queue
 import shutil
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,26 +27,47 @@ from tuning.status import Status, TrialError
 #: Past the parent's own limit, for the case that the parent is gone and this process no longer runs Python code.
 _ALARM_GRACE_S = 30
 _ERROR_CHARACTERS = 1000
+#: Where memory is short, Linux ends this process and not the sweep.
+_OOM_SCORE = 500
 
 
-def main(request_path: str, result_path: str) -> NoReturn:
-    request = json.loads(Path(request_path).read_text())
-    signal.alarm(math.ceil(request["timeout_s"]) + _ALARM_GRACE_S)
-    threading.Thread(target=_die_with_parent, args=(Path(request_path).parent,), daemon=True).start()
+def main(folder: str, descriptor: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    os.set_inheritable(int(descriptor), False)  # what a job starts must not keep the connection open
+    connection = Connection(int(descriptor))
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests, Path(folder)), daemon=True).start()
+    while True:
+        request = requests.get()
+        signal.alarm(math.ceil(request["timeout_s"]) + _ALARM_GRACE_S)
+        reply = json.dumps(_run(request)).encode()
+        signal.alarm(0)
+        _forget(Path(folder))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send_bytes(reply)
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        result = {"status": "ok"} | _resolve(request["target"])(request["payload"])
+        return {"status": Status.OK} | _resolve(request["target"])(request["payload"])
+    except TrialError as error:
+        traceback.print_exc()
+        return {"status": error.status, "error": " ".join(str(error).split())[:_ERROR_CHARACTERS]}
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, TrialError):
-            result = {"status": error.status, "error": " ".join(str(error).split())[:_ERROR_CHARACTERS]}
-        else:
-            result = {"status": Status.CRASHED, "error": _one_line(error)}
-    temporary = Path(result_path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    temporary.replace(result_path)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the result is written: what a compiler does wrong while it is torn down no longer matters
+        return {"status": Status.CRASHED, "error": _one_line(error)}
+
+
+def _forget(folder: Path) -> None:
+    """What a job leaves behind would add up: compiled programs, and files in the worker's folder beside its log."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _one_line(error: Exception) -> str:
@@ -57,10 +82,12 @@ def _resolve(target: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return getattr(importlib.import_module(module), function)
 
 
-def _die_with_parent(work_dir: Path) -> None:
-    """The parent holds the other end of stdin: it closes when the parent dies, by kill -9 too."""
-    os.read(sys.stdin.fileno(), 1)
-    shutil.rmtree(work_dir, ignore_errors=True)
+def _receive(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]], folder: Path) -> None:
+    """Hands requests on. The connection closes when the parent dies, by kill -9 too: then all ends here."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            requests.put(json.loads(connection.recv_bytes()))
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -11,9 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import pytest
 
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from tuning.environment import KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
-from tuning.evaluate import Evaluator, Runner, Target
+from tuning.environment import CACHE_VARIABLE, KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
+from tuning.evaluate import Evaluator, Target
 from tuning.records import Numerics, Trial
+from tuning.runner import Runner
 from tuning.search import SearchSettings
 from tuning.space import Space
 from tuning.status import Label, Status
@@ -93,6 +94,7 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
             "timeout_s": 60.0,
             "vmem_pruning": False,
             "results_dir": tmp_path / "results",
+            "cache": False,
             "promote": False,
             "progress": False,
         }
@@ -121,6 +123,13 @@ def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
         return Evaluator(**(defaults | changes))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, instead of the user's."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def bowl(payload: dict[str, Any]) -> dict[str, Any]:
             file.write(json.dumps(payload["block_sizes"]) + "\n")
     time.sleep(float(os.environ.get("FAKE_JOBS_SLEEP_S", "0")))
     return {"label": "predicted", "time_samples_ms": [_time_ms(payload["block_sizes"])], "numerics": _passed()}
+
+
+def bowl_of_uneven_speed(payload: dict[str, Any]) -> dict[str, Any]:
+    """`bowl`, now one and now another first done."""
+    time.sleep(random.choice((0, 0, 0.2)))
+    return bowl(payload)
 
 
 def by_block_q(payload: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +113,28 @@ def dumps_and_aborts(payload: dict[str, Any]) -> dict[str, Any]:
     (dump_dir / "bundles.txt").write_text("x" * 10_000)
     abort(payload)
     raise AssertionError("not reached")
+
+
+def dumps(payload: dict[str, Any]) -> dict[str, Any]:
+    """Leaves a dump, and fails if there is one."""
+    dump_dir = Path(os.environ["FAKE_DUMP_DIR"])
+    dump_dir.mkdir()
+    (dump_dir / "bundles.txt").write_text("x" * 10_000)
+    print("dumped")
+    time.sleep(0.3)  # long enough to be seen
+    return pid(payload)
+
+
+_jobs_of_this_process: list[str] = []
+
+
+def pid(payload: dict[str, Any]) -> dict[str, Any]:
+    _jobs_of_this_process.append("pid")
+    return {"pid": os.getpid()}
+
+
+def aborts_in_a_used_process(payload: dict[str, Any]) -> dict[str, Any]:
+    return abort(payload) if _jobs_of_this_process else pid(payload)
 
 
 def wrong_kernel(payload: dict[str, Any]) -> dict[str, Any]:

@@ -84,12 +84,16 @@ def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
     code, out, err = run(sweep, *arguments, "space.block_kv_compute=[128]", "progress=false", "json=out/sweep.json")
     assert code == 0, err
     assert "2 candidates, 0 pruned" in out
+    assert "2 candidates evaluated in " in out
     content = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert content["statuses"] == {"ok": 2}
+    assert content["effort"]["jobs"] == 2
+    assert content["effort"]["candidates_per_minute"] > 0
+    assert content["effort"]["peak_memory_bytes"] is None or content["effort"]["peak_memory_bytes"] > 2**20
     assert content["winner"] is None  # no times, no winner
     assert content["promotion"] is None
     assert all(row["rms_error"] < 0.02 for row in content["trials"])
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "results"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out", "results"}
 
 
 def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, make_trial: Callable[..., Trial]) -> None:

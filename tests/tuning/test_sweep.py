@@ -66,6 +66,52 @@ def test_another_study_of_the_same_context_takes_what_is_on_record(make_settings
     assert all(trial.status is Status.OK for trial in result.trials)
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_second_sweep_elsewhere_costs_nothing(
+    make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
+    search = SearchSettings(sampler=sampler, max_trials=9, seed=1)  # type: ignore[arg-type]
+    first = sweep(make_settings(search=search, cache=True), job="fake_jobs:bowl_of_uneven_speed", report=_quiet)
+    assert (first.evaluated_count, first.usage.job_count, _job_count(log)) == (9, 9, 9)
+    elsewhere = make_settings(search=search, cache=True, results_dir=tmp_path / "elsewhere")
+    second = sweep(elsewhere, job="fake_jobs:bowl_of_uneven_speed", report=_quiet)
+    # The search asks for the same candidates, whichever worker was faster.
+    assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
+    assert (second.evaluated_count, second.usage.job_count, _job_count(log)) == (9, 0, 9)
+    assert [trial.time_ms for trial in second.trials] == [trial.time_ms for trial in first.trials]
+    assert all("from the cache" in trial.notes[-1] for trial in second.trials)
+    effort = second.effort()
+    assert (effort["from_cache"], effort["candidates_per_minute"]) == (9, None)
+    one = SearchSettings(sampler="grid", max_trials=1, seed=1)
+    off = dataclasses.replace(elsewhere, cache=False, results_dir=tmp_path / "off", search=one)
+    assert sweep(off, job="fake_jobs:bowl", report=_quiet).usage.job_count == 1
+
+
+def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_path: Path) -> None:
+    choices = {"block_q": (128, 256, 384, 512, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
+    settings = make_settings(space=Space("fates", choices), timeout_s=3.0, workers=4, cache=True)
+    first = sweep(settings, job="fake_jobs:by_block_q", report=_quiet)
+    assert first.usage.job_count == 5
+    second = sweep(
+        dataclasses.replace(settings, results_dir=tmp_path / "else"), job="fake_jobs:by_block_q", report=_quiet
+    )
+    fresh = {trial.status for trial in second.trials if not any("from the cache" in note for note in trial.notes)}
+    assert fresh == {Status.TIMEOUT, Status.CRASHED}
+    assert second.usage.job_count == 2
+    assert {trial.key: trial.status for trial in first.trials} == {trial.key: trial.status for trial in second.trials}
+
+
+def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
+    search = SearchSettings(sampler="grid", max_trials=2, seed=0)
+    settings = make_settings(device="local", backend="measure", workers=1, cache=True, search=search)
+    assert sweep(settings, job="fake_jobs:bowl", report=_quiet).usage.job_count == 2
+    settings = dataclasses.replace(settings, results_dir=tmp_path / "elsewhere")
+    assert sweep(settings, job="fake_jobs:bowl", report=_quiet).usage.job_count == 2
+    assert not list(cache_folder.rglob("*.json"))
+
+
 def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
     first = ({"block_q": 384, "block_kv": 256, "block_kv_compute": 256}, {"block_q": 256, "block_kv": 512})
     space = Space("test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}, first)
@@ -175,7 +221,7 @@ def test_workers_die_with_a_killed_sweep(
 
 
 def _worker_pids(results_dir: Path) -> list[int]:
-    """Worker processes whose request lies under a results folder."""
+    """Worker processes whose folder lies under a results folder."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

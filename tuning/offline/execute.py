@@ -54,6 +54,7 @@ class _Run:
         self._program = program
         self._addresses = sorted(program.events)
         self._scalars = Scalars(operands)
+        self._bundles = [[(i.name, i, self._scalars.step(i)) for i in program.events[a]] for a in self._addresses]
         self._clock = DmaClock(timing)
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
@@ -97,18 +98,19 @@ class _Run:
             address = self._addresses[position]
             if jump is not None and address > branch_at + BRANCH_DELAY_SLOTS:
                 break
-            for instruction in self._program.events[address]:
-                steps += 1
-                if instruction.name == BRANCH:
+            bundle = self._bundles[position]
+            steps += len(bundle)
+            for name, instruction, step in bundle:
+                if name == BRANCH:
                     if self._taken(instruction, address) and jump is None:
                         assert instruction.target is not None
                         jump, branch_at = self._program.labels[instruction.target], address
-                elif instruction.name == DMA:
+                elif name == DMA:
                     self._start_dma(instruction, address)
-                elif instruction.name == WAIT:
+                elif name == WAIT:
                     self._wait(instruction, address)
                 else:
-                    self._scalars.assign(instruction, from_back_edge and address == start)
+                    step(from_back_edge and address == start)
         return jump, branch_at, steps
 
     def _run_clock_to(self, address: int) -> None:

@@ -2,20 +2,22 @@
 
 import dataclasses
 import enum
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from tuning.offline.bundles import LOAD, OPERAND, PHI, Instruction
 
 _INT32 = 2**32
+_HALF = 2**31
 
 
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """A sync flag: "[#allocation7 + $0x1]" and index 1 of "[#allocation7]" are the same."""
+class Flag(NamedTuple):
+    """A sync flag: "[#allocation7 + $0x1]" and number 1 of "[#allocation7]" are the same."""
 
     allocation: str
-    index: int
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class _Difference(enum.Enum):
 
 
 Scalar = int | Flag | Pointer | Loaded | _Difference | None
+#: Runs one instruction; told whether a back edge led to its bundle.
+Step = Callable[[bool], None]
 
 _Binary = Callable[[int, int], int]
 
@@ -52,6 +56,7 @@ def _unsigned(value: int) -> int:
     return value & (_INT32 - 1)
 
 
+_MOVES = ("smov", "pmov")
 _COMPARE: dict[str, _Binary] = {
     "eq": operator.eq,
     "ne": operator.ne,
@@ -81,6 +86,23 @@ _BINARY: dict[str, _Binary] = {
 }
 
 
+def _operation(full_name: str) -> _Binary | None:
+    """On two integers; None for what is not that simple. The result may be wider than 32 bits."""
+    name, _, kind = full_name.partition(".")
+    if name != "scmp":
+        return _BINARY.get(name)
+    relation, _, kind = kind.partition(".")
+    compare = _COMPARE[relation]
+    convert = _unsigned if kind.startswith("u32") else _signed
+    return lambda a, b: int(compare(convert(a), convert(b)))
+
+
+@functools.cache
+def _named_flag(name: str) -> Flag:
+    allocation, _, offset = name.partition(" + ")
+    return Flag(allocation, int(offset.lstrip("$"), 16) if offset else 0)
+
+
 class Scalars:
     """The scalar registers and SMEM of a core.
 
@@ -105,8 +127,7 @@ class Scalars:
         """The sync flag that an operand stands for; None where that is not known."""
         value = self.value(operand)
         if isinstance(value, Pointer) and value.name is not None:
-            allocation, _, offset = value.name.partition(" + ")
-            return Flag(allocation, int(offset.lstrip("$"), 16) if offset else 0)
+            return _named_flag(value.name)
         return value if isinstance(value, Flag) else None
 
     def holds(self, instruction: Instruction) -> bool | None:
@@ -115,6 +136,64 @@ class Scalars:
             return True
         condition = self._values.get(instruction.predicate)
         return None if condition is None else bool(condition) != instruction.predicate_negated
+
+    def step(self, instruction: Instruction) -> Step:
+        """What runs an instruction that makes a scalar or a predicate; it is told whether a back edge led here.
+
+        Most of an op's instructions are moves, phis and arithmetic on two integers, and run some hundred thousand
+        times: for these the step is a closure that looks at nothing twice. The rest goes to `assign`.
+        """
+        values, result = self._values, instruction.result
+        get, predicate, negated = values.get, instruction.predicate, instruction.predicate_negated
+        name, operands = instruction.name.partition(".")[0], instruction.operands
+        operation = _operation(instruction.name)
+
+        def general(from_back_edge: bool) -> None:
+            self.assign(instruction, from_back_edge)
+
+        if result is None or name == OPERAND:
+            return general
+        if name == PHI:
+            entered, repeated = map(self._known_name, operands)
+
+            def phi(from_back_edge: bool) -> None:
+                values[result] = get(repeated if from_back_edge else entered)
+
+            return phi if predicate is None else general
+        if name in _MOVES:
+            source = self._known_name(operands[0])
+
+            def move(from_back_edge: bool) -> None:
+                if predicate is None or ((condition := get(predicate)) is not None and bool(condition) != negated):
+                    values[result] = get(source)
+                else:
+                    general(from_back_edge)
+
+            return move
+        if operation is None or len(operands) != 2:
+            return general
+        left, right = map(self._known_name, operands)
+
+        def arithmetic(from_back_edge: bool) -> None:
+            if predicate is not None and ((condition := get(predicate)) is None or bool(condition) == negated):
+                general(from_back_edge)
+                return
+            a, b = get(left), get(right)
+            if type(a) is int and type(b) is int:
+                value = operation(a, b)
+                values[result] = value if -_HALF <= value < _HALF else _signed(value)
+            else:
+                values[result] = _binary(name, instruction.name, a, b)
+
+        return arithmetic
+
+    def _known_name(self, operand: str | int) -> str:
+        """A name that has the operand's value: its own, or one for a constant."""
+        if isinstance(operand, str) and self.value(operand) is None:
+            return operand
+        name = f"constant {operand}"
+        self._values[name] = self.value(operand)
+        return name
 
     def copy_to_smem(self, source: Scalar, destination: Scalar) -> None:
         """A DMA fills an allocation in SMEM."""
@@ -155,7 +234,7 @@ class Scalars:
         if name == "scalar_select":
             condition, on_true, on_false = args
             return None if condition is None else on_true if condition else on_false
-        if name in ("smov", "pmov"):
+        if name in _MOVES:
             return args[0]
         if name == "pneg":
             return None if args[0] is None else int(not args[0])
@@ -184,7 +263,7 @@ class Scalars:
         index = args[1] if len(args) > 1 else 0
         if base is None or not isinstance(index, int):
             return None
-        return Flag(base.allocation, base.index + index)
+        return Flag(base.allocation, base.number + index)
 
 
 def _operand_index(name: str) -> int:
@@ -196,11 +275,8 @@ def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
         known = left if right is None else right  # one operand is enough where it decides
         return None if bool(known) != (name == "por") else int(name != "pand")
     if isinstance(left, int) and isinstance(right, int):
-        if name == "scmp":
-            _, relation, kind = full_name.split(".")[:3]
-            convert = _unsigned if kind == "u32" else _signed
-            return int(_COMPARE[relation](convert(left), convert(right)))
-        return _signed(int(_BINARY[name](left, right))) if name in _BINARY else None
+        operation = _operation(full_name)
+        return None if operation is None else _signed(operation(left, right))
     for pointer in (left, right):
         if isinstance(pointer, Pointer):
             return pointer if name in ("sshll", "sadd") else None  # an address in another unit, or an offset

@@ -239,6 +239,44 @@ def all_to_all() -> Program:
     return _sharded(swap, [(8192, 8192)], [P("data", "model")], P("data", "model"))
 
 
+def all_to_all_of_eight() -> Program:
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    axes = ("data", "model")
+
+    def swap(x: Any) -> Any:
+        return jax.shard_map(
+            lambda part: jax.lax.all_to_all(part, axes, 1, 0, tiled=True),
+            in_specs=P(None, axes),
+            out_specs=P(axes),
+            check_vma=False,
+        )(x)
+
+    return _sharded(swap, [(8192, 8192)], [P(None, axes)], P(axes))
+
+
+def scan_in_shard_map() -> Program:
+    """Each chip scans over its own weights, and all add up what they have after every trip."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    def layer(y: Any, w: Any) -> Any:
+        return jax.lax.psum(jnp.tanh(y @ w), "model"), None
+
+    def layers(x: Any, weights: Any) -> Any:
+        return jax.shard_map(
+            lambda y, w: jax.lax.scan(layer, y, w)[0],
+            in_specs=(P("data", None), P(None, None, None)),
+            out_specs=P("data", None),
+            check_vma=False,
+        )(x, weights)
+
+    shapes, specs = [(2048, 1024), (TRIPS, 1024, 1024)], [P("data", None), P(None, None, None)]
+    return _sharded(layers, shapes, specs, P("data", None))
+
+
 def tensor_parallel() -> Program:
     """Four layers, each with one all-reduce over four chips."""
     import jax

@@ -15,7 +15,7 @@ from tuning.offline.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
     "nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid named_traced_grid all_reduce all_to_all "
-    "tensor_parallel".split()
+    "all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
 )
 STEPS, HEAVY_STEPS, TRIPS = 8, 3, 42
 HBM_BYTES_PER_S, LINK_BYTES_PER_S = 1638e9, 100e9
@@ -159,6 +159,34 @@ def test_all_to_all_over_four_chips(predictions: dict[str, Any]) -> None:
     assert (actual["collective"]["group_size"], actual["collective"]["group_count"]) == (4, 2)
     # The four chips are a 2 x 2 block: half of what a chip sends crosses each axis.
     assert actual["collective"]["link_bytes"] == pytest.approx(size / 2)
+
+
+def test_all_to_all_over_the_slice(predictions: dict[str, Any]) -> None:
+    (actual,) = [o for o in predictions["all_to_all_of_eight"]["ops"] if o["collective"]]
+    size = 8192 * 1024 * 2
+    assert actual["collective"]["kind"] == "all-to-all"
+    assert actual["collective"]["size_bytes"] == size
+    assert (actual["collective"]["group_size"], actual["collective"]["group_count"]) == (8, 1)
+    # Four chips to either side of the middle of the 2 x 4 grid: each sends half of its data over, on two links.
+    link_bytes = 4 * size / 2 / 2
+    assert actual["collective"]["link_bytes"] == pytest.approx(link_bytes)
+    assert actual["bound"] == "link"
+    assert actual["time_s"] == pytest.approx(link_bytes / (ICI_EFFICIENCY * LINK_BYTES_PER_S), rel=0.05)
+
+
+def test_a_scan_inside_shard_map_runs_and_communicates_in_every_trip(predictions: dict[str, Any]) -> None:
+    ops = predictions["scan_in_shard_map"]["ops"]
+    (reduce,) = [o for o in ops if o["collective"]]
+    matmuls = [o for o in ops if o["category"] == "matmul"]
+    assert reduce["calls"] == TRIPS
+    assert (reduce["collective"]["kind"], reduce["collective"]["group_size"]) == ("all-reduce", 4)
+    assert reduce["collective"]["size_bytes"] == 1024 * 1024 * 2
+    (body,) = matmuls
+    assert body["calls"] == TRIPS
+    # Half of the rows are on a chip: the body of `scan`, whose matmul is as large.
+    (same,) = [o for o in predictions["scan"]["ops"] if o["category"] == "matmul"]
+    assert executed_matmuls(body) == executed_matmuls(same) == pytest.approx(2 * 1024**3 / FLOPS_PER_CYCLE, rel=0.02)
+    assert all(o["unresolved"] == [] for o in ops)
 
 
 def test_a_sharded_program_pays_for_its_collective_in_every_trip(predictions: dict[str, Any]) -> None:

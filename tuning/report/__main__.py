@@ -1,0 +1,71 @@
+"""The command line of the report: `python -m tuning.report --help`."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig
+
+from splash_attn import tuned
+from splash_attn.platform import quiet_jax_without_accelerator
+from tuning import cli
+
+
+@dataclasses.dataclass
+class ReportSchema:
+    """Fields of configs/report.yaml."""
+
+    results_dir: str = MISSING
+    output: str = MISSING
+    validation: str = MISSING
+    tuned_dir: str | None = None
+    top: int = MISSING
+
+
+cli.store_schema("report_schema", ReportSchema)
+
+_PICTURE_PATTERNS = ("roofline-*.svg", "parity.svg")
+
+
+def _command(config: DictConfig) -> int:
+    from tuning.report import inputs, page
+
+    results_dir, output, validation = Path(config.results_dir), Path(config.output), Path(config.validation)
+    tuned_dir = Path(config.tuned_dir) if config.tuned_dir else tuned.TUNED_DIR
+    if config.top < 1:
+        raise cli.UserError(f"top={config.top}: expected at least 1.")
+    read = cli.from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
+    made = page.make(read, results_dir, tuned_dir=tuned_dir, top=config.top)
+    html, markdown = page.render(
+        made,
+        results_dir=results_dir.as_posix(),
+        validation_path=validation.as_posix(),
+        output=output,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    for pattern in _PICTURE_PATTERNS:
+        for path in output.glob(pattern):  # of a workload that is no longer on record
+            if path.stem not in made.pictures:
+                path.unlink()
+    files = {"index.html": html, "report.md": markdown} | {f"{n}.svg": svg for n, svg in made.pictures.items()}
+    for name, content in files.items():
+        temporary = output / f".{name}.{os.getpid()}"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(output / name)
+    for line in read.torn:
+        print(f"warning: {line}", file=sys.stderr)
+    if not validation.exists():
+        print(f"no predictions beside the reported times: python -m tuning.validate json={validation}")
+    print(f"{output / 'index.html'} ({len(html.encode()) / 1000:.0f} kB), {output / 'report.md'}")
+    return 0
+
+
+def main() -> int:
+    """The command line."""
+    quiet_jax_without_accelerator()
+    return cli.run("report", _command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The two pictures that tables cannot be: a roofline, and predicted against reported times. SVG, with text as text.
+
+Colours are names of CSS variables, so that a picture follows the page into dark mode; alone it brings its own.
+"""
+
+import dataclasses
+import html
+import io
+import re
+from collections.abc import Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+#: CSS variable -> (light, dark); kernels are coloured in the order of c1, c2, ... Okabe and Ito's palette, which keeps
+#: its differences for colour-blind eyes, lighter on dark ground.
+COLOURS = {
+    "ink": ("#1b1f24", "#e6e8eb"),
+    "muted": ("#59636e", "#9aa4af"),
+    "line": ("#d5dae0", "#3a424b"),
+    "paper": ("#ffffff", "#14181d"),
+    "c1": ("#0072b2", "#4ba3e3"),
+    "c2": ("#d55e00", "#f08a3c"),
+    "c3": ("#009e73", "#2fc49a"),
+    "c4": ("#b8860b", "#e6c04d"),
+    "c5": ("#a8518a", "#d98fbd"),
+    "c6": ("#6b7480", "#8b95a1"),
+}
+#: Stand-ins that matplotlib writes and `_finish` replaces.
+_STAND_IN = {name: f"#0102{10 + number:02x}" for number, name in enumerate(COLOURS)}
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A kernel on a roofline.
+
+    Attributes:
+      kernel: its name, which gives colour and marker.
+      text: for the reader who points at it.
+      intensity: FLOPs of the attention a byte of HBM traffic of the kernel.
+      tflops_per_s: FLOPs of the attention in the kernel's time.
+      label: written beside it; None for one of many.
+    """
+
+    kernel: str
+    text: str
+    intensity: float
+    tflops_per_s: float
+    label: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """What a device allows: peak and HBM bandwidth as published, the MXU's bound for the head_dim (None: unknown)."""
+
+    peak_tflops_per_s: float
+    hbm_tbytes_per_s: float
+    mxu_tflops_per_s: float | None
+    mxu_label: str
+
+
+def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[str]) -> str:
+    """An SVG. name: makes its ids differ from those of another; kernels: in the order of their colours."""
+    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    ridge = roof.peak_tflops_per_s / roof.hbm_tbytes_per_s
+    left = min([ridge / 6, *(point.intensity / 3 for point in points)])
+    right = max([ridge * 20, *(point.intensity * 2 for point in points)])
+    bottom = min(point.tflops_per_s for point in points) / 2.5
+    ink, muted = _STAND_IN["ink"], _STAND_IN["muted"]
+    axes.plot([left, ridge, right], [left * roof.hbm_tbytes_per_s, *[roof.peak_tflops_per_s] * 2], color=ink, lw=1.6)
+    mxu = roof.mxu_tflops_per_s
+    at_peak = mxu is not None and mxu > 0.97 * roof.peak_tflops_per_s
+    peak = f"{roof.mxu_label if at_peak else 'MXU peak, bf16'}: {roof.peak_tflops_per_s:.0f}"
+    axes.annotate(peak, (right, roof.peak_tflops_per_s), (-3, 4), textcoords="offset points", ha="right", color=muted)
+    if mxu is not None and not at_peak:
+        start = mxu / roof.hbm_tbytes_per_s
+        axes.plot([start, right], [mxu] * 2, color=ink, lw=1.2, ls=(0, (4, 3)))
+        text = f"{roof.mxu_label}: {mxu:.0f}"
+        axes.annotate(text, (right, mxu), (-3, 4), textcoords="offset points", ha="right", color=muted)
+    low = max(left, bottom / roof.hbm_tbytes_per_s)
+    axes.annotate(
+        f"HBM {roof.hbm_tbytes_per_s:.2f} TB/s",
+        (low * 1.5, low * 1.5 * roof.hbm_tbytes_per_s),
+        (7, -3),
+        textcoords="offset points",
+        color=muted,
+    )
+    titles = {}
+    for number, point in enumerate(sorted(points, key=lambda point: point.label is not None)):
+        index = kernels.index(point.kernel)
+        gid = f"{name}-{number}"
+        titles[gid] = point.text
+        axes.plot(
+            point.intensity,
+            point.tflops_per_s,
+            marker=_MARKERS[index % len(_MARKERS)],
+            ms=8 if point.label else 4.5,
+            alpha=1 if point.label else 0.45,
+            color=_STAND_IN[f"c{index % 5 + 1}"],
+            mec=_STAND_IN["paper"],
+            mew=0.8,
+            ls="none",
+            gid=gid,
+        )
+    _label([point for point in points if point.label], axes, kernels)
+    _log_axes(axes)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, roof.peak_tflops_per_s * 1.8)
+    axes.set_xlabel("arithmetic intensity, FLOP a byte of HBM traffic")
+    axes.set_ylabel("TFLOP/s")
+    return _finish(figure, name, titles)
+
+
+def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
+    """Names below the points, one line lower for each that would stand on the one before."""
+    line = 0
+    previous: Point | None = None
+    for point in sorted(points, key=lambda point: (-point.tflops_per_s, point.intensity)):
+        near = (
+            previous is not None
+            and point.tflops_per_s > previous.tflops_per_s / 1.5
+            and max(point.intensity, previous.intensity) < 4 * min(point.intensity, previous.intensity)
+        )
+        line = line + 1 if near else 0
+        previous = point
+        colour = _STAND_IN[f"c{kernels.index(point.kernel) % 5 + 1}"]
+        axes.annotate(
+            point.label or "",
+            (point.intensity, point.tflops_per_s),
+            (0, -7 - 12 * line),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=colour,
+        )
+
+
+def parity(name: str, rows: Sequence[tuple[str, float, float]], label: str) -> str:
+    """Predicted over reported times on log axes, with the diagonal and 5 % on both sides. rows: (text, x ms, y ms)."""
+    figure = Figure(figsize=(4.2, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    low = min(min(x, y) for _, x, y in rows) / 1.5
+    high = max(max(x, y) for _, x, y in rows) * 1.5
+    axes.fill_between([low, high], [low * 0.95, high * 0.95], [low * 1.05, high * 1.05], color=_STAND_IN["line"], lw=0)
+    axes.plot([low, high], [low, high], color=_STAND_IN["muted"], lw=1)
+    titles = {}
+    for number, (text, x, y) in enumerate(rows):
+        gid = f"{name}-{number}"
+        titles[gid] = text
+        axes.plot(x, y, "o", ms=6.5, color=_STAND_IN["c1"], mec=_STAND_IN["paper"], mew=0.8, ls="none", gid=gid)
+    _log_axes(axes)
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_xlabel(f"{label}, ms")
+    axes.set_ylabel("predicted, ms")
+    return _finish(figure, name, titles)
+
+
+def standalone(svg: str) -> str:
+    """The picture as a file of its own, with its colours in light and in dark."""
+    light, dark = (";".join(f"--{name}:{pair[mode]}" for name, pair in COLOURS.items()) for mode in (0, 1))
+    style = (
+        f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
+        "paint-order:stroke;stroke:var(--paper);stroke-width:3px}"
+        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    )
+    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, svg, count=1) + "\n"
+
+
+def css(mode: int) -> str:
+    """Declarations of the colours, light (0) or dark (1)."""
+    return " ".join(f"--{name}: {pair[mode]};" for name, pair in COLOURS.items())
+
+
+def _log_axes(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, color=_STAND_IN["line"], lw=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(_STAND_IN["line"])
+    axes.tick_params(colors=_STAND_IN["muted"], length=0)
+    axes.xaxis.label.set_color(_STAND_IN["muted"])
+    axes.yaxis.label.set_color(_STAND_IN["muted"])
+
+
+def _finish(figure: Figure, name: str, titles: dict[str, str]) -> str:
+    """The SVG element: without date and fixed size, colours as variables, a title in each element that has one."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?|; font-family: [^;\"]*", "", svg)
+    for variable, stand_in in _STAND_IN.items():
+        svg = svg.replace(stand_in, f"var(--{variable})")
+    for gid, text in titles.items():
+        svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{html.escape(text)}</title>', 1)
+    return re.sub(r'id="((?:figure|axes|patch|line2d|text|matplotlib|FillBetween|xtick|ytick)[^"]*)"', "", svg)

@@ -1,0 +1,332 @@
+"""What is shown of the kernels: winners, sweeps, rooflines, peers."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from splash_attn import tuned
+from splash_attn.device import DeviceSpec
+from tuning import environment
+from tuning.bound import mxu_bound_ms
+from tuning.records import Trial
+from tuning.report.charts import Point, Roof, roofline
+from tuning.report.inputs import TrialFile, newest_of
+from tuning.report.parts import Stack, device_title, listed, significant, stack
+from tuning.report.trials import (
+    OURS,
+    bound_of,
+    describe,
+    device_of,
+    is_exact,
+    kernel_bytes,
+    kernel_order,
+    kernel_time,
+    newest_trials,
+    of_bound,
+    on_device,
+    op_time,
+    options,
+    provenance,
+    series,
+)
+from tuning.status import Label, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Winner:
+    """A tuned entry. chosen: what attention() runs for this shape; stale: it was tuned with another kernel source."""
+
+    workload: str
+    device: str
+    entry: tuned.TunedEntry
+    of_bound: float | None
+    chosen: bool
+    stale: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a heat map. text is empty where nothing was tried."""
+
+    text: str = ""
+    small: str = ""
+    title: str = ""
+    colour: str = ""
+    dark: bool = False
+    winner: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A line of a ranking. options: where the variant is not the first's; width: percent of the slowest shown."""
+
+    place: int
+    trial: Trial
+    options: str
+    width: float
+    of_bound: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep. bound_at: where the MXU's bound is on the bars, in percent."""
+
+    title: str
+    path: str
+    first: Trial
+    label: Label | None
+    provenance: str
+    counts: str
+    variant: str
+    ranking: tuple[Ranked, ...]
+    left_out: int
+    bound_ms: float | None
+    bound_at: float | None
+    columns: tuple[int, ...]
+    rows: tuple[tuple[int, tuple[Cell, ...]], ...]
+    picture: str | None
+    errors: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """A roofline. skipped: timed kernels that are not on it, for their HBM traffic is not known."""
+
+    title: str
+    name: str
+    svg: str
+    label: Label
+    kernels: tuple[tuple[str, str], ...]
+    provenance: str
+    skipped: int
+    rows: tuple[tuple[Trial, float, float, float | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """Kernels beside one another. rows: (trial, options that differ, kernel time over that of our best)."""
+
+    title: str
+    path: str
+    first: Trial
+    provenance: str
+    bars: Stack
+    rows: tuple[tuple[Trial, str, float | None], ...]
+    best_ratio: float | None
+    notes: tuple[str, ...]
+
+
+def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) -> list[Winner]:
+    """All entries: by device, workload and shape, the one that runs first."""
+    present = environment.source_hash(environment.KERNEL_SOURCES)
+    found = []
+    for device_kind, entry in entries:
+        choice = tuned.choose(device_kind, entry.shape, entry.dtype, directory=tuned_dir)
+        bound_ms = bound_of(entry.shape, entry.dtype, device_kind)
+        found.append(
+            Winner(
+                workload=entry.provenance.workload,
+                device=device_title(device_kind),
+                entry=entry,
+                of_bound=bound_ms / entry.provenance.time_ms
+                if bound_ms and is_exact(entry.variant.to_dict())
+                else None,
+                chosen=choice.entry == entry,
+                stale=entry.provenance.kernel_hash != present,
+            )
+        )
+    return sorted(
+        found, key=lambda w: (w.device, w.workload, str(w.entry.shape), not w.chosen, w.entry.provenance.time_ms)
+    )
+
+
+def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[list[Sweep], list[TrialFile]]:
+    """The newest sweep of each workload, device and backend, and the files that it supersedes."""
+    current, others = newest_of(files)
+    return [_sweep(file, results_dir, top) for file in current], others
+
+
+def _sweep(file: TrialFile, results_dir: Path, top: int) -> Sweep:
+    trials = newest_trials(file.trials)
+    timed = sorted((t for t in trials if t.time_ms is not None), key=lambda t: (t.time_ms or 0.0, t.key))
+    first = timed[0] if timed else file.newest
+    shown = timed[:top]
+    longest = max((t.time_ms or 0.0 for t in shown), default=1.0)
+    bound_ms = bound_of(first.shape, first.dtype, first.device_kind)
+    ranking = tuple(
+        Ranked(n, t, options(t, [first]), (t.time_ms or 0.0) / longest * 100, of_bound(t))
+        for n, t in enumerate(shown, start=1)
+    )
+    columns, rows = _heat_map(trials)
+    picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / "heatmap.png"
+    counts = collections.Counter(trial.status.value.replace("_", " ") for trial in trials)
+    errors = collections.Counter(f"{t.status.value.replace('_', ' ')}: {t.error}" for t in trials if t.error)
+    backend = "" if first.label else f", backend {first.backend}"
+    return Sweep(
+        title=f"{first.workload} on {device_title(first.device_kind)}{backend}",
+        path=file.path,
+        first=first,
+        label=first.label,
+        provenance=provenance(trials),
+        counts=", ".join(f"{number} {status}" for status, number in sorted(counts.items())),
+        variant=" ".join(f"{name}={value}" for name, value in first.variant.items() if value is not None),
+        ranking=ranking,
+        left_out=len(timed) - len(shown),
+        bound_ms=bound_ms,
+        bound_at=bound_ms / longest * 100 if bound_ms and bound_ms <= longest else None,
+        columns=columns,
+        rows=rows,
+        picture=picture.as_posix() if picture.exists() else None,
+        errors=tuple(sorted(errors.items())),
+    )
+
+
+def _heat_map(trials: Sequence[Trial]) -> tuple[tuple[int, ...], tuple[tuple[int, tuple[Cell, ...]], ...]]:
+    """block_q x block_kv, the best time over everything else in each cell; empty without times."""
+    best: dict[tuple[int, int], Trial] = {}
+    failed: dict[tuple[int, int], set[str]] = {}
+    for trial in trials:
+        if trial.block_sizes is None:
+            continue
+        place = trial.block_sizes.block_q, trial.block_sizes.block_kv
+        if trial.status is not Status.OK:
+            failed.setdefault(place, set()).add(trial.status.value.replace("_", " "))
+        elif trial.time_ms is not None and (place not in best or trial.time_ms < op_time(best[place])):
+            best[place] = trial
+    if not best:
+        return (), ()
+    columns = tuple(sorted({block_kv for _, block_kv in best | failed}))
+    least = min(op_time(trial) for trial in best.values())
+    most = min(max(op_time(trial) for trial in best.values()), 2 * least)
+
+    def cell(place: tuple[int, int]) -> Cell:
+        if place not in best:
+            return Cell(small=listed(failed[place])) if place in failed else Cell()
+        trial = best[place]
+        # As in tuning.heatmap: bright is fast. Logarithmic, so that equal steps of colour are equal ratios.
+        position = math.log(op_time(trial) / least) / math.log(most / least) if most > least else 0.0
+        colour = colormaps["viridis_r"](min(position, 1.0))
+        dark = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] < 0.5
+        text = significant(trial.time_ms)
+        small = f"/{trial.block_sizes.block_kv_compute}" if trial.block_sizes else ""
+        return Cell(text, small, describe(trial), to_hex(colour), dark, op_time(trial) == least)
+
+    rows = sorted({block_q for block_q, _ in best | failed}, reverse=True)
+    return columns, tuple((block_q, tuple(cell((block_q, block_kv)) for block_kv in columns)) for block_q in rows)
+
+
+def rooflines(sweep_files: Sequence[TrialFile], peer_files: Sequence[TrialFile]) -> list[Roofline]:
+    """One for each workload, device and way of getting times, of the newest sweeps and comparisons."""
+    files = [*newest_of(sweep_files)[0], *newest_of(peer_files)[0]]
+    trials = newest_trials(trial for file in files for trial in file.trials)
+    groups: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.label is not None and (trial.kernel_time_ms or trial.time_ms) and trial.dtype == "bfloat16":
+            groups.setdefault((trial.workload, trial.device_kind, trial.label.value), []).append(trial)
+    kernels = kernel_order(trials)
+    traffic = {on_device(trial): bytes_ for trial in trials if (bytes_ := kernel_bytes(trial))}
+    drawn = []
+    for (workload, device_kind, label), members in sorted(groups.items()):
+        spec = device_of(device_kind)
+        placed = [trial for trial in members if on_device(trial) in traffic]
+        if spec is None or not placed:
+            continue
+        drawn.append(_roofline(workload, spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
+    return drawn
+
+
+def _roofline(
+    workload: str,
+    spec: DeviceSpec,
+    label: Label,
+    trials: Sequence[Trial],
+    skipped: int,
+    traffic: dict[tuple[object, ...], int],
+    kernels: Sequence[str],
+) -> Roofline:
+    shape = trials[0].shape
+    best: dict[str, Trial] = {}
+    for trial in sorted(trials, key=lambda t: (kernel_time(t), t.key)):
+        best.setdefault(series(trial), trial)
+    points, rows = [], []
+    for trial in trials:
+        intensity = trial.shape.flops / traffic[on_device(trial)]
+        rate = trial.shape.flops / kernel_time(trial) / 1e9
+        text = f"{describe(trial)}; {rate:.0f} TFLOP/s, {intensity:.0f} FLOP a byte"
+        name = series(trial)
+        top = best[name] is trial
+        points.append(Point(name, text, intensity, rate, name if top else None))
+        if top:
+            rows.append((trial, intensity, rate, of_bound(trial)))
+    bound_ms = mxu_bound_ms(shape, spec)
+    name = f"roofline-{workload}-{spec.name}-{label}".replace("_", "-")
+    roof = Roof(
+        peak_tflops_per_s=spec.peak_bf16_flops_per_s / 1e12,
+        hbm_tbytes_per_s=spec.hbm_bytes_per_s / 1e12,
+        mxu_tflops_per_s=shape.flops / bound_ms / 1e9 if bound_ms else None,
+        mxu_label=f"MXU bound at head_dim {shape.head_dim}, bf16",
+    )
+    return Roofline(
+        title=f"{workload} on TPU {spec.name}",
+        name=name,
+        svg=roofline(name, points, roof, kernels),
+        label=label,
+        kernels=tuple((kernel, f"c{kernels.index(kernel) % 5 + 1}") for kernel in kernels if kernel in best),
+        provenance=provenance(trials),
+        skipped=skipped,
+        rows=tuple(sorted(rows, key=lambda row: -row[2])),
+    )
+
+
+def peers(files: Sequence[TrialFile]) -> list[Peers]:
+    """The newest comparison of each workload and device."""
+    return [_peers(file) for file in newest_of(files)[0]]
+
+
+def _peers(file: TrialFile) -> Peers:
+    trials = newest_trials(file.trials)
+    trials.sort(key=lambda t: (t.time_ms is None, t.time_ms or 0.0, t.kernel, t.key))
+    ours = [kernel_time(t) for t in trials if series(t) == OURS and t.time_ms is not None]
+    theirs = [kernel_time(t) for t in trials if t.kernel != OURS and t.time_ms is not None]
+    rows, bars = [], []
+    for trial in trials:
+        text = options(trial, [t for t in trials if t.kernel == trial.kernel])
+        ratio = kernel_time(trial) / min(ours) if ours and trial.time_ms is not None else None
+        rows.append((trial, text, ratio))
+        if trial.time_ms is None or trial.label is None:
+            continue
+        kernel_ms = trial.kernel_time_ms
+        parts = {"op": trial.time_ms} if kernel_ms is None else {"kernel": kernel_ms, "rest": trial.time_ms - kernel_ms}
+        names = {"op": "whole op", "kernel": "kernel", "rest": "rest of the op: transposes, padding, checks"}
+        note = " ".join(filter(None, [str(trial.block_sizes or ""), text]))
+        bars.append((series(trial), trial.label, {names[part]: value for part, value in parts.items()}, note))
+    colours = {"kernel": "c1", "whole op": "c1", "rest of the op: transposes, padding, checks": "c4"}
+    first = trials[0]
+    notes = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
+    return Peers(
+        title=f"{first.workload} on {device_title(first.device_kind)}",
+        path=file.path,
+        first=first,
+        provenance=provenance(trials),
+        bars=stack("", "ms", bars, colours, digits=4),
+        rows=tuple(rows),
+        best_ratio=min(theirs) / min(ours) if ours and theirs else None,
+        notes=tuple(f"{kernel}: {note}" for kernel, note in sorted(notes)),
+    )
+
+
+def pairs(files: Sequence[TrialFile]) -> list[tuple[Trial, Trial]]:
+    """(measured, predicted) trials of the same kernel, blocks, variant, shape and device, of the newest files."""
+    by_label: dict[tuple[object, ...], dict[Label, Trial]] = {}
+    for file in newest_of(files)[0]:
+        for trial in newest_trials(file.trials):
+            if trial.label is not None and trial.time_ms is not None:
+                by_label.setdefault(on_device(trial), {})[trial.label] = trial
+    both = [group for group in by_label.values() if {Label.MEASURED, Label.PREDICTED} <= set(group)]
+    found = [(group[Label.MEASURED], group[Label.PREDICTED]) for group in both]
+    return sorted(found, key=lambda pair: (pair[0].workload, pair[0].device, op_time(pair[0]), pair[0].key))

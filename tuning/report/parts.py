@@ -1,0 +1,121 @@
+"""What both templates are given, and how a number is written."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from splash_attn import device as devices
+from tuning.status import Label
+
+MISSING = "–"  # noqa: RUF001
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A piece of a bar. colour: a CSS variable of `charts.COLOURS`; width: percent of the widest bar."""
+
+    name: str
+    value: float
+    width: float
+    colour: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A row of stacked pieces. total: of all of them; note: small, below the name."""
+
+    name: str
+    label: Label
+    total: float
+    segments: tuple[Segment, ...]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Bars on one scale. legend: (name, colour) of the pieces; unit: of their values; digits: significant ones."""
+
+    title: str
+    unit: str
+    bars: tuple[Bar, ...]
+    legend: tuple[tuple[str, str], ...]
+    digits: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One finding at the top of the page."""
+
+    value: str
+    text: str
+    label: Label
+
+
+def stack(
+    title: str,
+    unit: str,
+    rows: Sequence[tuple[str, Label, Mapping[str, float], str]],
+    colours: Mapping[str, str],
+    digits: int = 3,
+) -> Stack:
+    """Bars of (name, label, value by piece, note), scaled to the longest.
+
+    colours: of the pieces, in the order in which they are stacked; pieces without one come last, in the last colour.
+    """
+    found = {piece for _, _, values, _ in rows for piece, value in values.items() if value > 0}
+    order = [piece for piece in colours if piece in found] + sorted(found - set(colours))
+    paint = {piece: colours.get(piece, "c6") for piece in order}
+    longest = max((sum(values.values()) for _, _, values, _ in rows), default=0.0) or 1.0
+    bars = []
+    for name, label, values, note in rows:
+        pieces = [
+            Segment(piece.replace("_", " "), values[piece], values[piece] / longest * 100, paint[piece])
+            for piece in order
+            if values.get(piece, 0) > 0
+        ]
+        bars.append(Bar(name, label, sum(values.values()), tuple(pieces), note))
+    legend = tuple((piece.replace("_", " "), paint[piece]) for piece in order)
+    return Stack(title, unit, tuple(bars), legend if len(legend) > 1 else (), digits)
+
+
+def significant(value: float | None, digits: int = 4) -> str:
+    """Rounded to so many significant digits, never in powers of ten."""
+    if value is None:
+        return MISSING
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """0.942 -> "94 %"."""
+    return MISSING if value is None else f"{value * 100:.{digits}f} %"
+
+
+def signed_percent(value: float | None, digits: int = 1) -> str:
+    """-0.0135 -> "−1.4 %", with a minus sign as long as the plus."""  # noqa: RUF002
+    if value is None:
+        return MISSING
+    return f"{value * 100:+.{digits}f} %".replace("-", "\u2212")
+
+
+def device_title(device_kind: str) -> str:
+    """ "TPU v6e" for "TPU v6 lite", and what it is called otherwise."""
+    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == device_kind), None)
+    return f"TPU {known.name}" if known else device_kind
+
+
+def listed(items: Iterable[str]) -> str:
+    """Each once, in order, with commas."""
+    return ", ".join(sorted(dict.fromkeys(items)))
+
+
+def commit(name: str | None, dirty: bool = False) -> str:
+    """A commit, short, with a mark where tracked files differed from it."""
+    return "no commit" if name is None else name[:7] + ("+changes" if dirty else "")
+
+
+def compiler(versions: Mapping[str, str]) -> str:
+    """Versions of what compiled, for a caption."""
+    return ", ".join(f"{name} {versions[name]}" for name in ("libtpu", "jax") if name in versions)

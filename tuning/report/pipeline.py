@@ -1,0 +1,268 @@
+"""What is shown of whole videos: predictions by kind of work, HBM, timings of runs, quality."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuning.report.inputs import GeneratedRun, Origin, PredictedRun, PredictedStage, QualityRun, Video
+from tuning.report.parts import GIB, Stack, commit, compiler, listed, stack
+from tuning.status import Label
+
+STAGES = ("text", "denoise", "vae")
+_WHOLE = "not broken down"
+_STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
+_STAGE_TITLES = {"text": "Text encoder", "denoise": "A denoising step", "vae": "VAE decoder"}
+_KIND_COLOURS = {
+    "attention_kernel": "c1",
+    "matmul": "c3",
+    "elementwise": "c4",
+    "layout": "c5",
+    "collective": "c2",
+    "other": "c6",
+}
+_PHASE_COLOURS = {"load": "c4", "compile": "c5", "run": "c1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """A plan: what its newest predictions say. total_s is None where a stage is not predicted; `lacking` names it."""
+
+    plan: str
+    step_s: float | None
+    stage_s: Mapping[str, float]
+    total_s: float | None
+    lacking: str
+    peak_gib: float
+    hbm_gib: float
+    mfu_fraction: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A video on a topology: bars by stage, a table of plans, and what was reported for the same."""
+
+    title: str
+    checkpoint: str
+    plans: tuple[PlanRow, ...]
+    stacks: tuple[Stack, ...]
+    reported: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+    provenance: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRow:
+    """A stage of a run that was timed. step_s, step_low_s, step_high_s: median and range of its steps."""
+
+    stage: str
+    load_s: float
+    compile_s: float
+    run_s: float
+    step_s: float | None
+    step_low_s: float | None
+    step_high_s: float | None
+    step_count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """The newest run of a checkpoint and size on a device. older: how many more are on record."""
+
+    title: str
+    checkpoint: str
+    bars: Stack
+    rows: tuple[RunRow, ...]
+    provenance: str
+    older: int
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityRow:
+    """A candidate: its worst and median video beside the reference's; PSNR is infinite where both are the same."""
+
+    candidate: str
+    label: Label
+    video_count: int
+    worst_psnr_db: float
+    median_psnr_db: float
+    worst_ssim: float
+    median_ssim: float
+    read_back: Mapping[str, float]
+    failures: str
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityTable:
+    """Candidates of one checkpoint, size and device. read: what was read back from the videos, by name."""
+
+    title: str
+    checkpoint: str
+    read: tuple[str, ...]
+    rows: tuple[QualityRow, ...]
+    provenance: str
+
+
+def cases(runs: Sequence[PredictedRun]) -> list[Case]:
+    """One for each checkpoint, video and topology; of each plan and stage the newest prediction."""
+    groups: dict[tuple[str, str, str], list[PredictedRun]] = {}
+    for run in sorted(runs, key=lambda run: run.origin.created_at):
+        groups.setdefault((run.topology, str(run.video), run.video.checkpoint), []).append(run)
+    return [_case(topology, members) for (topology, _, _), members in sorted(groups.items())]
+
+
+def _case(topology: str, runs: Sequence[PredictedRun]) -> Case:
+    newest: dict[str, dict[str, PredictedRun]] = {}
+    for run in runs:
+        for stage in run.stages:
+            newest.setdefault(run.plan, {})[stage] = run
+    video = runs[0].video
+    rows = sorted((_plan_row(plan, by_stage, video) for plan, by_stage in newest.items()), key=_plan_rank)
+    used = list({id(run): run for by_stage in newest.values() for run in by_stage.values()}.values())
+    reported = next((run.reported for run in reversed(runs) if run.reported), None)
+    stacks = []
+    totals: list[tuple[str, Label, Mapping[str, float], str]] = []
+    for row in rows:
+        if row.total_s is not None:
+            totals.append((row.plan, Label.PREDICTED, row.stage_s, ""))
+    if reported:
+        totals.append(("published nodes", Label.REPORTED, {_WHOLE: reported["total_time_s"]}, reported["source"]))
+    if any(row.total_s is not None for row in rows):
+        stacks.append(stack("The whole video", "s", totals, {**_STAGE_COLOURS, _WHOLE: "c6"}))
+    for stage in ("denoise", "vae", "text"):
+        bars: list[tuple[str, Label, Mapping[str, float], str]] = []
+        for row in rows:
+            if stage in newest[row.plan]:
+                bars.append((row.plan, Label.PREDICTED, _kinds(newest[row.plan][stage], stage), ""))
+        if stage == "denoise" and reported:
+            bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported["step_time_s"]}, reported["source"]))
+        if bars:
+            stacks.append(stack(_STAGE_TITLES[stage], "s", bars, {**_KIND_COLOURS, _WHOLE: "c6"}))
+    return Case(
+        title=f"{video} on {topology}",
+        checkpoint=video.checkpoint,
+        plans=tuple(rows),
+        stacks=tuple(stacks),
+        reported=reported,
+        notes=tuple(sorted({note for run in used for note in run.notes})),
+        provenance=origin_text([run.origin for run in used], f"predicted for {topology} with "),
+    )
+
+
+def _plan_row(plan: str, by_stage: Mapping[str, PredictedRun], video: Video) -> PlanRow:
+    stages: dict[str, PredictedStage] = {stage: run.stages[stage] for stage, run in by_stage.items()}
+    step_s = _step_time(by_stage["denoise"]) if "denoise" in by_stage else None
+    stage_s = {stage: stages[stage].time_s for stage in STAGES if stage in stages}
+    if step_s is not None:
+        stage_s["denoise"] = step_s * video.num_inference_steps
+    lacking = [stage for stage in STAGES if stage not in stages]
+    return PlanRow(
+        plan=plan,
+        step_s=step_s,
+        stage_s=stage_s,
+        total_s=None if lacking else sum(stage_s.values()),
+        lacking=", ".join(lacking),
+        peak_gib=max(stage.peak_hbm_bytes for stage in stages.values()) / GIB,
+        hbm_gib=min(stage.hbm_bytes for stage in stages.values()) / GIB,
+        mfu_fraction=stages["denoise"].mfu_fraction if "denoise" in stages else None,
+    )
+
+
+def _plan_rank(row: PlanRow) -> tuple[float, str]:
+    return (float("inf") if row.step_s is None else row.step_s, row.plan)
+
+
+def _step_time(run: PredictedRun) -> float:
+    return run.stages["denoise"].time_s if run.step_time_s is None else run.step_time_s
+
+
+def _kinds(run: PredictedRun, stage: str) -> dict[str, float]:
+    """Seconds by kind. Where the record puts another attention kernel in place of ours, its time is in ours' place."""
+    kinds = dict(run.stages[stage].breakdown_s)
+    if stage == "denoise" and (more := _step_time(run) - run.stages[stage].time_s):
+        kinds["attention_kernel"] = kinds.get("attention_kernel", 0.0) + more
+    return kinds
+
+
+def generated(runs: Sequence[GeneratedRun]) -> list[Generated]:
+    """The newest run of each checkpoint, size and device."""
+    groups: dict[tuple[str, str, str], list[GeneratedRun]] = {}
+    for run in sorted(runs, key=lambda run: run.origin.created_at):
+        if run.stages:  # else all were reused, and nothing was timed
+            groups.setdefault((run.device, run.video.checkpoint, str(run.video)), []).append(run)
+    shown = []
+    for (device, checkpoint, video), members in sorted(groups.items()):
+        run = members[-1]
+        rows, bars = [], []
+        for stage, times in sorted(run.stages.items(), key=lambda item: _stage_rank(item[0])):
+            steps = times.step_times_s
+            rows.append(
+                RunRow(
+                    stage=stage,
+                    load_s=times.load_time_s,
+                    compile_s=times.compile_time_s,
+                    run_s=times.run_time_s,
+                    step_s=statistics.median(steps) if steps else None,
+                    step_low_s=min(steps, default=None),
+                    step_high_s=max(steps, default=None),
+                    step_count=len(steps),
+                )
+            )
+            phases = {"load": times.load_time_s, "compile": times.compile_time_s, "run": times.run_time_s}
+            bars.append((stage, run.origin.label, phases, ""))
+        provenance = origin_text([run.origin], f"{run.origin.label} on {device} with ")
+        bar_stack = stack("", "s", bars, _PHASE_COLOURS)
+        shown.append(
+            Generated(f"{video} on {device}", checkpoint, bar_stack, tuple(rows), provenance, len(members) - 1)
+        )
+    return shown
+
+
+def _stage_rank(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def origin_text(origins: Sequence[Origin], how: str) -> str:
+    """Versions, commits and days of records of the pipeline."""
+    days = sorted({origin.created_at[:10] for origin in origins})
+    commits = listed(commit(origin.git_commit, origin.git_dirty) for origin in origins)
+    versions = listed(compiler(origin.versions) for origin in origins)
+    return f"{how}{versions}; commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+
+
+def quality(runs: Sequence[QualityRun]) -> list[QualityTable]:
+    """A table for each checkpoint, size and device, with the newest line of each candidate."""
+    groups: dict[tuple[str, str, str], dict[str, QualityRun]] = {}
+    for run in runs:
+        members = groups.setdefault((run.video.checkpoint, str(run.video), run.device), {})
+        if run.candidate not in members or run.origin.created_at >= members[run.candidate].origin.created_at:
+            members[run.candidate] = run
+    return [
+        QualityTable(
+            title=f"{video} on {device}",
+            checkpoint=checkpoint,
+            read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
+            rows=tuple(_quality_row(run) for run in members.values()),
+            provenance=origin_text(
+                [run.origin for run in members.values()],
+                f"{next(iter(members.values())).origin.label} on {device} with ",
+            ),
+        )
+        for (checkpoint, video, device), members in groups.items()
+    ]
+
+
+def _quality_row(run: QualityRun) -> QualityRow:
+    # No PSNR: the very same video, which is better than any figure.
+    psnr_db = [float("inf") if value is None else value for value in run.psnr_db]
+    return QualityRow(
+        candidate=run.candidate,
+        label=run.origin.label,
+        video_count=len(psnr_db),
+        worst_psnr_db=min(psnr_db),
+        median_psnr_db=statistics.median(psnr_db),
+        worst_ssim=min(run.ssim),
+        median_ssim=statistics.median(run.ssim),
+        read_back=run.read_back,
+        failures="; ".join(run.failures),
+    )

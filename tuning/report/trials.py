@@ -1,0 +1,133 @@
+"""Trials as a report shows them: which count, in which words, how far from the bound."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from splash_attn import device as devices
+from splash_attn.device import DeviceSpec
+from splash_attn.types import AttentionShape
+from tuning import environment
+from tuning.bound import mxu_bound_ms
+from tuning.records import Trial
+from tuning.report.parts import commit, compiler, listed, percent, significant
+from tuning.status import Label, Status
+
+OURS = "splash_attn"
+#: Field of a variant: int8 products of q and k are faster and not exact, and no peer of those that are.
+_QK_DTYPE, _INT8 = "qk_dtype", "int8"
+_ABSENT = object()
+
+
+def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
+    """One for each kernel, configuration, shape, device and backend: the newest, in the order of the first."""
+    found: dict[tuple[object, ...], Trial] = {}
+    for trial in trials:
+        key = (*on_device(trial), trial.backend)
+        if key not in found or trial.created_at >= found[key].created_at:
+            found[key] = trial
+    return list(found.values())
+
+
+def provenance(trials: Sequence[Trial]) -> str:
+    """How the figures of these trials were got, in one line."""
+    present = environment.source_hash(environment.KERNEL_SOURCES)
+    how = {
+        None: "checked, not timed: ",
+        Label.PREDICTED: "predicted for ",
+        Label.MEASURED: "measured on ",
+        Label.REPORTED: "reported for ",
+    }
+    texts = []
+    for label in sorted({t.label for t in trials if t.status is Status.OK}, key=str):
+        members = [t for t in trials if t.label is label and t.status is Status.OK]
+        hashes = sorted({t.environment.kernel_hash for t in members})
+        sources = [f"{h[:8]}{'' if h == present else ' (not the present one)'}" for h in hashes]
+        commits = listed(commit(t.environment.git_commit, t.environment.git_dirty) for t in members)
+        days = sorted({t.created_at[:10] for t in members})
+        texts.append(
+            f"{how[label]}{listed(t.device_kind for t in members)} with "
+            f"{listed(compiler(t.environment.versions) for t in members)}; kernel source {', '.join(sources)}; "
+            f"commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+        )
+    return "; ".join(texts) or "no candidate ended ok"
+
+
+def describe(trial: Trial) -> str:
+    """A trial for who points at it."""
+    texts = [f"{trial.kernel} {trial.config}", f"{trial.label} {significant(trial.time_ms)} ms"]
+    if trial.kernel_time_ms is not None:
+        texts.append(f"kernel {significant(trial.kernel_time_ms)} ms")
+    if (fraction := of_bound(trial)) is not None:
+        texts.append(f"{percent(fraction)} of the MXU bound")
+    if trial.vmem_bytes is not None:
+        texts.append(f"VMEM {trial.vmem_bytes / 2**20:.1f} MiB")
+    if trial.spill_count is not None:
+        texts.append(f"{trial.spill_count:,} spills")
+    return ", ".join(texts)
+
+
+def options(trial: Trial, among: Sequence[Trial]) -> str:
+    """The fields of its variant in which the trial differs from any of these."""
+    shown = [
+        (name, value)
+        for name, value in trial.variant.items()
+        if any(other.variant.get(name, _ABSENT) != value for other in among)
+    ]
+    return " ".join(f"{name}={value}" for name, value in shown)
+
+
+def bound_of(shape: AttentionShape, dtype: str, device_kind: str) -> float | None:
+    """The MXU's bound in bf16, milliseconds; None for another dtype or an unknown device."""
+    spec = device_of(device_kind)
+    return mxu_bound_ms(shape, spec) if spec is not None and dtype == "bfloat16" else None
+
+
+def is_exact(variant: Mapping[str, Any]) -> bool:
+    """Whether a variant computes the same attention as the others."""
+    return variant.get(_QK_DTYPE) != _INT8
+
+
+def series(trial: Trial) -> str:
+    """The kernel's name, with what sets it apart from the exact ones."""
+    return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} {_INT8}"
+
+
+def of_bound(trial: Trial) -> float | None:
+    """The bound over the kernel's time, over the op's where that is not known. None for int8: the bound is bf16's."""
+    if not is_exact(trial.variant):
+        return None
+    bound_ms = bound_of(trial.shape, trial.dtype, trial.device_kind)
+    return bound_ms / kernel_time(trial) if bound_ms and trial.time_ms is not None else None
+
+
+def device_of(device_kind: str) -> DeviceSpec | None:
+    """The spec of a device kind, None for one that is not in splash_attn.device."""
+    return next((spec for spec in devices.DEVICES.values() if spec.device_kind == device_kind), None)
+
+
+def kernel_order(trials: Iterable[Trial]) -> list[str]:
+    """Ours first, then the others by name: who has which colour."""
+    return sorted({series(trial) for trial in trials}, key=lambda name: (name != OURS, name))
+
+
+def on_device(trial: Trial) -> tuple[object, ...]:
+    """Equal for trials of the same kernel, configuration, call and device, however timed."""
+    return trial.kernel, trial.shape, trial.dtype, trial.key, trial.device_kind
+
+
+def kernel_bytes(trial: Trial) -> int:
+    """HBM traffic of the kernel alone, 0 where it is not known."""
+    return sum(op["hbm_bytes"] * op["calls"] for op in trial.ops if op["category"] == "kernel")
+
+
+def kernel_time(trial: Trial) -> float:
+    """Milliseconds of the kernel alone, of the op where that is not known."""
+    time_ms = trial.kernel_time_ms or trial.time_ms
+    assert time_ms is not None
+    return time_ms
+
+
+def op_time(trial: Trial) -> float:
+    """Milliseconds of the whole op, of a trial that has them."""
+    assert trial.time_ms is not None
+    return trial.time_ms
