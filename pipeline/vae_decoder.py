@@ -195,9 +195,13 @@ class _Layer:
                 for conv in ("conv_y", "conv_b")
             )
             pairs = zip(x.shape[:3], z.shape[:3], strict=True)
-            blocks = x.reshape(*(n for size, like in pairs for n in (like, size // like)), *x.shape[3:])
+            # Barriers keep the blocks' form: with x's, the compiler writes scales and shifts out for every pixel first
+            # (1.64 ms instead of 0.36 for [8, 20, 720, 8, 128], predicted for v6e).
+            blocks = lax.optimization_barrier(
+                x.reshape(*(n for size, like in pairs for n in (like, size // like)), *x.shape[3:])
+            )
             h = (blocks.astype(jnp.float32) * factor + offset) * scale.astype(jnp.float32) + shift.astype(jnp.float32)
-            return jax.nn.silu(h).astype(x.dtype).reshape(x.shape)
+            return lax.optimization_barrier(jax.nn.silu(h).astype(x.dtype)).reshape(x.shape)
 
     def _group_norm(self, name: str, x: Activations) -> tuple[jax.Array, jax.Array]:
         """Float32 [channels] each, by which group norm multiplies, and which it adds. Statistics are of the whole."""
