@@ -24,7 +24,7 @@ def attention_function(options: AttentionOptions) -> AttentionFunction:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         try:
-            shape = AttentionShape(*q.shape[:3], k.shape[2], q.shape[3])
+            shape = AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
             if options.qk_dtype == "int8" and resolve_attention(options, shape, q.dtype.name).implementation == "xla":
                 raise ValueError("qk_dtype='int8' is the kernel's, and implementation='xla' runs here; leave it out.")
             return splash_attn.attention(

@@ -65,6 +65,8 @@ def _command(config: DictConfig) -> int:
         append_json_line(Path(settings.results_path), compact(report))
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
+    if outcome.failures:
+        raise cli.UserError("; ".join(outcome.failures.values()))
     return 0
 
 

@@ -24,7 +24,8 @@ from pipeline.parallel import ParallelPlan
 from pipeline.placement import split_mesh
 from pipeline.text_encoder import encode_program, weight_sharding
 from pipeline.transformer import TokenLayout, TransformerShape
-from pipeline.vae import DECODER_PREFIXES, cache_like, decode_function, decode_program, frame_batches, latent_sharding
+from pipeline.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from pipeline.vae_decoder import DecoderShape, arrange
 from pipeline.weights import abstract_weights
 from splash_attn.types import AttentionShape
 from tuning.kernels import KERNELS
@@ -33,6 +34,14 @@ from tuning.offline.topology import parse_topology
 from tuning.status import Status, TrialError
 
 _MAX_OPS = 60
+#: What a prediction's categories of ops (`tuning.offline.OpCost`) are called in a stage's breakdown.
+_TERMS = {
+    "matmul": "projections",  # and the feed-forward's, with the gates and biases that the compiler fuses with them
+    "elementwise": "norms_and_gates",
+    "layout": "layout_copies",
+    "collective": "collectives",
+}
+_VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_activations"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +150,19 @@ def _vae(job: Job) -> dict[str, Any]:
     mesh = cast(Mesh, sharding.mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     weights = {
-        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=everywhere)
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
+        )
         for name, value in module.named_parameters()
         if name.startswith(DECODER_PREFIXES)
     }
-    program = decode_program(decode_function(module), float(module.config["scaling_factor"]), True, sharding)
+    program = decode_program(DecoderShape.of(module.config), True, sharding)
     batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     results, cache = [], None
     for start, stop in batches[:2]:
         latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
         prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
-        results.append(summary(prediction))
+        results.append(summary(prediction, _VAE_TERMS))
         with jax.set_mesh(mesh):
             cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
     return together(results, [1, len(batches) - 1])
@@ -168,6 +179,7 @@ def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
         "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
         "peak_hbm_bytes": max(result["peak_hbm_bytes"] for result in results),
         "compile_time_s": sum(result["compile_time_s"] for result in results),
+        "compile_cpu_s": sum(result["compile_cpu_s"] for result in results),
         "compile_peak_rss_bytes": max(result["compile_peak_rss_bytes"] for result in results),
         "programs": [{"calls": n, **result} for result, n in pairs],
     }
@@ -181,11 +193,14 @@ def step_flops(shape: TransformerShape, layout: TokenLayout, batch_size: int) ->
     return batch_size * shape.num_layers * (products + attention)
 
 
-def summary(prediction: Prediction) -> dict[str, Any]:
-    """Seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted."""
+def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[str, Any]:
+    """Seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted.
+
+    terms: what categories are called. The compile cost is this process's: wall and CPU seconds, and memory at its peak.
+    """
     kinds: dict[str, float] = {}
     for op in prediction.ops:
-        kind = "attention_kernel" if "splash_attention" in op.name else op.category
+        kind = "attention_kernel" if "splash_attention" in op.name else terms.get(op.category, op.category)
         kinds[kind] = kinds.get(kind, 0.0) + op.time_s
     collectives = [op for op in prediction.collectives if op.collective is not None]
     return {
@@ -198,6 +213,7 @@ def summary(prediction: Prediction) -> dict[str, Any]:
             {"op": str(op.collective), "calls": op.calls, "time_s": op.time_s, "scope": op.scope} for op in collectives
         ],
         "compile_time_s": prediction.compile_time_s,
+        "compile_cpu_s": prediction.compile_cpu_s,
         "compile_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
         "ops": [

@@ -10,8 +10,10 @@ from pipeline.predict_run import Outcome
 from pipeline.records import git_state, package_versions
 from pipeline.request import STAGES, GenerateRequest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _GIB = 2**30
+#: Of a chip's HBM, so much is left to the runtime and to fragmentation.
+HBM_MARGIN_FRACTION = 0.1
 #: Of the published CogVideoX TPU nodes (yangwhale/ComfyUI-CogVideoX-TPU) on a v6e-8 at 1280x720, 81 frames, 50 steps.
 REPORTED_SEED = {
     "label": "reported",
@@ -51,16 +53,27 @@ def make_report(request: GenerateRequest, topology: str, outcome: Outcome, confi
         "step_time_own_kernel_s": own_kernel_s,
         "total_time_s": sum(stage_times.values()) if complete else None,
         "stage_times_s": stage_times,
-        "peak_hbm_gib": max(result["peak_hbm_bytes"] for result in stages.values()) / _GIB,
-        "hbm_gib": next(iter(stages.values()))["hbm_bytes"] / _GIB,
+        **_hbm(stages),
         "compile_time_s": {stage: result["compile_time_s"] for stage, result in stages.items()},
         "mfu_fraction": denoise["mfu_fraction"] if denoise else None,
         "stages": stages,
         "other_plans": outcome.others,
+        "failures": outcome.failures,
         "reported": REPORTED_SEED if _is_reported_case(request, topology) else None,
         "notes": notes,
         "versions": package_versions(),
         "git": git_state(),
+    }
+
+
+def _hbm(stages: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """The peak of a chip's memory over all stages, which run one after the other, against what it has."""
+    peak = max(result["peak_hbm_bytes"] for result in stages.values())
+    has = next(iter(stages.values()))["hbm_bytes"]
+    return {
+        "peak_hbm_gib": peak / _GIB,
+        "hbm_gib": has / _GIB,
+        "hbm_has_margin": peak <= (1 - HBM_MARGIN_FRACTION) * has,
     }
 
 
@@ -103,11 +116,18 @@ def print_report(report: dict[str, Any]) -> None:
             f"{result['hbm_traffic_bytes'] / 1e9:.1f} GB HBM, {result['link_bytes'] / 1e9:.2f} GB busiest link"
         )
         print(
-            f"    compiled in {result['compile_time_s']:.0f} s with "
+            f"    compiled in {result['compile_time_s']:.0f} s ({result['compile_cpu_s']:.0f} s of CPU) with "
             f"{result['compile_peak_rss_bytes'] / 1e9:.1f} GB of host memory"
         )
         if "mfu_fraction" in result:
             print(f"    MFU {result['mfu_fraction']:.1%}; attention {result['attention']['resolution']}")
+    for stage, reason in report["failures"].items():
+        print(f"  {stage:<8} {reason.partition(chr(10))[0]}")
+    limit = f"{1 - HBM_MARGIN_FRACTION:.0%} of the chip's {report['hbm_gib']:.0f} GiB"
+    print(
+        f"  HBM peak {report['peak_hbm_gib']:.2f} GiB a chip over {', '.join(report['stages'])}: "
+        f"{'under' if report['hbm_has_margin'] else 'MORE THAN'} {limit}"
+    )
     if report["total_time_s"] is not None:
         print(f"  total    {report['total_time_s']:8.2f} s predicted")
     if report["reported"] is not None:
@@ -147,10 +167,17 @@ def markdown_table(reports: Sequence[Mapping[str, Any]]) -> str:
     ]
     for (case, plan), report in sorted(newest.items()):
         times = report["stage_times_s"]
-        cells = [case, plan, *(_cell(x) for x in (report["step_time_s"],))]
-        cells += [_cell(times.get("text")), _cell(times.get("vae")), _cell(report["total_time_s"], 1)]
+        cells = [case, plan, _cell(report["step_time_s"])]
+        refused = {stage: "does not fit" for stage, text in report.get("failures", {}).items() if "not fit" in text}
+        cells += [_cell(times.get(stage)) or refused.get(stage, "") for stage in ("text", "vae")]
+        cells += [_cell(report["total_time_s"], 1)]
         cells += [_cell(report["peak_hbm_gib"], 1), _cell(report["mfu_fraction"], 2), report["label"]]
         lines.append(f"| {' | '.join(cells)} |")
+        lines += [
+            f"| {case} | {other} | {value:.3f} | | | | | | predicted |"
+            for other, value in report["other_plans"].items()
+            if not isinstance(value, str) and (case, other) not in newest
+        ]
     if any(report["reported"] for report in reports):
         seed = REPORTED_SEED
         lines.append(
@@ -168,8 +195,7 @@ def _joined(before: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, A
         joined[name] = before[name] if report[name] is None else report[name]
     stages = joined["stages"] = {**before["stages"], **report["stages"]}
     joined["total_time_s"] = sum(times.values()) if len(times) == len(STAGES) else None
-    joined["peak_hbm_gib"] = max(result["peak_hbm_bytes"] for result in stages.values()) / _GIB
-    return joined
+    return joined | _hbm(stages)
 
 
 def _case(report: Mapping[str, Any]) -> str:

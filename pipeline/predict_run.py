@@ -24,11 +24,13 @@ _FRUGAL = ParallelOptions(plan="ulysses", weights="sharded")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """plan: of the denoise stage. stages: results of `predict_jobs`. others: step times of plans not chosen."""
+    """plan: of the denoise stage. stages: results of `predict_jobs`. others: of plans not chosen, the step time, or
+    why they cannot be. failures: why a stage cannot be predicted; most often it does not fit."""
 
     plan: ParallelPlan
     stages: dict[Stage, dict[str, Any]]
     others: dict[str, float | str]
+    failures: dict[Stage, str] = dataclasses.field(default_factory=dict)
 
 
 def configs_of(request: GenerateRequest, cache_dir: str | None) -> tuple[dict[str, Any], str]:
@@ -52,7 +54,7 @@ class Predictor:
     say: Callable[[str], None]
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> Outcome:
-        """Raises RequestError for a topology or plan that there is not, PipelineError for what does not fit."""
+        """Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits."""
         try:
             _, name = parse_topology(self.topology)
         except ValueError as error:
@@ -70,26 +72,33 @@ class Predictor:
             plans = plans[:1]  # with one device a prompt the plans are the same
         results: dict[Stage, dict[str, Any]] = {}
         others: dict[str, float | str] = {}
+        failures: dict[Stage, str] = {}
         best = plans[0]
         if "denoise" in stages:
             tried: dict[ParallelPlan, dict[str, Any]] = {}
-            failures: dict[str, str] = {}
+            refused: dict[str, str] = {}
             for plan in plans + ([plan_of(_FRUGAL)] if parallel.plan == "auto" and plans[0].model > 1 else []):
                 if plan.weights == "sharded" and tried:
                     continue
                 try:
                     tried[plan] = self._run("denoise", plan)
                 except PipelineError as error:
-                    failures[str(plan)] = str(error)
-            if not tried:
-                raise PipelineError("; ".join(failures.values()))
-            best = min(tried, key=lambda plan: tried[plan]["time_s"])
-            others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | failures
-            results["denoise"] = tried[best]
+                    refused[str(plan)] = str(error)
+            if tried:
+                best = min(tried, key=lambda plan: tried[plan]["time_s"])
+                others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
+                results["denoise"] = tried[best]
+            else:
+                failures["denoise"] = "; ".join(refused.values())
         for stage in stages:
             if stage != "denoise":
-                results[stage] = self._run(stage, best)
-        return Outcome(best, {stage: results[stage] for stage in stages}, others)
+                try:
+                    results[stage] = self._run(stage, best)
+                except PipelineError as error:
+                    failures[stage] = str(error)
+        if not results:
+            raise PipelineError("; ".join(failures.values()))
+        return Outcome(best, {stage: results[stage] for stage in stages if stage in results}, others, failures)
 
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
@@ -106,7 +115,7 @@ class Predictor:
         if outcome.status == Status.OUT_OF_MEMORY:
             raise PipelineError(
                 f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
-                f"parallel=ulysses_sharded, or a smaller video ({outcome.error})"
+                f"{'parallel=ulysses_sharded, ' if stage == 'denoise' else ''}or a smaller video ({outcome.error})"
             )
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")

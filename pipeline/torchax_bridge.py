@@ -1,20 +1,14 @@
 """torchax, imported and set up for this project without changing anything for the rest of the process.
 
-Three gaps are bridged here, and each can go by itself:
-
-- torchax 0.0.13 names operator overloads for named tensors (`aten.prod.dim_Dimname`, ...) that torch 2.13 no longer
-  has, and so fails on import. Placeholders stand in for them while it is imported. Upstream has fixed this after
-  0.0.13: with a later release, delete `_MISSING_OVERLOADS` and `_import_torchax`, and write `import torchax`.
-- torchax lowers group norm by flattening each group and looping with `lax.map`, which XLA compiles into something huge
-  at 720p. `_group_norm` keeps the shape. Delete it once torchax reduces over axes.
-- torchax upsamples by gathering with indices, which is slow on a TPU and makes the partitioner gather the whole array.
-  `_upsample_nearest` repeats instead.
+torchax 0.0.13 names operator overloads for named tensors (`aten.prod.dim_Dimname`, ...) that torch 2.13 no longer has,
+and so fails on import. Placeholders stand in for them while it is imported. Upstream has fixed this after 0.0.13: with
+a later release, delete `_MISSING_OVERLOADS` and `_import_torchax`, and write `import torchax`.
 """
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,53 +62,8 @@ def torchax_module() -> Any:
 
 @functools.cache
 def environment() -> Any:
-    """This project's torchax environment: a context manager in which torch operators run on JAX arrays.
-
-    It is an environment of our own, not `torchax.default_env()`, so that the group norm below reaches nobody else.
-    """
-    torchax = torchax_module()
-    env = torchax.tensor.Environment()
-
-    def native_group_norm(input, weight, bias, N, C, HxW, group, eps):  # noqa: N803 (torch's argument names)
-        return torchax.interop.call_jax(_group_norm, input, weight, bias, group, eps)
-
-    env.override_op_definition(torch.ops.aten.native_group_norm, native_group_norm)
-
-    def upsample_nearest(input, output_size, *scales):
-        return torchax.interop.call_jax(functools.partial(_upsample_nearest, output_size), input)
-
-    for operator in (torch.ops.aten.upsample_nearest2d, torch.ops.aten.upsample_nearest3d):
-        env.override_op_definition(operator, upsample_nearest)
-    return env
-
-
-def _upsample_nearest(output_size: Sequence[int], x: jax.Array) -> jax.Array:
-    """Nearest-neighbour upsampling of [batch, channels, ...] by whole factors."""
-    for axis, size in enumerate(output_size, start=2):
-        factor, rest = divmod(size, x.shape[axis])
-        if rest:
-            raise NotImplementedError(f"{x.shape=} {output_size=}: expected whole factors")
-        x = jnp.repeat(x, factor, axis)
-    return x
-
-
-def _group_norm(
-    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, num_groups: int, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Group norm over [batch, channels, ...], statistics in float32. Returns (normalized, mean, reciprocal std)."""
-    batch_size, num_channels, *spatial = x.shape
-    grouped = x.reshape(batch_size, num_groups, num_channels // num_groups, *spatial).astype(jnp.float32)
-    axes = tuple(range(2, grouped.ndim))
-    mean = grouped.mean(axes, keepdims=True)
-    variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
-    rstd = jax.lax.rsqrt(variance + eps)
-    normalized = ((grouped - mean) * rstd).reshape(x.shape)
-    channel_shape = (1, num_channels) + (1,) * len(spatial)
-    if weight is not None:
-        normalized = normalized * weight.reshape(channel_shape).astype(jnp.float32)
-    if bias is not None:
-        normalized = normalized + bias.reshape(channel_shape).astype(jnp.float32)
-    return normalized.astype(x.dtype), mean.reshape(batch_size, num_groups), rstd.reshape(batch_size, num_groups)
+    """This project's torchax environment, of its own: a context manager in which torch operators run on JAX arrays."""
+    return torchax_module().tensor.Environment()
 
 
 def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,42 +1,42 @@
-"""Stage "vae": latents -> frames, with the stock decoder of AutoencoderKLCogVideoX.
+"""Stage "vae": latents -> frames, with the weights of a stock AutoencoderKLCogVideoX.
 
 As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count), each batch handing
 the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
 
-Over several devices a batch is split along its width, or height, whatever divides better; XLA's partitioner exchanges
-the edges that convolutions need and sums the group norms' statistics over the whole, so that nothing is approximated.
+Over several devices a batch is split along its width, or height, whatever divides better; convolutions exchange the
+edges that they need, and group norms sum their statistics over the whole, so that nothing is approximated.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.errors import NonFiniteError
 from pipeline.loading import Checkpoint, LoadedModule, load_module
 from pipeline.placement import SPLIT, put, split_mesh, to_host
 from pipeline.profiling import Progress, StageTimings, StepClock, no_progress
-from pipeline.torchax_bridge import jax_function
-from pipeline.vae_modules import adapt
+from pipeline.vae_decoder import DecoderShape, arrange, decode
 
-# Convolutions of kernel size 1 need nothing of the batch before. Stock keeps all their input as "cache" nevertheless.
-_UNUSED_CACHES = {"conv_y", "conv_b"}
 DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
+#: Of the cache: [resnets, frames, columns, rows, strips, channels].
+CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 
 
 class VaeDecoder:
     """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
 
-    def __init__(self, loaded: LoadedModule, config: Mapping[str, Any], devices: Sequence[jax.Device]):
+    def __init__(self, loaded: LoadedModule, devices: Sequence[jax.Device]):
+        module: Any = loaded.module
         self._weights = loaded.weights
         self._devices = devices
-        self._scaling_factor = float(config["scaling_factor"])
-        self._frame_batch_size = int(loaded.module.num_latent_frames_batch_size)  # type: ignore[arg-type] # an attribute, not a submodule
-        self._decode_batch = decode_function(loaded.module)
+        self._frame_batch_size = int(module.num_latent_frames_batch_size)
+        self._shape = DecoderShape.of(module.config)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
@@ -49,9 +49,9 @@ class VaeDecoder:
             "vae",
             dtype,
             keep=lambda name: name.startswith(DECODER_PREFIXES),
-            place=lambda name, value: put(value, everywhere),
+            place=lambda name, value: put(arrange(value), everywhere),
         )
-        return cls(loaded, checkpoint.config("vae"), devices)
+        return cls(loaded, devices)
 
     def decode(
         self,
@@ -96,7 +96,7 @@ class VaeDecoder:
             assert isinstance(sharding, NamedSharding)
             if key not in self._compiled:
                 with timings.measure("compile", progress):
-                    program = decode_program(self._decode_batch, self._scaling_factor, quantize, sharding)
+                    program = decode_program(self._shape, quantize, sharding)
                     lowered = program.lower(self._weights, batch, cache)
                     self._compiled[key] = (lowered.compile(), cache_like(lowered.out_info[1], sharding))
             program, cache = self._compiled[key]
@@ -104,30 +104,41 @@ class VaeDecoder:
         return programs
 
 
-def decode_program(decode_batch: Any, scaling_factor: float, quantize: bool, sharding: NamedSharding) -> Any:
+def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:
     """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), under jit, the cache donated.
 
-    decode_batch: `_decode_batch` as a JAX function. sharding: of the latents; frames and cache are split alike.
+    sharding: of the latents [1, frames, channels, height, width], as `latent_sharding` makes it.
     """
-    split = "width" if sharding.spec and len(sharding.spec) == 5 and sharding.spec[4] else "height"
-    frames_spec = PartitionSpec(None, None, SPLIT) if split == "width" else PartitionSpec(None, SPLIT)
+    mesh = sharding.mesh
+    by_height = len(sharding.spec) == 4  # then height and width change places around the decoder
+    frames_spec = PartitionSpec(None, SPLIT) if by_height else PartitionSpec(None, None, SPLIT)
 
     @jax.named_scope("vae")
     def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
-        video, cache = decode_batch(weights, latents / scaling_factor, cache)
-        video = video.astype(jnp.float32)
-        frames = jnp.clip(video[0].transpose(1, 2, 3, 0) / 2 + 0.5, 0, 1)
+        z = (latents[0] / shape.scaling_factor).transpose(0, 2, 3, 1)
+        if by_height:
+            z = z.swapaxes(1, 2)
+            weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
+        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT])
+        video = video.swapaxes(1, 2) if by_height else video
+        frames = jnp.clip(video / 2 + 0.5, 0, 1)
         if quantize:
             frames = jnp.round(frames * 255).astype(jnp.uint8)
-        return frames, cache, jnp.isfinite(video).all()
+        return frames, cache, lax.pmin(jnp.isfinite(video).all().astype(jnp.int32), SPLIT)
 
-    # One sharding stands for all leaves of the cache, which are [1, channels, frames, height, width] like the latents.
-    outputs = (NamedSharding(sharding.mesh, frames_spec), sharding, NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.jit(program, donate_argnums=2, out_shardings=outputs)
+    over_mesh = jax.shard_map(
+        program,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), sharding.spec, CACHE_SPEC),
+        out_specs=(frames_spec, CACHE_SPEC, PartitionSpec()),
+        check_vma=False,
+    )
+    return jax.jit(over_mesh, donate_argnums=2)
 
 
 def cache_like(cache: Any, sharding: NamedSharding) -> Any:
-    """Abstract arrays of a cache, split as the program returns it."""
+    """Abstract arrays of a cache, split as the program returns it. sharding: of the latents."""
+    sharding = NamedSharding(sharding.mesh, CACHE_SPEC)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
 
@@ -138,26 +149,6 @@ def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> Name
     if by_width.shape[SPLIT] >= by_height.shape[SPLIT]:
         return NamedSharding(by_width, PartitionSpec(None, None, None, None, SPLIT))
     return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
-
-
-def decode_function(vae: torch.nn.Module) -> Any:
-    """`(weights, latents of a batch, cache) -> (video, cache)` of a stock VAE, for `decode_program`."""
-    adapt(vae)
-    return jax_function(vae, _decode_batch)
-
-
-def _decode_batch(vae: Any, latents: torch.Tensor, cache: dict[str, Any] | None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Latents [1, frames, channels, height, width] -> video [1, 3, frames, height, width] and the next cache."""
-    latents = latents.permute(0, 2, 1, 3, 4)
-    if vae.post_quant_conv is not None:
-        latents = vae.post_quant_conv(latents)
-    video, cache = vae.decoder(latents, conv_cache=cache)
-    return video, _used_caches(cache)
-
-
-def _used_caches(cache: dict[str, Any]) -> dict[str, Any]:
-    used = {name: value for name, value in cache.items() if name not in _UNUSED_CACHES and value is not None}
-    return {name: _used_caches(value) if isinstance(value, dict) else value for name, value in used.items()}
 
 
 def frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from pipeline.parallel import ParallelOptions, ParallelPlan, resolve_plan
+from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.transformer import TokenLayout
 from pipeline.weights import stack_names
 
@@ -73,7 +74,11 @@ if settings["processes"] > 1:
     state_file = StateFile(state, "x")
     results["resumed"] = denoiser.denoise(request, embeddings, state_file=state_file)
     assert state_file.resumed_at_step == 1
-results["frames"] = VaeDecoder.load(checkpoint, torch.float32).decode(results["base"], quantize=False)
+if settings["vae"]:
+    decoder = VaeDecoder.load(checkpoint, torch.float32)
+    results["frames"] = decoder.decode(results["base"], quantize=False)
+    tall = np.random.default_rng(5).normal(size=(1, 1, 16, 8, 6)).astype(np.float32)
+    results["frames by height"] = decoder.decode(tall, quantize=False)
 results["embeddings"] = embeddings
 results["devices"] = np.asarray(jax.device_count())
 if settings["process"] == settings["processes"] - 1:
@@ -82,7 +87,7 @@ if settings["process"] == settings["processes"] - 1:
 
 
 def _start(folder: Path, cache: Path, output: Path, runs: dict, **settings) -> subprocess.Popen:
-    values = {"devices": 1, "processes": 1, "process": 0, **settings}
+    values = {"devices": 1, "processes": 1, "process": 0, "vae": True, **settings}
     values |= {"checkpoint": str(folder), "cache": str(cache), "output": str(output), "runs": runs}
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
@@ -157,6 +162,28 @@ def test_stages_around_it_are_the_same_on_one_device(eight, checkpoint):
     np.testing.assert_allclose(eight["embeddings"], expected, rtol=0, atol=LATENT_TOLERANCE)
     expected = VaeDecoder.load(checkpoint, torch.float32).decode(eight["base"], quantize=False)
     np.testing.assert_allclose(eight["frames"], expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_frames_split_by_height_are_stocks(eight, stock):
+    import torch
+
+    latents = np.random.default_rng(5).normal(size=(1, 1, 16, 8, 6)).astype(np.float32)
+    video = stock.decode_latents(torch.from_numpy(latents))
+    expected = stock.video_processor.postprocess_video(video, output_type="np")[0]
+    np.testing.assert_allclose(eight["frames by height"], expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_sixteen_devices_give_the_same(cache, tmp_path):
+    """2 x 8, as on a v6e-16: 19 text tokens and 49 in all divide by nothing of that."""
+    spec = TinySpec(1, 8, 16, 24, 20, text_layers=1, max_text_seq_length=19, vae_block_out_channels=(8, 8, 16, 16))
+    folder, output = ensure_tiny_checkpoint(tmp_path, spec), tmp_path / "results.npz"
+    runs = {"base": ({}, {}), "megatron": ({"plan": "megatron"}, {}), "one device": ({"num_devices": 1}, {})}
+    runs["sharded"] = ({"plan": "ulysses", "weights": "sharded"}, {})
+    _finish(_start(folder, cache, output, runs, devices=16, vae=False))
+    results = np.load(output)
+    assert results["devices"] == 16
+    for name in ("base", "megatron", "sharded"):
+        np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
 def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import request_from_dict, request_to_dict
-from pipeline.errors import RequestError
+from pipeline.errors import PipelineError, RequestError
 from pipeline.known import KNOWN_CONFIGS
 from pipeline.parallel import ParallelOptions, ParallelPlan
 from pipeline.predict_jobs import step_flops, together
-from pipeline.predict_report import compact, make_report, markdown_table
+from pipeline.predict_report import compact, make_report, markdown_table, print_report
 from pipeline.predict_run import Outcome, Predictor, configs_of
 from pipeline.request import AttentionOptions
 from pipeline.transformer import TokenLayout, TransformerShape
@@ -23,12 +23,13 @@ FULL = {"checkpoint": "zai-org/CogVideoX1.5-5B", "height": 720, "width": 1280, "
 def _result(time_s: float, **more) -> dict:
     return {
         "time_s": time_s,
-        "breakdown_s": {"attention_kernel": 0.7 * time_s, "matmul": 0.3 * time_s},
+        "breakdown_s": {"attention_kernel": 0.7 * time_s, "projections": 0.3 * time_s},
         "peak_hbm_bytes": 8 * 2**30,
         "hbm_bytes": 32 * 2**30,
         "hbm_traffic_bytes": 10**11,
         "link_bytes": 10**9,
         "compile_time_s": 60.0,
+        "compile_cpu_s": 50.0,
         "compile_peak_rss_bytes": 10**9,
         "ops": [{"name": "fusion"}],
         **more,
@@ -73,6 +74,49 @@ def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
     assert "predicted" in ours
     assert "106.47" in table.splitlines()[-1]
     assert "reported" in table.splitlines()[-1]
+
+
+def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}
+    outcome = Outcome(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
+    lines = markdown_table([make_report(request, "v6e-8", outcome, "built in")]).splitlines()
+    (megatron,) = [line for line in lines if "megatron" in line]
+    assert "| 1.250 |" in megatron
+    assert not [line for line in lines if "sharded" in line]
+
+
+def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, capsys):
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    full = _denoise(7.0) | {"peak_hbm_bytes": 30 * 2**30}
+    refused = {"vae": "vae on v6e-1: does not fit a chip's 32 GiB; try more chips"}
+    report = make_report(request, "v6e-1", Outcome(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), "")
+    assert report["total_time_s"] is None
+    assert not report["hbm_has_margin"]
+    print_report(report)
+    output = capsys.readouterr().out
+    assert "does not fit a chip's 32 GiB" in output
+    assert "HBM peak 30.00 GiB a chip over denoise: MORE THAN 90% of the chip's 32 GiB" in output
+    assert "does not fit" in markdown_table([report])
+
+
+def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_of):
+    configs, _ = configs_of(request_of(**FULL), None)
+
+    def run(self, stage, plan):
+        if stage == "vae" or plan.plan == "ulysses":
+            raise PipelineError(f"{stage} {plan}: does not fit")
+        return _denoise(0.9)
+
+    monkeypatch.setattr(Predictor, "_run", run)
+    predictor = Predictor("v6e-8", {}, configs, timeout_s=1, say=lambda text: None)
+    outcome = predictor.predict(["text", "denoise", "vae"], ParallelOptions(), True)
+    assert outcome.plan.plan == "megatron"
+    assert list(outcome.stages) == ["text", "denoise"]
+    assert list(outcome.failures) == ["vae"]
+    assert "does not fit" in outcome.others["ulysses dp=2 x model=4, weights replicated"]
+    with pytest.raises(PipelineError, match=r"vae .* does not fit"):
+        predictor.predict(["vae"], ParallelOptions(), True)
 
 
 def test_records_hold_no_list_of_ops(request_of):
@@ -121,5 +165,5 @@ def test_the_command_predicts_a_small_model(tmp_path):
     assert report["label"] == "predicted"
     assert 0 < report["step_time_s"] < report["total_time_s"]
     assert report["plan"] == {"plan": "ulysses", "dp": 2, "model": 2, "weights": "replicated"}
-    assert {"attention_kernel", "matmul", "collective"} <= set(report["stages"]["denoise"]["breakdown_s"])
+    assert {"attention_kernel", "projections", "collectives"} <= set(report["stages"]["denoise"]["breakdown_s"])
     assert "predicted" in done.stdout

@@ -7,7 +7,10 @@ cases was 3e-5 for latents and 2e-5 for frames. 2e-4 and 1e-4 leave room for oth
 """
 
 import gc
+import json
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -191,12 +194,41 @@ def test_two_programs_decode_any_length(decoder, rng):
 def test_no_cache_is_kept_for_convolutions_without_extent_in_time(checkpoint, rng):
     decoder = VaeDecoder.load(checkpoint, torch.float32)
     latents = jnp.asarray(rng.normal(size=(1, 3, 16, 2, 2)), jnp.float32)
-    program = decode_program(decoder._decode_batch, 0.7, True, latent_sharding(latents.shape, jax.devices()))
+    program = decode_program(decoder._shape, True, latent_sharding(latents.shape, jax.devices()))
     _, cache, _ = jax.eval_shape(program, decoder._weights, latents, None)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(cache)]
-    assert names
-    assert not [name for name in names if "conv_y" in name or "conv_b" in name]
-    assert {leaf.shape[2] for leaf in jax.tree.leaves(cache)} == {2}
+    assert "decoder.conv_in" in cache
+    assert not [name for name in cache if "conv_y" in name or "conv_b" in name]
+    assert {leaf.shape[1] for leaf in cache.values()} == {2}
+
+
+_START = """
+import collections, json, sys
+import jax, numpy as np, torch
+from pathlib import Path
+from pipeline.loading import Checkpoint, use_compilation_cache
+from pipeline.profiling import StageTimings
+from pipeline.vae import VaeDecoder
+
+use_compilation_cache(Path(sys.argv[1]))
+events, timings = collections.Counter(), StageTimings("vae")
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+latents = np.random.default_rng(5).normal(size=(1, 1, 16, 6, 10)).astype(np.float32)
+frames = VaeDecoder.load(Checkpoint("small", Path(sys.argv[2])), torch.float32).decode(latents, timings)
+print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.compile_time_s}))
+"""
+
+
+def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
+    def start():
+        command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = start(), start()
+    assert first["cache_misses"] >= 1
+    assert "cache_hits" not in first
+    assert second["cache_hits"] >= 1
+    assert second["sum"] == first["sum"]
 
 
 def test_progress_hears_every_step_and_may_interrupt(encoder, denoiser, request_of):
