@@ -6,7 +6,7 @@ from typing import Any
 
 from . import settings
 
-DEVICE_KINDS = ("TPU v6 lite", "TPU v5 lite")  # v6e, v5e: splash_attn.device's; the tests compare them
+DEVICE_KINDS = ("TPU v6 lite", "TPU v5 lite", "TPU7x")  # v6e, v5e, v7x: splash_attn.device's; the tests compare them
 _TIMEOUT_S = 1200.0
 
 
