@@ -1,0 +1,211 @@
+"""Trains the tiny model's parts on drawn videos, in torch on the CPU: first the VAE, then transformer and T5 together.
+
+What is trained on is what `pipeline.generate` makes of the checkpoint: prompts padded to max_text_seq_length and not
+masked, the leading latent frame that fills the last temporal patch, latents times scaling_factor, the scheduler's noise.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.files import atomic_path
+from pipeline.tiny_shapes import Scene, draw, random_scene
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """An optimization: steps, examples a step, learning rate (after a warm-up, then falling along a cosine to 0)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warm_up_steps: int = 50
+    ema_decay: float = 0.99
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rate, 0 to 1."""
+        return min(1.0, (step + 1) / self.warm_up_steps) * 0.5 * (1 + np.cos(np.pi * step / self.steps))
+
+
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [..., frames, height, width, 3] -> float32 [..., 3, frames, height, width] in [-1, 1]."""
+    return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
+
+
+def optimize(
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loop: Loop,
+    loss_of: Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    seed: int,
+    state_path: Path,
+) -> list[dict[str, float]]:
+    """Run a loop from where `state_path` left off; `modules` end up with the averaged weights.
+
+    loss_of: of a step, with generators that depend on seed and step alone, so that a resumed run goes on as it would
+    have. Returns the means of what it reports, over every SAVE_EVERY steps.
+    """
+    trained = torch.nn.ModuleDict(modules)
+    average = copy.deepcopy(trained)
+    optimizer = torch.optim.AdamW(trained.parameters(), loop.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    first, history, recent = 0, [], []
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        trained.load_state_dict(state["trained"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, history = state["step"], state["history"]
+        logger.info("%s: going on at step %d", name, first)
+    trained.train()
+    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate * loop.rate(step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss, report = loss_of(step, np.random.default_rng([seed, step]), generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        decay = min(loop.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
+        recent.append(report)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == loop.steps:
+            means = {key: float(np.mean([report[key] for report in recent])) for key in recent[0]}
+            history.append({"step": step + 1, **means})
+            recent = []
+            bar.set_postfix(means)
+            state = {
+                "trained": trained.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "history": history,
+            }
+            with atomic_path(state_path) as temporary:
+                torch.save(state, temporary)
+    trained.load_state_dict(average.state_dict())
+    trained.eval()
+    return history
+
+
+# --- VAE
+
+
+def vae_loss(
+    vae: Any, height: int, width: int, num_frames: int, steps: int, kl_weight: float
+) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
+    """Reconstruction, in which what differs from the background counts five times, and the KL of the latents.
+
+    Mostly on windows around the shape, half of them in half the frames, which is cheaper; more and more on whole
+    videos towards the end, because the group norms see the whole frame.
+    """
+
+    def loss_of(
+        step: int, rng: np.random.Generator, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        whole = rng.random() < (0.15 if step < 0.7 * steps else 0.6)
+        frames = num_frames if whole or rng.random() < 0.3 else (num_frames + 1) // 2
+        count = 1 if whole else 2 if frames == num_frames else 4
+        video, weight = zip(
+            *(_window(rng, height, width, num_frames, frames, whole) for _ in range(count)), strict=True
+        )
+        target, weights = torch.stack(video), torch.stack(weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(target).latent_dist
+            latents = posterior.mean.float() + posterior.std.float() * torch.randn(
+                posterior.mean.shape, generator=generator
+            )
+            decoded = vae.decode(latents).sample.float()
+        error = decoded - target
+        squared = (weights * error.square()).mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        loss = squared + 0.1 * (weights * error.abs()).mean() + kl_weight * kl
+        return loss, {"squared": float(squared), "mse": float(error.detach().square().mean()), "kl": float(kl)}
+
+    return loss_of
+
+
+def _window(
+    rng: np.random.Generator, height: int, width: int, num_frames: int, frames: int, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A video in [-1, 1], [3, frames, h, w], and the weights of its pixels, [1, frames, h, w]."""
+    scene = random_scene(rng, height, width)
+    first = int(rng.integers(0, num_frames - frames + 1))
+    video = to_video(draw(scene, num_frames, height, width)[first : first + frames])
+    if not whole:
+        h, w = height // 2, width // 2
+        x, y = np.array(scene.start) + rng.random() * (np.array(scene.end) - np.array(scene.start))
+        short = min(height, width)
+        top = int(np.clip(y * short - h * rng.uniform(0.2, 0.8), 0, height - h))
+        left = int(np.clip(x * short - w * rng.uniform(0.2, 0.8), 0, width - w))
+        video = video[:, :, top : top + h, left : left + w]
+    background = scene.background / 127.5 - 1
+    differs = ((video - background).abs().amax(dim=0, keepdim=True) > 0.02).float()
+    return video, 1 + 4 * torch.nn.functional.max_pool3d(differs, (1, 3, 3), 1, (0, 1, 1))
+
+
+# --- transformer and text encoder
+
+
+@torch.no_grad()
+def encode_clips(
+    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, batch_size: int = 4
+) -> Iterator[torch.Tensor]:
+    """Means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
+    for start in tqdm(range(0, len(scenes), batch_size), desc="latents", mininterval=5):
+        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + batch_size]]
+        with torch.autocast("cpu", torch.bfloat16):
+            means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
+        yield from means.float().transpose(1, 2)
+
+
+def diffusion_loss(
+    transformer: Any,
+    text_encoder: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    token_ids: torch.Tensor,
+    empty_ids: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    batch_size: int,
+    caption_dropout: float,
+) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
+    """Velocity's squared error at random timesteps.
+
+    latents: scaled, [clips, latent frames with padding, 16, h, w]. token_ids: [clips, tokens]. empty_ids: of "".
+    One example in ten is at the last timestep, where the sample is noise alone: every video starts there.
+    """
+    last = scheduler.config.num_train_timesteps - 1
+
+    def loss_of(
+        step: int, rng: np.random.Generator, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        chosen = torch.from_numpy(rng.integers(0, len(latents), batch_size))
+        clean, ids = latents[chosen], token_ids[chosen].clone()
+        ids[torch.from_numpy(rng.random(batch_size) < caption_dropout)] = empty_ids
+        timesteps = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        timesteps = (timesteps * (last + 1) / 0.9).long().clamp(max=last)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        velocity = scheduler.get_velocity(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = text_encoder(ids)[0]
+            predicted = transformer(noisy, embeddings, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        errors = (predicted.float() - velocity).square().mean(dim=(1, 2, 3, 4))
+        report = {"loss": float(errors.mean()), "loss_last": float(errors[timesteps == last].mean())}
+        return errors.mean(), report
+
+    return loss_of
