@@ -1,13 +1,15 @@
 """Trains the tiny model's parts on drawn videos, in torch on the CPU: first the VAE, then transformer and T5 together.
 
 What is trained on is what `pipeline.generate` makes of the checkpoint: prompts padded to max_text_seq_length and not
-masked, the leading latent frame that fills the last temporal patch, latents times scaling_factor, the scheduler's noise.
+masked, the leading latent frame that fills the last temporal patch, latents times scaling_factor, the scheduler's
+noise.
 """
 
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.files import atomic_path
+from pipeline.latents import LatentGeometry, rotary_embedding
 from pipeline.tiny_shapes import Scene, draw, random_scene
 
 logger = logging.getLogger(__name__)
@@ -25,17 +28,57 @@ SAVE_EVERY = 100
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """An optimization: steps, examples a step, learning rate (after a warm-up, then falling along a cosine to 0)."""
+    """An optimization.
+
+    matrix_rate: learning rate of Muon, for matrices and convolutions. other_rate: of AdamW, for all else. Both rise
+    over warm_up_steps and fall in a line to 0. ema_decay: of the averaged weights, which are what comes out.
+    """
 
     steps: int
     batch_size: int
-    learning_rate: float
-    warm_up_steps: int = 50
+    matrix_rate: float
+    other_rate: float
+    warm_up_steps: int = 20
     ema_decay: float = 0.99
 
     def rate(self, step: int) -> float:
-        """The factor on the learning rate, 0 to 1."""
-        return min(1.0, (step + 1) / self.warm_up_steps) * 0.5 * (1 + np.cos(np.pi * step / self.steps))
+        """The factor on the learning rates, 0 to 1."""
+        return min(1.0, (step + 1) / self.warm_up_steps) * (1 - step / self.steps)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each weight is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Not torch.optim.Muon, which takes no convolutions; a convolution is a matrix here of [out, in x kernel].
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                weight.add_(_orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -58,26 +101,36 @@ def optimize(
     """
     trained = torch.nn.ModuleDict(modules)
     average = copy.deepcopy(trained)
-    optimizer = torch.optim.AdamW(trained.parameters(), loop.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    named = list(trained.named_parameters())
+    is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention", name) for name, p in named}
+    optimizers = {
+        "matrices": Muon([p for _, p in named if is_matrix[id(p)]], loop.matrix_rate),
+        "others": torch.optim.AdamW(
+            [p for _, p in named if not is_matrix[id(p)]], loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
+    }
+    rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
     first, history, recent = 0, [], []
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         trained.load_state_dict(state["trained"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[key])
         first, history = state["step"], state["history"]
         logger.info("%s: going on at step %d", name, first)
     trained.train()
     bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate * loop.rate(step)
+        for key, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = rates[key] * loop.rate(step)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         loss, report = loss_of(step, np.random.default_rng([seed, step]), generator)
-        optimizer.zero_grad(set_to_none=True)
+        trained.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         decay = min(loop.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
@@ -90,7 +143,7 @@ def optimize(
             state = {
                 "trained": trained.state_dict(),
                 "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                **{key: optimizer.state_dict() for key, optimizer in optimizers.items()},
                 "step": step + 1,
                 "history": history,
             }
@@ -109,16 +162,21 @@ def vae_loss(
 ) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
     """Reconstruction, in which what differs from the background counts five times, and the KL of the latents.
 
-    Mostly on windows around the shape, half of them in half the frames, which is cheaper; more and more on whole
-    videos towards the end, because the group norms see the whole frame.
+    In the first half of the steps single frames, which teach the picture for a ninth of the time, then videos, half as
+    long as the real ones or whole. Mostly windows around the shape, but also whole frames, which the group norms see
+    in the end, and more of them towards the end.
     """
 
     def loss_of(
         step: int, rng: np.random.Generator, generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        whole = rng.random() < (0.15 if step < 0.7 * steps else 0.6)
-        frames = num_frames if whole or rng.random() < 0.3 else (num_frames + 1) // 2
-        count = 1 if whole else 2 if frames == num_frames else 4
+        whole = rng.random() < (0.25 if step < 0.75 * steps else 0.5)
+        if step < steps // 2:
+            frames, count = 1, 2 if whole else 8
+        elif rng.random() < 0.5:
+            frames, count = (num_frames + 1) // 2, 1 if whole else 2
+        else:
+            frames, count = num_frames, 1
         video, weight = zip(
             *(_window(rng, height, width, num_frames, frames, whole) for _ in range(count)), strict=True
         )
@@ -133,7 +191,7 @@ def vae_loss(
         squared = (weights * error.square()).mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         loss = squared + 0.1 * (weights * error.abs()).mean() + kl_weight * kl
-        return loss, {"squared": float(squared), "mse": float(error.detach().square().mean()), "kl": float(kl)}
+        return loss, {"squared": squared.item(), "mse": error.square().mean().item(), "kl": kl.item()}
 
     return loss_of
 
@@ -172,6 +230,14 @@ def encode_clips(
         yield from means.float().transpose(1, 2)
 
 
+def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for latents [..., frames, channels, height, width], as `pipeline.latents` makes them."""
+    *_, frames, channels, height, width = shape
+    geometry = LatentGeometry(frames, 0, channels, height, width)
+    cos, sin = rotary_embedding(geometry, config)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
 def diffusion_loss(
     transformer: Any,
     text_encoder: Any,
@@ -205,7 +271,7 @@ def diffusion_loss(
             embeddings = text_encoder(ids)[0]
             predicted = transformer(noisy, embeddings, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
         errors = (predicted.float() - velocity).square().mean(dim=(1, 2, 3, 4))
-        report = {"loss": float(errors.mean()), "loss_last": float(errors[timesteps == last].mean())}
+        report = {"loss": errors.mean().item(), "loss_last": errors[timesteps == last].mean().item()}
         return errors.mean(), report
 
     return loss_of
