@@ -98,6 +98,8 @@ def _colour(pixels: np.ndarray) -> str:
 
 def _overlaps(mask: np.ndarray) -> list[float]:
     """IoU of a mask with each of SHAPES, drawn with the mask's centre and area."""
+    (rows, columns), *_ = ndimage.find_objects(mask.astype(int))
+    mask = np.pad(mask[rows, columns], max(mask[rows, columns].shape) // 2)  # no shape of this area reaches further
     y, x = np.indices(mask.shape)
     centre_y, centre_x = ndimage.center_of_mass(mask)
     overlaps = []

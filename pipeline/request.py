@@ -63,7 +63,7 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    checkpoint: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels,
+    checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels,
     multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a
     second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler
     built from its configuration. Raises RequestError.
@@ -96,7 +96,7 @@ class GenerateRequest:
         )
         _require(
             isinstance(self.checkpoint, str) and bool(self.checkpoint.strip()),
-            f"checkpoint={self.checkpoint!r}: expected tiny, a folder, or a Hub id",
+            f"checkpoint={self.checkpoint!r}: expected tiny, tiny-random, a folder, or a Hub id",
         )
         for name in ("height", "width"):
             value = getattr(self, name)
