@@ -39,9 +39,9 @@ class GenerateConfig:
     checkpoint: str = "tiny"
     revision: str | None = None
     dtype: str = "float32"
-    height: int = 96
-    width: int = 160
-    num_frames: int = 9
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
     fps: int = 8
     num_inference_steps: int = 8
     guidance_scale: float = 6.0

@@ -63,9 +63,9 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels,
-    multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a
-    second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler
+    checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width:
+    pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps:
+    frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler
     built from its configuration. Raises RequestError.
     """
 
@@ -73,9 +73,9 @@ class GenerateRequest:
     checkpoint: str = "tiny"
     negative_prompt: str = ""
     revision: str | None = None
-    height: int = 96
-    width: int = 160
-    num_frames: int = 9
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
     num_inference_steps: int = 8
     guidance_scale: float = 6.0
     use_dynamic_cfg: bool = False

@@ -68,8 +68,8 @@ def generate(
     run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
     it. resume: take a stage's saved output where it belongs to exactly this request, rather than run the stage again.
     parallel: how to lay the work out over the devices; does not change what is computed, so that a stage's output may
-    be reused by a run with another plan. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets
-    a record of the timings.
+    be reused by a run with another plan. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that
+    gets a record of the timings.
     progress: told of every step; may raise to interrupt, after which the same call resumes at the stage it was in.
 
     Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.

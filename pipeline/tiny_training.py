@@ -23,8 +23,6 @@ from pipeline.tiny_shapes import Scene, draw, random_scene
 
 logger = logging.getLogger(__name__)
 
-SAVE_EVERY = 100
-
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -93,11 +91,12 @@ def optimize(
     loss_of: Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
     seed: int,
     state_path: Path,
+    save_every: int = 100,
 ) -> list[dict[str, float]]:
     """Run a loop from where `state_path` left off; `modules` end up with the averaged weights.
 
     loss_of: of a step, with generators that depend on seed and step alone, so that a resumed run goes on as it would
-    have. Returns the means of what it reports, over every SAVE_EVERY steps.
+    have. Returns the means of what it reports, over every `save_every` steps.
     """
     trained = torch.nn.ModuleDict(modules)
     average = copy.deepcopy(trained)
@@ -135,7 +134,7 @@ def optimize(
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
         recent.append(report)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == loop.steps:
+        if (step + 1) % save_every == 0 or step + 1 == loop.steps:
             means = {key: float(np.mean([report[key] for report in recent])) for key in recent[0]}
             history.append({"step": step + 1, **means})
             recent = []
@@ -174,7 +173,7 @@ def vae_loss(
         if step < steps // 2:
             frames, count = 1, 2 if whole else 8
         elif rng.random() < 0.5:
-            frames, count = (num_frames + 1) // 2, 1 if whole else 2
+            frames, count = num_frames // 16 * 8 + 1, 1 if whole else 2  # 8k + 1, as the VAE wants
         else:
             frames, count = num_frames, 1
         video, weight = zip(
