@@ -57,7 +57,7 @@ def _command(config: DictConfig) -> int:
     settings: Any = OmegaConf.to_object(config)
     try:
         use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
-        return run(settings, OmegaConf.to_container(config, resolve=True)["candidates"])  # type: ignore[index,call-overload]
+        return run(settings, cli.plain(config)["candidates"])
     except (PipelineError, ValueError) as error:  # ValueError: of a caption
         raise cli.UserError(str(error)) from error
 

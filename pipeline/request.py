@@ -65,8 +65,8 @@ class GenerateRequest:
 
     checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width:
     pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps:
-    frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler
-    built from its configuration. Raises RequestError.
+    frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX
+    scheduler built from its configuration. Raises RequestError.
     """
 
     prompt: str

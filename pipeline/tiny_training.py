@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Loop:
     """An optimization.
 
     matrix_rate: learning rate of Muon, for matrices and convolutions. other_rate: of AdamW, for all else. Both rise
-    over warm_up_steps and fall in a line to 0. ema_decay: of the averaged weights, which are what comes out.
+    over warm_up_steps, stay, and fall in a line to 0 over the last decay_fraction of the steps. ema_decay: of the
+    averaged weights, which are what comes out.
     """
 
     steps: int
@@ -37,11 +39,13 @@ class Loop:
     matrix_rate: float
     other_rate: float
     warm_up_steps: int = 20
+    decay_fraction: float = 1.0
     ema_decay: float = 0.99
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates, 0 to 1."""
-        return min(1.0, (step + 1) / self.warm_up_steps) * (1 - step / self.steps)
+        rise, left = (step + 1) / self.warm_up_steps, (1 - step / self.steps) / self.decay_fraction
+        return min(1.0, rise) * min(1.0, left)
 
 
 class Muon(torch.optim.Optimizer):
@@ -92,11 +96,11 @@ def optimize(
     seed: int,
     state_path: Path,
     save_every: int = 100,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], float]:
     """Run a loop from where `state_path` left off; `modules` end up with the averaged weights.
 
     loss_of: of a step, with generators that depend on seed and step alone, so that a resumed run goes on as it would
-    have. Returns the means of what it reports, over every `save_every` steps.
+    have. Returns the means of what it reports, over every `save_every` steps, and the CPU seconds of all its runs.
     """
     trained = torch.nn.ModuleDict(modules)
     average = copy.deepcopy(trained)
@@ -110,13 +114,14 @@ def optimize(
     }
     rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
     first, history, recent = 0, [], []
+    cpu_time_s, started = 0.0, time.process_time()
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         trained.load_state_dict(state["trained"])
         average.load_state_dict(state["average"])
         for key, optimizer in optimizers.items():
             optimizer.load_state_dict(state[key])
-        first, history = state["step"], state["history"]
+        first, history, cpu_time_s = state["step"], state["history"], state.get("cpu_time_s", 0.0)
         logger.info("%s: going on at step %d", name, first)
     trained.train()
     bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
@@ -145,12 +150,13 @@ def optimize(
                 **{key: optimizer.state_dict() for key, optimizer in optimizers.items()},
                 "step": step + 1,
                 "history": history,
+                "cpu_time_s": cpu_time_s + time.process_time() - started,
             }
             with atomic_path(state_path) as temporary:
                 torch.save(state, temporary)
     trained.load_state_dict(average.state_dict())
     trained.eval()
-    return history
+    return history, cpu_time_s + time.process_time() - started
 
 
 # --- VAE

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ class LoopSchema:
     matrix_rate: float = 0.02
     other_rate: float = 3e-3
     warm_up_steps: int = 20
+    decay_fraction: float = 1.0
     ema_decay: float = 0.99
 
 
@@ -77,7 +77,6 @@ def train(settings: TrainTinyConfig) -> None:
     asked_for = dataclasses.asdict(settings)
     work_dir = Path(settings.work_dir)
     _check_same(work_dir / "settings.json", asked_for)
-    started = time.process_time()
     spec = TinySpec(
         num_layers=settings.num_layers,
         num_attention_heads=settings.num_attention_heads,
@@ -96,7 +95,7 @@ def train(settings: TrainTinyConfig) -> None:
         vae_loop.steps,
         settings.kl_weight,
     )
-    vae_history = optimize("vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt")
+    vae_history, vae_time_s = optimize("vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt")
 
     scenes = training_scenes(settings)
     latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
@@ -124,7 +123,7 @@ def train(settings: TrainTinyConfig) -> None:
         settings.caption_dropout,
     )
     parts = {name: modules[name] for name in ("transformer", "text_encoder")}
-    history = optimize("transformer", parts, loop, loss, settings.seed, work_dir / "transformer.pt")
+    history, time_s = optimize("transformer", parts, loop, loss, settings.seed, work_dir / "transformer.pt")
 
     folder = Path(settings.folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +132,7 @@ def train(settings: TrainTinyConfig) -> None:
         "made_by": "python -m pipeline.train_tiny",
         "settings": {name: value for name, value in asked_for.items() if name not in ("folder", "work_dir")},
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu_time_s": round(time.process_time() - started),
+        "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
         "git": git_state(),
         "versions": package_versions(),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
