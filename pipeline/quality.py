@@ -66,7 +66,7 @@ def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
     """Judge the reference and the candidates; prints a table, appends records, returns the exit code."""
     from pipeline.files import append_json_line
     from pipeline.quality_gate import Budget, Candidate, candidate_videos, compare
-    from pipeline.quality_read import parse_caption
+    from pipeline.tiny_shapes import parse_caption
 
     captions = [prompt for prompt in settings.prompts for _ in settings.seeds]
     for prompt in settings.prompts:

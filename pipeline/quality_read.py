@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from pipeline.tiny_shapes import COLOURS, DIRECTIONS, SHAPES, signed_distance
+from pipeline.tiny_shapes import COLOURS, DIRECTIONS, SHAPES, parse_caption, signed_distance
 
 ATTRIBUTES = ("colour", "shape", "motion")
 
@@ -37,19 +37,6 @@ class Reading:
         """Whether each of ATTRIBUTES is as in a caption of `pipeline.tiny_shapes`. ValueError for other captions."""
         expected = parse_caption(caption)
         return {name: getattr(self, name) == expected[name] for name in ATTRIBUTES}
-
-
-def parse_caption(caption: str) -> dict[str, str]:
-    """The attributes that a caption names, e.g. "a red circle moves right". ValueError for another form."""
-    words = caption.split(maxsplit=3)
-    if len(words) == 4 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
-        motion = words[3]
-        if motion in (*DIRECTIONS, "grows", "shrinks"):
-            return {"colour": words[1], "shape": words[2], "motion": motion}
-    raise ValueError(
-        f"prompt={caption!r}: expected 'a COLOUR SHAPE MOTION' with COLOUR of {', '.join(COLOURS)}; SHAPE of "
-        f"{', '.join(SHAPES)}; MOTION of {', '.join(DIRECTIONS)}, grows, shrinks"
-    )
 
 
 def read_video(frames: np.ndarray) -> Reading:

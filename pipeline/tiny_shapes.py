@@ -6,6 +6,7 @@ The tiny model is trained on these, and what a video shows is read back against 
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,19 @@ def captions() -> list[str]:
     return [f"a {colour} {shape} {motion}" for colour, shape, motion in itertools.product(COLOURS, SHAPES, MOTIONS)]
 
 
+def parse_caption(caption: str) -> dict[str, str]:
+    """The attributes that a caption names, e.g. "a red circle moves right". ValueError for another form."""
+    words = caption.split(maxsplit=3)
+    if len(words) == 4 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
+        motion = words[3]
+        if motion in MOTIONS:
+            return {"colour": words[1], "shape": words[2], "motion": motion}
+    raise ValueError(
+        f"prompt={caption!r}: expected 'a COLOUR SHAPE MOTION' with COLOUR of {', '.join(COLOURS)}; SHAPE of "
+        f"{', '.join(SHAPES)}; MOTION of {', '.join(DIRECTIONS)}, grows, shrinks"
+    )
+
+
 def random_scene(
     rng: np.random.Generator,
     height: int,
@@ -67,21 +81,30 @@ def random_scene(
     colour: str | None = None,
     shape: str | None = None,
     motion: str | None = None,
+    spread: float = 1.0,
 ) -> Scene:
-    """A scene that lies within frames of this size throughout; what is not named is drawn at random."""
+    """A scene that lies within frames of this size throughout; what is not named is drawn at random.
+
+    spread: of places, sizes and background about the middle of what they may be, 0 (always the same) to 1.
+    """
+
+    def uniform(low: Any, high: Any) -> Any:
+        middle = (np.asarray(low) + high) / 2
+        return middle + spread * (rng.uniform(low, high) - middle)
+
     colour = colour or str(rng.choice(list(COLOURS)))
     shape = shape or str(rng.choice(SHAPES))
     motion = motion or str(rng.choice(MOTIONS))
     short = min(height, width)
     size = np.array([width, height]) / short
-    small, large = rng.uniform(0.13, 0.16), rng.uniform(0.25, 0.3)
-    radii = {"grows": (small, large), "shrinks": (large, small)}.get(motion, (rng.uniform(0.18, 0.23),) * 2)
+    small, large = float(uniform(0.13, 0.16)), float(uniform(0.25, 0.3))
+    radii = {"grows": (small, large), "shrinks": (large, small)}.get(motion, (float(uniform(0.18, 0.23)),) * 2)
     reach = _REACH * max(radii)
     way = np.array(DIRECTIONS.get(motion, (0, 0)))
     room = size - 2 * reach
-    travel = way * np.minimum(rng.uniform(0.6, 0.9) * room, 0.6)
+    travel = way * np.minimum(uniform(0.6, 0.9) * room, 0.6)
     low, high = reach + np.maximum(-travel, 0), size - reach - np.maximum(travel, 0)
-    start = rng.uniform(low, high)
+    start = uniform(low, high)
     end = start + travel
     return Scene(
         colour,
@@ -90,7 +113,7 @@ def random_scene(
         (float(start[0]), float(start[1])),
         (float(end[0]), float(end[1])),
         *radii,
-        background=int(rng.integers(BACKGROUND_GREYS[0], BACKGROUND_GREYS[1] + 1)),
+        background=round(float(uniform(*BACKGROUND_GREYS))),
     )
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.files import atomic_path, write_json
 from pipeline.records import git_state, package_versions
 from pipeline.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
-from pipeline.tiny_shapes import Scene, random_scene
+from pipeline.tiny_shapes import Scene, captions, parse_caption, random_scene
 from pipeline.tiny_training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
 from splash_attn.platform import quiet_jax_without_accelerator
 from tuning import cli
@@ -50,7 +50,8 @@ class TrainTinyConfig:
     num_layers: int = 4
     num_attention_heads: int = 4
     max_text_seq_length: int = 32
-    clips: int = 4096
+    clips_per_caption: int = 2
+    spread: float = 0.1
     kl_weight: float = 5e-4
     caption_dropout: float = 0.1
     vae: LoopSchema = dataclasses.field(default_factory=LoopSchema)
@@ -95,7 +96,9 @@ def train(settings: TrainTinyConfig) -> None:
         vae_loop.steps,
         settings.kl_weight,
     )
-    vae_history, vae_time_s = optimize("vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt")
+    vae_history, vae_time_s = optimize(
+        "vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt"
+    )
 
     scenes = training_scenes(settings)
     latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
@@ -144,9 +147,11 @@ def train(settings: TrainTinyConfig) -> None:
 
 
 def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
-    """The scenes that the transformer is trained on."""
+    """The scenes that the transformer is trained on: as many of each caption."""
     rng = np.random.default_rng([settings.seed, 1])
-    return [random_scene(rng, settings.height, settings.width) for _ in range(settings.clips)]
+    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
+    size = (settings.height, settings.width)
+    return [random_scene(rng, *size, **attributes, spread=settings.spread) for attributes in wanted]
 
 
 def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Path) -> torch.Tensor:

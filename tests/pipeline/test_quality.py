@@ -15,9 +15,8 @@ from pipeline import quality
 from pipeline.config import GenerateConfig
 from pipeline.parallel import ParallelOptions
 from pipeline.quality_gate import Budget, Candidate, candidate_videos, compare
-from pipeline.quality_read import parse_caption
 from pipeline.request import AttentionOptions
-from pipeline.tiny_shapes import draw, random_scene
+from pipeline.tiny_shapes import draw, parse_caption, random_scene
 
 CAPTION = "a red circle moves right"
 BUDGET = Budget(psnr_db=35, ssim=0.98)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pipeline.quality_read import Reading, fractions, parse_caption, read_video
-from pipeline.tiny_shapes import MOTIONS, SHAPES, captions, draw, random_scene
+from pipeline.quality_read import Reading, fractions, read_video
+from pipeline.tiny_shapes import MOTIONS, SHAPES, captions, draw, parse_caption, random_scene
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
 

@@ -14,7 +14,7 @@ from pipeline.request import GenerateRequest
 from pipeline.tiny import TinySpec, build_modules, build_scheduler
 from pipeline.tiny_training import Loop, Muon, diffusion_loss, optimize, rotary_tables
 
-ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_attention_heads=1", "clips=4"]
+ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_attention_heads=1", "clips_per_caption=1"]
 STEPS = ["vae.steps=4", "transformer.steps=2", "transformer.batch_size=2"]
 
 
