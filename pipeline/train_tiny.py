@@ -52,6 +52,7 @@ class TrainTinyConfig:
     max_text_seq_length: int = 32
     clips_per_caption: int = 2
     spread: float = 0.1
+    start_from: str | None = None
     kl_weight: float = 5e-4
     caption_dropout: float = 0.1
     vae: LoopSchema = dataclasses.field(default_factory=LoopSchema)
@@ -126,6 +127,11 @@ def train(settings: TrainTinyConfig) -> None:
         settings.caption_dropout,
     )
     parts = {name: modules[name] for name in ("transformer", "text_encoder")}
+    begun = None
+    if settings.start_from is not None:
+        state = torch.load(settings.start_from, weights_only=True)
+        torch.nn.ModuleDict(parts).load_state_dict(state["average"])
+        begun = state["history"][-1]
     history, time_s = optimize("transformer", parts, loop, loss, settings.seed, work_dir / "transformer.pt")
 
     folder = Path(settings.folder)
@@ -140,6 +146,7 @@ def train(settings: TrainTinyConfig) -> None:
         "versions": package_versions(),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
         "scaling_factor": scaling_factor,
+        "started_from": begun,
         "losses": {"vae": vae_history[-1], "transformer": history[-1]},
     }
     write_json(folder / PROVENANCE_NAME, provenance)
