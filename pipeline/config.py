@@ -44,7 +44,7 @@ class GenerateConfig:
     num_frames: int = 17
     fps: int = 8
     num_inference_steps: int = 8
-    guidance_scale: float = 6.0
+    guidance_scale: float = 4.0
     use_dynamic_cfg: bool = False
     scheduler: str = "checkpoint"
     seed: int = 42

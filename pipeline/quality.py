@@ -58,7 +58,7 @@ def _command(config: DictConfig) -> int:
     try:
         use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
         return run(settings, cli.plain(config)["candidates"])
-    except (PipelineError, ValueError) as error:  # ValueError: of a caption
+    except PipelineError as error:
         raise cli.UserError(str(error)) from error
 
 
@@ -70,7 +70,7 @@ def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
 
     captions = [prompt for prompt in settings.prompts for _ in settings.seeds]
     for prompt in settings.prompts:
-        parse_caption(prompt)
+        cli.from_config(lambda prompt=prompt: parse_caption(prompt))
     if not captions:
         raise cli.UserError("prompts, seeds: expected at least one each")
     base = _generate_config(settings)

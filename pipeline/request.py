@@ -77,7 +77,7 @@ class GenerateRequest:
     width: int = 96
     num_frames: int = 17
     num_inference_steps: int = 8
-    guidance_scale: float = 6.0
+    guidance_scale: float = 4.0
     use_dynamic_cfg: bool = False
     seed: int = 42
     fps: int = 8

@@ -140,7 +140,7 @@ def optimize(
             torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
         recent.append(report)
         if (step + 1) % save_every == 0 or step + 1 == loop.steps:
-            means = {key: float(np.mean([report[key] for report in recent])) for key in recent[0]}
+            means = {key: float(np.nanmean([report[key] for report in recent])) for key in recent[0]}
             history.append({"step": step + 1, **means})
             recent = []
             bar.set_postfix(means)
