@@ -42,12 +42,12 @@ class GenerateConfig:
     checkpoint: str = "tiny"
     revision: str | None = None
     dtype: str = "float32"
-    height: int = 96
-    width: int = 160
-    num_frames: int = 9
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
     fps: int = 8
     num_inference_steps: int = 8
-    guidance_scale: float = 6.0
+    guidance_scale: float = 4.0
     use_dynamic_cfg: bool = False
     scheduler: str = "checkpoint"
     seed: int = 42

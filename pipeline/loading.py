@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import CheckpointError
-from pipeline.tiny import ensure_tiny_checkpoint
+from pipeline.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.torchax_bridge import torch_to_numpy
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny"
+TINY, RANDOM = "tiny", "tiny-random"
 CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -35,7 +35,7 @@ _BLOCK_BYTES = 65536
 
 
 def default_cache_dir() -> Path:
-    """Where the tiny checkpoint is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    """Where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
@@ -128,15 +128,19 @@ def _digest_file(path: Path, digest: Any) -> None:
 
 
 def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
-    """Find a checkpoint: "tiny" (made in the cache folder), a local folder, or a Hub id "owner/name".
+    """Find a checkpoint: "tiny", "tiny-random", a local folder, or a Hub id "owner/name".
+
+    "tiny" is trained, and comes with this package; "tiny-random" is made in the cache folder.
 
     Raises CheckpointError when it is none of these or cannot be reached.
     """
-    if revision is not None and (name == TINY or Path(name).expanduser().is_dir()):
+    if revision is not None and (name in (TINY, RANDOM) or Path(name).expanduser().is_dir()):
         raise CheckpointError(
             f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
         )
     if name == TINY:
+        return Checkpoint(name=name, folder=TRAINED_FOLDER)
+    if name == RANDOM:
         return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -144,7 +148,9 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
     if folder.is_file():
         raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(f"checkpoint={name!r}: no such folder; expected tiny, an existing folder, or owner/name")
+        raise CheckpointError(
+            f"checkpoint={name!r}: no such folder; expected tiny, tiny-random, an existing folder, or owner/name"
+        )
     return hub_checkpoint(name, revision)
 
 

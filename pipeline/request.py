@@ -77,21 +77,21 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    checkpoint: "tiny", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width: pixels,
-    multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps: frames a
-    second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX scheduler
-    built from its configuration. Raises RequestError.
+    checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width:
+    pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps:
+    frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX
+    scheduler built from its configuration. Raises RequestError.
     """
 
     prompt: str
     checkpoint: str = "tiny"
     negative_prompt: str = ""
     revision: str | None = None
-    height: int = 96
-    width: int = 160
-    num_frames: int = 9
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
     num_inference_steps: int = 8
-    guidance_scale: float = 6.0
+    guidance_scale: float = 4.0
     use_dynamic_cfg: bool = False
     seed: int = 42
     fps: int = 8
@@ -100,7 +100,10 @@ class GenerateRequest:
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
 
     def __post_init__(self) -> None:
-        prompt, checkpoint = 'some text, e.g. prompt="a red circle moves right"', "tiny, a folder, or a Hub id"
+        prompt, checkpoint = (
+            'some text, e.g. prompt="a red circle moves right"',
+            "tiny, tiny-random, a folder, or a Hub id",
+        )
         _require_text("prompt", self.prompt, prompt)
         _require(bool(self.prompt.strip()), f"prompt={self.prompt!r}: expected {prompt}")
         _require_text("negative_prompt", self.negative_prompt, "text (empty for none)")

@@ -62,7 +62,8 @@ def generate(
     """Run stages of one request, each with only its own weights in memory, and write the video.
 
     run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
-    it. cache_dir: for the tiny checkpoint. results_path: a JSON-lines file that gets a record of the timings.
+    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the
+    timings.
     progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
     in the stage "denoise", else at the beginning of the stage.
 

@@ -1,4 +1,9 @@
-"""A small random checkpoint of CogVideoX 1.5's shape in diffusers' layout, always the same for one `TinySpec`."""
+"""Small checkpoints of CogVideoX 1.5's shape in diffusers' layout.
+
+The trained one comes with the package (`TRAINED_FOLDER`, made by `pipeline.train_tiny`): it follows captions of drawn
+shapes. The random one is made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask
+nothing of the picture.
+"""
 
 import dataclasses
 import hashlib
@@ -6,18 +11,20 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from pipeline.tiny_shapes import COLOURS, MOTIONS, SHAPES
+
+_DIFFUSERS_NAME = "diffusion_pytorch_model"
 _FORMAT = 1  # counts up when the files written for one TinySpec change
 
-# What the tokenizer knows: the words of prompts about drawn shapes, and every letter on its own.
-_COLOURS = ("red", "green", "blue", "yellow", "white", "purple")
-_SHAPES = ("circle", "square", "triangle", "star")
-_MOVES = ("moves left", "moves right", "moves up", "moves down", "stands still", "grows", "shrinks")
+TRAINED_FOLDER = Path(__file__).parent / "tiny_model"
+
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"-()/&%+"
 
 
@@ -69,12 +76,20 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
 
 
 def _write(folder: Path, spec: TinySpec) -> None:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+    with torch.random.fork_rng(devices=[]):
+        modules = build_modules(spec)
+    for offset, part in enumerate(("text_encoder", "transformer", "vae")):
+        _randomize(modules[part], spec.seed + offset)
+    write_checkpoint(folder, modules)
+
+
+def build_modules(spec: TinySpec) -> dict[str, Any]:
+    """The stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
-    tokenizer = _tokenizer()
     text_config = T5Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(build_tokenizer()),
         d_model=spec.text_embed_dim,
         d_kv=16,
         d_ff=2 * spec.text_embed_dim,
@@ -84,14 +99,18 @@ def _write(folder: Path, spec: TinySpec) -> None:
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
-    with torch.random.fork_rng(devices=[]):
-        text_encoder = T5EncoderModel(text_config)
-        transformer = CogVideoXTransformer3DModel(**_transformer_config(spec))
-        vae = AutoencoderKLCogVideoX(**_vae_config(spec))
-    modules: tuple[torch.nn.Module, ...] = (text_encoder, transformer, vae)
-    for offset, module in enumerate(modules):
-        _randomize(module, spec.seed + offset)
-    scheduler = CogVideoXDDIMScheduler(
+    return {
+        "text_encoder": T5EncoderModel(text_config),
+        "transformer": CogVideoXTransformer3DModel(**_transformer_config(spec)),
+        "vae": AutoencoderKLCogVideoX(**_vae_config(spec)),
+    }
+
+
+def build_scheduler() -> Any:
+    """The scheduler of CogVideoX 1.5: velocity, zero signal at the last timestep, timesteps counted from there."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    return CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.0120,
         beta_schedule="scaled_linear",
@@ -102,14 +121,17 @@ def _write(folder: Path, spec: TinySpec) -> None:
         snr_shift_scale=1.0,
         timestep_spacing="trailing",
     )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
-    text_config.save_pretrained(folder / "text_encoder")
-    transformer.save_config(folder / "transformer")
-    vae.save_config(folder / "vae")
-    _save_weights(text_encoder, folder / "text_encoder" / "model.safetensors")
-    _save_weights(transformer, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    _save_weights(vae, folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files."""
+    build_tokenizer().save_pretrained(folder / "tokenizer")
+    build_scheduler().save_pretrained(folder / "scheduler")
+    modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
+    for part in ("transformer", "vae"):
+        modules[part].save_config(folder / part)
+    for part, name in (("text_encoder", "model"), ("transformer", _DIFFUSERS_NAME), ("vae", _DIFFUSERS_NAME)):
+        _save_weights(modules[part], folder / part / f"{name}.safetensors", dtype)
     index = {
         "_class_name": "CogVideoXPipeline",
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
@@ -169,16 +191,17 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
         parameter.data.copy_(value)
 
 
-def _tokenizer() -> Any:
+def build_tokenizer() -> Any:
     """A T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
     from transformers import T5Tokenizer
 
-    words = " ".join(("a", *_COLOURS, *_SHAPES, *_MOVES)).split()
+    words = " ".join(("a", *COLOURS, *SHAPES, *MOTIONS)).split()
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocab += [(f"▁{word}", -4.0) for word in dict.fromkeys(words) if len(word) > 1]
     vocab += [(letter, -8.0) for letter in _LETTERS]
     return T5Tokenizer(vocab=vocab, extra_ids=100, model_max_length=512)
 
 
-def _save_weights(module: torch.nn.Module, path: Path) -> None:
-    save_file({name: value.detach() for name, value in module.named_parameters()}, path, metadata={"format": "pt"})
+def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    weights = {name: value.detach().to(dtype).contiguous() for name, value in module.named_parameters()}
+    save_file(weights, path, metadata={"format": "pt"})

@@ -58,7 +58,7 @@ def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def _small_tiny(_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model_id tiny, smaller still."""
-    monkeypatch.setattr(loading, "ensure_tiny_checkpoint", lambda cache_dir: _tiny)
+    monkeypatch.setattr(loading, "TRAINED_FOLDER", _tiny)
 
 
 def run(nodes: dict[str, Any], **changes: Any) -> tuple[torch.Tensor, float]:

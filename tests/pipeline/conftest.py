@@ -70,6 +70,7 @@ def request_of(tiny_folder: Path):
             "checkpoint": str(tiny_folder),
             "height": 48,
             "width": 80,
+            "num_frames": 9,
             "num_inference_steps": 3,
             "seed": 7,
             **changes,

@@ -30,7 +30,9 @@ def finished(tiny_folder, tmp_path_factory) -> tuple[Path, Path]:
     from pipeline.request import GenerateRequest
 
     folder = tmp_path_factory.mktemp("runs")
-    request = GenerateRequest("a cat", str(tiny_folder), height=48, width=80, num_inference_steps=2, seed=7)
+    request = GenerateRequest(
+        "a cat", str(tiny_folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
+    )
     generate(request, run_dir=folder / "run", results_path=folder / "results.jsonl")
     return folder / "run", folder / "results.jsonl"
 

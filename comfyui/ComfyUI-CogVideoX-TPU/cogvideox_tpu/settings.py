@@ -85,7 +85,7 @@ def _local_folder(model_id: str) -> Path | None:
 
 
 def resolve_dtype(dtype: str, model_id: str) -> str:
-    """ "auto": bfloat16, as CogVideoX was trained; float32 for the tiny model, which has no training to match."""
+    """ "auto": bfloat16, as CogVideoX was trained; float32 for the tiny model, which was trained in it."""
     if dtype != AUTO:
         return dtype
     return "float32" if model_id.strip() == TINY else "bfloat16"
