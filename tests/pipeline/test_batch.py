@@ -94,7 +94,7 @@ BAD_LINES = [
     ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
     ({"prompt": "x", "name": 3}, "name=3"),
     ({"prompt": "x", "name": "{nope}"}, "unknown field {nope}"),
-    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x9-seed42-"),
+    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x17-seed42-"),
 ]
 
 

@@ -47,7 +47,7 @@ results = {}
 embeddings = TextEncoder.load(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
 for name, (options, changes) in settings["runs"].items():
     request = GenerateRequest(
-        "a red circle", str(folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7, **changes
+        "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
     )
     guided = request.do_classifier_free_guidance
     denoiser = Denoiser.load(
