@@ -231,7 +231,7 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     monkeypatch.setattr(stages, "_run_denoise", run_denoise)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "seed": seed, "name": f"{seed}"} for seed in range(1, 4)))
     assert [item.status for item in items] == ["failed", "failed", "done"]
-    assert items[0].error.startswith("denoise: not enough device memory for 80x48, 9 frames, float32; try a smaller")
+    assert items[0].error.startswith("denoise: not enough device memory for 80x48, 17 frames, float32; try a smaller")
     assert items[1].error.startswith("denoise: KeyError: 'a bug")
     traceback = json.loads((tmp_path / "videos" / "2" / "error.json").read_text())["traceback"]
     assert "run_denoise" in "".join(traceback)
