@@ -63,7 +63,9 @@ if settings["processes"] > 1:
             raise KeyboardInterrupt
 
     state = Path(settings["output"]).with_name(f"state{settings['process']}")
-    request = GenerateRequest("a red circle", str(folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7)
+    request = GenerateRequest(
+        "a red circle", str(folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
+    )
     options = ParallelOptions(**settings["runs"]["base"][0])
     denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions(), options)
     try:
