@@ -88,6 +88,7 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
 
 
+@torch.enable_grad()  # whatever the caller has set
 def optimize(
     name: str,
     modules: dict[str, torch.nn.Module],
