@@ -12,6 +12,7 @@ from pipeline.latents import LatentGeometry, rotary_embedding
 from pipeline.loading import load_module, resolve_checkpoint
 from pipeline.request import GenerateRequest
 from pipeline.tiny import TinySpec, build_modules, build_scheduler
+from pipeline.tiny_shapes import captions
 from pipeline.tiny_training import Loop, Muon, diffusion_loss, optimize, rotary_tables
 
 ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_attention_heads=1", "clips_per_caption=1"]
@@ -32,11 +33,11 @@ def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
         assert all(np.isfinite(np.asarray(value)).all() for value in weights.values()), part
     made = json.loads((tmp_path / "out" / "training.json").read_text())
     latents = np.load(tmp_path / "work" / "latents.npy")
-    assert latents.shape == (4, 3, 16, 4, 6)
+    assert latents.shape == (len(captions()), 3, 16, 4, 6)
     assert (
         made["scaling_factor"] == checkpoint.config("vae")["scaling_factor"] == pytest.approx(1 / latents.std(), 1e-3)
     )
-    assert command(monkeypatch, tmp_path, "clips=5") == 2, "other settings in the same work_dir"
+    assert command(monkeypatch, tmp_path, "clips_per_caption=2") == 2, "other settings in the same work_dir"
     assert "holds a run with other settings; expected another folder" in capsys.readouterr().err
 
 
@@ -54,7 +55,7 @@ def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path):
             loss = (model(x) - float(rng.random())).square().mean()
             return loss, {"loss": loss.item()}
 
-        history = optimize("test", {"model": model}, loop, loss_of, 3, path, save_every=2)
+        history, _ = optimize("test", {"model": model}, loop, loss_of, 3, path, save_every=2)
         return [parameter.detach() for parameter in model.parameters()], history
 
     expected, history = run(tmp_path / "whole.pt")
