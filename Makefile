@@ -10,7 +10,7 @@ help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
-	$(BIN)/python -m tuning.sweep results_dir=demo/results
+	$(BIN)/python -m tuning.sweep search.max_trials=5 results_dir=demo/results
 	$(BIN)/python -m tuning.choose
 	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)" output_dir=demo/videos results_path=demo/results/generate.jsonl
 	@echo; echo "Look at:"; ls demo/results/sweeps/*/heatmap.png demo/videos/*/*.mp4
