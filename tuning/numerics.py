@@ -25,7 +25,7 @@ _BOUNDS = (50.0, 120.0)
 _INT8_BOUNDS = (16.0, 50.0, 120.0)
 
 #: Limits of ||actual - expected|| / ||expected|| over all rows, and of the worst row. bfloat16 rounds q * scale,
-#: k - mean(k), the probabilities and the output, each by up to 2^-9 of itself; with logits of deviation 2.5 (first
+#: k - mean(k), the probabilities and the output, each by up to 2^-8 of itself; with logits of deviation 2.5 (first
 #: head) to 6 (second) that comes to 0.007 over all and 0.04 in the worst of some thousand rows. A row that is wrong is
 #: off by about 1. float32 has the same limits: the Pallas kernels multiply in bfloat16 whatever the input.
 TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}

@@ -14,8 +14,8 @@ ONLINE = Variant(softmax="online", block_q_compute=128, lookahead=2)
 FIXED = Variant(softmax="fixed_bound", block_q_compute=128, lookahead=2)
 SOFTMAXES = pytest.mark.parametrize("variant", [ONLINE, FIXED], ids=["online", "fixed_bound"])
 
-#: The same sums in bfloat16 operands: probabilities and outputs are each rounded by up to 2^-9 of themselves, and a row
-#: averages over v of deviation 1, so that errors relative to max|v| stay under 2^-8; 2^-7 leaves room for the tail.
+#: The same sums in bfloat16 operands: probabilities and outputs are each rounded by up to 2^-8 of themselves (half a
+#: unit in the last of 8 significant bits), and a row averages over v: errors stay under 2^-7 of max|v|.
 BF16_TOLERANCE = 2**-7
 
 

@@ -21,8 +21,8 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
     lines = list(trace_sweep.write([*trials, failed], "sweep-1", tmp_path, top=2))
     found = trace.sessions(tmp_path)
     assert [session.run for _, session in found] == [
-        "predicted-tiny-v6e-128-512-128-fixed_bound-256-4",
-        "predicted-tiny-v6e-256-512-128-fixed_bound-256-4",
+        "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4",
+        "predicted-tiny-v6e-256-512-128-fixed_bound-bfloat16-256-4",
     ]
     for folder, session in found:
         assert session.label is Label.PREDICTED
@@ -47,7 +47,7 @@ def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
     )
     list(trace_sweep.write([trial], "sweep-1", tmp_path, top=1))
     ((folder, session),) = trace.sessions(tmp_path)
-    assert (session.run, session.label) == ("tiny-cpu-128-256-128-fixed_bound-256-4", Label.MEASURED)
+    assert (session.run, session.label) == ("tiny-cpu-128-256-128-fixed_bound-bfloat16-256-4", Label.MEASURED)
     assert session.device == jax.devices()[0].device_kind
     (path,) = folder.glob("*.xplane.pb")
     profile = xplane.read(path)
