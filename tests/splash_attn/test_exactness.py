@@ -16,9 +16,11 @@ HEADS, Q_SEQ_LEN, KV_SEQ_LEN, HEAD_DIM = 32, 24, 129, 64  # a tail of one key
 BLOCK_SIZES = BlockSizes(128, 128, 128)
 CASES_PER_SOFTMAX = 1024
 
-#: bfloat16 has 8 significant bits: it rounds the probabilities and the output each by up to 2^-8 of itself (half a unit
-#: in the last place), which is at most 2^-7 of max|v| in all. The plain formula in bfloat16 comes as near to that.
-TOLERANCE = 2**-7
+#: Of max|v|. bfloat16 has 8 significant bits: it rounds the probabilities and the output each by up to 2^-8 of itself,
+#: and most of that averages out over the keys. Where it does not, a head may be off by what the formula written out in
+#: bfloat16 is off by.
+TOLERANCE = 2**-8 * 1.1
+PLAIN_FACTOR = 1.1
 
 
 @functools.cache
@@ -72,6 +74,28 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.einsum("hqk,hkd->hqd", p / p.sum(axis=-1, keepdims=True), v)
 
 
+def plain_error(q: np.ndarray, k: np.ndarray, v: np.ndarray, k_smooth: bool) -> np.ndarray:
+    """The larger error of two ways to write it in bfloat16: less the maximum, and less what the kernel shifts by.
+
+    [heads, seq, head_dim] three times -> [heads]. Sums in float64, probabilities and output rounded.
+    """
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+    s = np.einsum("hqd,hkd->hqk", q, k)
+    maximum = s.max(axis=-1, keepdims=True)
+    shift = rounded(np.einsum("hqd,hd->hq", q, k.mean(axis=1)))[..., None] if k_smooth else 0.0
+    # Out of float32's range the kernel does not shift.
+    shift = np.where(np.abs(s - shift).max(axis=(1, 2), keepdims=True) < 120, shift, maximum)
+    errors = []
+    for subtracted in (maximum, shift):
+        p = np.exp2(s - subtracted)
+        out = rounded(np.einsum("hqk,hkd->hqd", rounded(p), v) / p.sum(axis=-1, keepdims=True))
+        errors.append(np.abs(out - exact(q, k, v)).max(axis=(1, 2)))
+    return np.maximum(*errors) / np.abs(v).max(axis=(1, 2))
+
+
 @pytest.mark.parametrize("k_smooth", [True, False], ids=["k_smooth", "plain_k"])
 @pytest.mark.parametrize("softmax", ["online", "fixed_bound"])
 @settings(
@@ -88,20 +112,17 @@ def test_random_heads(softmax: str, k_smooth: bool, case: list[tuple[np.ndarray,
     error = np.abs(actual - exact(q64, k64, v64)).max(axis=(1, 2)) / np.abs(v64).max(axis=(1, 2))
     # float32 holds a logit of size x to x 2^-24 times a few, whichever way it is summed.
     logits = np.abs(np.einsum("hqd,hkd->hqk", np.abs(q64), np.abs(k64))).max(axis=(1, 2))
-    assert (error <= TOLERANCE + logits * 2**-21).all()
+    limit = np.maximum(TOLERANCE, PLAIN_FACTOR * plain_error(q64, k64, v64, k_smooth))
+    assert (error <= limit + logits * 2**-21).all()
 
 
-def test_the_error_is_the_plain_formulas() -> None:
-    """Where nothing is subtracted no probability is exactly 1, and the largest is rounded too, as it is by hand."""
+def test_a_head_that_is_as_far_off_as_the_formula_in_bfloat16() -> None:
+    """No maximum is subtracted, so that no probability is exactly 1: the largest, nearly the sum, is rounded too."""
     rng = np.random.default_rng(0)
     shapes = [(Q_SEQ_LEN, HEAD_DIM), (KV_SEQ_LEN, HEAD_DIM), (KV_SEQ_LEN, HEAD_DIM)]
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
-    q = q / 2
-    actual = np.asarray(compiled("fixed_bound", False)(*(jnp.tile(x, (1, HEADS, 1, 1)) for x in (q, k, v)))[0, 0])
-    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
-    p = np.exp2(q64 @ k64.T)
-    rounded = np.asarray(jnp.asarray(p, jnp.bfloat16), np.float64)
-    plain = jnp.asarray(rounded @ v64 / p.sum(axis=1, keepdims=True), jnp.bfloat16)
-    expected = exact(q64[None], k64[None], v64[None])[0]
-    ours, theirs = (np.abs(np.asarray(x, np.float64) - expected).max() for x in (actual, plain))
-    assert theirs / np.abs(v64).max() > 2**-9 and ours < 1.1 * theirs
+    heads = [jnp.tile(x, (1, HEADS, 1, 1)) for x in (q / 2, k, v)]
+    actual = np.asarray(compiled("fixed_bound", False)(*heads)[0], np.float64)
+    q64, k64, v64 = (np.asarray(x[0], np.float64) for x in heads)
+    error = np.abs(actual - exact(q64, k64, v64)).max() / np.abs(v64).max()
+    assert TOLERANCE < error <= 1.01 * plain_error(q64, k64, v64, False).max()
