@@ -105,7 +105,8 @@ def _command(config: DictConfig) -> int:
     context = context_of(workload, target, _BACKEND, captured)
     results_dir = Path(config.results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
-    known = {(trial.kernel, trial.key): trial for trial in records.read(path)} if config.reuse else {}
+    on_record = records.conclusive(records.read(path), config.timeout_s) if config.reuse else []
+    known = {(trial.kernel, trial.key): trial for trial in on_record}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),

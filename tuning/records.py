@@ -210,6 +210,11 @@ def read(path: Path) -> list[Trial]:
     return trials
 
 
+def conclusive(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
+    """Those that need not be made again: all but the ones that ran out of less time than `timeout_s`."""
+    return [t for t in trials if t.status is not Status.TIMEOUT or (t.wall_time_s or 0.0) >= timeout_s]
+
+
 def read_all(results_dir: Path) -> list[Trial]:
     """Every trial under a results folder."""
     return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]

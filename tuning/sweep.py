@@ -117,7 +117,7 @@ def sweep(
             cache=cache,
         )
         path = directory / records.TRIALS_FILE
-        known = {trial.key: trial for trial in records.read(path)}
+        known = {trial.key: trial for trial in records.conclusive(records.read(path), settings.timeout_s)}
         fingerprint = environment.stable_hash(settings.space.fingerprint)
         search = Search(
             storage_path=directory / "state" / "study.sqlite3",
@@ -302,6 +302,14 @@ def _locked(state_dir: Path) -> Iterator[None]:
             shutil.rmtree(state_dir / "work", ignore_errors=True)
 
 
+def _draw(result: SweepResult) -> tuple[Path, bool]:
+    """The heat map of all that is on record here, exact or int8 as the winner is, and whether there is one."""
+    dtype = (result.winner.variant if result.winner else {}).get("qk_dtype", "bfloat16")
+    picture = result.directory / ("heatmap.png" if dtype == "bfloat16" else f"heatmap-{dtype}.png")
+    on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
+    return picture, heatmap.save([t for t in on_record if t.variant.get("qk_dtype", "bfloat16") == dtype], picture)
+
+
 def _command(config: DictConfig) -> int:
     settings = cli.from_config(lambda: settings_from(config))
     if config.profile:
@@ -312,8 +320,7 @@ def _command(config: DictConfig) -> int:
     for line in summary.note_lines(result.trials):
         print(line)
     print(summary.effort_line(result.effort()))
-    picture = result.directory / "heatmap.png"
-    drawn = heatmap.save(result.trials, picture)
+    picture, drawn = _draw(result)
     promotion: Promotion | None = None
     if result.winner is not None:
         print(summary.winner_line(result.winner))

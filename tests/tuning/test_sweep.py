@@ -103,6 +103,15 @@ def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_p
     assert {trial.key: trial.status for trial in first.trials} == {trial.key: trial.status for trial in second.trials}
 
 
+def test_what_ran_out_of_time_is_tried_again_with_more(make_settings: MakeSettings, tmp_path: Path) -> None:
+    space = Space("slow", {"block_q": (384,), "block_kv": (256,), "block_kv_compute": (256,)})
+    settings = make_settings(space=space, timeout_s=2.0)
+    assert sweep(settings, job="fake_jobs:by_block_q", report=_quiet).trials[0].status is Status.TIMEOUT
+    assert sweep(settings, job="fake_jobs:by_block_q", report=_quiet).evaluated_count == 0
+    again = sweep(dataclasses.replace(settings, timeout_s=60.0), job="fake_jobs:bowl", report=_quiet)
+    assert again.evaluated_count == 1 and again.winner is not None
+
+
 def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
     search = SearchSettings(sampler="grid", max_trials=2, seed=0)
     settings = make_settings(device="local", backend="measure", workers=1, cache=True, search=search)

@@ -146,15 +146,23 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) ->
 
 
 def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[list[Sweep], list[TrialFile]]:
-    """The newest sweep of each workload, device and backend, and the files that it supersedes."""
+    """The newest sweep of each workload, device and backend, and the files that it supersedes.
+
+    Exact candidates and int8 are two sweeps, though they share a file.
+    """
     current, others = newest_of(files)
-    return [_sweep(file, results_dir, top) for file in current], others
+    found = []
+    for file in current:
+        trials = newest_trials(file.trials)
+        for exact in (True, False):
+            if chosen := [trial for trial in trials if is_exact(trial.variant) == exact]:
+                found.append(_sweep(file, chosen, results_dir, top))
+    return found, others
 
 
-def _sweep(file: TrialFile, results_dir: Path, top: int) -> Sweep:
-    trials = newest_trials(file.trials)
+def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int) -> Sweep:
     timed = sorted((t for t in trials if t.time_ms is not None), key=lambda t: (t.time_ms or 0.0, t.key))
-    first = timed[0] if timed else file.newest
+    first = timed[0] if timed else trials[-1]
     shown = timed[:top]
     longest = max((t.time_ms or 0.0 for t in shown), default=1.0)
     bound_ms = bound_of(first.shape, first.dtype, first.device_kind)
@@ -163,12 +171,14 @@ def _sweep(file: TrialFile, results_dir: Path, top: int) -> Sweep:
         for n, t in enumerate(shown, start=1)
     )
     columns, rows = _heat_map(trials)
-    picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / "heatmap.png"
+    exact = is_exact(first.variant)
+    picture_name = "heatmap.png" if exact else "heatmap-int8.png"
+    picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / picture_name
     counts = collections.Counter(trial.status.value.replace("_", " ") for trial in trials)
     errors = collections.Counter(f"{t.status.value.replace('_', ' ')}: {t.error}" for t in trials if t.error)
     backend = "" if first.label else f", backend {first.backend}"
     return Sweep(
-        title=f"{first.workload} on {device_title(first.device_kind)}{backend}",
+        title=f"{first.workload} on {device_title(first.device_kind)}{backend}{'' if exact else ', int8'}",
         path=file.path,
         first=first,
         label=first.label,
