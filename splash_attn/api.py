@@ -234,9 +234,9 @@ def _attention_pallas(
     k32 = ks.astype(jnp.float32)
     centre = k32.mean(axis=1, keepdims=True) if k_smooth else jnp.zeros((heads, 1, head_dim), jnp.float32)
     exact = gates.fixed_bound_exact(
-        gates.max_length(qs, axis=1),
-        gates.max_length(k32 - centre),
-        gates.max_length(centre),
+        gates.max_length(qs),
+        gates.max_length((k32 - centre).swapaxes(1, 2)),  # head_dim last, XLA may write k32 - centre out, slowly
+        gates.max_length(centre.swapaxes(1, 2)),
         log2_max_v,
         centred=k_smooth,
         **common,

@@ -42,9 +42,9 @@ def fixed_bound_limit(kv_seq_len: int, log2_max_v: jax.Array | float, *, centred
     return jnp.minimum(overflow, 102 - math.log2(kv_seq_len) + jnp.minimum(log2_max_v, 0))
 
 
-def max_length(x: Float[Array, "heads seq head_dim"], axis: int = -1) -> Float[Array, " heads"]:
-    """The length of the longest vector of each head, in float32. axis: of head_dim."""
-    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(axis).max(-1))
+def max_length(x: Float[Array, "heads head_dim seq"]) -> Float[Array, " heads"]:
+    """The length of the longest vector of each head, in float32."""
+    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(axis=1).max(axis=1))
 
 
 def log2_max(x: Float[Array, "heads a b"]) -> Float[Array, " heads"]:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from splash_attn import gates
+
 LEVELS = 127
 
 
@@ -38,13 +40,13 @@ def quantize_qk(
     balance = jnp.sqrt(_positive(k_largest) / _positive(q_largest))
     q32, k32 = q32 * balance[:, :, None], k32 / balance[:, None]
     q_step = _positive(jnp.abs(q32).max(axis=1)) / LEVELS  # [heads, q_seq]
-    k_step = _positive(jnp.abs(k32).max(axis=(1, 2))) / LEVELS  # [heads]
+    k_step = _positive((k_largest / balance).max(axis=1)) / LEVELS  # [heads]
     return QuantizedQK(
         q=jnp.round(q32 / q_step[:, None]).astype(jnp.int8),
         k=jnp.round(k32 / k_step[:, None, None]).astype(jnp.int8),
         scale=exponent_scale * q_step * k_step[:, None],
-        q_length=jnp.sqrt(jnp.square(q32).sum(axis=1).max(axis=1)),
-        k_length=jnp.sqrt(jnp.square(k32).sum(axis=2).max(axis=1)),
+        q_length=gates.max_length(q32),
+        k_length=gates.max_length(k32.swapaxes(1, 2)),
         q_step=q_step.max(axis=1),
         k_step=k_step,
     )

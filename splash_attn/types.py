@@ -10,6 +10,10 @@ Softmax = Literal["online", "fixed_bound"]
 QkDtype = Literal["bfloat16", "int8"]
 
 
+#: Marks a field that only the TPU compiler sees: it changes no number.
+_COMPILE_ONLY = {"compile_only": True}
+
+
 def _require_positive_int(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: expected a positive integer.")
@@ -100,8 +104,8 @@ class Variant:
     block_q_compute: int = 256
     lookahead: int = 4
     unroll_q: int | None = None
-    lp_scheduler: bool = False
-    vmem_limit_bytes: int | None = None
+    lp_scheduler: bool = dataclasses.field(default=False, metadata=_COMPILE_ONLY)
+    vmem_limit_bytes: int | None = dataclasses.field(default=None, metadata=_COMPILE_ONLY)
 
     def __post_init__(self) -> None:
         if self.softmax not in get_args(Softmax):
