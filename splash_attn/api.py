@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from splash_attn import gates, tuned
-from splash_attn.kernel import extend_keys, short_unroll_q, splash_attention_kernel
+from splash_attn.kernel import short_unroll_q, splash_attention_kernel
 from splash_attn.quantize import quantize_qk
 from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
 
@@ -218,7 +218,7 @@ def _attention_pallas(
     vs = v.astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
     heads = batch_size * num_heads
     call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
-    in_bfloat16 = functools.partial(call, qs, extend_keys(ks), vs, exponent_scale=exponent_scale)
+    in_bfloat16 = functools.partial(call, qs, ks, vs, exponent_scale=exponent_scale)
 
     def restore(out: jax.Array) -> jax.Array:
         return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)

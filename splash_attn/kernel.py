@@ -14,8 +14,8 @@ Three ways to the same softmax; `splash_attn.gates` says, with proof, which head
 * "online" keeps a running maximum and rescales, as FlashAttention does (Dao et al., arXiv:2205.14135). The vector unit
   is its bottleneck, so the row sums come from the MXU, as rows of ones under V^T.
 * "fixed_bound" subtracts one number a query, known beforehand, which removes the maximum and every rescale. The number
-  rides along in the contraction: q gets a row that holds it, k a column of ones, and the MXU, whose contraction is 256
-  deep, adds it for nothing.
+  rides along in the contraction: in registers, q gets a row that holds it and k a column of ones, and the MXU, whose
+  contraction is 256 deep, adds it for nothing.
 * "fixed_bound" with int8 q and k: the MXU makes scores twice as fast, and what limits then is the exponentials, taken
   in bfloat16, two at a time. Not exact: an option for who wants it, within a budget.
 
@@ -50,6 +50,16 @@ def short_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> 
     return min(variant.block_q_compute * max(1, _SHORT_UNROLL_TILES // tiles_per_query_block), block_sizes.block_q)
 
 
+def _shifted(variant: Variant) -> bool:
+    """Whether a number is subtracted in the contraction."""
+    return variant.softmax == "fixed_bound" and variant.qk_dtype == "bfloat16"
+
+
+def _shift_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
+    """The rows below q; one idle tile where nothing is shifted."""
+    return SHIFT_ROWS, block_sizes.block_q if _shifted(variant) else LANES
+
+
 def _score_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int, int]:
     """Tiles in flight, of which "online" keeps the scores in VMEM; one idle tile otherwise."""
     if variant.softmax != "online":
@@ -63,20 +73,13 @@ def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant:
     What the compiler spills comes on top.
     """
     sublanes_dim = -(-shape.head_dim // SUBLANES) * SUBLANES
-    contraction_dim = -(-shape.head_dim // SHIFT_ROWS) * SHIFT_ROWS + SHIFT_ROWS
-    lanes_dim = -(-contraction_dim // LANES) * LANES
+    lanes_dim = -(-shape.head_dim // LANES) * LANES
     q_and_out = 2 * 2 * sublanes_dim * block_sizes.block_q * itemsize
     k_and_v = 2 * (lanes_dim + sublanes_dim) * block_sizes.block_kv * itemsize
-    scratch = (contraction_dim * itemsize + (sublanes_dim + 4 * SUBLANES) * 4) * block_sizes.block_q
+    scratch = (sublanes_dim + 4 * SUBLANES) * 4 * block_sizes.block_q
+    scratch += itemsize * math.prod(_shift_scratch_shape(block_sizes, variant))
     scratch += 4 * math.prod(_score_scratch_shape(block_sizes, variant))
     return q_and_out + k_and_v + scratch
-
-
-def extend_keys(k: Float[Array, "heads kv_seq head_dim"]) -> Float[Array, "heads kv_seq contraction_dim"]:
-    """Appends the columns that meet the shift's rows in the contraction: zeros up to a multiple of 16, then ones."""
-    heads, kv_seq_len, head_dim = k.shape
-    zeros = jnp.zeros((heads, kv_seq_len, -head_dim % SHIFT_ROWS), k.dtype)
-    return jnp.concatenate([k, zeros, jnp.ones((heads, kv_seq_len, SHIFT_ROWS), k.dtype)], axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _by_sublane_group(x: jax.Array) -> jax.Array:
 def _kernel_body(
     head_ids_ref,  # [heads] in SMEM: which head each grid row works on
     q_ref,  # [head_dim, block_q]
-    k_ref,  # [block_kv, contraction_dim], see `extend_keys`; int8: [block_kv, head_dim]
+    k_ref,  # [block_kv, head_dim]
     v_ref,  # [head_dim, block_kv]
     per_query_ref,  # [1, block_q]: see `splash_attention_kernel`
     *refs,  # the output of an earlier call that this one continues, if there is one; the output; the scratch
@@ -135,13 +138,14 @@ def _kernel_body(
     del head_ids_ref  # the index maps have used it
     # row_scratch_ref, [8, block_q], holds what the softmax needs for each query: the running maximum ("online"), the
     # sum by sublane ("fixed_bound"), or the scale of the scores (int8).
-    o_ref, q_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref = refs[-5:]
+    o_ref, shift_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref = refs[-5:]
     bq, bkv, bkv_compute = block_sizes.block_q, block_sizes.block_kv, block_sizes.block_kv_compute
     head_dim = q_ref.shape[0]
     kv_block = pl.program_id(2)
     last_kv_block = pl.cdiv(kv_seq_len, bkv) - 1
     online = variant.softmax == "online"
     int8 = variant.qk_dtype == "int8"
+    shifted = _shifted(variant)
     sums_on_mxu = online or int8  # as rows of ones under V^T; "fixed_bound" has vector slots left, and no MXU cycle
 
     @pl.when(kv_block == 0)
@@ -149,15 +153,12 @@ def _kernel_body(
         acc_scratch_ref[...] = jnp.zeros_like(acc_scratch_ref)
         if int8:
             row_scratch_ref[...] = jnp.broadcast_to(per_query_ref[...], row_scratch_ref.shape)
-            return
-        q_scratch_ref[...] = jnp.zeros_like(q_scratch_ref)
-        q_scratch_ref[:head_dim, :] = q_ref[...]
-        if online:
+        elif online:
             row_scratch_ref[...] = jnp.full_like(row_scratch_ref, -jnp.inf)
         else:
             row_scratch_ref[...] = jnp.zeros_like(row_scratch_ref)
             first_row = lax.broadcasted_iota(jnp.int32, (SHIFT_ROWS, bq), 0) == 0
-            q_scratch_ref[-SHIFT_ROWS:, :] = jnp.where(first_row, -per_query_ref[...], 0).astype(q_scratch_ref.dtype)
+            shift_scratch_ref[...] = jnp.where(first_row, -per_query_ref[...], 0).astype(shift_scratch_ref.dtype)
 
     def score_slot(tile: _Tile):
         keys, queries = tile.shape
@@ -165,9 +166,13 @@ def _kernel_body(
 
     def scores(tile: _Tile) -> jax.Array:
         """Base-2 exponents, K Q^T of one tile, [keys, queries]; keys past the end of the sequence are masked."""
+        k, q = k_ref[tile.keys, :], q_ref[:, tile.queries]
+        if shifted:
+            k = jnp.concatenate([k, jnp.ones((k.shape[0], SHIFT_ROWS), k.dtype)], axis=1)
+            q = jnp.concatenate([q, shift_scratch_ref[:, tile.queries]], axis=0)
         s = lax.dot_general(
-            k_ref[tile.keys, :],
-            (q_ref if int8 else q_scratch_ref)[:, tile.queries],
+            k,
+            q,
             (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.int32 if int8 else jnp.float32,
         )
@@ -254,7 +259,7 @@ def _kernel_body(
 
 def splash_attention_kernel(
     q: Float[Array, "heads head_dim q_seq"] | Int[Array, "heads head_dim q_seq"],
-    k: Float[Array, "heads kv_seq contraction_dim"] | Int[Array, "heads kv_seq head_dim"],
+    k: Float[Array, "heads kv_seq head_dim"] | Int[Array, "heads kv_seq head_dim"],
     v: Float[Array, "heads head_dim kv_seq"],
     *,
     block_sizes: BlockSizes,
@@ -270,7 +275,7 @@ def splash_attention_kernel(
 
     Args:
       q: queries, transposed: head_dim on sublanes and the sequence on lanes, as the score tiles need them.
-      k: keys as `extend_keys` makes them; v: values, transposed. Lengths need not divide by the block sizes.
+      k: keys; v: values, transposed. Lengths need not divide by the block sizes.
       exponent_scale: q . k times this is a base-2 exponent: the attention's scale * log2(e).
       per_query: float32. "fixed_bound": what is subtracted from q . k, rounded to bfloat16 here; none of it where left
         out. With int8 q and k: what q . k is multiplied with, instead of exponent_scale. "online": not used.
@@ -298,7 +303,7 @@ def splash_attention_kernel(
     bq, bkv = block_sizes.block_q, block_sizes.block_kv
     in_specs = [
         pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids: (ids[h], 0, i)),
-        pl.BlockSpec((None, bkv, k.shape[2]), lambda i, h, j, ids: (ids[h], j, 0)),
+        pl.BlockSpec((None, bkv, head_dim), lambda i, h, j, ids: (ids[h], j, 0)),
         pl.BlockSpec((None, head_dim, bkv), lambda i, h, j, ids: (ids[h], 0, j)),
         pl.BlockSpec((None, 1, bq), lambda i, h, j, ids: (ids[h], 0, i)),
     ]
@@ -329,7 +334,7 @@ def splash_attention_kernel(
             in_specs=in_specs,
             out_specs=pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids: (ids[h], 0, i)),
             scratch_shapes=[
-                pltpu.VMEM((SHIFT_ROWS, LANES) if int8 else (k.shape[2], bq), v.dtype),
+                pltpu.VMEM(_shift_scratch_shape(block_sizes, variant), v.dtype),
                 pltpu.VMEM((SUBLANES, bq), jnp.float32),
                 pltpu.VMEM((head_dim + (SUBLANES if online or int8 else 0), bq), jnp.float32),
                 pltpu.VMEM(_score_scratch_shape(block_sizes, variant), jnp.float32),
