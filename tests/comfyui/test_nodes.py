@@ -156,6 +156,7 @@ def test_previews_are_as_comfyui_is_set(nodes: dict[str, Any], comfy: Any, monke
         ({"width": 24}, "width=24: expected a multiple of 16; the nearest is 16 or 32"),
         ({"num_devices": 512}, "num_devices=512: JAX sees"),
         ({"kernel": "fixed_bound"}, "kernel=fixed_bound: needs a TPU"),
+        ({"kernel": "int8"}, "kernel=int8: needs a TPU"),
         ({"scheduler": "euler"}, "scheduler='euler': expected one of checkpoint, ddim, dpm"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ],

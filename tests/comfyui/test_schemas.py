@@ -13,7 +13,7 @@ import pytest
 from pipeline import request
 from pipeline.parallel import PlanChoice, WeightsAtRest
 from splash_attn.device import DEVICES
-from splash_attn.types import Softmax
+from splash_attn.types import QkDtype, Softmax
 
 # The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.
 PUBLISHED = {
@@ -82,9 +82,10 @@ def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]
     assert set(settings.DTYPES) - {"auto"} == set(get_args(request.Dtype))
     assert {plan for plan, _ in settings.PARALLEL_PLANS.values()} == set(get_args(PlanChoice))
     assert {weights for _, weights in settings.PARALLEL_PLANS.values()} == set(get_args(WeightsAtRest))
-    implementations, softmaxes = zip(*settings.KERNELS.values(), strict=True)
+    implementations, softmaxes, qk_dtypes = zip(*settings.KERNELS.values(), strict=True)
     assert set(implementations) == {None, *get_args(request.Implementation)}
     assert set(softmaxes) == {None, *get_args(Softmax)}
+    assert set(qk_dtypes) == {None, "int8"} and "int8" in get_args(QkDtype)
     assert set(info.DEVICE_KINDS) == {spec.device_kind for spec in DEVICES.values()}
 
 

@@ -75,6 +75,7 @@ def test_kernels_and_plans(part: Any) -> None:
     settings = part("settings")
     assert settings.attention_options("auto") == AttentionOptions()
     assert settings.attention_options("online") == AttentionOptions("pallas_tpu", variant=Variant(softmax="online"))
+    assert settings.attention_options("int8") == AttentionOptions("pallas_tpu", qk_dtype="int8")
     assert settings.attention_options("xla") == AttentionOptions("xla")
     assert settings.parallel_options("auto", 0) == ParallelOptions()
     sharded = settings.parallel_options("ulysses, weights sharded", 4)

@@ -58,7 +58,8 @@ def report(
     ]
     if attention.implementation == "xla":
         return "\n".join([*lines, "kernel=xla: plain XLA, for which nothing is tuned and no time is known"])
-    choice = tuned.choose(device, shape, dtype, variant=attention.variant)
+    qk_dtype = attention.qk_dtype or "bfloat16"
+    choice = tuned.choose(device, shape, dtype, variant=attention.variant, qk_dtype=qk_dtype)
     lines += [f"blocks {choice.block_sizes}, variant {choice.variant}", choice.reason]
     lines += _attention_times(choice, shape, transformer["num_layers"], request.num_inference_steps)
     if predict:

@@ -73,7 +73,7 @@ def _kernel() -> Any:
         default=AUTO,
         optional=True,
         tooltip="Attention. auto: the tuned kernel on a TPU, plain XLA elsewhere. fixed_bound, online: that softmax of "
-        "the kernel. interpret: the kernel, slowly, on any machine. xla: no kernel.",
+        "the kernel. int8: faster, not exact. interpret: the kernel, slowly, on any machine. xla: no kernel.",
     )
 
 

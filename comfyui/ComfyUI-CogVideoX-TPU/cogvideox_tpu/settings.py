@@ -22,13 +22,14 @@ PARALLEL_PLANS = {
     "megatron": ("megatron", "replicated"),
     "seed_tp": ("seed_tp", "replicated"),
 }
-#: Name in the widget -> (implementation, softmax) of `pipeline.request.AttentionOptions`.
-KERNELS: dict[str, tuple[str | None, str | None]] = {
-    AUTO: (None, None),
-    "fixed_bound": ("pallas_tpu", "fixed_bound"),
-    "online": ("pallas_tpu", "online"),
-    "interpret": ("pallas_interpret", None),
-    "xla": ("xla", None),
+#: Name in the widget -> (implementation, softmax, qk_dtype) of `pipeline.request.AttentionOptions`.
+KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
+    AUTO: (None, None, None),
+    "fixed_bound": ("pallas_tpu", "fixed_bound", None),
+    "online": ("pallas_tpu", "online", None),
+    "int8": ("pallas_tpu", None, "int8"),
+    "interpret": ("pallas_interpret", None, None),
+    "xla": ("xla", None, None),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PACKAGES = ("pipeline.request", "splash_attn.types")
@@ -96,10 +97,11 @@ def attention_options(kernel: str) -> Any:
     from pipeline.request import AttentionOptions
     from splash_attn.types import Variant
 
-    implementation, softmax = KERNELS[kernel]
+    implementation, softmax, qk_dtype = KERNELS[kernel]
     return AttentionOptions(
         implementation=implementation,  # type: ignore[arg-type] # one of its Literals, see KERNELS
         variant=Variant(softmax=softmax) if softmax else None,  # type: ignore[arg-type]
+        qk_dtype=qk_dtype,  # type: ignore[arg-type]
     )
 
 
@@ -119,8 +121,9 @@ def check_devices(attention: Any, parallel: Any) -> None:
 
     platform, available = jax.default_backend(), jax.device_count()
     if attention.implementation == "pallas_tpu" and platform != "tpu":
+        kernel = attention.qk_dtype or attention.variant.softmax
         raise RequestError(
-            f"kernel={attention.variant.softmax}: needs a TPU, and JAX runs on {platform!r} here; "
+            f"kernel={kernel}: needs a TPU, and JAX runs on {platform!r} here; "
             "take kernel=auto, or interpret to try it slowly"
         )
     if parallel.num_devices is not None and parallel.num_devices > available:
