@@ -130,6 +130,14 @@ def notes_of(columns: Sequence[Column]) -> list[str]:
             f"one session of {', '.join(single)}: what changes between sessions (load, clocks, memory) is not in the "
             "noise; run the same command again, twice or more, alternating the runs"
         )
+    counts = [
+        sum(len(session.get(scope, ())) for session in column.sessions)
+        for column in columns
+        if column.label is Label.MEASURED
+        for scope in column.scopes
+    ]
+    if any(count < MIN_STEPS for count in counts):
+        notes.append(f'"?": fewer than {MIN_STEPS} steps of it, too few to tell a difference from noise')
     if Label.PREDICTED in labels:
         notes.append("a prediction is a model's exact figure: it has no noise, but the model's error")
     return notes

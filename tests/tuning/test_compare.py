@@ -123,6 +123,7 @@ def test_few_steps_say_nothing():
     short = Column("a", Label.MEASURED, "cpu", None, ({"x": [1.0]},))
     other = Column("b", Label.MEASURED, "cpu", None, ({"x": [9.0, 9.0]},))
     assert rows_of([short, other])[0].verdicts == ("?",)
+    assert any("too few to tell" in note for note in notes_of([short, other]))
     enough = (
         Column(name, Label.MEASURED, "cpu", None, ({"x": [time] * MIN_STEPS},))
         for name, time in (("a", 1.0), ("b", 9.0))
