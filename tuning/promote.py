@@ -54,7 +54,8 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
     """Puts the trial in the place of the entry with the same shape, dtype, variant and label, if it is better.
 
     Only a TPU's entries are kept: the kernel is not what other devices run. Better is a smaller time. A time that
-    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced.
+    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced, and those of other
+    variants go with it.
     """
     new = entry_of(trial)
     path = tuned.path_for(trial.device_kind, directory)
@@ -74,7 +75,7 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
         else:
             reason = f"not better than the {old.provenance.time_ms:.3f} ms of the entry there ({old.block_sizes})"
             return Promotion(False, reason, path)
-        entries = [entry for entry in entries if entry is not old] + [new]
+        entries = [entry for entry in entries if entry is not old and not _outdated_by(new, entry)] + [new]
         entries.sort(key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
         content = {
             "schema_version": tuned.SCHEMA_VERSION,
@@ -89,6 +90,15 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
 
 def _key(entry: tuned.TunedEntry) -> tuple[object, ...]:
     return entry.shape, entry.dtype, entry.variant, entry.provenance.label
+
+
+def _outdated_by(new: tuned.TunedEntry, entry: tuned.TunedEntry) -> bool:
+    """Whether an entry competes with `new`, with a time that cannot be compared."""
+
+    def rivals(of: tuned.TunedEntry) -> tuple[object, ...]:
+        return of.shape, of.dtype, of.variant.qk_dtype, of.provenance.label
+
+    return rivals(entry) == rivals(new) and _source(entry) != _source(new)
 
 
 def _source(entry: tuned.TunedEntry) -> tuple[str, dict[str, str]]:

@@ -35,14 +35,17 @@ def test_only_a_better_time_replaces_an_entry(make_trial: MakeTrial, tmp_path: P
     assert entry.block_sizes == BlockSizes(128, 256, 128)
 
 
+@pytest.mark.parametrize("lookahead", [4, 1])
 @pytest.mark.parametrize("change", [{"kernel_hash": "k2"}, {"backend_hash": "b2"}, {"versions": {"jax": "0.11"}}])
 def test_times_of_another_kernel_or_compiler_are_not_compared(
-    make_trial: MakeTrial, tmp_path: Path, change: dict
+    make_trial: MakeTrial, tmp_path: Path, change: dict, lookahead: int
 ) -> None:
     promote(make_trial(time_samples_ms=(10.0,)), tmp_path)
     environment = dataclasses.replace(make_trial().environment, **change)
-    assert promote(make_trial(time_samples_ms=(11.0,), environment=environment), tmp_path).written
-    assert len(tuned.load("TPU v6 lite", tmp_path)) == 1
+    variant = Variant(lookahead=lookahead).to_dict()
+    assert promote(make_trial(time_samples_ms=(11.0,), environment=environment, variant=variant), tmp_path).written
+    (entry,) = tuned.load("TPU v6 lite", tmp_path)
+    assert entry.variant == Variant(lookahead=lookahead)
 
 
 def test_other_shapes_variants_and_labels_stand_beside(make_trial: MakeTrial, tmp_path: Path) -> None:
