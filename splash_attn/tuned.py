@@ -133,6 +133,17 @@ def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
     )
 
 
+def fit_block_q(block_q: int, q_seq_len: int) -> int:
+    """The shortest block_q with as many blocks: what the last one has past the sequence is computed for nothing."""
+    return _round_up(-(-q_seq_len // -(-q_seq_len // block_q)), LANES)
+
+
+def fit(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
+    """`clamp`, and block_q as short as as many blocks need. The last block of keys costs only what it holds."""
+    clamped = clamp(block_sizes, shape)
+    return dataclasses.replace(clamped, block_q=fit_block_q(clamped.block_q, shape.q_seq_len))
+
+
 def choose(
     device_kind: str,
     shape: AttentionShape,
@@ -147,8 +158,8 @@ def choose(
     Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (or variant, where one is asked for)
     count, so that int8 is never chosen unless asked for. Among
     them the least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted
-    before reported; then the least time per head. Its blocks are clamped to the sequences. With no such entry the
-    choice is SEED_BLOCK_SIZES, clamped, with the asked or the default variant, and `entry` is None.
+    before reported; then the least time per head. For another shape than the entry's its blocks are fitted to it. With
+    no such entry the choice is SEED_BLOCK_SIZES, fitted, with the asked or the default variant, and `entry` is None.
 
     Args:
       device_kind: what `jax.Device.device_kind` says.
@@ -169,10 +180,10 @@ def choose(
     if not matching:
         variant = variant or Variant(qk_dtype=qk_dtype)
         return Choice(
-            block_sizes=clamp(SEED_BLOCK_SIZES, shape),
+            block_sizes=fit(SEED_BLOCK_SIZES, shape),
             variant=variant,
             entry=None,
-            reason=f"default {SEED_BLOCK_SIZES}, clamped to the sequences: "
+            reason=f"default {SEED_BLOCK_SIZES}, fitted to the sequences: "
             f"{len(entries)} tuned entries for {device_kind}, "
             f"none with head_dim {shape.head_dim}, {dtype} and {variant}.",
         )
@@ -180,10 +191,9 @@ def choose(
     provenance = entry.provenance
     origin = f"{provenance.label} {provenance.time_ms:.3f} ms at {entry.shape} ({provenance.workload})"
     if entry.shape == shape:
-        reason = f"tuned for this shape: {origin}."
-    else:
-        reason = f"nearest tuned shape by sequence lengths: {origin}."
-    return Choice(clamp(entry.block_sizes, shape), entry.variant, entry, reason)
+        return Choice(entry.block_sizes, entry.variant, entry, f"tuned for this shape: {origin}.")
+    reason = f"nearest tuned shape by sequence lengths: {origin}."
+    return Choice(fit(entry.block_sizes, shape), entry.variant, entry, reason)
 
 
 def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:

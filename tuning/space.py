@@ -6,8 +6,9 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
+from splash_attn.tuned import fit_block_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 from tuning.records import VARIANT_PREFIX, config_key
 
@@ -95,6 +96,18 @@ class Space:
             for name, values in self.choices.items()
         }
 
+    def fitted_to(self, shape: AttentionShape) -> Self:
+        """The same space with every block_q as short as as many blocks need; see `splash_attn.tuned.fit_block_q`."""
+
+        def fitted(parameters: Mapping[str, Any]) -> dict[str, Any]:
+            block_q = parameters.get("block_q")
+            return dict(parameters) | ({"block_q": fit_block_q(block_q, shape.q_seq_len)} if block_q else {})
+
+        block_q = dict.fromkeys(fit_block_q(value, shape.q_seq_len) for value in self.choices["block_q"])
+        return dataclasses.replace(
+            self, choices={**self.choices, "block_q": tuple(block_q)}, first=tuple(map(fitted, self.first))
+        )
+
     def all_parameters(self) -> list[dict[str, Any]]:
         """The whole product, valid or not."""
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
@@ -147,8 +160,8 @@ class Pruner:
         except (ValueError, NotImplementedError) as error:
             return f"not a kernel: {error}"
         # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
-        if candidate.block_sizes.block_q >= self.shape.q_seq_len + LANES:
-            return "block_q longer than the padded q sequence"
+        if candidate.block_sizes.block_q != fit_block_q(candidate.block_sizes.block_q, self.shape.q_seq_len):
+            return "block_q longer than as many blocks must be"
         if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
             return "block_kv longer than the padded kv sequence"
         block_q, unroll_q = candidate.block_sizes.block_q, candidate.variant.unroll_q

@@ -106,11 +106,12 @@ def settings_from(config: DictConfig) -> SweepSettings:
     for name, values in choices.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
+    workload = Workload.from_dict(cli.plain(config.workload))
     workers = config.workers
     if workers is None:
         workers = 1 if config.backend.name == "measure" else core_count()
     return SweepSettings(
-        workload=Workload.from_dict(cli.plain(config.workload)),
+        workload=workload,
         device=config.device.name,
         backend=config.backend.name,
         measure=cli.plain(config.backend.measure),
@@ -120,7 +121,7 @@ def settings_from(config: DictConfig) -> SweepSettings:
             choices={name: tuple(values) for name, values in choices.items()},
             first=tuple(_flat(parameters) for parameters in space["first"]),
             max_block_scores=space["max_block_scores"],
-        ),
+        ).fitted_to(workload.shape),
         workers=workers,
         timeout_s=config.timeout_s,
         vmem_pruning=config.vmem_pruning,

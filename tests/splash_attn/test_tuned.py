@@ -119,6 +119,23 @@ def test_blocks_are_clamped_to_the_sequences(q_seq_len: int, kv_seq_len: int, ex
     assert tuned.clamp(SEED_BLOCK_SIZES, shape(q_seq_len=q_seq_len, kv_seq_len=kv_seq_len)) == BlockSizes(*expected)
 
 
+@pytest.mark.parametrize(
+    ("block_q", "q_seq_len", "expected"),
+    [(13312, 15076, 7552), (13312, 39826, 13312), (2048, 45106, 2048), (4992, 45106, 4608), (3328, 1, 128)],
+)
+def test_block_q_is_fitted_to_as_many_blocks(block_q: int, q_seq_len: int, expected: int) -> None:
+    assert tuned.fit_block_q(block_q, q_seq_len) == expected
+    assert -(-q_seq_len // expected) == -(-q_seq_len // block_q) > (q_seq_len - 1) // (expected + 128)
+    blocks = tuned.fit(BlockSizes(block_q, 1536, 256), shape(q_seq_len=q_seq_len))
+    assert blocks == BlockSizes(expected, 1536, 256)
+
+
+def test_a_tuned_shape_gets_what_was_tuned(tmp_path: Path) -> None:
+    write(tmp_path, entry(shape=shape(q_seq_len=15076), block_sizes=BlockSizes(13312, 1536, 256)))
+    assert choose(tmp_path, shape(q_seq_len=15076)).block_sizes.block_q == 13312
+    assert choose(tmp_path, shape(q_seq_len=15077)).block_sizes.block_q == 7552
+
+
 def test_a_nearest_entry_is_clamped(tmp_path: Path) -> None:
     write(tmp_path, entry())
     assert choose(tmp_path, shape(q_seq_len=300, kv_seq_len=3000)).block_sizes == BlockSizes(384, 4096, 2048)

@@ -11,12 +11,23 @@ BLOCKS = {"block_q": (128, 1024, 1152), "block_kv": (256, 512, 640, 768), "block
 def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
     found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE))
     assert found.pruned == {
-        "block_q longer than the padded q sequence": 7,  # 1152 for 1021 rows, with the 7 that divide
+        "block_q longer than as many blocks must be": 7,  # 1152 for 1021 rows, with the 7 that divide
         "block_kv longer than the padded kv sequence": 6,  # 640/128, 768/128 and 768/256 for 509, two block_q each
         "block_kv_compute does not divide block_kv": 3,  # 640/256
     }
     assert len(found.valid) == 3 * 4 * 2 - found.pruned_count == 8
     assert {candidate.block_sizes.block_kv for candidate in found.valid} == {256, 512}
+
+
+def test_block_q_is_as_short_as_as_many_blocks_need() -> None:
+    first = ({"block_q": 1152, "block_kv": 512}, {"block_kv": 256})
+    space = Space("test", BLOCKS | {"block_q": (128, 640, 768, 1152)}, first=first)
+    fitted = space.fitted_to(SHAPE)  # 1021 rows: 8 blocks, 2 (twice the same) and 1
+    assert fitted.choices["block_q"] == (128, 512, 1024)
+    assert fitted.choices["block_kv"] == BLOCKS["block_kv"]
+    assert fitted.first == ({"block_q": 1024, "block_kv": 512}, {"block_kv": 256})
+    assert fitted.fitted_to(SHAPE) == fitted
+    assert not any("block_q" in reason for reason in enumerate_candidates(fitted, Pruner(SHAPE)).pruned)
 
 
 def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
