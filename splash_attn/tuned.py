@@ -5,7 +5,8 @@ Plain Python over one JSON file per device kind, `tuned/<device_kind>.json` (`TP
     {"schema_version": 1, "device_kind": "TPU v6 lite",
      "entries": [{"shape": {...}, "dtype": "bfloat16", "block_sizes": {...}, "variant": {...}, "provenance": {...}}]}
 
-An entry is keyed by shape, dtype, variant and the label of its time (predicted and measured stand side by side).
+An entry is keyed by shape, dtype, softmax, qk_dtype and the label of its time (predicted and measured stand side by
+side).
 """
 
 import dataclasses
@@ -57,7 +58,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class TunedEntry:
-    """The best known way to run one shape in one dtype with one variant."""
+    """The best known way to run one shape in one dtype with one softmax and qk_dtype."""
 
     shape: AttentionShape
     dtype: str
@@ -155,27 +156,27 @@ def choose(
 ) -> Choice:
     """Block sizes and variant for a shape on a device.
 
-    Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (or variant, where one is asked for)
-    count, so that int8 is never chosen unless asked for. Among
-    them the least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted
-    before reported; then the least time per head. For another shape than the entry's its blocks are fitted to it. With
-    no such entry the choice is SEED_BLOCK_SIZES, fitted, with the asked or the default variant, and `entry` is None.
+    Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked
+    for) count, so that int8 is never chosen unless asked for. Among them the least |log(q/q')| + |log(kv/kv')| wins;
+    then the same batch * heads; then measured before predicted before reported; then the least time per head. For
+    another shape than the entry's its blocks are fitted to it. With no such entry the choice is SEED_BLOCK_SIZES,
+    fitted, with the asked or the default variant, and `entry` is None.
 
     Args:
       device_kind: what `jax.Device.device_kind` says.
       shape: of the call.
       dtype: name of q's dtype, e.g. "bfloat16".
-      variant: only consider this one, whatever qk_dtype says.
+      variant: what to run, whatever qk_dtype says; only its block sizes are chosen.
       qk_dtype: only consider variants with it.
       directory: where the JSON files are.
     """
     entries = load(device_kind, directory)
+    qk_dtype = qk_dtype if variant is None else variant.qk_dtype
     matching = [
         entry
         for entry in entries
-        if entry.shape.head_dim == shape.head_dim
-        and entry.dtype == dtype
-        and (entry.variant.qk_dtype == qk_dtype if variant is None else entry.variant == variant)
+        if (entry.shape.head_dim, entry.dtype, entry.variant.qk_dtype) == (shape.head_dim, dtype, qk_dtype)
+        and (variant is None or entry.variant.softmax == variant.softmax)
     ]
     if not matching:
         variant = variant or Variant(qk_dtype=qk_dtype)
@@ -190,10 +191,12 @@ def choose(
     entry = min(matching, key=lambda entry: _rank(entry, shape))
     provenance = entry.provenance
     origin = f"{provenance.label} {provenance.time_ms:.3f} ms at {entry.shape} ({provenance.workload})"
+    if variant not in (None, entry.variant):
+        origin += f", there with {entry.variant}"
     if entry.shape == shape:
-        return Choice(entry.block_sizes, entry.variant, entry, f"tuned for this shape: {origin}.")
+        return Choice(entry.block_sizes, variant or entry.variant, entry, f"tuned for this shape: {origin}.")
     reason = f"nearest tuned shape by sequence lengths: {origin}."
-    return Choice(fit(entry.block_sizes, shape), entry.variant, entry, reason)
+    return Choice(fit(entry.block_sizes, shape), variant or entry.variant, entry, reason)
 
 
 def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:

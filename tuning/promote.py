@@ -51,11 +51,11 @@ class Promotion:
 
 
 def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
-    """Puts the trial in the place of the entry with the same shape, dtype, variant and label, if it is better.
+    """Puts a better trial in the place of the entry with the same shape, dtype, softmax, qk_dtype and label.
 
     Only a TPU's entries are kept: the kernel is not what other devices run. Better is a smaller time. A time that
-    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced, and those of other
-    variants go with it.
+    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced, and that of the
+    other softmax goes with it.
     """
     new = entry_of(trial)
     path = tuned.path_for(trial.device_kind, directory)
@@ -67,7 +67,7 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
         entries = list(tuned.load(trial.device_kind, directory))
         old = next((entry for entry in entries if _key(entry) == _key(new)), None)
         if old is None:
-            reason = f"first {new.provenance.label} entry for {new.shape} {new.dtype} {new.variant}"
+            reason = f"first {new.provenance.label} entry for {new.shape} {new.dtype} {new.variant.softmax}"
         elif _source(old) != _source(new):
             reason = f"replaces an entry ({old.block_sizes}) of another kernel source, compiler or cost model"
         elif new.provenance.time_ms < old.provenance.time_ms:
@@ -89,7 +89,7 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
 
 
 def _key(entry: tuned.TunedEntry) -> tuple[object, ...]:
-    return entry.shape, entry.dtype, entry.variant, entry.provenance.label
+    return entry.shape, entry.dtype, entry.variant.softmax, entry.variant.qk_dtype, entry.provenance.label
 
 
 def _outdated_by(new: tuned.TunedEntry, entry: tuned.TunedEntry) -> bool:

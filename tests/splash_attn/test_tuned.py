@@ -66,7 +66,10 @@ def test_a_variant_that_is_asked_for_is_kept(tmp_path: Path) -> None:
     write(tmp_path, entry(time_ms=10.0), entry(time_ms=20.0, variant=online, block_sizes=BlockSizes(512, 512, 512)))
     assert choose(tmp_path).variant == Variant()
     assert choose(tmp_path, variant=online).block_sizes == BlockSizes(512, 512, 512)
-    absent = choose(tmp_path, variant=Variant(lookahead=7))
+    other = choose(tmp_path, variant=Variant(lookahead=7))
+    assert (other.block_sizes, other.variant) == (entry().block_sizes, Variant(lookahead=7))
+    assert other.reason.endswith("(cogvideox_720p), there with fixed_bound/256/4.")
+    absent = choose(tmp_path, shape(head_dim=128), variant=Variant(lookahead=7))
     assert (absent.entry, absent.variant, absent.block_sizes) == (None, Variant(lookahead=7), SEED_BLOCK_SIZES)
 
 

@@ -35,22 +35,22 @@ def test_only_a_better_time_replaces_an_entry(make_trial: MakeTrial, tmp_path: P
     assert entry.block_sizes == BlockSizes(128, 256, 128)
 
 
-@pytest.mark.parametrize("lookahead", [4, 1])
+@pytest.mark.parametrize("variant", [Variant(lookahead=1), Variant("online")], ids=str)
 @pytest.mark.parametrize("change", [{"kernel_hash": "k2"}, {"backend_hash": "b2"}, {"versions": {"jax": "0.11"}}])
 def test_times_of_another_kernel_or_compiler_are_not_compared(
-    make_trial: MakeTrial, tmp_path: Path, change: dict, lookahead: int
+    make_trial: MakeTrial, tmp_path: Path, change: dict, variant: Variant
 ) -> None:
     promote(make_trial(time_samples_ms=(10.0,)), tmp_path)
     environment = dataclasses.replace(make_trial().environment, **change)
-    variant = Variant(lookahead=lookahead).to_dict()
-    assert promote(make_trial(time_samples_ms=(11.0,), environment=environment, variant=variant), tmp_path).written
+    worse = make_trial(time_samples_ms=(11.0,), environment=environment, variant=variant.to_dict())
+    assert promote(worse, tmp_path).written
     (entry,) = tuned.load("TPU v6 lite", tmp_path)
-    assert entry.variant == Variant(lookahead=lookahead)
+    assert entry.variant == variant
 
 
-def test_other_shapes_variants_and_labels_stand_beside(make_trial: MakeTrial, tmp_path: Path) -> None:
+def test_other_shapes_softmaxes_and_labels_stand_beside(make_trial: MakeTrial, tmp_path: Path) -> None:
     shape = dataclasses.replace(make_trial().shape, q_seq_len=2039)
-    for changes in ({}, {"shape": shape}, {"variant": Variant(lookahead=1).to_dict()}, {"label": Label.MEASURED}):
+    for changes in ({}, {"shape": shape}, {"variant": Variant("online").to_dict()}, {"label": Label.MEASURED}):
         assert promote(make_trial(**changes), tmp_path).written
     assert len(tuned.load("TPU v6 lite", tmp_path)) == 4
     content = json.loads((tmp_path / "tpu_v6_lite.json").read_text())

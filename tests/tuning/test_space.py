@@ -11,7 +11,7 @@ BLOCKS = {"block_q": (128, 1024, 1152), "block_kv": (256, 512, 640, 768), "block
 def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
     found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE))
     assert found.pruned == {
-        "block_q longer than as many blocks must be": 7,  # 1152 for 1021 rows, with the 7 that divide
+        "block_q longer than the padded q sequence": 7,  # 1152 for 1021 rows, with the 7 that divide
         "block_kv longer than the padded kv sequence": 6,  # 640/128, 768/128 and 768/256 for 509, two block_q each
         "block_kv_compute does not divide block_kv": 3,  # 640/256
     }
