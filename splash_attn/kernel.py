@@ -170,12 +170,7 @@ def _kernel_body(
         if shifted:
             k = jnp.concatenate([k, jnp.ones((k.shape[0], SHIFT_ROWS), k.dtype)], axis=1)
             q = jnp.concatenate([q, shift_scratch_ref[:, tile.queries]], axis=0)
-        s = lax.dot_general(
-            k,
-            q,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.int32 if int8 else jnp.float32,
-        )
+        s = lax.dot_general(k, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if int8 else jnp.float32)
         if int8:
             s = (_by_sublane_group(s.astype(jnp.float32)) * row_scratch_ref[:, tile.queries][None]).reshape(tile.shape)
         else:
