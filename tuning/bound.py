@@ -3,9 +3,15 @@
 from splash_attn.device import DeviceSpec
 from splash_attn.types import AttentionShape
 
-#: Rows of one systolic array: what a product contracts over at no extra cost. TPU v6e has 256x256 arrays, those before
-#: have 128x128 (cloud.google.com/tpu/docs/v6e, .../v5e).
-_MXU_ROWS = {"TPU v6 lite": 256, "TPU v5 lite": 128, "TPU v5": 128, "TPU v4": 128}
+#: Rows of one systolic array: what a product contracts over at no extra cost (cloud.google.com/tpu/docs/v6e, .../v5e,
+#: .../tpu7x).
+_MXU_ROWS = {"TPU7x": 256, "TPU v6 lite": 256, "TPU v5 lite": 128}
+
+#: What to think of a predicted time under the bound.
+OVER_BOUND = (
+    "over 100 % of the bound: the compiler's schedule runs the matrix units faster than the chip's published peak; "
+    "such times rank candidates and say no more"
+)
 
 
 def mxu_bound_ms(shape: AttentionShape, device: DeviceSpec) -> float | None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from splash_attn import device as devices
 from tuning import records
-from tuning.bound import mxu_bound_ms
+from tuning.bound import OVER_BOUND, mxu_bound_ms
 from tuning.records import Trial
 
 _ERROR_CHARACTERS = 60
@@ -88,6 +88,7 @@ def winner_line(trial: Trial) -> str:
 def note_lines(trials: Sequence[Trial]) -> list[str]:
     """What a reader of the table must know, each thing once, with how many trials it is about."""
     counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
+    counts.update((trial.kernel, OVER_BOUND) for trial in trials if (_bound_fraction(trial) or 0) > 1)
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
 
 
