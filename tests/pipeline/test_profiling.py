@@ -110,7 +110,7 @@ def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
     for run, request in runs.items():
         settings = GenerateConfig(profile=True, profile_run=run, logdir=str(tmp_path / "runs"))
         with tracing(recorder_of(settings, request)):
-            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), resume=False)
+            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), options=RunOptions(resume=False))
     columns = [resolve(run, tmp_path / "runs", tmp_path).column for run in runs]
     rows = {row.scope: row for row in rows_of(columns, depth=3)}
     attention = rows["denoise/blocks/attention"]

@@ -18,7 +18,6 @@ from splash_attn.types import BlockSizes
 from tuning import compare, records, trace_sweep
 from tuning.records import Trial
 
-pytestmark = pytest.mark.slow
 _START_S = 120.0
 
 OPS = (
@@ -82,7 +81,7 @@ def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.M
         server.wait()
 
 
-PREDICTED = "predicted-tiny-v6e-128-512-128-fixed_bound-256-4"
+PREDICTED = "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4"
 PAIR = "predicted-a_vs_predicted-b"
 
 
