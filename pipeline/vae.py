@@ -8,6 +8,7 @@ edges that they need, and group norms sum their statistics over the whole, so th
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
@@ -88,20 +89,22 @@ class VaeDecoder:
     def _compile(
         self, batches: Sequence[jax.Array], quantize: bool, timings: StageTimings, progress: Progress
     ) -> list[Any]:
-        """The compiled program of each batch; all but the first are the same one."""
-        programs, cache = [], None
-        for batch in batches:
-            key = (batch.shape, batch.dtype, cache is None, quantize)
-            sharding = batch.sharding
-            assert isinstance(sharding, NamedSharding)
-            if key not in self._compiled:
-                with timings.measure("compile", progress):
-                    program = decode_program(self._shape, quantize, sharding)
-                    lowered = program.lower(self._weights, batch, cache)
-                    self._compiled[key] = (lowered.compile(), cache_like(lowered.out_info[1], sharding))
-            program, cache = self._compiled[key]
-            programs.append(program)
-        return programs
+        """The compiled program of each batch; all but the first are the same one. New ones compile side by side."""
+        keys = [(batch.shape, batch.dtype, index == 0, quantize) for index, batch in enumerate(batches)]
+        if not set(keys) <= set(self._compiled):
+            with timings.measure("compile", progress):
+                lowered: dict[Any, Any] = {}
+                cache = None
+                for key, batch in zip(keys, batches, strict=True):
+                    assert isinstance(batch.sharding, NamedSharding)
+                    if key not in lowered:
+                        program = decode_program(self._shape, quantize, batch.sharding)
+                        lowered[key] = program.lower(self._weights, batch, cache)
+                    cache = cache_like(lowered[key].out_info[1], batch.sharding)
+                new = [key for key in lowered if key not in self._compiled]
+                with ThreadPoolExecutor(len(new)) as pool:
+                    self._compiled.update(zip(new, pool.map(lambda key: lowered[key].compile(), new), strict=True))
+        return [self._compiled[key] for key in keys]
 
 
 def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:

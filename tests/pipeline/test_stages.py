@@ -179,7 +179,7 @@ def test_compiling_is_not_counted_as_running(checkpoint, rng):
     timings = StageTimings("vae")
     events = []
     VaeDecoder.load(checkpoint, torch.float32).decode(_latents(rng, 5), timings, events.append, quantize=False)
-    assert [event.phase for event in events] == ["compile", "compile", "run", "run", "run"]
+    assert [event.phase for event in events] == ["compile", "run", "run", "run"]
     assert sum(timings.step_times_s) <= timings.run_time_s
 
 
