@@ -9,6 +9,11 @@ from tuning.records import Trial
 from tuning.status import Status
 
 
+def file_name(exact: bool) -> str:
+    """Candidates that are not exact rank among themselves, and have a picture of their own."""
+    return "heatmap.png" if exact else "heatmap-int8.png"
+
+
 def save(trials: Sequence[Trial], path: Path) -> bool:
     """Draws the ok trials of one sweep to a PNG, the winner marked. Returns False where there is nothing to draw."""
     import matplotlib

@@ -210,6 +210,11 @@ def read(path: Path) -> list[Trial]:
     return trials
 
 
+def is_exact(variant: Mapping[str, Any]) -> bool:
+    """Whether a variant computes the same attention as the others."""
+    return variant.get("qk_dtype") != "int8"
+
+
 def conclusive(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
     """Those that need not be made again: all but the ones that ran out of less time than `timeout_s`."""
     return [t for t in trials if t.status is not Status.TIMEOUT or (t.wall_time_s or 0.0) >= timeout_s]

@@ -3,7 +3,8 @@
 The records file is the truth about what was evaluated; the study remembers what was asked and guides TPE. A candidate
 that was running when the sweep died is asked again, unless its record had already been written: then it is told.
 
-There is no cheaper first pass, because none would pay. CPU seconds of a candidate (cogvideox_720p on v6e):
+There is no cheaper first pass, because none would pay. CPU seconds of a candidate (cogvideox_720p on v6e;
+measured on two x86-64 cores that did other things too):
 
     blocks          compile, read the schedule  check numerics
     1024/1024/512                          4.1             3.6

@@ -160,8 +160,6 @@ class Pruner:
         except (ValueError, NotImplementedError) as error:
             return f"not a kernel: {error}"
         # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
-        if candidate.block_sizes.block_q >= self.shape.q_seq_len + LANES:
-            return "block_q longer than the padded q sequence"
         if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
             return "block_kv longer than the padded kv sequence"
         block_q, unroll_q = candidate.block_sizes.block_q, candidate.variant.unroll_q

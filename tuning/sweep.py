@@ -304,10 +304,10 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 def _draw(result: SweepResult) -> tuple[Path, bool]:
     """The heat map of all that is on record here, exact or int8 as the winner is, and whether there is one."""
-    dtype = (result.winner.variant if result.winner else {}).get("qk_dtype", "bfloat16")
-    picture = result.directory / ("heatmap.png" if dtype == "bfloat16" else f"heatmap-{dtype}.png")
+    exact = result.winner is None or records.is_exact(result.winner.variant)
+    picture = result.directory / heatmap.file_name(exact)
     on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
-    return picture, heatmap.save([t for t in on_record if t.variant.get("qk_dtype", "bfloat16") == dtype], picture)
+    return picture, heatmap.save([t for t in on_record if records.is_exact(t.variant) == exact], picture)
 
 
 def _command(config: DictConfig) -> int:

@@ -5,17 +5,16 @@ from tuning.space import Candidate, Pruner, Space, candidate_of, enumerate_candi
 
 SHAPE = AttentionShape(batch_size=1, num_heads=2, q_seq_len=1021, kv_seq_len=509, head_dim=64)
 UNROLLS = (None, 128, 256, 1024)
-BLOCKS = {"block_q": (128, 1024, 1152), "block_kv": (256, 512, 640, 768), "block_kv_compute": (128, 256)}
+BLOCKS = {"block_q": (128, 1024), "block_kv": (256, 512, 640, 768), "block_kv_compute": (128, 256)}
 
 
 def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
     found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE))
     assert found.pruned == {
-        "block_q longer than the padded q sequence": 7,  # 1152 for 1021 rows, with the 7 that divide
         "block_kv longer than the padded kv sequence": 6,  # 640/128, 768/128 and 768/256 for 509, two block_q each
-        "block_kv_compute does not divide block_kv": 3,  # 640/256
+        "block_kv_compute does not divide block_kv": 2,  # 640/256
     }
-    assert len(found.valid) == 3 * 4 * 2 - found.pruned_count == 8
+    assert len(found.valid) == 2 * 4 * 2 - found.pruned_count == 8
     assert {candidate.block_sizes.block_kv for candidate in found.valid} == {256, 512}
 
 
@@ -87,7 +86,7 @@ def test_parameters_and_candidates_convert_both_ways() -> None:
         ({"block_q": ()}, (), r"space.block_q=\[\]: expected one or more values"),
         ({"block_q": (128, 128)}, (), r"each once"),
         ({"variant.colour": (1,)}, (), r"space.variant.colour: expected one of block_q"),
-        ({}, ({"block_q": 256},), r"space.first block_q=256: expected one of \[128, 1024, 1152\]"),
+        ({}, ({"block_q": 256},), r"space.first block_q=256: expected one of \[128, 1024\]"),
         ({}, ({"blok": 256},), r"space.first blok: expected block_q"),
     ],
 )

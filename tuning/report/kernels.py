@@ -11,9 +11,9 @@ from matplotlib.colors import to_hex
 
 from splash_attn import tuned
 from splash_attn.device import DeviceSpec
-from tuning import environment
+from tuning import environment, heatmap
 from tuning.bound import mxu_bound_ms
-from tuning.records import Trial
+from tuning.records import Trial, is_exact
 from tuning.report.charts import Point, Roof, roofline
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import Stack, device_title, listed, significant, stack
@@ -22,7 +22,6 @@ from tuning.report.trials import (
     bound_of,
     describe,
     device_of,
-    is_exact,
     kernel_bytes,
     kernel_order,
     kernel_time,
@@ -172,8 +171,7 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
     )
     columns, rows = _heat_map(trials)
     exact = is_exact(first.variant)
-    picture_name = "heatmap.png" if exact else "heatmap-int8.png"
-    picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / picture_name
+    picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / heatmap.file_name(exact)
     counts = collections.Counter(trial.status.value.replace("_", " ") for trial in trials)
     errors = collections.Counter(f"{t.status.value.replace('_', ' ')}: {t.error}" for t in trials if t.error)
     backend = "" if first.label else f", backend {first.backend}"

@@ -1,20 +1,18 @@
 """Trials as a report shows them: which count, in which words, how far from the bound."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from splash_attn import device as devices
 from splash_attn.device import DeviceSpec
 from splash_attn.types import AttentionShape
 from tuning import environment
 from tuning.bound import mxu_bound_ms
-from tuning.records import Trial
+from tuning.records import Trial, is_exact
 from tuning.report.parts import commit, compiler, listed, percent, significant
 from tuning.status import Label, Status
 
 OURS = "splash_attn"
 #: Field of a variant: int8 products of q and k are faster and not exact, and no peer of those that are.
-_QK_DTYPE, _INT8 = "qk_dtype", "int8"
 _ABSENT = object()
 
 
@@ -82,14 +80,9 @@ def bound_of(shape: AttentionShape, dtype: str, device_kind: str) -> float | Non
     return mxu_bound_ms(shape, spec) if spec is not None and dtype == "bfloat16" else None
 
 
-def is_exact(variant: Mapping[str, Any]) -> bool:
-    """Whether a variant computes the same attention as the others."""
-    return variant.get(_QK_DTYPE) != _INT8
-
-
 def series(trial: Trial) -> str:
     """The kernel's name, with what sets it apart from the exact ones."""
-    return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} {_INT8}"
+    return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} int8"
 
 
 def of_bound(trial: Trial) -> float | None:
