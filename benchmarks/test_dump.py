@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from splash_attn import device as devices
-from tuning.environment import REPO_ROOT
-from tuning.offline import worker_environment
-from tuning.offline.constants import dma_timing
-from tuning.offline.dump import Dump
+from offline_tpu import worker_environment
+from offline_tpu.dump import Dump
+from offline_tpu.machine import devices
+from offline_tpu.machine.constants import dma_timing
+from splash_workbench.provenance import REPO_ROOT
 
 DEVICE = devices.by_name("v6e")
 #: Compiles the kernel for a v6e; libtpu then leaves its schedule in the folder that the environment names.

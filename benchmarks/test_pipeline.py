@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.denoise import Denoiser
-from pipeline.loading import Checkpoint, load_module
-from pipeline.request import AttentionOptions, GenerateRequest
-from pipeline.text_encoder import TextEncoder
-from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
-from pipeline.vae import VaeDecoder
+from pipeline.checkpoints.loading import Checkpoint, load_module
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.text import TextEncoder
+from pipeline.stages.vae import VaeDecoder
 
 SMALL = TinySpec(num_layers=2, num_attention_heads=3, vae_block_out_channels=(8, 8, 16, 16))
 #: Enough weights to be worth timing; only its transformer is loaded.
@@ -116,7 +116,7 @@ def test_denoise(
         rounds=ROUNDS,
     )
     if side == OURS:
-        np.testing.assert_allclose(result, theirs(), rtol=0, atol=2e-4)  # as in tests/pipeline/test_stages.py
+        np.testing.assert_allclose(result, theirs(), rtol=0, atol=2e-4)  # as in tests/pipeline/stages/test_stages.py
 
 
 @pytest.mark.parametrize("side", SIDES)

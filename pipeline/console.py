@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from pipeline.batch import Item
-from pipeline.profiling import StageEvent, StageTimings
+from pipeline.runs.batch import Item
+from pipeline.stages.progress import StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
 _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}

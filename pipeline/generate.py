@@ -15,29 +15,15 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from splash_attn.platform import accelerator_visible, quiet_jax_without_accelerator
+from splash_workbench.accelerator import accelerator_visible, quiet_jax_without_accelerator
+from splash_workbench.cli import decode_literal, protect_literals
 
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
     from pipeline.interrupt import Interruptible
-    from pipeline.options import RunOptions
-    from pipeline.request import Stage
+    from pipeline.requests.request import Stage
+    from pipeline.requests.run_options import RunOptions
 
-# Text that is meant literally: Hydra's grammar gives commas, quotes and brackets a meaning of their own.
-_LITERAL_KEYS = (
-    "prompt",
-    "prompts",
-    "name",
-    "negative_prompt",
-    "checkpoint",
-    "stages",
-    "run_dir",
-    "output_dir",
-    "results_path",
-    "cache_dir",
-    "logdir",
-    "profile_run",
-)
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 
 
@@ -54,37 +40,12 @@ def _default_backend() -> str:
     return jax.default_backend()
 
 
-def protect_literals(arguments: list[str]) -> list[str]:
-    """Make Hydra take the values of `_LITERAL_KEYS` as they are, whatever characters they hold.
-
-    They are handed over encoded, as `prompt='${literal:x...}'`, for `decode_literal` to restore. Empty values, null,
-    lists of stages, and what the user has quoted for Hydra already stay as they are.
-    """
-    if {"-m", "--multirun"} & set(arguments):
-        return arguments  # commas then separate runs
-    return [_protect(argument) for argument in arguments]
-
-
-def _protect(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if key not in _LITERAL_KEYS or not equals or value in ("", "null") or (key == "stages" and value.startswith("[")):
-        return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
-        return argument
-    return f"{key}='${{literal:x{value.encode().hex()}}}'"
-
-
-def decode_literal(encoded: str) -> str:
-    """The text that `protect_literals` encoded."""
-    return bytes.fromhex(encoded.removeprefix("x")).decode()
-
-
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
 def _run(config: DictConfig) -> None:
-    from pipeline.batch_file import BatchFileError
     from pipeline.console import ConsoleProgress
-    from pipeline.errors import PipelineError
     from pipeline.interrupt import Interrupted, Interruptible
+    from pipeline.requests.batch_file import BatchFileError
+    from pipeline.requests.errors import PipelineError
 
     settings: Any = OmegaConf.to_object(config)
     _set_up_logging(settings.verbose)
@@ -110,12 +71,12 @@ def _run(config: DictConfig) -> None:
 
 def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptible") -> int:
     """Run what is asked for; the exit code."""
-    from pipeline.config import to_options, to_request
     from pipeline.console import timing_table
-    from pipeline.naming import run_name
-    from pipeline.profiling import recorder_of, tracing
-    from pipeline.request import parse_stages
-    from pipeline.runner import generate, warm_up
+    from pipeline.requests.config import to_options, to_request
+    from pipeline.requests.request import parse_stages
+    from pipeline.requests.run_names import run_name
+    from pipeline.runs.job import generate, warm_up
+    from pipeline.stages.progress import recorder_of, tracing
 
     _check_combination(settings)
     stages, options = parse_stages(settings.stages), to_options(settings)
@@ -166,9 +127,9 @@ def _run_batch(
     console: "ConsoleProgress",
     progress: "Interruptible",
 ) -> int:
-    from pipeline.batch import Batch, prepare
-    from pipeline.batch_file import read_entries
     from pipeline.console import batch_table
+    from pipeline.requests.batch_file import read_entries
+    from pipeline.runs.batch import Batch, prepare
 
     path = Path(settings.prompts).expanduser()
     entries = read_entries(path, settings)
@@ -192,13 +153,13 @@ def _how_to_go_on(settings: Any, between_steps: bool) -> str:
 
 
 def _use_compilation_cache(settings: Any) -> None:
-    from pipeline.loading import default_cache_dir, use_compilation_cache
+    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
 
     use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
 
 
 def _check_combination(settings: Any) -> None:
-    from pipeline.errors import RequestError
+    from pipeline.requests.errors import RequestError
 
     if settings.prompts is not None:
         if not settings.prompts.strip():
@@ -267,7 +228,7 @@ def _one_line(error: HydraException | OmegaConfBaseException) -> str:
 
 def main() -> None:
     """Set up what must be set up before Hydra and JAX look at anything, then run."""
-    from pipeline.config import GenerateConfig
+    from pipeline.requests.config import GenerateConfig
 
     quiet_jax_without_accelerator()
     OmegaConf.register_new_resolver("default_model", default_model, replace=True)

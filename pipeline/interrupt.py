@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
-from pipeline.profiling import Progress, StageEvent
+from pipeline.stages.progress import Progress, StageEvent
 
 
 class Interrupted(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.predict_report import markdown_table
+from pipeline.predict.report import markdown_table
 
 
 def main(path: str) -> None:

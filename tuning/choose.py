@@ -5,11 +5,11 @@ import sys
 
 from omegaconf import DictConfig
 
-from splash_attn import device as devices
+from offline_tpu.machine import devices
 from splash_attn import tuned
-from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, environment
-from tuning.workloads import Workload
+from splash_workbench import cli, provenance
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from tuning.trials.workloads import Workload
 
 
 @dataclasses.dataclass
@@ -31,16 +31,16 @@ def _command(config: DictConfig) -> int:
     choice = cli.from_config(
         lambda: tuned.choose(device.device_kind, workload.shape, workload.dtype, qk_dtype=config.qk_dtype)
     )
-    provenance = choice.entry.provenance if choice.entry else None
-    stale = provenance is not None and provenance.kernel_hash != environment.source_hash(environment.KERNEL_SOURCES)
+    tuned_by = choice.entry.provenance if choice.entry else None
+    stale = tuned_by is not None and tuned_by.kernel_hash != provenance.source_hash(provenance.KERNEL_SOURCES)
     lines = {
         "shape": f"{workload.shape} {workload.dtype} on {device.device_kind}",
         "block sizes": str(choice.block_sizes),
         "variant": ", ".join(f"{name}={value}" for name, value in choice.variant.to_dict().items()),
         "why": choice.reason,
     }
-    if choice.entry is not None and provenance is not None:
-        lines["entry"] = f"{choice.entry.block_sizes}, record {provenance.record_id}, commit {provenance.git_commit}"
+    if choice.entry is not None and tuned_by is not None:
+        lines["entry"] = f"{choice.entry.block_sizes}, record {tuned_by.record_id}, commit {tuned_by.git_commit}"
     if stale:
         lines["note"] = "the entry was tuned with another kernel source; sweep again to be sure of it"
     for name, value in lines.items():

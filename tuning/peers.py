@@ -11,19 +11,19 @@ from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
 from splash_attn import tuned
-from splash_attn.platform import quiet_jax_without_accelerator
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
-from tuning import cli, environment, records, summary
-from tuning.evaluate import JOBS, Evaluator
-from tuning.job_cache import JobCache
-from tuning.records import Trial
-from tuning.runner import JOBS_PER_WORKER, Runner
-from tuning.status import Status
-from tuning.sweep import context_of, find_target, objective
-from tuning.sweep_config import core_count
-from tuning.workloads import Workload
+from splash_workbench import cli, provenance
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.status import Status
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, core_count
+from tuning.backends.base import context_of
+from tuning.backends.evaluate import Evaluator
+from tuning.backends.offline import OFFLINE
+from tuning.trials import records, tables
+from tuning.trials.records import Trial, objective
+from tuning.trials.workloads import Workload
 
-_BACKEND = "offline"
 _HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
 
 
@@ -70,7 +70,7 @@ def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[
     Raises:
       ValueError: a kernel is unknown or its block sizes are invalid.
     """
-    from tuning.kernels import KERNELS
+    from tuning.backends.kernels import KERNELS
 
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()
@@ -97,12 +97,12 @@ def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[
 
 def _command(config: DictConfig) -> int:
     workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
-    target = find_target(config.device.name, _BACKEND)
+    target = OFFLINE.find_target(config.device.name)
     entered, lines = cli.from_config(lambda: entrants(config, workload, target.device_kind))
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
-    captured = environment.capture(_BACKEND)
-    context = context_of(workload, target, _BACKEND, captured)
+    captured = provenance.capture(OFFLINE.sources)
+    context = context_of(workload, target, OFFLINE, captured)
     results_dir = Path(config.results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     on_record = records.conclusive(records.read(path), config.timeout_s) if config.reuse else []
@@ -113,8 +113,7 @@ def _command(config: DictConfig) -> int:
             cache=JobCache.of_user(config.reuse),
             workload=workload,
             target=target,
-            backend=_BACKEND,
-            job=JOBS[_BACKEND],
+            backend=OFFLINE,
             context=context,
             environment=captured,
             timeout_s=config.timeout_s,
@@ -123,10 +122,10 @@ def _command(config: DictConfig) -> int:
         )
         trials = _evaluate(entered, evaluator, known, path, config.workers or core_count())
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
-    print(summary.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
-    for line in summary.note_lines(trials):
+    print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
+    for line in tables.note_lines(trials):
         print(line)
-    cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": summary.rows(trials)})
+    cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
     return 0 if all(trial.status is Status.OK for trial in trials) else 1
 
 

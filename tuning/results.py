@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import MISSING, DictConfig
 
-from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, records, summary
-from tuning.records import Trial
-from tuning.status import Status
-from tuning.sweep import objective
+from splash_workbench import cli
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.status import Status
+from tuning.trials import records, tables
+from tuning.trials.records import Trial, objective
 
 
 @dataclasses.dataclass
@@ -53,8 +53,8 @@ def _command(config: DictConfig) -> int:
     trials = cli.from_config(lambda: select(records.read_all(results_dir), **wanted))
     if config.top is not None:
         trials = trials[: config.top]
-    print(summary.table(trials, limit=None, hide=("record_id", "created_at", "dtype"), one_variant_column=True))
-    cli.write_json(config.json, {"trials": summary.rows(trials), "statuses": summary.status_counts(trials)})
+    print(tables.table(trials, limit=None, hide=("record_id", "created_at", "dtype"), one_variant_column=True))
+    cli.write_json(config.json, {"trials": tables.rows(trials), "statuses": tables.status_counts(trials)})
     return 0
 
 

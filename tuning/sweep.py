@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import json
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,21 +17,22 @@ from typing import Any
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from splash_attn import device as devices
-from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli, environment, heatmap, records, summary, trace, trace_sweep
-from tuning.evaluate import JOBS, Evaluator, Target
-from tuning.job_cache import JobCache
-from tuning.promote import Promotion, promote
-from tuning.records import Trial
-from tuning.runner import JOBS_PER_WORKER, Runner, Usage
-from tuning.search import Search
-from tuning.space import Candidate, Candidates, Pruner, enumerate_candidates
-from tuning.status import Status
-from tuning.sweep_config import SweepSchema, SweepSettings, settings_from
-from tuning.workloads import Workload
+from splash_workbench import cli, provenance
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.profiles import sessions
+from splash_workbench.status import Status
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from tuning.backends.base import Target, context_of
+from tuning.backends.evaluate import Evaluator
+from tuning.search.settings import SweepSchema, SweepSettings, settings_from
+from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
+from tuning.search.study import Search
+from tuning.traces import of_sweep
+from tuning.trials import heatmap, records, tables
+from tuning.trials.promote import Promotion, promote
+from tuning.trials.records import Trial, objective
 
-_PROBE_TIMEOUT_S = 120.0
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
 
@@ -79,24 +78,22 @@ class SweepResult:
 def sweep(
     settings: SweepSettings,
     *,
-    job: str | None = None,
     report: Callable[[str], None] = print,
 ) -> SweepResult:
     """Runs or resumes a sweep.
 
     Args:
       settings: what to sweep.
-      job: the function that a worker runs for one candidate; None for the backend's own.
       report: called with each line for the user.
 
     Raises:
       cli.UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
     """
-    target = find_target(settings.device, settings.backend)
-    captured = environment.capture(settings.backend)
+    target = settings.backend.find_target(settings.device)
+    captured = provenance.capture(settings.backend.sources)
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
-    directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend}-{context[:8]}"
+    directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
         raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
@@ -108,7 +105,6 @@ def sweep(
             workload=settings.workload,
             target=target,
             backend=settings.backend,
-            job=job or JOBS[settings.backend],
             context=context,
             environment=captured,
             timeout_s=settings.timeout_s,
@@ -118,7 +114,7 @@ def sweep(
         )
         path = directory / records.TRIALS_FILE
         known = {trial.key: trial for trial in records.conclusive(records.read(path), settings.timeout_s)}
-        fingerprint = environment.stable_hash(settings.space.fingerprint)
+        fingerprint = provenance.stable_hash(settings.space.fingerprint)
         search = Search(
             storage_path=directory / "state" / "study.sqlite3",
             study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
@@ -144,52 +140,6 @@ def sweep(
         wall_time_s=wall_time_s,
         usage=runner.usage(),
     )
-
-
-def find_target(device: str, backend: str) -> Target:
-    """The device of a command line, for a backend.
-
-    Raises:
-      cli.UserError: the device is unknown, or is not the one that is here though the backend needs it.
-    """
-    if backend != "measure":
-        if device == "local" and backend == "interpret":
-            return Target("cpu", "cpu", None)
-        spec = cli.from_config(lambda: devices.by_name(device))
-        return Target(spec.name, spec.device_kind, spec)
-    with tempfile.TemporaryDirectory() as work_dir:
-        outcome = Runner(Path(work_dir)).run("tuning.jobs:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
-    if outcome.status is not Status.OK:
-        raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
-    kind = outcome.result["device_kind"]
-    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
-    here = Target(known.name, kind, known) if known else Target(outcome.result["platform"], kind, None)
-    if device not in ("local", here.name):
-        raise cli.UserError(
-            f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
-        )
-    return here
-
-
-def context_of(workload: Workload, target: Target, backend: str, captured: environment.Environment) -> str:
-    """Hash of everything that makes the times of two trials comparable, the candidate apart."""
-    flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
-    parts = [
-        str(workload.shape),
-        workload.dtype,
-        target.device_kind,
-        backend,
-        captured.kernel_hash,
-        captured.backend_hash,
-    ]
-    return environment.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))
-
-
-def objective(trial: Trial) -> float:
-    """What the search minimises: the time, or the error where a backend gives no time."""
-    if trial.time_ms is not None:
-        return trial.time_ms
-    return trial.numerics.rms_error if trial.numerics is not None else float("inf")
 
 
 def _evaluate_all(
@@ -271,7 +221,7 @@ def _introduction(
     settings: SweepSettings, target: Target, candidates: Candidates, search: Search, directory: Path
 ) -> Iterator[str]:
     workload = settings.workload
-    yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend}"
+    yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
     yield f"{len(candidates.valid)} candidates, {candidates.pruned_count} pruned without compiling" + (
         ": " + "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
         if candidates.pruned
@@ -313,17 +263,17 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def _command(config: DictConfig) -> int:
     settings = cli.from_config(lambda: settings_from(config))
     if config.profile:
-        trace.require_tensorboard("profile=true")  # before hours of work, not after
+        sessions.require_tensorboard("profile=true")  # before hours of work, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
-    print(summary.table(result.trials))
-    for line in summary.note_lines(result.trials):
+    print(tables.table(result.trials))
+    for line in tables.note_lines(result.trials):
         print(line)
-    print(summary.effort_line(result.effort()))
+    print(tables.effort_line(result.effort()))
     picture, drawn = _draw(result)
     promotion: Promotion | None = None
     if result.winner is not None:
-        print(summary.winner_line(result.winner))
+        print(tables.winner_line(result.winner))
         if drawn:
             print(f"heat map: {picture}")
         if settings.promote:
@@ -340,12 +290,12 @@ def _command(config: DictConfig) -> int:
             "pruned": result.candidates.pruned,
             "evaluated": result.evaluated_count,
             "effort": result.effort(),
-            "statuses": summary.status_counts(result.trials),
-            "trials": summary.rows(result.trials),
+            "statuses": tables.status_counts(result.trials),
+            "trials": tables.rows(result.trials),
         },
     )
     if config.profile:
-        for line in trace_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
+        for line in of_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
             print(line)
     if not any(trial.status is Status.OK for trial in result.trials):
         print("no candidate was ok", file=sys.stderr)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import loading
-from pipeline.errors import NonFiniteError, RequestError
-from pipeline.loading import Checkpoint
-from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.checkpoints import loading
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.requests.errors import NonFiniteError, RequestError
 
 SPEC = TinySpec(
     num_layers=1,
@@ -95,9 +95,9 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    from pipeline.request import GenerateRequest
-    from pipeline.runner import generate
-    from pipeline.torchax_bridge import torch_to_numpy
+    from pipeline.model.torchax_bridge import torch_to_numpy
+    from pipeline.requests.request import GenerateRequest
+    from pipeline.runs.job import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}
@@ -183,8 +183,8 @@ def test_nan_is_an_error_not_a_black_video(nodes: dict[str, Any], comfy: Any, pa
 def test_full_memory_frees_the_models(
     nodes: dict[str, Any], comfy: Any, part: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.errors import PipelineError
-    from pipeline.vae import VaeDecoder
+    from pipeline.requests.errors import PipelineError
+    from pipeline.stages.vae import VaeDecoder
 
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
@@ -222,7 +222,7 @@ def test_nothing_global_is_changed(nodes: dict[str, Any], comfy: Any) -> None:
             *(dict(os.environ), list(sys.path)),
         )
 
-    from pipeline.torchax_bridge import torchax_module
+    from pipeline.model.torchax_bridge import torchax_module
 
     torchax_module()
     before = state()
@@ -253,7 +253,7 @@ def test_info(nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import predict_run
+    from pipeline.predict import planner
 
     asked: list[Any] = []
     kind: list[str] = []
@@ -263,9 +263,9 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
         kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}
-        return predict_run.Outcome(None, results, {})  # type: ignore[arg-type]
+        return planner.Outcome(None, results, {})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(predict_run.Predictor, "predict", predict)
+    monkeypatch.setattr(planner.Predictor, "predict", predict)
     values = {**VALUES, "num_devices": 4, "model_id": "tiny", "device": "TPU v6 lite", "predict": True}
     del values["seed"]
     with pytest.raises(RequestError, match="4"):  # the check of heads comes first

@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-from pipeline import request
-from pipeline.parallel import PlanChoice, WeightsAtRest
-from splash_attn.device import DEVICES
+from offline_tpu.machine.devices import DEVICES
+from pipeline.requests import request
+from pipeline.requests.plans import PlanChoice, WeightsAtRest
 from splash_attn.types import QkDtype, Softmax
 
 # The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.

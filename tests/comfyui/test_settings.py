@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import loading
-from pipeline.errors import CheckpointError, RequestError
-from pipeline.loading import Checkpoint
-from pipeline.parallel import ParallelOptions
-from pipeline.request import AttentionOptions
+from pipeline.checkpoints import loading
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.requests.errors import CheckpointError, RequestError
+from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.request import AttentionOptions
 from splash_attn.types import Variant
 
 
@@ -148,4 +148,4 @@ def test_another_package_of_the_same_name(part: Any, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     message = done.stderr.strip().splitlines()[-1]
-    assert "cannot import pipeline.request; another package of the name pipeline is at" in message, done.stderr
+    assert "cannot import pipeline.requests.request; another package of the name pipeline is at" in message, done.stderr

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.loading import Checkpoint
-from pipeline.request import GenerateRequest
-from pipeline.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.requests.request import GenerateRequest
 
 SPEC = TinySpec(
     num_layers=2,

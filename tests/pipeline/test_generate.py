@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from pipeline import generate
-from pipeline.config import GenerateConfig, to_request
-from pipeline.errors import RequestError
+from pipeline.requests.config import GenerateConfig, to_request
+from pipeline.requests.errors import RequestError
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 

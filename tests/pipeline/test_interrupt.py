@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pipeline.interrupt import Interrupted, Interruptible
-from pipeline.profiling import StageEvent, no_progress
+from pipeline.stages.progress import StageEvent, no_progress
 
 
 def _send(number: int) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
+from offline_tpu.machine.devices import DEVICES, by_name
 from splash_attn import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
-from splash_attn.device import DEVICES, by_name
 
 
 def test_shape_counts_flops() -> None:

@@ -1,25 +1,24 @@
 """Shared by the tests of tuning."""
 
-import os
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before anything imports JAX: these tests need no accelerator, and libtpu would complain that there is none.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import pytest
 
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from tuning.environment import CACHE_VARIABLE, KERNEL_SOURCES, REPO_ROOT, Environment, source_hash
-from tuning.evaluate import Evaluator, Target
-from tuning.records import Numerics, Trial
-from tuning.runner import Runner
-from tuning.search import SearchSettings
-from tuning.space import Space
-from tuning.status import Label, Status
-from tuning.sweep_config import SweepSettings
-from tuning.workloads import Workload
+from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
+from splash_workbench.status import Label, Status
+from splash_workbench.workers.pool import Runner
+from tuning.backends.base import Target
+from tuning.backends.evaluate import Evaluator
+from tuning.backends.interpret import INTERPRET
+from tuning.search.settings import SweepSettings
+from tuning.search.space import Space
+from tuning.search.study import SearchSettings
+from tuning.trials.records import Numerics, Trial
+from tuning.trials.workloads import Workload
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 ENVIRONMENT = Environment(
@@ -84,7 +83,7 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
         defaults = {
             "workload": Workload("tiny", SHAPE, "bfloat16"),
             "device": "v6e",
-            "backend": "interpret",
+            "backend": INTERPRET,
             "measure": {},
             "search": SearchSettings(sampler="grid", max_trials=None, seed=0),
             "space": Space(
@@ -112,8 +111,7 @@ def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
             "runner": Runner(tmp_path / "work"),
             "workload": Workload("tiny", SHAPE, "bfloat16"),
             "target": Target("v6e", "TPU v6 lite", None),
-            "backend": "interpret",
-            "job": job,
+            "backend": dataclasses.replace(INTERPRET, job=job),
             "context": "c1",
             "environment": ENVIRONMENT,
             "timeout_s": 120,
@@ -123,17 +121,3 @@ def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
         return Evaluator(**(defaults | changes))
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, instead of the user's."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(autouse=True)
-def fake_jobs_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes find tests/tuning/fake_jobs.py as module `fake_jobs`."""
-    here = str(REPO_ROOT / "tests" / "tuning")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))

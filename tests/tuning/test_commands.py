@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from splash_attn import tuned
-from tuning import choose, records, results, sweep
-from tuning.records import Trial
-from tuning.status import Status
+from splash_workbench.status import Status
+from tuning import choose, results, sweep
+from tuning.trials import records
+from tuning.trials.records import Trial
 
 Run = Callable[..., tuple[int, str, str]]
 

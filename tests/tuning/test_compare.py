@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tuning import compare, records, trace, xplane
-from tuning.compare_inputs import resolve
-from tuning.compare_table import MIN_STEPS, Column, notes_of, rows_of
-from tuning.status import Label, Status
-from tuning.trace import Session
-from tuning.xplane_proto import message
+from splash_workbench.profiles import reader, sessions
+from splash_workbench.profiles.messages import message
+from splash_workbench.profiles.sessions import Session
+from splash_workbench.status import Label, Status
+from tuning.compare import __main__ as compare
+from tuning.compare.inputs import resolve
+from tuning.compare.table import MIN_STEPS, Column, notes_of, rows_of
+from tuning.trials import records
 
 #: Microseconds of a step.
 TIMES = {"denoise/blocks/attention": 600, "denoise/blocks/feed_forward": 300, "denoise/embed": 50}
@@ -54,7 +56,7 @@ def write(tmp_path: Path) -> Callable[..., None]:
         session = Session(run=run, part=part, repeat=repeat, environment={"kernel_hash": "k"}, **{**values, **changes})
         made = space(times, seed)
         made.hostnames.append("vm")
-        trace.write_session(tmp_path / "runs", session, made)
+        sessions.write_session(tmp_path / "runs", session, made)
 
     return write
 
@@ -179,8 +181,8 @@ def test_command_prints_saves_and_pairs(write, tmp_path, monkeypatch, capsys):
     # Both runs as hosts of one session, of the part that both have.
     pair = tmp_path / "runs" / "plugins" / "profile" / "a_vs_b-denoise"
     assert sorted(path.name for path in pair.iterdir()) == ["a.xplane.pb", "b.xplane.pb"]
-    assert len(xplane.read(pair / "b.xplane.pb").steps) == STEPS
-    assert list(xplane.parse(pair / "b.xplane.pb").hostnames) == ["b"]
+    assert len(reader.read(pair / "b.xplane.pb").steps) == STEPS
+    assert list(reader.parse(pair / "b.xplane.pb").hostnames) == ["b"]
     assert "run=a_vs_b-denoise&tag=trace_viewer@&hosts=a,b#profile" in printed
     assert "run=b-denoise.2&tag=overview_page&host=vm&base_session_id=a-denoise.2#profile" in printed
     assert "--host 127.0.0.1" in printed

@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from tuning import environment, evaluate, heatmap, records, summary
-from tuning.cli import UserError
-from tuning.environment import REPO_ROOT
-from tuning.search import SearchSettings
-from tuning.space import Space
-from tuning.status import Status
-from tuning.sweep import find_target, sweep
-from tuning.sweep_config import SweepSettings
+from splash_workbench import provenance
+from splash_workbench.cli import UserError
+from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.status import Status
+from tuning.backends import evaluate
+from tuning.backends.registry import BACKENDS
+from tuning.search.settings import SweepSettings
+from tuning.search.space import Space
+from tuning.search.study import SearchSettings
+from tuning.sweep import sweep
+from tuning.trials import heatmap, records, tables
 
 MakeSettings = Callable[..., SweepSettings]
+
+
+def with_job(name: str, settings: SweepSettings) -> SweepSettings:
+    """The settings with a backend whose workers run that function of tests/fake_jobs.py."""
+    return dataclasses.replace(settings, backend=dataclasses.replace(settings.backend, job=f"fake_jobs:{name}"))
 
 
 def _quiet(line: str) -> None:
@@ -31,7 +39,7 @@ def _job_count(log: Path) -> int:
 
 
 def test_grid_evaluates_every_candidate_once_and_finds_the_best(make_settings: MakeSettings) -> None:
-    result = sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+    result = sweep(with_job("bowl", make_settings()), report=_quiet)
     assert result.evaluated_count == len(result.trials) == len(result.candidates.valid) == 12
     assert len({trial.key for trial in result.trials}) == 12
     assert result.winner is not None and str(result.winner.block_sizes) == "384/512/128"
@@ -48,7 +56,7 @@ def test_search_repeats_nothing_and_goes_on_where_it_was(
 
     def run(max_trials: int | None) -> int:
         settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=1))  # type: ignore[arg-type]
-        result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+        result = sweep(with_job("bowl", settings), report=_quiet)
         assert len({trial.key for trial in result.trials}) == len(result.trials) == (max_trials or 12)
         return result.evaluated_count
 
@@ -59,9 +67,9 @@ def test_search_repeats_nothing_and_goes_on_where_it_was(
 
 
 def test_another_study_of_the_same_context_takes_what_is_on_record(make_settings: MakeSettings) -> None:
-    sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+    sweep(with_job("bowl", make_settings()), report=_quiet)
     other = make_settings(search=SearchSettings(sampler="tpe", max_trials=6, seed=3))
-    result = sweep(other, job="fake_jobs:abort", report=_quiet)
+    result = sweep(with_job("abort", other), report=_quiet)
     assert result.evaluated_count == 0
     assert all(trial.status is Status.OK for trial in result.trials)
 
@@ -73,10 +81,10 @@ def test_a_second_sweep_elsewhere_costs_nothing(
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     search = SearchSettings(sampler=sampler, max_trials=9, seed=1)  # type: ignore[arg-type]
-    first = sweep(make_settings(search=search, cache=True), job="fake_jobs:bowl_of_uneven_speed", report=_quiet)
+    first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, cache=True)), report=_quiet)
     assert (first.evaluated_count, first.usage.job_count, _job_count(log)) == (9, 9, 9)
     elsewhere = make_settings(search=search, cache=True, results_dir=tmp_path / "elsewhere")
-    second = sweep(elsewhere, job="fake_jobs:bowl_of_uneven_speed", report=_quiet)
+    second = sweep(with_job("bowl_of_uneven_speed", elsewhere), report=_quiet)
     # The search asks for the same candidates, whichever worker was faster.
     assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
     assert (second.evaluated_count, second.usage.job_count, _job_count(log)) == (9, 0, 9)
@@ -86,17 +94,15 @@ def test_a_second_sweep_elsewhere_costs_nothing(
     assert (effort["from_cache"], effort["candidates_per_minute"]) == (9, None)
     one = SearchSettings(sampler="grid", max_trials=1, seed=1)
     off = dataclasses.replace(elsewhere, cache=False, results_dir=tmp_path / "off", search=one)
-    assert sweep(off, job="fake_jobs:bowl", report=_quiet).usage.job_count == 1
+    assert sweep(with_job("bowl", off), report=_quiet).usage.job_count == 1
 
 
 def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_path: Path) -> None:
     choices = {"block_q": (128, 256, 384, 512, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
     settings = make_settings(space=Space("fates", choices), timeout_s=3.0, workers=4, cache=True)
-    first = sweep(settings, job="fake_jobs:by_block_q", report=_quiet)
+    first = sweep(with_job("by_block_q", settings), report=_quiet)
     assert first.usage.job_count == 5
-    second = sweep(
-        dataclasses.replace(settings, results_dir=tmp_path / "else"), job="fake_jobs:by_block_q", report=_quiet
-    )
+    second = sweep(with_job("by_block_q", dataclasses.replace(settings, results_dir=tmp_path / "else")), report=_quiet)
     fresh = {trial.status for trial in second.trials if not any("from the cache" in note for note in trial.notes)}
     assert fresh == {Status.TIMEOUT, Status.CRASHED}
     assert second.usage.job_count == 2
@@ -106,18 +112,18 @@ def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_p
 def test_what_ran_out_of_time_is_tried_again_with_more(make_settings: MakeSettings, tmp_path: Path) -> None:
     space = Space("slow", {"block_q": (384,), "block_kv": (256,), "block_kv_compute": (256,)})
     settings = make_settings(space=space, timeout_s=2.0)
-    assert sweep(settings, job="fake_jobs:by_block_q", report=_quiet).trials[0].status is Status.TIMEOUT
-    assert sweep(settings, job="fake_jobs:by_block_q", report=_quiet).evaluated_count == 0
-    again = sweep(dataclasses.replace(settings, timeout_s=60.0), job="fake_jobs:bowl", report=_quiet)
+    assert sweep(with_job("by_block_q", settings), report=_quiet).trials[0].status is Status.TIMEOUT
+    assert sweep(with_job("by_block_q", settings), report=_quiet).evaluated_count == 0
+    again = sweep(with_job("bowl", dataclasses.replace(settings, timeout_s=60.0)), report=_quiet)
     assert again.evaluated_count == 1 and again.winner is not None
 
 
 def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
     search = SearchSettings(sampler="grid", max_trials=2, seed=0)
-    settings = make_settings(device="local", backend="measure", workers=1, cache=True, search=search)
-    assert sweep(settings, job="fake_jobs:bowl", report=_quiet).usage.job_count == 2
+    settings = make_settings(device="local", backend=BACKENDS["measure"], workers=1, cache=True, search=search)
+    assert sweep(with_job("bowl", settings), report=_quiet).usage.job_count == 2
     settings = dataclasses.replace(settings, results_dir=tmp_path / "elsewhere")
-    assert sweep(settings, job="fake_jobs:bowl", report=_quiet).usage.job_count == 2
+    assert sweep(with_job("bowl", settings), report=_quiet).usage.job_count == 2
     assert not list(cache_folder.rglob("*.json"))
 
 
@@ -125,14 +131,14 @@ def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
     first = ({"block_q": 384, "block_kv": 256, "block_kv_compute": 256}, {"block_q": 256, "block_kv": 512})
     space = Space("test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}, first)
     settings = make_settings(space=space, search=SearchSettings(sampler="tpe", max_trials=2, seed=0))
-    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    result = sweep(with_job("bowl", settings), report=_quiet)
     assert {str(trial.block_sizes) for trial in result.trials} == {"384/256/256", "256/512/128"}
 
 
 def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings, tmp_path: Path) -> None:
     choices = {"block_q": (128, 256, 384, 512, 640, 768, 896, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
     settings = make_settings(space=Space("fates", choices), timeout_s=5.0, workers=4)
-    result = sweep(settings, job="fake_jobs:by_block_q", report=_quiet)
+    result = sweep(with_job("by_block_q", settings), report=_quiet)
     fates = {trial.block_sizes.block_q: trial.status for trial in result.trials if trial.block_sizes}
     assert fates == {
         128: Status.WRONG,
@@ -147,7 +153,7 @@ def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings,
     assert all(trial.time_ms is None for trial in result.trials if trial.status is not Status.OK)
     assert result.winner is not None and result.winner.block_sizes is not None
     assert result.winner.block_sizes.block_q == 1024
-    table = summary.table(result.trials)
+    table = tables.table(result.trials)
     assert all(status.value in table for status in set(fates.values()))
     assert heatmap.save(result.trials, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
@@ -158,7 +164,7 @@ import pickle, sys
 from tuning.sweep import sweep
 if __name__ == "__main__":
     settings = pickle.load(open(sys.argv[1], "rb"))
-    sweep(settings, job="fake_jobs:bowl", report=lambda line: None)
+    sweep(settings, report=lambda line: None)
 """
 
 
@@ -170,7 +176,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(
 
     log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
     settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))  # type: ignore[arg-type]
-    settings_path.write_bytes(pickle.dumps(settings))
+    settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "0.6")
     path = os.pathsep.join([str(REPO_ROOT), os.environ["PYTHONPATH"]])
@@ -188,7 +194,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(
     assert 4 <= len(before) < 12
     monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "0")
 
-    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    result = sweep(with_job("bowl", settings), report=_quiet)
 
     after = records.read(records_path)
     assert [trial.record_id for trial in after[: len(before)]] == [trial.record_id for trial in before]
@@ -208,7 +214,7 @@ def test_workers_die_with_a_killed_sweep(
 
     log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
     settings = make_settings()
-    settings_path.write_bytes(pickle.dumps(settings))
+    settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     monkeypatch.setenv("FAKE_JOBS_SLEEP_S", "600")
     path = os.pathsep.join([str(REPO_ROOT), os.environ["PYTHONPATH"]])
@@ -238,7 +244,7 @@ def _worker_pids(results_dir: Path) -> list[int]:
                 command = (entry / "cmdline").read_text()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if "tuning.worker" in command and str(results_dir) in command:
+            if "splash_workbench.workers.worker" in command and str(results_dir) in command:
                 pids.append(int(entry.name))
     return pids
 
@@ -247,7 +253,7 @@ def test_record_written_but_not_told_is_not_run_again(
     make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Death between the record and the study, the narrowest place to die in."""
-    from tuning import search
+    from tuning.search import study
 
     settings = make_settings(search=SearchSettings(sampler="tpe", max_trials=None, seed=0), workers=1)
 
@@ -255,10 +261,10 @@ def test_record_written_but_not_told_is_not_run_again(
         raise SystemError("as if killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(search.Search, "tell", die)
+        patched.setattr(study.Search, "tell", die)
         with pytest.raises(SystemError):
-            sweep(settings, job="fake_jobs:bowl", report=_quiet)
-    result = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+            sweep(with_job("bowl", settings), report=_quiet)
+    result = sweep(with_job("bowl", settings), report=_quiet)
     assert result.evaluated_count == 11
     assert len(result.trials) == 12
 
@@ -267,17 +273,17 @@ def test_two_sweeps_of_one_context_do_not_mix(make_settings: MakeSettings, monke
     from tuning import sweep as module
 
     settings = make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0))
-    directory = sweep(settings, job="fake_jobs:bowl", report=_quiet).directory
+    directory = sweep(with_job("bowl", settings), report=_quiet).directory
     with module._locked(directory / "state"), pytest.raises(UserError, match="another sweep"):
-        sweep(settings, job="fake_jobs:bowl", report=_quiet)
+        sweep(with_job("bowl", settings), report=_quiet)
 
 
 def test_a_changed_kernel_starts_afresh(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(search=SearchSettings(sampler="grid", max_trials=2, seed=0))
-    first = sweep(settings, job="fake_jobs:bowl", report=_quiet)
-    monkeypatch.setattr(environment, "source_hash", lambda patterns: "another")
+    first = sweep(with_job("bowl", settings), report=_quiet)
+    monkeypatch.setattr(provenance, "source_hash", lambda patterns: "another")
     monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "another")
-    second = sweep(settings, job="fake_jobs:bowl", report=_quiet)
+    second = sweep(with_job("bowl", settings), report=_quiet)
     assert second.evaluated_count == 2
     assert first.directory != second.directory
 
@@ -287,16 +293,16 @@ def test_a_kernel_that_changes_during_the_sweep_ends_it(
 ) -> None:
     monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "edited meanwhile")
     with pytest.raises(UserError, match=r"splash_attn/kernel\.py.*changed while this ran"):
-        sweep(make_settings(), job="fake_jobs:bowl", report=_quiet)
+        sweep(with_job("bowl", make_settings()), report=_quiet)
     assert not list(make_settings().results_dir.rglob(records.TRIALS_FILE))
 
 
 def test_measure_refuses_a_device_that_is_not_here() -> None:
     with pytest.raises(UserError, match=r"device=v6e backend=measure: the device here is 'cpu'"):
-        find_target("v6e", "measure")
-    assert find_target("local", "measure").device_kind == "cpu"
+        BACKENDS["measure"].find_target("v6e")
+    assert BACKENDS["measure"].find_target("local").device_kind == "cpu"
 
 
 def test_offline_needs_a_named_device() -> None:
     with pytest.raises(UserError, match=r"device='local': expected one of \[.*'v6e'.*\]"):
-        find_target("local", "offline")
+        BACKENDS["offline"].find_target("local")

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes
-from tuning import compare, records, trace_sweep
-from tuning.records import Trial
+from tuning.compare import __main__ as compare
+from tuning.traces import of_sweep
+from tuning.trials import records
+from tuning.trials.records import Trial
 
 _START_S = 120.0
 
@@ -49,7 +51,7 @@ def trials(make_trial: Callable[..., Trial]) -> list[Trial]:
 @pytest.fixture
 def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Asks a TensorBoard on a sweep's traces and a pair of its candidates: (path, query) -> the answer as JSON."""
-    list(trace_sweep.write(trials, "sweep-1", logdir, top=2))
+    list(of_sweep.write(trials, "sweep-1", logdir, top=2))
     for trial in trials:
         records.append(tmp_path / records.TRIALS_FILE, trial)
     names = [f"{name}={trial.record_id}" for name, trial in zip("ab", trials, strict=False)]

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from splash_attn.types import Variant
-from tuning import agreement, records, validate
-from tuning.agreement import Pair, pairs_of, spearman, summarize
-from tuning.records import Trial
-from tuning.reported import DEFAULT_PATH, Reported
-from tuning.status import Label, Status
+from splash_workbench.status import Label, Status
+from tuning.trials import records
+from tuning.trials.records import Trial
+from tuning.trials.reported import DEFAULT_PATH, Reported
+from tuning.validate import __main__ as validate
+from tuning.validate import agreement
+from tuning.validate.agreement import Pair, pairs_of, spearman, summarize
 
 ROW = {
     "batch_size": 1,

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import MISSING, DictConfig
 
 from splash_attn import tuned
-from splash_attn.platform import quiet_jax_without_accelerator
-from tuning import cli
+from splash_workbench import cli
+from splash_workbench.accelerator import quiet_jax_without_accelerator
 
 
 @dataclasses.dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from splash_attn import tuned
-from tuning import records
-from tuning.records import Trial
-from tuning.reported import DEFAULT_PATH, Reported, ReportedRow
-from tuning.status import Label
+from splash_workbench.status import Label
+from tuning.trials import records
+from tuning.trials.records import Trial
+from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
 
 T = TypeVar("T")
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
-from splash_attn.device import DeviceSpec
-from tuning import environment, heatmap
-from tuning.bound import mxu_bound_ms
-from tuning.records import Trial, is_exact
+from splash_workbench import provenance
+from splash_workbench.status import Label, Status
 from tuning.report.charts import Point, Roof, roofline
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import Stack, device_title, listed, significant, stack
@@ -30,10 +29,12 @@ from tuning.report.trials import (
     on_device,
     op_time,
     options,
-    provenance,
+    origin_of_trials,
     series,
 )
-from tuning.status import Label, Status
+from tuning.trials import heatmap
+from tuning.trials.bound import mxu_bound_ms
+from tuning.trials.records import Trial, is_exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Peers:
 
 def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) -> list[Winner]:
     """All entries: by device, workload and shape, the one that runs first."""
-    present = environment.source_hash(environment.KERNEL_SOURCES)
+    present = provenance.source_hash(provenance.KERNEL_SOURCES)
     found = []
     for device_kind, entry in entries:
         choice = tuned.choose(device_kind, entry.shape, entry.dtype, directory=tuned_dir)
@@ -180,7 +181,7 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
         path=file.path,
         first=first,
         label=first.label,
-        provenance=provenance(trials),
+        provenance=origin_of_trials(trials),
         counts=", ".join(f"{number} {status}" for status, number in sorted(counts.items())),
         variant=" ".join(f"{name}={value}" for name, value in first.variant.items() if value is not None),
         ranking=ranking,
@@ -216,7 +217,7 @@ def _heat_map(trials: Sequence[Trial]) -> tuple[tuple[int, ...], tuple[tuple[int
         if place not in best:
             return Cell(small=listed(failed[place])) if place in failed else Cell()
         trial = best[place]
-        # As in tuning.heatmap: bright is fast. Logarithmic, so that equal steps of colour are equal ratios.
+        # As in tuning.trials.heatmap: bright is fast. Logarithmic, so that equal steps of colour are equal ratios.
         position = math.log(op_time(trial) / least) / math.log(most / least) if most > least else 0.0
         colour = colormaps["viridis_r"](min(position, 1.0))
         dark = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] < 0.5
@@ -285,7 +286,7 @@ def _roofline(
         svg=roofline(name, points, roof, kernels),
         label=label,
         kernels=tuple((kernel, f"c{kernels.index(kernel) % 5 + 1}") for kernel in kernels if kernel in best),
-        provenance=provenance(trials),
+        provenance=origin_of_trials(trials),
         skipped=skipped,
         rows=tuple(sorted(rows, key=lambda row: -row[2])),
     )
@@ -320,7 +321,7 @@ def _peers(file: TrialFile) -> Peers:
         title=f"{first.workload} on {device_title(first.device_kind)}",
         path=file.path,
         first=first,
-        provenance=provenance(trials),
+        provenance=origin_of_trials(trials),
         bars=stack("", "ms", bars, colours, digits=4),
         rows=tuple(rows),
         best_ratio=min(theirs) / min(ours) if ours and theirs else None,

@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 
 from splash_attn import tuned
-from tuning.records import Trial
+from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
 from tuning.report.inputs import Inputs, TrialFile, Validation, ValidationRow
 from tuning.report.parts import Tile
-from tuning.reported import DEFAULT_PATH, Reported
-from tuning.status import Label
+from tuning.trials.records import Trial
+from tuning.trials.reported import DEFAULT_PATH, Reported
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Half of the error bars' width is at least this error.

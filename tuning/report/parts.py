@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from splash_attn import device as devices
-from tuning.status import Label
+from offline_tpu.machine import devices
+from splash_workbench.status import Label
 
 MISSING = "–"  # noqa: RUF001
 GIB = 2**30

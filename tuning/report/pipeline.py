@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from splash_workbench.status import Label
 from tuning.report.inputs import GeneratedRun, Origin, PredictedRun, PredictedStage, QualityRun, Video
 from tuning.report.parts import GIB, Stack, commit, compiler, listed, stack
-from tuning.status import Label
 
 STAGES = ("text", "denoise", "vae")
 _WHOLE = "not broken down"

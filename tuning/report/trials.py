@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
-from splash_attn import device as devices
-from splash_attn.device import DeviceSpec
+from offline_tpu.machine import devices
+from offline_tpu.machine.devices import DeviceSpec
 from splash_attn.types import AttentionShape
-from tuning import environment
-from tuning.bound import mxu_bound_ms
-from tuning.records import Trial, is_exact
+from splash_workbench import provenance
+from splash_workbench.status import Label, Status
 from tuning.report.parts import commit, compiler, listed, percent, significant
-from tuning.status import Label, Status
+from tuning.trials.bound import mxu_bound_ms
+from tuning.trials.records import Trial, is_exact
 
 OURS = "splash_attn"
 #: Field of a variant: int8 products of q and k are faster and not exact, and no peer of those that are.
@@ -26,9 +26,9 @@ def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
     return list(found.values())
 
 
-def provenance(trials: Sequence[Trial]) -> str:
+def origin_of_trials(trials: Sequence[Trial]) -> str:
     """How the figures of these trials were got, in one line."""
-    present = environment.source_hash(environment.KERNEL_SOURCES)
+    present = provenance.source_hash(provenance.KERNEL_SOURCES)
     how = {
         None: "checked, not timed: ",
         Label.PREDICTED: "predicted for ",
@@ -94,7 +94,7 @@ def of_bound(trial: Trial) -> float | None:
 
 
 def device_of(device_kind: str) -> DeviceSpec | None:
-    """The spec of a device kind, None for one that is not in splash_attn.device."""
+    """The spec of a device kind, None for one that is not in offline_tpu.machine.devices."""
     return next((spec for spec in devices.DEVICES.values() if spec.device_kind == device_kind), None)
 
 

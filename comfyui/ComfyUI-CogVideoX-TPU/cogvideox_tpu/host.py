@@ -31,7 +31,7 @@ def interrupt_if_asked() -> None:
 
 
 class NodeProgress:
-    """A `pipeline.profiling.Progress` that shows on a node what it is doing, and stops it when the user asks.
+    """A `pipeline.stages.progress.Progress` that shows on a node what it is doing, and stops it when the user asks.
 
     Shown are a bar, seconds a step with the time left, and a picture of every denoising step where ComfyUI has
     previews turned on.
@@ -71,7 +71,7 @@ def step_text(step: int, total_steps: int, step_times_s: list[float]) -> str:
 def _preview(event: Any) -> tuple[str, Any, int] | None:
     if event.preview is None or args.preview_method == LatentPreviewMethod.NoPreviews:
         return None
-    from pipeline.preview import latent_picture
+    from pipeline.runs.preview import latent_picture
 
     return ("JPEG", latent_picture(event.preview(), MAX_PREVIEW_SIDE), MAX_PREVIEW_SIDE)
 

@@ -6,7 +6,11 @@ from typing import Any
 
 from . import settings
 
-DEVICE_KINDS = ("TPU v6 lite", "TPU v5 lite", "TPU7x")  # v6e, v5e, v7x: splash_attn.device's; the tests compare them
+DEVICE_KINDS = (
+    "TPU v6 lite",
+    "TPU v5 lite",
+    "TPU7x",
+)  # v6e, v5e, v7x: offline_tpu.machine.devices's; the tests compare them
 _TIMEOUT_S = 1200.0
 
 
@@ -29,11 +33,11 @@ def report(
     settings.require_packages()
     import torch
 
-    from pipeline.latents import LatentGeometry
-    from pipeline.loading import build_module
-    from pipeline.parallel import resolve_plan
-    from pipeline.request import GenerateRequest
-    from pipeline.transformer import TransformerShape
+    from pipeline.checkpoints.loading import build_module
+    from pipeline.model.latents import LatentGeometry
+    from pipeline.model.transformer import TransformerShape
+    from pipeline.requests.plans import resolve_plan
+    from pipeline.requests.request import GenerateRequest
     from splash_attn import tuned
     from splash_attn.types import AttentionShape
 
@@ -78,7 +82,7 @@ def tuned_version(device: str) -> str:
 
 def _configs(model_id: str) -> Mapping[str, Any]:
     """Configurations of the checkpoint's parts; built in for a published one, which then is not fetched."""
-    from pipeline.known import KNOWN_CONFIGS
+    from pipeline.checkpoints.published import KNOWN_CONFIGS
 
     parts = ("transformer", "vae", "text_encoder", "scheduler")
     if model_id.strip() in KNOWN_CONFIGS:
@@ -112,9 +116,9 @@ def _predicted_step(
     num_devices: int,
     say: Callable[[str], None],
 ) -> list[str]:
-    from pipeline.config import request_to_dict
-    from pipeline.predict_run import Predictor
-    from splash_attn.device import by_name
+    from offline_tpu.machine.devices import by_name
+    from pipeline.predict.planner import Predictor
+    from pipeline.requests.config import request_to_dict
 
     topology = f"{by_name(device).name}-{num_devices}"
     predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)

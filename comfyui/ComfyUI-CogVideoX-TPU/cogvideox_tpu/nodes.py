@@ -9,7 +9,7 @@ from .host import NodeProgress
 from .settings import AUTO, DEFAULT_MODEL, DTYPES, KERNELS, PARALLEL_PLANS, SCHEDULERS
 
 CATEGORY = "CogVideoX TPU"
-MAX_SIDE, MAX_FRAMES = 4096, 1001  # pipeline.request's; the tests compare them
+MAX_SIDE, MAX_FRAMES = 4096, 1001  # pipeline.requests.request's; the tests compare them
 MAX_SEED = 2**53 - 1  # the largest that a browser holds exactly
 
 EmbedsIO = io.Custom("COGVIDEOX_EMBEDS")

@@ -14,7 +14,7 @@ DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
-#: Name in the widget -> (plan, weights at rest) of `pipeline.parallel.ParallelOptions`.
+#: Name in the widget -> (plan, weights at rest) of `pipeline.requests.plans.ParallelOptions`.
 PARALLEL_PLANS = {
     AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
@@ -22,7 +22,7 @@ PARALLEL_PLANS = {
     "megatron": ("megatron", "replicated"),
     "seed_tp": ("seed_tp", "replicated"),
 }
-#: Name in the widget -> (implementation, softmax, qk_dtype) of `pipeline.request.AttentionOptions`.
+#: Name in the widget -> (implementation, softmax, qk_dtype) of `pipeline.requests.request.AttentionOptions`.
 KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
     AUTO: (None, None, None),
     "fixed_bound": ("pallas_tpu", "fixed_bound", None),
@@ -32,7 +32,7 @@ KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
     "xla": ("xla", None, None),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_PACKAGES = ("pipeline.request", "splash_attn.types")
+_PACKAGES = ("pipeline.requests.request", "splash_attn.types")
 
 
 def require_packages() -> None:
@@ -51,13 +51,13 @@ def require_packages() -> None:
 
 
 def find_checkpoint(model_id: str) -> Any:
-    """The `pipeline.loading.Checkpoint` of a model_id: "tiny", a folder under ComfyUI's models folder, or owner/name.
+    """Return the pipeline's Checkpoint of a model_id: "tiny", a folder under ComfyUI's models folder, or owner/name.
 
     Nothing else is opened: a path is taken only below one of `host.model_folders()`, as written, so that a link which
     the server's owner has put there may point elsewhere.
     """
-    from pipeline.errors import CheckpointError
-    from pipeline.loading import Checkpoint, hub_checkpoint, resolve_checkpoint
+    from pipeline.checkpoints.loading import Checkpoint, hub_checkpoint, resolve_checkpoint
+    from pipeline.requests.errors import CheckpointError
 
     model_id = model_id.strip()
     if model_id == TINY:
@@ -93,8 +93,8 @@ def resolve_dtype(dtype: str, model_id: str) -> str:
 
 
 def attention_options(kernel: str) -> Any:
-    """The `pipeline.request.AttentionOptions` of a kernel's name."""
-    from pipeline.request import AttentionOptions
+    """The `pipeline.requests.request.AttentionOptions` of a kernel's name."""
+    from pipeline.requests.request import AttentionOptions
     from splash_attn.types import Variant
 
     implementation, softmax, qk_dtype = KERNELS[kernel]
@@ -106,8 +106,8 @@ def attention_options(kernel: str) -> Any:
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:
-    """The `pipeline.parallel.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
-    from pipeline.parallel import ParallelOptions
+    """The `pipeline.requests.plans.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
+    from pipeline.requests.plans import ParallelOptions
 
     plan, weights = PARALLEL_PLANS[parallel_plan]
     return ParallelOptions(plan=plan, num_devices=num_devices or None, weights=weights)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def check_devices(attention: Any, parallel: Any) -> None:
     """Raises RequestError where the devices here cannot do what is asked for. Starts JAX."""
     import jax
 
-    from pipeline.errors import RequestError
+    from pipeline.requests.errors import RequestError
 
     platform, available = jax.default_backend(), jax.device_count()
     if attention.implementation == "pallas_tpu" and platform != "tpu":

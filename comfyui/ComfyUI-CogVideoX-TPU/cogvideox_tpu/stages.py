@@ -15,7 +15,7 @@ from . import models, settings
 class Embeds:
     """COGVIDEOX_EMBEDS. prompts: embeddings [2, text tokens, text_embed_dim], of the negative prompt and the prompt."""
 
-    checkpoint: Any  # pipeline.loading.Checkpoint
+    checkpoint: Any  # pipeline.checkpoints.loading.Checkpoint
     prompt: str
     negative_prompt: str
     dtype: str
@@ -26,8 +26,8 @@ class Embeds:
 class Latents:
     """COGVIDEOX_LATENTS. latents: [1, frames, channels, height, width] in the request's dtype."""
 
-    checkpoint: Any  # pipeline.loading.Checkpoint
-    request: Any  # pipeline.request.GenerateRequest
+    checkpoint: Any  # pipeline.checkpoints.loading.Checkpoint
+    request: Any  # pipeline.requests.request.GenerateRequest
     latents: np.ndarray
 
 
@@ -36,8 +36,8 @@ def _running(stage: str) -> Iterator[None]:
     """torch as the pipeline needs it (ComfyUI runs nodes in inference mode), and one message for full memory."""
     import jax
 
-    from pipeline.errors import PipelineError
-    from pipeline.loading import import_libraries
+    from pipeline.checkpoints.loading import import_libraries
+    from pipeline.requests.errors import PipelineError
 
     import_libraries()
     try:
@@ -56,9 +56,9 @@ def _running(stage: str) -> Iterator[None]:
 def encode(prompt: str, negative_prompt: str, model_id: str, dtype: str, progress: Any) -> Embeds:
     """Stage "text"."""
     settings.require_packages()
-    from pipeline.profiling import StageTimings
-    from pipeline.request import GenerateRequest
-    from pipeline.text_encoder import TextEncoder
+    from pipeline.requests.request import GenerateRequest
+    from pipeline.stages.progress import StageTimings
+    from pipeline.stages.text import TextEncoder
 
     dtype = settings.resolve_dtype(dtype, model_id)
     GenerateRequest(prompt=prompt, negative_prompt=negative_prompt, checkpoint=model_id, dtype=dtype)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def sampling_request(
     embeds: None while the text is not encoded yet. Raises RequestError.
     """
     settings.require_packages()
-    from pipeline.request import GenerateRequest
+    from pipeline.requests.request import GenerateRequest
 
     known: dict[str, Any] = {"prompt": "not known yet"}
     if embeds is not None:
@@ -104,9 +104,9 @@ def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Laten
     """Stage "denoise"."""
     import jax
 
-    from pipeline.denoise import Denoiser
-    from pipeline.parallel import resolve_plan
-    from pipeline.profiling import StageTimings
+    from pipeline.requests.plans import resolve_plan
+    from pipeline.stages.denoise import Denoiser
+    from pipeline.stages.progress import StageTimings
 
     checkpoint, guided = embeds.checkpoint, request.do_classifier_free_guidance
     timings = StageTimings("denoise")
@@ -128,8 +128,8 @@ def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Laten
 def decode(latents: Latents, progress: Any) -> torch.Tensor:
     """Stage "vae". Frames as ComfyUI's IMAGE: float32 [frames, height, width, 3] in 0 to 1."""
     settings.require_packages()
-    from pipeline.profiling import StageTimings
-    from pipeline.vae import VaeDecoder
+    from pipeline.stages.progress import StageTimings
+    from pipeline.stages.vae import VaeDecoder
 
     dtype, timings = latents.request.dtype, StageTimings("vae")
     with _running("vae"):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes, Variant
-from tuning import promote, records
-from tuning.records import Trial
+from splash_workbench.status import Label, Status
 from tuning.report import __main__ as report
-from tuning.status import Label, Status
+from tuning.trials import promote, records
+from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
 Run = Callable[..., tuple[int, str, str]]

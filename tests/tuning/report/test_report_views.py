@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from splash_attn.types import BlockSizes
-from tuning.records import Trial
+from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
 from tuning.report.inputs import PredictedRun, QualityRun, TrialFile
-from tuning.status import Label
+from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
 
@@ -83,7 +83,7 @@ def test_the_newest_record_of_a_candidate_counts(make_trial: MakeTrial) -> None:
 def test_provenance_tells_old_kernel_sources_apart(make_trial: MakeTrial) -> None:
     trial = make_trial()
     old = dataclasses.replace(trial.environment, kernel_hash="0123456789abcdef", git_commit="f" * 40, git_dirty=True)
-    text = trials.provenance([trial, make_trial(environment=old)])
+    text = trials.origin_of_trials([trial, make_trial(environment=old)])
     assert f"kernel source 01234567 (not the present one), {trial.environment.kernel_hash[:8]};" in text
     assert "commit fffffff+changes, no commit;" in text
 

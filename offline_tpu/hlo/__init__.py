@@ -1,0 +1,1 @@
+"""The optimised HLO of a program: its ops, shapes and scalar values."""

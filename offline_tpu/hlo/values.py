@@ -1,0 +1,160 @@
+"""Integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from offline_tpu.hlo.module import HloModule, HloOp
+
+_MAX_TRIPS = 1_000_000
+_MAX_WORDS = 1 << 20
+_COPIES = ("copy", "copy-start", "copy-done", "bitcast")
+_PASS_THROUGH = (*_COPIES, "convert", "reshape", "optimization-barrier", "broadcast")
+_TRACED = ("fusion", "call", "compare", "get-tuple-element", "tuple")
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "minimum": min,
+    "maximum": max,
+}
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+}
+
+#: Elements of a loop's state, or parameters of a fusion; None where not known.
+Environment = Sequence[int | None]
+
+
+def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
+    """The 32-bit words of an operand that is a constant, through copies; None where it is not one."""
+    while op.opcode in _COPIES and op.operands:
+        op = module.op(computation, op.operands[0])
+    if op.opcode != "constant" or not re.match(r"[su]32\[", op.shape) or "..." in op.arguments:
+        return None
+    words = re.findall(r"-?\d+", op.arguments)
+    return tuple(map(int, words)) if len(words) <= _MAX_WORDS else None
+
+
+def trip_count(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> int | None:
+    """How often the body of a `while` op runs, by running its counter; None where that depends on data.
+
+    Args:
+      environment: state of the loop that `computation` is the body of, as far as it is known; () outside of one.
+    """
+    condition, body = _parts(loop)
+    state = initial_state(module, computation, loop, environment)
+    root = module.root(body)
+    needed = _needed(module, condition, body, root)
+    for trips in range(_MAX_TRIPS):
+        proceed = evaluate(module, condition, module.root(condition), state)
+        if proceed is None:
+            return None
+        if not proceed:
+            return trips
+        state = [
+            evaluate(module, body, module.op(body, root.operands[i]), state) if i in needed else None
+            for i in range(len(state))
+        ]
+    return None
+
+
+def initial_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
+    """The state that a `while` op starts with."""
+    source = module.op(computation, loop.operands[0])
+    if source.opcode != "tuple":
+        return [None] * loop.shape.count("[")
+    return [evaluate(module, computation, module.op(computation, name), environment) for name in source.operands]
+
+
+def invariant_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
+    """The elements of a loop's state that every trip leaves as they were."""
+    _, body = _parts(loop)
+    root = module.root(body)
+    if root.opcode != "tuple":
+        return []
+    state = initial_state(module, computation, loop, environment)
+    return [value if _is_element(module, body, root.operands[i], i) else None for i, value in enumerate(state)]
+
+
+def evaluate(module: HloModule, computation: str, op: HloOp, environment: Environment) -> int | None:
+    """A scalar integer; None where it depends on data."""
+    if op.opcode == "constant":
+        return int(op.arguments) if re.fullmatch(r"-?\d+", op.arguments) else {"true": 1, "false": 0}.get(op.arguments)
+    if op.opcode == "get-tuple-element":
+        source = module.op(computation, op.operands[0])
+        index = int(op.attribute("index") or 0)
+        if source.opcode == "parameter":
+            return environment[index] if index < len(environment) else None
+        return (
+            evaluate(module, computation, module.op(computation, source.operands[index]), environment)
+            if (source.opcode == "tuple")
+            else None
+        )
+    if op.opcode == "parameter":
+        index = int(op.arguments)
+        return environment[index] if index < len(environment) else None
+    if op.opcode not in ("fusion", "call", "compare", *_PASS_THROUGH, *_ARITHMETIC):
+        return None
+    values = [evaluate(module, computation, module.op(computation, name), environment) for name in op.operands]
+    if op.opcode in _PASS_THROUGH:
+        return values[0]
+    if op.opcode in ("fusion", "call"):
+        return evaluate(module, op.called[0], module.root(op.called[0]), values)
+    left, right = values
+    if left is None or right is None:
+        return None
+    if op.opcode == "compare":
+        return int(_COMPARE[op.attribute("direction") or ""](left, right))
+    return _ARITHMETIC[op.opcode](left, right)
+
+
+def _parts(loop: HloOp) -> tuple[str, str]:
+    condition, body = loop.attribute("condition"), loop.attribute("body")
+    assert condition is not None and body is not None
+    return condition.lstrip("%"), body.lstrip("%")
+
+
+def _is_element(module: HloModule, body: str, name: str, index: int) -> bool:
+    op = module.op(body, name)
+    return (
+        op.opcode == "get-tuple-element"
+        and int(op.attribute("index") or 0) == index
+        and module.op(body, op.operands[0]).opcode == "parameter"
+    )
+
+
+def _needed(module: HloModule, condition: str, body: str, root: HloOp) -> set[int]:
+    """The elements of the state that the condition depends on, over any number of trips."""
+    needed: set[int] = set()
+    wanted = _elements_read(module, condition, module.root(condition))
+    while wanted - needed:
+        needed |= wanted
+        wanted = {
+            i
+            for element in needed
+            if element < len(root.operands)
+            for i in _elements_read(module, body, module.op(body, root.operands[element]))
+        }
+    return needed
+
+
+def _elements_read(module: HloModule, computation: str, op: HloOp) -> set[int]:
+    found: set[int] = set()
+    stack, seen = [op], {op.name}
+    while stack:
+        current = stack.pop()
+        if current.opcode == "get-tuple-element" and module.op(computation, current.operands[0]).opcode == "parameter":
+            found.add(int(current.attribute("index") or 0))
+            continue
+        if current.opcode not in (*_TRACED, *_PASS_THROUGH, *_ARITHMETIC):
+            continue
+        for name in current.operands:
+            if name not in seen:
+                seen.add(name)
+                stack.append(module.op(computation, name))
+    return found

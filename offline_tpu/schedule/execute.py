@@ -1,0 +1,157 @@
+"""Runs the scalar slice of one op: how often each bundle runs, and when its DMAs let it go on.
+
+All control flow of a TPU core runs on its scalar unit, so loops, nested loops, software-pipeline prologues and
+`pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
+taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
+(constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
+that are prefetched) are assumed to differ where their addresses do.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from offline_tpu.machine.dma import HBM_GRANULE_BYTES, DmaClock, DmaTiming
+from offline_tpu.machine.errors import UnknownDumpFormatError
+from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
+from offline_tpu.schedule.scalar import Pointer, Scalars
+
+BRANCH_DELAY_SLOTS = 4
+MAX_EXECUTED_INSTRUCTIONS = 20_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What running an op came to.
+
+    Attributes:
+      counts: how often each bundle runs.
+      stall_cycles: cycles beyond those of the bundles: waits for DMAs, and VMEM time that they take.
+      hbm_bytes: bytes that its DMAs move to and from HBM.
+      unresolved: branches and DMAs that depend on data, and waits that match no DMA.
+    """
+
+    counts: list[int]
+    stall_cycles: float
+    hbm_bytes: int
+    unresolved: tuple[str, ...]
+
+
+def execute(program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
+    """Runs the program.
+
+    Args:
+      operands: by index, the words of operands that are known: constants, a traced grid size.
+
+    Raises:
+      UnknownDumpFormatError: the program does not end within a large number of steps.
+    """
+    return _Run(program, timing, operands or {}).to_the_end()
+
+
+class _Run:
+    def __init__(self, program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]]) -> None:
+        self._program = program
+        self._addresses = sorted(program.events)
+        self._scalars = Scalars(operands)
+        self._bundles = [[(i.name, i, self._scalars.step(i)) for i in program.events[a]] for a in self._addresses]
+        self._clock = DmaClock(timing)
+        self._unresolved: dict[str, None] = {}  # an ordered set
+        self._clocked_to = 0  # the bundle up to which the clock has run
+
+    def to_the_end(self) -> Execution:
+        length = self._program.length
+        delta = [0] * (length + 1)
+        start, from_back_edge, steps = 0, False, 0
+        while True:
+            self._clocked_to = start
+            jump, branch_at, taken_steps = self._straight_line(start, from_back_edge)
+            steps += taken_steps
+            if steps > MAX_EXECUTED_INSTRUCTIONS:
+                raise UnknownDumpFormatError(f"the schedule did not end within {MAX_EXECUTED_INSTRUCTIONS} steps.")
+            end = length if jump is None else min(branch_at + BRANCH_DELAY_SLOTS + 1, length)
+            self._run_clock_to(end)
+            delta[start] += 1
+            delta[end] -= 1
+            if jump is None:
+                break
+            from_back_edge = jump <= branch_at
+            start = jump
+        self._clock.finish()
+        counts, running = [], 0
+        for change in delta[:length]:
+            running += change
+            counts.append(running)
+        return Execution(
+            counts=counts,
+            stall_cycles=self._clock.now - sum(counts),
+            hbm_bytes=self._clock.hbm_bytes,
+            unresolved=tuple(self._unresolved),
+        )
+
+    def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
+        """Runs from `start` to the first taken branch: where that leads (None: the end), where it is, and steps."""
+        jump: int | None = None
+        branch_at = -1
+        steps = 0
+        for position in range(bisect.bisect_left(self._addresses, start), len(self._addresses)):
+            address = self._addresses[position]
+            if jump is not None and address > branch_at + BRANCH_DELAY_SLOTS:
+                break
+            bundle = self._bundles[position]
+            steps += len(bundle)
+            for name, instruction, step in bundle:
+                if name == BRANCH:
+                    if self._taken(instruction, address) and jump is None:
+                        assert instruction.target is not None
+                        jump, branch_at = self._program.labels[instruction.target], address
+                elif name == DMA:
+                    self._start_dma(instruction, address)
+                elif name == WAIT:
+                    self._wait(instruction, address)
+                else:
+                    step(from_back_edge and address == start)
+        return jump, branch_at, steps
+
+    def _run_clock_to(self, address: int) -> None:
+        self._clock.run(address - self._clocked_to)
+        self._clocked_to = address
+
+    def _taken(self, instruction: Instruction, address: int) -> bool:
+        taken = self._scalars.holds(instruction)
+        if taken is None:
+            self._unresolved[f"branch at {address:#x}"] = None
+            return False
+        return taken
+
+    def _start_dma(self, instruction: Instruction, address: int) -> None:
+        runs = self._scalars.holds(instruction)
+        if runs is None:
+            self._unresolved[f"DMA at {address:#x}"] = None
+        elif not runs:
+            return
+        size = self._scalars.value(instruction.operands[0])
+        if not isinstance(size, int):
+            self._unresolved[f"size of the DMA at {address:#x}"] = None
+            return
+        ends = [self._scalars.value(operand) for operand in instruction.operands[2:]]
+        spaces = instruction.spaces
+        if ends:
+            if spaces[1] == "smem":
+                self._scalars.copy_to_smem(ends[0], ends[1])
+            spaces = tuple(
+                known or (end.space if isinstance(end, Pointer) else None)
+                for known, end in zip(spaces, ends, strict=True)
+            )
+        if None in spaces:
+            self._unresolved[f"memories of the DMA at {address:#x}"] = None
+        self._run_clock_to(address)
+        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces)
+
+    def _wait(self, instruction: Instruction, address: int) -> None:
+        if self._scalars.holds(instruction) is False:
+            return
+        flag, size = self._scalars.flag(instruction.operands[0]), self._scalars.value(instruction.operands[1])
+        self._run_clock_to(address)
+        if flag is None or not isinstance(size, int) or not self._clock.wait(flag, size * HBM_GRANULE_BYTES):
+            self._unresolved[f"wait at {address:#x} for a DMA that is not known"] = None

@@ -1,0 +1,111 @@
+"""What one op costs on its core, from the two dump files that the compiler wrote about it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from offline_tpu.machine.dma import DmaTiming
+from offline_tpu.machine.errors import UnknownDumpFormatError
+from offline_tpu.schedule.bundles import Program
+from offline_tpu.schedule.execute import execute
+
+_SPILL, _FILL = "VSTORE:SPILL", "VLOAD:FILL"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What one op costs on its core, from the compiler's schedule.
+
+    Attributes:
+      name: the HLO op's name.
+      bundles: static length of the op, in VLIW bundles.
+      cycles: bundles executed; one bundle is one cycle.
+      stall_cycles: cycles beyond these, waiting for DMAs or for VMEM.
+      unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
+      unit_capacity: slots a cycle by unit.
+      spill_count, fill_count: executed vector register spills (stores) and fills (loads).
+      static_spill_count: spill slots in the static schedule.
+      hbm_bytes: bytes moved to and from HBM by the op's own DMAs.
+      unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
+        size is not known, which are not counted.
+    """
+
+    name: str
+    bundles: int
+    cycles: int
+    stall_cycles: float
+    unit_uses: dict[str, int]
+    unit_capacity: dict[str, int]
+    spill_count: int
+    fill_count: int
+    static_spill_count: int
+    hbm_bytes: int
+    unresolved: tuple[str, ...]
+
+    def utilization(self, unit: str) -> float:
+        """Fraction of the unit's slots that the executed bundles fill."""
+        return self.unit_uses[unit] / (self.unit_capacity[unit] * self.cycles) if self.cycles else 0.0
+
+
+def read_schedule(
+    name: str,
+    bundles_path: Path,
+    utilization_path: Path,
+    *,
+    timing: DmaTiming,
+    operands: Mapping[int, Sequence[int]] | None = None,
+) -> Schedule:
+    """Reads the two dump files of one op, and runs it.
+
+    Args:
+      operands: by index, the words of the op's operands that are known.
+
+    Args:
+      grid_size: the value of a Pallas kernel's traced grid dimension, where it has one.
+
+    Raises:
+      UnknownDumpFormatError: the files are not in the known form, or they disagree in length.
+    """
+    try:
+        program = Program(bundles_path.read_text())
+    except UnknownDumpFormatError as error:
+        raise UnknownDumpFormatError(f"{bundles_path.name}: {error}") from error
+    capacity, table = _read_utilization(utilization_path)
+    if len(table) != program.length:
+        raise UnknownDumpFormatError(
+            f"{utilization_path.name}: {len(table)} bundles, expected the {program.length} of {bundles_path.name}."
+        )
+    execution = execute(program, timing, operands)
+    uses = dict.fromkeys(capacity, 0)
+    static_spills = 0
+    units = list(capacity)
+    for count, row in zip(execution.counts, table, strict=True):
+        for unit, used in zip(units, row, strict=True):
+            if used:
+                uses[unit] += used * count
+                if unit == _SPILL:
+                    static_spills += used
+    return Schedule(
+        name=name,
+        bundles=program.length,
+        cycles=sum(execution.counts),
+        stall_cycles=execution.stall_cycles,
+        unit_uses=uses,
+        unit_capacity=capacity,
+        spill_count=uses.get(_SPILL, 0),
+        fill_count=uses.get(_FILL, 0),
+        static_spill_count=static_spills,
+        hbm_bytes=execution.hbm_bytes,
+        unresolved=execution.unresolved,
+    )
+
+
+def _read_utilization(path: Path) -> tuple[dict[str, int], list[list[int]]]:
+    lines = path.read_text().splitlines()
+    if len(lines) < 4 or not lines[0].startswith("== CAPA") or not lines[3].startswith("== UTILIZATION"):
+        raise UnknownDumpFormatError(f"{path.name}: expected a capacity header, got {lines[:1]!r}.")
+    units = [unit.strip() for unit in lines[1].split(",")]
+    figures = [[int(x) for x in line.split()] for line in (lines[2], *lines[4:]) if line.strip()]
+    if any(len(row) != len(units) for row in figures):
+        raise UnknownDumpFormatError(f"{path.name}: expected {len(units)} figures a line.")
+    return dict(zip(units, figures[0], strict=True)), figures[1:]

@@ -1,0 +1,1 @@
+"""Checkpoints: which files, loading them, and the tiny model's own."""

@@ -1,0 +1,310 @@
+"""Checkpoints in diffusers' folder layout -> torch modules without storage -> weights as JAX arrays.
+
+Only safetensors are read, only the parts (`text_encoder/`, `vae/`, ...) that were asked for, and no code from a
+checkpoint is ever run: classes are the ones named here.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
+from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.requests.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+TINY, RANDOM = "tiny", "tiny-random"
+CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
+_PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_SAMPLED_BLOCKS = 16
+_BLOCK_BYTES = 65536
+
+
+def default_cache_dir() -> Path:
+    """Where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
+
+
+def use_compilation_cache(folder: Path | None) -> None:
+    """Keep compiled programs in a folder across runs, so that a second start is fast; None: do not.
+
+    What the user or the environment has set (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    if folder is not None and jax.config.values["jax_compilation_cache_dir"] is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose parts are fetched when asked for.
+
+    name: as the user gave it. folder: of a local one. repo_id, commit: of one on the Hub.
+    """
+
+    name: str
+    folder: Path | None = None
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def part(self, part: str) -> Path:
+        """The folder of one part, downloaded first if it is on the Hub. Raises CheckpointError if it is not there."""
+        assert part in _PARTS, part
+        if self.folder is None:
+            assert self.repo_id is not None
+            patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
+            folder = _snapshot(self.repo_id, self.commit, patterns) / part
+        else:
+            folder = self.folder / part
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
+            )
+        return folder
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The parsed config.json (scheduler_config.json) of a part, without its weights."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        if self.folder is None:
+            assert self.repo_id is not None
+            folder = _snapshot(self.repo_id, self.commit, [f"{part}/{name}"])
+        else:
+            folder = self.folder
+        path = folder / part / name
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"checkpoint={self.name!r}: cannot read {part}/{name} ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} is not JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object"
+            )
+        return config
+
+    def identity(self, *parts: str) -> str:
+        """What tells these weights from others: the Hub commit, or a digest of a local folder's files.
+
+        Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
+        change of single values in a large local file can go unnoticed, another training run cannot.
+        """
+        if self.commit is not None:
+            return f"{self.repo_id}@{self.commit}"
+        digest = hashlib.sha256()
+        for part in parts:
+            for path in sorted(self.part(part).iterdir()):
+                if path.suffix in {".json", ".safetensors", ".model", ".txt"}:
+                    digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
+                    _digest_file(path, digest)
+        return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _digest_file(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
+            digest.update(file.read())
+            return
+        for block in range(_SAMPLED_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+
+
+def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+    """Find a checkpoint: "tiny", "tiny-random", a local folder, or a Hub id "owner/name".
+
+    "tiny" is trained, and comes with this package; "tiny-random" is made in the cache folder.
+
+    Raises CheckpointError when it is none of these or cannot be reached.
+    """
+    if revision is not None and (name in (TINY, RANDOM) or Path(name).expanduser().is_dir()):
+        raise CheckpointError(
+            f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+        )
+    if name == TINY:
+        return Checkpoint(name=name, folder=TRAINED_FOLDER)
+    if name == RANDOM:
+        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Checkpoint(name=name, folder=folder)
+    if folder.is_file():
+        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"checkpoint={name!r}: no such folder; expected tiny, tiny-random, an existing folder, or owner/name"
+        )
+    return hub_checkpoint(name, revision)
+
+
+def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
+    """A checkpoint on the Hub, whatever folders there are here. Raises CheckpointError when it cannot be reached."""
+    snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
+    return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(f"checkpoint={repo_id!r}: not a folder here, and not a valid Hub id ({error})") from error
+    except HfHubHTTPError as error:
+        detail = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"checkpoint={repo_id!r} revision={revision}: the Hub refused it ({detail})") from error
+    except (HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint={repo_id!r}: no such folder here, and the Hub cannot be reached; "
+            "check the name and the network, or give a folder that holds the checkpoint"
+        ) from error
+
+
+@dataclasses.dataclass
+class LoadedModule:
+    """A torch module without storage (on the meta device) and its weights by name, as `place` made them."""
+
+    module: torch.nn.Module
+    weights: dict[str, Any]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(value.nbytes for value in self.weights.values())
+
+
+def import_libraries() -> None:
+    """Import diffusers' and transformers' models, some seconds the first time, so that no stage's timing holds that."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: F401
+    from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
+
+
+def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """The stock module of a part from its configuration alone, on the meta device, in eval mode."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        if part == "text_encoder":
+            module = T5EncoderModel(T5Config(**config))
+        elif part == "transformer":
+            module = CogVideoXTransformer3DModel.from_config(config)
+        else:
+            assert part == "vae", part
+            module = AutoencoderKLCogVideoX.from_config(config)
+    # torch's own `to`: diffusers' warns of modules to keep in float32, of which these have none.
+    return torch.nn.Module.to(module, dtype).eval()
+
+
+def load_module(
+    checkpoint: Checkpoint,
+    part: str,
+    dtype: torch.dtype,
+    keep: Callable[[str], bool] = lambda name: True,
+    place: Callable[[str, np.ndarray], Any] = lambda name, value: jax.device_put(value),
+) -> LoadedModule:
+    """Load one part ("text_encoder", "transformer" or "vae").
+
+    keep: which parameters are wanted at all, by name. place: puts one weight on the device(s).
+    Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
+    """
+    config = checkpoint.config(part)
+    expected_class = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}.get(part)
+    if expected_class and config.get("_class_name") != expected_class:
+        raise CheckpointError(
+            f"checkpoint={checkpoint.name!r}: {part}/config.json is for {config.get('_class_name')!r}, "
+            f"expected {expected_class!r}"
+        )
+    module = build_module(part, config, dtype)
+    wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
+    aliases = _aliases(module)
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
+    where = f"checkpoint={checkpoint.name!r}: {part}/"
+    weights: dict[str, Any] = {}
+    unexpected: list[str] = []
+    for path in _weight_files(checkpoint, part):
+        with _open_weights(path, where) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name = aliases.get(key, key)
+                if name not in wanted:
+                    if keep(name) and not any(re.search(pattern, key) for pattern in ignored):
+                        unexpected.append(key)
+                    continue
+                value = file.get_tensor(key)
+                if value.shape != wanted[name]:
+                    raise CheckpointError(
+                        f"{where}{path.name}: {key} has shape {list(value.shape)}, expected {list(wanted[name])}"
+                    )
+                # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
+                value = value.to(dtype) if value.is_floating_point() else value
+                weights[name] = place(name, torch_to_numpy(value))
+    missing = sorted(set(wanted) - set(weights))
+    if missing or unexpected:
+        problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
+        raise CheckpointError(f"{where} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)")
+    return LoadedModule(module, jax.block_until_ready(weights))
+
+
+def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _aliases(module: torch.nn.Module) -> dict[str, str]:
+    """Other names of tied weights -> the name that `named_parameters` gives them."""
+    first = {id(value): name for name, value in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in every if first[id(value)] != name}
+
+
+def _weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
+    folder = checkpoint.part(part)
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            listed = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})"
+            ) from error
+        if absent := sorted(path.name for path in listed if not path.is_file()):
+            raise CheckpointError(
+                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, listed in {index.name}; download it again"
+            )
+        files = sorted(listed)
+    if not files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        found = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise CheckpointError(
+            f"checkpoint={checkpoint.name!r}: {part}/ holds {found}; expected *.safetensors"
+            + (" (convert it with save_pretrained(safe_serialization=True))" if pickles else "")
+        )
+    return files
+
+
+@contextlib.contextmanager
+def _open_weights(path: Path, where: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{where}{path.name} is not readable as safetensors ({error}); download it again"
+        ) from error

@@ -1,0 +1,207 @@
+"""Small checkpoints of CogVideoX 1.5's shape in diffusers' layout.
+
+The trained one comes with the package (`TRAINED_FOLDER`, made by `pipeline.train_tiny`): it follows captions of drawn
+shapes. The random one is made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask
+nothing of the picture.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
+
+_DIFFUSERS_NAME = "diffusion_pytorch_model"
+_FORMAT = 1  # counts up when the files written for one TinySpec change
+
+TRAINED_FOLDER = Path(__file__).parents[1] / "tiny_model"
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"-()/&%+"
+
+
+@dataclasses.dataclass(frozen=True)
+class TinySpec:
+    """Sizes of the tiny checkpoint. What makes it CogVideoX 1.5 (patches, rotary, scheduler) is fixed, not here."""
+
+    num_layers: int = 2
+    num_attention_heads: int = 4
+    attention_head_dim: int = 64
+    time_embed_dim: int = 64
+    text_embed_dim: int = 64
+    text_layers: int = 2
+    max_text_seq_length: int = 226
+    vae_block_out_channels: tuple[int, int, int, int] = (16, 32, 32, 32)
+    vae_layers_per_block: int = 1
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A folder name that differs wherever the content does."""
+        described = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
+        return f"tiny-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+
+def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Path:
+    """The folder of the tiny checkpoint under `cache_dir`, made if it is not there.
+
+    It is made under a temporary name and renamed when complete, so that a folder of its name is always whole, also
+    with several processes at it.
+    """
+    spec = spec or TinySpec()
+    folder = cache_dir / spec.name
+    if folder.is_dir():
+        return folder
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=cache_dir))
+    try:
+        _write(building, spec)
+        building.chmod(0o755)
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, spec: TinySpec) -> None:
+    with torch.random.fork_rng(devices=[]):
+        modules = build_modules(spec)
+    for offset, part in enumerate(("text_encoder", "transformer", "vae")):
+        _randomize(modules[part], spec.seed + offset)
+    write_checkpoint(folder, modules)
+
+
+def build_modules(spec: TinySpec) -> dict[str, Any]:
+    """The stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    text_config = T5Config(
+        vocab_size=len(build_tokenizer()),
+        d_model=spec.text_embed_dim,
+        d_kv=16,
+        d_ff=2 * spec.text_embed_dim,
+        num_layers=spec.text_layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        architectures=["T5EncoderModel"],
+    )
+    return {
+        "text_encoder": T5EncoderModel(text_config),
+        "transformer": CogVideoXTransformer3DModel(**_transformer_config(spec)),
+        "vae": AutoencoderKLCogVideoX(**_vae_config(spec)),
+    }
+
+
+def build_scheduler() -> Any:
+    """The scheduler of CogVideoX 1.5: velocity, zero signal at the last timestep, timesteps counted from there."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    return CogVideoXDDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.0120,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        set_alpha_to_one=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
+
+
+def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files."""
+    build_tokenizer().save_pretrained(folder / "tokenizer")
+    build_scheduler().save_pretrained(folder / "scheduler")
+    modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
+    for part in ("transformer", "vae"):
+        modules[part].save_config(folder / part)
+    for part, name in (("text_encoder", "model"), ("transformer", _DIFFUSERS_NAME), ("vae", _DIFFUSERS_NAME)):
+        _save_weights(modules[part], folder / part / f"{name}.safetensors", dtype)
+    index = {
+        "_class_name": "CogVideoXPipeline",
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _transformer_config(spec: TinySpec) -> dict[str, Any]:
+    return {
+        "num_attention_heads": spec.num_attention_heads,
+        "attention_head_dim": spec.attention_head_dim,
+        "in_channels": 16,
+        "out_channels": 16,
+        "time_embed_dim": spec.time_embed_dim,
+        "text_embed_dim": spec.text_embed_dim,
+        "num_layers": spec.num_layers,
+        "sample_width": 300,
+        "sample_height": 300,
+        "sample_frames": 81,
+        "patch_size": 2,
+        "patch_size_t": 2,
+        "patch_bias": False,
+        "max_text_seq_length": spec.max_text_seq_length,
+        "use_rotary_positional_embeddings": True,
+    }
+
+
+def _vae_config(spec: TinySpec) -> dict[str, Any]:
+    return {
+        "block_out_channels": spec.vae_block_out_channels,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "latent_channels": 16,
+        "layers_per_block": spec.vae_layers_per_block,
+        "norm_num_groups": 8,
+        "temporal_compression_ratio": 4,
+        "scaling_factor": 0.7,
+    }
+
+
+def _randomize(module: torch.nn.Module, seed: int) -> None:
+    """Fill every parameter from a generator of our own, by name: the same whatever the library's default."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        if parameter.ndim == 1:
+            centre = 0.0 if name.endswith("bias") else 1.0  # a norm's scale
+            value = centre + 0.1 * torch.randn(parameter.shape, generator=generator)
+        else:
+            fan_in = parameter[0].numel()
+            value = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+        if name == "decoder.conv_out.conv.weight":
+            value *= 0.3  # most pixels then lie within [0, 1], as a trained decoder's do
+        parameter.data.copy_(value)
+
+
+def build_tokenizer() -> Any:
+    """A T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
+    from transformers import T5Tokenizer
+
+    words = " ".join(("a", *COLOURS, *SHAPES, *MOTIONS)).split()
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocab += [(f"▁{word}", -4.0) for word in dict.fromkeys(words) if len(word) > 1]
+    vocab += [(letter, -8.0) for letter in _LETTERS]
+    return T5Tokenizer(vocab=vocab, extra_ids=100, model_max_length=512)
+
+
+def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    weights = {name: value.detach().to(dtype).contiguous() for name, value in module.named_parameters()}
+    save_file(weights, path, metadata={"format": "pt"})

@@ -1,0 +1,124 @@
+"""The one seam to `splash_attn`: attention with the user's options, and as a processor of stock diffusers blocks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+
+import splash_attn
+from pipeline.model.torchax_bridge import torchax_module
+from pipeline.requests.errors import RequestError
+from pipeline.requests.request import AttentionOptions
+from splash_attn import tuned
+from splash_attn.api import Resolution, resolve
+from splash_attn.types import AttentionShape
+
+#: q, k, v, each [batch, heads, sequence, head_dim], to the output.
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def attention_function(options: AttentionOptions) -> AttentionFunction:
+    """`splash_attn.attention` with these options. It raises RequestError for options that fit no such call."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        try:
+            shape = AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+            if options.qk_dtype == "int8" and resolve_attention(options, shape, q.dtype.name).implementation == "xla":
+                raise ValueError("qk_dtype='int8' is the kernel's, and implementation='xla' runs here; leave it out.")
+            return splash_attn.attention(
+                q,
+                k,
+                v,
+                k_smooth=options.k_smooth,
+                block_sizes=options.block_sizes,
+                variant=options.variant,
+                qk_dtype=options.qk_dtype,
+                implementation=options.implementation,
+            )
+        except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU
+            raise RequestError(f"attention: {error}") from error
+
+    return attend
+
+
+class SplashAttentionProcessor:
+    """Joint attention over text and video tokens in a stock CogVideoX block, by a function of our choice.
+
+    Does what diffusers' CogVideoXAttnProcessor2_0 does (query and key LayerNorm, rotary embedding of the video tokens
+    only, output projection, split into video and text), for tensors of torchax. Set it with
+    `block.attn1.set_processor(SplashAttentionProcessor(attention_function(options)))`.
+    """
+
+    def __init__(self, attend: AttentionFunction):
+        self._attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states: [batch, video tokens, channels]; encoder_hidden_states: [batch, text tokens, channels].
+
+        image_rotary_emb: cosines and sines, each float32 [video tokens, head_dim]. Returns both, attended.
+        """
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        if attention_mask is not None:
+            raise NotImplementedError("attention_mask: CogVideoX attends to all tokens; a mask is not supported")
+        text_seq_len = encoder_hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        batch_size, seq_len, _ = joint.shape
+
+        def heads(tokens: torch.Tensor) -> torch.Tensor:
+            return tokens.reshape(batch_size, seq_len, attn.heads, -1).transpose(1, 2)
+
+        q, k, v = heads(attn.to_q(joint)), heads(attn.to_k(joint)), heads(attn.to_v(joint))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        if image_rotary_emb is not None:
+            # Joined anew rather than assigned in place as stock does: JAX arrays do not change.
+            q, k = (
+                torch.cat([x[:, :, :text_seq_len], apply_rotary_emb(x[:, :, text_seq_len:], image_rotary_emb)], dim=2)
+                for x in (q, k)
+            )
+        out = torchax_module().interop.call_jax(self._attend, q, k, v)
+        out = out.transpose(1, 2).reshape(batch_size, seq_len, -1)
+        out = attn.to_out[1](attn.to_out[0](out))  # projection, dropout (none in eval mode)
+        return out[:, text_seq_len:], out[:, :text_seq_len]
+
+
+def resolve_attention(
+    options: AttentionOptions, shape: AttentionShape, dtype: str, device_kind: str | None = None
+) -> Resolution:
+    """What `splash_attn.attention` runs for a shape, and why. device_kind: of another device than the one here."""
+    return resolve(
+        shape,
+        dtype=dtype,
+        device_kind=device_kind,
+        block_sizes=options.block_sizes,
+        variant=options.variant,
+        qk_dtype=options.qk_dtype,
+        implementation=options.implementation,
+    )
+
+
+def describe_attention(
+    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
+) -> dict[str, Any]:
+    """What `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
+    shape = AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
+    resolution = resolve_attention(options, shape, dtype)
+    described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
+    described["tuned_entry"] = None
+    if resolution.implementation != "xla" and options.block_sizes is None:
+        device_kind, qk_dtype = jax.devices()[0].device_kind, options.qk_dtype or "bfloat16"
+        entry = tuned.choose(device_kind, shape, dtype, variant=options.variant, qk_dtype=qk_dtype).entry
+        described["tuned_entry"] = entry.to_dict() if entry else None
+    return described

@@ -1,0 +1,151 @@
+"""The denoise step as one program over a mesh: transformer on each prompt, guidance, and the scheduler's update."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pipeline.model.attention import SplashAttentionProcessor, attention_function
+from pipeline.model.torchax_bridge import jax_function
+from pipeline.model.transformer import Share, TokenLayout, TransformerShape, block, transformer
+from pipeline.requests.plans import DP, MODEL, ParallelPlan, weight_partition
+from pipeline.requests.request import AttentionOptions
+
+_REPLICATED = PartitionSpec()
+#: Predicted for v6e at 720p: products read their operands less often with twice the default (0.35 ms a layer), and the
+#: exchange of one of q, k, v runs beside the projection of another (0.75 ms a layer).
+TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enable_async_all_to_all": "true"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiseStep:
+    """One denoising step, to be compiled by `compile`.
+
+    The program takes
+
+    - weights: as `pipeline.model.weights` makes them
+    - sample: [rows, patch channels] in the weights' dtype; donated
+    - old_x0: the x0 of the step before, float32 of the same shape (zeros at first); donated
+    - noise: of the same shape, or a scalar 0 for schedulers without noise
+    - embeddings: [2 or 1, text tokens, text_embed_dim]: negative, positive; positive alone without guidance
+    - rotary: cosines and sines, see `pipeline.model.latents.rotary_rows`; seed_tp: as diffusers makes them
+    - timestep: int32 []; guidance_scale: float32 []; coefficients: float32 [6], a row of `StepTable`
+
+    and returns (sample, x0, whether all of it is finite). Guidance and scheduler are computed in float32.
+    """
+
+    shape: TransformerShape
+    layout: TokenLayout
+    plan: ParallelPlan
+    mesh: Mesh
+    attention: AttentionOptions
+    guided: bool
+    noisy: bool = False  # whether the scheduler adds noise
+    stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, for seed_tp
+
+    def sharding(self, argument: str) -> NamedSharding:
+        """Where an argument of the program (not weights) lies."""
+        return NamedSharding(self.mesh, self._spec(argument))
+
+    def compile(self, weights: Mapping[str, jax.Array], *arguments: Any) -> jax.stages.Compiled:
+        """Compile for these arguments (arrays, or ShapeDtypeStructs with shardings)."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(weights).lower(weights, *arguments).compile()
+
+    def jitted(self, weights: Mapping[str, Any]) -> Any:
+        """`program` under jit, sample and old_x0 donated."""
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        options = TPU_COMPILER_OPTIONS if on_tpu else None
+        return jax.jit(self.program(weights), donate_argnums=(1, 2), compiler_options=options)
+
+    def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
+        """The function to be jitted with the mesh set; of `weights` only the names count."""
+        if self.plan.plan == "seed_tp":
+            return functools.partial(self._step, block=self._stock_block_step())
+        attend = attention_function(self.attention)
+
+        def attend_transposed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            # The kernel reads q and v, and writes, transposed: these transposes and its own cancel in the compiler.
+            return attend(q.swapaxes(2, 3), k.swapaxes(2, 3), v.swapaxes(2, 3)).swapaxes(2, 3)
+
+        share = Share(self.plan, self.layout)
+        own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)
+        names = ("sample", "x0", "noise", "embeddings", "rotary", "scalar", "scalar", "scalar")
+        return jax.shard_map(
+            functools.partial(self._step, block=own_block),
+            mesh=self.mesh,
+            in_specs=({name: weight_partition(self.plan, name) for name in weights}, *map(self._spec, names)),
+            out_specs=(self._spec("sample"), self._spec("x0"), _REPLICATED),
+            check_vma=False,
+        )
+
+    def _stock_block_step(self) -> Callable[..., jax.Array]:
+        """The stock block, its attention by heads over the mesh, all else left to the partitioner."""
+        assert self.stock_block is not None
+        over_mesh = jax.shard_map(
+            attention_function(self.attention),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(DP, MODEL),
+            out_specs=PartitionSpec(DP, MODEL),
+            check_vma=False,
+        )
+        module: Any = self.stock_block
+        module.attn1.set_processor(SplashAttentionProcessor(over_mesh))
+        stock = jax_function(module)
+
+        def step(x, weights, temb, is_text, cos, sin):  # type: ignore[no-untyped-def]
+            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(DP)))
+            text, video = x[:, : self.layout.text], x[:, self.layout.text :]
+            temb = jnp.broadcast_to(temb, (x.shape[0], *temb.shape))
+            video, text = stock(weights, video, text, temb, image_rotary_emb=(cos, sin))
+            return jnp.concatenate([text, video], axis=1)
+
+        return step
+
+    def _spec(self, argument: str) -> PartitionSpec:
+        split = MODEL if self.plan.splits_sequence else None
+        specs = {
+            "sample": PartitionSpec(split),
+            "x0": PartitionSpec(split),
+            "noise": PartitionSpec(split) if self.noisy else _REPLICATED,
+            "embeddings": PartitionSpec(DP),
+            "rotary": PartitionSpec(None, split),
+            "scalar": _REPLICATED,
+        }
+        return specs[argument]
+
+    @jax.named_scope("denoise")
+    def _step(
+        self, weights, sample, old_x0, noise, embeddings, rotary, timestep, guidance_scale, coefficients, *, block
+    ):  # type: ignore[no-untyped-def]
+        share = Share(self.plan, self.layout)
+        prediction = transformer(
+            weights, sample, embeddings, timestep, rotary, shape=self.shape, share=share, block=block
+        ).astype(jnp.float32)
+        in_shard_map = self.plan.plan != "seed_tp"
+        with jax.named_scope("guidance"):
+            if self.guided:
+                if in_shard_map and self.plan.dp > 1:
+                    prediction = lax.all_gather(prediction, DP, axis=0, tiled=True)
+                negative, positive = prediction
+                prediction = negative + guidance_scale * (positive - negative)
+            else:
+                (prediction,) = prediction
+        with jax.named_scope("scheduler"):
+            x0_sample, x0_model, prev_sample, prev_x0, prev_old_x0, prev_noise = coefficients
+            before = sample.astype(jnp.float32)
+            x0 = x0_sample * before + x0_model * prediction
+            after = prev_sample * before + prev_x0 * x0 + prev_old_x0 * old_x0 + prev_noise * noise.astype(jnp.float32)
+            rows = share.row_ids()[:, None]
+            is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
+            x0, after = (jnp.where(is_video, x, 0) for x in (x0, after))
+            finite = jnp.isfinite(after).all()
+            if in_shard_map and self.plan.splits_sequence:
+                finite = lax.pmin(finite.astype(jnp.int32), MODEL) > 0
+        return after.astype(sample.dtype), x0, finite

@@ -1,0 +1,314 @@
+"""CogVideoX's transformer as a function of arrays, written for one device's share of the work.
+
+It computes what diffusers' CogVideoXTransformer3DModel (1.5, rotary) computes, from the same weights, on tokens: rows
+are the text tokens, then the video's patches, then padding, which is dropped before attention and never seen by anyone.
+Queries, keys and values are made in the layout that the attention kernel reads, [batch, heads, head_dim, sequence].
+
+Matrix products, residuals and activations are in the weights' dtype (bfloat16 as published), accumulated in float32.
+Statistics and affine parts of norms, rotary embedding, gates and activation functions are computed in float32 and
+rounded once. Stock rounds to bfloat16 between these steps: in bfloat16 this is closer to float32 than stock is, and in
+float32 it differs in the order of sums only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from pipeline.model.weights import BLOCKS
+from pipeline.requests.errors import CheckpointError
+from pipeline.requests.plans import MODEL, ParallelPlan
+
+QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
+Weights = Mapping[str, jax.Array]
+#: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+_EXPECTED = {
+    "activation_fn": "gelu-approximate",
+    "timestep_activation_fn": "silu",
+    "use_rotary_positional_embeddings": True,
+    "use_learned_positional_embeddings": False,
+    "ofs_embed_dim": None,
+    "norm_elementwise_affine": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerShape:
+    """What the program depends on, of transformer/config.json. Raises CheckpointError for another architecture."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    in_channels: int
+    patch_size: int
+    patch_size_t: int
+    norm_eps: float
+    flip_sin_to_cos: bool
+    freq_shift: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """config: with all of diffusers' defaults filled in (`module.config`)."""
+        if config.get("patch_size_t") is None:
+            raise CheckpointError(
+                "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
+                "e.g. model=cogvideox1.5-5b"
+            )
+        for name, expected in _EXPECTED.items():
+            if config.get(name) != expected:
+                raise CheckpointError(
+                    f"transformer/config.json: {name}={config.get(name)!r}, expected {expected!r} as in CogVideoX 1.5"
+                )
+        if config["out_channels"] != config["in_channels"]:
+            raise CheckpointError(
+                f"transformer/config.json: out_channels={config['out_channels']}, expected in_channels="
+                f"{config['in_channels']}"
+            )
+        return cls(
+            num_layers=config["num_layers"],
+            num_heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
+            in_channels=config["in_channels"],
+            patch_size=config["patch_size"],
+            patch_size_t=config["patch_size_t"],
+            norm_eps=config["norm_eps"],
+            flip_sin_to_cos=config["flip_sin_to_cos"],
+            freq_shift=config["freq_shift"],
+        )
+
+    @property
+    def patch_channels(self) -> int:
+        return self.in_channels * self.patch_size_t * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Rows of the joint sequence: text, video, padding; `num_shards` runs of `rows_per_shard`.
+
+    padded: whether rows are rounded up to whole tiles; needed where they are split.
+    """
+
+    text: int
+    video: int
+    num_shards: int
+    padded: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.text + self.video
+
+    @property
+    def rows_per_shard(self) -> int:
+        if not self.padded:
+            assert self.num_shards == 1, self
+            return self.tokens
+        rows = -(-self.tokens // self.num_shards)
+        multiple = 128 if rows >= 2048 else 8  # the lane count, where that costs little
+        return -(-rows // multiple) * multiple
+
+    @property
+    def rows(self) -> int:
+        return self.num_shards * self.rows_per_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One device's part of a plan: which rows it has, and how it talks to the others of its prompt.
+
+    Within shard_map, unless `plan` is seed_tp, which sees the whole arrays.
+    """
+
+    plan: ParallelPlan
+    layout: TokenLayout
+
+    @property
+    def axis_size(self) -> int:
+        return 1 if self.plan.plan == "seed_tp" else self.plan.model
+
+    def row_ids(self) -> Int[Array, " rows"]:
+        """Where this device's rows lie in the joint sequence."""
+        start = lax.axis_index(MODEL) * self.layout.rows_per_shard if self._splits else 0
+        return start + jnp.arange(self.layout.rows_per_shard if self._splits else self.layout.rows)
+
+    def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
+        """Text tokens at their rows; other rows are arbitrary."""
+        if not self._splits:
+            return jnp.pad(text, ((0, 0), (0, self.layout.rows - self.layout.text), (0, 0)))
+        rows = self.layout.rows_per_shard
+        text = jnp.pad(text, ((0, 0), (0, -self.layout.text % rows), (0, 0)))
+        return lax.dynamic_slice_in_dim(text, lax.axis_index(MODEL) * rows, rows, axis=1)
+
+    def to_heads(self, x: Float[Array, "b heads d rows"]) -> Float[Array, "b local_heads d all_rows"]:
+        """All rows of some heads, for attention."""
+        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True) if self._splits else x
+
+    def to_rows(self, x: Float[Array, "b local_heads d all_rows"]) -> Float[Array, "b heads d rows"]:
+        """The inverse of `to_heads`."""
+        return lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
+
+    @jax.named_scope("all_reduce")
+    def reduce(self, x: jax.Array) -> jax.Array:
+        """The sum over devices that each hold a part of a contraction."""
+        return lax.psum(x, MODEL) if self.plan.plan == "megatron" and self.axis_size > 1 else x
+
+    @jax.named_scope("gather_weights")
+    def whole_weights(self, weights: Weights) -> Weights:
+        """One layer's weights, gathered where they are split at rest."""
+        if self.plan.weights != "sharded" or self.axis_size == 1:
+            return weights
+        return {
+            name: lax.all_gather(value, MODEL, axis=0, tiled=True) if self.plan.weight_spec(BLOCKS + name) else value
+            for name, value in weights.items()
+        }
+
+    @property
+    def _splits(self) -> bool:
+        return self.plan.splits_sequence and self.axis_size > 1
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Over the last axis, in float32, whatever the dtypes. Returns float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * lax.rsqrt(variance + eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
+    """x @ weight^T + bias in x's dtype. x: [..., in]."""
+    return jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]) + weights[f"{name}.bias"]
+
+
+def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
+    """[time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
+    half = shape.num_heads * shape.head_dim // 2
+    exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shape.freq_shift)
+    angles = timestep.astype(jnp.float32) * jnp.exp(exponent)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(waves[::-1] if shape.flip_sin_to_cos else waves).astype(dtype)
+    embedding = jax.nn.silu(linear(embedding, weights, "time_embedding.linear_1"))
+    return linear(embedding, weights, "time_embedding.linear_2")
+
+
+def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, is_text: jax.Array, eps: float) -> Any:
+    """Norm, shift and scale, by kind of row. Returns modulated in x's dtype, and the gate, float32 [rows, channels]."""
+    shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation.astype(jnp.float32), 6)
+
+    def by_row(text: jax.Array, video: jax.Array) -> jax.Array:
+        return jnp.where(is_text[:, None], text, video)
+
+    normed = layer_norm(x, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"], eps)
+    modulated = normed * (1 + by_row(text_scale, scale)) + by_row(text_shift, shift)
+    # Computed once, here: XLA would otherwise compute it anew for every tile of the product that reads it; and with
+    # channels last in memory, which the feed-forward's products want, though q, k and v would have it otherwise.
+    modulated = with_layout_constraint(lax.optimization_barrier(modulated.astype(x.dtype)), Layout((0, 1, 2)))
+    return modulated, by_row(text_gate, gate)
+
+
+def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
+    """Projection [batch, rows, channels] -> [batch, heads, head_dim, rows], the bias added, in x's dtype."""
+    weight = weights[f"{name}.weight"]
+    out = jnp.einsum("bsc,hdc->bhds", x, weight.reshape(-1, head_dim, weight.shape[1]))
+    bias = weights.get(f"{name}.bias")
+    return out if bias is None else out + bias.reshape(-1, head_dim)[:, :, None]
+
+
+def _norm_rotary(x: jax.Array, weights: Weights, name: str, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
+    normed = x.astype(jnp.float32)
+    mean = normed.mean(2, keepdims=True)
+    variance = jnp.square(normed - mean).mean(2, keepdims=True)
+    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
+    normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
+    even, odd = jnp.split(normed, 2, axis=2)
+    return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=2).astype(x.dtype)
+
+
+def block(
+    x: Float[Array, "batch rows channels"],
+    weights: Weights,
+    temb: Float[Array, " time_embed_dim"],
+    is_text: jax.Array,
+    cos: Float[Array, "half_head rows"],
+    sin: Float[Array, "half_head rows"],
+    *,
+    shape: TransformerShape,
+    share: Share,
+    attend: AttentionFn,
+) -> Float[Array, "batch rows channels"]:
+    """One CogVideoXBlock on this device's rows (or heads)."""
+    weights = share.whole_weights(weights)
+    conditioning = jax.nn.silu(temb)
+    with jax.named_scope("norm1"):
+        modulation = linear(conditioning, weights, "norm1.linear")
+        h, gate = _modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps)
+    with jax.named_scope("qkv"):
+        q, k, v = (_heads(h, weights, f"attn1.to_{name}", shape.head_dim) for name in "qkv")
+    with jax.named_scope("qk_norm_rotary"):
+        q = _norm_rotary(q, weights, "attn1.norm_q", cos, sin)
+        k = _norm_rotary(k, weights, "attn1.norm_k", cos, sin)
+    with jax.named_scope("to_heads"):
+        q, k, v = share.to_heads(q), share.to_heads(k), share.to_heads(v)
+    tokens = share.layout.tokens
+    with jax.named_scope("attention"):
+        out = attend(q, k[..., :tokens], v[..., :tokens])
+    with jax.named_scope("to_rows"):
+        out = share.to_rows(out)
+    with jax.named_scope("attention_out"):
+        weight = weights["attn1.to_out.0.weight"]
+        out = share.reduce(jnp.einsum("bhds,chd->bsc", out, weight.reshape(weight.shape[0], -1, shape.head_dim)))
+        x = x + (gate * (out + weights["attn1.to_out.0.bias"])).astype(x.dtype)
+    with jax.named_scope("norm2"):
+        modulation = linear(conditioning, weights, "norm2.linear")
+        h, gate = _modulate(x, weights, "norm2", modulation, is_text, shape.norm_eps)
+    with jax.named_scope("feed_forward"):
+        h = linear(h, weights, "ff.net.0.proj")
+        h = lax.optimization_barrier(jax.nn.gelu(h.astype(jnp.float32), approximate=True).astype(x.dtype))
+        out = share.reduce(jnp.einsum("...i,oi->...o", h, weights["ff.net.2.weight"]))
+        return x + (gate * (out + weights["ff.net.2.bias"])).astype(x.dtype)
+
+
+def transformer(
+    weights: Weights,
+    tokens: Float[Array, "rows patch_channels"],
+    embeddings: Float[Array, "batch text text_embed_dim"],
+    timestep: Int[Array, ""],
+    rotary: tuple[jax.Array, jax.Array],
+    *,
+    shape: TransformerShape,
+    share: Share,
+    block: Callable[..., jax.Array],
+) -> Float[Array, "batch rows patch_channels"]:
+    """The model's output on this device's rows; those of text and padding are arbitrary.
+
+    tokens: patches of the latents at their rows, in the weights' dtype. rotary: cosines and sines, each float32
+    [head_dim / 2, rows], 1 and 0 where the row is no video token. block: `(x, layer's weights, temb, is_text, cos,
+    sin) -> x`.
+    """
+    dtype = tokens.dtype
+    is_text = share.row_ids() < share.layout.text
+    with jax.named_scope("embed"):
+        temb = timestep_embedding(weights, shape, timestep, dtype)
+        text = share.local_text(linear(embeddings, weights, "patch_embed.text_proj"))
+        video = linear(tokens, weights, "patch_embed.proj")
+        x = jnp.where(is_text[:, None], text, video)
+    blocks = {name.removeprefix(BLOCKS): value for name, value in weights.items() if name.startswith(BLOCKS)}
+
+    def layer(x: jax.Array, layer_weights: Weights) -> tuple[jax.Array, None]:
+        return block(x, layer_weights, temb, is_text, *rotary), None
+
+    with jax.named_scope("blocks"):
+        x, _ = lax.scan(layer, x, blocks)
+    with jax.named_scope("project_out"):
+        x = layer_norm(x, weights["norm_final.weight"], weights["norm_final.bias"], shape.norm_eps).astype(dtype)
+        shift, scale = jnp.split(linear(jax.nn.silu(temb), weights, "norm_out.linear").astype(jnp.float32), 2)
+        x = layer_norm(x, weights["norm_out.norm.weight"], weights["norm_out.norm.bias"], shape.norm_eps)
+        return linear((x * (1 + scale) + shift).astype(dtype), weights, "proj_out")

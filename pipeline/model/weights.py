@@ -1,0 +1,72 @@
+"""The transformer's weights as the denoise step wants them: blocks stacked along layers, and rotary pairs as halves.
+
+Names and shapes otherwise stay those of the stock checkpoint: "transformer_blocks.attn1.to_q.weight" is
+[layers, out, in].
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from pipeline.model.placement import put
+from pipeline.requests.plans import ParallelPlan, weight_partition
+
+BLOCKS = "transformer_blocks."
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+#: Rotary pairs lie next to each other in a checkpoint: (0, 1), (2, 3), ... Where queries and keys are permuted alike,
+#: scores do not change; first all even, then all odd elements of a head let the pairs be formed by slices.
+_PERMUTED = re.compile(r"attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)$")
+
+
+def halves_order(head_dim: int) -> np.ndarray:
+    """Even elements of a head, then odd ones."""
+    return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
+
+
+def _to_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
+    heads = value.reshape(-1, head_dim, *value.shape[1:])
+    return heads[:, halves_order(head_dim)].reshape(value.shape)
+
+
+def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name in the step -> names in the checkpoint: all layers' for a block's weight, in order, else the one."""
+    stacked: dict[str, dict[int, str]] = {}
+    for name in names:
+        match = _BLOCK.match(name)
+        key, layer = (BLOCKS + match[2], int(match[1])) if match else (name, 0)
+        stacked.setdefault(key, {})[layer] = name
+    return {key: [layers[index] for index in range(len(layers))] for key, layers in stacked.items()}
+
+
+def place_weights(
+    weights: dict[str, np.ndarray], head_dim: int, plan: ParallelPlan, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Stock weights on the host -> stacked ones on the mesh. Empties `weights` on the way, to hold them only once.
+
+    Works over several processes, each of which has read the whole checkpoint and places what its devices hold.
+    """
+    placed = {}
+    for key, names in stack_names(weights).items():
+        values = [weights.pop(name) for name in names]
+        if plan.plan != "seed_tp" and _PERMUTED.search(key):
+            values = [_to_halves(value, head_dim) for value in values]
+        value = np.stack(values) if key.startswith(BLOCKS) else values[0]
+        placed[key] = put(value, NamedSharding(mesh, weight_partition(plan, key)))
+    return placed
+
+
+def abstract_weights(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Any, plan: ParallelPlan, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `place_weights` returns, without any weights."""
+    abstract = {}
+    for key, names in stack_names(shapes).items():
+        shape = tuple(shapes[names[0]])
+        shape = (len(names), *shape) if key.startswith(BLOCKS) else shape
+        sharding = NamedSharding(mesh, weight_partition(plan, key))
+        abstract[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return abstract

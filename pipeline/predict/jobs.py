@@ -1,0 +1,232 @@
+"""What a worker of `pipeline.predict` does: compile one stage for a topology that is not here, and add up its cost.
+
+Runs in a process of its own, started with `offline_tpu.worker_environment`. Payload and result are JSON.
+"""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from offline_tpu import Prediction, predict
+from offline_tpu.compile import parse_topology
+from pipeline.checkpoints.loading import build_module
+from pipeline.model.attention import resolve_attention
+from pipeline.model.latents import LatentGeometry
+from pipeline.model.placement import split_mesh
+from pipeline.model.transformer import TokenLayout, TransformerShape
+from pipeline.model.vae_decoder import DecoderShape, arrange
+from pipeline.model.weights import abstract_weights
+from pipeline.requests.config import request_from_dict
+from pipeline.requests.plans import ParallelPlan
+from pipeline.stages.denoise import abstract_arguments, build_step
+from pipeline.stages.text import encode_program, weight_sharding
+from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from splash_attn.assumption import assumed_grid_sizes
+from splash_attn.types import AttentionShape
+from splash_workbench.status import Status, TrialError
+
+_MAX_OPS = 60
+#: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
+_TERMS = {
+    "matmul": "projections",  # and the feed-forward's, with the gates and biases that the compiler fuses with them
+    "elementwise": "norms_and_gates",
+    "layout": "layout_copies",
+    "collective": "collectives",
+}
+_VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_activations"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One stage to predict. configs: of the checkpoint's parts. options: a request, see `request_from_dict`."""
+
+    stage: str
+    topology: str
+    plan: ParallelPlan
+    options: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+
+    def to_payload(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> "Job":
+        return cls(**{**payload, "plan": ParallelPlan(**payload["plan"])})
+
+
+def run(payload: dict[str, Any]) -> dict[str, Any]:
+    """Predict the stage that the payload names. See `summary` for the result."""
+    job = Job.from_payload(payload)
+    try:
+        return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
+    except jax.errors.JaxRuntimeError as error:
+        status = Status.OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else Status.COMPILE_ERROR
+        raise TrialError(status, str(error)) from error
+
+
+def _devices(job: Job) -> list[jax.Device]:
+    _, name = parse_topology(job.topology)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def _denoise(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    config = job.configs["transformer"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("transformer", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.of(request, module.config, job.configs["vae"])
+    guided = request.do_classifier_free_guidance
+    step = build_step(
+        module,
+        geometry,
+        module.config["max_text_seq_length"],
+        job.plan,
+        _devices(job),
+        attention=dataclasses.replace(request.attention, implementation="pallas_tpu"),
+        guided=guided,
+        noisy=False,
+    )
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    weights = abstract_weights(shapes, dtype, job.plan, step.mesh)
+    batch_size = (2 if guided else 1) // job.plan.dp
+    heads = step.shape.num_heads // job.plan.model
+    tokens = step.layout.tokens
+    shape = AttentionShape(batch_size, heads, tokens, tokens, step.shape.head_dim)
+    device, _ = parse_topology(job.topology)
+    resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
+    assert resolution.variant is not None and resolution.block_sizes is not None
+    grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
+    prediction = predict(
+        step.jitted(weights),
+        weights,
+        *abstract_arguments(step, module.config, dtype),
+        topology=job.topology,
+        mesh=step.mesh,
+        grid_sizes=grid_sizes,
+    )
+    flops = step_flops(step.shape, step.layout, 2 if guided else 1)
+    return summary(prediction) | {
+        "flops": flops,
+        "mfu_fraction": flops / (job.plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
+        "num_layers": step.shape.num_layers,
+        "attention": {"shape": str(shape), "resolution": str(resolution)},
+        "notes": [*assumptions, *prediction.unresolved],
+    }
+
+
+def _text(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    dtype = jnp.dtype(request.dtype)
+    module = build_module("text_encoder", job.configs["text_encoder"], getattr(torch, request.dtype))
+    devices = _devices(job)
+    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=weight_sharding(value.shape, devices))
+        for name, value in module.named_parameters()
+    }
+    num_prompts = 2 if request.do_classifier_free_guidance else 1
+    text_seq_len = job.configs["transformer"].get("max_text_seq_length", 226)
+    token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
+    program = encode_program(module, everywhere)
+    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
+
+
+def _vae(job: Job) -> dict[str, Any]:
+    request = request_from_dict(job.options)
+    config = job.configs["vae"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("vae", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.of(request, job.configs["transformer"], config)
+    channels, height, width = geometry.shape[2:]
+    sharding = latent_sharding(geometry.shape, _devices(job))
+    mesh = cast(Mesh, sharding.mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
+        )
+        for name, value in module.named_parameters()
+        if name.startswith(DECODER_PREFIXES)
+    }
+    program = decode_program(DecoderShape.of(module.config), True, sharding)
+    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
+    results, cache = [], None
+    for start, stop in batches[:2]:
+        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
+        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
+        results.append(summary(prediction, _VAE_TERMS))
+        with jax.set_mesh(mesh):
+            cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
+    return together(results, [1, len(batches) - 1])
+
+
+def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    """Summaries of programs that run one after the other, so often each, as one."""
+    pairs = list(zip(results, calls, strict=False))
+    kinds = {kind for result in results for kind in result["breakdown_s"]}
+    breakdown = {kind: sum(result["breakdown_s"].get(kind, 0.0) * n for result, n in pairs) for kind in kinds}
+    return {
+        name: sum(result[name] * n for result, n in pairs) for name in ("time_s", "hbm_traffic_bytes", "link_bytes")
+    } | {
+        "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
+        "peak_hbm_bytes": max(result["peak_hbm_bytes"] for result in results),
+        "compile_time_s": sum(result["compile_time_s"] for result in results),
+        "compile_cpu_s": sum(result["compile_cpu_s"] for result in results),
+        "compile_peak_rss_bytes": max(result["compile_peak_rss_bytes"] for result in results),
+        "programs": [{"calls": n, **result} for result, n in pairs],
+    }
+
+
+def step_flops(shape: TransformerShape, layout: TokenLayout, batch_size: int) -> int:
+    """Multiply-adds, twice, that a step needs on real tokens: projections, feed-forward and attention of all layers."""
+    channels = shape.num_heads * shape.head_dim
+    products = 2 * 12 * channels**2 * layout.tokens
+    attention = 4 * channels * layout.tokens**2
+    return batch_size * shape.num_layers * (products + attention)
+
+
+def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[str, Any]:
+    """Seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted.
+
+    terms: what categories are called. The compile cost is this process's: wall and CPU seconds, and memory at its peak.
+    """
+    kinds: dict[str, float] = {}
+    for op in prediction.ops:
+        kind = "attention_kernel" if "splash_attention" in op.name else terms.get(op.category, op.category)
+        kinds[kind] = kinds.get(kind, 0.0) + op.time_s
+    collectives = [op for op in prediction.collectives if op.collective is not None]
+    return {
+        "time_s": prediction.time_s,
+        "breakdown_s": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "peak_hbm_bytes": prediction.peak_hbm_bytes,
+        "hbm_traffic_bytes": prediction.hbm_bytes,
+        "link_bytes": sum(op.collective.link_bytes * op.calls for op in collectives if op.collective),
+        "collectives": [
+            {"op": str(op.collective), "calls": op.calls, "time_s": op.time_s, "scope": op.scope} for op in collectives
+        ],
+        "compile_time_s": prediction.compile_time_s,
+        "compile_cpu_s": prediction.compile_cpu_s,
+        "compile_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "ops": [
+            {
+                "name": op.name,
+                "scope": op.scope,
+                "category": op.category,
+                "calls": op.calls,
+                "time_s": op.time_s,
+                "hbm_bytes": op.hbm_bytes,
+                "bound": op.bound,
+            }
+            for op in sorted(prediction.ops, key=lambda op: -op.time_s)[:_MAX_OPS]
+        ],
+        "timeline": prediction.to_dict()["ops"],
+    }

@@ -1,0 +1,189 @@
+"""Command line: `python -m pipeline.quality`. Do the videos follow their prompts, and does a faster way keep them?
+
+Exits with 1 where a candidate is over its budget, or the reference follows its prompts less often than it should.
+"""
+
+import dataclasses
+import datetime
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.errors import PipelineError
+from splash_workbench import cli
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+
+_NOT_OF_A_CANDIDATE = {"name", "budget"}
+
+
+@dataclasses.dataclass
+class BudgetSchema:
+    """See `Budget`."""
+
+    psnr_db: float = 0.0
+    ssim: float = 0.0
+    read_back: bool = True
+
+
+@dataclasses.dataclass
+class QualityConfig(GenerateConfig):
+    """Keys of the command line: those of generate, for the reference, and these."""
+
+    captions: list[str] = dataclasses.field(default_factory=list)
+    seeds: list[int] = dataclasses.field(default_factory=list)
+    kernel: str = "pallas_interpret"
+    budget: BudgetSchema = dataclasses.field(default_factory=BudgetSchema)
+    follows: float = 0.0
+    candidates: list[Any] = dataclasses.field(default_factory=list)
+    only: list[str] = dataclasses.field(default_factory=list)
+    videos_dir: str | None = None
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    quiet_jax_without_accelerator()
+    cli.store_schema("quality_schema", QualityConfig)
+    return cli.run("quality", _command)
+
+
+def _command(config: DictConfig) -> int:
+    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+
+    settings: Any = OmegaConf.to_object(config)
+    try:
+        use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+        return run(settings, cli.plain(config)["candidates"])
+    except PipelineError as error:
+        raise cli.UserError(str(error)) from error
+
+
+def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
+    """Judge the reference and the candidates; prints a table, appends records, returns the exit code."""
+    from pipeline.checkpoints.shapes import parse_caption
+    from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
+    from splash_workbench.files import append_json_line
+
+    cli.from_config(lambda: [parse_caption(caption) for caption in settings.captions])
+    captions = [caption for caption in settings.captions for _ in settings.seeds]
+    if not captions:
+        raise cli.UserError("captions, seeds: expected at least one each")
+    base = _generate_config(settings)
+    reference = Candidate.of("reference", base, Budget(float("inf"), 1.0))
+    chosen = [_candidate(base, fields, settings.budget) for fields in candidates]
+    if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
+        names = ", ".join(candidate.name for candidate in chosen)
+        raise cli.UserError(f"only={sorted(unknown)}: expected some of {names}")
+    chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
+    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+
+    def videos_of(candidate: Candidate) -> Any:
+        def say(text: str) -> None:
+            print(f"  {candidate.name}: {text}", file=sys.stderr, flush=True)
+
+        say("compiling ...")
+        return candidate_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
+
+    expected = videos_of(reference)
+    _write_videos(settings, expected)
+    failed = False
+    print(_HEADER, flush=True)
+    for candidate in (reference, *chosen):
+        videos = expected if candidate is reference else videos_of(candidate)
+        outcome = compare(candidate, videos, expected, captions)
+        failures = outcome.failures
+        if candidate is reference and outcome.read_back["all"] < settings.follows:
+            failures = [f"follows its prompts in {outcome.read_back['all']:.0%}, expected {settings.follows:.0%}"]
+        failed = failed or bool(failures)
+        print(_row(outcome, failures), flush=True)
+        if settings.results_path is not None:
+            append_json_line(Path(settings.results_path), _record(outcome, failures, settings))
+    print("over budget" if failed else "all within budget")
+    return int(failed)
+
+
+def _generate_config(settings: QualityConfig) -> GenerateConfig:
+    names = [field.name for field in dataclasses.fields(GenerateConfig)]
+    return GenerateConfig(**{**{name: getattr(settings, name) for name in names}, "prompt": settings.captions[0]})
+
+
+def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchema) -> Any:
+    """A candidate of the configuration: the reference's keys with its own in their place."""
+    from pipeline.quality.gate import Budget, Candidate
+
+    name = fields.get("name")
+    if not name:
+        raise cli.UserError(f"candidates: expected a name in {fields}")
+    changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
+    limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
+    try:
+        settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
+        return Candidate.of(name, settings, Budget(**limits))
+    except (PipelineError, OmegaConfBaseException, TypeError) as error:
+        raise cli.UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
+
+
+_COLUMNS = ("colour", "shape", "motion", "all")
+_HEADER = f"  {'':<22} {'PSNR dB':>8} {'SSIM':>7} " + " ".join(f"{name:>7}" for name in _COLUMNS)
+
+
+def _row(outcome: Any, failures: list[str]) -> str:
+    """The worst video's PSNR and SSIM, and how many of the videos show what the prompt says."""
+    psnr = min(outcome.psnr_db)
+    figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
+    verdict = "; ".join(failures) or "ok"
+    same = "same" if psnr == float("inf") else f"{psnr:.1f}"
+    return f"  {outcome.candidate.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
+
+
+def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[str, Any]:
+    """JSON-able; PSNR null where a video is the reference's very own."""
+    import jax
+
+    from pipeline.requests.config import request_to_dict
+    from pipeline.runs.records import git_state, package_versions
+
+    device = jax.devices()[0]
+    candidate = outcome.candidate
+    return {
+        "schema_version": 1,
+        "record_id": uuid.uuid4().hex,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "label": "measured",
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "versions": package_versions(),
+        "git": git_state(),
+        "candidate": candidate.name,
+        "request": request_to_dict(candidate.request),
+        "parallel": dataclasses.asdict(candidate.parallel),
+        "prompts": list(settings.captions),
+        "seeds": list(settings.seeds),
+        "budget": dataclasses.asdict(candidate.budget)
+        if candidate.name != "reference"
+        else {"follows": settings.follows},
+        "psnr_db": [None if value == float("inf") else value for value in outcome.psnr_db],
+        "ssim": list(outcome.ssim),
+        "readings": [dataclasses.asdict(reading) for reading in outcome.readings],
+        "read_back": outcome.read_back,
+        "failures": failures,
+    }
+
+
+def _write_videos(settings: QualityConfig, videos: Any) -> None:
+    from pipeline.quality.gate import to_uint8
+    from pipeline.runs.video import write_mp4
+
+    if settings.videos_dir is None:
+        return
+    pairs = [(prompt, seed) for prompt in settings.captions for seed in settings.seeds]
+    for (prompt, seed), video in zip(pairs, videos, strict=True):
+        name = f"{prompt.replace(' ', '-')}-seed{seed}.mp4"
+        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), settings.fps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Compares ways to compute the same videos: each candidate against the reference, on the same prompts, seeds and noise.
+
+A candidate is a name and keys of `pipeline.generate` (dtype, attention, parallel ...). Its videos are compared frame by
+frame with the reference's (PSNR, SSIM), and read back (`pipeline.quality.read_back`).
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.model.latents import LatentGeometry
+from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.quality.read_back import Reading, fractions, read_video
+from pipeline.requests.config import GenerateConfig, request_from_dict, request_to_dict, to_parallel, to_request
+from pipeline.requests.errors import PipelineError
+from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.request import GenerateRequest
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.text import TextEncoder
+from pipeline.stages.vae import VaeDecoder
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a candidate must keep to. psnr_db, ssim: the least of any video. read_back: see `Outcome.failures`."""
+
+    psnr_db: float
+    ssim: float
+    read_back: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to compute. request: all but prompt and seed count."""
+
+    name: str
+    request: GenerateRequest
+    parallel: ParallelOptions
+    budget: Budget
+
+    @classmethod
+    def of(cls, name: str, settings: GenerateConfig, budget: Budget) -> "Candidate":
+        """Raises RequestError for settings that fit no request."""
+        return cls(name, to_request(settings), to_parallel(settings), budget)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A candidate beside the reference, one entry a video. psnr_db: infinite where the videos are the same."""
+
+    candidate: Candidate
+    psnr_db: tuple[float, ...]
+    ssim: tuple[float, ...]
+    readings: tuple[Reading, ...]
+    reference_readings: tuple[Reading, ...]
+    captions: tuple[str, ...]
+
+    @property
+    def read_back(self) -> dict[str, float]:
+        """Fractions of the videos that show what their prompts say."""
+        return fractions(self.readings, self.captions)
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the candidate is over its budget; empty where it is not."""
+        budget, found = self.candidate.budget, []
+        if not min(self.psnr_db) >= budget.psnr_db:
+            found.append(f"PSNR {min(self.psnr_db):.1f} dB < {budget.psnr_db:g} dB")
+        if not min(self.ssim) >= budget.ssim:
+            found.append(f"SSIM {min(self.ssim):.4f} < {budget.ssim:g}")
+        if budget.read_back:
+            changed = [
+                caption
+                for caption, here, there in zip(self.captions, self.readings, self.reference_readings, strict=True)
+                if (here.colour, here.shape, here.motion) != (there.colour, there.shape, there.motion)
+            ]
+            if changed:
+                found.append(f"reads otherwise than the reference in {len(changed)} of {len(self.captions)}")
+        return found
+
+
+def compare(candidate: Candidate, videos: np.ndarray, reference: np.ndarray, captions: Sequence[str]) -> Outcome:
+    """Float videos [videos, frames, height, width, 3] in [0, 1] beside the reference's."""
+    psnr, ssim = zip(*(_similarity(one, other) for one, other in zip(videos, reference, strict=True)), strict=True)
+    readings, reference_readings = (
+        tuple(read_video(to_uint8(video)) for video in each) for each in (videos, reference)
+    )
+    return Outcome(candidate, psnr, ssim, readings, reference_readings, tuple(captions))
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """As the VAE stage quantizes."""
+    return np.round(frames * 255).astype(np.uint8)
+
+
+def _similarity(video: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """PSNR in dB over the video, SSIM as the frames' mean."""
+    if np.array_equal(video, reference):
+        return float("inf"), 1.0
+    psnr = peak_signal_noise_ratio(reference, video, data_range=1.0)
+    frames = zip(video, reference, strict=True)
+    ssim = [structural_similarity(there, here, data_range=1.0, channel_axis=-1) for here, there in frames]
+    return float(psnr), float(np.mean(ssim))
+
+
+def make_videos(
+    request: GenerateRequest,
+    parallel: ParallelOptions,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    cache_dir: Path | None = None,
+    say: Say = lambda text: None,
+) -> np.ndarray:
+    """Float32 videos [prompts x seeds, frames, height, width, 3] in [0, 1], seeds running fastest.
+
+    The initial noise of a seed is drawn in float32 and then rounded to the request's dtype, so that it is the same for
+    all. Raises what the stages raise.
+    """
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    dtype = getattr(torch, request.dtype)
+    guided = request.do_classifier_free_guidance
+    encoder = TextEncoder.load(checkpoint, dtype)
+    denoiser = Denoiser.load(checkpoint, dtype, request.attention, parallel, guided)
+    decoder = VaeDecoder.load(checkpoint, dtype)
+    geometry = LatentGeometry.of(request, checkpoint.config("transformer"), checkpoint.config("vae"))
+    videos = []
+    for prompt in prompts:
+        embeddings = encoder.encode([request.negative_prompt, prompt] if guided else [prompt])
+        for seed in seeds:
+            noise = torch.randn(geometry.shape, generator=torch.Generator().manual_seed(seed))
+            one = dataclasses.replace(request, prompt=prompt, seed=seed)
+            latents = denoiser.denoise(one, embeddings, latents=torch_to_numpy(noise.to(dtype)))
+            videos.append(decoder.decode(latents, quantize=False))
+            say(f"{len(videos)} of {len(prompts) * len(seeds)} videos")
+    return np.stack(videos)
+
+
+def candidate_videos(
+    candidate: Candidate,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    cache_dir: Path | None = None,
+    say: Say = lambda text: None,
+) -> np.ndarray:
+    """`make_videos` here, or, on a CPU that has too few devices for the plan, in a process that simulates them."""
+    wanted = candidate.parallel.num_devices or 1
+    if wanted <= jax.device_count() or jax.default_backend() != "cpu":
+        return make_videos(candidate.request, candidate.parallel, prompts, seeds, cache_dir, say)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "videos.npy"
+        job = {
+            "request": request_to_dict(candidate.request),
+            "parallel": dataclasses.asdict(candidate.parallel),
+            "prompts": list(prompts),
+            "seeds": list(seeds),
+            "cache_dir": str(cache_dir) if cache_dir else None,
+            "compilation_cache_dir": jax.config.values["jax_compilation_cache_dir"],
+            "output": str(output),
+        }
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}"
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        command = [sys.executable, "-m", "pipeline.quality.gate"]
+        done = subprocess.run(
+            command, input=json.dumps(job), env=environment, cwd=_ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            last_words = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise PipelineError(f"{candidate.name}: failed on {wanted} simulated devices ({last_words[0]})")
+        return np.load(output)
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def _main() -> None:
+    job: Mapping[str, Any] = json.load(sys.stdin)
+    if job["compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", job["compilation_cache_dir"])
+    videos = make_videos(
+        request_from_dict(job["request"]),
+        ParallelOptions(**job["parallel"]),
+        job["prompts"],
+        job["seeds"],
+        Path(job["cache_dir"]) if job["cache_dir"] else None,
+    )
+    np.save(job["output"], videos)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""What is asked for: request, configuration, names, batches, parallel plans."""

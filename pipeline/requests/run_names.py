@@ -1,0 +1,65 @@
+"""Names of the folders that runs leave."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import string
+
+from pipeline.requests.errors import RequestError
+from pipeline.requests.request import GenerateRequest
+
+DEFAULT_NAME = "{slug}-{width}x{height}x{num_frames}-seed{seed}-{digest}"
+_REQUEST_FIELDS = (
+    "seed",
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "fps",
+    "dtype",
+)
+NAME_FIELDS = ("slug", "digest", "line", *_REQUEST_FIELDS)
+_MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longer
+
+
+def run_name(request: GenerateRequest, name: str | None = None, line: int = 1) -> str:
+    """A folder's name: `name` with its {fields} filled in, DEFAULT_NAME without it.
+
+    Fields are those of NAME_FIELDS: slug is the beginning of the prompt, digest tells apart what differs in anything
+    but fps, line is that of the batch's file. Raises RequestError.
+    """
+    template = DEFAULT_NAME if name is None else name
+    values = {field: getattr(request, field) for field in _REQUEST_FIELDS}
+    values |= {"slug": _slug(request.prompt), "digest": _digest(request), "line": line}
+    try:
+        unknown = [
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None and field not in values
+        ]
+        if unknown:
+            raise ValueError(f"unknown field {{{unknown[0]}}}")
+        filled = template.format(**values)
+    except (ValueError, AttributeError, TypeError) as error:  # TypeError: not a string
+        fields = ", ".join(NAME_FIELDS)
+        raise RequestError(f"name={name!r}: {error}; expected text in which {{...}} are of {fields}") from error
+    if filled in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", filled) or not 0 < _length(filled) <= _MAX_LENGTH:
+        raise RequestError(f"name={filled!r}: expected the name of one folder, at most {_MAX_LENGTH} bytes long")
+    return filled
+
+
+def _length(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "video"
+
+
+def _digest(request: GenerateRequest) -> str:
+    fields = {name: value for name, value in dataclasses.asdict(request).items() if name != "fps"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]

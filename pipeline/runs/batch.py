@@ -1,0 +1,201 @@
+"""Many requests in one go, so that nothing is loaded or compiled twice.
+
+Order: first the text of all prompts, whose embeddings are small, so that the T5 (half of all weights) is loaded once
+and gone; then video by video, transformer and VAE decoder both kept, so that a video is there as soon as it can be.
+Where the two do not fit into memory together, the rest of the batch is denoised first and decoded after that.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.requests.batch_file import BatchFileError, Entry
+from pipeline.requests.errors import DeviceMemoryError, PipelineError
+from pipeline.requests.request import Stage
+from pipeline.requests.run_options import RunOptions
+from pipeline.runs.job import GenerateResult, Job, identities
+from pipeline.runs.run_stage import LoadedStages
+from pipeline.stages.progress import Progress, no_progress
+from splash_workbench.files import write_json
+
+logger = logging.getLogger(__name__)
+
+ERROR_NAME = "error.json"
+SCHEMA_VERSION = 1
+Status = Literal["waiting", "done", "finished before", "failed"]
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    """A line of the batch, and what became of it.
+
+    error: why it failed, in one line. time_s: spent on it in this run, with what it was the first to load and compile.
+    """
+
+    entry: Entry
+    job: Job
+    status: Status = "waiting"
+    error: str | None = None
+    result: GenerateResult | None = None
+    time_s: float = 0.0
+
+
+def prepare(
+    entries: Sequence[Entry],
+    path: Path,
+    stages: Sequence[Stage],
+    output_dir: Path,
+    options: RunOptions,
+    cache_dir: Path | None = None,
+) -> list[Item]:
+    """Entries of the file `path`, checked against the checkpoints, devices and folders here. Raises BatchFileError."""
+    checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
+    items: list[Item] = []
+    errors: list[str] = []
+    for entry in entries:
+        request = entry.request
+        which = (request.checkpoint, request.revision)
+        try:
+            if which not in checkpoints:
+                checkpoint = resolve_checkpoint(*which, cache_dir)
+                checkpoints[which] = checkpoint, identities(checkpoint, stages)
+            job = Job.prepare(request, stages, output_dir / entry.name, *checkpoints[which], options)
+            items.append(Item(entry, job))
+        except PipelineError as error:
+            errors.append(f"{path}:{entry.line}: {error}")
+    if errors:
+        raise BatchFileError(errors)
+    return items
+
+
+class Batch:
+    """Runs items. One that fails leaves an error.json in its folder, and the others go on.
+
+    say: told "[2 of 3]" and what begins or ended there ("": nothing but the place). progress: told of every step; what
+    it raises that is no Exception (KeyboardInterrupt) ends the batch, and another one of the same items resumes it.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        options: RunOptions,
+        results_path: Path | None = None,
+        progress: Progress = no_progress,
+        say: Callable[[str, str], None] = lambda place, text: None,
+    ):
+        self.items = list(items)
+        self._options = options
+        self._results_path = results_path
+        self._progress = progress
+        self._say = say
+        self._loaded = LoadedStages()
+        self._apart = False  # whether the transformer and the decoder must not share the memory
+
+    def run(self) -> None:
+        """Run every item to its end; the module's docstring tells in which order."""
+        for item in self.items:
+            finished = item.job.finished() if self._options.resume else None
+            if finished is not None:
+                item.status, item.result = "finished before", finished
+                self._tell(item, f"finished before, skipped: {finished.video_path}")
+        stages = self.items[0].job.stages
+        if "text" in stages:
+            for item in self._in_order("text"):
+                self._tell(item, "")
+                self._attempt(item, "text")
+            self._loaded.drop("text")
+        if "denoise" in stages:
+            todo = self._in_order("denoise")
+            for index, item in enumerate(todo):
+                self._tell(item, f"{item.entry.name}{self._time_left(len(todo) - index)}")
+                self._attempt(item, "denoise")
+                if index == len(todo) - 1:
+                    self._loaded.drop("denoise")
+                if "vae" in stages and not self._apart:
+                    self._attempt(item, "vae")
+        if "vae" in stages:
+            for item in self._waiting():
+                self._tell(item, f"decoding: {item.entry.name}")
+                self._attempt(item, "vae")
+        self._loaded.drop("vae")
+
+    def _waiting(self) -> list[Item]:
+        return [item for item in self.items if item.status == "waiting"]
+
+    def _in_order(self, stage: Stage) -> list[Item]:
+        """As in the file, but for those that can take what an earlier one has loaded: they follow it."""
+        items = self._waiting()
+        groups = list(dict.fromkeys(item.job.shared[stage] for item in items))
+        return sorted(items, key=lambda item: groups.index(item.job.shared[stage]))
+
+    def _attempt(self, item: Item, stage: Stage) -> None:
+        """Run a stage of an item that has not failed. It stays "waiting" while stages of it are to be run."""
+        if item.status != "waiting":
+            return
+        job, start = item.job, time.perf_counter()
+        try:
+            try:
+                job.run(stage, self._loaded, self._options, self._progress)
+            except DeviceMemoryError:
+                if not (self._loaded.holds("denoise") and self._loaded.holds("vae")):
+                    raise
+                logger.warning("%s: not enough device memory beside the other stage; from now on one by one", stage)
+                self._apart = True
+                self._loaded.drop("vae")
+                if stage == "vae":
+                    return  # its turn comes when all are denoised
+                job.run(stage, self._loaded, self._options, self._progress)
+            if stage == job.stages[-1]:
+                item.result = job.finish(self._options, self._results_path)
+                item.status = "done"
+                (job.run_dir / ERROR_NAME).unlink(missing_ok=True)
+                self._tell(item, f"done: {item.result.video_path or item.result.run_dir}")
+        except Exception as error:
+            self._fail(item, stage, error)
+        finally:
+            item.time_s += time.perf_counter() - start
+
+    def _fail(self, item: Item, stage: Stage, error: Exception) -> None:
+        expected = isinstance(error, PipelineError)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        item.error = first_line if expected else f"{stage}: {type(error).__name__}: {first_line}"
+        item.status = "failed"
+        self._tell(item, f"failed: {item.error}")
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "line": item.entry.line,
+            "stage": stage,
+            "error": str(error),
+            "type": type(error).__name__,
+            "traceback": None if expected else traceback.format_exception(error),
+            "request": dataclasses.asdict(item.job.request),
+        }
+        with contextlib.suppress(OSError):  # e.g. a full disk, which may be what failed
+            write_json(item.job.run_dir / ERROR_NAME, record)
+
+    def _tell(self, item: Item, text: str) -> None:
+        self._say(f"[{self.items.index(item) + 1} of {len(self.items)}]", text)
+
+    def _time_left(self, videos: int) -> str:
+        times = [item.time_s for item in self.items if item.status == "done"]
+        if not times or self._apart:
+            return ""
+        time_s = statistics.median(times[1:] or times)  # the first loads and compiles
+        return f" (about {time_s:.0f} s a video, {duration(time_s * videos)} left for the batch)"
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3 h 5 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,128 @@
+"""What a stage leaves on disk, and whether it belongs to the request at hand.
+
+A stage's output is `<stage>.safetensors` (the arrays) and `<stage>.json` (what they were made from, and timings). Both
+carry the same fingerprint, so that a crash between the two writes is noticed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
+from pipeline.requests.errors import StageOutputError
+from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.stages.progress import StageTimings
+from splash_workbench.files import atomic_path, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StageKey:
+    """Everything a stage's output depends on, by readable names. Equal keys mean the same output."""
+
+    stage: Stage
+    fields: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        described = json.dumps([SCHEMA_VERSION, self.stage, self.fields], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def differences(self, saved: Mapping[str, Any]) -> str:
+        """How saved fields differ from these, for a message."""
+        names = sorted(set(self.fields) | set(saved))
+        return "; ".join(
+            f"{name}: saved {saved.get(name)!r}, wanted {self.fields.get(name)!r}"
+            for name in names
+            if saved.get(name) != self.fields.get(name)
+        )
+
+
+def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage, str]) -> StageKey:
+    """The key of a stage's output. identities: of the checkpoint's parts, for this stage and those before it."""
+    guided = request.do_classifier_free_guidance
+    fields: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt if guided else None,
+        "dtype": request.dtype,
+        "text_weights": identities["text"],
+    }
+    if stage != "text":
+        fields |= {
+            "height": request.height,
+            "width": request.width,
+            "num_frames": request.num_frames,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale if guided else None,
+            "use_dynamic_cfg": request.use_dynamic_cfg and guided,
+            "seed": request.seed,
+            "scheduler": request.scheduler,
+            "attention": dataclasses.asdict(request.attention),
+            "denoise_weights": identities["denoise"],
+        }
+    if stage == "vae":
+        fields["vae_weights"] = identities["vae"]
+    return StageKey(stage, fields)
+
+
+def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], details: Mapping[str, Any]) -> None:
+    """Write a stage's arrays and what they belong to. details: more for the JSON file, e.g. timings."""
+    tensors = {name: numpy_to_torch(array) for name, array in arrays.items()}
+    with atomic_path(folder / f"{key.stage}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"fingerprint": key.fingerprint})
+    described = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": key.stage,
+        "fingerprint": key.fingerprint,
+        "request": dict(key.fields),
+        "arrays": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()},
+        **details,
+    }
+    write_json(folder / f"{key.stage}.json", described)
+
+
+def check_stage(folder: Path, key: StageKey) -> None:
+    """Raises StageOutputError, saying why, unless the stage's saved output is whole and belongs to `key`."""
+    stage, path = key.stage, folder / f"{key.stage}.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        saved_fields, fingerprint = described["request"], described["fingerprint"]
+    except FileNotFoundError as error:
+        raise StageOutputError(f"{stage}: no saved output in {folder}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageOutputError(f"{stage}: {path} is not readable ({error})") from error
+    if fingerprint != key.fingerprint:
+        why = key.differences(saved_fields) or f"schema: saved {described.get('schema_version')}, now {SCHEMA_VERSION}"
+        raise StageOutputError(f"{stage}: the output in {folder} was made for another request ({why})")
+    with _open(folder, stage) as file:
+        if (file.metadata() or {}).get("fingerprint") != fingerprint:
+            raise StageOutputError(f"{stage}: {stage}.safetensors and {stage}.json in {folder} do not belong together")
+
+
+def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
+    """A stage's saved arrays. Raises StageOutputError unless they are whole and belong to `key`."""
+    check_stage(folder, key)
+    with _open(folder, key.stage) as file:
+        return {name: torch_to_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def load_details(folder: Path, stage: Stage) -> dict[str, Any]:
+    """What the JSON file of a stage's saved output says, after `check_stage`. Timings are marked as reused."""
+    details = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
+    return {**details, "timings": StageTimings(**{**details["timings"], "reused": True})}
+
+
+def _open(folder: Path, stage: Stage) -> Any:
+    path = folder / f"{stage}.safetensors"
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise StageOutputError(f"{stage}: {path} is not readable ({error})") from error

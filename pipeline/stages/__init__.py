@@ -1,0 +1,1 @@
+"""The three stages: text, denoise, VAE; their progress, and how denoising resumes."""

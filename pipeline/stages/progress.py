@@ -1,0 +1,152 @@
+"""Stage timings, traces of what a stage runs, and what is told to a caller meanwhile."""
+
+import contextlib
+import contextvars
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+
+from pipeline.requests.errors import RequestError
+from pipeline.requests.request import GenerateRequest, Stage
+
+if TYPE_CHECKING:
+    from splash_workbench.profiles.sessions import Recorder
+
+Phase = Literal["load", "compile", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEvent:
+    """Something a stage has begun (step 0) or a step it has done.
+
+    step, total_steps: of the phase "run"; a step is a denoising step, a batch of latent frames, or the whole encoding.
+    step_time_s: of the step just done, None at the beginning. preview: of a denoising step, what the video would be if
+    this step were the last: float32 latents [1, frames, channels, height, width], copied from the device when called,
+    which is possible until the callback returns.
+    """
+
+    stage: Stage
+    phase: Phase
+    step: int = 0
+    total_steps: int = 0
+    step_time_s: float | None = None
+    preview: Callable[[], np.ndarray] | None = None
+
+
+#: Called at every event. It may raise, e.g. to interrupt: the stage then stops within one step and frees its memory.
+Progress = Callable[[StageEvent], None]
+
+
+def no_progress(event: StageEvent) -> None:
+    """The Progress of who does not want to know."""
+
+
+_recorder: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def tracing(recorder: "Recorder | None") -> Iterator[None]:
+    """Within the block every stage that runs is profiled, without its loading and compiling: a session each."""
+    option = "jax_compilation_cache_include_metadata_in_key"
+    token, before = _recorder.set(recorder), jax.config.values[option]
+    if recorder is not None:  # a cached program may be of before a scope was named
+        jax.config.update(option, True)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+        _recorder.reset(token)
+
+
+def recorder_of(settings: Any, request: GenerateRequest) -> "Recorder | None":
+    """For `tracing`, by the keys profile, logdir and profile_run of a command line; None without profile=true.
+
+    A run that is not named gets a name of what decides its time. Raises RequestError for one that cannot be a folder's.
+    """
+    if not settings.profile:
+        return None
+    from splash_workbench.cli import UserError
+    from splash_workbench.profiles.sessions import Recorder, safe_name
+
+    attention, plan = request.attention, settings.parallel.plan
+    choices = [attention.implementation, attention.block_sizes, attention.variant, None if plan == "auto" else plan]
+    size = f"{request.width}x{request.height}x{request.num_frames}-{request.dtype}"
+    name = "-".join([Path(request.checkpoint).name, size, *(str(choice) for choice in choices if choice is not None)])
+    run, config = settings.profile_run or safe_name(name), {**dataclasses.asdict(request), "plan": plan}
+    try:
+        return Recorder.start(Path(settings.logdir).expanduser(), run, config)
+    except UserError as error:
+        raise RequestError(f"profile_run={error}") from error
+
+
+@dataclasses.dataclass
+class StageTimings:
+    """Seconds a stage took. step_times_s: raw, one a step; their sum is less than run_time_s by what is between.
+
+    profiled: whether a profiler ran meanwhile, which takes time of its own.
+    """
+
+    stage: Stage
+    load_time_s: float = 0.0
+    compile_time_s: float = 0.0
+    run_time_s: float = 0.0
+    step_times_s: list[float] = dataclasses.field(default_factory=list)
+    reused: bool = False
+    profiled: bool = False
+
+    @contextlib.contextmanager
+    def measure(self, phase: Phase, progress: Progress) -> Iterator[None]:
+        """Add the time of the block to a phase, also when it fails. See `tracing` for what a run leaves besides."""
+        progress(StageEvent(self.stage, phase))
+        recorder = _recorder.get() if phase == "run" else None
+        with contextlib.ExitStack() as stack:
+            if recorder is not None:
+                self.profiled = True
+                stack.enter_context(recorder.record(self.stage))
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                field = f"{phase}_time_s"
+                setattr(self, field, getattr(self, field) + time.perf_counter() - start)
+
+    @property
+    def step_time_s(self) -> float | None:
+        """Median of the steps, None without any."""
+        return statistics.median(self.step_times_s) if self.step_times_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class StepClock:
+    """Times the steps of one stage, names them in a profile, and tells of each."""
+
+    def __init__(self, timings: StageTimings, total_steps: int, progress: Progress):
+        self._timings = timings
+        self._total_steps = total_steps
+        self._progress = progress
+        progress(StageEvent(timings.stage, "run", 0, total_steps))
+        self._begin()
+
+    def tick(self, preview: Callable[[], np.ndarray] | None = None) -> None:
+        """Call when a step's result is there (not merely dispatched). preview: see `StageEvent`."""
+        now = time.perf_counter()
+        self._annotation.__exit__(None, None, None)
+        self._timings.step_times_s.append(now - self._last)
+        step = len(self._timings.step_times_s)
+        self._progress(StageEvent(self._timings.stage, "run", step, self._total_steps, now - self._last, preview))
+        if step < self._total_steps:
+            self._begin()
+
+    def _begin(self) -> None:
+        number = len(self._timings.step_times_s) + 1
+        self._annotation = jax.profiler.StepTraceAnnotation(self._timings.stage, step_num=number)
+        self._annotation.__enter__()
+        self._last = time.perf_counter()

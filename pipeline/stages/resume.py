@@ -1,0 +1,143 @@
+"""The state of a half-done denoise stage on disk: a run that was killed goes on from it and gives the same bits."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.torch
+import torch
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+
+from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
+from splash_workbench.files import atomic_path, remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "denoise.partial.safetensors"
+#: Without a number of steps of the user's, the state is saved after about so much work: a kill costs no more, and the
+#: 30 MB of 81 frames at 720p, fetched and written in a fraction of a second, less than a hundredth of the time.
+TARGET_INTERVAL_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiseState:
+    """Everything the next step depends on.
+
+    step: how many are done. sample: latents [1, frames with padding, channels, height, width] in the weights' dtype.
+    x0: of the step before, float32 of the same shape. generator: the noise generator's state, uint8. step_times_s: of
+    the steps done.
+    """
+
+    step: int
+    sample: np.ndarray
+    x0: np.ndarray
+    generator: np.ndarray
+    step_times_s: list[float]
+
+    def to_bytes(self, fingerprint: str) -> bytes:
+        """As safetensors, with what it belongs to."""
+        arrays = {
+            "sample": self.sample,
+            "x0": self.x0,
+            "generator": self.generator,
+            "step": np.asarray(self.step),
+            "step_times_s": np.asarray(self.step_times_s, np.float64),
+            "fingerprint": np.frombuffer(fingerprint.encode(), np.uint8),
+        }
+        return safetensors.torch.save({name: numpy_to_torch(np.array(array)) for name, array in arrays.items()})
+
+
+class StateFile:
+    """Where one denoise stage keeps its state while it runs.
+
+    With several processes all call every method alike; the first reads and writes, so that only it need see the folder.
+
+    folder: of the run. fingerprint: of everything the bits depend on, request and plan; the state of another is never
+    taken. every: steps between two savings; 0: none, except when interrupted; None: about TARGET_INTERVAL_S of work.
+    resume: False: do not take what is there.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, every: int | None = None, resume: bool = True):
+        self._path = folder / STATE_NAME
+        self._fingerprint = fingerprint
+        self._every = every
+        self._resume = resume
+        self.resumed_at_step: int | None = None
+
+    def load(self) -> DenoiseState | None:
+        """The saved state, None where there is none of this fingerprint."""
+        state = _parse(_from_first_process(self._path), self._fingerprint, self._path) if self._resume else None
+        if state is not None:
+            self.resumed_at_step = state.step
+            logger.info("denoise: going on after step %d, from %s", state.step, self._path)
+        return state
+
+    def due(self, step: int, step_times_s: list[float]) -> bool:
+        """Whether the state should be saved after this step. step_times_s: of all steps done so far."""
+        if self._every is None and len(step_times_s) >= 2:  # the first may be longer
+            interval = math.ceil(TARGET_INTERVAL_S / max(step_times_s[-1], 1e-6))
+            self._every = int(_agreed(np.asarray(min(interval, 1000), np.int32)))
+        return bool(self._every) and step % (self._every or 1) == 0
+
+    def save(self, state: DenoiseState) -> None:
+        """Replace the saved state. A failure (a full disk) is a warning: the run matters more."""
+        if jax.process_index() != 0:
+            return
+        try:
+            with atomic_path(self._path) as temporary:
+                temporary.write_bytes(state.to_bytes(self._fingerprint))
+        except OSError as error:
+            logger.warning("denoise: step %d could not be saved in %s (%s)", state.step, self._path, error.strerror)
+
+    def remove(self) -> None:
+        """Call when the stage's own output is safe."""
+        if jax.process_index() == 0:
+            self._path.unlink(missing_ok=True)
+            remove_leftovers(self._path)
+
+
+def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:
+    if not data:
+        return None
+    try:
+        arrays = {name: torch_to_numpy(tensor) for name, tensor in safetensors.torch.load(data).items()}
+        if arrays.pop("fingerprint").tobytes().decode() != fingerprint:
+            logger.warning("denoise: %s belongs to another request, plan or version; starting anew", path)
+            return None
+        step, step_times_s = int(arrays.pop("step")), arrays.pop("step_times_s").tolist()
+        return DenoiseState(step=step, step_times_s=step_times_s, **arrays)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        logger.warning("denoise: %s is not readable (%s); starting anew", path, error)
+        return None
+
+
+def _from_first_process(path: Path) -> bytes:
+    """A file's content as the first process sees it, on every process; empty where it is not."""
+    data = b""
+    if jax.process_index() == 0 and path.exists():
+        data = path.read_bytes()
+    if jax.process_count() == 1:
+        return data
+    length = int(_agreed(np.asarray(len(data), np.int32)))
+    padded = np.zeros(length, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return np.asarray(_agreed(padded)).tobytes() if length else b""
+
+
+def _agreed(value: np.ndarray) -> Any:
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
+
+
+def generator_state(generator: torch.Generator) -> np.ndarray:
+    """uint8, for `restore_generator`."""
+    return generator.get_state().numpy().copy()
+
+
+def restore_generator(generator: torch.Generator, state: np.ndarray) -> None:
+    """The inverse of `generator_state`."""
+    generator.set_state(torch.from_numpy(state))

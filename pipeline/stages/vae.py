@@ -1,0 +1,162 @@
+"""Stage "vae": latents -> frames, with the weights of a stock AutoencoderKLCogVideoX.
+
+As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count), each batch handing
+the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
+
+Over several devices a batch is split along its width, or height, whatever divides better; convolutions exchange the
+edges that they need, and group norms sum their statistics over the whole, so that nothing is approximated.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pipeline.checkpoints.loading import Checkpoint, LoadedModule, load_module
+from pipeline.model.placement import SPLIT, put, split_mesh, to_host
+from pipeline.model.vae_decoder import DecoderShape, arrange, decode
+from pipeline.requests.errors import NonFiniteError
+from pipeline.stages.progress import Progress, StageTimings, StepClock, no_progress
+
+DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
+#: Of the cache: [resnets, frames, columns, rows, strips, channels].
+CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
+
+
+class VaeDecoder:
+    """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
+
+    def __init__(self, loaded: LoadedModule, devices: Sequence[jax.Device]):
+        module: Any = loaded.module
+        self._weights = loaded.weights
+        self._devices = devices
+        self._frame_batch_size = int(module.num_latent_frames_batch_size)
+        self._shape = DecoderShape.of(module.config)
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
+        """Load the decoder's half of vae/. Raises CheckpointError."""
+        devices = jax.devices()
+        everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+        loaded = load_module(
+            checkpoint,
+            "vae",
+            dtype,
+            keep=lambda name: name.startswith(DECODER_PREFIXES),
+            place=lambda name, value: put(arrange(value), everywhere),
+        )
+        return cls(loaded, devices)
+
+    def decode(
+        self,
+        latents: np.ndarray,
+        timings: StageTimings | None = None,
+        progress: Progress = no_progress,
+        quantize: bool = True,
+    ) -> np.ndarray:
+        """Frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
+
+        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever `progress` raises,
+        which is called once a batch of latent frames.
+        """
+        timings = timings or StageTimings("vae")
+        batches = list(frame_batches(latents.shape[1], self._frame_batch_size))
+        sharding = latent_sharding(latents.shape, self._devices)
+        inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
+        programs = self._compile(inputs, quantize, timings, progress)
+        frames, cache = [], None
+        with timings.measure("run", no_progress):
+            clock = StepClock(timings, len(batches), progress)
+            for index, (batch, program) in enumerate(zip(inputs, programs, strict=True)):
+                decoded, cache, finite = program(self._weights, batch, cache)
+                if not bool(finite):
+                    start, stop = batches[index]
+                    raise NonFiniteError(
+                        f"vae: batch {index + 1} of {len(batches)} (latent frames {start} to {stop - 1}): the frames "
+                        "hold NaN or infinity; try dtype=float32"
+                    )
+                frames.append(to_host(decoded))
+                clock.tick()
+        return np.concatenate(frames)
+
+    def _compile(
+        self, batches: Sequence[jax.Array], quantize: bool, timings: StageTimings, progress: Progress
+    ) -> list[Any]:
+        """The compiled program of each batch; all but the first are the same one. New ones compile side by side."""
+        keys = [(batch.shape, batch.dtype, index == 0, quantize) for index, batch in enumerate(batches)]
+        if not set(keys) <= set(self._compiled):
+            with timings.measure("compile", progress):
+                lowered: dict[Any, Any] = {}
+                cache = None
+                for key, batch in zip(keys, batches, strict=True):
+                    assert isinstance(batch.sharding, NamedSharding)
+                    if key not in lowered:
+                        program = decode_program(self._shape, quantize, batch.sharding)
+                        lowered[key] = program.lower(self._weights, batch, cache)
+                    cache = cache_like(lowered[key].out_info[1], batch.sharding)
+                new = [key for key in lowered if key not in self._compiled]
+                with ThreadPoolExecutor(len(new)) as pool:
+                    self._compiled.update(zip(new, pool.map(lambda key: lowered[key].compile(), new), strict=True))
+        return [self._compiled[key] for key in keys]
+
+
+def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:
+    """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), under jit, the cache donated.
+
+    sharding: of the latents [1, frames, channels, height, width], as `latent_sharding` makes it.
+    """
+    mesh = sharding.mesh
+    by_height = len(sharding.spec) == 4  # then height and width change places around the decoder
+    frames_spec = PartitionSpec(None, SPLIT) if by_height else PartitionSpec(None, None, SPLIT)
+
+    @jax.named_scope("vae")
+    def program(weights: Any, latents: jax.Array, cache: Any) -> Any:
+        z = (latents[0] / shape.scaling_factor).transpose(0, 2, 3, 1)
+        if by_height:
+            z = z.swapaxes(1, 2)
+            weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
+        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT])
+        video = video.swapaxes(1, 2) if by_height else video
+        frames = jnp.clip(video / 2 + 0.5, 0, 1)
+        if quantize:
+            frames = jnp.round(frames * 255).astype(jnp.uint8)
+        return frames, cache, lax.pmin(jnp.isfinite(video).all().astype(jnp.int32), SPLIT)
+
+    over_mesh = jax.shard_map(
+        program,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), sharding.spec, CACHE_SPEC),
+        out_specs=(frames_spec, CACHE_SPEC, PartitionSpec()),
+        check_vma=False,
+    )
+    return jax.jit(over_mesh, donate_argnums=2)
+
+
+def cache_like(cache: Any, sharding: NamedSharding) -> Any:
+    """Abstract arrays of a cache, split as the program returns it. sharding: of the latents."""
+    sharding = NamedSharding(sharding.mesh, CACHE_SPEC)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
+
+
+def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
+    """Latents [1, frames, channels, height, width] split along width or height over as many devices as divide it."""
+    *_, height, width = shape
+    by_width, by_height = split_mesh(devices, width), split_mesh(devices, height)
+    if by_width.shape[SPLIT] >= by_height.shape[SPLIT]:
+        return NamedSharding(by_width, PartitionSpec(None, None, None, None, SPLIT))
+    return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
+
+
+def frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
+    start, stop = 0, min(batch_size + num_frames % batch_size, num_frames)
+    while start < num_frames:
+        yield start, stop
+        start, stop = stop, stop + batch_size

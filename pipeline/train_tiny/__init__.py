@@ -1,0 +1,1 @@
+"""Train the tiny model: `python -m pipeline.train_tiny --help`."""

@@ -1,0 +1,181 @@
+"""Command line: `python -m pipeline.train_tiny`. Makes the trained tiny checkpoint from nothing, on one CPU core."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
+from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
+from pipeline.runs.records import git_state, package_versions
+from pipeline.train_tiny.training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
+from splash_workbench import cli
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.files import atomic_path, write_json
+
+PROVENANCE_NAME = "training.json"
+
+
+@dataclasses.dataclass
+class LoopSchema:
+    """See `Loop`."""
+
+    steps: int = 1
+    batch_size: int = 16
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    warm_up_steps: int = 20
+    decay_fraction: float = 1.0
+    ema_decay: float = 0.99
+
+
+@dataclasses.dataclass
+class TrainTinyConfig:
+    """Keys of the command line."""
+
+    folder: str = "tiny_model"
+    work_dir: str = "tiny_train"
+    seed: int = 0
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
+    num_layers: int = 4
+    num_attention_heads: int = 4
+    max_text_seq_length: int = 32
+    clips_per_caption: int = 2
+    spread: float = 0.1
+    start_from: str | None = None
+    kl_weight: float = 5e-4
+    caption_dropout: float = 0.1
+    vae: LoopSchema = dataclasses.field(default_factory=LoopSchema)
+    transformer: LoopSchema = dataclasses.field(default_factory=LoopSchema)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    quiet_jax_without_accelerator()
+    cli.store_schema("train_tiny_schema", TrainTinyConfig)
+    return cli.run("train_tiny", _command)
+
+
+def _command(config: DictConfig) -> int:
+    logging.basicConfig(format="  %(message)s", level=logging.INFO)
+    torch.set_num_threads(1)
+    settings: Any = OmegaConf.to_object(config)
+    train(settings)
+    return 0
+
+
+def train(settings: TrainTinyConfig) -> None:
+    """Train, or go on training, and write the checkpoint. What is done is kept in `work_dir`, tied to the settings."""
+    asked_for = dataclasses.asdict(settings)
+    work_dir = Path(settings.work_dir)
+    _check_same(work_dir / "settings.json", asked_for)
+    spec = TinySpec(
+        num_layers=settings.num_layers,
+        num_attention_heads=settings.num_attention_heads,
+        max_text_seq_length=settings.max_text_seq_length,
+    )
+    torch.manual_seed(settings.seed)
+    modules = build_modules(spec)
+    size = (settings.num_frames, settings.height, settings.width)
+
+    vae_loop = Loop(**asked_for["vae"])
+    loss = vae_loss(
+        modules["vae"],
+        settings.height,
+        settings.width,
+        settings.num_frames,
+        vae_loop.steps,
+        settings.kl_weight,
+    )
+    vae_history, vae_time_s = optimize(
+        "vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt"
+    )
+
+    scenes = training_scenes(settings)
+    latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
+    scaling_factor = round(float(1 / latents.std()), 4)
+    modules["vae"].register_to_config(scaling_factor=scaling_factor)
+    padding = -latents.shape[1] % modules["transformer"].config.patch_size_t
+    latents = torch.cat([latents[:, :1]] * padding + [latents], dim=1) * scaling_factor
+
+    tokenizer = build_tokenizer()
+
+    def token_ids(texts: list[str]) -> torch.Tensor:
+        length = settings.max_text_seq_length
+        return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")["input_ids"]
+
+    loop = Loop(**asked_for["transformer"])
+    loss = diffusion_loss(
+        modules["transformer"],
+        modules["text_encoder"],
+        build_scheduler(),
+        latents,
+        token_ids([scene.caption for scene in scenes]),
+        token_ids([""])[0],
+        rotary_tables(modules["transformer"].config, latents.shape),
+        loop.batch_size,
+        settings.caption_dropout,
+    )
+    parts = {name: modules[name] for name in ("transformer", "text_encoder")}
+    begun = None
+    if settings.start_from is not None:
+        state = torch.load(settings.start_from, weights_only=True)
+        torch.nn.ModuleDict(parts).load_state_dict(state["average"])
+        begun = state["history"][-1]
+    history, time_s = optimize("transformer", parts, loop, loss, settings.seed, work_dir / "transformer.pt")
+
+    folder = Path(settings.folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_checkpoint(folder, modules, torch.float16)
+    provenance = {
+        "made_by": "python -m pipeline.train_tiny",
+        "settings": {name: value for name, value in asked_for.items() if name not in ("folder", "work_dir")},
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
+        "git": git_state(),
+        "versions": package_versions(),
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
+        "scaling_factor": scaling_factor,
+        "started_from": begun,
+        "losses": {"vae": vae_history[-1], "transformer": history[-1]},
+    }
+    write_json(folder / PROVENANCE_NAME, provenance)
+    print(f"checkpoint: {folder}")
+
+
+def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
+    """The scenes that the transformer is trained on: as many of each caption."""
+    rng = np.random.default_rng([settings.seed, 1])
+    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
+    size = (settings.height, settings.width)
+    return [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
+
+
+def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Path) -> torch.Tensor:
+    """The scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
+    if not path.exists():
+        latents = torch.stack(list(encode_clips(vae, scenes, *size)))
+        with atomic_path(path) as temporary:
+            np.save(temporary, latents.numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    settings = {name: value for name, value in settings.items() if name not in ("folder", "work_dir")}
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise cli.UserError(f"work_dir={str(path.parent)!r}: holds a run with other settings; expected another folder")
+    write_json(path, settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

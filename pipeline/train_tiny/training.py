@@ -1,0 +1,283 @@
+"""Trains the tiny model's parts on drawn videos, in torch on the CPU: first the VAE, then transformer and T5 together.
+
+What is trained on is what `pipeline.generate` makes of the checkpoint: prompts padded to max_text_seq_length and not
+masked, the leading latent frame that fills the last temporal patch, latents times scaling_factor, the scheduler's
+noise.
+"""
+
+import copy
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.checkpoints.shapes import Scene, draw, random_scene
+from pipeline.model.latents import LatentGeometry, rotary_embedding
+from splash_workbench.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """An optimization.
+
+    matrix_rate: learning rate of Muon, for matrices and convolutions. other_rate: of AdamW, for all else. Both rise
+    over warm_up_steps, stay, and fall in a line to 0 over the last decay_fraction of the steps. ema_decay: of the
+    averaged weights, which are what comes out.
+    """
+
+    steps: int
+    batch_size: int
+    matrix_rate: float
+    other_rate: float
+    warm_up_steps: int = 20
+    decay_fraction: float = 1.0
+    ema_decay: float = 0.99
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates, 0 to 1."""
+        rise, left = (step + 1) / self.warm_up_steps, (1 - step / self.steps) / self.decay_fraction
+        return min(1.0, rise) * min(1.0, left)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each weight is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Not torch.optim.Muon, which takes no convolutions; a convolution is a matrix here of [out, in x kernel].
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                weight.add_(_orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [..., frames, height, width, 3] -> float32 [..., 3, frames, height, width] in [-1, 1]."""
+    return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
+
+
+@torch.enable_grad()  # whatever the caller has set
+def optimize(
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loop: Loop,
+    loss_of: Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    seed: int,
+    state_path: Path,
+    save_every: int = 100,
+) -> tuple[list[dict[str, float]], float]:
+    """Run a loop from where `state_path` left off; `modules` end up with the averaged weights.
+
+    loss_of: of a step, with generators that depend on seed and step alone, so that a resumed run goes on as it would
+    have. Returns the means of what it reports, over every `save_every` steps, and the CPU seconds of all its runs.
+    """
+    trained = torch.nn.ModuleDict(modules)
+    average = copy.deepcopy(trained)
+    named = list(trained.named_parameters())
+    is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention", name) for name, p in named}
+    optimizers = {
+        "matrices": Muon([p for _, p in named if is_matrix[id(p)]], loop.matrix_rate),
+        "others": torch.optim.AdamW(
+            [p for _, p in named if not is_matrix[id(p)]], loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
+    }
+    rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
+    first, history, recent = 0, [], []
+    cpu_time_s, started = 0.0, time.process_time()
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        trained.load_state_dict(state["trained"])
+        average.load_state_dict(state["average"])
+        for key, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[key])
+        first, history, cpu_time_s = state["step"], state["history"], state.get("cpu_time_s", 0.0)
+        logger.info("%s: going on at step %d", name, first)
+    trained.train()
+    bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
+    for step in bar:
+        for key, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = rates[key] * loop.rate(step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss, report = loss_of(step, np.random.default_rng([seed, step]), generator)
+        trained.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        decay = min(loop.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
+        recent.append(report)
+        if (step + 1) % save_every == 0 or step + 1 == loop.steps:
+            means = {key: float(np.nanmean([report[key] for report in recent])) for key in recent[0]}
+            history.append({"step": step + 1, **means})
+            recent = []
+            bar.set_postfix(means)
+            state = {
+                "trained": trained.state_dict(),
+                "average": average.state_dict(),
+                **{key: optimizer.state_dict() for key, optimizer in optimizers.items()},
+                "step": step + 1,
+                "history": history,
+                "cpu_time_s": cpu_time_s + time.process_time() - started,
+            }
+            with atomic_path(state_path) as temporary:
+                torch.save(state, temporary)
+    trained.load_state_dict(average.state_dict())
+    trained.eval()
+    return history, cpu_time_s + time.process_time() - started
+
+
+# --- VAE
+
+
+def vae_loss(
+    vae: Any, height: int, width: int, num_frames: int, steps: int, kl_weight: float
+) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
+    """Reconstruction, in which what differs from the background counts five times, and the KL of the latents.
+
+    In the first half of the steps single frames, which teach the picture for a ninth of the time, then videos, half as
+    long as the real ones or whole. Mostly windows around the shape, but also whole frames, which the group norms see
+    in the end, and more of them towards the end.
+    """
+
+    def loss_of(
+        step: int, rng: np.random.Generator, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        whole = rng.random() < (0.25 if step < 0.75 * steps else 0.5)
+        if step < steps // 2:
+            frames, count = 1, 2 if whole else 8
+        elif rng.random() < 0.5:
+            frames, count = num_frames // 16 * 8 + 1, 1 if whole else 2  # 8k + 1, as the VAE wants
+        else:
+            frames, count = num_frames, 1
+        video, weight = zip(
+            *(_window(rng, height, width, num_frames, frames, whole) for _ in range(count)), strict=True
+        )
+        target, weights = torch.stack(video), torch.stack(weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(target).latent_dist
+            latents = posterior.mean.float() + posterior.std.float() * torch.randn(
+                posterior.mean.shape, generator=generator
+            )
+            decoded = vae.decode(latents).sample.float()
+        error = decoded - target
+        squared = (weights * error.square()).mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        loss = squared + 0.1 * (weights * error.abs()).mean() + kl_weight * kl
+        return loss, {"squared": squared.item(), "mse": error.square().mean().item(), "kl": kl.item()}
+
+    return loss_of
+
+
+def _window(
+    rng: np.random.Generator, height: int, width: int, num_frames: int, frames: int, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A video in [-1, 1], [3, frames, h, w], and the weights of its pixels, [1, frames, h, w]."""
+    scene = random_scene(rng, height, width)
+    first = int(rng.integers(0, num_frames - frames + 1))
+    video = to_video(draw(scene, num_frames, height, width)[first : first + frames])
+    if not whole:
+        h, w = height // 2, width // 2
+        x, y = np.array(scene.start) + rng.random() * (np.array(scene.end) - np.array(scene.start))
+        short = min(height, width)
+        top = int(np.clip(y * short - h * rng.uniform(0.2, 0.8), 0, height - h))
+        left = int(np.clip(x * short - w * rng.uniform(0.2, 0.8), 0, width - w))
+        video = video[:, :, top : top + h, left : left + w]
+    background = scene.background / 127.5 - 1
+    differs = ((video - background).abs().amax(dim=0, keepdim=True) > 0.02).float()
+    return video, 1 + 4 * torch.nn.functional.max_pool3d(differs, (1, 3, 3), 1, (0, 1, 1))
+
+
+# --- transformer and text encoder
+
+
+@torch.no_grad()
+def encode_clips(
+    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, batch_size: int = 4
+) -> Iterator[torch.Tensor]:
+    """Means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
+    for start in tqdm(range(0, len(scenes), batch_size), desc="latents", mininterval=5):
+        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + batch_size]]
+        with torch.autocast("cpu", torch.bfloat16):
+            means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
+        yield from means.float().transpose(1, 2)
+
+
+def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` makes them."""
+    *_, frames, channels, height, width = shape
+    geometry = LatentGeometry(frames, 0, channels, height, width)
+    cos, sin = rotary_embedding(geometry, config)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
+def diffusion_loss(
+    transformer: Any,
+    text_encoder: Any,
+    scheduler: Any,
+    latents: torch.Tensor,
+    token_ids: torch.Tensor,
+    empty_ids: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    batch_size: int,
+    caption_dropout: float,
+) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
+    """Velocity's squared error at random timesteps.
+
+    latents: scaled, [clips, latent frames with padding, 16, h, w]. token_ids: [clips, tokens]. empty_ids: of "".
+    One example in ten is at the last timestep, where the sample is noise alone: every video starts there.
+    """
+    last = scheduler.config.num_train_timesteps - 1
+
+    def loss_of(
+        step: int, rng: np.random.Generator, generator: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        chosen = torch.from_numpy(rng.integers(0, len(latents), batch_size))
+        clean, ids = latents[chosen], token_ids[chosen].clone()
+        ids[torch.from_numpy(rng.random(batch_size) < caption_dropout)] = empty_ids
+        timesteps = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        timesteps = (timesteps * (last + 1) / 0.9).long().clamp(max=last)
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        velocity = scheduler.get_velocity(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = text_encoder(ids)[0]
+            predicted = transformer(noisy, embeddings, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+        errors = (predicted.float() - velocity).square().mean(dim=(1, 2, 3, 4))
+        report = {"loss": errors.mean().item(), "loss_last": errors[timesteps == last].mean().item()}
+        return errors.mean(), report
+
+    return loss_of

@@ -1,0 +1,209 @@
+"""Profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
+
+A run has a session for each of its parts (a stage of the pipeline, or none), and each repeat of the run has its own:
+`<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it is written last and says
+what ran.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import re
+import shutil
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from splash_workbench import provenance
+from splash_workbench.cli import UserError, write_json
+from splash_workbench.profiles.reader import SUFFIX
+from splash_workbench.status import Label
+
+SESSION_FILE = "session.json"
+PORT = 6006
+#: A change in one of these can change what a profile says.
+_SOURCES = ("splash_workbench/profiles/*.py",)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What a session is of.
+
+    Attributes:
+      run: its name, the same for all parts and repeats.
+      part: a stage of the pipeline; "" for a run of one part.
+      repeat: from 1; repeats of a run are taken together as samples of the same thing.
+      label: whether it was measured or predicted.
+      device: on which device, or for which.
+      made_by: of a prediction, what made it: "libtpu 0.0.52".
+      config: what ran: a request, or a workload with block sizes.
+      environment: a splash_workbench.provenance.Environment as a dict.
+      created_at: UTC, ISO 8601.
+    """
+
+    run: str
+    part: str
+    repeat: int
+    label: Label
+    device: str
+    made_by: str | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    created_at: str = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+
+    @property
+    def name(self) -> str:
+        """The folder's name, and what TensorBoard calls it."""
+        part = f"-{self.part}" if self.part else ""
+        return f"{self.run}{part}" + (f".{self.repeat}" if self.repeat > 1 else "")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises ValueError, KeyError or TypeError where `fields` is not a Session."""
+        return cls(**{**fields, "label": Label(fields["label"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Records the parts of one run on the device that is here.
+
+    Attributes:
+      logdir, run, repeat, config: see Session.
+    """
+
+    logdir: Path
+    run: str
+    repeat: int
+    config: Mapping[str, Any]
+
+    @classmethod
+    def start(cls, logdir: Path, run: str, config: Mapping[str, Any]) -> Self:
+        """A recorder of the next repeat of a run.
+
+        Raises:
+          UserError: the name cannot be a folder's.
+        """
+        return cls(logdir, check_name(run), next_repeat(logdir, run), config)
+
+    @contextlib.contextmanager
+    def record(self, part: str = "") -> Iterator[Session]:
+        """Profiles the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
+        session = Session(
+            run=self.run,
+            part=part,
+            repeat=self.repeat,
+            label=Label.MEASURED,
+            device=jax.devices()[0].device_kind,
+            made_by=None,
+            config=dict(self.config),
+            environment=provenance.capture(_SOURCES).to_dict(),
+        )
+        options = jax.profiler.ProfileOptions()
+        options.session_id = session.name
+        options.python_tracer_level = 0  # every call of Python as an event would slow down what is measured
+        if jax.process_count() == 1:  # what a run that failed left, and TensorBoard made of it
+            shutil.rmtree(profile_dir(self.logdir) / session.name, ignore_errors=True)
+        with jax.profiler.trace(self.logdir, profiler_options=options):
+            yield session
+        if jax.process_index() == 0:
+            write_session(self.logdir, session)
+
+    def how_to_look(self) -> tuple[str, ...]:
+        """Lines that tell a user where the traces are and how to open them."""
+        return how_to_look(self.logdir, self.run)
+
+
+def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
+    """Lines that tell a user where the traces of a run are and how to open them."""
+    command = f"  {tensorboard_command(logdir)}"
+    if importlib.util.find_spec("tensorboard") is None:
+        command += "   (pip install 'cogvideox-splash[trace]')"
+    return (f"traces: {profile_dir(logdir) / run}*", command)
+
+
+def profile_dir(logdir: Path) -> Path:
+    """Where TensorBoard's profile plugin looks for sessions."""
+    return logdir / "plugins" / "profile"
+
+
+def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
+    """Writes what a session is of, after its XSpace where one is given. Returns the session's folder."""
+    folder = profile_dir(logdir) / session.name
+    if space is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
+    folder.mkdir(parents=True, exist_ok=True)
+    if space is not None:
+        (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
+    write_json(str(folder / SESSION_FILE), dataclasses.asdict(session))
+    return folder
+
+
+def sessions(logdir: Path) -> list[tuple[Path, Session]]:
+    """The sessions with a SESSION_FILE, in the order of their names.
+
+    Raises:
+      UserError: such a file is not readable.
+    """
+    found = []
+    for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
+        try:
+            found.append((path.parent, Session.from_dict(json.loads(path.read_text(encoding="utf-8")))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
+    return found
+
+
+def next_repeat(logdir: Path, run: str) -> int:
+    """One more than the repeats of a run that are there."""
+    return 1 + max((session.repeat for _, session in sessions(logdir) if session.run == run), default=0)
+
+
+def check_name(name: str) -> str:
+    """The name of a run. Raises UserError where it cannot be a folder's and part of a link."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r}: expected a run's name of letters, digits and _ . + -, e.g. 'xla-160x96x9'.")
+    return name
+
+
+def safe_name(text: str) -> str:
+    """A text as part of a run's name."""
+    return _UNSAFE.sub("-", text).strip("-.+")
+
+
+def require_tensorboard(what_for: str) -> None:
+    """Raises UserError where the optional packages are missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            f"{what_for}: needs TensorBoard, which is not installed; pip install 'cogvideox-splash[trace]', "
+            "or pip install -e '.[trace]' in a checkout."
+        )
+
+
+def tensorboard_command(logdir: Path, port: int = PORT) -> str:
+    """The command that shows a logdir, to this machine only."""
+    return f"tensorboard --logdir {logdir} --host 127.0.0.1 --port {port}"
+
+
+def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:
+    """The address of a page of TensorBoard's profile tab.
+
+    Args:
+      session: which.
+      tool: "overview_page", "trace_viewer@", "op_profile" ...
+      hosts: of the session, one or several side by side.
+      base: a session to show differences to, where the tool can.
+      port: of TensorBoard.
+    """
+    query = {"run": session, "tag": tool, "hosts" if len(hosts) > 1 else "host": ",".join(hosts)}
+    if base is not None:
+        query["base_session_id"] = base
+    return f"http://127.0.0.1:{port}/?{urllib.parse.urlencode(query, safe='@,')}#profile"

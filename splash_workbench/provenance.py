@@ -1,0 +1,148 @@
+"""What a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import threading
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+#: A change in one of these can change what a candidate computes or how long it takes.
+KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
+#: Packages whose version can change a time, or whether a kernel compiles.
+COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
+_PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
+_FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+
+#: Names the folder of all caches; what is in it can be made again.
+CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
+
+#: CPython 3.11's ast.parse is not safe in threads: "AST constructor recursion depth mismatch" (python/cpython#106905).
+_PARSER_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """Where a trial ran. Holds no host name and no path.
+
+    Attributes:
+      versions: of Python and of the packages that decide the figure; a package that is absent is left out.
+      flags: environment variables that JAX, XLA and libtpu read, where set.
+      git_commit: of this repository, None outside a checkout.
+      git_dirty: whether tracked files differed from that commit.
+      kernel_hash: of KERNEL_SOURCES, blind to comments, docstrings and layout.
+      backend_hash: the same of the sources that make the figure.
+      host: processor architecture and system.
+      cpu_count: processors that the host reports.
+    """
+
+    versions: dict[str, str]
+    flags: dict[str, str]
+    git_commit: str | None
+    git_dirty: bool
+    kernel_hash: str
+    backend_hash: str
+    host: str
+    cpu_count: int
+
+    @property
+    def compiler_versions(self) -> dict[str, str]:
+        """The versions of COMPILER_PACKAGES."""
+        return {name: self.versions[name] for name in COMPILER_PACKAGES if name in self.versions}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**fields)
+
+
+def capture(sources: Iterable[str]) -> Environment:
+    """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
+    commit, dirty = git_state()
+    return Environment(
+        versions=package_versions(_PACKAGES),
+        flags=_flags(),
+        git_commit=commit,
+        git_dirty=dirty,
+        kernel_hash=source_hash(KERNEL_SOURCES),
+        backend_hash=source_hash(sources),
+        host=host(),
+        cpu_count=os.cpu_count() or 1,
+    )
+
+
+def user_cache_dir() -> Path:
+    """$COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
+
+
+def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
+    """Hash of Python sources as the interpreter sees them: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    with _PARSER_LOCK:
+        for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+    return digest.hexdigest()[:16]
+
+
+def stable_hash(text: str) -> str:
+    """A short hash for names of studies and candidates."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
+    return tree
+
+
+@functools.cache
+def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of Python and of those packages, without importing them; one that is absent is left out."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _flags() -> dict[str, str]:
+    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
+    # Where a dump goes changes nothing, and the path is nobody's business.
+    return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()}
+
+
+def host() -> str:
+    """Processor architecture and system of this machine, e.g. "x86_64-linux"; not its name."""
+    return f"{platform.machine()}-{platform.system().lower()}"
+
+
+def git_state() -> tuple[str | None, bool]:
+    """Commit of this source tree and whether tracked files differ from it; None where it is not a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPO_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None, False

@@ -1,0 +1,1 @@
+"""Jobs in worker processes that stay warm, and their outcomes on disk."""

@@ -1,0 +1,303 @@
+"""Jobs in worker processes that stay warm from one job to the next, and that a bad job takes with it."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.status import Status
+
+#: For many jobs of one kind: as many as share the start of a process, imports included.
+JOBS_PER_WORKER = 100
+
+_LOG_TAIL_CHARACTERS = 4000
+#: Seconds that a killed process group has to disappear.
+_REAP_S = 30
+#: Seconds between two looks at what a running job takes.
+_SAMPLE_S = 0.5
+#: A worker that holds more than this after a job is replaced.
+_RETIRE_RSS_BYTES = 5 * 2**29
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CancelledError(Exception):
+    """The runner is stopping: the job was killed and has no outcome."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a job left: its result (empty if it ended without one), how it ended, and the end of what it printed."""
+
+    status: Status
+    result: dict[str, Any]
+    error: str | None
+    log_tail: str
+    wall_time_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What the jobs of a runner took.
+
+    Attributes:
+      job_count, worker_count: jobs run, and processes started for them.
+      peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); None where /proc
+        does not say. Looked at twice a second, as the disk is.
+      peak_disk_bytes: most that the jobs' scratch folders held at once.
+    """
+
+    job_count: int
+    worker_count: int
+    peak_memory_bytes: int | None
+    peak_disk_bytes: int
+
+
+class Runner:
+    """Runs jobs in worker processes, from any number of threads, until cancelled.
+
+    A worker that crashes, is killed for its time limit, or raises what its job did not foresee, is replaced: it costs
+    the one job. So is one that has grown past 2.5 GiB. A worker has the environment that it was started with, and
+    serves only jobs that ask for the same.
+
+    Args:
+      work_dir: scratch folder; each worker has its own folder in it, gone with the worker.
+      jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
+        More: call `cancel` in the end.
+    """
+
+    def __init__(self, work_dir: Path, *, jobs_per_worker: int = 1) -> None:
+        self._work_dir = work_dir
+        self._jobs_per_worker = jobs_per_worker
+        self._lock = threading.Lock()
+        self._running: set[_Worker] = set()
+        self._idle: list[_Worker] = []
+        self._cancelled = False
+        self._job_count = self._worker_count = self._peak_memory = self._peak_disk = 0
+
+    def run(
+        self,
+        target: str,
+        payload: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        variables: Callable[[Path], Mapping[str, str]] = lambda worker_dir: {},
+    ) -> Outcome:
+        """Runs "package.module:function" on the payload.
+
+        Args:
+          target: the job.
+          payload: its argument, JSON.
+          timeout_s: its whole process group is killed after this.
+          variables: folder of the worker -> environment variables to add to this process's own.
+
+        Raises:
+          CancelledError: `cancel` was called.
+        """
+        with self._lock:
+            self._job_count += 1
+        outcome, was_fresh = self._run_once(target, payload, timeout_s, variables, fresh=False)
+        if outcome.status is Status.CRASHED and not was_fresh:
+            # An earlier job may have done the damage: only a process of its own says what this one is like.
+            outcome, _ = self._run_once(target, payload, timeout_s, variables, fresh=True)
+        return outcome
+
+    def cancel(self) -> None:
+        """Ends all workers; every `run`, present and future, raises CancelledError."""
+        with self._lock:
+            self._cancelled = True
+            for worker in self._running:
+                worker.kill()
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
+
+    def usage(self) -> Usage:
+        """What the jobs took up to now."""
+        with self._lock:
+            return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
+
+    def _run_once(
+        self,
+        target: str,
+        payload: Mapping[str, Any],
+        timeout_s: float,
+        variables: Callable[[Path], Mapping[str, str]],
+        *,
+        fresh: bool,
+    ) -> tuple[Outcome, bool]:
+        """The outcome of a job, and whether its worker had run none before."""
+        worker = self._take(variables, fresh=fresh)
+        reusable = False
+        try:
+            outcome, reusable = worker.run(target, payload, timeout_s, self._sample)
+        finally:
+            self._give_back(worker, reusable)
+        if self._cancelled:
+            raise CancelledError
+        return outcome, worker.job_count == 1
+
+    def _take(self, variables: Callable[[Path], Mapping[str, str]], *, fresh: bool) -> "_Worker":
+        """An idle worker with the environment that the job wants, or a new one in place of an idle one."""
+        search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        common = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)}
+        kind = frozenset((common | dict(variables(Path("worker")))).items())
+        superfluous: _Worker | None = None
+        try:
+            with self._lock:
+                if self._cancelled:
+                    raise CancelledError
+                for worker in self._idle if not fresh else ():
+                    if worker.kind == kind:
+                        self._idle.remove(worker)
+                        self._running.add(worker)
+                        return worker
+                if self._idle:
+                    superfluous = self._idle.pop(0)
+                self._work_dir.mkdir(parents=True, exist_ok=True)
+                directory = Path(tempfile.mkdtemp(dir=self._work_dir))
+                worker = _Worker(directory, kind, common | dict(variables(directory)))
+                self._worker_count += 1
+                self._running.add(worker)
+                return worker
+        finally:
+            if superfluous is not None:
+                superfluous.end()
+
+    def _give_back(self, worker: "_Worker", reusable: bool) -> None:
+        with self._lock:
+            self._running.discard(worker)
+            if reusable and worker.job_count < self._jobs_per_worker and not self._cancelled:
+                self._idle.append(worker)
+                return
+        worker.end()
+
+    def _sample(self) -> None:
+        with self._lock:
+            workers = [*self._running, *self._idle]
+        memory, disk = sum(worker.rss_bytes() for worker in workers), _size_bytes(self._work_dir)
+        with self._lock:
+            self._peak_memory, self._peak_disk = max(self._peak_memory, memory), max(self._peak_disk, disk)
+
+
+class _Worker:
+    """One process of `worker` and its folder. `kill` may come from any thread, the rest from one at a time."""
+
+    def __init__(self, directory: Path, kind: frozenset[tuple[str, str]], environment: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.job_count = 0
+        self._directory = directory
+        # The worker ends when the other end of this closes: when this process does, however this process ends.
+        self._connection, theirs = multiprocessing.Pipe()
+        command = [sys.executable, "-m", "splash_workbench.workers.worker", str(directory), str(theirs.fileno())]
+        with theirs, self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(theirs.fileno(),),
+            )
+
+    @property
+    def _log_path(self) -> Path:
+        return self._directory / "log"
+
+    def run(
+        self, target: str, payload: Mapping[str, Any], timeout_s: float, sample: Callable[[], None]
+    ) -> tuple[Outcome, bool]:
+        """The outcome of a job, and whether the worker can take another one."""
+        self.job_count += 1
+        os.truncate(self._log_path, 0)  # it is open for appending: what comes next stands at the start
+        start = time.monotonic()
+        result: dict[str, Any] = {}
+        try:
+            request = {"target": target, "payload": payload, "timeout_s": timeout_s}
+            self._connection.send_bytes(json.dumps(request).encode())
+            while not self._connection.poll(max(0.0, min(_SAMPLE_S, start + timeout_s - time.monotonic()))):
+                sample()
+                if time.monotonic() >= start + timeout_s:
+                    status, error = Status.TIMEOUT, f"killed after the time limit of {timeout_s:g} s"
+                    break
+            else:
+                result = json.loads(self._connection.recv_bytes())
+                status, error = Status(result.pop("status")), result.pop("error", None)
+        except (EOFError, OSError):  # it closed its end: it is dead, or about to be
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_REAP_S)
+            status, error = Status.CRASHED, _describe_exit(self._process.returncode)
+        sample()
+        reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
+        if not reusable:
+            self.kill()
+        outcome = Outcome(
+            status=status,
+            result=result,
+            error=_scrub(error, self._directory) if error else None,
+            log_tail=_scrub(self._log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], self._directory),
+            wall_time_s=time.monotonic() - start,
+        )
+        return outcome, reusable
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the process; 0 if it is dead, or the system does not say."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def kill(self) -> None:
+        """Kills the process group: what the job has started ends too."""
+        if self._process.returncode is None:  # not waited for yet: its process id is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kills the process group and removes the folder."""
+        self.kill()
+        self._process.wait(_REAP_S)
+        self._connection.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _size_bytes(directory: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a job clears up meanwhile
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
+
+
+def _describe_exit(return_code: int | None) -> str:
+    if return_code is None:
+        return "the worker stopped answering"
+    if return_code < 0:
+        hint = " (out of host memory?)" if -return_code == signal.SIGKILL else ""
+        return f"the worker died of {signal.Signals(-return_code).name}{hint}"
+    return f"the worker ended with exit code {return_code} and no result"
+
+
+def _scrub(text: str, directory: Path) -> str:
+    """Results are shared: they name no path of this machine."""
+    for path, name in ((directory, "JOB"), (Path(sys.prefix), "PREFIX"), (REPO_ROOT, "REPO"), (Path.home(), "HOME")):
+        text = text.replace(str(path), name)
+    return text

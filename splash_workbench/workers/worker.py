@@ -1,0 +1,95 @@
+"""The other end of `splash_workbench.workers.pool`: runs one job after another in this process.
+
+    python -m splash_workbench.workers.worker FOLDER CONNECTION
+
+A request names a function, "package.module:function"; it takes the request's payload and returns a dict.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from splash_workbench.status import Status, TrialError
+
+#: Past the parent's own limit, for the case that the parent is gone and this process no longer runs Python code.
+_ALARM_GRACE_S = 30
+_ERROR_CHARACTERS = 1000
+#: Where memory is short, Linux ends this process and not the sweep.
+_OOM_SCORE = 500
+
+
+def main(folder: str, descriptor: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    os.set_inheritable(int(descriptor), False)  # what a job starts must not keep the connection open
+    connection = Connection(int(descriptor))
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests, Path(folder)), daemon=True).start()
+    while True:
+        request = requests.get()
+        signal.alarm(math.ceil(request["timeout_s"]) + _ALARM_GRACE_S)
+        reply = json.dumps(_run(request)).encode()
+        signal.alarm(0)
+        _forget(Path(folder))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send_bytes(reply)
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"status": Status.OK} | _resolve(request["target"])(request["payload"])
+    except TrialError as error:
+        traceback.print_exc()
+        return {"status": error.status, "error": " ".join(str(error).split())[:_ERROR_CHARACTERS]}
+    except Exception as error:
+        traceback.print_exc()
+        return {"status": Status.CRASHED, "error": _one_line(error)}
+
+
+def _forget(folder: Path) -> None:
+    """What a job leaves behind would add up: compiled programs, and files in the worker's folder beside its log."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _one_line(error: Exception) -> str:
+    """The first and the last line: the last has the cause where one error wraps another. The log has the rest."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return f"{type(error).__name__}: {text}"[:_ERROR_CHARACTERS]
+
+
+def _resolve(target: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _receive(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]], folder: Path) -> None:
+    """Hands requests on. The connection closes when the parent dies, by kill -9 too: then all ends here."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            requests.put(json.loads(connection.recv_bytes()))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,151 @@
+"""Jobs for worker processes that behave as real candidates do when things go well, or badly."""
+
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from splash_workbench.status import Status, TrialError
+
+
+def _passed(error: float = 0.004) -> dict[str, Any]:
+    return {
+        "implementation": "pallas_interpret",
+        "q_seq_len": 467,
+        "kv_seq_len": 563,
+        "num_heads": 2,
+        "block_sizes": "256/256/128",
+        "same_block_sizes": True,
+        "rms_error": error,
+        "max_row_error": error,
+        "max_abs_error": error,
+        "tolerance": 0.0156,
+        "row_tolerance": 0.125,
+    }
+
+
+def _time_ms(blocks: dict[str, int]) -> float:
+    """A bowl with its bottom at 384/512/128."""
+    return (
+        10 + abs(blocks["block_q"] - 384) / 128 + abs(blocks["block_kv"] - 512) / 64 + blocks["block_kv_compute"] / 128
+    )
+
+
+def bowl(payload: dict[str, Any]) -> dict[str, Any]:
+    """An ok trial whose time depends on the block sizes; says in FAKE_JOBS_LOG that it ran."""
+    if log := os.environ.get("FAKE_JOBS_LOG"):
+        with Path(log).open("a") as file:
+            file.write(json.dumps(payload["block_sizes"]) + "\n")
+    time.sleep(float(os.environ.get("FAKE_JOBS_SLEEP_S", "0")))
+    return {"label": "predicted", "time_samples_ms": [_time_ms(payload["block_sizes"])], "numerics": _passed()}
+
+
+def bowl_of_uneven_speed(payload: dict[str, Any]) -> dict[str, Any]:
+    """`bowl`, now one and now another first done."""
+    time.sleep(random.choice((0, 0, 0.2)))
+    return bowl(payload)
+
+
+def by_block_q(payload: dict[str, Any]) -> dict[str, Any]:
+    """A different fate for each block_q; the smaller the block, the faster it would have been."""
+    block_q = payload["block_sizes"]["block_q"]
+    fates = {
+        128: wrong,
+        256: out_of_memory,
+        384: hang,
+        512: abort,
+        640: segfault,
+        768: raises,
+        896: exits,
+    }
+    return fates.get(block_q, bowl)(payload)
+
+
+def wrong(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"status": Status.WRONG, "error": "rms_error=0.5", "numerics": _passed(error=0.5)}
+
+
+def wrong_that_claims_to_be_ok(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"label": "predicted", "time_samples_ms": [0.001], "numerics": _passed(error=float("nan"))}
+
+
+def out_of_memory(payload: dict[str, Any]) -> dict[str, Any]:
+    raise TrialError(Status.OUT_OF_MEMORY, "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
+
+
+def hang(payload: dict[str, Any]) -> dict[str, Any]:
+    """With a child of its own, which must not outlive it."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if marker := os.environ.get("FAKE_JOBS_CHILD"):
+        Path(marker).write_text(str(child.pid))
+    time.sleep(600)
+    raise AssertionError("not reached")
+
+
+def abort(payload: dict[str, Any]) -> dict[str, Any]:
+    print("F0000 check failed: as libtpu says before it aborts", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGABRT)
+    raise AssertionError("not reached")
+
+
+def segfault(payload: dict[str, Any]) -> dict[str, Any]:
+    return {"time_samples_ms": [ctypes.string_at(0)]}
+
+
+def raises(payload: dict[str, Any]) -> dict[str, Any]:
+    raise RuntimeError("first line\nmiddle\nlast line")
+
+
+def exits(payload: dict[str, Any]) -> dict[str, Any]:
+    sys.exit(3)
+
+
+def dumps_and_aborts(payload: dict[str, Any]) -> dict[str, Any]:
+    """Leaves a dump as libtpu does, where the environment says."""
+    dump_dir = Path(os.environ["FAKE_DUMP_DIR"])
+    dump_dir.mkdir()
+    (dump_dir / "bundles.txt").write_text("x" * 10_000)
+    abort(payload)
+    raise AssertionError("not reached")
+
+
+def dumps(payload: dict[str, Any]) -> dict[str, Any]:
+    """Leaves a dump, and fails if there is one."""
+    dump_dir = Path(os.environ["FAKE_DUMP_DIR"])
+    dump_dir.mkdir()
+    (dump_dir / "bundles.txt").write_text("x" * 10_000)
+    print("dumped")
+    time.sleep(0.3)  # long enough to be seen
+    return pid(payload)
+
+
+_jobs_of_this_process: list[str] = []
+
+
+def pid(payload: dict[str, Any]) -> dict[str, Any]:
+    _jobs_of_this_process.append("pid")
+    return {"pid": os.getpid()}
+
+
+def aborts_in_a_used_process(payload: dict[str, Any]) -> dict[str, Any]:
+    return abort(payload) if _jobs_of_this_process else pid(payload)
+
+
+def wrong_kernel(payload: dict[str, Any]) -> dict[str, Any]:
+    """The real check of the real kernel, whose output is then spoilt in one row."""
+    import splash_attn
+    from tuning.backends.interpret import check_candidate
+
+    right = splash_attn.attention
+
+    def spoilt(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return right(q, k, v, **options).at[0, 0, 17].multiply(1.5)
+
+    splash_attn.attention = spoilt
+    return check_candidate(payload)

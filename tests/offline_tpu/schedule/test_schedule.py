@@ -1,0 +1,153 @@
+from pathlib import Path
+
+import pytest
+
+from offline_tpu import UnknownDumpFormatError
+from offline_tpu.machine.dma import DmaClock, DmaTiming
+from offline_tpu.schedule.bundles import Program
+from offline_tpu.schedule.execute import execute
+from offline_tpu.schedule.read import read_schedule
+
+TIMING = DmaTiming(bytes_per_cycle=100.0, latency_cycles=1000.0, vmem_bytes_per_stolen_cycle=400.0)
+LOOP = """
+     0   :  { %s1_s0 = smov.u32 0 /* materialized constant */ } /* Start region 1 */
+   0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s2 /* phi copy */ } /* Start region 2 */
+   0x2   : > { %s3_s2 = sadd.s32 1, %s2_s1 }
+   0x3   : > { %p1_p0 = scmp.ge.s32.totalorder %s3_s2, 7 /* loop exit test */ }
+   0x4   : > { %10 = sbr.rel (!%p1_p0) target = $region2 }
+   0x5   : > {}
+   0x6   : > {}
+   0x7   : > {}
+   0x8   : > {}
+   0x9   :  { %11 = vst [vmem:[#allocation1] sm:$0xff] /*vst_source=*/%v1_v0 }
+"""
+TRANSFER = """
+     0   :  { %s1_s0 = smov.u32 1 }
+   0x1   :  { %s2_s1 = scalar_lea.sflag [#allocation7], %s1_s0 }
+   0x2   :  { %9 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s8_s3, /*size_in_granules=*/64, /*vmem=*/%s9_s4, \
+/*dst_syncflagno=*/%s2_s1 /* base_bounds: (1) */ }
+   0x3   :  {}
+   0x4   :  { %12 = dma.done.wait [#allocation7 + $0x1], 64 /* pipeline-emitter-dma-wait */ }
+   0x5   :  {}
+"""
+UTILIZATION = """== CAPACITY
+MATMUL, VSTORE:SPILL, VLOAD:FILL
+2 1 3
+== UTILIZATION
+"""
+
+
+def test_a_loop_is_counted_by_running_its_counter() -> None:
+    actual = execute(Program(LOOP), TIMING)
+    assert actual.counts == [1, *[7] * 8, 1]
+    assert actual.stall_cycles == pytest.approx(0)
+    assert actual.unresolved == ()
+
+
+def test_a_branch_on_an_unknown_scalar_is_reported() -> None:
+    actual = execute(Program(LOOP.replace("%s3_s2, 7 /*", "%s99_s9, 7 /*")), TIMING)
+    assert actual.counts == [1] * 10
+    assert actual.unresolved == ("branch at 0x4",)
+
+
+def test_a_branch_to_the_region_behind_the_last_bundle_ends_the_op() -> None:
+    text = LOOP.replace("%10 = sbr.rel (!%p1_p0)", "%10 = sbr.rel (%p1_p0)").replace("$region2", "$region9")
+    actual = execute(Program(text.replace("%s3_s2, 7 /*", "%s3_s2, 1 /*")), TIMING)
+    assert actual.counts == [1] * 9 + [0]
+
+
+def test_a_scalar_operand_that_the_caller_knows_is_used() -> None:
+    operand = "%s9_s9 = inlined_call_operand.<no memory space> [shape: s32[], index: 2, kind: input]"
+    text = LOOP.replace("{ %s1_s0", f"{{ {operand}  ;;  %s1_s0").replace("%s3_s2, 7 /*", "%s3_s2, %s9_s9 /*")
+    actual = execute(Program(text), TIMING, {2: (5,)})
+    assert actual.counts[1] == 5
+    assert actual.unresolved == ()
+
+
+def test_a_wait_stalls_until_the_transfer_is_done() -> None:
+    actual = execute(Program(TRANSFER), TIMING)
+    size = 64 * 32
+    assert actual.hbm_bytes == size
+    # Started in bundle 2, waited for in bundle 4.
+    assert actual.stall_cycles == pytest.approx(2 + TIMING.latency_cycles + size / TIMING.bytes_per_cycle - 4)
+    assert actual.unresolved == ()
+
+
+def test_a_wait_for_nothing_known_is_reported() -> None:
+    actual = execute(Program(TRANSFER.replace("[#allocation7 + $0x1]", "[#allocation8]")), TIMING)
+    assert actual.unresolved == ("wait at 0x4 for a DMA that is not known",)
+
+
+def test_a_transfer_of_unknown_size_is_reported_and_not_counted() -> None:
+    actual = execute(Program(TRANSFER.replace("/*size_in_granules=*/64", "/*size_in_granules=*/%s77_s7")), TIMING)
+    assert actual.hbm_bytes == 0
+    assert "size of the DMA at 0x2" in actual.unresolved
+
+
+def test_the_core_is_slower_while_a_transfer_fills_vmem() -> None:
+    clock = DmaClock(TIMING)
+    clock.start("flag", 100_000, ("hbm", "vmem"))  # from 1000 to 2000
+    clock.run(1000)
+    assert clock.now == pytest.approx(1000)
+    clock.run(750)
+    assert clock.now == pytest.approx(2000)
+    clock.run(100)
+    assert clock.now == pytest.approx(2100)
+
+
+def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
+    clock = DmaClock(TIMING)
+    clock.start("first", 100_000, ("hbm", "vmem"))
+    clock.start("second", 50_000, ("vmem", "hbm"))
+    assert clock.wait("second", 50_000)
+    assert clock.now == pytest.approx(1000 + 1000 + 500)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no bundles at all", "no VLIW bundles"),
+        (LOOP.replace("   0x4 ", "   0x7 "), "expected address 0x4"),
+        (
+            LOOP.replace("Start region", "Begin region").replace(
+                "{ %s1_s0", "{ %1 = sbr.rel target = $region9 ;; %s1_s0"
+            ),
+            "unknown regions 2, 9",
+        ),
+        (TRANSFER.replace("/*size_in_granules=*/64, ", ""), "expected size_in_granules"),
+        (TRANSFER.replace("[#allocation7 + $0x1], 64", "[#allocation7 + $0x1]"), "expected a flag and a size"),
+    ],
+)
+def test_bundles_in_another_form_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UnknownDumpFormatError, match=message):
+        Program(text)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    bundles, table = tmp_path / "1-op-02-final_bundles.txt", tmp_path / "1-op-00-utilization.txt"
+    bundles.write_text(LOOP)
+    table.write_text(UTILIZATION + "2 0 0\n" * 9 + "0 1 3\n")
+    return bundles, table
+
+
+def test_uses_are_weighed_by_executions(files: tuple[Path, Path]) -> None:
+    actual = read_schedule("op", *files, timing=TIMING)
+    assert (actual.bundles, actual.cycles) == (10, 58)
+    assert actual.unit_uses == {"MATMUL": 2 * 57, "VSTORE:SPILL": 1, "VLOAD:FILL": 3}
+    assert actual.utilization("MATMUL") == pytest.approx(57 / 58)
+    assert (actual.spill_count, actual.static_spill_count, actual.fill_count) == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("something else\n", "expected a capacity header"),
+        (UTILIZATION + "2 0 0\n" * 9, "9 bundles, expected the 10 of 1-op-02-final_bundles.txt"),
+        (UTILIZATION + "2 0\n" * 10, "expected 3 figures a line"),
+    ],
+)
+def test_utilization_in_another_form_is_refused(files: tuple[Path, Path], table: str, message: str) -> None:
+    files[1].write_text(table)
+    with pytest.raises(UnknownDumpFormatError, match=message):
+        read_schedule("op", *files, timing=TIMING)

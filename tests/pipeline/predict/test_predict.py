@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoints.published import KNOWN_CONFIGS
+from pipeline.model.transformer import TokenLayout, TransformerShape
+from pipeline.predict.jobs import step_flops, together
+from pipeline.predict.planner import Outcome, Predictor, configs_of
+from pipeline.predict.report import compact, make_report, markdown_table, print_report
+from pipeline.requests.config import request_from_dict, request_to_dict
+from pipeline.requests.errors import PipelineError, RequestError
+from pipeline.requests.plans import ParallelOptions, ParallelPlan
+from pipeline.requests.request import AttentionOptions
+from splash_attn.types import BlockSizes, Variant
+
+REPO = Path(__file__).parents[3]
+FULL = {"checkpoint": "zai-org/CogVideoX1.5-5B", "height": 720, "width": 1280, "num_frames": 81}
+
+
+def _result(time_s: float, **more) -> dict:
+    return {
+        "time_s": time_s,
+        "breakdown_s": {"attention_kernel": 0.7 * time_s, "projections": 0.3 * time_s},
+        "peak_hbm_bytes": 8 * 2**30,
+        "hbm_bytes": 32 * 2**30,
+        "hbm_traffic_bytes": 10**11,
+        "link_bytes": 10**9,
+        "compile_time_s": 60.0,
+        "compile_cpu_s": 50.0,
+        "compile_peak_rss_bytes": 10**9,
+        "ops": [{"name": "fusion"}],
+        **more,
+    }
+
+
+def _denoise(time_s: float) -> dict:
+    attention = {"shape": "1x12x39826x64", "resolution": "pallas_tpu"}
+    return _result(time_s, mfu_fraction=0.4, num_layers=42, attention=attention)
+
+
+def _report(request_of, plan: str = "ulysses", **stages) -> dict:
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    return make_report(request, "v6e-8", Outcome(ParallelPlan(plan, 2, 4), stages, {}), "built in")
+
+
+def test_total_is_all_steps_and_the_stages_around_them(request_of):
+    report = _report(request_of, text=_result(0.01), denoise=_denoise(0.9), vae=_result(0.7))
+    assert report["label"] == "predicted"
+    assert report["step_time_s"] == 0.9
+    assert report["total_time_s"] == pytest.approx(0.01 + 50 * 0.9 + 0.7)
+    assert report["peak_hbm_gib"] == 8
+    assert report["reported"]["total_time_s"] == 106.47
+
+
+def test_there_is_no_total_without_all_stages(request_of):
+    assert _report(request_of, denoise=_denoise(0.9))["total_time_s"] is None
+
+
+def test_the_seeds_own_kernel_stands_in_for_ours(request_of):
+    report = _report(request_of, plan="seed_tp", denoise=_denoise(1.0))
+    assert report["step_time_s"] == pytest.approx(1.0 - 0.7 + 42 * 0.024)
+    assert report["step_time_own_kernel_s"] == 1.0
+    assert "replaced by the seed's" in report["notes"][0]
+
+
+def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
+    old, new = (_report(request_of, denoise=_denoise(time_s)) for time_s in (0.9, 0.8))
+    table = markdown_table([json.loads(json.dumps(compact(report))) for report in (old, new)])
+    (ours,) = [line for line in table.splitlines() if "ulysses" in line]
+    assert "0.800" in ours
+    assert "predicted" in ours
+    assert "106.47" in table.splitlines()[-1]
+    assert "reported" in table.splitlines()[-1]
+
+
+def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}
+    outcome = Outcome(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
+    lines = markdown_table([make_report(request, "v6e-8", outcome, "built in")]).splitlines()
+    (megatron,) = [line for line in lines if "megatron" in line]
+    assert "| 1.250 |" in megatron
+    assert not [line for line in lines if "sharded" in line]
+
+
+def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, capsys):
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    full = _denoise(7.0) | {"peak_hbm_bytes": 30 * 2**30}
+    refused = {"vae": "vae on v6e-1: does not fit a chip's 32 GiB; try more chips"}
+    report = make_report(request, "v6e-1", Outcome(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), "")
+    assert report["total_time_s"] is None
+    assert not report["hbm_has_margin"]
+    print_report(report)
+    output = capsys.readouterr().out
+    assert "does not fit a chip's 32 GiB" in output
+    assert "HBM peak 30.00 GiB a chip over denoise: MORE THAN 90% of the chip's 32 GiB" in output
+    assert "does not fit" in markdown_table([report])
+
+
+def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_of):
+    configs, _ = configs_of(request_of(**FULL), None)
+
+    def run(self, stage, plan):
+        if stage == "vae" or plan.plan == "ulysses":
+            raise PipelineError(f"{stage} {plan}: does not fit")
+        return _denoise(0.9)
+
+    monkeypatch.setattr(Predictor, "_run", run)
+    predictor = Predictor("v6e-8", {}, configs, timeout_s=1, say=lambda text: None)
+    outcome = predictor.predict(["text", "denoise", "vae"], ParallelOptions(), True)
+    assert outcome.plan.plan == "megatron"
+    assert list(outcome.stages) == ["text", "denoise"]
+    assert list(outcome.failures) == ["vae"]
+    assert "does not fit" in outcome.others["ulysses dp=2 x model=4, weights replicated"]
+    with pytest.raises(PipelineError, match=r"vae .* does not fit"):
+        predictor.predict(["vae"], ParallelOptions(), True)
+
+
+def test_records_hold_no_list_of_ops(request_of):
+    report = _report(request_of, denoise=_denoise(0.9), vae=together([_result(0.1), _result(0.2)], [1, 9]))
+    assert '"ops"' not in json.dumps(compact(report)["stages"])
+    assert report["stages"]["vae"]["time_s"] == pytest.approx(0.1 + 9 * 0.2)
+
+
+def test_a_request_survives_json(request_of):
+    options = AttentionOptions(block_sizes=BlockSizes(256, 512, 128), variant=Variant(softmax="online"))
+    request = request_of(attention=options)
+    assert request_from_dict(json.loads(json.dumps(request_to_dict(request)))) == request
+
+
+def test_flops_of_the_full_step():
+    shape = TransformerShape(42, 48, 64, 16, 2, 2, 1e-5, True, 0)
+    flops = step_flops(shape, TokenLayout(226, 39600, 4), 2)
+    # 42 layers x 2 prompts: 113 M weights in products with 39826 tokens, and 39826^2 scores of 48 x 64, twice.
+    expected = 84 * (2 * 113.2e6 * 39826 + 4 * 39826**2 * 3072)
+    assert flops == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_known_configuration_is_the_published_one(request_of):
+    configs, source = configs_of(request_of(**FULL), None)
+    assert source == "built in"
+    assert configs["transformer"]["num_layers"] == 42
+    assert set(configs) == set(KNOWN_CONFIGS[FULL["checkpoint"]])
+
+
+@pytest.mark.parametrize(("topology", "message"), [("v6e-7", "v6e-7"), ("v9x-8", "v9x")])
+def test_an_unknown_topology_is_refused(topology, message, request_of):
+    configs, _ = configs_of(request_of(**FULL), None)
+    predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
+    with pytest.raises(RequestError, match=message):
+        predictor.predict(["denoise"], ParallelOptions(), True)
+
+
+@pytest.mark.slow
+def test_the_command_predicts_a_small_model(tmp_path):
+    path = tmp_path / "prediction.json"
+    command = [sys.executable, "-m", "pipeline.predict", "model=tiny", "topology=v6e-4", "stages=text,denoise,vae"]
+    command += [f"json={path}", "results_path=null", f"cache_dir={tmp_path}", "parallel=ulysses", "dtype=bfloat16"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(path.read_text())
+    assert report["label"] == "predicted"
+    assert 0 < report["step_time_s"] < report["total_time_s"]
+    assert report["plan"] == {"plan": "ulysses", "dp": 2, "model": 2, "weights": "replicated"}
+    assert {"attention_kernel", "projections", "collectives"} <= set(report["stages"]["denoise"]["breakdown_s"])
+    assert "predicted" in done.stdout

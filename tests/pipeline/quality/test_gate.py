@@ -1,0 +1,164 @@
+"""The gate: it measures what it says, lets equal ways pass, and fails where harm was planted in attention."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import splash_attn
+from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
+from pipeline.quality import __main__ as quality
+from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.request import AttentionOptions
+
+CAPTION = "a red circle moves right"
+BUDGET = Budget(psnr_db=35, ssim=0.98)
+
+
+def candidate(**changes) -> Candidate:
+    return Candidate.of("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
+
+
+def video(rng: np.random.Generator, caption: str = CAPTION) -> np.ndarray:
+    return draw(random_scene(rng, 64, 96, **parse_caption(caption)), 17, 64, 96)[None].astype(np.float32) / 255
+
+
+def test_the_reference_itself_passes(rng):
+    drawn = video(rng)
+    outcome = compare(candidate(), drawn, drawn, [CAPTION])
+    assert outcome.psnr_db == (float("inf"),) and outcome.ssim == (1.0,)
+    assert outcome.read_back == {"colour": 1.0, "shape": 1.0, "motion": 1.0, "all": 1.0}
+    assert outcome.failures == []
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.01, 40.0), (0.1, 20.0)])
+def test_psnr_is_of_the_mean_squared_error(rng, error, expected):
+    drawn = video(rng) * 0.8
+    outcome = compare(candidate(), drawn + np.float32(error), drawn, [CAPTION])
+    assert outcome.psnr_db[0] == pytest.approx(expected, abs=1e-3)
+    assert (outcome.failures != []) == (expected < 35)
+
+
+def test_one_bad_video_among_good_ones_is_seen(rng):
+    drawn = np.concatenate([video(rng)] * 3)
+    harmed = drawn.copy()
+    harmed[1] += rng.normal(0, 0.05, harmed[1].shape).astype(np.float32)
+    failures = compare(candidate(), harmed.clip(0, 1), drawn, [CAPTION] * 3).failures
+    assert failures[0].startswith("PSNR 2") and failures[1].startswith("SSIM 0.")
+
+
+def test_another_picture_reads_otherwise(rng):
+    failures = compare(candidate(), video(rng, "a red circle moves left"), video(rng), [CAPTION]).failures
+    assert failures[-1] == "reads otherwise than the reference in 1 of 1"
+
+
+def test_nan_does_not_pass(rng):
+    drawn = video(rng)
+    harmed = drawn.copy()
+    harmed[0, 0, 0, 0, 0] = np.nan
+    with np.errstate(invalid="ignore"):
+        assert compare(candidate(), harmed, drawn, [CAPTION]).failures
+
+
+# --- the command, with attention that is harmed where a candidate asks for the kernel
+
+
+def _drop_the_last_keys(q, k, v):
+    return k[:, :, :-8], v[:, :, :-8], None
+
+
+def _noise(q, k, v):
+    return k, v, 0.1 * jax.random.normal(jax.random.key(0), q.shape, jnp.float32)
+
+
+def _none(q, k, v):
+    return k, v, None
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Make what candidates call the kernel XLA's attention, with harm done to it."""
+    real = splash_attn.attention
+
+    def set_up(harm):
+        def attention(q, k, v, *, implementation, **options):
+            if implementation != "pallas_interpret":
+                return real(q, k, v, implementation=implementation, **options)
+            k, v, added = harm(q, k, v)
+            out = real(q, k, v, implementation="xla", **{**options, "block_sizes": None})
+            return out if added is None else out + (added * jnp.std(out)).astype(out.dtype)
+
+        monkeypatch.setattr(splash_attn, "attention", attention)
+
+    return set_up
+
+
+def command(monkeypatch, tmp_path: Path, *arguments: str) -> int:
+    common = (f"captions=[{CAPTION}]", "seeds=[1001]", "follows=0", f"results_path={tmp_path / 'quality.jsonl'}")
+    monkeypatch.setattr(sys, "argv", ["quality", *common, "compilation_cache=false", *arguments])
+    return quality.main()
+
+
+@pytest.mark.parametrize("harm", [_none, _drop_the_last_keys, _noise])
+def test_planted_harm_is_seen(monkeypatch, tmp_path, capsys, plant, harm):
+    plant(harm)
+    fields = "{name: planted, attention: {implementation: pallas_interpret}}"
+    code = command(monkeypatch, tmp_path, f"candidates=[{fields}]")
+    records = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    assert [record["candidate"] for record in records] == ["reference", "planted"]
+    assert all(record["label"] == "measured" and record["device"]["platform"] == "cpu" for record in records)
+    assert records[0]["psnr_db"] == [None] and records[0]["failures"] == []
+    printed = capsys.readouterr().out
+    if harm is _none:
+        assert code == 0 and records[1]["failures"] == [], printed
+    else:
+        assert code == 1 and records[1]["failures"][0].startswith("PSNR"), printed
+        assert "planted" in printed and "over budget" in printed
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("captions=[a cat]", "prompt='a cat': expected 'a COLOUR SHAPE MOTION'"),
+        ("seeds=[]", "captions, seeds: expected at least one each"),
+        ("only=[nobody]", "only=['nobody']: expected some of online"),
+        ("candidates=[{dtype: bfloat16}]", "candidates: expected a name"),
+        ("candidates=[{name: x, dtype: float64}]", "candidate 'x': dtype='float64': expected one of float32"),
+        ("candidates=[{name: x, colour: red}]", "candidate 'x': Key 'colour' not in 'GenerateConfig'"),
+        ("candidates=[{name: x, attention: {variant: {speed: 1}}}]", "candidate 'x': attention: "),
+        ("candidates=[{name: x, budget: {fps: 1}}]", "candidate 'x': "),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys, argument, message):
+    assert command(monkeypatch, tmp_path, argument) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+
+
+def test_a_candidate_is_the_reference_but_for_what_it_names():
+    base = GenerateConfig(prompt=CAPTION, num_inference_steps=3)
+    base.attention.implementation = "xla"
+    base.attention.k_smooth = False
+    fields = {"name": "x", "attention": {"variant": {"softmax": "online"}}, "parallel": {"num_devices": 8}}
+    made = quality._candidate(base, fields, quality.BudgetSchema(psnr_db=30))
+    assert made.request.num_inference_steps == 3
+    assert dataclasses.replace(made.request.attention, variant=None) == AttentionOptions("xla", k_smooth=False)
+    assert made.request.attention.variant.softmax == "online"
+    assert made.parallel == ParallelOptions(num_devices=8) and made.budget.psnr_db == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["ulysses", "megatron"])
+def test_plans_on_simulated_devices_keep_the_video(plan):
+    changes = {"num_inference_steps": 2}
+    expected = candidate_videos(candidate(**changes), [CAPTION], [1001])
+    one = dataclasses.replace(candidate(**changes), parallel=ParallelOptions(plan=plan, num_devices=8))
+    outcome = compare(one, candidate_videos(one, [CAPTION], [1001]), expected, [CAPTION])
+    assert outcome.psnr_db[0] > 60 and outcome.failures == []

@@ -1,0 +1,267 @@
+"""Plans on 8 simulated CPU devices, and on 2 processes: the same latents and frames as one device gives.
+
+float32 throughout; plans differ in the order of sums, as the stages do from stock: the same tolerances.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.model.transformer import TokenLayout
+from pipeline.model.weights import stack_names
+from pipeline.requests.errors import RequestError
+from pipeline.requests.plans import ParallelOptions, ParallelPlan, resolve_plan
+
+LATENT_TOLERANCE = 2e-4
+FRAME_TOLERANCE = 1e-4
+REPO = Path(__file__).parents[3]
+
+_SCRIPT = """
+import json, os, sys
+settings = json.loads(sys.argv[1])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings['devices']}"
+import jax
+jax.config.update("jax_compilation_cache_dir", settings["cache"])
+if settings["processes"] > 1:
+    jax.distributed.initialize(settings["address"], settings["processes"], settings["process"])
+import numpy as np, torch
+from pathlib import Path
+from pipeline.stages.denoise import Denoiser
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.stages.text import TextEncoder
+from pipeline.stages.vae import VaeDecoder
+
+folder = Path(settings["checkpoint"])
+checkpoint = Checkpoint("small", folder)
+results = {}
+embeddings = TextEncoder.load(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
+for name, (options, changes) in settings["runs"].items():
+    request = GenerateRequest(
+        "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
+    )
+    guided = request.do_classifier_free_guidance
+    denoiser = Denoiser.load(
+        checkpoint, torch.float32, AttentionOptions(), ParallelOptions(**options), guided
+    )
+    results[name] = denoiser.denoise(request, embeddings if guided else embeddings[1:])
+if settings["processes"] > 1:
+    # Interrupted after the first of two steps: the first process saves, in a folder that the second does not have.
+    from pipeline.stages.resume import StateFile
+
+    def interrupt(event):
+        if event.step == 1:
+            raise KeyboardInterrupt
+
+    state = Path(settings["output"]).with_name(f"state{settings['process']}")
+    request = GenerateRequest(
+        "a red circle", str(folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
+    )
+    options = ParallelOptions(**settings["runs"]["base"][0])
+    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions(), options)
+    try:
+        denoiser.denoise(request, embeddings, progress=interrupt, state_file=StateFile(state, "x", every=1))
+    except KeyboardInterrupt:
+        pass
+    assert [file.name for file in state.glob("*")] == ["denoise.partial.safetensors"] * (settings["process"] == 0)
+    state_file = StateFile(state, "x")
+    results["resumed"] = denoiser.denoise(request, embeddings, state_file=state_file)
+    assert state_file.resumed_at_step == 1
+if settings["vae"]:
+    decoder = VaeDecoder.load(checkpoint, torch.float32)
+    results["frames"] = decoder.decode(results["base"], quantize=False)
+    tall = np.random.default_rng(5).normal(size=(1, 1, 16, 8, 6)).astype(np.float32)
+    results["frames by height"] = decoder.decode(tall, quantize=False)
+results["embeddings"] = embeddings
+results["devices"] = np.asarray(jax.device_count())
+if settings["process"] == settings["processes"] - 1:
+    np.savez(settings["output"], **results)
+"""
+
+
+def _start(folder: Path, cache: Path, output: Path, runs: dict, **settings) -> subprocess.Popen:
+    values = {"devices": 1, "processes": 1, "process": 0, "vae": True, **settings}
+    values |= {"checkpoint": str(folder), "cache": str(cache), "output": str(output), "runs": runs}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, json.dumps(values)],
+        cwd=REPO,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(*processes: subprocess.Popen) -> None:
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+RUNS = {
+    "base": ({}, {}),
+    "ulysses dp=1": ({"plan": "ulysses", "num_devices": 3, "dp": 1}, {}),
+    "ulysses sharded": ({"plan": "ulysses", "weights": "sharded", "num_devices": 6}, {}),
+    "megatron": ({"plan": "megatron", "num_devices": 6}, {}),
+    "seed_tp": ({"plan": "seed_tp", "num_devices": 6}, {}),
+    "one device": ({"num_devices": 1}, {}),
+    "two devices": ({"num_devices": 2}, {}),
+    "noise": ({"num_devices": 6}, {"scheduler": "dpm", "num_frames": 17}),
+    "noise, one device": ({"num_devices": 1}, {"scheduler": "dpm", "num_frames": 17}),
+    "no guidance": ({"num_devices": 3}, {"guidance_scale": 1.0}),
+    "no guidance, one device": ({"num_devices": 1}, {"guidance_scale": 1.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def eight(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What 8 simulated devices give; the session's transformer has 3 heads, so that 2 x 3 of them work on a step."""
+    output = tmp_path_factory.mktemp("eight") / "results.npz"
+    runs = {**RUNS, "base": ({"num_devices": 6}, {})}
+    _finish(_start(tiny_folder, cache, output, runs, devices=8))
+    return dict(np.load(output))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RUNS if not name.startswith("noise") and not name.startswith("no guidance")]
+)
+def test_every_plan_gives_the_same_latents(name, eight):
+    assert eight["devices"] == 8
+    np.testing.assert_allclose(eight[name], eight["one device"], rtol=0, atol=LATENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["noise", "no guidance"])
+def test_schedulers_with_noise_and_runs_without_guidance(name, eight):
+    np.testing.assert_allclose(eight[name], eight[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
+
+
+def test_stages_around_it_are_the_same_on_one_device(eight, checkpoint):
+    import torch
+
+    from pipeline.stages.text import TextEncoder
+    from pipeline.stages.vae import VaeDecoder
+
+    expected = TextEncoder.load(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
+    np.testing.assert_allclose(eight["embeddings"], expected, rtol=0, atol=LATENT_TOLERANCE)
+    expected = VaeDecoder.load(checkpoint, torch.float32).decode(eight["base"], quantize=False)
+    np.testing.assert_allclose(eight["frames"], expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_frames_split_by_height_are_stocks(eight, stock):
+    import torch
+
+    latents = np.random.default_rng(5).normal(size=(1, 1, 16, 8, 6)).astype(np.float32)
+    video = stock.decode_latents(torch.from_numpy(latents))
+    expected = stock.video_processor.postprocess_video(video, output_type="np")[0]
+    np.testing.assert_allclose(eight["frames by height"], expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_sixteen_devices_give_the_same(cache, tmp_path):
+    """2 x 8, as on a v6e-16: 19 text tokens and 49 in all divide by nothing of that."""
+    spec = TinySpec(1, 8, 16, 24, 20, text_layers=1, max_text_seq_length=19, vae_block_out_channels=(8, 8, 16, 16))
+    folder, output = ensure_tiny_checkpoint(tmp_path, spec), tmp_path / "results.npz"
+    runs = {"base": ({}, {}), "megatron": ({"plan": "megatron"}, {}), "one device": ({"num_devices": 1}, {})}
+    runs["sharded"] = ({"plan": "ulysses", "weights": "sharded"}, {})
+    _finish(_start(folder, cache, output, runs, devices=16, vae=False))
+    results = np.load(output)
+    assert results["devices"] == 16
+    for name in ("base", "megatron", "sharded"):
+        np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
+
+
+def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    output = tmp_path / "results.npz"
+    runs = {"base": ({"num_devices": 6}, {}), "megatron": ({"plan": "megatron", "num_devices": 6}, {})}
+    settings = {"devices": 3, "processes": 2, "address": address}
+    _finish(*(_start(tiny_folder, cache, output, runs, process=process, **settings) for process in range(2)))
+    two = np.load(output)
+    assert two["devices"] == 6
+    for name in runs:
+        np.testing.assert_allclose(two[name], eight["one device"], rtol=0, atol=LATENT_TOLERANCE)
+    np.testing.assert_array_equal(two["resumed"], two["base"])
+    np.testing.assert_allclose(two["frames"], eight["frames"], rtol=0, atol=FRAME_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_devices", "guided", "expected"),
+    [
+        ({}, 8, True, ParallelPlan("ulysses", 2, 4)),
+        ({}, 1, True, ParallelPlan("ulysses", 1, 1)),
+        ({}, 3, True, ParallelPlan("ulysses", 1, 3)),
+        ({}, 8, False, ParallelPlan("ulysses", 1, 8)),
+        ({"plan": "megatron"}, 32, True, ParallelPlan("megatron", 2, 16)),
+        ({"dp": 1, "num_devices": 4}, 8, True, ParallelPlan("ulysses", 1, 4)),
+    ],
+)
+def test_plans_for_devices(options, num_devices, guided, expected):
+    assert resolve_plan(ParallelOptions(**options), num_devices, guided, 48) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "num_devices", "message"),
+    [
+        ({"num_devices": 9}, 8, "only 8 are here"),
+        ({"dp": 2}, 7, "does not divide 7 devices"),
+        ({}, 64, "32 devices a prompt do not divide 48 heads"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(options, num_devices, message):
+    with pytest.raises(RequestError, match=message):
+        resolve_plan(ParallelOptions(**options), num_devices, True, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "fsdp"}, "expected one of auto, ulysses"),
+        ({"dp": 3}, "dp=3: expected 1, or 2"),
+        ({"plan": "megatron", "weights": "sharded"}, "megatron splits them anyway"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        ParallelOptions(**options)
+
+
+def test_the_published_table_leaves_the_up_projection_whole():
+    plan = ParallelPlan("seed_tp", 2, 4)
+    assert plan.weight_spec("transformer_blocks.attn1.to_q.weight") == (None, "model")
+    assert plan.weight_spec("transformer_blocks.attn1.to_out.0.weight") == ("model", None)
+    assert plan.weight_spec("transformer_blocks.ff.net.2.weight") == ("model", None)
+    assert plan.weight_spec("transformer_blocks.ff.net.0.proj.weight") == ()
+
+
+@pytest.mark.parametrize(("video", "shards"), [(39600, 4), (39600, 8), (30, 4), (1, 3)])
+def test_shards_cover_all_tokens(video, shards):
+    layout = TokenLayout(226, video, shards)
+    assert layout.tokens <= layout.rows == shards * layout.rows_per_shard
+    assert layout.rows_per_shard % 8 == 0
+    assert layout.rows < 1.01 * layout.tokens + 8 * shards
+
+
+def test_layers_are_stacked_in_order():
+    names = {f"transformer_blocks.{layer}.ff.net.2.bias": None for layer in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9)}
+    (stacked,) = stack_names({**names}).values()
+    assert [name.split(".")[1] for name in stacked] == [str(layer) for layer in range(11)]

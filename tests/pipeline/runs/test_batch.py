@@ -1,0 +1,320 @@
+"""Batches: the file, the order, what a failure or a kill leaves."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pipeline import generate
+from pipeline.console import batch_table
+from pipeline.requests.batch_file import BatchFileError, read_entries
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.errors import DeviceMemoryError, RequestError
+from pipeline.requests.request import STAGES
+from pipeline.requests.run_options import RunOptions
+from pipeline.runs import batch, run_stage
+from pipeline.runs.batch import Batch, Item
+from pipeline.stages.resume import STATE_NAME
+
+ROOT = Path(generate.__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def config(tiny_folder) -> GenerateConfig:
+    return GenerateConfig(checkpoint=str(tiny_folder), height=48, width=80, num_inference_steps=2)
+
+
+def _write(folder: Path, *lines: dict | str) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def _prepare(folder, config, *lines, options=None, chosen=STAGES) -> list[Item]:
+    path = _write(folder, *lines)
+    return batch.prepare(read_entries(path, config), path, chosen, folder / "videos", options or RunOptions())
+
+
+def _run(folder, config, *lines, options=None, progress=lambda event: None, **more):
+    """The items, and what was said."""
+    said = []
+    options = options or RunOptions()
+    items = _prepare(folder, config, *lines, options=options, **more)
+    Batch(items, options, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run()
+    return items, said
+
+
+def test_lines_take_what_they_leave_out_from_the_command_line(tmp_path, config):
+    config.seed, config.negative_prompt = 3, "blurry"
+    path = _write(
+        tmp_path,
+        {"prompt": "a cat"},
+        "",
+        {"prompt": "日本", "seed": 4, "name": "{line}-{slug}", "attention": {"k_smooth": False}, "fps": 5},
+    )
+    first, second = read_entries(path, config)
+    assert (first.line, first.request.seed, first.request.negative_prompt) == (1, 3, "blurry")
+    assert (second.line, second.request.seed, second.name) == (3, 4, "3-video")
+    assert second.request.attention.k_smooth is False
+    assert second.request.height == first.request.height == 48
+
+
+BAD_LINES = [
+    ("{", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("3", "3: expected an object"),
+    ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "not JSON"),
+    ({"seed": 1}, 'no "prompt" in it'),
+    ({"prompt": ""}, "prompt='': expected some text"),
+    ({"prompt": 3}, "prompt=3: expected some text"),
+    ({"prompt": "a\0b"}, "holds a NUL"),
+    ('{"prompt": "\\ud800"}', "half a surrogate pair"),
+    ({"prompt": "x", "sead": 1}, "'sead': no such key; expected some of name, prompt"),
+    ('{"prompt": "x", "seed": 1, "seed": 2}', "'seed': twice in one line"),
+    ({"prompt": "x", "seed": None}, "seed=None: expected a whole number"),
+    ({"prompt": "x", "seed": "7"}, "seed='7': expected a whole number"),
+    ({"prompt": "x", "num_frames": 50}, "num_frames=50: expected 8k + 1"),
+    ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale=nan: expected a number"),
+    ({"prompt": "x", "guidance_scale": True}, "guidance_scale=True: expected a number"),
+    ({"prompt": "x", "guidance_scale": 10**400}, "guidance_scale=1000"),
+    ({"prompt": "x", "use_dynamic_cfg": "yes"}, "use_dynamic_cfg='yes': expected true or false"),
+    ({"prompt": "x", "revision": 3}, "revision=3: expected a branch"),
+    ({"prompt": "x", "scheduler": "euler"}, "scheduler='euler': expected one of"),
+    ({"prompt": "x", "attention": 3}, "attention=3: expected an object"),
+    ({"prompt": "x", "attention": {"block_sizes": 3}}, "attention: "),
+    ({"prompt": "x", "attention": {"k_smooth": "no"}}, "attention.k_smooth='no'"),
+    ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
+    ({"prompt": "x", "name": 3}, "name=3"),
+    ({"prompt": "x", "name": "{nope}"}, "unknown field {nope}"),
+    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x17-seed42-"),
+]
+
+
+def test_every_bad_line_is_named_with_what_is_wrong(tmp_path, config):
+    path = _write(tmp_path, {"prompt": "ok"}, *(line for line, _ in BAD_LINES))
+    with pytest.raises(BatchFileError) as caught:
+        read_entries(path, config)
+    assert len(caught.value.errors) == len(BAD_LINES)
+    for number, (error, (_, message)) in enumerate(zip(caught.value.errors, BAD_LINES, strict=True), start=2):
+        assert error.startswith(f"{path}:{number}: "), error
+        assert message in error
+        assert "\n" not in error
+
+
+def test_files_that_are_none(tmp_path, config):
+    with pytest.raises(BatchFileError, match="holds no prompts"):
+        read_entries(_write(tmp_path, "", " "), config)
+    with pytest.raises(RequestError, match=r"nowhere\.jsonl': No such file"):
+        read_entries(tmp_path / "nowhere.jsonl", config)
+    (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
+    with pytest.raises(RequestError, match="not UTF-8"):
+        read_entries(tmp_path / "latin", config)
+    with pytest.raises(BatchFileError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
+        _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
+
+
+@pytest.fixture(scope="module")
+def spoilt(tiny_folder, tmp_path_factory) -> Path:
+    """The checkpoint with NaN in its transformer."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: np.full_like(value, np.nan) for name, value in weights.items()}, path)
+    return folder
+
+
+def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt, capsys):
+    lines = (
+        {"prompt": "a cat", "name": "one", "seed": 1},
+        {"prompt": "a cat", "name": "two", "checkpoint": str(spoilt)},
+        {"prompt": "a dog", "name": "three", "scheduler": "dpm"},
+    )
+    loads = []
+
+    def progress(event):
+        if event.phase != "run":
+            loads.append((event.stage, event.phase))
+
+    items, said = _run(tmp_path, config, *lines, progress=progress)
+    assert [item.status for item in items] == ["done", "failed", "done"]
+    assert loads.count(("text", "load")) == loads.count(("vae", "load")) == loads.count(("text", "compile")) == 1
+    assert loads.count(("denoise", "load")) == 2, "two checkpoints"
+    folder = tmp_path / "videos"
+    assert (folder / "one" / "video.mp4").exists() and (folder / "three" / "video.mp4").exists()
+    error = json.loads((folder / "two" / "error.json").read_text())
+    assert "denoise: step 1 of 2: the latents hold NaN or infinity" in error["error"]
+    assert (error["stage"], error["line"], error["type"]) == ("denoise", 2, "NonFiniteError")
+    assert [line for line in said if "done: " in line] == [
+        f"[1 of 3] done: {folder / 'one' / 'video.mp4'}",
+        f"[3 of 3] done: {folder / 'three' / 'video.mp4'}",
+    ]
+    table = batch_table(items)
+    assert "2 done, 1 failed" in table and "latents hold NaN" in table
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+    loads.clear()
+    lines[1]["checkpoint"] = config.checkpoint
+    items, said = _run(tmp_path, config, *lines, progress=progress)
+    assert [item.status for item in items] == ["finished before", "done", "finished before"]
+    assert f"[1 of 3] finished before, skipped: {folder / 'one' / 'video.mp4'}" in said
+    assert not (folder / "two" / "error.json").exists()
+    loads.clear()
+    items, _ = _run(tmp_path, config, *lines, {"prompt": "a cat", "name": "one ", "seed": 1}, chosen=("text",))
+    assert [item.status for item in items] == ["done"] * 4
+
+
+@pytest.mark.parametrize("change", [{"fps": 9}, {"seed": 2}, "no video", "cut video", "no resume"], ids=str)
+def test_only_a_whole_video_of_exactly_the_request_is_finished(change, tmp_path, config, monkeypatch):
+    line = {"prompt": "a cat", "name": "one"}
+    made = {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}
+    monkeypatch.setattr("pipeline.runs.job.run_stage", lambda *args: (made, {}))
+    for status in ("done", "finished before"):
+        (item,), _ = _run(tmp_path, config, line)
+        assert item.status == status
+    video = tmp_path / "videos" / "one" / "video.mp4"
+    if change == "no video":
+        video.unlink()
+    elif change == "cut video":
+        video.write_bytes(video.read_bytes()[:-1])
+    (item,), _ = _run(
+        tmp_path,
+        config,
+        {**line, **(change if isinstance(change, dict) else {})},
+        options=RunOptions(resume=change != "no resume"),
+    )
+    assert item.status == "done"
+
+
+@pytest.mark.parametrize("full", ["vae", "denoise"])
+def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, config, monkeypatch):
+    """Memory that is full while both are loaded."""
+    ran = []
+
+    def run_stage(request, checkpoint, key, inputs, run_dir, timings, options, loaded, progress):
+        loaded.get(key.stage, 0, lambda: 0)
+        ran.append(f"{key.stage} {run_dir.name}")
+        if key.stage == full and loaded.holds("denoise") and loaded.holds("vae"):
+            raise DeviceMemoryError("full")
+        return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
+
+    monkeypatch.setattr("pipeline.runs.job.run_stage", run_stage)
+    items, _ = _run(tmp_path, config, *({"prompt": "x", "name": name} for name in "abc"))
+    assert [item.status for item in items] == ["done"] * 3
+    expected = {
+        "vae": ["denoise a", "vae a", "denoise b", "denoise c", "vae a", "vae b", "vae c"],
+        "denoise": ["denoise a", "vae a", "denoise b", "denoise b", "denoise c", "vae b", "vae c"],
+    }
+    assert ran == ["text a", "text b", "text c", *expected[full]]
+
+
+def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
+    original = run_stage._run_denoise
+
+    def run_denoise(request, *args):
+        if request.seed == 1:
+            import jax
+
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
+        if request.seed == 2:
+            raise KeyError("a bug\nof ours")
+        return original(request, *args)
+
+    monkeypatch.setattr(run_stage, "_run_denoise", run_denoise)
+    items, _ = _run(tmp_path, config, *({"prompt": "x", "seed": seed, "name": f"{seed}"} for seed in range(1, 4)))
+    assert [item.status for item in items] == ["failed", "failed", "done"]
+    assert items[0].error.startswith("denoise: not enough device memory for 80x48, 17 frames, float32; try a smaller")
+    assert items[1].error.startswith("denoise: KeyError: 'a bug")
+    traceback = json.loads((tmp_path / "videos" / "2" / "error.json").read_text())["traceback"]
+    assert "run_denoise" in "".join(traceback)
+
+
+@pytest.mark.slow
+def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
+    """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
+    lines = (
+        {"prompt": "a red circle", "name": "one", "seed": 1},
+        {"prompt": "a blue square", "name": "two", "scheduler": "dpm", "num_inference_steps": 150},
+        {"prompt": "a star", "name": "three", "guidance_scale": 1},
+    )
+    path = _write(tmp_path, *lines)
+    command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]
+    command += ["height=48", "width=80", "num_inference_steps=2", "checkpoint_every=5", "output_dir=videos"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COGVIDEOX_SPLASH_CACHE": str(tmp_path / "cache")}
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    videos = tmp_path / "videos"
+    try:
+        deadline = time.monotonic() + 300
+        while not (videos / "two" / STATE_NAME).exists():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (videos / "two" / "denoise.json").exists()
+    first = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()}
+    assert "video.mp4" in first
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[1 of 3] finished before, skipped: videos/one/video.mp4" in done.stdout
+    assert {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()} == first
+    sidecar = json.loads((videos / "two" / "video.json").read_text())
+    assert sidecar["resumed_at_step"] % 5 == 0 and 0 < sidecar["resumed_at_step"] < 150
+    assert len(sidecar["stages"][1]["step_times_s"]) == 150
+    assert not [file for file in videos.rglob("*") if file.name.startswith(".") or file.name == STATE_NAME]
+
+    (tmp_path / "whole").mkdir()
+    _run(tmp_path / "whole", config, *lines)
+    for name in ("one", "two", "three"):
+        for stage in ("denoise", "vae"):
+            expected = load_file(tmp_path / "whole" / "videos" / name / f"{stage}.safetensors")
+            actual = load_file(videos / name / f"{stage}.safetensors")
+            assert actual.keys() == expected.keys()
+            for array in actual:
+                np.testing.assert_array_equal(actual[array], expected[array])
+
+
+@pytest.mark.slow
+def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
+    path = _write(tmp_path, {"prompt": "a", "name": "one"})
+    command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]
+    command += ["height=48", "width=80", "num_inference_steps=900", "checkpoint_every=0", "preview_every=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COGVIDEOX_SPLASH_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "videos" / "one" / "preview.png").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.terminate()
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    last = errors.splitlines()[-1]
+    assert last.startswith("interrupted [1 of 1] in denoise after step ")
+    assert last.endswith(" of 900; the same command goes on from there")
+    assert (tmp_path / "videos" / "one" / STATE_NAME).exists()
+
+
+def test_options_of_a_run():
+    for changes in ({"checkpoint_every": -1}, {"preview_every": 1001}):
+        with pytest.raises(RequestError, match="expected steps from 1 to 1000, or 0: "):
+            RunOptions(**changes)
+    assert dataclasses.asdict(RunOptions())["checkpoint_every"] is None
+
+
+def test_durations():
+    assert [batch.duration(s) for s in (45, 720, 11_100)] == ["45 s", "12 min", "3 h 5 min"]

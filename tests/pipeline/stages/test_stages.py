@@ -1,0 +1,307 @@
+"""The three stages against stock diffusers and transformers on the CPU in float32, on the same checkpoint and latents.
+
+Tolerances: both sides compute in float32 and differ in the order of sums. Embeddings and latents are of order 1 to 8.
+One step amplifies a rounding difference of about 1e-6 by the guidance scale (6); the largest difference seen over these
+cases was 3e-5 for latents and 2e-5 for frames. 2e-4 and 1e-4 leave room for other processors, and are far below the
+1/255 of one grey level. A wrong rotary embedding, a swapped prompt or a shifted frame differs by 0.01 to 10.
+"""
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from pipeline.model.latents import LatentGeometry, rotary_embedding
+from pipeline.requests.errors import CheckpointError, NonFiniteError
+from pipeline.requests.request import AttentionOptions
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.progress import StageTimings
+from pipeline.stages.text import TextEncoder
+from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding
+
+TEXT_SEQ_LEN = 19  # of the session's checkpoint
+LATENT_TOLERANCE = 2e-4
+FRAME_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    return TextEncoder.load(checkpoint, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def denoiser(checkpoint):
+    return Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+
+
+@pytest.fixture(scope="module")
+def decoder(checkpoint):
+    return VaeDecoder.load(checkpoint, torch.float32)
+
+
+def _stock(stock, request, **options):
+    return stock(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        use_dynamic_cfg=request.use_dynamic_cfg,
+        generator=torch.Generator().manual_seed(request.seed),
+        max_sequence_length=TEXT_SEQ_LEN,
+        **options,
+    ).frames
+
+
+def _embeddings(encoder, request):
+    prompts = [request.negative_prompt, request.prompt] if request.do_classifier_free_guidance else [request.prompt]
+    return encoder.encode(prompts)
+
+
+def test_embeddings(encoder, stock):
+    prompts = ["a red circle moves right", "", "Zürich: 3 squares"]
+    actual = encoder.encode(prompts)
+    expected, _ = stock.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_SEQ_LEN)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
+    assert actual.shape == (3, TEXT_SEQ_LEN, 20)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(encoder, stock, caplog):
+    prompt = "a red circle " * 9 + "moves away"
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        actual = encoder.encode([prompt])
+    assert "longer than 19 tokens" in caplog.text
+    assert "a w a y" in caplog.text.replace("away", "a w a y")
+    expected, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_SEQ_LEN)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"negative_prompt": "blue square", "num_frames": 17, "seed": 11},
+        {"guidance_scale": 1.0},
+        {"use_dynamic_cfg": True},
+        {"scheduler": "dpm", "num_inference_steps": 4},
+        {"num_inference_steps": 1, "num_frames": 1},
+    ],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()) or "default",
+)
+def test_latents(changes, encoder, denoiser, stock, request_of, monkeypatch):
+    from diffusers import CogVideoXDPMScheduler
+
+    request = request_of(**changes)
+    if request.scheduler == "dpm":
+        monkeypatch.setattr(stock, "scheduler", CogVideoXDPMScheduler.from_config(stock.scheduler.config))
+    actual = denoiser.denoise(request, _embeddings(encoder, request))
+    latents = _stock(stock, request, output_type="latent").numpy()
+    num_frames = (request.num_frames - 1) // 4 + 1
+    assert latents.shape[1] == num_frames + 1  # padded to whole temporal patches; the first frame is dropped
+    np.testing.assert_allclose(actual, latents[:, 1:], rtol=0, atol=LATENT_TOLERANCE)
+
+
+def test_given_latents_replace_the_seed(encoder, denoiser, stock, request_of, rng):
+    request = request_of()
+    noise = rng.normal(size=(1, 4, 16, 6, 10)).astype(np.float32)
+    actual = denoiser.denoise(request, _embeddings(encoder, request), latents=noise)
+    expected = _stock(stock, request, output_type="latent", latents=torch.from_numpy(noise)).numpy()[:, 1:]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
+
+
+def _latents(rng, num_frames):
+    # Of the size that the requests here have, so that the programs are compiled once for all tests.
+    return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
+def test_frames(num_latent_frames, decoder, stock, rng):
+    latents = _latents(rng, num_latent_frames)
+    actual = decoder.decode(latents, quantize=False)
+    video = stock.decode_latents(torch.from_numpy(latents))
+    expected = stock.video_processor.postprocess_video(video, output_type="np")[0]
+    assert 0.05 < expected.std() < 0.45, "frames that are all black or white would agree anyhow"
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_eight_bit_frames_are_rounded(decoder, rng):
+    latents = _latents(rng, 1)
+    actual, expected = decoder.decode(latents), decoder.decode(latents, quantize=False)
+    assert actual.dtype == np.uint8
+    assert np.abs(actual - expected * 255).max() <= 0.5 + 255 * FRAME_TOLERANCE
+
+
+def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
+    request = request_of(negative_prompt="blue")
+    latents = denoiser.denoise(request, _embeddings(encoder, request))
+    expected = _stock(stock, request, output_type="np")[0]
+    assert expected.shape == (9, 48, 80, 3)
+    np.testing.assert_allclose(decoder.decode(latents, quantize=False), expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
+    request = request_of(dtype="bfloat16")
+    low = TextEncoder.load(checkpoint, torch.bfloat16)
+    embeddings = _embeddings(low, request)
+    assert embeddings.dtype.name == "bfloat16"
+    latents = Denoiser.load(checkpoint, torch.bfloat16, AttentionOptions()).denoise(request, embeddings)
+    assert latents.dtype.name == "bfloat16"
+    frames = VaeDecoder.load(checkpoint, torch.bfloat16).decode(latents[:, :1])
+    assert frames.shape == (1, 48, 80, 3)
+    # The float32 pipeline on the same (bfloat16) noise; 8 bits of mantissa through 3 steps of guidance 6.
+    noise = torch.randn(1, 4, 16, 6, 10, generator=torch.Generator().manual_seed(7), dtype=torch.bfloat16)
+    reference = denoiser.denoise(request_of(), _embeddings(encoder, request), latents=noise.float().numpy())
+    error = np.linalg.norm(latents.astype(np.float32) - reference) / np.linalg.norm(reference)
+    assert error < 0.05
+
+
+def test_one_compilation_serves_any_number_of_steps(encoder, checkpoint, request_of):
+    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    embeddings = _embeddings(encoder, request_of())
+    first, second = StageTimings("denoise"), StageTimings("denoise")
+    denoiser.denoise(request_of(num_inference_steps=2), embeddings, first)
+    denoiser.denoise(request_of(num_inference_steps=5, seed=8, guidance_scale=3.0), embeddings, second)
+    assert first.compile_time_s > 0
+    assert second.compile_time_s == 0
+    assert (len(first.step_times_s), len(second.step_times_s)) == (2, 5)
+
+
+def test_compiling_is_not_counted_as_running(checkpoint, rng):
+    timings = StageTimings("vae")
+    events = []
+    VaeDecoder.load(checkpoint, torch.float32).decode(_latents(rng, 5), timings, events.append, quantize=False)
+    assert [event.phase for event in events] == ["compile", "run", "run", "run"]
+    assert sum(timings.step_times_s) <= timings.run_time_s
+
+
+def test_two_programs_decode_any_length(decoder, rng):
+    decoder.decode(_latents(rng, 5), quantize=False)
+    timings = StageTimings("vae")
+    decoder.decode(_latents(rng, 9), timings, quantize=False)
+    assert timings.compile_time_s == 0
+    assert len(timings.step_times_s) == 4
+
+
+def test_no_cache_is_kept_for_convolutions_without_extent_in_time(checkpoint, rng):
+    decoder = VaeDecoder.load(checkpoint, torch.float32)
+    latents = jnp.asarray(rng.normal(size=(1, 3, 16, 2, 2)), jnp.float32)
+    program = decode_program(decoder._shape, True, latent_sharding(latents.shape, jax.devices()))
+    _, cache, _ = jax.eval_shape(program, decoder._weights, latents, None)
+    assert "decoder.conv_in" in cache
+    assert not [name for name in cache if "conv_y" in name or "conv_b" in name]
+    assert {leaf.shape[1] for leaf in cache.values()} == {2}
+
+
+_START = """
+import collections, json, sys
+import jax, numpy as np, torch
+from pathlib import Path
+from pipeline.checkpoints.loading import Checkpoint, use_compilation_cache
+from pipeline.stages.progress import StageTimings
+from pipeline.stages.vae import VaeDecoder
+
+use_compilation_cache(Path(sys.argv[1]))
+events, timings = collections.Counter(), StageTimings("vae")
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+latents = np.random.default_rng(5).normal(size=(1, 1, 16, 6, 10)).astype(np.float32)
+frames = VaeDecoder.load(Checkpoint("small", Path(sys.argv[2])), torch.float32).decode(latents, timings)
+print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.compile_time_s}))
+"""
+
+
+def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
+    def start():
+        command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = start(), start()
+    assert first["cache_misses"] >= 1
+    assert "cache_hits" not in first
+    assert second["cache_hits"] >= 1
+    assert second["sum"] == first["sum"]
+
+
+def test_progress_hears_every_step_and_may_interrupt(encoder, denoiser, request_of):
+    request = request_of(num_inference_steps=6)
+    embeddings = _embeddings(encoder, request)
+    events = []
+    denoiser.denoise(request, embeddings, progress=events.append)
+    steps = [(event.step, event.total_steps) for event in events if event.phase == "run" and event.total_steps]
+    assert steps == [(step, 6) for step in range(7)]
+    assert all(event.step_time_s > 0 for event in events if event.step)
+
+    def interrupt(event):
+        if event.step == 2:
+            raise InterruptedError
+
+    timings = StageTimings("denoise")
+    with pytest.raises(InterruptedError):
+        denoiser.denoise(request, embeddings, timings, interrupt)
+    assert len(timings.step_times_s) == 2
+
+
+def test_nan_names_stage_and_step(encoder, denoiser, decoder, request_of, rng):
+    request = request_of()
+    noise = np.full((1, 4, 16, 6, 10), np.nan, np.float32)
+    with pytest.raises(NonFiniteError, match="denoise: step 1 of 3: the latents hold NaN or infinity"):
+        denoiser.denoise(request, _embeddings(encoder, request), latents=noise)
+    latents = _latents(rng, 5)
+    latents[:, 3] = np.inf
+    with pytest.raises(NonFiniteError, match=r"vae: batch 2 of 2 \(latent frames 3 to 4\)"):
+        decoder.decode(latents, quantize=False)
+
+
+def test_nan_weights_stop_the_text_stage(checkpoint):
+    encoder = TextEncoder.load(checkpoint, torch.float32)
+    encoder._loaded.weights["shared.weight"] *= np.nan
+    with pytest.raises(NonFiniteError, match="text: the embeddings hold NaN"):
+        encoder.encode(["a cat"])
+
+
+def test_dropping_a_stage_frees_its_weights(checkpoint, encoder, request_of):
+    def held():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before = held()
+    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    denoiser.denoise(request_of(num_inference_steps=1), _embeddings(encoder, request_of()))
+    assert held() > before + 1_000_000
+    del denoiser
+    assert held() <= before
+
+
+def test_geometry_of_the_full_model(request_of):
+    request = request_of(height=720, width=1280, num_frames=81)
+    transformer = {"in_channels": 16, "patch_size_t": 2}
+    vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
+    geometry = LatentGeometry.of(request, transformer, vae)
+    assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
+    assert geometry.shape == (1, 22, 16, 90, 160)
+
+
+def test_a_1_0_checkpoint_is_refused(request_of):
+    transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
+    vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
+    with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
+        rotary_embedding(LatentGeometry.of(request_of(), transformer, vae), transformer)
+
+
+def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):
+    """The TPU kernel, interpreted. It multiplies in bfloat16 (8 bits), which one step of guidance 6 amplifies."""
+    request = request_of(num_inference_steps=1)
+    embeddings = _embeddings(encoder, request)
+    interpreted = Denoiser.load(checkpoint, torch.float32, AttentionOptions(implementation="pallas_interpret"))
+    expected = denoiser.denoise(request, embeddings)
+    error = interpreted.denoise(request, embeddings) - expected
+    assert 0 < np.linalg.norm(error) / np.linalg.norm(expected) < 0.02

@@ -1,0 +1,118 @@
+"""The training: a short one leaves a checkpoint that loads; an interrupted one goes on as if it had not been."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.checkpoints.loading import load_module, resolve_checkpoint
+from pipeline.checkpoints.shapes import captions
+from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler
+from pipeline.model.latents import LatentGeometry, rotary_embedding
+from pipeline.requests.request import GenerateRequest
+from pipeline.train_tiny import __main__ as train_tiny
+from pipeline.train_tiny.training import Loop, Muon, diffusion_loss, optimize, rotary_tables
+
+ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_attention_heads=1", "clips_per_caption=1"]
+STEPS = ["vae.steps=4", "transformer.steps=2", "transformer.batch_size=2"]
+
+
+def command(monkeypatch, tmp_path, *arguments: str) -> int:
+    folders = (f"folder={tmp_path / 'out'}", f"work_dir={tmp_path / 'work'}")
+    monkeypatch.setattr(sys, "argv", ["train_tiny", *folders, *ARGUMENTS, *STEPS, *arguments])
+    return train_tiny.main()
+
+
+def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
+    assert command(monkeypatch, tmp_path) == 0
+    checkpoint = resolve_checkpoint(str(tmp_path / "out"))
+    for part in ("text_encoder", "transformer", "vae"):
+        weights = load_module(checkpoint, part, torch.float32).weights
+        assert all(np.isfinite(np.asarray(value)).all() for value in weights.values()), part
+    made = json.loads((tmp_path / "out" / "training.json").read_text())
+    latents = np.load(tmp_path / "work" / "latents.npy")
+    assert latents.shape == (len(captions()), 3, 16, 4, 6)
+    assert (
+        made["scaling_factor"] == checkpoint.config("vae")["scaling_factor"] == pytest.approx(1 / latents.std(), 1e-3)
+    )
+    assert command(monkeypatch, tmp_path, "clips_per_caption=2") == 2, "other settings in the same work_dir"
+    assert "holds a run with other settings; expected another folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path):
+    loop = Loop(steps=6, batch_size=3, matrix_rate=0.02, other_rate=1e-2, warm_up_steps=2, ema_decay=0.5)
+
+    def run(path, fail_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.GroupNorm(1, 3), torch.nn.Conv2d(3, 2, 1))
+
+        def loss_of(step, rng, generator):
+            if step == fail_at:
+                raise KeyboardInterrupt
+            x = torch.randn(loop.batch_size, 2, 5, 5, generator=generator)
+            loss = (model(x) - float(rng.random())).square().mean()
+            return loss, {"loss": loss.item()}
+
+        history, _ = optimize("test", {"model": model}, loop, loss_of, 3, path, save_every=2)
+        return [parameter.detach() for parameter in model.parameters()], history
+
+    expected, history = run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut.pt", fail_at=5)
+    actual, continued = run(tmp_path / "cut.pt")
+    assert history == continued and [entry["step"] for entry in history] == [2, 4, 6]
+    for here, there in zip(actual, expected, strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (13, 7), (5, 3, 3, 3)])
+def test_muon_steps_by_a_nearly_orthogonal_matrix(shape):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape)
+    Muon([weight], lr=1.0).step()
+    rows, columns = weight.detach().flatten(1).shape
+    singular = torch.linalg.svdvals(weight.detach().flatten(1)) / max(1, rows / columns) ** 0.5
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    assert (weight.detach() * weight.grad).sum() < 0
+
+
+def test_training_sees_what_inference_sees():
+    """Rotary tables and shapes are those of the default request, with its padding frame."""
+    modules = build_modules(TinySpec(num_layers=1, num_attention_heads=1))
+    transformer, vae = modules["transformer"].config, modules["vae"].config
+    geometry = LatentGeometry.of(GenerateRequest("a"), transformer, vae)
+    assert geometry.padding_frames == 1
+    for here, there in zip(
+        rotary_tables(transformer, geometry.shape), rotary_embedding(geometry, transformer), strict=True
+    ):
+        np.testing.assert_array_equal(here.numpy(), there)
+
+
+def test_the_loss_is_of_the_velocity_and_caption_dropout_takes_the_caption():
+    scheduler = build_scheduler()
+    latents = torch.randn(4, 2, 1, 2, 2)
+    seen = {}
+
+    class Encoder(torch.nn.Module):
+        def forward(self, ids):
+            seen["ids"] = ids
+            return (ids[..., None].float(),)
+
+    class Transformer(torch.nn.Module):
+        """Knows the answer at the last timestep: the sample is noise, and the velocity is minus the latents."""
+
+        def forward(self, noisy, embeddings, timesteps, image_rotary_emb, return_dict):
+            seen["timesteps"] = timesteps
+            chosen = embeddings[:, 0, 0].long()
+            return (-latents[chosen],)
+
+    ids = torch.arange(4)[:, None].repeat(1, 5)
+    arguments = (Transformer(), Encoder(), scheduler, latents, ids, torch.full((5,), 0), (None, None), 20)
+    _, report = diffusion_loss(*arguments, caption_dropout=0.0)(0, np.random.default_rng(0), torch.Generator())
+    assert report["loss_last"] == 0 < report["loss"]
+    assert (seen["timesteps"] == 999).sum() == 2  # one in ten
+    diffusion_loss(*arguments, caption_dropout=1.0)(0, np.random.default_rng(0), torch.Generator())
+    assert not seen["ids"].any()

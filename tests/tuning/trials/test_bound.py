@@ -1,0 +1,32 @@
+"""The matrix units' bound, and what is said of a prediction that is under it."""
+
+import pytest
+
+from offline_tpu.machine import devices
+from splash_attn.types import AttentionShape
+from tuning.trials.bound import OVER_BOUND, mxu_bound_ms
+from tuning.trials.tables import note_lines
+
+SHAPE = AttentionShape(1, 12, 39826, 39826, 64)
+
+
+def test_bound_by_hand() -> None:
+    scores = 12 * 39826**2
+    for name, cycles_of_a_score in (("v6e", 1 / 1024 + 64 * 2 / 524288), ("v7x", 1 / 1024 + 64 * 2 / 524288)):
+        device = devices.by_name(name)
+        expected = scores * cycles_of_a_score / device.clock_hz * 1e3
+        assert mxu_bound_ms(SHAPE, device) == pytest.approx(expected, rel=2e-3), name
+    v5e = devices.by_name("v5e")  # four arrays of 128 rows: a score takes twice the time of its 64 products
+    assert mxu_bound_ms(SHAPE, v5e) == pytest.approx(scores * (128 + 64) * 2 / 197e12 * 1e3)
+
+
+def test_every_device_has_a_bound() -> None:
+    assert all(mxu_bound_ms(SHAPE, device) for device in devices.DEVICES.values())
+
+
+def test_a_time_under_the_bound_is_said_to_be_none(make_trial) -> None:
+    bound_ms = mxu_bound_ms(make_trial().shape, devices.by_name("v6e"))
+    assert bound_ms
+    for time_ms, said in ((1.01 * bound_ms, False), (0.99 * bound_ms, True)):
+        lines = note_lines([make_trial(time_samples_ms=(time_ms,), kernel_time_ms=time_ms)])
+        assert any(OVER_BOUND in line for line in lines) == said

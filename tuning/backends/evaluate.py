@@ -1,0 +1,131 @@
+"""One candidate -> one Trial, made in a worker process, with a time limit."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from splash_attn.types import BlockSizes
+from splash_workbench.cli import UserError
+from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
+from splash_workbench.status import Label, Status
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import Outcome, Runner
+from tuning.backends.base import Backend, Target
+from tuning.trials.records import Numerics, Trial
+from tuning.trials.workloads import Workload
+
+#: What the outcome of a job depends on besides the backend's own sources.
+_JOB_SOURCES = (
+    "splash_attn/*.py",
+    "tuning/backends/*.py",
+)
+_CACHE_NOTE = "not compiled again: from the cache of an earlier run with the same sources and versions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Makes Trials of one workload on one device with one backend.
+
+    Attributes:
+      runner: where the jobs run.
+      context: hash that all trials carry; see Trial.
+      timeout_s: limit of one trial.
+      measure: fields of tuning.backends.timing.MeasureSettings.
+      cache_dir: where numerics checks are shared between candidates.
+      cache: of whole outcomes, for backends that time nothing; None: compile anew.
+    """
+
+    runner: Runner
+    workload: Workload
+    target: Target
+    backend: Backend
+    context: str
+    environment: Environment
+    timeout_s: float
+    measure: Mapping[str, Any]
+    cache_dir: Path
+    cache: JobCache | None = None
+
+    def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
+        """The Trial of a candidate, whatever becomes of it.
+
+        Args:
+          block_sizes: of the kernel.
+          options: fields of Variant, or a peer's own.
+          kernel: one of tuning.backends.kernels.KERNELS.
+
+        Raises:
+          CancelledError: the runner was cancelled.
+          cli.UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
+        """
+        payload = {
+            "kernel": kernel,
+            "kernel_hash": self.environment.kernel_hash,
+            "shape": dataclasses.asdict(self.workload.shape),
+            "dtype": self.workload.dtype,
+            "block_sizes": dataclasses.asdict(block_sizes),
+            "options": dict(options),
+            "device": self.target.name,
+            "cache_dir": str(self.cache_dir.absolute()),
+            "measure": dict(self.measure),
+        }
+
+        def run() -> Outcome:
+            outcome = self.runner.run(
+                self.backend.job,
+                payload,
+                timeout_s=self.timeout_s,
+                variables=functools.partial(self.backend.worker_env, self.target),
+            )
+            if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
+                raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
+            return outcome
+
+        if self.cache is None or not self.backend.cacheable:
+            return self._trial(block_sizes, options, kernel, run())
+        key = JobCache.key(self.backend.job, payload | {"cache_dir": None}, self._dependencies)
+        outcome, was_there = self.cache.outcome(key, run)
+        return self._trial(block_sizes, options, kernel, outcome, *([_CACHE_NOTE] if was_there else []))
+
+    @functools.cached_property
+    def _dependencies(self) -> dict[str, Any]:
+        """What an outcome depends on besides the payload."""
+        return {
+            "versions": self.environment.versions,
+            "flags": self.environment.flags,
+            "backend": self.environment.backend_hash,
+            "sources": source_hash(_JOB_SOURCES),
+        }
+
+    def _trial(
+        self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome, *notes: str
+    ) -> Trial:
+        found = dict(outcome.result)
+        numerics = found.pop("numerics", None)
+        label = found.pop("label", None)
+        failed = outcome.status is not Status.OK
+        return Trial(
+            context=self.context,
+            kernel=kernel,
+            workload=self.workload.name,
+            shape=self.workload.shape,
+            dtype=self.workload.dtype,
+            device=self.target.name,
+            device_kind=self.target.device_kind,
+            backend=self.backend.name,
+            block_sizes=block_sizes,
+            variant=dict(options),
+            status=outcome.status,
+            environment=self.environment,
+            label=Label(label) if label else None,
+            time_samples_ms=tuple(found.pop("time_samples_ms", ())),
+            ops=tuple(found.pop("ops", ())),
+            notes=(*found.pop("notes", ()), *notes),
+            numerics=Numerics(**numerics) if numerics else None,
+            wall_time_s=outcome.wall_time_s,
+            error=outcome.error,
+            log_tail=outcome.log_tail if failed else None,
+            **found,
+        )

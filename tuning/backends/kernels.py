@@ -1,0 +1,172 @@
+"""The attention kernels that a trial can be about: ours, and the peers that are installed.
+
+Each takes q, k, v `[batch, heads, seq, head_dim]` and does everything that its caller would have to do around it.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import splash_attn
+from splash_attn.api import Implementation
+from splash_attn.assumption import assumed_grid_sizes
+from splash_attn.types import AttentionShape, BlockSizes, Variant
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+#: What a kernel is given besides block sizes: for ours the fields of Variant, for a peer its own.
+Options = Mapping[str, Any]
+
+_UNMASKED = "padded keys take part in the softmax: inexact unless the blocks divide the sequence"
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumption:
+    """Grid sizes by Pallas kernel name, for `offline_tpu.predict`, and the assumption in words."""
+
+    grid_sizes: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def _no_assumption(shape: AttentionShape, options: Options) -> Assumption:
+    del shape, options
+    return Assumption({}, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel by name.
+
+    Attributes:
+      build: (block_sizes, options, implementation) -> the callable.
+      op_name: what the names of its Pallas ops contain.
+      requires: module that must be importable.
+      extra: the optional extra of this project that installs it, None where it comes with the project.
+      exact_at_any_length: False for a kernel that is only right where the blocks divide the sequences.
+      notes: what a reader of its figures must know.
+      compile_only: options that change nothing in interpret mode.
+      assume: (shape, options) -> what to assume for grid sizes that depend on the data.
+    """
+
+    build: Callable[[BlockSizes, Options, Implementation], Attention]
+    op_name: str
+    requires: str
+    extra: str | None = None
+    exact_at_any_length: bool = True
+    notes: tuple[str, ...] = ()
+    compile_only: frozenset[str] = frozenset()
+    assume: Callable[[AttentionShape, Options], Assumption] = _no_assumption
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.requires.partition(".")[0]) is not None
+
+
+def _ours(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
+    variant = Variant.from_dict(dict(options))
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return splash_attn.attention(q, k, v, block_sizes=block_sizes, variant=variant, implementation=implementation)
+
+    return attention
+
+
+def from_projections(attention: Attention, num_heads: int) -> Attention:
+    """`attention` as a layer has it around it: [batch, seq, heads * head_dim] three times -> the same."""
+
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        heads = (x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2) for x in (q, k, v))
+        return attention(*heads).swapaxes(1, 2).reshape(q.shape)
+
+    return layer
+
+
+def _assume_splash_attn(shape: AttentionShape, options: Options) -> Assumption:
+    return Assumption(*assumed_grid_sizes(shape, Variant.from_dict(dict(options))))
+
+
+def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
+    """JAX's own splash attention, with block sizes and `layout` for q, k and v."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    layout = splash.QKVLayout[options["layout"]]
+
+    def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
+        return splash.make_splash_mha(
+            mask=masks.MultiHeadMask([masks.FullMask((q_seq_len, kv_seq_len))] * num_heads),
+            block_sizes=splash.BlockSizes(
+                **dataclasses.asdict(block_sizes), q_layout=layout, k_layout=layout, v_layout=layout
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=implementation == "pallas_interpret",
+        )
+
+    return _padded(block_sizes, make)
+
+
+def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
+    """tokamax's splash attention, with block sizes, `layout` for q, k and v, and `use_experimental_scheduler`."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
+    layout = splash.QKVLayout[options["layout"]]
+
+    def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
+        del num_heads
+        return splash.make_splash_mha_single_device(
+            mask=masks.FullMask((q_seq_len, kv_seq_len)),
+            config=splash.SplashConfig(
+                **dataclasses.asdict(block_sizes),
+                q_layout=layout,
+                k_layout=layout,
+                v_layout=layout,
+                use_experimental_scheduler=options["use_experimental_scheduler"],
+                interpret=implementation == "pallas_interpret",
+            ),
+        )
+
+    return _padded(block_sizes, make)
+
+
+def _padded(block_sizes: BlockSizes, make: Callable[[int, int, int], Attention]) -> Attention:
+    """What the callers of both peers do: scale q, and pad to whole blocks."""
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q_seq_len = q.shape[2]
+
+        def pad(x: jax.Array, block: int) -> jax.Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block), (0, 0)))
+
+        q = pad((q * q.shape[-1] ** -0.5).astype(q.dtype), block_sizes.block_q)
+        k, v = pad(k, block_sizes.block_kv), pad(v, block_sizes.block_kv)
+        kernel = make(q.shape[1], q.shape[2], k.shape[2])
+        return jax.vmap(kernel)(q, k, v)[:, :, :q_seq_len]
+
+    return attention
+
+
+KERNELS = {
+    "splash_attn": Kernel(
+        build=_ours,
+        op_name="splash_attention",
+        requires="splash_attn",
+        compile_only=frozenset(f.name for f in dataclasses.fields(Variant) if f.metadata.get("compile_only")),
+        assume=_assume_splash_attn,
+    ),
+    "jax_splash": Kernel(
+        build=_jax_splash, op_name="splash_mha", requires="jax", exact_at_any_length=False, notes=(_UNMASKED,)
+    ),
+    "tokamax_splash": Kernel(
+        build=_tokamax_splash,
+        op_name="splash_mha",
+        requires="tokamax",
+        extra="peers",
+        exact_at_any_length=False,
+        notes=(_UNMASKED,),
+    ),
+}

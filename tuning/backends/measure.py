@@ -1,0 +1,91 @@
+"""Run on the device that is here, and time it."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from offline_tpu.machine import devices
+from splash_attn.api import Implementation
+from splash_workbench import cli
+from splash_workbench.status import Status, compile_error
+from splash_workbench.workers.pool import Runner
+from tuning.backends import kernels, timing
+from tuning.backends.base import Backend, Target
+from tuning.backends.jobs import Request, check_numerics
+
+_PROBE_TIMEOUT_S = 120.0
+
+
+def _find_target(device: str) -> Target:
+    with tempfile.TemporaryDirectory() as work_dir:
+        outcome = Runner(Path(work_dir)).run("tuning.backends.measure:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
+    if outcome.status is not Status.OK:
+        raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
+    kind = outcome.result["device_kind"]
+    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
+    here = Target(known.name, kind, known) if known else Target(outcome.result["platform"], kind, None)
+    if device not in ("local", here.name):
+        raise cli.UserError(
+            f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
+        )
+    return here
+
+
+MEASURE = Backend(
+    name="measure",
+    job="tuning.backends.measure:measure_candidate",
+    sources=("tuning/backends/timing.py", "splash_workbench/profiles/reader.py", "tuning/backends/kernels.py"),
+    find_target=_find_target,
+    cacheable=False,
+    exclusive=True,
+)
+
+
+def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
+    """Check the numerics and time the op on the first device that JAX finds here."""
+    request = Request.from_payload(payload)
+    device = jax.devices()[0]
+    on_tpu = device.platform == "tpu"
+    kernel = kernels.KERNELS[request.kernel]
+    implementation: Implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
+    checked = check_numerics(request, implementation)
+    if checked["status"] != Status.OK:
+        return checked
+    keys = jax.random.split(jax.random.key(0), 3)
+    arguments = [
+        jax.device_put(jax.random.normal(key, spec.shape, jnp.float32).astype(spec.dtype), device)
+        for key, spec in zip(keys, request.abstract_args(), strict=True)
+    ]
+    start = time.perf_counter()
+    try:
+        compiled = jax.jit(request.timed(implementation)).lower(*arguments).compile()
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise compile_error(error) from error
+    compile_time_s = time.perf_counter() - start
+    try:
+        timed = timing.measure(
+            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise compile_error(error) from error
+    notes = [*kernel.notes, *timed.notes]
+    if not on_tpu:
+        notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
+    return checked | {
+        "label": "measured",
+        "time_samples_ms": timed.times_ms,
+        "kernel_time_ms": timed.kernel_time_ms,
+        "compile_time_s": compile_time_s,
+        "notes": notes,
+    }
+
+
+def probe(payload: dict[str, Any]) -> dict[str, Any]:
+    """Tell which device JAX finds here; asked in a process of its own, so that the parent does not hold the chip."""
+    del payload
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device_kind": device.device_kind}

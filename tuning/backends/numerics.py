@@ -1,0 +1,123 @@
+"""Is a candidate kernel right? The same blocks and variant on a small odd shape, against the reference."""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import splash_attn
+from splash_attn.api import Implementation
+from splash_attn.gates import INT8_ERROR_BUDGET
+from splash_attn.types import BlockSizes
+from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
+from tuning.backends.kernels import KERNELS, Attention, Options
+from tuning.trials.records import Numerics
+
+_SOURCES = ("tuning/backends/numerics.py", "tuning/backends/kernels.py", "splash_attn/reference.py")
+#: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
+_EXTRA_Q, _EXTRA_KV = 211, 307
+#: Largest base-2 logit that each head can have: one that the fixed-bound softmax takes, one that it does not.
+_BOUNDS = (50.0, 120.0)
+#: With int8, whose error grows with it, also: the first is the only head that runs in int8.
+_INT8_BOUNDS = (16.0, 50.0, 120.0)
+
+#: Limits of ||actual - expected|| / ||expected|| over all rows, and of the worst row. bfloat16 rounds q * scale,
+#: k - mean(k), the probabilities and the output, each by up to 2^-8 of itself; with logits of deviation 2.5 (first
+#: head) to 6 (second) that comes to 0.007 over all and 0.04 in the worst of some thousand rows. A row that is wrong is
+#: off by about 1. float32 has the same limits: the Pallas kernels multiply in bfloat16 whatever the input.
+TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
+#: int8: the error that it is allowed, which is for the rms; for the worst row the same share more as above.
+INT8_TOLERANCE = (INT8_ERROR_BUDGET, 8 * INT8_ERROR_BUDGET)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckKey:
+    """Everything that the outcome of a check depends on."""
+
+    kernel: str
+    kernel_hash: str
+    head_dim: int
+    dtype: str
+    block_sizes: BlockSizes
+    options: Options
+    implementation: Implementation
+
+    @property
+    def name(self) -> str:
+        fields = dataclasses.asdict(self) | {"checker": _checker()}
+        if self.implementation == "pallas_interpret":
+            # What only the TPU compiler sees changes nothing here: such candidates share one check.
+            compile_only = KERNELS[self.kernel].compile_only
+            fields["options"] = {name: value for name, value in self.options.items() if name not in compile_only}
+        return stable_hash(json.dumps(fields, sort_keys=True))
+
+
+@functools.cache
+def _checker() -> str:
+    """What a check depends on besides its key: this file, the reference, the versions of what is checked."""
+    return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
+
+
+def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> Numerics:
+    """The check of that key from the cache, or made now and put there."""
+    if cache_dir is None:
+        return check(key, attention)
+    path = cache_dir / f"{key.name}.json"
+    if path.exists():
+        return Numerics(**json.loads(path.read_text()))
+    numerics = check(key, attention)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(dataclasses.asdict(numerics)))
+    temporary.replace(path)
+    return numerics
+
+
+def check(key: CheckKey, attention: Attention) -> Numerics:
+    """Runs `attention` on two heads, just past one block of q and one of kv, and compares.
+
+    The keys have a common offset, as before K-smoothing. Few keys dominate each row, so that a key too many or too few,
+    or a lost rescale, shows. The largest |q| max|k - mean(k)| of the two heads lie to either side of what the
+    fixed-bound softmax takes (about 112 base-2 exponents at these lengths): every way through a kernel is checked.
+    """
+    import jax.numpy as jnp
+
+    q_seq_len, kv_seq_len = key.block_sizes.block_q + _EXTRA_Q, key.block_sizes.block_kv + _EXTRA_KV
+    if not KERNELS[key.kernel].exact_at_any_length:
+        q_seq_len, kv_seq_len = 2 * key.block_sizes.block_q, 2 * key.block_sizes.block_kv
+    rng = np.random.default_rng(0)
+
+    int8 = key.options.get("qk_dtype") == "int8"
+    bounds = np.array(_INT8_BOUNDS if int8 else _BOUNDS, np.float32)
+
+    def normal(rows: int) -> np.ndarray:
+        return rng.standard_normal((1, len(bounds), rows, key.head_dim), dtype=np.float32)
+
+    q, k, v = normal(q_seq_len), normal(kv_seq_len), normal(kv_seq_len)
+    longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
+    q *= bounds[:, None, None] / (longest * key.head_dim**-0.5 * np.log2(np.e))
+    k += 2.0
+    arguments = [jnp.asarray(x, dtype=key.dtype) for x in (q, k, v)]
+    actual = np.asarray(attention(*arguments)).astype(np.float32)
+    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float64)).astype(np.float32)
+    if actual.shape != expected.shape:
+        raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
+    difference = actual - expected
+    rows = np.linalg.norm(difference, axis=-1) / np.linalg.norm(expected, axis=-1)
+    tolerance, row_tolerance = INT8_TOLERANCE if int8 else TOLERANCES[key.dtype]
+    return Numerics(
+        implementation=key.implementation,
+        q_seq_len=q_seq_len,
+        kv_seq_len=kv_seq_len,
+        num_heads=len(bounds),
+        block_sizes=str(key.block_sizes),
+        same_block_sizes=True,
+        rms_error=float(np.linalg.norm(difference) / np.linalg.norm(expected)),
+        max_row_error=float(rows.max()),
+        max_abs_error=float(np.abs(difference).max()),
+        tolerance=tolerance,
+        row_tolerance=row_tolerance,
+    )

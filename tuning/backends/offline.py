@@ -1,0 +1,73 @@
+"""Compile for a device that is not here, and read the compiler's schedule."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+import offline_tpu
+from offline_tpu.machine import devices
+from splash_workbench.status import Status, compile_error
+from tuning.backends import kernels
+from tuning.backends.base import Backend, Target
+from tuning.backends.jobs import Request, check_numerics
+
+
+def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
+    assert target.spec is not None
+    return offline_tpu.worker_environment(target.spec, worker_dir / "dump")
+
+
+OFFLINE = Backend(
+    name="offline",
+    job="tuning.backends.offline:predict_candidate",
+    sources=(*offline_tpu.SOURCES, "tuning/backends/kernels.py"),
+    worker_env=_worker_env,
+)
+
+
+def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
+    """Compile for the device that is not here, read the schedule, then check the numerics in interpret mode."""
+    import offline_tpu
+
+    request = Request.from_payload(payload)
+    kernel = kernels.KERNELS[request.kernel]
+    assumed = kernel.assume(request.shape, request.options)
+    device = devices.by_name(request.device)
+    # Outside of the try: what libtpu says against its own start is not the candidate's fault.
+    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+    try:
+        prediction = offline_tpu.predict(
+            request.timed("pallas_tpu"),
+            *request.abstract_args(),
+            device=device,
+            grid_sizes=assumed.grid_sizes,
+        )
+    except offline_tpu.UnknownDumpFormatError:
+        raise  # not the candidate's fault
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise compile_error(error) from error
+    checked = check_numerics(request, "pallas_interpret")
+    if checked["status"] != Status.OK:
+        return checked
+    kernel_ops = prediction.matching(kernel.op_name)
+    assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
+    unresolved_count = sum(len(op.unresolved) for op in kernel_ops)
+    unresolved = (
+        [f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`"] if unresolved_count else []
+    )
+    return checked | {
+        "label": "predicted",
+        "time_samples_ms": [prediction.time_s * 1e3],
+        "kernel_time_ms": sum(op.time_s for op in kernel_ops) * 1e3,
+        "cycles": sum(op.cycles * op.calls for op in kernel_ops),
+        "vmem_bytes": max(op.vmem_bytes for op in kernel_ops),
+        "spill_count": sum(op.spill_count * op.calls for op in kernel_ops),
+        "fill_count": sum(op.fill_count * op.calls for op in kernel_ops),
+        "peak_hbm_bytes": prediction.peak_hbm_bytes,
+        "compile_time_s": prediction.compile_time_s,
+        "ops": prediction.to_dict()["ops"],
+        "notes": [*kernel.notes, *assumed.notes, *unresolved],
+    }

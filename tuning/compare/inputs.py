@@ -1,0 +1,226 @@
+"""What `python -m tuning.compare` can be given: profiles, and records of predictions and measurements."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline_tpu import timeline
+from splash_workbench.cli import UserError
+from splash_workbench.profiles import reader
+from splash_workbench.profiles import sessions as trace
+from splash_workbench.profiles.sessions import Session
+from splash_workbench.status import Label, Status
+from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Column
+from tuning.traces import of_sweep
+from tuning.trials import records
+from tuning.trials.records import Trial
+
+#: The first step of a session of at least this many is left out: it meets cold caches.
+_STEPS_TO_SKIP_ONE = 3
+_LEAST_ID = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A run to compare.
+
+    Attributes:
+      column: its times.
+      spaces: by part, an XSpace of it for TensorBoard; of the last repeat.
+      paths: by part, the file that it is from, where it is from one.
+      config: what ran, as far as is known.
+    """
+
+    column: Column
+    spaces: Mapping[str, Any]
+    paths: Mapping[str, Path]
+    config: Mapping[str, Any]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether TensorBoard's pages about a device's ops have something to show."""
+        return any(plane.name.startswith("/device:TPU") for space in self.spaces.values() for plane in space.planes)
+
+
+def resolve(argument: str, logdir: Path, results_dir: Path) -> Input:
+    """Finds a run by what the user calls it, see `HELP`.
+
+    Raises:
+      UserError: there is no such run; the message says which there are.
+    """
+    name, _, source = argument.rpartition("=")
+    path = Path(source)
+    jsonl, colon, selector = source.rpartition(":")
+    if colon and jsonl.endswith(".jsonl"):
+        return _of_record(name, Path(jsonl), selector)
+    if path.name.endswith(reader.SUFFIX) and path.is_file():
+        return _of_profiles(name or path.name.removesuffix(reader.SUFFIX), [(path, None)])
+    if path.is_dir() and _xplanes(path):
+        return _of_profiles(name or path.name, [(_xplanes(path)[0], _session(path))])
+    known = trace.sessions(logdir)
+    if found := [(_xplanes(folder)[0], s) for folder, s in known if s.run == source and _xplanes(folder)]:
+        return _of_profiles(name or source, found)
+    folder = trace.profile_dir(logdir) / source
+    if source and folder.is_dir() and _xplanes(folder):
+        return _of_profiles(name or source, [(_xplanes(folder)[0], _session(folder))])
+    if len(source) >= _LEAST_ID and (trial := _trial(source, results_dir)) is not None:
+        return _of_trial(name or source[:8], trial)
+    runs = ", ".join(sorted({session.run for _, session in known})) or "none"
+    raise UserError(
+        f"{source!r}: expected a run in {logdir} (there are: {runs}), a folder or file of a profile, the record_id of "
+        f"a trial in {results_dir}, or FILE.jsonl:RECORD."
+    )
+
+
+HELP = """\
+  NAME                     a run in --logdir, all its parts and repeats (profile_run=NAME of pipeline.generate)
+  FOLDER or FILE.xplane.pb a profile, from wherever
+  RECORD_ID                a trial of a sweep, its first 6 characters or more (python -m tuning.results shows them)
+  FILE.jsonl:RECORD        a record of tuning.sweep (RECORD: record_id) or pipeline.predict (RECORD: number of the line,
+                           from 1; -1 is the last)
+  LABEL=any of these       under another name in the table"""
+
+
+def _xplanes(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{reader.SUFFIX}"))
+
+
+def _session(folder: Path) -> Session | None:
+    path = folder / trace.SESSION_FILE
+    return Session.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Input:
+    repeats: dict[int, dict[str, list[float]]] = collections.defaultdict(dict)
+    spaces: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    notes: list[str] = []
+    label, device, made_by = Label.MEASURED, "unknown device", None
+    for path, session in sorted(found, key=lambda item: item[1].repeat if item[1] else 1):
+        try:
+            space = reader.parse(path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        profile = reader.from_space(space, path.name.removesuffix(reader.SUFFIX))
+        part = session.part if session else ""
+        if not profile.ops:
+            notes.append(f"{path.parent.name}: holds no XLA ops, only what the host did")
+        repeats[session.repeat if session else 1] |= samples_of(profile, part, notes)
+        spaces[part], paths[part] = space, path
+        if profile.predicted:
+            label = Label.PREDICTED
+        if session is not None:
+            device, made_by = session.device, session.made_by
+        elif profile.on_device:
+            device = ", ".join(profile.planes)
+        if (others := len(_xplanes(path.parent)) - 1) > 0:
+            notes.append(f"{path.parent.name}: {path.name} of {others + 1} hosts")
+    described = [session for _, session in found if session is not None]
+    notes += _differences(described)
+    column = Column(
+        name, label, device, made_by, tuple(repeats[n] for n in sorted(repeats)), tuple(dict.fromkeys(notes))
+    )
+    return Input(column, spaces, paths, described[-1].config if described else {})
+
+
+def samples_of(profile: reader.Profile, part: str, notes: list[str]) -> dict[str, list[float]]:
+    """Scope -> seconds in each step; the whole profile is one step where it has none. Notes what was left out."""
+    steps = profile.ops_by_step()
+    if len(steps) >= _STEPS_TO_SKIP_ONE:
+        notes.append(f"the first of {len(steps)} steps of each session is left out")
+        steps = steps[1:]
+    times = [step.duration_ps / 1e12 for step, _ in steps]
+    seconds = [profile.seconds_by_scope(ops) for _, ops in steps] or [profile.seconds_by_scope()]
+    samples = {
+        scope or _special(part, NO_SCOPE): [step.get(scope, 0.0) for step in seconds]
+        for scope in {scope for step in seconds for scope in step}
+    }
+    samples[_special(part, ALL_OPS)] = [sum(step.values()) for step in seconds]
+    if times:
+        samples[_special(part, STEP)] = times
+    return samples
+
+
+def _special(part: str, kind: str) -> str:
+    return f"{part} {kind}".strip()
+
+
+def _differences(sessions: Sequence[Session]) -> list[str]:
+    """What differs between repeats that ought to be of the same thing."""
+    notes = []
+    if len({session.device for session in sessions}) > 1:
+        notes.append("its sessions ran on different devices")
+    for name in ("kernel_hash", "git_commit"):
+        if len({session.environment.get(name) for session in sessions}) > 1:
+            notes.append(f"its sessions differ in {name}: not repeats of the same code")
+    configs = [session.config for session in sessions]
+    changed = [key for key in (configs[0] if configs else ()) if any(c.get(key) != configs[0][key] for c in configs)]
+    if changed:
+        notes.append(f"its sessions differ in {', '.join(sorted(changed))}")
+    return notes
+
+
+def _trial(record_id: str, results_dir: Path) -> Trial | None:
+    found = [trial for trial in records.read_all(results_dir) if trial.record_id.startswith(record_id)]
+    if len(found) > 1:
+        raise UserError(f"{record_id!r}: {len(found)} trials begin so; expected more of the record_id.")
+    return found[0] if found else None
+
+
+def _of_record(name: str, path: Path, selector: str) -> Input:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if selector.lstrip("-").isdigit() and len(selector) < _LEAST_ID:
+        number = int(selector)
+        if not 1 <= abs(number) <= len(lines):
+            raise UserError(f"{path}:{selector}: the file has {len(lines)} records.")
+        record = lines[number - 1 if number > 0 else number]
+    else:
+        found = [line for line in lines if str(line.get("record_id", "")).startswith(selector)]
+        if len(found) != 1:
+            raise UserError(f"{path}:{selector}: expected the record_id of one record; {len(found)} begin so.")
+        record = found[0]
+    if "stages" in record and record.get("label") == Label.PREDICTED:
+        return _of_pipeline_prediction(name or f"{record['topology']}-{record['plan']['plan']}", record)
+    try:
+        return _of_trial(name or selector, Trial.from_dict(record))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}:{selector}: neither a trial nor a prediction of the pipeline ({error}).") from error
+
+
+def _of_trial(name: str, trial: Trial) -> Input:
+    if trial.status is not Status.OK or trial.label is None or not trial.time_samples_ms:
+        raise UserError(f"trial {trial.record_id}: ended as {trial.status} and has no time to compare.")
+    samples: dict[str, list[float]] = {STEP: [time_ms / 1e3 for time_ms in trial.time_samples_ms]}
+    spaces = {}
+    made_by = None
+    if trial.label is Label.PREDICTED:
+        made_by = timeline.predicted_by(trial.environment.versions)
+        samples |= _sums((reader.named_scope(op["scope"]) or NO_SCOPE, op["time_s"]) for op in trial.ops)
+        samples[ALL_OPS] = [sum(op["time_s"] for op in trial.ops)]
+        spaces[""] = of_sweep.space_of_trial(trial)
+    config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
+    column = Column(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes)
+    return Input(column, spaces, {}, config)
+
+
+def _of_pipeline_prediction(name: str, record: Mapping[str, Any]) -> Input:
+    samples: dict[str, list[float]] = {}
+    for stage, result in record["stages"].items():
+        samples[_special(stage, STEP)] = [result["time_s"]]
+        samples |= {f"{stage}: kind {kind}": [time_s] for kind, time_s in result["breakdown_s"].items()}
+    made_by = timeline.predicted_by(record["versions"])
+    note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
+    column = Column(name, Label.PREDICTED, record["topology"], made_by, (samples,), (note,))
+    return Input(column, {}, {}, record["request"] | {"plan": record["plan"]})
+
+
+def _sums(items: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    sums: dict[str, float] = collections.defaultdict(float)
+    for scope, time_s in items:
+        sums[scope] += time_s
+    return {scope: [time_s] for scope, time_s in sums.items()}

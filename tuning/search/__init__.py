@@ -1,0 +1,1 @@
+"""What is searched, by which sampler, with which settings."""

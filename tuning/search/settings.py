@@ -1,0 +1,142 @@
+"""The configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig
+
+from splash_workbench import cli
+from splash_workbench.workers.pool import core_count
+from tuning.backends.base import Backend
+from tuning.backends.registry import BACKENDS
+from tuning.search.space import Space
+from tuning.search.study import SearchSettings
+from tuning.trials.records import VARIANT_PREFIX
+from tuning.trials.workloads import Workload
+
+
+@dataclasses.dataclass
+class SearchSchema:
+    """Fields of configs/search/*.yaml; becomes a tuning.search.study.SearchSettings."""
+
+    sampler: str = MISSING
+    max_trials: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class SpaceSchema:
+    """Fields of configs/space/*.yaml; becomes a tuning.search.space.Space."""
+
+    name: str = MISSING
+    block_q: list[int] = MISSING
+    block_kv: list[int] = MISSING
+    block_kv_compute: list[int] = MISSING
+    variant: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first: list[Any] = dataclasses.field(default_factory=list)
+    max_block_scores: int | None = None
+
+
+@dataclasses.dataclass
+class SweepSchema:
+    """Fields of configs/sweep.yaml; becomes a SweepSettings."""
+
+    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
+    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    backend: cli.BackendSchema = dataclasses.field(default_factory=cli.BackendSchema)
+    search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
+    space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
+    workers: int | None = None
+    timeout_s: float = MISSING
+    vmem_pruning: bool = MISSING
+    results_dir: str = MISSING
+    cache: bool = MISSING
+    promote: bool = MISSING
+    json: str | None = None
+    progress: bool = MISSING
+    profile: bool = MISSING
+    profile_top: int = MISSING
+    logdir: str = MISSING
+
+
+cli.store_schema("sweep_schema", SweepSchema)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """One sweep; see configs/sweep.yaml for what each field means.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    workload: Workload
+    device: str
+    backend: Backend
+    measure: Mapping[str, Any]
+    search: SearchSettings
+    space: Space
+    workers: int
+    timeout_s: float
+    vmem_pruning: bool
+    results_dir: Path
+    cache: bool
+    promote: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: expected at least 1, or null for the number of cores.")
+        if self.backend.exclusive and self.workers != 1:
+            raise ValueError(
+                f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
+            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
+
+
+def settings_from(config: DictConfig) -> SweepSettings:
+    """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
+    space = cli.plain(config.space)
+    choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
+    choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
+    for name, values in choices.items():
+        if not isinstance(values, list):
+            raise ValueError(f"space.{name}={values!r}: expected a list.")
+    workload = Workload.from_dict(cli.plain(config.workload))
+    backend = BACKENDS.get(config.backend.name)
+    if backend is None:
+        raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
+    workers = config.workers
+    if workers is None:
+        workers = 1 if backend.exclusive else core_count()
+    return SweepSettings(
+        workload=workload,
+        device=config.device.name,
+        backend=backend,
+        measure=cli.plain(config.backend.measure),
+        search=SearchSettings(**cli.plain(config.search)),
+        space=Space(
+            name=space["name"],
+            choices={name: tuple(values) for name, values in choices.items()},
+            first=tuple(_flat(parameters) for parameters in space["first"]),
+            max_block_scores=space["max_block_scores"],
+        ).fitted_to(workload.shape),
+        workers=workers,
+        timeout_s=config.timeout_s,
+        vmem_pruning=config.vmem_pruning,
+        results_dir=Path(config.results_dir),
+        cache=config.cache,
+        promote=config.promote,
+        progress=config.progress,
+    )
+
+
+def _flat(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
+    if not isinstance(parameters, dict) or not isinstance(variant := parameters.get("variant", {}), dict):
+        raise ValueError(f"space.first={parameters!r}: expected a mapping, as {{block_q: 1024, variant: {{...}}}}.")
+    rest = {name: value for name, value in parameters.items() if name != "variant"}
+    return rest | {VARIANT_PREFIX + name: value for name, value in variant.items()}

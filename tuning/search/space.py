@@ -1,0 +1,201 @@
+"""The candidates of a sweep: the product of the listed values, less those that cannot be valid."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from splash_attn.tuned import fit_block_q
+from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
+from tuning.trials.records import VARIANT_PREFIX, config_key
+
+_BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockSizes))
+
+#: (shape, block_sizes, variant) -> bytes of VMEM that the kernel will need.
+VmemEstimate = Callable[[AttentionShape, BlockSizes, Variant], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to run the kernel."""
+
+    block_sizes: BlockSizes
+    variant: Variant
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The same string for the same candidate, in every process."""
+        return config_key(self.block_sizes, self.variant.to_dict())
+
+    def __str__(self) -> str:
+        return f"{self.block_sizes} {self.variant}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Listed values of every parameter, and which candidates to try before any other.
+
+    Attributes:
+      name: for tables and study names.
+      choices: parameter ("block_q", "variant.softmax", ...) -> values.
+      first: parameters of the candidates to try first; what they leave out has its default.
+      max_block_scores: see Pruner.
+
+    Raises:
+      ValueError: a parameter is unknown, a list is empty or repeats itself, or `first` names a value not listed.
+    """
+
+    name: str
+    choices: Mapping[str, tuple[Any, ...]]
+    first: tuple[Mapping[str, Any], ...] = ()
+    max_block_scores: int | None = None
+
+    def __post_init__(self) -> None:
+        variant_fields = tuple(VARIANT_PREFIX + field.name for field in dataclasses.fields(Variant))
+        for parameter, values in self.choices.items():
+            if parameter not in _BLOCK_FIELDS + variant_fields:
+                raise ValueError(f"space.{parameter}: expected one of {', '.join(_BLOCK_FIELDS + variant_fields)}.")
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"space.{parameter}={list(values)}: expected one or more values, each once.")
+        for parameter in _BLOCK_FIELDS:
+            if parameter not in self.choices:
+                raise ValueError(f"space.{parameter}: expected a list of block sizes, got none.")
+            for value in self.choices[parameter]:
+                if not isinstance(value, int) or value < LANES or value % LANES:
+                    raise ValueError(f"space.{parameter}={value!r}: expected a positive multiple of {LANES}.")
+        if self.max_block_scores is not None and self.max_block_scores < 1:
+            raise ValueError(f"space.max_block_scores={self.max_block_scores}: expected a positive number, or null.")
+        for parameters in self.first:
+            for parameter, value in self.complete(parameters).items():
+                if value not in self.choices[parameter]:
+                    raise ValueError(
+                        f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}."
+                    )
+
+    @property
+    def fingerprint(self) -> str:
+        """What a study's name is derived from; `first` and the name do not change what is searched."""
+        choices = {name: list(values) for name, values in self.choices.items()}
+        return json.dumps(choices | {"max_block_scores": self.max_block_scores}, sort_keys=True)
+
+    def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters with what is left out: the default of Variant where listed, else the first listed value.
+
+        Raises:
+          ValueError: a parameter is not one of this space.
+        """
+        unknown = set(parameters) - set(self.choices)
+        if unknown:
+            raise ValueError(f"space.first {', '.join(sorted(unknown))}: expected {', '.join(self.choices)}.")
+        defaults = {VARIANT_PREFIX + name: value for name, value in Variant().to_dict().items()}
+        return {
+            name: parameters.get(name, defaults[name] if defaults.get(name) in values else values[0])
+            for name, values in self.choices.items()
+        }
+
+    def fitted_to(self, shape: AttentionShape) -> Self:
+        """The same space with every block_q as short as as many blocks need; see `splash_attn.tuned.fit_block_q`."""
+
+        def fitted(parameters: Mapping[str, Any]) -> dict[str, Any]:
+            block_q = parameters.get("block_q")
+            return dict(parameters) | ({"block_q": fit_block_q(block_q, shape.q_seq_len)} if block_q else {})
+
+        block_q = dict.fromkeys(fit_block_q(value, shape.q_seq_len) for value in self.choices["block_q"])
+        return dataclasses.replace(
+            self, choices={**self.choices, "block_q": tuple(block_q)}, first=tuple(map(fitted, self.first))
+        )
+
+    def all_parameters(self) -> list[dict[str, Any]]:
+        """The whole product, valid or not."""
+        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+
+def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
+    """Raises ValueError where BlockSizes or Variant refuses the values."""
+    return Candidate(
+        block_sizes=BlockSizes(**{name: parameters[name] for name in _BLOCK_FIELDS}),
+        variant=Variant.from_dict(
+            {
+                name.removeprefix(VARIANT_PREFIX): value
+                for name, value in parameters.items()
+                if name.startswith(VARIANT_PREFIX)
+            }
+        ),
+    )
+
+
+def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
+    """The inverse of `candidate_of`, for the parameters that the space lists."""
+    variant = {VARIANT_PREFIX + name: value for name, value in candidate.variant.to_dict().items()}
+    values = dataclasses.asdict(candidate.block_sizes) | variant
+    return {name: values[name] for name in space.choices}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruner:
+    """Says why a candidate is not worth compiling.
+
+    Attributes:
+      shape: the attention call.
+      max_block_scores: largest min(unroll_q, block_q) * block_kv. So much of a block is unrolled: more takes minutes to
+        compile. None: any.
+      vmem_limit_bytes: VMEM of one core; None leaves the estimate out.
+      vmem_estimate: bytes that a candidate will need.
+    """
+
+    shape: AttentionShape
+    max_block_scores: int | None = None
+    vmem_limit_bytes: int | None = None
+    vmem_estimate: VmemEstimate | None = None
+
+    def reason(self, parameters: Mapping[str, Any]) -> str | None:
+        """Why these parameters are left out, in words that group; None for those to keep."""
+        if parameters["block_kv"] % parameters["block_kv_compute"]:
+            return "block_kv_compute does not divide block_kv"
+        try:
+            candidate = candidate_of(parameters)
+        except (ValueError, NotImplementedError) as error:
+            return f"not a kernel: {error}"
+        # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
+        if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
+            return "block_kv longer than the padded kv sequence"
+        block_q, unroll_q = candidate.block_sizes.block_q, candidate.variant.unroll_q
+        if unroll_q is not None and unroll_q >= block_q:
+            return "unroll_q is all of block_q, as with null"
+        scores = (unroll_q or block_q) * candidate.block_sizes.block_kv
+        if self.max_block_scores is not None and scores > self.max_block_scores:
+            return "more scores unrolled than space.max_block_scores"
+        if self.vmem_estimate is not None and self.vmem_limit_bytes is not None:
+            needed = self.vmem_estimate(self.shape, candidate.block_sizes, candidate.variant)
+            if needed > self.vmem_limit_bytes:
+                return "VMEM estimate over the device's"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What a space comes to for one workload: the candidates to search, and how many were left out why."""
+
+    valid: tuple[Candidate, ...]
+    pruned: dict[str, int]
+
+    @property
+    def pruned_count(self) -> int:
+        return sum(self.pruned.values())
+
+
+def enumerate_candidates(space: Space, pruner: Pruner) -> Candidates:
+    """Every candidate of a space that the pruner keeps, in the space's order."""
+    valid: dict[str, Candidate] = {}
+    pruned: collections.Counter[str] = collections.Counter()
+    for parameters in space.all_parameters():
+        reason = pruner.reason(parameters)
+        if reason is not None:
+            pruned[reason] += 1
+            continue
+        candidate = candidate_of(parameters)
+        valid.setdefault(candidate.key, candidate)
+    return Candidates(tuple(valid.values()), dict(pruned.most_common()))

@@ -1,0 +1,107 @@
+"""What a sweep leaves for TensorBoard: its trials in HParams, and the timelines of its best candidates."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from offline_tpu import timeline
+from offline_tpu.machine.devices import by_name
+from splash_attn.api import Implementation
+from splash_workbench.cli import UserError
+from splash_workbench.profiles import sessions
+from splash_workbench.profiles.sessions import Recorder, Session
+from splash_workbench.status import Label, Status
+from tuning.backends import kernels
+from tuning.traces import hparams
+from tuning.trials.records import Trial
+
+#: Runs in the trace of a candidate, each a step.
+TRACED_RUNS = 10
+
+
+def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterator[str]:
+    """Writes all trials and the timelines of the best, and yields lines for the user.
+
+    Args:
+      trials: of one sweep, best first.
+      sweep: its name.
+      top: how many timelines.
+
+    Raises:
+      UserError: TensorBoard is not installed.
+    """
+    if top < 0:
+        raise UserError(f"profile_top={top}: expected 0 or more.")
+    yield f"hparams: {hparams.write(trials, logdir, sweep)}"
+    for trial in [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None][:top]:
+        session = predicted(trial, logdir) if trial.label is Label.PREDICTED else measured(trial, logdir)
+        yield f"{trial.label} timeline: {sessions.profile_dir(logdir) / session.name}"
+    yield f"look: {sessions.tensorboard_command(logdir)}"
+
+
+def predicted(trial: Trial, logdir: Path) -> Session:
+    """Writes the timeline that a trial was predicted to have. Replaces that of the same trial."""
+    session = Session(
+        run=f"{timeline.PREFIX}{_name(trial)}",
+        part="",
+        repeat=1,  # the same prediction again is no other sample
+        label=Label.PREDICTED,
+        device=trial.device_kind,
+        made_by=timeline.predicted_by(trial.environment.versions),
+        config=_config(trial),
+        environment=trial.environment.to_dict(),
+    )
+    sessions.write_session(logdir, session, space_of_trial(trial))
+    return session
+
+
+def space_of_trial(trial: Trial) -> Any:
+    """The timeline of a trial that was predicted. Raises ValueError for another."""
+    if trial.label is not Label.PREDICTED or not trial.ops:
+        raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
+    program = timeline.Program(f"{trial.workload} {trial.config}", tuple(map(timeline.PredictedOp.of, trial.ops)))
+    return timeline.space_of([program], by_name(trial.device), timeline.predicted_by(trial.environment.versions))
+
+
+def measured(trial: Trial, logdir: Path) -> Session:
+    """Runs the candidate of a trial on the device that is here, and records a trace of it."""
+    device = jax.devices()[0]
+    implementation: Implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_interpret"
+    assert trial.block_sizes is not None
+    attention = kernels.KERNELS[trial.kernel].build(trial.block_sizes, trial.variant, implementation)
+    shape = trial.shape
+    lengths = (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
+    arguments = [
+        jax.random.normal(key, (shape.batch_size, shape.num_heads, length, shape.head_dim), jnp.float32).astype(
+            trial.dtype
+        )
+        for key, length in zip(jax.random.split(jax.random.key(0), 3), lengths, strict=True)
+    ]
+    compiled = jax.jit(attention).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    recorder = Recorder.start(logdir, _name(trial), _config(trial))
+    with recorder.record() as session:
+        for number in range(1, TRACED_RUNS + 1):
+            with jax.profiler.StepTraceAnnotation("attention", step_num=number):
+                jax.block_until_ready(compiled(*arguments))
+    return session
+
+
+def _name(trial: Trial) -> str:
+    variant = [name if value is True else str(value) for name, value in trial.variant.items() if value]
+    kernel = [] if trial.kernel == "splash_attn" else [trial.kernel]
+    return sessions.safe_name("-".join([trial.workload, trial.device, *kernel, str(trial.block_sizes), *variant]))
+
+
+def _config(trial: Trial) -> dict[str, str]:
+    return {
+        "kernel": trial.kernel,
+        "workload": trial.workload,
+        "shape": str(trial.shape),
+        "dtype": trial.dtype,
+        "candidate": trial.config,
+        "record_id": trial.record_id,
+    }

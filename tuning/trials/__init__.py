@@ -1,0 +1,1 @@
+"""Trials on record, and what is made from them: tables, heat maps, tuned entries."""

@@ -1,0 +1,272 @@
+"""Trials as frozen values, JSON lines on disk and a pandas table."""
+
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from splash_attn.types import AttentionShape, BlockSizes
+from splash_workbench.provenance import Environment
+from splash_workbench.status import Label, Status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+TRIALS_FILE = "trials.jsonl"
+#: Before the fields of a variant, in tables and in the parameters of a space.
+VARIANT_PREFIX = "variant."
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """The candidate kernel against the reference in float32, on a small odd shape.
+
+    Attributes:
+      implementation: what ran: "pallas_interpret", or "pallas_tpu" on a TPU.
+      q_seq_len, kv_seq_len, num_heads: the small shape.
+      block_sizes: the blocks that ran; same_block_sizes says whether they are the candidate's own.
+      rms_error: ||actual - expected|| / ||expected||.
+      max_row_error: the same for the worst query row.
+      max_abs_error: largest difference of one element.
+      tolerance, row_tolerance: limits of rms_error and max_row_error.
+    """
+
+    implementation: str
+    q_seq_len: int
+    kv_seq_len: int
+    num_heads: int
+    block_sizes: str
+    same_block_sizes: bool
+    rms_error: float
+    max_row_error: float
+    max_abs_error: float
+    tolerance: float
+    row_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        # Written so that a NaN error fails.
+        return self.rms_error <= self.tolerance and self.max_row_error <= self.row_tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One candidate and what became of it.
+
+    Attributes:
+      record_id: unique.
+      created_at: UTC, ISO 8601.
+      context: hash of what makes times comparable: workload, device, backend, sources, versions.
+      kernel: "splash_attn" or a peer's name.
+      workload, shape, dtype: the attention call.
+      device, device_kind, backend: what it was compiled for or run on, and how.
+      block_sizes: of the kernel, None for a kernel without.
+      variant: of the kernel, as a dict.
+      status: how it ended.
+      label: how the times were got; None for backends that give none.
+      time_samples_ms: raw times of the whole op; one sample for a prediction.
+      kernel_time_ms: of the Pallas kernel alone.
+      cycles: predicted cycles of the kernel.
+      vmem_bytes, spill_count, fill_count: of the kernel, as compiled.
+      peak_hbm_bytes: of the whole op.
+      compile_time_s: of the whole op.
+      wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
+      ops: parts of a prediction, one dict for each HLO op.
+      numerics: the check, None where the trial did not get that far.
+      notes: what a reader of the figures must know.
+      error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
+      environment: where it ran.
+    """
+
+    context: str
+    kernel: str
+    workload: str
+    shape: AttentionShape
+    dtype: str
+    device: str
+    device_kind: str
+    backend: str
+    block_sizes: BlockSizes | None
+    variant: dict[str, Any]
+    status: Status
+    environment: Environment
+    label: Label | None = None
+    time_samples_ms: tuple[float, ...] = ()
+    kernel_time_ms: float | None = None
+    cycles: int | None = None
+    vmem_bytes: int | None = None
+    spill_count: int | None = None
+    fill_count: int | None = None
+    peak_hbm_bytes: int | None = None
+    compile_time_s: float | None = None
+    wall_time_s: float | None = None
+    ops: tuple[dict[str, Any], ...] = ()
+    numerics: Numerics | None = None
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+    log_tail: str | None = None
+    record_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    created_at: str = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={self.schema_version!r}: expected {SCHEMA_VERSION}.")
+        has_time = bool(self.time_samples_ms) or self.kernel_time_ms is not None or self.cycles is not None
+        if has_time and self.status is not Status.OK:
+            raise ValueError(f"status={self.status}: expected no time; only an ok trial has one.")
+        if has_time and self.label is None:
+            raise ValueError("label=None: expected how the time was got.")
+        if self.numerics is not None and not self.numerics.passed and self.status is Status.OK:
+            raise ValueError(f"status={self.status}: expected 'wrong', the numerics check failed ({self.numerics}).")
+
+    @property
+    def time_ms(self) -> float | None:
+        """Median of the raw samples, None where there are none."""
+        return statistics.median(self.time_samples_ms) if self.time_samples_ms else None
+
+    @property
+    def key(self) -> str:
+        """Equal for trials of the same block sizes and variant."""
+        return config_key(self.block_sizes, self.variant)
+
+    @property
+    def config(self) -> str:
+        """Block sizes and variant in one short string."""
+        variant = [f"{name}={value}" for name, value in self.variant.items()]
+        return " ".join([*([str(self.block_sizes)] if self.block_sizes else []), *variant])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Raises ValueError, KeyError or TypeError where `fields` is not a Trial of this schema version."""
+        values = dict(fields)
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={values.get('schema_version')!r}: expected {SCHEMA_VERSION}.")
+        values["shape"] = AttentionShape(**values["shape"])
+        values["block_sizes"] = BlockSizes(**values["block_sizes"]) if values["block_sizes"] else None
+        values["status"] = Status(values["status"])
+        values["environment"] = Environment.from_dict(values["environment"])
+        values["label"] = Label(values["label"]) if values["label"] else None
+        values["numerics"] = Numerics(**values["numerics"]) if values["numerics"] else None
+        for name in ("time_samples_ms", "ops", "notes"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def objective(trial: Trial) -> float:
+    """What the search minimises: the time, or the error where a backend gives no time."""
+    if trial.time_ms is not None:
+        return trial.time_ms
+    return trial.numerics.rms_error if trial.numerics is not None else float("inf")
+
+
+def config_key(block_sizes: BlockSizes | None, variant: Mapping[str, Any]) -> str:
+    """The same string for the same block sizes and variant, in every process."""
+    fields = dataclasses.asdict(block_sizes) if block_sizes else {}
+    return json.dumps(fields | {"variant": dict(variant)}, sort_keys=True)
+
+
+def append(path: Path, trial: Trial) -> None:
+    """Adds one line: a single write at the end of the file, on disk before this returns."""
+    line = json.dumps(trial.to_dict(), allow_nan=True).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a crash tore the last line: keep this one apart from it
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Trial]:
+    """Every trial of a file, empty where there is none. A line that a crash tore is skipped with a warning.
+
+    Raises:
+      ValueError: a whole line is not a Trial that this version reads.
+    """
+    if not path.exists():
+        return []
+    trials = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}:{number}: skipped a torn line of {len(line)} characters.", stacklevel=2)
+            continue
+        try:
+            trials.append(Trial.from_dict(fields))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a trial of schema {SCHEMA_VERSION} ({error}).") from error
+    return trials
+
+
+def is_exact(variant: Mapping[str, Any]) -> bool:
+    """Whether a variant computes the same attention as the others."""
+    return variant.get("qk_dtype") != "int8"
+
+
+def conclusive(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
+    """Those that need not be made again: all but the ones that ran out of less time than `timeout_s`."""
+    return [t for t in trials if t.status is not Status.TIMEOUT or (t.wall_time_s or 0.0) >= timeout_s]
+
+
+def read_all(results_dir: Path) -> list[Trial]:
+    """Every trial under a results folder."""
+    return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]
+
+
+def frame(trials: Iterable[Trial]) -> "pd.DataFrame":
+    """One row a trial. Times of each label have a column of their own."""
+    import pandas as pd  # here: worker processes have no use for it
+
+    return pd.DataFrame([_row(trial) for trial in trials])
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    blocks = trial.block_sizes
+    return {
+        "workload": trial.workload,
+        "device": trial.device,
+        "backend": trial.backend,
+        "kernel": trial.kernel,
+        "dtype": trial.dtype,
+        "block_q": blocks.block_q if blocks else None,
+        "block_kv": blocks.block_kv if blocks else None,
+        "block_kv_compute": blocks.block_kv_compute if blocks else None,
+        **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
+        "status": trial.status.value,
+        **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
+        "kernel_ms": trial.kernel_time_ms,
+        "mcycles": _scaled(trial.cycles, 1e6),
+        "vmem_mib": _scaled(trial.vmem_bytes, 2**20),
+        "spills": trial.spill_count,
+        "fills": trial.fill_count,
+        "peak_hbm_mib": _scaled(trial.peak_hbm_bytes, 2**20),
+        "compile_s": trial.compile_time_s,
+        "wall_s": trial.wall_time_s,
+        "rms_error": trial.numerics.rms_error if trial.numerics else None,
+        "error": trial.error,
+        "record_id": trial.record_id,
+        "created_at": trial.created_at,
+    }
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

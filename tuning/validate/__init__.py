@@ -1,0 +1,1 @@
+"""Predictions against reported and measured times: `python -m tuning.validate --help`."""
