@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import CACHE_VARIABLE, user_cache_dir
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome

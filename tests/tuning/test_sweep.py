@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from splash_workbench import provenance
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.status import Status
 from tuning.backends import evaluate

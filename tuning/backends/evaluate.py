@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_attn.types import BlockSizes
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.status import Label, Status
 from splash_workbench.workers.cache import JobCache
@@ -58,7 +58,7 @@ class Evaluator:
 
         Raises:
           CancelledError: the runner was cancelled.
-          cli.UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
+          UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
         """
         payload = {
             "kernel": kernel,

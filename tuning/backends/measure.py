@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from offline_tpu.machine import devices
 from splash_attn.api import Implementation
-from splash_workbench import cli
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
 from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels, timing
@@ -24,12 +24,12 @@ def _find_target(device: str) -> Target:
     with tempfile.TemporaryDirectory() as work_dir:
         outcome = Runner(Path(work_dir)).run("tuning.backends.measure:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
     if outcome.status is not Status.OK:
-        raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
+        raise UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
     kind = outcome.result["device_kind"]
     known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
     here = Target(known.name, kind, known) if known else Target(outcome.result["platform"], kind, None)
     if device not in ("local", here.name):
-        raise cli.UserError(
+        raise UserError(
             f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
         )
     return here
