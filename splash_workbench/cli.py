@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -144,9 +145,11 @@ def _exit_code(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _drop_broken_streams():
+            raise
+        return EXIT_BROKEN_PIPE
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _close_broken_streams():
-            return EXIT_BROKEN_PIPE
         if os.environ.get(_FULL_ERROR):
             raise
         for message in _messages(error):
@@ -162,13 +165,12 @@ def _messages(error: UserError | OSError) -> tuple[str, ...]:
     return (f"{error.filename or 'a file'}: {error.strerror}",)
 
 
-def _close_broken_streams() -> bool:
-    """Whether stdout or stderr is read no more, e.g. by `head`. What is still to be written to it is dropped."""
-    broken = False
+def _drop_broken_streams() -> bool:
+    """Return whether stdout or stderr is read no more, as with `| head`, and drop what is written there."""
+    poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            broken = True
-    return broken
+        poll.register(stream.fileno(), 0)
+    broken = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(broken)

@@ -16,7 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.errors import UserError
 
-_FORM = 'expected key=value; quote text with spaces: prompt="a cat"'
 _MAX_SUGGESTIONS = 3
 
 
@@ -61,7 +60,7 @@ class Keys:
         options, unknown = parser.parse_known_intermixed_args(list(arguments))
         for flag in unknown:
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-            raise UserError(f"{flag}: no such option{self._nearest(name)}; {_FORM}")
+            raise UserError(f"{flag}: no such option; expected key=value{self._nearest(name)}")
         flags = [argument for argument in arguments if argument not in options.overrides]
         if not options.multirun:  # where commas separate runs
             options.overrides = [self._quoted(override) for override in options.overrides]
@@ -75,10 +74,7 @@ class Keys:
             group, _, option = error.missing_cfg_file.rpartition("/")
             reason = getattr(self.types.get(group), "unsupported", {}).get(option, "no such option")
             return f"{group}={option}: {reason}; expected one of {', '.join(error.options)}"
-        text = str(error).split("Config search path:")[0].removeprefix("Error merging override ")
-        if error.__cause__ is not None:
-            text = f"{text.splitlines()[0]}: {error.__cause__}"
-        return one_line(re.sub(r"(?m)^\s*(full_key:|object_type=|reference_type=|See https|To append).*$", "", text))
+        return _reason(error)
 
     def _quoted(self, override: str) -> str:
         key, _, value = override.partition("=")
@@ -93,10 +89,15 @@ class Keys:
         try:
             (parsed,) = OverridesParser.create().parse_overrides([override])
         except HydraException as error:
-            raise UserError(f"{override}: {_FORM}; {one_line(error)}") from error
+            expected = 'expected key=value; quote text with spaces: prompt="a cat"'
+            raise UserError(f"{override}: {_reason(error) if '=' in override else expected}") from error
         key = parsed.key_or_group
-        if key not in self.groups and not key.startswith("hydra") and not self._is_known(key):
-            raise UserError(f"{key}: no such key{self._nearest(key)}; see --help")
+        if key in self.groups or key.startswith("hydra"):
+            return
+        if not self._is_known(key):
+            raise UserError(f"{key}: no such key{self._nearest(key)}")
+        if parsed.is_delete():
+            raise UserError(f"{override}: expected {key}=value; a key cannot be left out")
 
     def _is_known(self, key: str) -> bool:
         """Whether the schema has the key, or one above it that is free in what it holds."""
@@ -104,16 +105,28 @@ class Keys:
         return above == key or (above is not None and not dataclasses.is_dataclass(self.types[above]))
 
     def _nearest(self, key: str) -> str:
-        keys = [*self.types, *self.groups]
-        found = [name for name in keys if name.rpartition(".")[2] == key]
-        found += difflib.get_close_matches(key, keys, _MAX_SUGGESTIONS)
-        found = list(dict.fromkeys(found))[:_MAX_SUGGESTIONS]
-        return f"; did you mean {' or '.join(found)}?" if found else ""
+        keys = list(dict.fromkeys([*self.types, *self.groups]))
+        last_parts = difflib.get_close_matches(_last(key), map(_last, keys), _MAX_SUGGESTIONS, cutoff=0.7)
+        found = sorted((name for name in keys if _last(name) in last_parts), key=lambda n: last_parts.index(_last(n)))
+        return f"; did you mean {' or '.join(found[:_MAX_SUGGESTIONS])}? See --help" if found else "; see --help"
 
 
 def one_line(error: BaseException | str) -> str:
     """Return a message of several lines as one."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _reason(error: HydraException | OmegaConfBaseException) -> str:
+    """Return the text of an error and its cause, without what only developers of Hydra need."""
+    text = str(error).split("Config search path:")[0]
+    text = re.sub(r"^Error (merging|parsing) override '?", "", text)
+    if error.__cause__ is not None:
+        text = f"{text.splitlines()[0]}: {error.__cause__}"
+    return one_line(re.sub(r"(?m)^\s*(full_key:|object_type=|reference_type=|See https|To append).*$", "", text))
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _and_parents(key: str) -> Iterator[str]:
@@ -123,4 +136,4 @@ def _and_parents(key: str) -> Iterator[str]:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; {_FORM}")
+    raise UserError(f"{message}; see --hydra-help")
