@@ -46,8 +46,8 @@ def require_packages() -> None:
             found = importlib.util.find_spec(package) if is_ours else None
             where = f"; another package of the name {package} is at {found.origin}" if found else ""
             raise RuntimeError(
-                f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install cogvideox-splash into ComfyUI's "
-                "Python (python -m pip install <its folder>), see the pack's README"
+                f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install "
+                "cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>), see the pack's README"
             ) from error
 
 
