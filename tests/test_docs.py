@@ -68,10 +68,26 @@ def test_make_targets_exist(page: str) -> None:
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", _text(page), re.MULTILINE)) <= targets
 
 
-def test_every_file_of_the_picture_script_is_there() -> None:
-    pictures = {Path(link).name for page in PAGES for link in _LINK.findall(_text(page)) if "docs/pictures/" in link}
-    drawn = set(re.findall(r'"([\w-]+\.(?:png|webp))"', _text("docs/pictures/make.py")))
-    assert drawn and all((ROOT / "docs/pictures" / name).stat().st_size < 300_000 for name in drawn | pictures)
+def test_files_of_the_folder_map_are_in_their_folders() -> None:
+    for folder, about in re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", _text("CONTRIBUTING.md"), re.MULTILINE):
+        missing = [name for name in re.findall(r"`(\w+\.py)`", about) if not (ROOT / folder / name).exists()]
+        assert (ROOT / folder).is_dir() and not missing, f"{folder}: {missing}"
+
+
+def test_pictures_are_drawn_from_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs/pictures/make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    monkeypatch.setattr(make, "PICTURES", tmp_path)
+    for draw in (make.heat_map, make.plans, make.layer):
+        draw()
+    assert {path.name for path in tmp_path.iterdir()} == {"heatmap.png", "plans.png", "layer.png"}
+
+
+def test_pictures_are_small() -> None:
+    for path in (ROOT / "docs/pictures").iterdir():
+        assert path.stat().st_size < 300_000, path.name
 
 
 def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:

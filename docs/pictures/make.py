@@ -51,8 +51,9 @@ def demo() -> None:
 
 
 def heat_map() -> None:
-    """Write heatmap.png: every exact candidate on record for CogVideoX at 720p on a v6e."""
-    trials = [trial for path in _sweeps("cogvideox_720p-v6e-offline") for trial in records.read(path)]
+    """Write heatmap.png: every exact candidate of the newest sweep of CogVideoX at 720p on a v6e."""
+    sweeps = (ROOT / "results/sweeps").glob(f"cogvideox_720p-v6e-offline-*/{records.TRIALS_FILE}")
+    trials = max(map(records.read, sweeps), key=lambda trials: max(trial.created_at for trial in trials))
     heatmap.save([trial for trial in trials if records.is_exact(trial.variant)], PICTURES / "heatmap.png")
 
 
@@ -190,10 +191,6 @@ def _colour(category: str) -> str:
 
 def _compiler(record: dict[str, Any]) -> str:
     return f"libtpu {record['versions']['libtpu']}"
-
-
-def _sweeps(name: str) -> list[Path]:
-    return sorted((ROOT / "results/sweeps").glob(f"{name}-*/{records.TRIALS_FILE}"))
 
 
 def _run(module: str, *arguments: str) -> None:
