@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,18 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
+from pipeline.requests.request import Stage
 
 logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
 CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+_STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
+    "text": ("tokenizer", "text_encoder"),
+    "denoise": ("transformer", "scheduler"),
+    "vae": ("vae",),
+}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
@@ -99,8 +105,12 @@ class Checkpoint:
             )
         return config
 
+    def identities(self, *stages: Stage) -> dict[Stage, str]:
+        """Return the `identity` of the weights of each stage. Raises CheckpointError."""
+        return {stage: self.identity(*_STAGE_PARTS[stage]) for stage in stages}
+
     def identity(self, *parts: str) -> str:
-        """What tells these weights from others: the Hub commit, or a digest of a local folder's files.
+        """Return what tells these weights from others: the Hub commit, or a digest of a local folder's files.
 
         Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
         change of single values in a large local file can go unnoticed, another training run cannot.

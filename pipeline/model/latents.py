@@ -28,7 +28,7 @@ class LatentGeometry:
     width: int
 
     @classmethod
-    def of(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
+    def from_request(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
         """The geometry from a request and the configurations of transformer/ and vae/."""
         spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         num_frames = (request.num_frames - 1) // int(vae["temporal_compression_ratio"]) + 1

@@ -21,9 +21,9 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from pipeline.model.sharding import MODEL, ParallelPlan
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
-from pipeline.requests.plans import MODEL, ParallelPlan
 
 QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
 Weights = Mapping[str, jax.Array]
@@ -55,7 +55,7 @@ class TransformerShape:
     freq_shift: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """config: with all of diffusers' defaults filled in (`module.config`)."""
         if config.get("patch_size_t") is None:
             raise CheckpointError(
@@ -120,18 +120,14 @@ class TokenLayout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class DeviceShare:
     """One device's part of a plan: which rows it has, and how it talks to the others of its prompt.
 
-    Within shard_map, unless `plan` is seed_tp, which sees the whole arrays.
+    Within shard_map, unless the plan uses the stock block, which sees the whole arrays.
     """
 
     plan: ParallelPlan
     layout: TokenLayout
-
-    @property
-    def axis_size(self) -> int:
-        return 1 if self.plan.plan == "seed_tp" else self.plan.model
 
     def row_ids(self) -> Int[Array, " rows"]:
         """Where this device's rows lie in the joint sequence."""
@@ -157,12 +153,12 @@ class Share:
     @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
         """The sum over devices that each hold a part of a contraction."""
-        return lax.psum(x, MODEL) if self.plan.plan == "megatron" and self.axis_size > 1 else x
+        return lax.psum(x, MODEL) if self.plan.sums_partial_products else x
 
     @jax.named_scope("gather_weights")
     def whole_weights(self, weights: Weights) -> Weights:
         """One layer's weights, gathered where they are split at rest."""
-        if self.plan.weights != "sharded" or self.axis_size == 1:
+        if not self.plan.gathers_weights:
             return weights
         return {
             name: lax.all_gather(value, MODEL, axis=0, tiled=True) if self.plan.weight_spec(BLOCKS + name) else value
@@ -171,7 +167,7 @@ class Share:
 
     @property
     def _splits(self) -> bool:
-        return self.plan.splits_sequence and self.axis_size > 1
+        return self.plan.sequence_shards > 1
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
@@ -241,7 +237,7 @@ def block(
     sin: Float[Array, "half_head rows"],
     *,
     shape: TransformerShape,
-    share: Share,
+    share: DeviceShare,
     attend: AttentionFn,
 ) -> Float[Array, "batch rows channels"]:
     """One CogVideoXBlock on this device's rows (or heads)."""
@@ -284,7 +280,7 @@ def transformer(
     rotary: tuple[jax.Array, jax.Array],
     *,
     shape: TransformerShape,
-    share: Share,
+    share: DeviceShare,
     block: Callable[..., jax.Array],
 ) -> Float[Array, "batch rows patch_channels"]:
     """The model's output on this device's rows; those of text and padding are arbitrary.

@@ -51,7 +51,7 @@ class DecoderShape:
     scaling_factor: float
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """config: with all of diffusers' defaults filled in (`module.config`)."""
         for name, expected in _EXPECTED.items():
             if config.get(name) != expected:

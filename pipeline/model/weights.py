@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipeline.model.placement import put
-from pipeline.requests.plans import ParallelPlan, weight_partition
+from pipeline.model.sharding import ParallelPlan
 
 BLOCKS = "transformer_blocks."
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
@@ -52,10 +52,10 @@ def place_weights(
     placed = {}
     for key, names in stack_names(weights).items():
         values = [weights.pop(name) for name in names]
-        if plan.plan != "seed_tp" and _PERMUTED.search(key):
+        if not plan.uses_stock_block and _PERMUTED.search(key):
             values = [_to_halves(value, head_dim) for value in values]
         value = np.stack(values) if key.startswith(BLOCKS) else values[0]
-        placed[key] = put(value, NamedSharding(mesh, weight_partition(plan, key)))
+        placed[key] = put(value, NamedSharding(mesh, plan.stacked_weight_spec(key)))
     return placed
 
 
@@ -67,6 +67,6 @@ def abstract_weights(
     for key, names in stack_names(shapes).items():
         shape = tuple(shapes[names[0]])
         shape = (len(names), *shape) if key.startswith(BLOCKS) else shape
-        sharding = NamedSharding(mesh, weight_partition(plan, key))
+        sharding = NamedSharding(mesh, plan.stacked_weight_spec(key))
         abstract[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return abstract

@@ -37,7 +37,7 @@ class VaeDecoder:
         self._weights = loaded.weights
         self._devices = devices
         self._frame_batch_size = int(module.num_latent_frames_batch_size)
-        self._shape = DecoderShape.of(module.config)
+        self._shape = DecoderShape.from_config(module.config)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod

@@ -93,11 +93,11 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
 
 
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
+    from pipeline.runs.job import generate
     from safetensors import safe_open
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.job import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}

@@ -25,7 +25,7 @@ def report(
     say: Callable[[str], None],
     **fields: Any,
 ) -> str:
-    """Text of some lines. Raises what the sampler would for the same values, but for devices that are not here.
+    """Return text of some lines. Raises what the sampler would for the same values, but for devices that are not here.
 
     predict: compile the step for that device, in a process of its own. say: told when that begins. fields: more of a
     GenerateRequest.
@@ -34,9 +34,10 @@ def report(
     import torch
 
     from pipeline.checkpoints.loading import build_module
+    from pipeline.checkpoints.published import part_configs
     from pipeline.model.latents import LatentGeometry
+    from pipeline.model.sharding import resolve_plan
     from pipeline.model.transformer import TransformerShape
-    from pipeline.requests.plans import resolve_plan
     from pipeline.requests.request import GenerateRequest
     from splash_attn import tuned
     from splash_attn.types import AttentionShape
@@ -45,13 +46,15 @@ def report(
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
     guided = request.do_classifier_free_guidance
-    configs = _configs(model_id)
+    configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)
     transformer = module.config
     num_heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
     plan = resolve_plan(parallel, num_devices, guided, num_heads)
-    patches = LatentGeometry.of(request, transformer, configs["vae"]).num_patches(TransformerShape.of(transformer))
+    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(
+        TransformerShape.from_config(transformer)
+    )
     seq_len = transformer["max_text_seq_length"] + patches
     shape = AttentionShape((2 if guided else 1) // plan.dp, num_heads // plan.model, seq_len, seq_len, head_dim)
     lines = [
@@ -73,27 +76,15 @@ def report(
 
 
 def tuned_version(device: str) -> str:
-    """Changes with the tuned entries of a device."""
+    """Return what changes with the tuned entries of a device."""
     settings.require_packages()
     from splash_attn import tuned
 
     return repr(tuned.load(device))
 
 
-def _configs(model_id: str) -> Mapping[str, Any]:
-    """Configurations of the checkpoint's parts; built in for a published one, which then is not fetched."""
-    from pipeline.checkpoints.published import KNOWN_CONFIGS
-
-    parts = ("transformer", "vae", "text_encoder", "scheduler")
-    if model_id.strip() in KNOWN_CONFIGS:
-        known = KNOWN_CONFIGS[model_id.strip()]
-        return {part: dict(known[part]) for part in parts}
-    checkpoint = settings.find_checkpoint(model_id)
-    return {part: checkpoint.config(part) for part in parts}
-
-
 def _attention_times(choice: Any, shape: Any, num_layers: int, num_inference_steps: int) -> list[str]:
-    """The entry's time, and what it comes to for the whole video."""
+    """Return the entry's time, and what it comes to for the whole video."""
     if choice.entry is None:
         return ["no tuned entry, hence no time of attention; to tune one: python -m tuning.sweep"]
     provenance = choice.entry.provenance
@@ -122,8 +113,8 @@ def _predicted_step(
 
     topology = f"{by_name(device).name}-{num_devices}"
     predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
-    outcome = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
-    denoise = outcome.stages["denoise"]
+    prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+    denoise = prediction.stages["denoise"]
     total_s = denoise["time_s"] * request.num_inference_steps
     return [
         f"denoising on {topology}: {denoise['time_s']:.3g} s a step, {total_s:.3g} s in all, without text encoder and "

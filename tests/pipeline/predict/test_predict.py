@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoints.published import KNOWN_CONFIGS
+from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Outcome, Predictor, configs_of
 from pipeline.predict.report import compact, make_report, markdown_table, print_report
 from pipeline.requests.config import request_from_dict, request_to_dict
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import BlockSizes, Variant
 

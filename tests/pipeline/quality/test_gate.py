@@ -15,7 +15,7 @@ from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
 from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 
 CAPTION = "a red circle moves right"

@@ -10,15 +10,15 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.runs.job import generate
 from safetensors.numpy import load_file
 
 from pipeline.requests.errors import PipelineError, RequestError, StageOutputError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import STAGES, AttentionOptions
 from pipeline.requests.run_names import run_name
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs import job, preview
-from pipeline.runs.job import generate
 from pipeline.runs.video import MAX_TAG_LENGTH, write_mp4
 from pipeline.stages import resume as denoise_state
 from pipeline.stages.resume import STATE_NAME, StateFile
