@@ -32,8 +32,8 @@ MODELS: Mapping[str, ModelDefaults] = {
     "cogvideox1.5-5b": ModelDefaults(
         "zai-org/CogVideoX1.5-5B",
         "bfloat16",
-        720,
-        1280,
+        height=720,
+        width=1280,
         num_frames=81,
         fps=16,
         num_inference_steps=50,

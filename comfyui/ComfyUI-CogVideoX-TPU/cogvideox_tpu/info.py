@@ -45,18 +45,16 @@ def report(
     attention, parallel = settings.attention_options(kernel), settings.parallel_options(parallel_plan, num_devices)
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
-    guided = request.do_classifier_free_guidance
     configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)
     transformer = module.config
-    num_heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
-    plan = resolve_plan(parallel, num_devices, guided, num_heads)
-    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(
-        TransformerShape.from_config(transformer)
-    )
+    sizes = TransformerShape.from_config(transformer)
+    plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
+    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(sizes)
     seq_len = transformer["max_text_seq_length"] + patches
-    shape = AttentionShape((2 if guided else 1) // plan.dp, num_heads // plan.model, seq_len, seq_len, head_dim)
+    heads_a_device = sizes.num_heads // plan.model
+    shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
     lines = [
         f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"{request.num_inference_steps} steps, {dtype}",
@@ -68,7 +66,7 @@ def report(
     qk_dtype = attention.qk_dtype or "bfloat16"
     choice = tuned.choose(device, shape, dtype, variant=attention.variant, qk_dtype=qk_dtype)
     lines += [f"blocks {choice.block_sizes}, variant {choice.variant}", choice.reason]
-    lines += _attention_times(choice, shape, transformer["num_layers"], request.num_inference_steps)
+    lines += _attention_times(choice, shape, sizes.num_layers, request.num_inference_steps)
     if predict:
         parallel = dataclasses.replace(parallel, plan=plan.plan)  # the one that would run, not the best of several
         lines += _predicted_step(request, configs, parallel, device, num_devices, say)
