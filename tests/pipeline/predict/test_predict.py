@@ -142,7 +142,7 @@ def test_flops_of_the_full_step():
     assert flops == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_known_configuration_is_the_published_one(request_of):
+def test_the_built_in_configuration_is_the_published_one(request_of):
     configs, source = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     assert source == "built in"
     assert configs["transformer"]["num_layers"] == 42
