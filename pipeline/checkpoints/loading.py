@@ -41,7 +41,7 @@ _BLOCK_BYTES = 65536
 
 
 def default_cache_dir() -> Path:
-    """Where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    """Return where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
@@ -70,7 +70,7 @@ class Checkpoint:
     commit: str | None = None
 
     def part(self, part: str) -> Path:
-        """The folder of one part, downloaded first if it is on the Hub. Raises CheckpointError if it is not there."""
+        """Return the folder of one part, downloaded first if it is on the Hub. Raises CheckpointError without it."""
         assert part in _PARTS, part
         if self.folder is None:
             assert self.repo_id is not None
@@ -85,7 +85,7 @@ class Checkpoint:
         return folder
 
     def config(self, part: str) -> dict[str, Any]:
-        """The parsed config.json (scheduler_config.json) of a part, without its weights."""
+        """Parse the config.json (scheduler_config.json) of a part, without its weights."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         if self.folder is None:
             assert self.repo_id is not None
@@ -165,7 +165,7 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
 
 
 def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
-    """A checkpoint on the Hub, whatever folders there are here. Raises CheckpointError when it cannot be reached."""
+    """Find a checkpoint on the Hub, whatever folders there are here. Raises CheckpointError if out of reach."""
     snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
 
@@ -207,7 +207,7 @@ def import_libraries() -> None:
 
 
 def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    """The stock module of a part from its configuration alone, on the meta device, in eval mode."""
+    """Build the stock module of a part from its configuration alone, on the meta device, in eval mode."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -278,7 +278,7 @@ def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Other names of tied weights -> the name that `named_parameters` gives them."""
+    """Map other names of tied weights to the name that `named_parameters` gives them."""
     first = {id(value): name for name, value in module.named_parameters()}
     every = module.named_parameters(remove_duplicate=False)
     return {name: first[id(value)] for name, value in every if first[id(value)] != name}

@@ -50,7 +50,7 @@ class DenoiseStep:
     stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, where the plan uses it
 
     def sharding(self, argument: str) -> NamedSharding:
-        """Where an argument of the program (not weights) lies."""
+        """Return the sharding of an argument of the program other than the weights."""
         return NamedSharding(self.mesh, self._spec(argument))
 
     def compile(self, weights: Mapping[str, jax.Array], *arguments: Any) -> jax.stages.Compiled:
@@ -59,13 +59,13 @@ class DenoiseStep:
             return self.jitted(weights).lower(weights, *arguments).compile()
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
-        """`program` under jit, sample and old_x0 donated."""
+        """Return `program` under jit, sample and old_x0 donated."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
         options = TPU_COMPILER_OPTIONS if on_tpu else None
         return jax.jit(self.program(weights), donate_argnums=(1, 2), compiler_options=options)
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
-        """The function to be jitted with the mesh set; of `weights` only the names count."""
+        """Return the function to be jitted with the mesh set; of `weights` only the names count."""
         if self.plan.uses_stock_block:
             return functools.partial(self._step, block=self._stock_block_step())
         attend = attention_function(self.attention)
@@ -86,7 +86,7 @@ class DenoiseStep:
         )
 
     def _stock_block_step(self) -> Callable[..., jax.Array]:
-        """The stock block, its attention by heads over the mesh, all else left to the partitioner."""
+        """Return a step of the stock block, its attention split by heads over the mesh, all else by the partitioner."""
         assert self.stock_block is not None
         over_mesh = jax.shard_map(
             attention_function(self.attention),

@@ -29,7 +29,7 @@ class LatentGeometry:
 
     @classmethod
     def from_request(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
-        """The geometry from a request and the configurations of transformer/ and vae/."""
+        """Return the geometry of a request under the configurations of transformer/ and vae/."""
         spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         num_frames = (request.num_frames - 1) // int(vae["temporal_compression_ratio"]) + 1
         return cls(
@@ -42,21 +42,21 @@ class LatentGeometry:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[batch, frames with padding, channels, height, width], what diffusers' transformer sees."""
+        """[batch, frames with padding, channels, height, width], as diffusers' transformer takes it."""
         return (1, self.num_frames + self.padding_frames, self.num_channels, self.height, self.width)
 
     def patch_grid(self, shape: TransformerShape) -> tuple[int, int, int]:
-        """Patches along time, height and width."""
+        """Return the number of patches along time, height and width."""
         return (self.shape[1] // shape.patch_size_t, self.height // shape.patch_size, self.width // shape.patch_size)
 
     def num_patches(self, shape: TransformerShape) -> int:
-        """Video tokens."""
+        """Return the number of video tokens."""
         frames, height, width = self.patch_grid(shape)
         return frames * height * width
 
 
 def to_rows(latents: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
-    """Latents [1, frames, channels, height, width] -> rows [rows, patch channels], zero for text and padding.
+    """Turn latents [1, frames, channels, height, width] into rows [rows, patch channels], zero for text and padding.
 
     A patch's channels are ordered (channel, time, height, width), as in diffusers' patch embedding and output.
     """
@@ -70,7 +70,7 @@ def to_rows(latents: np.ndarray, geometry: LatentGeometry, shape: TransformerSha
 
 
 def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
-    """The inverse of `to_rows`."""
+    """Invert `to_rows`."""
     frames, height, width = geometry.patch_grid(shape)
     p, p_t = shape.patch_size, shape.patch_size_t
     patches = rows[layout.text : layout.tokens].reshape(frames, height, width, geometry.num_channels, p_t, p, p)
@@ -78,12 +78,12 @@ def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShap
 
 
 def initial_noise(request: GenerateRequest, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """The noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
+    """Draw the noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
     return torch.randn(shape, generator=generator, dtype=getattr(torch, request.dtype))
 
 
 def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, each float32 [video tokens, head_dim], as diffusers makes them for CogVideoX 1.5 ("slice").
+    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice").
 
     Raises CheckpointError for a CogVideoX 1.0 transformer.
     """
@@ -107,7 +107,7 @@ def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -
 
 
 def rotary_rows(tables: tuple[np.ndarray, np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Tables of `rotary_embedding` -> one value a pair, float32 [head_dim / 2, rows]; 1 and 0 where no patch is."""
+    """Return tables of `rotary_embedding`, one value a pair: float32 [head_dim / 2, rows]; 1 and 0 off the video."""
     halves = []
     for table, elsewhere in zip(tables, (1.0, 0.0), strict=True):
         half = np.full((table.shape[1] // 2, layout.rows), elsewhere, np.float32)

@@ -1,4 +1,4 @@
-"""Which weights and activations of the denoise step are split how over the devices of a mesh ("dp", "model").
+"""Sharding plans: how weights and activations of the denoise step are split over a mesh ("dp", "model").
 
 The negative and the positive prompt (classifier-free guidance) go to the "dp" axis, each transformer pass to "model":
 

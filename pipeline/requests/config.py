@@ -114,7 +114,7 @@ def request_to_dict(request: GenerateRequest) -> dict[str, Any]:
 
 
 def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
-    """The inverse of `request_to_dict`."""
+    """Invert `request_to_dict`."""
     return GenerateRequest(**{**fields, "attention": _attention_options(fields["attention"])})
 
 

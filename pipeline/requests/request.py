@@ -1,4 +1,4 @@
-"""What the user asks for, checked once, before any work."""
+"""The request for one video, checked once, before any work."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ _OF_MODEL: Any = None  # filled in by __post_init__
 
 
 def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
-    """The one or two values `k * multiple + offset` (k >= 1, or k >= 0 with an offset) nearest around `value`."""
+    """Return the one or two `k * multiple + offset` (k >= 1, or k >= 0 with an offset) nearest around `value`."""
     smallest = offset or multiple
     below = (value - offset) // multiple * multiple + offset
     return sorted({max(below, smallest), max(below + multiple, smallest)})
@@ -157,7 +157,7 @@ class GenerateRequest:
 
 
 def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:
-    """Stage names, as "text,denoise" or a sequence, to the stages in the order they run. Raises RequestError."""
+    """Parse stage names, as "text,denoise" or a sequence, into the order they run. Raises RequestError."""
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
     unknown = [name for name in names if name not in STAGES]
     _require(

@@ -35,7 +35,7 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 
 @dataclasses.dataclass(eq=False)
 class Item:
-    """A line of the batch, and what became of it.
+    """A line of the batch, and its result.
 
     error: why it failed, in one line. time_s: spent on it in this run, with what it was the first to load and compile.
     """
@@ -130,7 +130,7 @@ class Batch:
         return [item for item in self.items if item.status == "waiting"]
 
     def _in_order(self, stage: Stage) -> list[Item]:
-        """As in the file, but for those that can take what an earlier one has loaded: they follow it."""
+        """Return waiting items in the file's order, those that share what an earlier one loads right behind it."""
         items = self._waiting()
         groups = list(dict.fromkeys(item.run.loaded_keys[stage] for item in items))
         return sorted(items, key=lambda item: groups.index(item.run.loaded_keys[stage]))

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pipeline.runs.single import generate
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.run_options import RunOptions
+from pipeline.runs.single import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageTimings, StepClock, recorder_of, tracing
 from splash_attn.types import BlockSizes
