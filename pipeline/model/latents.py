@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.requests.errors import CheckpointError
+from pipeline.model.transformer import TokenLayout, TransformerShape, require_temporal_patches
 from pipeline.requests.request import GenerateRequest
 
 
@@ -89,17 +88,13 @@ def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -
     """
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    patch_size, patch_size_t = transformer["patch_size"], transformer.get("patch_size_t")
-    if patch_size_t is None:
-        raise CheckpointError(
-            "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
-            "e.g. model=cogvideox1.5-5b"
-        )
+    require_temporal_patches(transformer)
+    patch_size = transformer["patch_size"]
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=transformer["attention_head_dim"],
         crops_coords=None,
         grid_size=(geometry.height // patch_size, geometry.width // patch_size),
-        temporal_size=geometry.shape[1] // patch_size_t,
+        temporal_size=geometry.shape[1] // transformer["patch_size_t"],
         grid_type="slice",
         max_size=(transformer["sample_height"] // patch_size, transformer["sample_width"] // patch_size),
     )

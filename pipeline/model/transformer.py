@@ -40,6 +40,15 @@ _EXPECTED = {
 }
 
 
+def require_temporal_patches(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for the configuration of a CogVideoX 1.0 transformer."""
+    if config.get("patch_size_t") is None:
+        raise CheckpointError(
+            "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
+            "e.g. model=cogvideox1.5-5b"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerShape:
     """The part of transformer/config.json that the program uses. Raises CheckpointError for another architecture."""
@@ -57,11 +66,7 @@ class TransformerShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
-        if config.get("patch_size_t") is None:
-            raise CheckpointError(
-                "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
-                "e.g. model=cogvideox1.5-5b"
-            )
+        require_temporal_patches(config)
         for name, expected in _EXPECTED.items():
             if config.get(name) != expected:
                 raise CheckpointError(
