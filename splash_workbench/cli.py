@@ -34,7 +34,7 @@ def command(
     schema: type[S],
     *,
     text_or_list: Collection[str] = (),
-    resolvers: Mapping[str, Callable[..., str]] | None = None,
+    resolvers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[[S], int]], Callable[[], int]]:
     """Make a function of settings the entry point of a command that Hydra configures from sys.argv.
 

@@ -80,7 +80,7 @@ class Keys:
         key, _, value = override.partition("=")
         is_text = self.types.get(key) is str or (key in self.text_or_list and not value.startswith("["))
         quoted_already = len(value) > 1 and value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1
-        if not is_text or quoted_already or value in ("", "null"):
+        if not is_text or key in self.groups or quoted_already or value in ("", "null"):
             return override
         text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # for OmegaConf, which would look for a key of that name
         return f"{key}={QuotedString(text, Quote.single).with_quotes()}"

@@ -4,7 +4,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.predict.planner import Predictor, configs_of
+from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.checkpoints.published import part_configs
+from pipeline.predict.planner import Predictor
 from pipeline.predict.report import compact, make_report, print_report
 from pipeline.predict.timelines import write_timelines
 from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
@@ -30,16 +32,19 @@ def main(settings: PredictConfig) -> int:
     settings.prompt = settings.prompt or "any"  # its length is padded away
     request = to_request(settings)
     stages = parse_stages(settings.stages)
-    configs, source = configs_of(request, settings.cache_dir)
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    configs, source = part_configs(
+        request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    )
     predictor = Predictor(
         topology=settings.topology,
-        options=request_to_dict(request),
+        request=request_to_dict(request),
         configs=configs,
         timeout_s=settings.timeout_s,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )
-    outcome = predictor.predict(stages, to_parallel(settings), request.do_classifier_free_guidance)
-    report = make_report(request, settings.topology, outcome, source)
+    prediction = predictor.predict(stages, to_parallel(settings), request.do_classifier_free_guidance)
+    report = make_report(request, settings.topology, prediction, source)
     print_report(report)
     if settings.json is not None:
         write_json(Path(settings.json), report)
@@ -47,8 +52,8 @@ def main(settings: PredictConfig) -> int:
         append_json_line(Path(settings.results_path), compact(report))
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
-    if outcome.failures:
-        raise UserError("; ".join(outcome.failures.values()))
+    if prediction.failures:
+        raise UserError("; ".join(prediction.failures.values()))
     return 0
 
 

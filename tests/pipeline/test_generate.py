@@ -11,24 +11,23 @@ import pytest
 from pipeline import generate
 from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.errors import RequestError
-from splash_workbench.cli import command
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 
 
 def _compose(*arguments: str) -> GenerateConfig:
-    """What the command is run with."""
+    """What the command would run."""
     taken: list[GenerateConfig] = []
 
-    def function(settings: GenerateConfig) -> int:
+    def keep(settings: GenerateConfig, *_: object) -> int:
         taken.append(settings)
         return 0
 
-    resolvers = {"default_model": generate.default_model}
-    main = command("generate", GenerateConfig, text_or_list=("stages",), resolvers=resolvers)(function)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate", *arguments])
-        assert main() == 0
+        patch.setattr(generate, "_generate", keep)
+        patch.setattr(generate, "_set_up_logging", lambda verbose: None)
+        assert generate.main() == 0
     return taken[0]
 
 
@@ -71,7 +70,7 @@ def test_the_command_line_comes_before_the_models_defaults():
 def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
     monkeypatch.setattr(generate, "_default_backend", lambda: backend)
     assert generate.default_model() == expected
-    assert _compose("prompt=x").dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
+    assert to_request(_compose("prompt=x")).dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
 
 
 def test_attention_options():
