@@ -62,6 +62,8 @@ class Keys:
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
             raise UserError(f"{flag}: no such option; expected key=value{self._nearest(name)}")
         flags = [argument for argument in arguments if argument not in options.overrides]
+        if options.help:  # which is a string.Template
+            options.overrides = [override.replace("$", "$$") for override in options.overrides]
         if not options.multirun:  # where commas separate runs
             options.overrides = [self._quoted(override) for override in options.overrides]
         for override in options.overrides:

@@ -88,6 +88,10 @@ def test_help_leaves_nothing_behind(run: Run, module: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_shows_the_text_that_was_given(run: Run) -> None:
+    assert "[a ${b} $c, ]" in run(main_of("pipeline.generate"), "--help", "prompt=a ${b} $c")[1]
+
+
 @pytest.mark.parametrize(("module", "arguments"), MISTAKES, ids=lambda value: str(value))
 def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     code, out, err = run(main_of(module), *arguments)
