@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from offline_tpu.hlo import values
-from offline_tpu.hlo.module import HloModule, HloOp
+from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
 from offline_tpu.machine.dma import DmaTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
@@ -89,7 +89,7 @@ class Dump:
         size = self._grid_sizes.get(op.name.rsplit(".", 1)[0])
         if size is not None:
             shapes = [self.module.op(computation, name).shape for name in op.operands]
-            scalars = [index for index, shape in enumerate(shapes) if shape.startswith("s32[]")]
+            scalars = [i for i, s in enumerate(shapes) if s.element_type == PrimitiveType.S32 and not s.dimensions]
             if scalars:
                 known[scalars[0]] = (size,)
         return known

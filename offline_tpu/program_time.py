@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from offline_tpu import collectives
 from offline_tpu.collectives import Collective
 from offline_tpu.hlo import values
-from offline_tpu.hlo.module import HloModule, HloOp, array_bytes, tuple_elements
+from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
 from offline_tpu.machine.constants import DMA_LATENCY_S, HBM_EFFICIENCY, dma_timing
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
@@ -135,8 +135,7 @@ class ProgramCost:
             unresolved = (*unresolved, f"trips of the loop {op.name} ({op.scope or 'no scope'})")
         invariant = values.invariant_state(self._module, computation, op, context.environment)
         inside = _Context(context.calls * trips, unresolved, invariant)
-        body = (op.attribute("body") or "").lstrip("%")
-        return trips * self._computation(body, inside, now)
+        return trips * self._computation(op.called[0], inside, now)
 
     def _conditional(self, op: HloOp, context: _Context, now: float) -> float:
         """The slowest branch."""
@@ -159,9 +158,9 @@ class ProgramCost:
             return _Transfer(
                 op.name, "link", max(collective.link_s, hbm_s), now, collective.hbm_bytes, collective, False
             )
-        ends = tuple_elements(op.shape)[:2]  # where it goes and where it comes from
+        ends = op.shape.tuple_shapes[:2]  # where it goes and where it comes from
         hbm_bytes = min(map(array_bytes, ends)) * sum(array_bytes(end, hbm_only=True) > 0 for end in ends)
-        if "cross_program_prefetch_index" in op.attributes:
+        if op.proto.HasField("cross_program_prefetch_index"):
             return _Transfer(op.name, "hbm", 0.0, now, hbm_bytes, None, True)
         return _Transfer(op.name, "hbm", hbm_bytes / self._hbm_bytes_per_s, now + DMA_LATENCY_S, hbm_bytes, None, True)
 
@@ -201,9 +200,7 @@ class ProgramCost:
     def _synchronous(
         self, computation: str, op: HloOp, beside: list[_Transfer], context: _Context, now: float
     ) -> float:
-        if op.opcode in _FREE or (
-            op.opcode == "custom-call" and (op.attribute("custom_call_target") or "").strip('"') in _FREE_CUSTOM_CALLS
-        ):
+        if op.opcode in _FREE or op.proto.custom_call_target in _FREE_CUSTOM_CALLS:
             return 0.0
         schedule = self._find_schedule(computation, op)
         collective = collectives.cost_of(op, computation, self._module, self._grid, self._device)
