@@ -20,7 +20,7 @@ from offline_tpu.machine.constants import DMA_LATENCY_S, HBM_EFFICIENCY, dma_tim
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
-from offline_tpu.prediction import Bound, Category, OpCost
+from offline_tpu.prediction import Bound, Category, Loop, OpCost
 from offline_tpu.schedule.read import Schedule
 
 #: Ops that name, take apart or allocate; the core does nothing for them.
@@ -64,7 +64,7 @@ class ProgramCost:
     """Walks a scheduled module.
 
     Attributes:
-      ops: the cost of each op, after `run`.
+      ops: the cost of each op, after `walk`.
 
     Args:
       vmem_bytes: by op, the VMEM that it reserves.
@@ -91,8 +91,8 @@ class ProgramCost:
         self._slowdown = dma_timing(device).slowdown
         self.ops: list[OpCost] = []
 
-    def run(self) -> float:
-        """Costs the whole program. Returns its seconds.
+    def walk(self) -> float:
+        """Add up the cost of the whole program, in `ops` too. Returns its seconds.
 
         Raises:
           UnknownDumpFormatError: a collective is not modelled, or not in a known form.
@@ -100,7 +100,7 @@ class ProgramCost:
         return self._computation(self._module.entry, _Context(1, (), ()), 0.0)
 
     def _computation(self, name: str, context: _Context, start_s: float) -> float:
-        """Costs one execution of a computation that starts at `start_s`. Returns its seconds."""
+        """Add up one execution of a computation that starts at `start_s`. Returns its seconds."""
         now = start_s
         beside: list[_Transfer] = []
         for op in self._module.computations[name]:
@@ -135,7 +135,11 @@ class ProgramCost:
             unresolved = (*unresolved, f"trips of the loop {op.name} ({op.scope or 'no scope'})")
         invariant = values.invariant_state(self._module, computation, op, context.environment)
         inside = _Context(context.calls * trips, unresolved, invariant)
-        return trips * self._computation(op.called[0], inside, now)
+        first = len(self.ops)
+        period_s = self._computation(op.called[0], inside, now)
+        loop = Loop(trips, period_s)
+        self.ops[first:] = [dataclasses.replace(op, loops=(loop, *op.loops)) for op in self.ops[first:]]
+        return trips * period_s
 
     def _conditional(self, op: HloOp, context: _Context, now: float) -> float:
         """The slowest branch."""

@@ -2,4 +2,4 @@
 
 
 class UnknownDumpFormatError(RuntimeError):
-    """The dump is not in the form that this version of the reader knows; see `topology.SUPPORTED_LIBTPU`."""
+    """The dump is not in the form that this version of the reader knows; see `offline_tpu.SUPPORTED_LIBTPU`."""

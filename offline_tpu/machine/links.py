@@ -30,8 +30,8 @@ class Grid:
     wraps: tuple[bool, ...]
 
     @classmethod
-    def of(cls, coords: Sequence[Sequence[int]], wrap_length: int) -> "Grid":
-        """The smallest grid around the chips. `wrap_length`: see the module."""
+    def around(cls, coords: Sequence[Sequence[int]], wrap_length: int) -> "Grid":
+        """Return the smallest grid that holds the chips. `wrap_length`: see the module."""
         positions = tuple(tuple(c) for c in coords)
         shape = tuple(max(axis) + 1 for axis in zip(*positions, strict=True))
         return cls(positions, shape, tuple(n > 1 and n % wrap_length == 0 for n in shape))

@@ -6,7 +6,7 @@ from typing import Any
 
 import offline_tpu
 from offline_tpu.compile import parse_topology
-from offline_tpu.timeline import PREFIX, PredictedOp, Program, predicted_by, space_of
+from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from splash_workbench import provenance
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Session
@@ -27,7 +27,9 @@ def write_timelines(report: Mapping[str, Any], logdir: Path, run: str | None) ->
     made_by = predicted_by(captured.versions)
     for stage, result in report["stages"].items():
         programs = [
-            Program(f"{stage}-{number}" if number else stage, tuple(map(PredictedOp.of, program["timeline"])))
+            Program(
+                f"{stage}-{number}" if number else stage, tuple(map(offline_tpu.OpCost.from_dict, program["timeline"]))
+            )
             for number, program in enumerate(result.get("programs", [result]))
         ]
         session = Session(

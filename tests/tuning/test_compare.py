@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.profiles import reader, sessions
-from splash_workbench.profiles.messages import message
 from splash_workbench.profiles.sessions import Session
+from splash_workbench.profiles.xla_pb2 import XSpace
 from splash_workbench.status import Label, Status
 from tuning.compare import __main__ as compare
 from tuning.compare.inputs import resolve
@@ -25,7 +25,7 @@ STEPS = 9
 
 def space(times: Mapping[str, float], seed: int, noise: float = 0.02):
     """STEPS steps on a TPU's plane, each with an op a scope, whose time varies by `noise`."""
-    made, draw = message("XSpace")(), random.Random(seed)
+    made, draw = XSpace(), random.Random(seed)
     plane = made.planes.add(name="/device:TPU:0")
     plane.stat_metadata[1].name = "tf_op"
     steps, ops = plane.lines.add(name="Steps"), plane.lines.add(name="XLA Ops")

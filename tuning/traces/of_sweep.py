@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from offline_tpu import timeline
+from offline_tpu import OpCost, timeline
 from offline_tpu.machine.devices import by_name
 from splash_attn.api import Implementation
 from splash_workbench.cli import UserError
@@ -62,7 +62,7 @@ def space_of_trial(trial: Trial) -> Any:
     """The timeline of a trial that was predicted. Raises ValueError for another."""
     if trial.label is not Label.PREDICTED or not trial.ops:
         raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
-    program = timeline.Program(f"{trial.workload} {trial.config}", tuple(map(timeline.PredictedOp.of, trial.ops)))
+    program = timeline.Program(f"{trial.workload} {trial.config}", tuple(map(OpCost.from_dict, trial.ops)))
     return timeline.space_of([program], by_name(trial.device), timeline.predicted_by(trial.environment.versions))
 
 

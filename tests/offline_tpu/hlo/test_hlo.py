@@ -39,7 +39,7 @@ frontend_attributes={kernel_metadata={
 }
 """
 V6E = devices.by_name("v6e")
-GRID = Grid.of([(x, y, 0) for y in range(4) for x in range(2)], V6E.ici_wrap_length)
+GRID = Grid.around([(x, y, 0) for y in range(4) for x in range(2)], V6E.ici_wrap_length)
 
 
 def test_ops_computations_and_scopes_are_read() -> None:
