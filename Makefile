@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow bench lint format
+.PHONY: help demo report test test-slow bench lint format messages
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,12 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev  ## apply the formatter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The generator is pinned: the protobuf that runs the messages must be as new as its own (6.31.1).
+messages:  ## generate splash_workbench/profiles/xla_pb2.py again, after a change of xla.proto
+	$(PYTHON) -m venv .cache/protoc
+	.cache/protoc/bin/pip install --quiet grpcio-tools==1.74.0
+	.cache/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. splash_workbench/profiles/xla.proto
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

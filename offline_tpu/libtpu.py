@@ -45,7 +45,7 @@ def find_dump_dir() -> Path:
     """Return the folder that libtpu dumps to; loads it for that where the process has no `worker_environment`.
 
     Raises:
-      RuntimeError: an accelerator is here, which libtpu or JAX would want in this process, or libtpu is another version.
+      RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or libtpu is another version.
     """
     check_version()
     match = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
@@ -55,7 +55,7 @@ def find_dump_dir() -> Path:
 @functools.cache
 def _load() -> tempfile.TemporaryDirectory[str]:
     """Load libtpu, which reads its flags only then; what the environment held before is put back."""
-    if accelerator_visible() and jax.config.jax_platforms != "cpu":
+    if accelerator_visible() and jax.config.jax_platforms != "cpu":  # type: ignore[attr-defined]
         raise RuntimeError(
             "an accelerator is here, and libtpu takes only one set of flags in a process: expected JAX_PLATFORMS=cpu; "
             "predict in a process of its own, e.g. python -m offline_tpu MODULE:FUNCTION."

@@ -3,11 +3,11 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
-from splash_workbench.profiles.reader import named_scope
+from splash_workbench.profiles.scopes import named_scope
 
 Bound = Literal["compute", "hbm", "link"]
 Category = Literal["kernel", "matmul", "elementwise", "layout", "collective", "other"]
@@ -148,10 +148,10 @@ class Prediction:
 
     def by_bottleneck(self) -> dict[Bottleneck, float]:
         """Return seconds by what limits the ops, longest first."""
-        sums: collections.Counter[Bottleneck] = collections.Counter()
+        sums: dict[Bottleneck, float] = collections.defaultdict(float)
         for op in self.ops:
             sums[op.bottleneck] += op.time_s
-        return dict(sums.most_common())
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     @property
     def bottleneck(self) -> Bottleneck | None:
@@ -202,7 +202,7 @@ class Prediction:
         return "\n".join([str(self), *_aligned(rows), *more, *assumed])
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

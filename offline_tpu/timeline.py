@@ -11,7 +11,8 @@ from typing import Any
 
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.prediction import OpCost
-from splash_workbench.profiles.reader import PREDICTED_STAT, named_scope
+from splash_workbench.profiles.reader import PREDICTED_STAT
+from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.xla_pb2 import MemoryAccessBreakdown, XPlane, XSpace
 
 #: Before the names of runs, hosts and programs that were predicted.

@@ -1,6 +1,6 @@
 """Reads the compiler's scheduled HLO: computations, their ops in order, shapes, calls and scopes.
 
-The text is parsed by XLA itself, through jaxlib: a private API, which this file alone uses. jaxlib is pinned as libtpu is.
+XLA itself parses the text, through jaxlib: a private API, which this file alone uses. jaxlib is pinned as libtpu is.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def _bits(element_type: int) -> int:
 
 def _parse(text: str) -> HloModuleProto:
     try:
-        from jaxlib._hlo import hlo_module_from_text
+        from jaxlib._hlo import hlo_module_from_text  # type: ignore[import-not-found]
 
         return HloModuleProto.FromString(hlo_module_from_text(text).as_serialized_hlo_module_proto())
     except (ImportError, AttributeError) as error:

@@ -25,6 +25,7 @@ from pipeline.stages.progress import Progress, StageTimings
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
+from splash_workbench.status import is_out_of_memory
 
 
 class LoadedStages:
@@ -69,7 +70,7 @@ def run_stage(
     try:
         return run(request, checkpoint, key, inputs, run_dir, timings, options, loaded, progress)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         message = (
             f"{key.stage}: not enough device memory for {request.width}x{request.height}, {request.num_frames} frames, "

@@ -10,39 +10,26 @@ import collections
 import dataclasses
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from splash_workbench.profiles.xla_pb2 import (
-    HloModuleProto,
-    HloProto,
-    XEvent,
-    XLine,
-    XPlane,
-    XSpace,
-    XStat,
-)
+from splash_workbench.profiles.scopes import Programs, named_scope, read_stats
+from splash_workbench.profiles.xla_pb2 import XEvent, XLine, XPlane, XSpace
 
 SUFFIX = ".xplane.pb"
 _DEVICE_PLANE = "/device:"
 _CORE_PLANE = re.compile(r"^/device:[A-Za-z]+:\d+$")  # not "/device:TPU:0 SparseCore 1", nor "/device:CUSTOM:..."
-_HOST_PLANE, _METADATA_PLANE = "/host:CPU", "/host:metadata"
+_HOST_PLANE = "/host:CPU"
 _OPS_LINE, _STEPS_LINE, _MODULES_LINE = "XLA Ops", "Steps", "XLA Modules"
-_HLO_STAT = "Hlo Proto"
 #: Stat of a device plane that no device wrote.
 PREDICTED_STAT = "predicted"
 _ENDED = "end: "
 #: Ops whose time is that of the ops that they run.
 _CONTROL_FLOW = frozenset(("while", "conditional", "call"))
-#: Parts of an op_name that JAX adds, not the author of the program.
-_ADDED = frozenset(
-    "while body cond closed_call shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
-)
 _NUMBER = re.compile(r"\.\d+$")
-_NO_SCOPE = re.compile(r"\(|->|^branch_\d+_fun$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +154,7 @@ def parse(path: Path) -> XSpace:
 
 def from_space(space: XSpace, host: str) -> Profile:
     """Return the Profile of a message. The host's ops count only where there is no device plane."""
-    programs = _Programs(space)
+    programs = Programs(space)
     cores = [
         plane
         for plane in space.planes
@@ -193,69 +180,8 @@ def from_space(space: XSpace, host: str) -> Profile:
         ops=_by_start(ops),
         steps=_by_start(steps),
         modules=_by_start(modules),
-        predicted=any(PREDICTED_STAT in _stats(plane, plane.stats) for plane in cores),
+        predicted=any(PREDICTED_STAT in read_stats(plane, plane.stats) for plane in cores),
     )
-
-
-def named_scope(op_name: str) -> str:
-    """Return the named scopes of an HLO op_name: "jit(f)/blocks/while/body/closed_call/attention/dot" -> "blocks/attention".
-
-    Left out are the primitive at the end, functions (`jit(f)`), the formulas of einsum, and what JAX adds for control
-    flow. Of the several names that XLA gives a fused op the first counts.
-    """
-    parts = op_name.split(";")[0].rstrip(":").split("/")[:-1]
-    return "/".join(part for part in parts if part not in _ADDED and not _NO_SCOPE.search(part))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    opcode: str
-    scope: str
-
-
-_UNKNOWN = _Instruction("", "")
-
-
-class _Programs:
-    """Opcode and scope of each op, from the HLO that the profiler saves."""
-
-    def __init__(self, space: XSpace) -> None:
-        self._by_id: dict[str, dict[str, _Instruction]] = {}
-        self._by_name: dict[str, list[dict[str, _Instruction]]] = collections.defaultdict(list)
-        for plane in space.planes:
-            if plane.name != _METADATA_PLANE:
-                continue
-            for metadata in plane.event_metadata.values():
-                proto = _stats(plane, metadata.stats).get(_HLO_STAT)
-                if isinstance(proto, bytes):
-                    module = HloProto.FromString(proto).hlo_module
-                    instructions = _instructions(module)
-                    self._by_id[metadata.name[metadata.name.rfind("(") :]] = instructions
-                    self._by_name[module.name].append(instructions)
-
-    def find(self, stats: Mapping[str, Any], op: str) -> _Instruction:
-        """Return an op by its event's stats; with nothing in it where the HLO is absent or does not tell which it is."""
-        module = str(stats.get("hlo_module", ""))
-        program = self._by_id.get(f"({stats.get('program_id')})")
-        if program in self._by_name.get(module, ()) or (program and not module):
-            return program.get(op, _UNKNOWN) if program else _UNKNOWN
-        # A program out of the compilation cache runs under the number that it had when it was compiled.
-        found = {program[op] for program in self._by_name.get(module, ()) if op in program}
-        return found.pop() if len(found) == 1 else _UNKNOWN
-
-
-def _instructions(module: HloModuleProto) -> dict[str, _Instruction]:
-    computations = {computation.id: computation for computation in module.computations}
-    found = {}
-    for computation in module.computations:
-        for instruction in computation.instructions:
-            scope = named_scope(instruction.metadata.op_name)
-            if not scope and instruction.opcode == "fusion":  # made by the compiler: what most of it is of
-                inside = [op for n in instruction.called_computation_ids for op in computations[n].instructions]
-                scopes = collections.Counter(filter(None, (named_scope(op.metadata.op_name) for op in inside)))
-                scope = scopes.most_common(1)[0][0] if scopes else ""
-            found[instruction.name] = _Instruction(instruction.opcode, scope)
-    return found
 
 
 def _nested(ops: Iterable[Op]) -> list[Op]:
@@ -305,9 +231,9 @@ def _shared(ops: Sequence[Op]) -> list[Op]:
     return [dataclasses.replace(op, self_ps=round(share)) for op, share in zip(ops, shares, strict=True)]
 
 
-def _device_op(plane: XPlane, line: XLine, event: XEvent, programs: _Programs) -> Op:
+def _device_op(plane: XPlane, line: XLine, event: XEvent, programs: Programs) -> Op:
     metadata = plane.event_metadata[event.metadata_id]
-    stats = _stats(plane, metadata.stats) | _stats(plane, event.stats)
+    stats = read_stats(plane, metadata.stats) | read_stats(plane, event.stats)
     name = metadata.display_name or metadata.name.split(" = ")[0].lstrip("%")
     known = programs.find(stats, name)
     op_name = stats.get("tf_op")
@@ -317,7 +243,7 @@ def _device_op(plane: XPlane, line: XLine, event: XEvent, programs: _Programs) -
     return _op(plane, line, event, name=name, scope=scope, opcode=opcode, program=program)
 
 
-def _host_ops(plane: XPlane, programs: _Programs) -> list[Op]:
+def _host_ops(plane: XPlane, programs: Programs) -> list[Op]:
     """XLA's CPU ops, each from its event to the one that says that it has ended."""
     begun: list[tuple[Op, Any]] = []
     ended: dict[Any, int] = {}
@@ -325,7 +251,7 @@ def _host_ops(plane: XPlane, programs: _Programs) -> list[Op]:
         for event in line.events:
             if not event.stats:
                 continue
-            stats = _stats(plane, event.stats)
+            stats = read_stats(plane, event.stats)
             if "hlo_op" in stats:
                 name = str(stats["hlo_op"])
                 known = programs.find(stats, name)
@@ -358,7 +284,7 @@ def _device_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
 
 def _host_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
     for event in line.events:
-        number = _stats(plane, event.stats).get("step_num")
+        number = read_stats(plane, event.stats).get("step_num")
         if number is not None:
             name = plane.event_metadata[event.metadata_id].name
             yield Step(name, int(number), plane.name, _start_ps(line, event), event.duration_ps)
@@ -370,13 +296,3 @@ def _start_ps(line: XLine, event: XEvent) -> int:
 
 def _by_start(items: Iterable[_Timed]) -> tuple[_Timed, ...]:
     return tuple(sorted(items, key=lambda item: (item.plane, item.start_ps)))
-
-
-def _stats(plane: XPlane, stats: Iterable[XStat]) -> dict[str, Any]:
-    found = {}
-    for stat in stats:
-        kind = stat.WhichOneof("value")
-        value = getattr(stat, kind) if kind else None
-        name = plane.stat_metadata[stat.metadata_id].name
-        found[name] = plane.stat_metadata[value].name if kind == "ref_value" else value
-    return found

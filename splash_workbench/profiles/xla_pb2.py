@@ -4,98 +4,101 @@
 # source: splash_workbench/profiles/xla.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "splash_workbench/profiles/xla.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'splash_workbench/profiles/xla.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n#splash_workbench/profiles/xla.proto\x12\x14splash_workbench.xla"I\n\x06XSpace\x12,\n\x06planes\x18\x01 \x03(\x0b\x32\x1c.splash_workbench.xla.XPlane\x12\x11\n\thostnames\x18\x04 \x03(\t"\xc0\x03\n\x06XPlane\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x05lines\x18\x03 \x03(\x0b\x32\x1b.splash_workbench.xla.XLine\x12G\n\x0e\x65vent_metadata\x18\x04 \x03(\x0b\x32/.splash_workbench.xla.XPlane.EventMetadataEntry\x12\x45\n\rstat_metadata\x18\x05 \x03(\x0b\x32..splash_workbench.xla.XPlane.StatMetadataEntry\x12*\n\x05stats\x18\x06 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat\x1aZ\n\x12\x45ventMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\x33\n\x05value\x18\x02 \x01(\x0b\x32$.splash_workbench.xla.XEventMetadata:\x02\x38\x01\x1aX\n\x11StatMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\x32\n\x05value\x18\x02 \x01(\x0b\x32#.splash_workbench.xla.XStatMetadata:\x02\x38\x01"\xa4\x01\n\x05XLine\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x12\n\ndisplay_id\x18\n \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x0b \x01(\t\x12\x14\n\x0ctimestamp_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ps\x18\t \x01(\x03\x12,\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x1c.splash_workbench.xla.XEvent"q\n\x06XEvent\x12\x13\n\x0bmetadata_id\x18\x01 \x01(\x03\x12\x11\n\toffset_ps\x18\x02 \x01(\x03\x12\x13\n\x0b\x64uration_ps\x18\x03 \x01(\x03\x12*\n\x05stats\x18\x04 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat"\xad\x01\n\x05XStat\x12\x13\n\x0bmetadata_id\x18\x01 \x01(\x03\x12\x16\n\x0c\x64ouble_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cuint64_value\x18\x03 \x01(\x04H\x00\x12\x15\n\x0bint64_value\x18\x04 \x01(\x03H\x00\x12\x13\n\tstr_value\x18\x05 \x01(\tH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x12\x13\n\tref_value\x18\x07 \x01(\x04H\x00\x42\x07\n\x05value"l\n\x0eXEventMetadata\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\x12*\n\x05stats\x18\x05 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat")\n\rXStatMetadata\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t"\xc4\x01\n\x15MemoryAccessBreakdown\x12S\n\x0fmemory_accessed\x18\x01 \x03(\x0b\x32:.splash_workbench.xla.MemoryAccessBreakdown.MemoryAccessed\x1aV\n\x0eMemoryAccessed\x12\x16\n\x0eoperation_type\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_space\x18\x02 \x01(\x03\x12\x16\n\x0e\x62ytes_accessed\x18\x03 \x01(\x04"D\n\x08HloProto\x12\x38\n\nhlo_module\x18\x01 \x01(\x0b\x32$.splash_workbench.xla.HloModuleProto"\xb7\x01\n\x0eHloModuleProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12?\n\x0c\x63omputations\x18\x03 \x03(\x0b\x32).splash_workbench.xla.HloComputationProto\x12\x1c\n\x14\x65ntry_computation_id\x18\x06 \x01(\x03\x12\x38\n\x08schedule\x18\x07 \x01(\x0b\x32&.splash_workbench.xla.HloScheduleProto"\xfa\x01\n\x10HloScheduleProto\x12H\n\tsequences\x18\x01 \x03(\x0b\x32\x35.splash_workbench.xla.HloScheduleProto.SequencesEntry\x1a.\n\x13InstructionSequence\x12\x17\n\x0finstruction_ids\x18\x01 \x03(\x03\x1al\n\x0eSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12I\n\x05value\x18\x02 \x01(\x0b\x32:.splash_workbench.xla.HloScheduleProto.InstructionSequence:\x02\x38\x01"\x81\x01\n\x13HloComputationProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12?\n\x0cinstructions\x18\x02 \x03(\x0b\x32).splash_workbench.xla.HloInstructionProto\x12\n\n\x02id\x18\x05 \x01(\x03\x12\x0f\n\x07root_id\x18\x06 \x01(\x03"\xab\x07\n\x13HloInstructionProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06opcode\x18\x02 \x01(\t\x12/\n\x05shape\x18\x03 \x01(\x0b\x32 .splash_workbench.xla.ShapeProto\x12\x32\n\x08metadata\x18\x07 \x01(\x0b\x32 .splash_workbench.xla.OpMetadata\x12\x33\n\x07literal\x18\x08 \x01(\x0b\x32".splash_workbench.xla.LiteralProto\x12\x18\n\x10parameter_number\x18\t \x01(\x03\x12\x13\n\x0btuple_index\x18\r \x01(\x03\x12\x12\n\nchannel_id\x18\x1a \x01(\x03\x12\x1a\n\x12\x63ustom_call_target\x18\x1c \x01(\t\x12\n\n\x02id\x18# \x01(\x03\x12\x13\n\x0boperand_ids\x18$ \x03(\x03\x12\x1f\n\x17\x63ontrol_predecessor_ids\x18% \x03(\x03\x12\x1e\n\x16\x63\x61lled_computation_ids\x18& \x03(\x03\x12.\n\x08sharding\x18( \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x12?\n\x13source_target_pairs\x18\x34 \x03(\x0b\x32".splash_workbench.xla.SourceTarget\x12\x1c\n\x14\x63omparison_direction\x18? \x01(\t\x12\x39\n\x13\x66rontend_attributes\x18\x44 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x12&\n\x1c\x63ross_program_prefetch_index\x18P \x01(\x05H\x00\x12O\n\x16\x63ollective_device_list\x18W \x01(\x0b\x32/.splash_workbench.xla.CollectiveDeviceListProto\x12T\n\x1biota_collective_device_list\x18\\ \x01(\x0b\x32/.splash_workbench.xla.IotaReplicaGroupListProto\x12Y\n\x1cmesh_axes_replica_group_list\x18] \x01(\x0b\x32\x33.splash_workbench.xla.MeshAxesReplicaGroupListProtoB\'\n%optional_cross_program_prefetch_index"\x08\n\x06Opaque"\x1d\n\nOpMetadata\x12\x0f\n\x07op_name\x18\x02 \x01(\t"\xc6\x01\n\nShapeProto\x12\x39\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32#.splash_workbench.xla.PrimitiveType\x12\x12\n\ndimensions\x18\x03 \x03(\x03\x12\x36\n\x0ctuple_shapes\x18\x04 \x03(\x0b\x32 .splash_workbench.xla.ShapeProto\x12\x31\n\x06layout\x18\x05 \x01(\x0b\x32!.splash_workbench.xla.LayoutProto"#\n\x0bLayoutProto\x12\x14\n\x0cmemory_space\x18\x08 \x01(\x03"U\n\x0cLiteralProto\x12\r\n\x05preds\x18\x02 \x03(\x08\x12\x0c\n\x04s32s\x18\x04 \x03(\x05\x12\x0c\n\x04s64s\x18\x05 \x03(\x03\x12\x0c\n\x04u32s\x18\x06 \x03(\r\x12\x0c\n\x04u64s\x18\x07 \x03(\x04".\n\x0cSourceTarget\x12\x0e\n\x06source\x18\x01 \x01(\x03\x12\x0e\n\x06target\x18\x02 \x01(\x03"\x96\x01\n\x19\x43ollectiveDeviceListProto\x12T\n\x0ereplica_groups\x18\x01 \x03(\x0b\x32<.splash_workbench.xla.CollectiveDeviceListProto.ReplicaGroup\x1a#\n\x0cReplicaGroup\x12\x13\n\x0breplica_ids\x18\x01 \x03(\x03"\x8e\x01\n\x19IotaReplicaGroupListProto\x12\x1a\n\x12num_replica_groups\x18\x01 \x01(\x03\x12\x1d\n\x15num_devices_per_group\x18\x02 \x01(\x03\x12\x19\n\x11iota_reshape_dims\x18\x03 \x03(\x03\x12\x1b\n\x13iota_transpose_perm\x18\x04 \x03(\x05"\xf0\x03\n\x1dMeshAxesReplicaGroupListProto\x12K\n\x04mesh\x18\x01 \x01(\x0b\x32=.splash_workbench.xla.MeshAxesReplicaGroupListProto.MeshProto\x12N\n\x04\x61xes\x18\x02 \x03(\x0b\x32@.splash_workbench.xla.MeshAxesReplicaGroupListProto.AxisRefProto\x1a\xd3\x01\n\tMeshProto\x12T\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x46.splash_workbench.xla.MeshAxesReplicaGroupListProto.MeshProto.MeshAxis\x12\x12\n\ndevice_ids\x18\x02 \x03(\x03\x12\x34\n\x0eiota_transform\x18\x03 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x1a&\n\x08MeshAxis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x1a\\\n\x0c\x41xisRefProto\x12\x17\n\x0fmesh_axis_index\x18\x01 \x01(\x03\x12\x33\n\rsub_axis_info\x18\x02 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque*\xb4\x03\n\rPrimitiveType\x12\x1a\n\x16PRIMITIVE_TYPE_INVALID\x10\x00\x12\x08\n\x04PRED\x10\x01\x12\x06\n\x02S1\x10\x1e\x12\x06\n\x02S2\x10\x1a\x12\x06\n\x02S4\x10\x15\x12\x06\n\x02S8\x10\x02\x12\x07\n\x03S16\x10\x03\x12\x07\n\x03S32\x10\x04\x12\x07\n\x03S64\x10\x05\x12\x06\n\x02U1\x10\x1f\x12\x06\n\x02U2\x10\x1b\x12\x06\n\x02U4\x10\x16\x12\x06\n\x02U8\x10\x06\x12\x07\n\x03U16\x10\x07\x12\x07\n\x03U32\x10\x08\x12\x07\n\x03U64\x10\t\x12\x07\n\x03\x46\x31\x36\x10\n\x12\x07\n\x03\x46\x33\x32\x10\x0b\x12\x08\n\x04\x42\x46\x31\x36\x10\x10\x12\x07\n\x03\x46\x36\x34\x10\x0c\x12\n\n\x06\x46\x38\x45\x35M2\x10\x13\x12\n\n\x06\x46\x38\x45\x34M3\x10\x1c\x12\x0c\n\x08\x46\x38\x45\x34M3FN\x10\x14\x12\x11\n\rF8E4M3B11FNUZ\x10\x17\x12\n\n\x06\x46\x38\x45\x33M4\x10\x1d\x12\x0e\n\nF8E5M2FNUZ\x10\x18\x12\x0e\n\nF8E4M3FNUZ\x10\x19\x12\x0c\n\x08\x46\x34\x45\x32M1FN\x10 \x12\r\n\tF8E8M0FNU\x10!\x12\x0c\n\x08\x46\x36\x45\x33M2FN\x10#\x12\x0c\n\x08\x46\x36\x45\x32M3FN\x10$\x12\x07\n\x03\x43\x36\x34\x10\x0f\x12\x08\n\x04\x43\x31\x32\x38\x10\x12\x12\t\n\x05TUPLE\x10\r\x12\x0f\n\x0bOPAQUE_TYPE\x10\x0e\x12\t\n\x05TOKEN\x10\x11\x12\n\n\x06\x42UFFER\x10"b\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#splash_workbench/profiles/xla.proto\x12\x14splash_workbench.xla\"I\n\x06XSpace\x12,\n\x06planes\x18\x01 \x03(\x0b\x32\x1c.splash_workbench.xla.XPlane\x12\x11\n\thostnames\x18\x04 \x03(\t\"\xc0\x03\n\x06XPlane\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x05lines\x18\x03 \x03(\x0b\x32\x1b.splash_workbench.xla.XLine\x12G\n\x0e\x65vent_metadata\x18\x04 \x03(\x0b\x32/.splash_workbench.xla.XPlane.EventMetadataEntry\x12\x45\n\rstat_metadata\x18\x05 \x03(\x0b\x32..splash_workbench.xla.XPlane.StatMetadataEntry\x12*\n\x05stats\x18\x06 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat\x1aZ\n\x12\x45ventMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\x33\n\x05value\x18\x02 \x01(\x0b\x32$.splash_workbench.xla.XEventMetadata:\x02\x38\x01\x1aX\n\x11StatMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\x32\n\x05value\x18\x02 \x01(\x0b\x32#.splash_workbench.xla.XStatMetadata:\x02\x38\x01\"\xa4\x01\n\x05XLine\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x12\n\ndisplay_id\x18\n \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x0b \x01(\t\x12\x14\n\x0ctimestamp_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ps\x18\t \x01(\x03\x12,\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x1c.splash_workbench.xla.XEvent\"q\n\x06XEvent\x12\x13\n\x0bmetadata_id\x18\x01 \x01(\x03\x12\x11\n\toffset_ps\x18\x02 \x01(\x03\x12\x13\n\x0b\x64uration_ps\x18\x03 \x01(\x03\x12*\n\x05stats\x18\x04 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat\"\xad\x01\n\x05XStat\x12\x13\n\x0bmetadata_id\x18\x01 \x01(\x03\x12\x16\n\x0c\x64ouble_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cuint64_value\x18\x03 \x01(\x04H\x00\x12\x15\n\x0bint64_value\x18\x04 \x01(\x03H\x00\x12\x13\n\tstr_value\x18\x05 \x01(\tH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x12\x13\n\tref_value\x18\x07 \x01(\x04H\x00\x42\x07\n\x05value\"l\n\x0eXEventMetadata\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\x12*\n\x05stats\x18\x05 \x03(\x0b\x32\x1b.splash_workbench.xla.XStat\")\n\rXStatMetadata\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xc4\x01\n\x15MemoryAccessBreakdown\x12S\n\x0fmemory_accessed\x18\x01 \x03(\x0b\x32:.splash_workbench.xla.MemoryAccessBreakdown.MemoryAccessed\x1aV\n\x0eMemoryAccessed\x12\x16\n\x0eoperation_type\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_space\x18\x02 \x01(\x03\x12\x16\n\x0e\x62ytes_accessed\x18\x03 \x01(\x04\"D\n\x08HloProto\x12\x38\n\nhlo_module\x18\x01 \x01(\x0b\x32$.splash_workbench.xla.HloModuleProto\"\xb7\x01\n\x0eHloModuleProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12?\n\x0c\x63omputations\x18\x03 \x03(\x0b\x32).splash_workbench.xla.HloComputationProto\x12\x1c\n\x14\x65ntry_computation_id\x18\x06 \x01(\x03\x12\x38\n\x08schedule\x18\x07 \x01(\x0b\x32&.splash_workbench.xla.HloScheduleProto\"\xfa\x01\n\x10HloScheduleProto\x12H\n\tsequences\x18\x01 \x03(\x0b\x32\x35.splash_workbench.xla.HloScheduleProto.SequencesEntry\x1a.\n\x13InstructionSequence\x12\x17\n\x0finstruction_ids\x18\x01 \x03(\x03\x1al\n\x0eSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12I\n\x05value\x18\x02 \x01(\x0b\x32:.splash_workbench.xla.HloScheduleProto.InstructionSequence:\x02\x38\x01\"\x81\x01\n\x13HloComputationProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12?\n\x0cinstructions\x18\x02 \x03(\x0b\x32).splash_workbench.xla.HloInstructionProto\x12\n\n\x02id\x18\x05 \x01(\x03\x12\x0f\n\x07root_id\x18\x06 \x01(\x03\"\xab\x07\n\x13HloInstructionProto\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06opcode\x18\x02 \x01(\t\x12/\n\x05shape\x18\x03 \x01(\x0b\x32 .splash_workbench.xla.ShapeProto\x12\x32\n\x08metadata\x18\x07 \x01(\x0b\x32 .splash_workbench.xla.OpMetadata\x12\x33\n\x07literal\x18\x08 \x01(\x0b\x32\".splash_workbench.xla.LiteralProto\x12\x18\n\x10parameter_number\x18\t \x01(\x03\x12\x13\n\x0btuple_index\x18\r \x01(\x03\x12\x12\n\nchannel_id\x18\x1a \x01(\x03\x12\x1a\n\x12\x63ustom_call_target\x18\x1c \x01(\t\x12\n\n\x02id\x18# \x01(\x03\x12\x13\n\x0boperand_ids\x18$ \x03(\x03\x12\x1f\n\x17\x63ontrol_predecessor_ids\x18% \x03(\x03\x12\x1e\n\x16\x63\x61lled_computation_ids\x18& \x03(\x03\x12.\n\x08sharding\x18( \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x12?\n\x13source_target_pairs\x18\x34 \x03(\x0b\x32\".splash_workbench.xla.SourceTarget\x12\x1c\n\x14\x63omparison_direction\x18? \x01(\t\x12\x39\n\x13\x66rontend_attributes\x18\x44 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x12&\n\x1c\x63ross_program_prefetch_index\x18P \x01(\x05H\x00\x12O\n\x16\x63ollective_device_list\x18W \x01(\x0b\x32/.splash_workbench.xla.CollectiveDeviceListProto\x12T\n\x1biota_collective_device_list\x18\\ \x01(\x0b\x32/.splash_workbench.xla.IotaReplicaGroupListProto\x12Y\n\x1cmesh_axes_replica_group_list\x18] \x01(\x0b\x32\x33.splash_workbench.xla.MeshAxesReplicaGroupListProtoB\'\n%optional_cross_program_prefetch_index\"\x08\n\x06Opaque\"\x1d\n\nOpMetadata\x12\x0f\n\x07op_name\x18\x02 \x01(\t\"\xc6\x01\n\nShapeProto\x12\x39\n\x0c\x65lement_type\x18\x02 \x01(\x0e\x32#.splash_workbench.xla.PrimitiveType\x12\x12\n\ndimensions\x18\x03 \x03(\x03\x12\x36\n\x0ctuple_shapes\x18\x04 \x03(\x0b\x32 .splash_workbench.xla.ShapeProto\x12\x31\n\x06layout\x18\x05 \x01(\x0b\x32!.splash_workbench.xla.LayoutProto\"#\n\x0bLayoutProto\x12\x14\n\x0cmemory_space\x18\x08 \x01(\x03\"U\n\x0cLiteralProto\x12\r\n\x05preds\x18\x02 \x03(\x08\x12\x0c\n\x04s32s\x18\x04 \x03(\x05\x12\x0c\n\x04s64s\x18\x05 \x03(\x03\x12\x0c\n\x04u32s\x18\x06 \x03(\r\x12\x0c\n\x04u64s\x18\x07 \x03(\x04\".\n\x0cSourceTarget\x12\x0e\n\x06source\x18\x01 \x01(\x03\x12\x0e\n\x06target\x18\x02 \x01(\x03\"\x96\x01\n\x19\x43ollectiveDeviceListProto\x12T\n\x0ereplica_groups\x18\x01 \x03(\x0b\x32<.splash_workbench.xla.CollectiveDeviceListProto.ReplicaGroup\x1a#\n\x0cReplicaGroup\x12\x13\n\x0breplica_ids\x18\x01 \x03(\x03\"\x8e\x01\n\x19IotaReplicaGroupListProto\x12\x1a\n\x12num_replica_groups\x18\x01 \x01(\x03\x12\x1d\n\x15num_devices_per_group\x18\x02 \x01(\x03\x12\x19\n\x11iota_reshape_dims\x18\x03 \x03(\x03\x12\x1b\n\x13iota_transpose_perm\x18\x04 \x03(\x05\"\xf0\x03\n\x1dMeshAxesReplicaGroupListProto\x12K\n\x04mesh\x18\x01 \x01(\x0b\x32=.splash_workbench.xla.MeshAxesReplicaGroupListProto.MeshProto\x12N\n\x04\x61xes\x18\x02 \x03(\x0b\x32@.splash_workbench.xla.MeshAxesReplicaGroupListProto.AxisRefProto\x1a\xd3\x01\n\tMeshProto\x12T\n\x04\x61xes\x18\x01 \x03(\x0b\x32\x46.splash_workbench.xla.MeshAxesReplicaGroupListProto.MeshProto.MeshAxis\x12\x12\n\ndevice_ids\x18\x02 \x03(\x03\x12\x34\n\x0eiota_transform\x18\x03 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque\x1a&\n\x08MeshAxis\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x03\x1a\\\n\x0c\x41xisRefProto\x12\x17\n\x0fmesh_axis_index\x18\x01 \x01(\x03\x12\x33\n\rsub_axis_info\x18\x02 \x01(\x0b\x32\x1c.splash_workbench.xla.Opaque*\xb4\x03\n\rPrimitiveType\x12\x1a\n\x16PRIMITIVE_TYPE_INVALID\x10\x00\x12\x08\n\x04PRED\x10\x01\x12\x06\n\x02S1\x10\x1e\x12\x06\n\x02S2\x10\x1a\x12\x06\n\x02S4\x10\x15\x12\x06\n\x02S8\x10\x02\x12\x07\n\x03S16\x10\x03\x12\x07\n\x03S32\x10\x04\x12\x07\n\x03S64\x10\x05\x12\x06\n\x02U1\x10\x1f\x12\x06\n\x02U2\x10\x1b\x12\x06\n\x02U4\x10\x16\x12\x06\n\x02U8\x10\x06\x12\x07\n\x03U16\x10\x07\x12\x07\n\x03U32\x10\x08\x12\x07\n\x03U64\x10\t\x12\x07\n\x03\x46\x31\x36\x10\n\x12\x07\n\x03\x46\x33\x32\x10\x0b\x12\x08\n\x04\x42\x46\x31\x36\x10\x10\x12\x07\n\x03\x46\x36\x34\x10\x0c\x12\n\n\x06\x46\x38\x45\x35M2\x10\x13\x12\n\n\x06\x46\x38\x45\x34M3\x10\x1c\x12\x0c\n\x08\x46\x38\x45\x34M3FN\x10\x14\x12\x11\n\rF8E4M3B11FNUZ\x10\x17\x12\n\n\x06\x46\x38\x45\x33M4\x10\x1d\x12\x0e\n\nF8E5M2FNUZ\x10\x18\x12\x0e\n\nF8E4M3FNUZ\x10\x19\x12\x0c\n\x08\x46\x34\x45\x32M1FN\x10 \x12\r\n\tF8E8M0FNU\x10!\x12\x0c\n\x08\x46\x36\x45\x33M2FN\x10#\x12\x0c\n\x08\x46\x36\x45\x32M3FN\x10$\x12\x07\n\x03\x43\x36\x34\x10\x0f\x12\x08\n\x04\x43\x31\x32\x38\x10\x12\x12\t\n\x05TUPLE\x10\r\x12\x0f\n\x0bOPAQUE_TYPE\x10\x0e\x12\t\n\x05TOKEN\x10\x11\x12\n\n\x06\x42UFFER\x10\"b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "splash_workbench.profiles.xla_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'splash_workbench.profiles.xla_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_XPLANE_EVENTMETADATAENTRY"]._loaded_options = None
-    _globals["_XPLANE_EVENTMETADATAENTRY"]._serialized_options = b"8\001"
-    _globals["_XPLANE_STATMETADATAENTRY"]._loaded_options = None
-    _globals["_XPLANE_STATMETADATAENTRY"]._serialized_options = b"8\001"
-    _globals["_HLOSCHEDULEPROTO_SEQUENCESENTRY"]._loaded_options = None
-    _globals["_HLOSCHEDULEPROTO_SEQUENCESENTRY"]._serialized_options = b"8\001"
-    _globals["_PRIMITIVETYPE"]._serialized_start = 4192
-    _globals["_PRIMITIVETYPE"]._serialized_end = 4628
-    _globals["_XSPACE"]._serialized_start = 61
-    _globals["_XSPACE"]._serialized_end = 134
-    _globals["_XPLANE"]._serialized_start = 137
-    _globals["_XPLANE"]._serialized_end = 585
-    _globals["_XPLANE_EVENTMETADATAENTRY"]._serialized_start = 405
-    _globals["_XPLANE_EVENTMETADATAENTRY"]._serialized_end = 495
-    _globals["_XPLANE_STATMETADATAENTRY"]._serialized_start = 497
-    _globals["_XPLANE_STATMETADATAENTRY"]._serialized_end = 585
-    _globals["_XLINE"]._serialized_start = 588
-    _globals["_XLINE"]._serialized_end = 752
-    _globals["_XEVENT"]._serialized_start = 754
-    _globals["_XEVENT"]._serialized_end = 867
-    _globals["_XSTAT"]._serialized_start = 870
-    _globals["_XSTAT"]._serialized_end = 1043
-    _globals["_XEVENTMETADATA"]._serialized_start = 1045
-    _globals["_XEVENTMETADATA"]._serialized_end = 1153
-    _globals["_XSTATMETADATA"]._serialized_start = 1155
-    _globals["_XSTATMETADATA"]._serialized_end = 1196
-    _globals["_MEMORYACCESSBREAKDOWN"]._serialized_start = 1199
-    _globals["_MEMORYACCESSBREAKDOWN"]._serialized_end = 1395
-    _globals["_MEMORYACCESSBREAKDOWN_MEMORYACCESSED"]._serialized_start = 1309
-    _globals["_MEMORYACCESSBREAKDOWN_MEMORYACCESSED"]._serialized_end = 1395
-    _globals["_HLOPROTO"]._serialized_start = 1397
-    _globals["_HLOPROTO"]._serialized_end = 1465
-    _globals["_HLOMODULEPROTO"]._serialized_start = 1468
-    _globals["_HLOMODULEPROTO"]._serialized_end = 1651
-    _globals["_HLOSCHEDULEPROTO"]._serialized_start = 1654
-    _globals["_HLOSCHEDULEPROTO"]._serialized_end = 1904
-    _globals["_HLOSCHEDULEPROTO_INSTRUCTIONSEQUENCE"]._serialized_start = 1748
-    _globals["_HLOSCHEDULEPROTO_INSTRUCTIONSEQUENCE"]._serialized_end = 1794
-    _globals["_HLOSCHEDULEPROTO_SEQUENCESENTRY"]._serialized_start = 1796
-    _globals["_HLOSCHEDULEPROTO_SEQUENCESENTRY"]._serialized_end = 1904
-    _globals["_HLOCOMPUTATIONPROTO"]._serialized_start = 1907
-    _globals["_HLOCOMPUTATIONPROTO"]._serialized_end = 2036
-    _globals["_HLOINSTRUCTIONPROTO"]._serialized_start = 2039
-    _globals["_HLOINSTRUCTIONPROTO"]._serialized_end = 2978
-    _globals["_OPAQUE"]._serialized_start = 2980
-    _globals["_OPAQUE"]._serialized_end = 2988
-    _globals["_OPMETADATA"]._serialized_start = 2990
-    _globals["_OPMETADATA"]._serialized_end = 3019
-    _globals["_SHAPEPROTO"]._serialized_start = 3022
-    _globals["_SHAPEPROTO"]._serialized_end = 3220
-    _globals["_LAYOUTPROTO"]._serialized_start = 3222
-    _globals["_LAYOUTPROTO"]._serialized_end = 3257
-    _globals["_LITERALPROTO"]._serialized_start = 3259
-    _globals["_LITERALPROTO"]._serialized_end = 3344
-    _globals["_SOURCETARGET"]._serialized_start = 3346
-    _globals["_SOURCETARGET"]._serialized_end = 3392
-    _globals["_COLLECTIVEDEVICELISTPROTO"]._serialized_start = 3395
-    _globals["_COLLECTIVEDEVICELISTPROTO"]._serialized_end = 3545
-    _globals["_COLLECTIVEDEVICELISTPROTO_REPLICAGROUP"]._serialized_start = 3510
-    _globals["_COLLECTIVEDEVICELISTPROTO_REPLICAGROUP"]._serialized_end = 3545
-    _globals["_IOTAREPLICAGROUPLISTPROTO"]._serialized_start = 3548
-    _globals["_IOTAREPLICAGROUPLISTPROTO"]._serialized_end = 3690
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO"]._serialized_start = 3693
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO"]._serialized_end = 4189
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO"]._serialized_start = 3884
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO"]._serialized_end = 4095
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO_MESHAXIS"]._serialized_start = 4057
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO_MESHAXIS"]._serialized_end = 4095
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_AXISREFPROTO"]._serialized_start = 4097
-    _globals["_MESHAXESREPLICAGROUPLISTPROTO_AXISREFPROTO"]._serialized_end = 4189
+  DESCRIPTOR._loaded_options = None
+  _globals['_XPLANE_EVENTMETADATAENTRY']._loaded_options = None
+  _globals['_XPLANE_EVENTMETADATAENTRY']._serialized_options = b'8\001'
+  _globals['_XPLANE_STATMETADATAENTRY']._loaded_options = None
+  _globals['_XPLANE_STATMETADATAENTRY']._serialized_options = b'8\001'
+  _globals['_HLOSCHEDULEPROTO_SEQUENCESENTRY']._loaded_options = None
+  _globals['_HLOSCHEDULEPROTO_SEQUENCESENTRY']._serialized_options = b'8\001'
+  _globals['_PRIMITIVETYPE']._serialized_start=4192
+  _globals['_PRIMITIVETYPE']._serialized_end=4628
+  _globals['_XSPACE']._serialized_start=61
+  _globals['_XSPACE']._serialized_end=134
+  _globals['_XPLANE']._serialized_start=137
+  _globals['_XPLANE']._serialized_end=585
+  _globals['_XPLANE_EVENTMETADATAENTRY']._serialized_start=405
+  _globals['_XPLANE_EVENTMETADATAENTRY']._serialized_end=495
+  _globals['_XPLANE_STATMETADATAENTRY']._serialized_start=497
+  _globals['_XPLANE_STATMETADATAENTRY']._serialized_end=585
+  _globals['_XLINE']._serialized_start=588
+  _globals['_XLINE']._serialized_end=752
+  _globals['_XEVENT']._serialized_start=754
+  _globals['_XEVENT']._serialized_end=867
+  _globals['_XSTAT']._serialized_start=870
+  _globals['_XSTAT']._serialized_end=1043
+  _globals['_XEVENTMETADATA']._serialized_start=1045
+  _globals['_XEVENTMETADATA']._serialized_end=1153
+  _globals['_XSTATMETADATA']._serialized_start=1155
+  _globals['_XSTATMETADATA']._serialized_end=1196
+  _globals['_MEMORYACCESSBREAKDOWN']._serialized_start=1199
+  _globals['_MEMORYACCESSBREAKDOWN']._serialized_end=1395
+  _globals['_MEMORYACCESSBREAKDOWN_MEMORYACCESSED']._serialized_start=1309
+  _globals['_MEMORYACCESSBREAKDOWN_MEMORYACCESSED']._serialized_end=1395
+  _globals['_HLOPROTO']._serialized_start=1397
+  _globals['_HLOPROTO']._serialized_end=1465
+  _globals['_HLOMODULEPROTO']._serialized_start=1468
+  _globals['_HLOMODULEPROTO']._serialized_end=1651
+  _globals['_HLOSCHEDULEPROTO']._serialized_start=1654
+  _globals['_HLOSCHEDULEPROTO']._serialized_end=1904
+  _globals['_HLOSCHEDULEPROTO_INSTRUCTIONSEQUENCE']._serialized_start=1748
+  _globals['_HLOSCHEDULEPROTO_INSTRUCTIONSEQUENCE']._serialized_end=1794
+  _globals['_HLOSCHEDULEPROTO_SEQUENCESENTRY']._serialized_start=1796
+  _globals['_HLOSCHEDULEPROTO_SEQUENCESENTRY']._serialized_end=1904
+  _globals['_HLOCOMPUTATIONPROTO']._serialized_start=1907
+  _globals['_HLOCOMPUTATIONPROTO']._serialized_end=2036
+  _globals['_HLOINSTRUCTIONPROTO']._serialized_start=2039
+  _globals['_HLOINSTRUCTIONPROTO']._serialized_end=2978
+  _globals['_OPAQUE']._serialized_start=2980
+  _globals['_OPAQUE']._serialized_end=2988
+  _globals['_OPMETADATA']._serialized_start=2990
+  _globals['_OPMETADATA']._serialized_end=3019
+  _globals['_SHAPEPROTO']._serialized_start=3022
+  _globals['_SHAPEPROTO']._serialized_end=3220
+  _globals['_LAYOUTPROTO']._serialized_start=3222
+  _globals['_LAYOUTPROTO']._serialized_end=3257
+  _globals['_LITERALPROTO']._serialized_start=3259
+  _globals['_LITERALPROTO']._serialized_end=3344
+  _globals['_SOURCETARGET']._serialized_start=3346
+  _globals['_SOURCETARGET']._serialized_end=3392
+  _globals['_COLLECTIVEDEVICELISTPROTO']._serialized_start=3395
+  _globals['_COLLECTIVEDEVICELISTPROTO']._serialized_end=3545
+  _globals['_COLLECTIVEDEVICELISTPROTO_REPLICAGROUP']._serialized_start=3510
+  _globals['_COLLECTIVEDEVICELISTPROTO_REPLICAGROUP']._serialized_end=3545
+  _globals['_IOTAREPLICAGROUPLISTPROTO']._serialized_start=3548
+  _globals['_IOTAREPLICAGROUPLISTPROTO']._serialized_end=3690
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO']._serialized_start=3693
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO']._serialized_end=4189
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO']._serialized_start=3884
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO']._serialized_end=4095
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO_MESHAXIS']._serialized_start=4057
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_MESHPROTO_MESHAXIS']._serialized_end=4095
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_AXISREFPROTO']._serialized_start=4097
+  _globals['_MESHAXESREPLICAGROUPLISTPROTO_AXISREFPROTO']._serialized_end=4189
 # @@protoc_insertion_point(module_scope)

@@ -46,7 +46,6 @@ class PrimitiveType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPAQUE_TYPE: _ClassVar[PrimitiveType]
     TOKEN: _ClassVar[PrimitiveType]
     BUFFER: _ClassVar[PrimitiveType]
-
 PRIMITIVE_TYPE_INVALID: PrimitiveType
 PRED: PrimitiveType
 S1: PrimitiveType
@@ -91,9 +90,7 @@ class XSpace(_message.Message):
     HOSTNAMES_FIELD_NUMBER: _ClassVar[int]
     planes: _containers.RepeatedCompositeFieldContainer[XPlane]
     hostnames: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(
-        self, planes: _Optional[_Iterable[_Union[XPlane, _Mapping]]] = ..., hostnames: _Optional[_Iterable[str]] = ...
-    ) -> None: ...
+    def __init__(self, planes: _Optional[_Iterable[_Union[XPlane, _Mapping]]] = ..., hostnames: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class XPlane(_message.Message):
     __slots__ = ("id", "name", "lines", "event_metadata", "stat_metadata", "stats")
@@ -103,20 +100,14 @@ class XPlane(_message.Message):
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: int
         value: XEventMetadata
-        def __init__(
-            self, key: _Optional[int] = ..., value: _Optional[_Union[XEventMetadata, _Mapping]] = ...
-        ) -> None: ...
-
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[XEventMetadata, _Mapping]] = ...) -> None: ...
     class StatMetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: int
         value: XStatMetadata
-        def __init__(
-            self, key: _Optional[int] = ..., value: _Optional[_Union[XStatMetadata, _Mapping]] = ...
-        ) -> None: ...
-
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[XStatMetadata, _Mapping]] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
@@ -129,15 +120,7 @@ class XPlane(_message.Message):
     event_metadata: _containers.MessageMap[int, XEventMetadata]
     stat_metadata: _containers.MessageMap[int, XStatMetadata]
     stats: _containers.RepeatedCompositeFieldContainer[XStat]
-    def __init__(
-        self,
-        id: _Optional[int] = ...,
-        name: _Optional[str] = ...,
-        lines: _Optional[_Iterable[_Union[XLine, _Mapping]]] = ...,
-        event_metadata: _Optional[_Mapping[int, XEventMetadata]] = ...,
-        stat_metadata: _Optional[_Mapping[int, XStatMetadata]] = ...,
-        stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., lines: _Optional[_Iterable[_Union[XLine, _Mapping]]] = ..., event_metadata: _Optional[_Mapping[int, XEventMetadata]] = ..., stat_metadata: _Optional[_Mapping[int, XStatMetadata]] = ..., stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...) -> None: ...
 
 class XLine(_message.Message):
     __slots__ = ("id", "display_id", "name", "display_name", "timestamp_ns", "duration_ps", "events")
@@ -155,16 +138,7 @@ class XLine(_message.Message):
     timestamp_ns: int
     duration_ps: int
     events: _containers.RepeatedCompositeFieldContainer[XEvent]
-    def __init__(
-        self,
-        id: _Optional[int] = ...,
-        display_id: _Optional[int] = ...,
-        name: _Optional[str] = ...,
-        display_name: _Optional[str] = ...,
-        timestamp_ns: _Optional[int] = ...,
-        duration_ps: _Optional[int] = ...,
-        events: _Optional[_Iterable[_Union[XEvent, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., display_id: _Optional[int] = ..., name: _Optional[str] = ..., display_name: _Optional[str] = ..., timestamp_ns: _Optional[int] = ..., duration_ps: _Optional[int] = ..., events: _Optional[_Iterable[_Union[XEvent, _Mapping]]] = ...) -> None: ...
 
 class XEvent(_message.Message):
     __slots__ = ("metadata_id", "offset_ps", "duration_ps", "stats")
@@ -176,13 +150,7 @@ class XEvent(_message.Message):
     offset_ps: int
     duration_ps: int
     stats: _containers.RepeatedCompositeFieldContainer[XStat]
-    def __init__(
-        self,
-        metadata_id: _Optional[int] = ...,
-        offset_ps: _Optional[int] = ...,
-        duration_ps: _Optional[int] = ...,
-        stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, metadata_id: _Optional[int] = ..., offset_ps: _Optional[int] = ..., duration_ps: _Optional[int] = ..., stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...) -> None: ...
 
 class XStat(_message.Message):
     __slots__ = ("metadata_id", "double_value", "uint64_value", "int64_value", "str_value", "bytes_value", "ref_value")
@@ -200,16 +168,7 @@ class XStat(_message.Message):
     str_value: str
     bytes_value: bytes
     ref_value: int
-    def __init__(
-        self,
-        metadata_id: _Optional[int] = ...,
-        double_value: _Optional[float] = ...,
-        uint64_value: _Optional[int] = ...,
-        int64_value: _Optional[int] = ...,
-        str_value: _Optional[str] = ...,
-        bytes_value: _Optional[bytes] = ...,
-        ref_value: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, metadata_id: _Optional[int] = ..., double_value: _Optional[float] = ..., uint64_value: _Optional[int] = ..., int64_value: _Optional[int] = ..., str_value: _Optional[str] = ..., bytes_value: _Optional[bytes] = ..., ref_value: _Optional[int] = ...) -> None: ...
 
 class XEventMetadata(_message.Message):
     __slots__ = ("id", "name", "display_name", "stats")
@@ -221,13 +180,7 @@ class XEventMetadata(_message.Message):
     name: str
     display_name: str
     stats: _containers.RepeatedCompositeFieldContainer[XStat]
-    def __init__(
-        self,
-        id: _Optional[int] = ...,
-        name: _Optional[str] = ...,
-        display_name: _Optional[str] = ...,
-        stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., display_name: _Optional[str] = ..., stats: _Optional[_Iterable[_Union[XStat, _Mapping]]] = ...) -> None: ...
 
 class XStatMetadata(_message.Message):
     __slots__ = ("id", "name")
@@ -247,18 +200,10 @@ class MemoryAccessBreakdown(_message.Message):
         operation_type: int
         memory_space: int
         bytes_accessed: int
-        def __init__(
-            self,
-            operation_type: _Optional[int] = ...,
-            memory_space: _Optional[int] = ...,
-            bytes_accessed: _Optional[int] = ...,
-        ) -> None: ...
-
+        def __init__(self, operation_type: _Optional[int] = ..., memory_space: _Optional[int] = ..., bytes_accessed: _Optional[int] = ...) -> None: ...
     MEMORY_ACCESSED_FIELD_NUMBER: _ClassVar[int]
     memory_accessed: _containers.RepeatedCompositeFieldContainer[MemoryAccessBreakdown.MemoryAccessed]
-    def __init__(
-        self, memory_accessed: _Optional[_Iterable[_Union[MemoryAccessBreakdown.MemoryAccessed, _Mapping]]] = ...
-    ) -> None: ...
+    def __init__(self, memory_accessed: _Optional[_Iterable[_Union[MemoryAccessBreakdown.MemoryAccessed, _Mapping]]] = ...) -> None: ...
 
 class HloProto(_message.Message):
     __slots__ = ("hlo_module",)
@@ -276,13 +221,7 @@ class HloModuleProto(_message.Message):
     computations: _containers.RepeatedCompositeFieldContainer[HloComputationProto]
     entry_computation_id: int
     schedule: HloScheduleProto
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        computations: _Optional[_Iterable[_Union[HloComputationProto, _Mapping]]] = ...,
-        entry_computation_id: _Optional[int] = ...,
-        schedule: _Optional[_Union[HloScheduleProto, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., computations: _Optional[_Iterable[_Union[HloComputationProto, _Mapping]]] = ..., entry_computation_id: _Optional[int] = ..., schedule: _Optional[_Union[HloScheduleProto, _Mapping]] = ...) -> None: ...
 
 class HloScheduleProto(_message.Message):
     __slots__ = ("sequences",)
@@ -291,19 +230,13 @@ class HloScheduleProto(_message.Message):
         INSTRUCTION_IDS_FIELD_NUMBER: _ClassVar[int]
         instruction_ids: _containers.RepeatedScalarFieldContainer[int]
         def __init__(self, instruction_ids: _Optional[_Iterable[int]] = ...) -> None: ...
-
     class SequencesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: int
         value: HloScheduleProto.InstructionSequence
-        def __init__(
-            self,
-            key: _Optional[int] = ...,
-            value: _Optional[_Union[HloScheduleProto.InstructionSequence, _Mapping]] = ...,
-        ) -> None: ...
-
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[HloScheduleProto.InstructionSequence, _Mapping]] = ...) -> None: ...
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.MessageMap[int, HloScheduleProto.InstructionSequence]
     def __init__(self, sequences: _Optional[_Mapping[int, HloScheduleProto.InstructionSequence]] = ...) -> None: ...
@@ -318,38 +251,10 @@ class HloComputationProto(_message.Message):
     instructions: _containers.RepeatedCompositeFieldContainer[HloInstructionProto]
     id: int
     root_id: int
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        instructions: _Optional[_Iterable[_Union[HloInstructionProto, _Mapping]]] = ...,
-        id: _Optional[int] = ...,
-        root_id: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., instructions: _Optional[_Iterable[_Union[HloInstructionProto, _Mapping]]] = ..., id: _Optional[int] = ..., root_id: _Optional[int] = ...) -> None: ...
 
 class HloInstructionProto(_message.Message):
-    __slots__ = (
-        "name",
-        "opcode",
-        "shape",
-        "metadata",
-        "literal",
-        "parameter_number",
-        "tuple_index",
-        "channel_id",
-        "custom_call_target",
-        "id",
-        "operand_ids",
-        "control_predecessor_ids",
-        "called_computation_ids",
-        "sharding",
-        "source_target_pairs",
-        "comparison_direction",
-        "frontend_attributes",
-        "cross_program_prefetch_index",
-        "collective_device_list",
-        "iota_collective_device_list",
-        "mesh_axes_replica_group_list",
-    )
+    __slots__ = ("name", "opcode", "shape", "metadata", "literal", "parameter_number", "tuple_index", "channel_id", "custom_call_target", "id", "operand_ids", "control_predecessor_ids", "called_computation_ids", "sharding", "source_target_pairs", "comparison_direction", "frontend_attributes", "cross_program_prefetch_index", "collective_device_list", "iota_collective_device_list", "mesh_axes_replica_group_list")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OPCODE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
@@ -392,30 +297,7 @@ class HloInstructionProto(_message.Message):
     collective_device_list: CollectiveDeviceListProto
     iota_collective_device_list: IotaReplicaGroupListProto
     mesh_axes_replica_group_list: MeshAxesReplicaGroupListProto
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        opcode: _Optional[str] = ...,
-        shape: _Optional[_Union[ShapeProto, _Mapping]] = ...,
-        metadata: _Optional[_Union[OpMetadata, _Mapping]] = ...,
-        literal: _Optional[_Union[LiteralProto, _Mapping]] = ...,
-        parameter_number: _Optional[int] = ...,
-        tuple_index: _Optional[int] = ...,
-        channel_id: _Optional[int] = ...,
-        custom_call_target: _Optional[str] = ...,
-        id: _Optional[int] = ...,
-        operand_ids: _Optional[_Iterable[int]] = ...,
-        control_predecessor_ids: _Optional[_Iterable[int]] = ...,
-        called_computation_ids: _Optional[_Iterable[int]] = ...,
-        sharding: _Optional[_Union[Opaque, _Mapping]] = ...,
-        source_target_pairs: _Optional[_Iterable[_Union[SourceTarget, _Mapping]]] = ...,
-        comparison_direction: _Optional[str] = ...,
-        frontend_attributes: _Optional[_Union[Opaque, _Mapping]] = ...,
-        cross_program_prefetch_index: _Optional[int] = ...,
-        collective_device_list: _Optional[_Union[CollectiveDeviceListProto, _Mapping]] = ...,
-        iota_collective_device_list: _Optional[_Union[IotaReplicaGroupListProto, _Mapping]] = ...,
-        mesh_axes_replica_group_list: _Optional[_Union[MeshAxesReplicaGroupListProto, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., opcode: _Optional[str] = ..., shape: _Optional[_Union[ShapeProto, _Mapping]] = ..., metadata: _Optional[_Union[OpMetadata, _Mapping]] = ..., literal: _Optional[_Union[LiteralProto, _Mapping]] = ..., parameter_number: _Optional[int] = ..., tuple_index: _Optional[int] = ..., channel_id: _Optional[int] = ..., custom_call_target: _Optional[str] = ..., id: _Optional[int] = ..., operand_ids: _Optional[_Iterable[int]] = ..., control_predecessor_ids: _Optional[_Iterable[int]] = ..., called_computation_ids: _Optional[_Iterable[int]] = ..., sharding: _Optional[_Union[Opaque, _Mapping]] = ..., source_target_pairs: _Optional[_Iterable[_Union[SourceTarget, _Mapping]]] = ..., comparison_direction: _Optional[str] = ..., frontend_attributes: _Optional[_Union[Opaque, _Mapping]] = ..., cross_program_prefetch_index: _Optional[int] = ..., collective_device_list: _Optional[_Union[CollectiveDeviceListProto, _Mapping]] = ..., iota_collective_device_list: _Optional[_Union[IotaReplicaGroupListProto, _Mapping]] = ..., mesh_axes_replica_group_list: _Optional[_Union[MeshAxesReplicaGroupListProto, _Mapping]] = ...) -> None: ...
 
 class Opaque(_message.Message):
     __slots__ = ()
@@ -437,13 +319,7 @@ class ShapeProto(_message.Message):
     dimensions: _containers.RepeatedScalarFieldContainer[int]
     tuple_shapes: _containers.RepeatedCompositeFieldContainer[ShapeProto]
     layout: LayoutProto
-    def __init__(
-        self,
-        element_type: _Optional[_Union[PrimitiveType, str]] = ...,
-        dimensions: _Optional[_Iterable[int]] = ...,
-        tuple_shapes: _Optional[_Iterable[_Union[ShapeProto, _Mapping]]] = ...,
-        layout: _Optional[_Union[LayoutProto, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, element_type: _Optional[_Union[PrimitiveType, str]] = ..., dimensions: _Optional[_Iterable[int]] = ..., tuple_shapes: _Optional[_Iterable[_Union[ShapeProto, _Mapping]]] = ..., layout: _Optional[_Union[LayoutProto, _Mapping]] = ...) -> None: ...
 
 class LayoutProto(_message.Message):
     __slots__ = ("memory_space",)
@@ -463,14 +339,7 @@ class LiteralProto(_message.Message):
     s64s: _containers.RepeatedScalarFieldContainer[int]
     u32s: _containers.RepeatedScalarFieldContainer[int]
     u64s: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        preds: _Optional[_Iterable[bool]] = ...,
-        s32s: _Optional[_Iterable[int]] = ...,
-        s64s: _Optional[_Iterable[int]] = ...,
-        u32s: _Optional[_Iterable[int]] = ...,
-        u64s: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, preds: _Optional[_Iterable[bool]] = ..., s32s: _Optional[_Iterable[int]] = ..., s64s: _Optional[_Iterable[int]] = ..., u32s: _Optional[_Iterable[int]] = ..., u64s: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SourceTarget(_message.Message):
     __slots__ = ("source", "target")
@@ -487,12 +356,9 @@ class CollectiveDeviceListProto(_message.Message):
         REPLICA_IDS_FIELD_NUMBER: _ClassVar[int]
         replica_ids: _containers.RepeatedScalarFieldContainer[int]
         def __init__(self, replica_ids: _Optional[_Iterable[int]] = ...) -> None: ...
-
     REPLICA_GROUPS_FIELD_NUMBER: _ClassVar[int]
     replica_groups: _containers.RepeatedCompositeFieldContainer[CollectiveDeviceListProto.ReplicaGroup]
-    def __init__(
-        self, replica_groups: _Optional[_Iterable[_Union[CollectiveDeviceListProto.ReplicaGroup, _Mapping]]] = ...
-    ) -> None: ...
+    def __init__(self, replica_groups: _Optional[_Iterable[_Union[CollectiveDeviceListProto.ReplicaGroup, _Mapping]]] = ...) -> None: ...
 
 class IotaReplicaGroupListProto(_message.Message):
     __slots__ = ("num_replica_groups", "num_devices_per_group", "iota_reshape_dims", "iota_transpose_perm")
@@ -504,13 +370,7 @@ class IotaReplicaGroupListProto(_message.Message):
     num_devices_per_group: int
     iota_reshape_dims: _containers.RepeatedScalarFieldContainer[int]
     iota_transpose_perm: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        num_replica_groups: _Optional[int] = ...,
-        num_devices_per_group: _Optional[int] = ...,
-        iota_reshape_dims: _Optional[_Iterable[int]] = ...,
-        iota_transpose_perm: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, num_replica_groups: _Optional[int] = ..., num_devices_per_group: _Optional[int] = ..., iota_reshape_dims: _Optional[_Iterable[int]] = ..., iota_transpose_perm: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MeshAxesReplicaGroupListProto(_message.Message):
     __slots__ = ("mesh", "axes")
@@ -523,36 +383,22 @@ class MeshAxesReplicaGroupListProto(_message.Message):
             name: str
             size: int
             def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
-
         AXES_FIELD_NUMBER: _ClassVar[int]
         DEVICE_IDS_FIELD_NUMBER: _ClassVar[int]
         IOTA_TRANSFORM_FIELD_NUMBER: _ClassVar[int]
         axes: _containers.RepeatedCompositeFieldContainer[MeshAxesReplicaGroupListProto.MeshProto.MeshAxis]
         device_ids: _containers.RepeatedScalarFieldContainer[int]
         iota_transform: Opaque
-        def __init__(
-            self,
-            axes: _Optional[_Iterable[_Union[MeshAxesReplicaGroupListProto.MeshProto.MeshAxis, _Mapping]]] = ...,
-            device_ids: _Optional[_Iterable[int]] = ...,
-            iota_transform: _Optional[_Union[Opaque, _Mapping]] = ...,
-        ) -> None: ...
-
+        def __init__(self, axes: _Optional[_Iterable[_Union[MeshAxesReplicaGroupListProto.MeshProto.MeshAxis, _Mapping]]] = ..., device_ids: _Optional[_Iterable[int]] = ..., iota_transform: _Optional[_Union[Opaque, _Mapping]] = ...) -> None: ...
     class AxisRefProto(_message.Message):
         __slots__ = ("mesh_axis_index", "sub_axis_info")
         MESH_AXIS_INDEX_FIELD_NUMBER: _ClassVar[int]
         SUB_AXIS_INFO_FIELD_NUMBER: _ClassVar[int]
         mesh_axis_index: int
         sub_axis_info: Opaque
-        def __init__(
-            self, mesh_axis_index: _Optional[int] = ..., sub_axis_info: _Optional[_Union[Opaque, _Mapping]] = ...
-        ) -> None: ...
-
+        def __init__(self, mesh_axis_index: _Optional[int] = ..., sub_axis_info: _Optional[_Union[Opaque, _Mapping]] = ...) -> None: ...
     MESH_FIELD_NUMBER: _ClassVar[int]
     AXES_FIELD_NUMBER: _ClassVar[int]
     mesh: MeshAxesReplicaGroupListProto.MeshProto
     axes: _containers.RepeatedCompositeFieldContainer[MeshAxesReplicaGroupListProto.AxisRefProto]
-    def __init__(
-        self,
-        mesh: _Optional[_Union[MeshAxesReplicaGroupListProto.MeshProto, _Mapping]] = ...,
-        axes: _Optional[_Iterable[_Union[MeshAxesReplicaGroupListProto.AxisRefProto, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, mesh: _Optional[_Union[MeshAxesReplicaGroupListProto.MeshProto, _Mapping]] = ..., axes: _Optional[_Iterable[_Union[MeshAxesReplicaGroupListProto.AxisRefProto, _Mapping]]] = ...) -> None: ...

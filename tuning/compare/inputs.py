@@ -11,6 +11,7 @@ from offline_tpu import timeline
 from splash_workbench.cli import UserError
 from splash_workbench.profiles import reader
 from splash_workbench.profiles import sessions as trace
+from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.status import Label, Status
 from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Column
@@ -200,7 +201,7 @@ def _of_trial(name: str, trial: Trial) -> Input:
     made_by = None
     if trial.label is Label.PREDICTED:
         made_by = timeline.predicted_by(trial.environment.versions)
-        samples |= _sums((reader.named_scope(op["scope"]) or NO_SCOPE, op["time_s"]) for op in trial.ops)
+        samples |= _sums((named_scope(op["scope"]) or NO_SCOPE, op["time_s"]) for op in trial.ops)
         samples[ALL_OPS] = [sum(op["time_s"] for op in trial.ops)]
         spaces[""] = of_sweep.space_of_trial(trial)
     config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}

@@ -38,13 +38,14 @@ def _running(stage: str) -> Iterator[None]:
 
     from pipeline.checkpoints.loading import import_libraries
     from pipeline.requests.errors import PipelineError
+    from splash_workbench.status import is_out_of_memory
 
     import_libraries()
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         models.release()
         raise PipelineError(

@@ -9,6 +9,7 @@ from jax import lax
 from jax.profiler import ProfileData
 
 from splash_workbench.profiles import reader
+from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.xla_pb2 import HloModuleProto, HloProto, XSpace
 
 DEVICE = """
@@ -88,7 +89,7 @@ def test_several_planes_are_averaged(tmp_path):
     ],
 )
 def test_named_scope(op_name, expected):
-    assert reader.named_scope(op_name) == expected
+    assert named_scope(op_name) == expected
 
 
 def hlo(scope: str) -> bytes:
