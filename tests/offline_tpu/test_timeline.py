@@ -112,7 +112,7 @@ def test_the_reader_finds_what_was_predicted(path):
     }
     assert [step.duration_ps for step in profile.steps] == [10**10, 10**9]
     assert [len(ops) for _, ops in profile.ops_by_step()] == [7, 1]
-    assert [(run.program, run.duration_ps) for run in profile.modules][0] == ("predicted-step", 10**10)
+    assert next((run.program, run.duration_ps) for run in profile.modules) == ("predicted-step", 10**10)
 
 
 def test_tensorboards_tools_fill_and_say_that_it_was_predicted(path):
