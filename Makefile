@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow bench lint format messages
+.PHONY: help demo docs pictures report test test-slow bench lint format messages
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ messages:  ## generate splash_workbench/profiles/xla_pb2.py again, after a chang
 	$(PYTHON) -m venv .cache/protoc
 	.cache/protoc/bin/pip install --quiet grpcio-tools==1.74.0
 	.cache/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. splash_workbench/profiles/xla.proto
+
+docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
+	$(BIN)/python docs/pictures/make.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

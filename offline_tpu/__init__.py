@@ -1,4 +1,4 @@
-"""The device that is not here: compile for a TPU topology with libtpu and read the compiler's own schedule."""
+"""Predicts what JAX functions cost on a TPU that is not here, from the schedule that libtpu makes for it."""
 
 from offline_tpu.collectives import Collective as Collective
 from offline_tpu.compile import predict as predict

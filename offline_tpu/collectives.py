@@ -1,4 +1,4 @@
-"""Collectives of a scheduled program: which chips, how many bytes, how long on the links."""
+"""Costs the collectives of a scheduled program: which chips, how many bytes, how long on the links."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ class Collective:
 
 
 def collective_kind(op: HloOp, module: HloModule) -> str | None:
-    """Which collective an op is (a start of one, or a fusion around one too); None where it is none.
+    """Return which collective an op is (a start of one, or a fusion around one too); None where it is none.
 
     Raises:
       UnknownDumpFormatError: it communicates in a way that is not modelled.
@@ -63,7 +63,7 @@ def collective_kind(op: HloOp, module: HloModule) -> str | None:
 
 
 def cost_of(op: HloOp, computation: str, module: HloModule, grid: links.Grid, device: DeviceSpec) -> Collective | None:
-    """The collective that an op is, or starts; None where it is none.
+    """Return the collective that an op is, or starts; None where it is none.
 
     Raises:
       UnknownDumpFormatError: its groups are not in a known form, or it is not modelled.

@@ -1,4 +1,4 @@
-"""The files that the compiler left: which schedule belongs to which op."""
+"""Reads the files that the compiler left: which schedule belongs to which op."""
 
 import json
 import re
@@ -21,7 +21,7 @@ _VMEM_DATA = re.compile(r"\bDATA\s*=\s*(?=\{)")
 
 
 class Dump:
-    """What one compilation dumped.
+    """The files that one compilation dumped.
 
     Attributes:
       module: its scheduled HLO.
@@ -58,7 +58,7 @@ class Dump:
         self._read: dict[object, Schedule] = {}
 
     def schedule(self, computation: str, op: HloOp) -> Schedule | None:
-        """The schedule of an op; None where the compiler wrote none.
+        """Return the schedule of an op; None where the compiler wrote none.
 
         Raises:
           UnknownDumpFormatError: it is not in the known form.
@@ -103,7 +103,7 @@ def _only(paths: list[Path], suffix: str) -> Path:
 
 
 def _read_vmem(path: Path) -> dict[str, int]:
-    """From the page that the compiler draws: the data in its script."""
+    """Return VMEM bytes by op, from the data in the script of the page that the compiler draws."""
     text = path.read_text()
     start = _VMEM_DATA.search(text)
     if start is None:

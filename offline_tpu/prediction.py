@@ -1,4 +1,4 @@
-"""What a prediction says: the cost of each op, and of the program."""
+"""Holds a prediction: the cost of each op, and of the program."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""From schedules and HLO to the time of a program.
+"""Turns schedules and HLO into the time of a program.
 
 Ops run in the compiler's order, one after the other. A transfer or collective between a `-start` and its `-done` runs
 beside the ops between them: it gets the HBM (or link) time that these leave, in the order of the starts, and what is
@@ -42,7 +42,7 @@ FindSchedule = Callable[[str, HloOp], Schedule | None]
 
 @dataclasses.dataclass
 class _Transfer:
-    """What runs beside the ops: seconds that it still needs, and when it may be done at the earliest."""
+    """A transfer beside the ops: seconds that it still needs, and when it may be done at the earliest."""
 
     name: str
     resource: Bound
@@ -142,7 +142,7 @@ class ProgramCost:
         return trips * period_s
 
     def _conditional(self, op: HloOp, context: _Context, now: float) -> float:
-        """The slowest branch."""
+        """Add up the slowest branch. Returns its seconds."""
         note = f"which of {len(op.called)} branches of {op.name} runs"
         inside = _Context(context.calls, (*context.unresolved, note), ())
         kept = self.ops
@@ -169,7 +169,7 @@ class ProgramCost:
         return _Transfer(op.name, "hbm", hbm_bytes / self._hbm_bytes_per_s, now + DMA_LATENCY_S, hbm_bytes, None, True)
 
     def _finish(self, op: HloOp, beside: list[_Transfer], context: _Context, now: float) -> float:
-        """Waits for the transfer that an op names, and for those before it on the same resource."""
+        """Wait for the transfer that an op names, and for those before it on the same resource."""
         index = next((i for i, transfer in enumerate(beside) if transfer.name == op.operands[0]), None)
         if index is None:
             raise UnknownDumpFormatError(f"{op.name}: expected that {op.operands[0]} was started before it.")
@@ -194,7 +194,7 @@ class ProgramCost:
         return waited
 
     def _sparse_core(self, op: HloOp, context: _Context, now: float) -> float:
-        """Its schedule is not read: counted is the HBM traffic of what it gathers or scatters, beside nothing."""
+        """Count the HBM traffic of what a SparseCore gathers or scatters, beside nothing: its schedule is not read."""
         hbm_bytes = 2 * array_bytes(op.shape)
         time_s = hbm_bytes / self._hbm_bytes_per_s
         note = "runs on a SparseCore: counted as the HBM traffic of its result"
@@ -241,7 +241,7 @@ class ProgramCost:
         return time_s
 
     def _let_others_go_on(self, beside: list[_Transfer], time_s: float, hbm_s: float, link_s: float) -> float:
-        """Lets what runs beside an op use what the op leaves of HBM and links. Returns what that costs the op."""
+        """Let what runs beside an op use what the op leaves of HBM and links. Returns what that costs the op."""
         free = {"hbm": max(0.0, time_s - hbm_s), "link": max(0.0, time_s - link_s)}
         stolen_s = 0.0
         for transfer in beside:

@@ -1,4 +1,4 @@
-"""A prediction as a timeline that TensorBoard's profile tab opens, labelled so that nobody takes it for a measurement.
+"""Writes predictions as timelines that TensorBoard's profile tab opens, labelled so that none passes for a measurement.
 
 Ops are laid out one after the other, as offline_tpu predicts them to run; loops are unrolled. An op's FLOPs are the
 MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is MXU occupancy.

@@ -1,4 +1,4 @@
-"""Says how a trial ends and how its time was got. Apart from the records, so that a worker starts without JAX."""
+"""Defines how a trial ends and how its time was got. Apart from the records, so that a worker starts without JAX."""
 
 import enum
 

@@ -1,4 +1,4 @@
-"""Integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
+"""Evaluates integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,7 +30,7 @@ Environment = Sequence[int | None]
 
 
 def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
-    """The 32-bit words of an operand that is a constant, through copies; None where it is not one."""
+    """Return the 32-bit words of an operand that is a constant, through copies; None where it is not one."""
     while op.opcode in _COPIES and op.operands:
         op = module.op(computation, op.operands[0])
     if op.values is None or op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
@@ -39,7 +39,7 @@ def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int,
 
 
 def trip_count(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> int | None:
-    """How often the body of a `while` op runs, by running its counter; None where that depends on data.
+    """Return how often the body of a `while` op runs, by running its counter; None where that depends on data.
 
     Args:
       environment: state of the loop that `computation` is the body of, as far as it is known; () outside of one.
@@ -62,7 +62,7 @@ def trip_count(module: HloModule, computation: str, loop: HloOp, environment: En
 
 
 def initial_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
-    """The state that a `while` op starts with."""
+    """Return the state that a `while` op starts with."""
     source = module.op(computation, loop.operands[0])
     if source.opcode != "tuple":
         return [None] * len(loop.shape.tuple_shapes)
@@ -70,7 +70,7 @@ def initial_state(module: HloModule, computation: str, loop: HloOp, environment:
 
 
 def invariant_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
-    """The elements of a loop's state that every trip leaves as they were."""
+    """Return the elements of a loop's state that every trip leaves as they were."""
     body, _ = loop.called
     root = module.root(body)
     if root.opcode != "tuple":
@@ -80,7 +80,7 @@ def invariant_state(module: HloModule, computation: str, loop: HloOp, environmen
 
 
 def evaluate(module: HloModule, computation: str, op: HloOp, environment: Environment) -> int | None:
-    """A scalar integer; None where it depends on data."""
+    """Return a scalar integer; None where it depends on data."""
     if op.opcode == "constant":
         return op.values[0] if op.values is not None and len(op.values) == 1 else None
     if op.opcode == "get-tuple-element":
@@ -121,7 +121,7 @@ def _is_element(module: HloModule, body: str, name: str, index: int) -> bool:
 
 
 def _needed(module: HloModule, condition: str, body: str, root: HloOp) -> set[int]:
-    """The elements of the state that the condition depends on, over any number of trips."""
+    """Return the elements of the state that the condition depends on, over any number of trips."""
     needed: set[int] = set()
     wanted = _elements_read(module, condition, module.root(condition))
     while wanted - needed:

@@ -1,4 +1,4 @@
-"""Errors of the reader of compiler dumps."""
+"""Defines the error of the reader of compiler dumps."""
 
 
 class UnknownDumpFormatError(RuntimeError):

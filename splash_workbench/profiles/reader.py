@@ -185,7 +185,7 @@ def from_space(space: XSpace, host: str) -> Profile:
 
 
 def _nested(ops: Iterable[Op]) -> list[Op]:
-    """Ops of one line with the time of those within them taken away."""
+    """Return the ops of one line with the time of those within them taken away."""
     ordered = sorted(ops, key=lambda op: (op.start_ps, -op.duration_ps))
     self_ps = [op.duration_ps for op in ordered]
     open_ops: list[int] = []
@@ -210,7 +210,7 @@ def _is_control_flow(op: Op) -> bool:
 
 
 def _shared(ops: Sequence[Op]) -> list[Op]:
-    """Ops that overlap, with each moment shared equally among those that run."""
+    """Return ops that overlap, with each moment shared equally among those that run."""
     running: dict[int, float] = {}
     shares = [0.0] * len(ops)
     moments = sorted(
@@ -244,7 +244,7 @@ def _device_op(plane: XPlane, line: XLine, event: XEvent, programs: Programs) ->
 
 
 def _host_ops(plane: XPlane, programs: Programs) -> list[Op]:
-    """XLA's CPU ops, each from its event to the one that says that it has ended."""
+    """Return XLA's CPU ops, each from its event to the one that says that it has ended."""
     begun: list[tuple[Op, Any]] = []
     ended: dict[Any, int] = {}
     for line in plane.lines:

@@ -1,4 +1,4 @@
-"""Profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
+"""Keeps profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
 
 A run has a session for each of its parts (a stage of the pipeline, or none), and each repeat of the run has its own:
 `<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it is written last and says
@@ -34,7 +34,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a session is of.
+    """Description of a session.
 
     Attributes:
       run: its name, the same for all parts and repeats.
@@ -62,13 +62,13 @@ class Session:
 
     @property
     def name(self) -> str:
-        """The folder's name, and what TensorBoard calls it."""
+        """Return the folder's name, and what TensorBoard calls it."""
         part = f"-{self.part}" if self.part else ""
         return f"{self.run}{part}" + (f".{self.repeat}" if self.repeat > 1 else "")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Raises ValueError, KeyError or TypeError where `fields` is not a Session."""
+        """Return the Session of a SESSION_FILE. Raises ValueError, KeyError or TypeError where it is not one."""
         return cls(**{**fields, "label": Label(fields["label"])})
 
 
@@ -87,7 +87,7 @@ class Recorder:
 
     @classmethod
     def start(cls, logdir: Path, run: str, config: Mapping[str, Any]) -> Self:
-        """A recorder of the next repeat of a run.
+        """Return a recorder of the next repeat of a run.
 
         Raises:
           UserError: the name cannot be a folder's.
@@ -96,7 +96,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def record(self, part: str = "") -> Iterator[Session]:
-        """Profiles the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
+        """Profile the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
         session = Session(
             run=self.run,
             part=part,
@@ -118,12 +118,12 @@ class Recorder:
             write_session(self.logdir, session)
 
     def how_to_look(self) -> tuple[str, ...]:
-        """Lines that tell a user where the traces are and how to open them."""
+        """Return lines that tell a user where the traces are and how to open them."""
         return how_to_look(self.logdir, self.run)
 
 
 def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
-    """Lines that tell a user where the traces of a run are and how to open them."""
+    """Return lines that tell a user where the traces of a run are and how to open them."""
     command = f"  {tensorboard_command(logdir)}"
     if importlib.util.find_spec("tensorboard") is None:
         command += "   (pip install 'cogvideox-splash[trace]')"
@@ -131,12 +131,12 @@ def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
 
 
 def profile_dir(logdir: Path) -> Path:
-    """Where TensorBoard's profile plugin looks for sessions."""
+    """Return where TensorBoard's profile plugin looks for sessions."""
     return logdir / "plugins" / "profile"
 
 
 def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
-    """Writes what a session is of, after its XSpace where one is given. Returns the session's folder."""
+    """Write a session's description, after its XSpace where one is given. Returns the session's folder."""
     folder = profile_dir(logdir) / session.name
     if space is not None:
         shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
@@ -148,7 +148,7 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
 
 
 def sessions(logdir: Path) -> list[tuple[Path, Session]]:
-    """The sessions with a SESSION_FILE, in the order of their names.
+    """Return the sessions with a SESSION_FILE, in the order of their names.
 
     Raises:
       UserError: such a file is not readable.
@@ -163,24 +163,24 @@ def sessions(logdir: Path) -> list[tuple[Path, Session]]:
 
 
 def next_repeat(logdir: Path, run: str) -> int:
-    """One more than the repeats of a run that are there."""
+    """Return one more than the repeats of a run that are there."""
     return 1 + max((session.repeat for _, session in sessions(logdir) if session.run == run), default=0)
 
 
 def check_name(name: str) -> str:
-    """The name of a run. Raises UserError where it cannot be a folder's and part of a link."""
+    """Return the name of a run. Raises UserError where it cannot be a folder's and part of a link."""
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r}: expected a run's name of letters, digits and _ . + -, e.g. 'xla-160x96x9'.")
     return name
 
 
 def safe_name(text: str) -> str:
-    """A text as part of a run's name."""
+    """Return a text as part of a run's name."""
     return _UNSAFE.sub("-", text).strip("-.+")
 
 
 def require_tensorboard(what_for: str) -> None:
-    """Raises UserError where the optional packages are missing."""
+    """Raise UserError where the optional packages are missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             f"{what_for}: needs TensorBoard, which is not installed; pip install 'cogvideox-splash[trace]', "
@@ -189,12 +189,12 @@ def require_tensorboard(what_for: str) -> None:
 
 
 def tensorboard_command(logdir: Path, port: int = PORT) -> str:
-    """The command that shows a logdir, to this machine only."""
+    """Return the command that shows a logdir, to this machine only."""
     return f"tensorboard --logdir {logdir} --host 127.0.0.1 --port {port}"
 
 
 def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:
-    """The address of a page of TensorBoard's profile tab.
+    """Return the address of a page of TensorBoard's profile tab.
 
     Args:
       session: which.

@@ -87,11 +87,11 @@ def test_a_transfer_of_unknown_size_is_reported_and_not_counted() -> None:
 def test_the_core_is_slower_while_a_transfer_fills_vmem() -> None:
     clock = DmaClock(TIMING)
     clock.start("flag", 100_000, ("hbm", "vmem"))  # from 1000 to 2000
-    clock.run(1000)
+    clock.advance(1000)
     assert clock.now == pytest.approx(1000)
-    clock.run(750)
+    clock.advance(750)
     assert clock.now == pytest.approx(2000)
-    clock.run(100)
+    clock.advance(100)
     assert clock.now == pytest.approx(2100)
 
 
