@@ -20,6 +20,7 @@ from tqdm import tqdm
 from splash_workbench import cli, provenance
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.profiles import sessions
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
@@ -113,7 +114,7 @@ def sweep(
             cache=cache,
         )
         path = directory / records.TRIALS_FILE
-        known = {trial.key: trial for trial in records.conclusive(records.read(path), settings.timeout_s)}
+        on_record = {trial.key: trial for trial in records.reusable(records.read(path), settings.timeout_s)}
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
         search = Search(
             storage_path=directory / "state" / "study.sqlite3",
@@ -121,13 +122,12 @@ def sweep(
             space=settings.space,
             candidates=candidates,
             settings=settings.search,
-            known=known,
-            objective=objective,
+            on_record=on_record,
         )
         for line in _introduction(settings, target, candidates, search, directory):
             report(line)
         start = time.monotonic()
-        evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
+        evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
         wall_time_s = time.monotonic() - start
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
@@ -143,7 +143,7 @@ def sweep(
 
 
 def _evaluate_all(
-    settings: SweepSettings, search: Search, evaluator: Evaluator, known: dict[str, Trial], path: Path
+    settings: SweepSettings, search: Search, evaluator: Evaluator, on_record: dict[str, Trial], path: Path
 ) -> int:
     """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated.
 
@@ -170,9 +170,9 @@ def _evaluate_all(
         if candidate is None:
             return
         untold.append(candidate)
-        if candidate.key in known:  # another study of this context has evaluated it
-            made[candidate.key] = known[candidate.key]
-            show(known[candidate.key])
+        if candidate.key in on_record:  # another study of this context has evaluated it
+            made[candidate.key] = on_record[candidate.key]
+            show(on_record[candidate.key])
             bar.update()
         else:
             running[pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())] = candidate
@@ -191,7 +191,7 @@ def _evaluate_all(
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 candidate, trial = running.pop(future), future.result()
-                records.append(path, trial)  # on disk first: the study can be put right from it, not the other way
+                jsonl.append(path, trial)  # on disk first: the study can be put right from it, not the other way
                 made[candidate.key] = trial
                 evaluated_count += 1
                 show(trial)
@@ -283,7 +283,7 @@ def _command(config: DictConfig) -> int:
         config.json,
         {
             "directory": str(result.directory),
-            "winner": result.winner.to_dict() if result.winner else None,
+            "winner": jsonl.encode(result.winner) if result.winner else None,
             "promotion": dataclasses.asdict(promotion) if promotion else None,
             "heatmap": str(picture) if drawn else None,
             "candidates": len(result.candidates.valid),
