@@ -31,6 +31,7 @@ from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candida
 from tuning.search.study import Search
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, objective
 
@@ -253,11 +254,17 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _draw(result: SweepResult) -> tuple[Path, bool]:
-    """The heat map of all that is on record here, exact or int8 as the winner is, and whether there is one."""
+    """Draw the heat map of all that is on record here, exact or int8 as the winner is.
+
+    Returns its path, and whether there was something to draw.
+    """
     exact = result.winner is None or records.is_exact(result.winner.variant)
     picture = result.directory / heatmap.file_name(exact)
     on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
-    return picture, heatmap.save([t for t in on_record if records.is_exact(t.variant) == exact], picture)
+    figure = heatmap.draw([t for t in on_record if records.is_exact(t.variant) == exact])
+    if figure is not None:
+        save_png(figure, picture)
+    return picture, figure is not None
 
 
 def _command(config: DictConfig) -> int:

@@ -95,8 +95,9 @@ def print_report(report: PredictionRecord) -> None:
     """Print the report as lines of text."""
     video = report.video
     print(
-        f"{video.checkpoint}, {video.width}x{video.height}, {video.num_frames} frames, {video.num_inference_steps} steps "
-        f"on {report.topology}: predicted from the compiler's schedule, nothing was run"
+        f"{video.checkpoint}, {video.width}x{video.height}, {video.num_frames} frames, "
+        f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
+        "nothing was run"
     )
     print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
     for stage, result in report.stages.items():

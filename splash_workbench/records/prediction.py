@@ -109,15 +109,15 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     step_time_s: float | None
     step_time_own_kernel_s: float | None = None
     total_time_s: float | None = None
-    stage_times_s: dict[str, float] = {}
-    compile_time_s: dict[str, float] = {}
+    stage_times_s: dict[str, float] = msgspec.field(default_factory=dict)
+    compile_time_s: dict[str, float] = msgspec.field(default_factory=dict)
     mfu_fraction: float | None = None
     peak_hbm_gib: float | None = None
     hbm_gib: float | None = None
     hbm_has_margin: bool | None = None
     stages: dict[str, StagePrediction]
-    other_plans: dict[str, float | str] = {}
-    failures: dict[str, str] = {}
+    other_plans: dict[str, float | str] = msgspec.field(default_factory=dict)
+    failures: dict[str, str] = msgspec.field(default_factory=dict)
     reported: ReportedVideo | None
     notes: tuple[str, ...]
 

@@ -25,10 +25,10 @@ class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
     record_id: str = msgspec.field(default_factory=new_id)
     device: Devices
     candidate: str
-    parallel: dict[str, Any] = {}
+    parallel: dict[str, Any] = msgspec.field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    budget: dict[str, Any] = {}
+    budget: dict[str, Any] = msgspec.field(default_factory=dict)
     psnr_db: tuple[float | None, ...]
     ssim: tuple[float, ...]
     readings: tuple[dict[str, Any], ...] = ()
@@ -37,4 +37,6 @@ class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not self.psnr_db or len(self.psnr_db) != len(self.ssim):
-            raise ValueError(f"{len(self.psnr_db)} PSNR and {len(self.ssim)} SSIM figures: expected one of each a video")
+            raise ValueError(
+                f"{len(self.psnr_db)} PSNR and {len(self.ssim)} SSIM figures: expected one of each a video"
+            )

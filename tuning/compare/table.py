@@ -101,7 +101,9 @@ def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
     rows = []
     for scope in {scope for column in columns for scope in column.scopes}:
         cells = tuple(
-            Cell.from_sessions(session.get(scope, ()) for session in column.sessions) if scope in column.scopes else None
+            Cell.from_sessions(session.get(scope, ()) for session in column.sessions)
+            if scope in column.scopes
+            else None
             for column in columns
         )
         verdicts = tuple(

@@ -63,7 +63,9 @@ def space_of_trial(trial: Trial) -> Any:
     """The timeline of a trial that was predicted. Raises ValueError for another."""
     if trial.label is not Label.PREDICTED or not trial.ops:
         raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
-    program = timeline.Program(f"{trial.workload} {trial.config}", tuple(timeline.PredictedOp.of(dataclasses.asdict(op)) for op in trial.ops))
+    program = timeline.Program(
+        f"{trial.workload} {trial.config}", tuple(timeline.PredictedOp.of(dataclasses.asdict(op)) for op in trial.ops)
+    )
     return timeline.space_of([program], by_name(trial.device), timeline.predicted_by(trial.environment.versions))
 
 
