@@ -15,6 +15,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import PipelineError
 from splash_workbench import cli
 from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.provenance import user_cache_dir
 from splash_workbench.status import Label
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ def main() -> int:
 
 
 def _command(config: DictConfig) -> int:
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+    from pipeline.checkpoints.loading import use_compilation_cache
 
     settings: Any = OmegaConf.to_object(config)
     try:
-        use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+        use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
         return run(settings, cli.plain(config)["candidates"])
     except PipelineError as error:
         raise cli.UserError(str(error)) from error

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from pipeline.requests.errors import RequestError
+from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
 SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
@@ -16,7 +17,6 @@ Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["checkpoint", "ddim", "dpm"]
-Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
 
 
 def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:

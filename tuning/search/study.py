@@ -1,4 +1,4 @@
-"""Which candidate next: an Optuna study on disk that survives any death of the sweep.
+"""Choose the next candidate: an Optuna study on disk that survives any death of the sweep.
 
 The records file is the truth about what was evaluated; the study remembers what was asked and guides TPE. A candidate
 that was running when the sweep died is asked again, unless its record had already been written: then it is told.
@@ -95,11 +95,11 @@ class Search:
 
     @property
     def budget(self) -> int:
-        """How many candidates this study will have when it is done."""
+        """Return how many candidates this study will have when it is done."""
         return min(self._settings.max_trials or len(self._valid), len(self._valid))
 
     def ask(self) -> Candidate | None:
-        """A candidate not asked before, or None: the budget is spent, or no candidate is left."""
+        """Return a candidate not asked before, or None: the budget is spent, or no candidate is left."""
         if len(self.told) + len(self._asked) >= self.budget:
             return None
         rejections = 0
@@ -121,7 +121,7 @@ class Search:
             rejections += 1
 
     def tell(self, candidate: Candidate, record: Trial) -> None:
-        """What became of a candidate that `ask` gave. Its record is on disk by now."""
+        """Take what became of a candidate that `ask` gave. Its record is on disk by now."""
         trial = self._asked.pop(candidate.key)
         self._tell(trial.number, record)
         self.told[candidate.key] = record
@@ -136,7 +136,7 @@ class Search:
             self._study.tell(number, state=TrialState.PRUNED)  # the worst there is, as TPE sees it
 
     def _candidate(self, parameters: Mapping[str, Any]) -> Candidate | None:
-        """The valid candidate of these parameters, None where there is none."""
+        """Return the valid candidate of these parameters, None where there is none."""
         if set(parameters) != set(self._space.choices):
             return None  # the sweep died while Optuna wrote them
         choices = self._space.choices
@@ -150,7 +150,7 @@ class Search:
             return None  # not a kernel, e.g. block_kv_compute does not divide block_kv
 
     def _encode(self, candidate: Candidate) -> dict[str, Any]:
-        """A candidate as Optuna's parameters."""
+        """Return a candidate as Optuna's parameters."""
         return {
             name: self._space.choices[name].index(value)
             if isinstance(self._distributions[name], IntDistribution)
@@ -159,7 +159,7 @@ class Search:
         }
 
     def _resume(self, on_record: Mapping[str, Trial]) -> tuple[Candidate, ...]:
-        """Reads the study: fills `told`, and returns the candidates that were asked but have no record."""
+        """Read the study: fill `told`, and return the candidates that were asked but have no record."""
         interrupted: dict[str, Candidate] = {}
         for trial in self._study.get_trials(deepcopy=False):
             candidate = self._candidate(trial.params)
@@ -178,7 +178,7 @@ class Search:
         return tuple(interrupted.values())
 
     def _propose(self) -> Iterator[Candidate]:
-        """Candidates that do not wait for the sampler: cut short ones, the space's first, then all but for TPE."""
+        """Yield candidates that do not wait for the sampler: cut short ones, the space's first, then all but for TPE."""
         proposals = list(self.interrupted)
         proposals += [candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":

@@ -4,6 +4,7 @@ import collections
 import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -40,7 +41,9 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("whitesmoke")  # cells that were not tried
-    image = axes.imshow(times, cmap="viridis_r", aspect="auto")
+    edges = ([number - 0.5 for number in range(len(values) + 1)] for values in (columns, rows))
+    axes.pcolormesh(*edges, np.ma.masked_invalid(times), cmap="viridis_r")
+    axes.invert_yaxis()
     winner = min(timed, key=_time)
     middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
     for row, block_q in enumerate(rows):
@@ -70,7 +73,6 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
     axes.tick_params(colors=LIGHT["ink"])
     axes.xaxis.label.set_color(LIGHT["ink"])
     axes.yaxis.label.set_color(LIGHT["ink"])
-    figure.colorbar(image, label=f"{winner.label} ms")
     return figure
 
 
