@@ -178,7 +178,7 @@ class Search:
         return tuple(interrupted.values())
 
     def _propose(self) -> Iterator[Candidate]:
-        """Yield candidates that do not wait for the sampler: cut short ones, the space's first, then all but for TPE."""
+        """Yield candidates that do not wait for the sampler: interrupted, named first, then all but for TPE."""
         proposals = list(self.interrupted)
         proposals += [candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":

@@ -23,7 +23,6 @@ from pipeline.runs.video import MAX_TAG_LENGTH, write_mp4
 from pipeline.stages import resume as denoise_state
 from pipeline.stages.resume import STATE_NAME, StateFile
 from splash_workbench.files import atomic_path
-from splash_workbench.records import jsonl
 
 
 @pytest.fixture(scope="module")
@@ -382,17 +381,6 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
-
-
-def test_a_torn_line_stays_apart(tmp_path):
-    path = tmp_path / "results" / "lines.jsonl"
-    jsonl.append(path, {"a": 1})
-    with path.open("ab") as file:
-        file.write(b'{"a": 2, "tor')
-    jsonl.append(path, {"a": 3})
-    lines = path.read_text().splitlines()
-    assert json.loads(lines[0]) == {"a": 1}
-    assert json.loads(lines[2]) == {"a": 3}
 
 
 def test_ffmpegs_refusal_is_one_line_and_leaves_nothing(tmp_path):
