@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import msgspec
 
 import offline_tpu
-from pipeline.predict.planner import Outcome
-from pipeline.requests.plans import ParallelPlan
+from pipeline.model.sharding import ParallelPlan
+from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
 from splash_workbench.records.jsonl import decode, encode
@@ -36,15 +36,17 @@ REPORTED_SEED = ReportedVideo(
 SEED_KERNEL_MS = {"1x12x39826x64": 24.0}
 
 
-def make_report(request: GenerateRequest, topology: str, outcome: Outcome, config_source: str) -> PredictionRecord:
+def make_report(
+    request: GenerateRequest, topology: str, prediction: VideoPrediction, config_source: str
+) -> PredictionRecord:
     """Return the record of a prediction. All times and bytes are predicted, but for the field `reported`."""
     stages: dict[str, StagePrediction] = {
-        stage: decode(result, StagePrediction) for stage, result in outcome.stages.items()
+        stage: decode(result, StagePrediction) for stage, result in prediction.stages.items()
     }
     denoise = stages.get("denoise")
     step_time_s = denoise.time_s if denoise else None
     notes: list[str] = []
-    if denoise is not None and outcome.plan.plan == "seed_tp":
+    if denoise is not None and prediction.plan.uses_stock_block:
         step_time_s, note = _with_seed_kernel(denoise)
         notes.append(note)
     stage_times = {stage: result.time_s for stage, result in stages.items()}
@@ -55,7 +57,7 @@ def make_report(request: GenerateRequest, topology: str, outcome: Outcome, confi
         topology=topology,
         request=dataclasses.asdict(request),
         config_source=config_source,
-        plan=decode(outcome.plan.to_dict(), Plan),
+        plan=decode(prediction.plan.to_dict(), Plan),
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,
@@ -64,8 +66,8 @@ def make_report(request: GenerateRequest, topology: str, outcome: Outcome, confi
         compile_time_s={stage: result.compile_time_s for stage, result in stages.items()},
         mfu_fraction=denoise.mfu_fraction if denoise else None,
         stages=stages,
-        other_plans=outcome.others,
-        failures={str(stage): reason for stage, reason in outcome.failures.items()},
+        other_plans=prediction.others,
+        failures={str(stage): reason for stage, reason in prediction.failures.items()},
         reported=REPORTED_SEED if _is_reported_case(request, topology) else None,
         notes=tuple(notes),
         environment=environment(_SOURCES),

@@ -10,7 +10,7 @@ import pytest
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.requests.errors import CheckpointError, RequestError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import Variant
 
