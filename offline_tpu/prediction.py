@@ -2,8 +2,7 @@
 
 import collections
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
@@ -77,25 +76,6 @@ class OpCost:
     unresolved: tuple[str, ...] = ()
     collective: Collective | None = None
     loops: tuple[Loop, ...] = ()
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "OpCost":
-        """Return the op of an element of `Prediction.to_dict()["ops"]`, as trials keep them.
-
-        Raises:
-          TypeError: a field is missing, or not one of an op.
-          ValueError: the op runs several times, and the record is too old to say in which loops.
-        """
-        loops = tuple(Loop(**loop) for loop in fields.get("loops", ()))
-        if math.prod(loop.trips for loop in loops) != fields.get("calls", 1):
-            raise ValueError(f"op {fields.get('name')}: its loops are not in the record; predict again.")
-        collective = fields.get("collective")
-        nested = {
-            "unresolved": tuple(fields.get("unresolved", ())),
-            "collective": Collective(**collective) if collective else None,
-            "loops": loops,
-        }
-        return cls(**{**fields, **nested})
 
     @property
     def busiest_unit(self) -> str | None:

@@ -6,6 +6,7 @@ MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -35,9 +36,15 @@ def predicted_by(versions: Mapping[str, str]) -> str:
 
 
 def unrolled(ops: Iterable[OpCost]) -> list[tuple[OpCost, float, float]]:
-    """Return each run of each op, with its start and its time in seconds, in order of the starts."""
+    """Return each run of each op, with its start and its time in seconds, in order of the starts.
+
+    Raises:
+      ValueError: an op runs several times, and its record is too old to say in which loops.
+    """
     runs = []
     for op in ops:
+        if math.prod(loop.trips for loop in op.loops) != op.calls:
+            raise ValueError(f"op {op.name}: its loops are not in the record; predict again.")
         for trips in itertools.product(*(range(loop.trips) for loop in op.loops)):
             delay_s = sum(trip * loop.period_s for trip, loop in zip(trips, op.loops, strict=True))
             runs.append((op, op.start_s + delay_s, op.time_s / op.calls))

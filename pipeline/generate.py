@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import accelerator_visible, quiet_jax_without_accelerator
 from splash_workbench.cli import decode_literal, protect_literals
+from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
@@ -154,9 +155,9 @@ def _how_to_go_on(settings: Any, between_steps: bool) -> str:
 
 
 def _use_compilation_cache(settings: Any) -> None:
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+    from pipeline.checkpoints.loading import use_compilation_cache
 
-    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
 
 
 def _check_combination(settings: Any) -> None:

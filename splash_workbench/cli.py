@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from splash_workbench.files import atomic_path
 from splash_workbench.provenance import REPO_ROOT
 
 CONFIG_DIR = REPO_ROOT / "configs"
@@ -131,11 +132,8 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     """What a command printed, as JSON; does nothing without a path."""
     if path is None:
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(target)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _one_line(error: BaseException) -> str:

@@ -21,7 +21,6 @@ def _passed(error: float = 0.004) -> dict[str, Any]:
         "kv_seq_len": 563,
         "num_heads": 2,
         "block_sizes": "256/256/128",
-        "same_block_sizes": True,
         "rms_error": error,
         "max_row_error": error,
         "max_abs_error": error,

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = [
     "splash_attn",
     "splash_workbench",
+    "splash_workbench.records",
     "splash_workbench.workers",
     "splash_workbench.profiles",
     "offline_tpu.machine",

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +23,11 @@ from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
+from splash_workbench.provenance import user_cache_dir
 
 logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
-CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -38,13 +37,6 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
-
-
-def default_cache_dir() -> Path:
-    """Return where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
 def use_compilation_cache(folder: Path | None) -> None:
@@ -151,7 +143,7 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
     if name == TINY:
         return Checkpoint(name=name, folder=TRAINED_FOLDER)
     if name == RANDOM:
-        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
+        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or user_cache_dir()))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Checkpoint(name=name, folder=folder)

@@ -23,7 +23,9 @@ from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
-from splash_workbench.files import append_json_line, remove_leftovers, write_json
+from splash_workbench.files import remove_leftovers, write_json
+from splash_workbench.records import jsonl
+from splash_workbench.records.generation import GenerationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ class RequestRun:
             self.details["denoise"] = load_details(self.run_dir, "denoise")
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
         if results_path is not None and not all(timing.reused for timing in self.timings):
-            append_json_line(results_path, record)
+            jsonl.append(results_path, record)
         video_path = self._write_video(record) if "vae" in self.stages else None
         written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
@@ -189,12 +191,12 @@ class RequestRun:
                 f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
             ) from error
 
-    def _write_video(self, record: Mapping[str, Any]) -> Path:
+    def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
         frames = load_stage(self.run_dir, key)["frames"]
         write_mp4(path, frames, self.request.fps, records.video_tags(record, key.fingerprint))
         sidecar = {
-            **record,
+            **jsonl.encode(record),
             "fingerprint": key.fingerprint,
             "video_bytes": path.stat().st_size,
             "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},

@@ -22,6 +22,7 @@ import jax
 from splash_workbench import provenance
 from splash_workbench.cli import UserError, write_json
 from splash_workbench.profiles.reader import SUFFIX
+from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.status import Label
 
 SESSION_FILE = "session.json"
@@ -44,7 +45,7 @@ class Session:
       device: on which device, or for which.
       made_by: of a prediction, what made it: "libtpu 0.0.52".
       config: what ran: a request, or a workload with block sizes.
-      environment: a splash_workbench.provenance.Environment as a dict.
+      environment: where it was made.
       created_at: UTC, ISO 8601.
     """
 
@@ -55,7 +56,7 @@ class Session:
     device: str
     made_by: str | None
     config: dict[str, Any]
-    environment: dict[str, Any]
+    environment: provenance.Environment
     created_at: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
@@ -65,11 +66,6 @@ class Session:
         """Return the folder's name, and what TensorBoard calls it."""
         part = f"-{self.part}" if self.part else ""
         return f"{self.run}{part}" + (f".{self.repeat}" if self.repeat > 1 else "")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the Session of a SESSION_FILE. Raises ValueError, KeyError or TypeError where it is not one."""
-        return cls(**{**fields, "label": Label(fields["label"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Recorder:
             device=jax.devices()[0].device_kind,
             made_by=None,
             config=dict(self.config),
-            environment=provenance.capture(_SOURCES).to_dict(),
+            environment=provenance.capture(_SOURCES),
         )
         options = jax.profiler.ProfileOptions()
         options.session_id = session.name
@@ -143,7 +139,7 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if space is not None:
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
-    write_json(str(folder / SESSION_FILE), dataclasses.asdict(session))
+    write_json(str(folder / SESSION_FILE), encode(session))
     return folder
 
 
@@ -156,8 +152,8 @@ def sessions(logdir: Path) -> list[tuple[Path, Session]]:
     found = []
     for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
         try:
-            found.append((path.parent, Session.from_dict(json.loads(path.read_text(encoding="utf-8")))))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append((path.parent, decode(json.loads(path.read_text(encoding="utf-8")), Session)))
+        except ValueError as error:
             raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
     return found
 

@@ -13,6 +13,7 @@ from offline_tpu.machine.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
 from offline_tpu.prediction import OpCost
 from offline_tpu.timeline import unrolled
 from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.records import jsonl
 
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
@@ -208,7 +209,7 @@ def test_a_sharded_program_pays_for_its_collective_in_every_trip(predictions: di
 
 @pytest.mark.parametrize("program", ["scan", "nested_loops", "unrolled_loop", "two_branches", "tensor_parallel"])
 def test_the_timeline_of_a_prediction_has_its_time_without_gaps(predictions: dict[str, Any], program: str) -> None:
-    runs = unrolled(OpCost.from_dict(op) for op in predictions[program]["ops"])
+    runs = unrolled(jsonl.decode(op, OpCost) for op in predictions[program]["ops"])
     now = 0.0
     for _, start_s, time_s in runs:
         assert start_s == pytest.approx(now, abs=1e-12)

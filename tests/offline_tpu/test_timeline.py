@@ -11,6 +11,7 @@ from offline_tpu.machine.devices import by_name
 from offline_tpu.prediction import Loop, OpCost
 from offline_tpu.timeline import Program, space_of, unrolled
 from splash_workbench.profiles import reader
+from splash_workbench.records import jsonl
 
 V6E = by_name("v6e")
 
@@ -63,14 +64,14 @@ def test_ops_that_never_run_are_left_out():
 
 def test_an_op_comes_back_from_a_record():
     expected = op("a", 1, 2, Loop(trips=3, period_s=4), unresolved=("branch",), utilization={"MATMUL": 0.5})
-    assert OpCost.from_dict(json.loads(json.dumps(dataclasses.asdict(expected)))) == expected
+    assert jsonl.decode(json.loads(json.dumps(dataclasses.asdict(expected))), OpCost) == expected
 
 
 def test_a_record_that_does_not_say_its_loops_is_refused():
     fields = {"name": "a", "scope": "", "category": "matmul", "time_s": 3.0, "start_s": 0.0, "calls": 3}
-    assert OpCost.from_dict(fields | {"calls": 1}).loops == ()
+    assert len(list(unrolled([jsonl.decode(fields | {"calls": 1}, OpCost)]))) == 1
     with pytest.raises(ValueError, match="op a: its loops are not in the record; predict again"):
-        OpCost.from_dict(fields)
+        list(unrolled([jsonl.decode(fields, OpCost)]))
 
 
 @pytest.fixture

@@ -155,8 +155,7 @@ def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings,
     assert result.winner.block_sizes.block_q == 1024
     table = tables.table(result.trials)
     assert all(status.value in table for status in set(fates.values()))
-    assert heatmap.save(result.trials, tmp_path / "map.png")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert heatmap.draw(result.trials) is not None
 
 
 _SWEEP_TO_KILL = """

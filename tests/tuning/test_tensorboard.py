@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes
+from splash_workbench.records import jsonl
 from tuning.compare import __main__ as compare
 from tuning.traces import of_sweep
 from tuning.trials import records
@@ -53,7 +54,7 @@ def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.M
     """Asks a TensorBoard on a sweep's traces and a pair of its candidates: (path, query) -> the answer as JSON."""
     list(of_sweep.write(trials, "sweep-1", logdir, top=2))
     for trial in trials:
-        records.append(tmp_path / records.TRIALS_FILE, trial)
+        jsonl.append(tmp_path / records.TRIALS_FILE, trial)
     names = [f"{name}={trial.record_id}" for name, trial in zip("ab", trials, strict=False)]
     monkeypatch.setattr("sys.argv", ["compare", *names, "--logdir", str(logdir), "--results-dir", str(tmp_path)])
     assert compare.main() == 0

@@ -39,7 +39,7 @@ def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
     assert trial.cycles
     assert trial.vmem_bytes
     assert trial.peak_hbm_bytes
-    assert any("splash_attention" in op["name"] for op in trial.ops)
+    assert any("splash_attention" in op.name for op in trial.ops)
     assert trial.numerics is not None
     assert trial.numerics.passed
 
