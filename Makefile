@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow bench lint format
+.PHONY: help demo docs pictures report test test-slow bench lint format
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,12 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev  ## apply the formatter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
+	$(BIN)/python docs/pictures/make.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
