@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
@@ -160,6 +161,17 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint on the Hub, whatever folders there are here. Raises CheckpointError if out of reach."""
     snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
+
+
+def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+
+    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
+    """
+    if checkpoint in PUBLISHED_CONFIGS:
+        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
+    found = find()
+    return {part: found.config(part) for part in COGVIDEOX_1_5_5B}, "checkpoint"
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

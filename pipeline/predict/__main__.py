@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.checkpoints.loading import resolve_checkpoint
-from pipeline.checkpoints.published import part_configs
+from pipeline.checkpoints.loading import part_configs, resolve_checkpoint
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report
 from pipeline.predict.timelines import write_timelines

@@ -88,7 +88,7 @@ class RequestRun:
     def request(self) -> GenerateRequest:
         return self.context.request
 
-    def run_stage(self, stage: Stage, loaded: Stages, progress: Progress = no_progress) -> None:
+    def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
         key = self.keys[stage]
         if self.run_options.resume and self._reusable(key):
@@ -97,25 +97,25 @@ class RequestRun:
         else:
             inputs, timings = self._inputs(stage), StageTimings(stage)
             context = dataclasses.replace(self.context, timings=timings, progress=progress)
-            arrays, self.details[stage] = self._compute(stage, context, inputs, loaded)
+            arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
             save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
             self.timings.append(timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
 
     def _compute(
-        self, stage: Stage, context: StageContext, inputs: Mapping[str, np.ndarray], loaded: Stages
+        self, stage: Stage, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return a stage's arrays, and details for its JSON file."""
         if stage == "text":
-            embeddings = loaded.encode(context, self.request.prompts)
+            embeddings = stages.encode(context, self.request.prompts)
             return dict(zip(self._embedding_names, np.split(embeddings, len(embeddings)), strict=True)), {}
         if stage == "denoise":
-            return self._denoise(context, inputs, loaded)
-        return {"frames": loaded.decode(context, inputs["latents"])}, {}
+            return self._denoise(context, inputs, stages)
+        return {"frames": stages.decode(context, inputs["latents"])}, {}
 
     def _denoise(
-        self, context: StageContext, inputs: Mapping[str, np.ndarray], loaded: Stages
+        self, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
         plan, every = context.plan.to_dict(), self.run_options.preview_every
@@ -123,9 +123,9 @@ class RequestRun:
         state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
         if every:
             context = dataclasses.replace(context, progress=PreviewWriter(self.run_dir, every, context.progress))
-        latents = loaded.denoise(context, embeddings, state_file=state_file)
+        latents = stages.denoise(context, embeddings, state_file=state_file)
         return {"latents": latents}, {
-            "attention": loaded.denoiser(context).describe_attention(self.request, embeddings.shape[1]),
+            "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,
         }

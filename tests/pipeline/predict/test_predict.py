@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints.published import PUBLISHED_CONFIGS, part_configs
+from pipeline.checkpoints.loading import part_configs
+from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
