@@ -43,18 +43,6 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
-    """The tests compile the same programs again after each unloading: let them share, through a cache of theirs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(autouse=True)
 def _small_tiny(_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model_id tiny, smaller still."""
