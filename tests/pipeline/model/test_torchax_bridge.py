@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.torchax_bridge import environment, numpy_to_torch, torch_to_numpy, torchax_module
 
 
@@ -38,4 +39,4 @@ assert before == after, (before, after)
 assert type(torch.ones(2)) is torch.Tensor
 assert "hydra" not in __import__("sys").modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PLENTY_S)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import PLENTY_S
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
@@ -105,7 +106,7 @@ def _start(folder: Path, cache: Path, output: Path, runs: dict, **settings) -> s
 def _finish(*processes: subprocess.Popen) -> None:
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=400)
+            output, _ = process.communicate(timeout=PLENTY_S)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import PLENTY_S, wait_until
 from pipeline import generate
 from pipeline.console import batch_table
 from pipeline.requests.batch_file import BatchFileError, read_entries
@@ -238,6 +238,11 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     assert "run_denoise" in "".join(traceback)
 
 
+def _runs(process: subprocess.Popen) -> bool:
+    assert process.poll() is None, "it ended too early"
+    return True
+
+
 @pytest.mark.slow
 def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
     """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
@@ -254,17 +259,16 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     videos = tmp_path / "videos"
     try:
-        deadline = time.monotonic() + 300
-        while not (videos / "two" / STATE_NAME).exists():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.005)
+        wait_until(lambda: _runs(process) and (videos / "two" / STATE_NAME).exists(), "the second video's state")
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(PLENTY_S) == -signal.SIGKILL
     assert not (videos / "two" / "denoise.json").exists()
     first = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()}
     assert "video.mp4" in first
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1 of 3] finished before, skipped: videos/one/video.mp4" in done.stdout
     assert {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()} == first
@@ -294,12 +298,10 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "videos" / "one" / "preview.png").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        picture = tmp_path / "videos" / "one" / "preview.png"
+        wait_until(lambda: _runs(process) and picture.exists(), "a preview")
         process.terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PLENTY_S)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM

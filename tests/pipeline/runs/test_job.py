@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from helpers import PLENTY_S
 from pipeline.requests.errors import PipelineError, RequestError, StageOutputError
 from pipeline.requests.plans import ParallelOptions
 from pipeline.requests.request import STAGES, AttentionOptions
@@ -75,7 +76,7 @@ for frame in reader:
 
 def _probe(path: Path) -> tuple[dict, np.ndarray]:
     """What ffmpeg says of a video, and its frames; in another process, because imageio_ffmpeg forks."""
-    done = subprocess.run([sys.executable, "-c", _READ, str(path)], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _READ, str(path)], capture_output=True, check=True, timeout=PLENTY_S)
     meta = json.loads(done.stderr)
     width, height = meta["size"]
     return meta, np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
@@ -83,7 +84,7 @@ def _probe(path: Path) -> tuple[dict, np.ndarray]:
 
 def _tags(path: Path) -> dict[str, str]:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-    done = subprocess.run(command, capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, check=True, timeout=PLENTY_S)
     lines = re.split(r"(?<!\\)\n", done.stdout.decode())
     return {name: re.sub(r"\\(.)", r"\1", value, flags=re.S) for name, _, value in (x.partition("=") for x in lines)}
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.latents import LatentGeometry, rotary_embedding
 from pipeline.requests.errors import CheckpointError, NonFiniteError
 from pipeline.requests.request import AttentionOptions
@@ -221,7 +222,7 @@ print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PLENTY_S)
         return json.loads(done.stdout.splitlines()[-1])
 
     first, second = start(), start()
