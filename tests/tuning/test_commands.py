@@ -94,7 +94,7 @@ def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
     assert content["winner"] is None  # no times, no winner
     assert content["promotion"] is None
     assert all(row["rms_error"] < 0.02 for row in content["trials"])
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out", "results"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "results"}
 
 
 def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, make_trial: Callable[..., Trial]) -> None:

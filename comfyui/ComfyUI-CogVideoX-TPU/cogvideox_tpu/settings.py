@@ -42,11 +42,12 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             package = name.partition(".")[0]
-            found = importlib.util.find_spec(package) if error.name == name else None
+            is_ours = str(error.name).startswith(f"{package}.")  # not a dependency of the package
+            found = importlib.util.find_spec(package) if is_ours else None
             where = f"; another package of the name {package} is at {found.origin}" if found else ""
             raise RuntimeError(
-                f"CogVideoX TPU nodes: cannot import {error.name}{where}; install cogvideox-splash into ComfyUI's "
-                "Python (python -m pip install <its folder>), see the pack's README"
+                f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install "
+                "cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>), see the pack's README"
             ) from error
 
 
