@@ -67,6 +67,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.compile
 def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None:
     images, frame_rate = run(nodes)
     assert images.shape == (9, 32, 48, 3) and images.dtype == torch.float32
@@ -80,6 +81,7 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
     assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
 
 
+@pytest.mark.compile
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -95,6 +97,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
     np.testing.assert_array_equal(np.round(images.numpy() * 255).astype(np.uint8), expected)
 
 
+@pytest.mark.compile
 def test_models_stay_between_runs_and_unloading_frees_them(nodes: dict[str, Any], comfy: Any) -> None:
     before = live_bytes()
     run(nodes)

@@ -14,6 +14,8 @@ from offline_tpu.machine.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
 from offline_tpu.timeline import PredictedOp, unrolled
 from splash_workbench.provenance import REPO_ROOT
 
+pytestmark = pytest.mark.compile
+
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
     "nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid named_traced_grid all_reduce all_to_all "

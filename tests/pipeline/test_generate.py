@@ -149,6 +149,7 @@ def test_help_names_every_key_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compile
 def test_from_the_command_to_the_video(tmp_path, tiny_folder):
     """In a process of its own, without JAX_PLATFORMS: nothing of libtpu's may show."""
     arguments = (

@@ -24,6 +24,8 @@ from tuning.sweep import sweep
 from tuning.trials import heatmap, records, tables
 
 MakeSettings = Callable[..., SweepSettings]
+
+pytestmark = pytest.mark.compile  # each sweep starts worker processes
 #: Of fake_jobs.by_block_q.
 HANGING_BLOCK_Q = 384
 

@@ -90,6 +90,7 @@ PREDICTED = "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4"
 PAIR = "predicted-a_vs_predicted-b"
 
 
+@pytest.mark.compile
 def test_profile_and_hparams(ask, trials):
     runs = ask("profile/runs")
     assert {PREDICTED, PAIR} <= set(runs)

@@ -24,6 +24,7 @@ def test_conversion_keeps_every_bit(dtype):
     assert numpy_to_torch(array).dtype == dtype
 
 
+@pytest.mark.compile
 def test_importing_and_setting_up_changes_nothing_for_the_process():
     code = """
 import torch

@@ -133,6 +133,7 @@ def spoilt(tiny_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.compile
 def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt, capsys):
     lines = (
         {"prompt": "a cat", "name": "one", "seed": 1},
@@ -173,6 +174,7 @@ def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt
     assert [item.status for item in items] == ["done"] * 4
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("change", [{"fps": 9}, {"seed": 2}, "no video", "cut video", "no resume"], ids=str)
 def test_only_a_whole_video_of_exactly_the_request_is_finished(change, tmp_path, config, monkeypatch):
     line = {"prompt": "a cat", "name": "one"}
@@ -217,6 +219,7 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     assert ran == ["text a", "text b", "text c", *expected[full]]
 
 
+@pytest.mark.compile
 def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
     original = run_stage._run_denoise
 

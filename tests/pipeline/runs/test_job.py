@@ -97,6 +97,7 @@ def test_tags_hold_any_text(tmp_path):
     assert tags["comment"] == "x" * MAX_TAG_LENGTH
 
 
+@pytest.mark.compile
 def test_what_a_run_leaves(finished):
     run_dir, results = finished
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(
@@ -207,6 +208,7 @@ def test_a_stage_with_another_requests_input(run_dir, same):
         generate(same(seed=8), stages=["vae"], run_dir=run_dir)
 
 
+@pytest.mark.compile
 def test_other_weights_are_another_request(run_dir, same, tiny_folder, tmp_path, caplog, ran):
     copy = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
     generate(same(checkpoint=str(copy)), run_dir=run_dir)
@@ -241,6 +243,7 @@ def test_damaged_description(content, run_dir, same, ran):
     assert ran == ["text"]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("changes", [{"scheduler": "dpm"}, {"dtype": "bfloat16"}], ids=str)
 def test_an_interrupted_run_goes_on_with_the_step_it_was_in(changes, same, ran, tmp_path):
     """Also with a scheduler that draws noise: the generator's state comes back."""

@@ -55,6 +55,7 @@ def test_log_names_no_path_of_this_machine(runner: Runner, tmp_path: Path) -> No
     assert str(tmp_path) not in log
 
 
+@pytest.mark.compile
 def test_timeout_kills_the_whole_process_group(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "child"
     monkeypatch.setenv("FAKE_JOBS_CHILD", str(marker))

@@ -29,6 +29,7 @@ def trial_of(make_evaluator: Callable[..., Evaluator]) -> Callable[..., Trial]:
     return trial_of
 
 
+@pytest.mark.compile
 def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
     trial = trial_of("offline")
     assert (trial.status, trial.error, trial.label) == (Status.OK, None, Label.PREDICTED)
@@ -44,6 +45,7 @@ def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
     assert trial.numerics.passed
 
 
+@pytest.mark.compile
 def test_too_much_vmem_is_out_of_memory(trial_of: Callable[..., Trial]) -> None:
     trial = trial_of("offline", vmem_limit_bytes=128 * 1024)
     assert trial.status is Status.OUT_OF_MEMORY
@@ -51,6 +53,7 @@ def test_too_much_vmem_is_out_of_memory(trial_of: Callable[..., Trial]) -> None:
     assert "vmem" in str(trial.error).lower()
 
 
+@pytest.mark.compile
 def test_measuring_on_a_cpu_says_what_it_is_worth(trial_of: Callable[..., Trial]) -> None:
     trial = trial_of("measure")
     assert (trial.status, trial.error, trial.label) == (Status.OK, None, Label.MEASURED)
