@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-fast test-slow bench lint format hooks clean
+.PHONY: help demo test test-fast test-slow lint format hooks docs pictures bench report clean
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,12 @@ bench: $(VENV)/.installed-dev  ## benchmarks of what runs here, kept; BENCH=--be
 
 report: $(VENV)/.installed  ## what is on record as one page: results/report/index.html
 	$(BIN)/python -m tuning.report
+
+docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
+	$(BIN)/python docs/pictures/make.py
 
 clean:  ## delete what tools leave behind; the environment, caches of the user and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -72,37 +72,37 @@ def _run(config: DictConfig) -> None:
 def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptible") -> int:
     """Run what is asked for; the exit code."""
     from pipeline.console import timing_table
-    from pipeline.requests.config import to_options, to_request
+    from pipeline.requests.config import to_request, to_run_options
     from pipeline.requests.request import parse_stages
     from pipeline.requests.run_names import run_name
-    from pipeline.runs.job import generate, warm_up
+    from pipeline.runs.single import generate, warm_up
     from pipeline.stages.progress import recorder_of, tracing
 
     _check_combination(settings)
-    stages, options = parse_stages(settings.stages), to_options(settings)
+    stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(settings, stages, options, console, progress)
+        return _run_batch(settings, stages, run_options, console, progress)
     request = to_request(settings)
     output_dir = Path(settings.output_dir).expanduser()
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
     _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
-        timings = warm_up(request, stages=stages, options=options, cache_dir=cache_dir, progress=progress)
+        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=progress)
         console.close()
         print(timing_table(timings))
         return 0
     recorder = recorder_of(settings, request)
     if recorder is not None:
-        options = dataclasses.replace(options, resume=False)  # what is not run leaves no trace
+        run_options = dataclasses.replace(run_options, resume=False)  # what is not run leaves no trace
         results_path = None  # the profiler takes time
     with tracing(recorder):
         result = generate(
             request,
             stages=stages,
             run_dir=run_dir,
-            options=options,
+            run_options=run_options,
             cache_dir=cache_dir,
             results_path=results_path,
             progress=progress,
@@ -123,7 +123,7 @@ def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptibl
 def _run_batch(
     settings: Any,
     stages: tuple["Stage", ...],
-    options: "RunOptions",
+    run_options: "RunOptions",
     console: "ConsoleProgress",
     progress: "Interruptible",
 ) -> int:
@@ -133,12 +133,13 @@ def _run_batch(
 
     path = Path(settings.prompts).expanduser()
     entries = read_entries(path, settings)
-    items = prepare(entries, path, stages, Path(settings.output_dir).expanduser(), options, _path(settings.cache_dir))
+    output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
+    items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _use_compilation_cache(settings)
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
-    batch = Batch(items, options, _path(settings.results_path), progress, console.say)
+    batch = Batch(items, _path(settings.results_path), progress, console.say)
     try:
-        batch.run()
+        batch.run_all()
     finally:
         console.close()
         print(batch_table(items), flush=True)
@@ -228,8 +229,9 @@ def _one_line(error: HydraException | OmegaConfBaseException) -> str:
 
 def main() -> None:
     """Set up what must be set up before Hydra and JAX look at anything, then run."""
-    from pipeline.requests.config import GenerateConfig
+    from pipeline.requests.config import GenerateConfig, register_request_resolver
 
+    register_request_resolver()
     quiet_jax_without_accelerator()
     OmegaConf.register_new_resolver("default_model", default_model, replace=True)
     OmegaConf.register_new_resolver("literal", decode_literal, replace=True)

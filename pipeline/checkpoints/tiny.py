@@ -51,7 +51,7 @@ class TinySpec:
 
 
 def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Path:
-    """The folder of the tiny checkpoint under `cache_dir`, made if it is not there.
+    """Return the folder of the tiny checkpoint under `cache_dir`, made if it is not there.
 
     It is made under a temporary name and renamed when complete, so that a folder of its name is always whole, also
     with several processes at it.
@@ -84,7 +84,7 @@ def _write(folder: Path, spec: TinySpec) -> None:
 
 
 def build_modules(spec: TinySpec) -> dict[str, Any]:
-    """The stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
+    """Build the stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -107,7 +107,7 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
 
 
 def build_scheduler() -> Any:
-    """The scheduler of CogVideoX 1.5: velocity, zero signal at the last timestep, timesteps counted from there."""
+    """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
     from diffusers import CogVideoXDDIMScheduler
 
     return CogVideoXDDIMScheduler(
@@ -177,7 +177,7 @@ def _vae_config(spec: TinySpec) -> dict[str, Any]:
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from a generator of our own, by name: the same whatever the library's default."""
+    """Fill every parameter from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim == 1:
@@ -192,7 +192,7 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
 
 
 def build_tokenizer() -> Any:
-    """A T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
+    """Build a T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
     from transformers import T5Tokenizer
 
     words = " ".join(("a", *COLOURS, *SHAPES, *MOTIONS)).split()

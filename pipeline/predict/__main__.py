@@ -7,12 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.predict.planner import Predictor, configs_of
+from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.checkpoints.published import part_configs
+from pipeline.predict.planner import Predictor
 from pipeline.predict.report import compact, make_report, print_report
 from pipeline.predict.timelines import write_timelines
 from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
 from pipeline.requests.errors import PipelineError
-from pipeline.requests.plans import ParallelOptions
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
 from splash_workbench.accelerator import quiet_jax_without_accelerator
@@ -45,17 +46,19 @@ def _command(config: DictConfig) -> int:
     try:
         request = to_request(settings)
         stages = parse_stages(settings.stages)
-        options: ParallelOptions = to_parallel(settings)
-        configs, source = configs_of(request, settings.cache_dir)
+        cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+        configs, source = part_configs(
+            request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+        )
         predictor = Predictor(
             topology=settings.topology,
-            options=request_to_dict(request),
+            request=request_to_dict(request),
             configs=configs,
             timeout_s=settings.timeout_s,
             say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         )
-        outcome = predictor.predict(stages, options, request.do_classifier_free_guidance)
-        report = make_report(request, settings.topology, outcome, source)
+        prediction = predictor.predict(stages, to_parallel(settings), request.do_classifier_free_guidance)
+        report = make_report(request, settings.topology, prediction, source)
     except PipelineError as error:
         raise cli.UserError(str(error)) from error
     print_report(report)
@@ -65,8 +68,8 @@ def _command(config: DictConfig) -> int:
         append_json_line(Path(settings.results_path), compact(report))
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
-    if outcome.failures:
-        raise cli.UserError("; ".join(outcome.failures.values()))
+    if prediction.failures:
+        raise cli.UserError("; ".join(prediction.failures.values()))
     return 0
 
 

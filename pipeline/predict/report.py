@@ -5,8 +5,8 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.predict.planner import Outcome
-from pipeline.requests.plans import ParallelPlan
+from pipeline.model.sharding import ParallelPlan
+from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.runs.records import git_state, package_versions
 
@@ -26,21 +26,23 @@ REPORTED_SEED = {
 SEED_KERNEL_MS = {"1x12x39826x64": 24.0}
 
 
-def make_report(request: GenerateRequest, topology: str, outcome: Outcome, config_source: str) -> dict[str, Any]:
+def make_report(
+    request: GenerateRequest, topology: str, prediction: VideoPrediction, config_source: str
+) -> dict[str, Any]:
     """A JSON-able record. All times and bytes are predicted, but for the entry "reported"."""
-    stages = outcome.stages
+    stages = prediction.stages
     denoise = stages.get("denoise")
     step_time_s = own_kernel_s = None
     notes: list[str] = []
     if denoise is not None:
         step_time_s = own_kernel_s = denoise["time_s"]
-        if outcome.plan.plan == "seed_tp":
+        if prediction.plan.uses_stock_block:
             step_time_s, note = _with_seed_kernel(denoise)
             notes.append(note)
     stage_times = {stage: result["time_s"] for stage, result in stages.items()}
     if step_time_s is not None:
         stage_times["denoise"] = step_time_s * request.num_inference_steps
-    complete = set(stages) == {"text", "denoise", "vae"}
+    complete = set(stages) == set(STAGES)
     return {
         "schema_version": SCHEMA_VERSION,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -48,7 +50,7 @@ def make_report(request: GenerateRequest, topology: str, outcome: Outcome, confi
         "topology": topology,
         "request": dataclasses.asdict(request),
         "config_source": config_source,
-        "plan": outcome.plan.to_dict(),
+        "plan": prediction.plan.to_dict(),
         "step_time_s": step_time_s,
         "step_time_own_kernel_s": own_kernel_s,
         "total_time_s": sum(stage_times.values()) if complete else None,
@@ -57,8 +59,8 @@ def make_report(request: GenerateRequest, topology: str, outcome: Outcome, confi
         "compile_time_s": {stage: result["compile_time_s"] for stage, result in stages.items()},
         "mfu_fraction": denoise["mfu_fraction"] if denoise else None,
         "stages": stages,
-        "other_plans": outcome.others,
-        "failures": outcome.failures,
+        "other_plans": prediction.others,
+        "failures": prediction.failures,
         "reported": REPORTED_SEED if _is_reported_case(request, topology) else None,
         "notes": notes,
         "versions": package_versions(),

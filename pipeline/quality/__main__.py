@@ -57,15 +57,15 @@ def _command(config: DictConfig) -> int:
     settings: Any = OmegaConf.to_object(config)
     try:
         use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
-        return run(settings, cli.plain(config)["candidates"])
+        return judge(settings, cli.plain(config)["candidates"])
     except PipelineError as error:
         raise cli.UserError(str(error)) from error
 
 
-def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
+def judge(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
     """Judge the reference and the candidates; prints a table, appends records, returns the exit code."""
     from pipeline.checkpoints.shapes import parse_caption
-    from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
+    from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
     from splash_workbench.files import append_json_line
 
     cli.from_config(lambda: [parse_caption(caption) for caption in settings.captions])
@@ -73,7 +73,7 @@ def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
     if not captions:
         raise cli.UserError("captions, seeds: expected at least one each")
     base = _generate_config(settings)
-    reference = Candidate.of("reference", base, Budget(float("inf"), 1.0))
+    reference = QualityVariant.from_config("reference", base, Budget(float("inf"), 1.0))
     chosen = [_candidate(base, fields, settings.budget) for fields in candidates]
     if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
         names = ", ".join(candidate.name for candidate in chosen)
@@ -81,15 +81,15 @@ def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
 
-    def videos_of(candidate: Candidate) -> Any:
+    def videos_of(candidate: QualityVariant) -> Any:
         def say(text: str) -> None:
             print(f"  {candidate.name}: {text}", file=sys.stderr, flush=True)
 
         say("compiling ...")
-        return candidate_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
+        return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
 
     expected = videos_of(reference)
-    _write_videos(settings, expected)
+    _write_videos(settings, expected, reference.request.fps)
     failed = False
     print(_HEADER, flush=True)
     for candidate in (reference, *chosen):
@@ -113,7 +113,7 @@ def _generate_config(settings: QualityConfig) -> GenerateConfig:
 
 def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchema) -> Any:
     """A candidate of the configuration: the reference's keys with its own in their place."""
-    from pipeline.quality.gate import Budget, Candidate
+    from pipeline.quality.gate import Budget, QualityVariant
 
     name = fields.get("name")
     if not name:
@@ -122,7 +122,7 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchem
     limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
-        return Candidate.of(name, settings, Budget(**limits))
+        return QualityVariant.from_config(name, settings, Budget(**limits))
     except (PipelineError, OmegaConfBaseException, TypeError) as error:
         raise cli.UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -137,7 +137,7 @@ def _row(outcome: Any, failures: list[str]) -> str:
     figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
     verdict = "; ".join(failures) or "ok"
     same = "same" if psnr == float("inf") else f"{psnr:.1f}"
-    return f"  {outcome.candidate.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
+    return f"  {outcome.variant.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
 
 
 def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[
     from pipeline.runs.records import git_state, package_versions
 
     device = jax.devices()[0]
-    candidate = outcome.candidate
+    candidate = outcome.variant
     return {
         "schema_version": 1,
         "record_id": uuid.uuid4().hex,
@@ -173,7 +173,7 @@ def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[
     }
 
 
-def _write_videos(settings: QualityConfig, videos: Any) -> None:
+def _write_videos(settings: QualityConfig, videos: Any, fps: int) -> None:
     from pipeline.quality.gate import to_uint8
     from pipeline.runs.video import write_mp4
 
@@ -182,7 +182,7 @@ def _write_videos(settings: QualityConfig, videos: Any) -> None:
     pairs = [(prompt, seed) for prompt in settings.captions for seed in settings.seeds]
     for (prompt, seed), video in zip(pairs, videos, strict=True):
         name = f"{prompt.replace(' ', '-')}-seed{seed}.mp4"
-        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), settings.fps)
+        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), fps)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Entry:
 
 
 def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
-    """The checked lines of a JSON-lines file; keys that a line leaves out are those of `config`.
+    """Read and check the lines of a JSON-lines file; keys that a line leaves out are those of `config`.
 
     Raises BatchFileError with all that is wrong.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong for a user's reason. The command line shows these as one line; anything else is a bug of ours."""
+"""Errors that the user can put right. The command line shows them as one line; anything else is a bug."""
 
 
 class PipelineError(Exception):

@@ -87,7 +87,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.job import generate
+    from pipeline.runs.single import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}
@@ -254,7 +254,7 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
         kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}
-        return planner.Outcome(None, results, {})  # type: ignore[arg-type]
+        return planner.VideoPrediction(None, results, {})  # type: ignore[arg-type]
 
     monkeypatch.setattr(planner.Predictor, "predict", predict)
     values = {**VALUES, "num_devices": 4, "model_id": "tiny", "device": "TPU v6 lite", "predict": True}

@@ -84,7 +84,7 @@ def test_the_command_line_comes_before_the_models_defaults():
 def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
     monkeypatch.setattr(generate, "_default_backend", lambda: backend)
     assert generate.default_model() == expected
-    assert _compose("prompt=x").dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
+    assert to_request(_compose("prompt=x")).dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
 
 
 def test_attention_options():

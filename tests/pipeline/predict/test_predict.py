@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S
-from pipeline.checkpoints.published import KNOWN_CONFIGS
+from pipeline.checkpoints.published import PUBLISHED_CONFIGS, part_configs
+from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
-from pipeline.predict.planner import Outcome, Predictor, configs_of
+from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.report import compact, make_report, markdown_table, print_report
 from pipeline.requests.config import request_from_dict, request_to_dict
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import BlockSizes, Variant
 
@@ -44,7 +45,7 @@ def _denoise(time_s: float) -> dict:
 
 def _report(request_of, plan: str = "ulysses", **stages) -> dict:
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
-    return make_report(request, "v6e-8", Outcome(ParallelPlan(plan, 2, 4), stages, {}), "built in")
+    return make_report(request, "v6e-8", VideoPrediction(ParallelPlan(plan, 2, 4), stages, {}), "built in")
 
 
 def test_total_is_all_steps_and_the_stages_around_them(request_of):
@@ -80,7 +81,7 @@ def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
 def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}
-    outcome = Outcome(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
+    outcome = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
     lines = markdown_table([make_report(request, "v6e-8", outcome, "built in")]).splitlines()
     (megatron,) = [line for line in lines if "megatron" in line]
     assert "| 1.250 |" in megatron
@@ -91,7 +92,9 @@ def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, c
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     full = _denoise(7.0) | {"peak_hbm_bytes": 30 * 2**30}
     refused = {"vae": "vae on v6e-1: does not fit a chip's 32 GiB; try more chips"}
-    report = make_report(request, "v6e-1", Outcome(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), "")
+    report = make_report(
+        request, "v6e-1", VideoPrediction(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), ""
+    )
     assert report["total_time_s"] is None
     assert not report["hbm_has_margin"]
     print_report(report)
@@ -102,7 +105,7 @@ def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, c
 
 
 def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_of):
-    configs, _ = configs_of(request_of(**FULL), None)
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
 
     def run(self, stage, plan):
         if stage == "vae" or plan.plan == "ulysses":
@@ -140,16 +143,16 @@ def test_flops_of_the_full_step():
     assert flops == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_known_configuration_is_the_published_one(request_of):
-    configs, source = configs_of(request_of(**FULL), None)
+def test_the_built_in_configuration_is_the_published_one(request_of):
+    configs, source = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     assert source == "built in"
     assert configs["transformer"]["num_layers"] == 42
-    assert set(configs) == set(KNOWN_CONFIGS[FULL["checkpoint"]])
+    assert set(configs) == set(PUBLISHED_CONFIGS[FULL["checkpoint"]])
 
 
 @pytest.mark.parametrize(("topology", "message"), [("v6e-7", "v6e-7"), ("v9x-8", "v9x")])
 def test_an_unknown_topology_is_refused(topology, message, request_of):
-    configs, _ = configs_of(request_of(**FULL), None)
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
     with pytest.raises(RequestError, match=message):
         predictor.predict(["denoise"], ParallelOptions(), True)

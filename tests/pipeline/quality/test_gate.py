@@ -13,17 +13,17 @@ import pytest
 import splash_attn
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
-from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
+from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 
 CAPTION = "a red circle moves right"
 BUDGET = Budget(psnr_db=35, ssim=0.98)
 
 
-def candidate(**changes) -> Candidate:
-    return Candidate.of("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
+def candidate(**changes) -> QualityVariant:
+    return QualityVariant.from_config("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
 
 
 def video(rng: np.random.Generator, caption: str = CAPTION) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
 @pytest.mark.parametrize("plan", ["ulysses", "megatron"])
 def test_plans_on_simulated_devices_keep_the_video(plan):
     changes = {"num_inference_steps": 2}
-    expected = candidate_videos(candidate(**changes), [CAPTION], [1001])
+    expected = variant_videos(candidate(**changes), [CAPTION], [1001])
     one = dataclasses.replace(candidate(**changes), parallel=ParallelOptions(plan=plan, num_devices=8))
-    outcome = compare(one, candidate_videos(one, [CAPTION], [1001]), expected, [CAPTION])
+    outcome = compare(one, variant_videos(one, [CAPTION], [1001]), expected, [CAPTION])
     assert outcome.psnr_db[0] > 60 and outcome.failures == []

@@ -21,8 +21,10 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
 from pipeline.requests.request import STAGES
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs import batch, run_stage
+from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
+from pipeline.runs.request_run import RequestRun
+from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
 
 ROOT = Path(generate.__file__).resolve().parents[1]
@@ -49,7 +51,7 @@ def _run(folder, config, *lines, options=None, progress=lambda event: None, **mo
     said = []
     options = options or RunOptions()
     items = _prepare(folder, config, *lines, options=options, **more)
-    Batch(items, options, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run()
+    Batch(items, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run_all()
     return items, said
 
 
@@ -179,7 +181,7 @@ def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt
 def test_only_a_whole_video_of_exactly_the_request_is_finished(change, tmp_path, config, monkeypatch):
     line = {"prompt": "a cat", "name": "one"}
     made = {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}
-    monkeypatch.setattr("pipeline.runs.job.run_stage", lambda *args: (made, {}))
+    monkeypatch.setattr(RequestRun, "_compute", lambda *args: (made, {}))
     for status in ("done", "finished before"):
         (item,), _ = _run(tmp_path, config, line)
         assert item.status == status
@@ -202,14 +204,15 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     """Memory that is full while both are loaded."""
     ran = []
 
-    def run_stage(request, checkpoint, key, inputs, run_dir, timings, options, loaded, progress):
-        loaded.get(key.stage, 0, lambda: 0)
-        ran.append(f"{key.stage} {run_dir.name}")
-        if key.stage == full and loaded.holds("denoise") and loaded.holds("vae"):
+    def compute(self, stage, context, inputs, stages):
+        loaded = stages._keep_loaded.__self__
+        loaded.get(stage, 0, lambda: 0)
+        ran.append(f"{stage} {self.run_dir.name}")
+        if stage == full and loaded.holds("denoise") and loaded.holds("vae"):
             raise DeviceMemoryError("full")
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 
-    monkeypatch.setattr("pipeline.runs.job.run_stage", run_stage)
+    monkeypatch.setattr(RequestRun, "_compute", compute)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "name": name} for name in "abc"))
     assert [item.status for item in items] == ["done"] * 3
     expected = {
@@ -221,18 +224,18 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
 
 @pytest.mark.compile
 def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
-    original = run_stage._run_denoise
+    original = Denoiser.denoise
 
-    def run_denoise(request, *args):
+    def run_denoise(self, request, *args):
         if request.seed == 1:
             import jax
 
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
         if request.seed == 2:
             raise KeyError("a bug\nof ours")
-        return original(request, *args)
+        return original(self, request, *args)
 
-    monkeypatch.setattr(run_stage, "_run_denoise", run_denoise)
+    monkeypatch.setattr(Denoiser, "denoise", run_denoise)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "seed": seed, "name": f"{seed}"} for seed in range(1, 4)))
     assert [item.status for item in items] == ["failed", "failed", "done"]
     assert items[0].error.startswith("denoise: not enough device memory for 80x48, 17 frames, float32; try a smaller")

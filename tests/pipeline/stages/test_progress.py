@@ -11,7 +11,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs.job import generate
+from pipeline.runs.single import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageTimings, StepClock, recorder_of, tracing
 from splash_attn.types import BlockSizes
@@ -29,7 +29,7 @@ def traced(tmp_path_factory, tiny_folder):
     )
     settings = GenerateConfig(profile=True, profile_run="small", logdir=str(folder / "runs"))
     with tracing(recorder_of(settings, request)):
-        result = generate(request, run_dir=folder / "video", options=RunOptions(resume=False))
+        result = generate(request, run_dir=folder / "video", run_options=RunOptions(resume=False))
     profiles = {}
     for path, session in sessions.sessions(folder / "runs"):
         (plane,) = path.glob(f"*{reader.SUFFIX}")
@@ -111,7 +111,7 @@ def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
     for run, request in runs.items():
         settings = GenerateConfig(profile=True, profile_run=run, logdir=str(tmp_path / "runs"))
         with tracing(recorder_of(settings, request)):
-            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), options=RunOptions(resume=False))
+            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), run_options=RunOptions(resume=False))
     columns = [resolve(run, tmp_path / "runs", tmp_path).column for run in runs]
     rows = {row.scope: row for row in rows_of(columns, depth=3)}
     attention = rows["denoise/blocks/attention"]

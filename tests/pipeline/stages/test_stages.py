@@ -290,7 +290,7 @@ def test_geometry_of_the_full_model(request_of):
     request = request_of(height=720, width=1280, num_frames=81)
     transformer = {"in_channels": 16, "patch_size_t": 2}
     vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
-    geometry = LatentGeometry.of(request, transformer, vae)
+    geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
     assert geometry.shape == (1, 22, 16, 90, 160)
 
@@ -299,7 +299,7 @@ def test_a_1_0_checkpoint_is_refused(request_of):
     transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
     vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
     with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
-        rotary_embedding(LatentGeometry.of(request_of(), transformer, vae), transformer)
+        rotary_embedding(LatentGeometry.from_request(request_of(), transformer, vae), transformer)
 
 
 def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):

@@ -84,7 +84,7 @@ def test_training_sees_what_inference_sees():
     """Rotary tables and shapes are those of the default request, with its padding frame."""
     modules = build_modules(TinySpec(num_layers=1, num_attention_heads=1))
     transformer, vae = modules["transformer"].config, modules["vae"].config
-    geometry = LatentGeometry.of(GenerateRequest("a"), transformer, vae)
+    geometry = LatentGeometry.from_request(GenerateRequest("a"), transformer, vae)
     assert geometry.padding_frames == 1
     for here, there in zip(
         rotary_tables(transformer, geometry.shape), rotary_embedding(geometry, transformer), strict=True

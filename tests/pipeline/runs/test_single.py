@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 
 from helpers import PLENTY_S
 from pipeline.requests.errors import PipelineError, RequestError, StageOutputError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import STAGES, AttentionOptions
 from pipeline.requests.run_names import run_name
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs import job, preview
-from pipeline.runs.job import generate
+from pipeline.runs import preview
+from pipeline.runs.request_run import RequestRun
+from pipeline.runs.single import generate
 from pipeline.runs.video import MAX_TAG_LENGTH, write_mp4
 from pipeline.stages import resume as denoise_state
 from pipeline.stages.resume import STATE_NAME, StateFile
@@ -55,13 +56,13 @@ def same(request_of):
 def ran(monkeypatch) -> list[str]:
     """Names of the stages that are really run."""
     names: list[str] = []
-    original = job.run_stage
+    original = RequestRun._compute
 
-    def run_stage(request, checkpoint, key, *args):
-        names.append(key.stage)
-        return original(request, checkpoint, key, *args)
+    def compute(self, stage, *args):
+        names.append(stage)
+        return original(self, stage, *args)
 
-    monkeypatch.setattr(job, "run_stage", run_stage)
+    monkeypatch.setattr(RequestRun, "_compute", compute)
     return names
 
 
@@ -150,7 +151,7 @@ def test_another_rate_only_writes_the_video_again(run_dir, same, ran):
 
 def test_without_resume_stages_run_again_and_give_the_same_bits(run_dir, same, ran):
     before = {path.name: path.read_bytes() for path in run_dir.glob("*.safetensors")}
-    generate(same(), stages=["text", "denoise"], run_dir=run_dir, options=RunOptions(resume=False))
+    generate(same(), stages=["text", "denoise"], run_dir=run_dir, run_options=RunOptions(resume=False))
     assert ran == ["text", "denoise"]
     assert {path.name: path.read_bytes() for path in run_dir.glob("*.safetensors")} == before
 
@@ -171,11 +172,11 @@ def test_without_resume_stages_run_again_and_give_the_same_bits(run_dir, same, r
 def test_a_changed_request_runs_what_depends_on_the_change(changes, expected, run_dir, same, monkeypatch, caplog):
     names = []
 
-    def run_stage(request, checkpoint, key, *args):
-        names.append(key.stage)
+    def compute(self, stage, *args):
+        names.append(stage)
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 
-    monkeypatch.setattr(job, "run_stage", run_stage)
+    monkeypatch.setattr(RequestRun, "_compute", compute)
     generate(same(**changes), run_dir=run_dir)
     assert names == expected
     assert "was made for another request" in caplog.text
@@ -258,7 +259,7 @@ def test_an_interrupted_run_goes_on_with_the_step_it_was_in(changes, same, ran, 
     for every in (2, 0):  # saved after step 2, and after step 3 because of the interrupt
         with pytest.raises(KeyboardInterrupt):
             options = RunOptions(checkpoint_every=every)
-            generate(request, stages=stages, run_dir=run_dir, options=options, progress=interrupt)
+            generate(request, stages=stages, run_dir=run_dir, run_options=options, progress=interrupt)
         assert sorted(path.name for path in run_dir.iterdir()) == [STATE_NAME, "text.json", "text.safetensors"]
     ran.clear()
     events = []
@@ -292,7 +293,7 @@ def test_a_state_that_does_not_fit_is_not_taken(damage, message, same, tmp_path,
         resume = False
     events = []
     options = RunOptions(resume=resume)
-    generate(request, stages=stages, run_dir=tmp_path, options=options, progress=events.append)
+    generate(request, stages=stages, run_dir=tmp_path, run_options=options, progress=events.append)
     steps = [event.step for event in events if event.stage == "denoise" and event.total_steps]
     assert steps == [0, 1, 2, 3]
     assert message in caplog.text
@@ -304,7 +305,7 @@ def test_an_unwritable_state_is_a_warning(same, tmp_path, caplog, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(denoise_state, "atomic_path", full)
-    generate(same(), stages=["text", "denoise"], run_dir=tmp_path, options=RunOptions(checkpoint_every=1))
+    generate(same(), stages=["text", "denoise"], run_dir=tmp_path, run_options=RunOptions(checkpoint_every=1))
     assert "step 1 could not be saved" in caplog.text and "No space left" in caplog.text
     assert (tmp_path / "denoise.safetensors").exists()
 
@@ -326,7 +327,7 @@ def test_when_the_state_is_saved(every, step_times_s, expected, tmp_path):
 
 def test_preview_pictures(same, tmp_path, monkeypatch, caplog):
     stages, options = ["text", "denoise"], RunOptions(preview_every=2)
-    generate(same(), stages=stages, run_dir=tmp_path, options=options)
+    generate(same(), stages=stages, run_dir=tmp_path, run_options=options)
     with Image.open(tmp_path / "preview.png") as picture:
         assert picture.size == (2 * 80, 2 * 48)  # 3 latent frames, in 2 rows of 2
 
@@ -334,7 +335,7 @@ def test_preview_pictures(same, tmp_path, monkeypatch, caplog):
         raise ZeroDivisionError("no picture")
 
     monkeypatch.setattr(preview, "contact_sheet", fail)
-    generate(same(seed=8), stages=stages, run_dir=tmp_path, options=options)
+    generate(same(seed=8), stages=stages, run_dir=tmp_path, run_options=options)
     assert "no preview of step 2 (no picture)" in caplog.text
 
 
@@ -369,7 +370,7 @@ def test_a_file_where_the_folder_should_be(same, tmp_path):
 def test_a_plan_that_does_not_fit_is_refused_before_any_work(same, ran, tmp_path):
     options = RunOptions(parallel=ParallelOptions(num_devices=9))
     with pytest.raises(RequestError, match="num_devices=9: only"):
-        generate(same(), run_dir=tmp_path, options=options)
+        generate(same(), run_dir=tmp_path, run_options=options)
     assert ran == []
 
 

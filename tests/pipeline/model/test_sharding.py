@@ -15,10 +15,11 @@ import pytest
 
 from helpers import PLENTY_S
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
 from pipeline.requests.errors import RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan, resolve_plan
+from pipeline.requests.parallel_options import ParallelOptions
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -37,7 +38,7 @@ import numpy as np, torch
 from pathlib import Path
 from pipeline.stages.denoise import Denoiser
 from pipeline.checkpoints.loading import Checkpoint
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
