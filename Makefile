@@ -52,6 +52,7 @@ docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/ind
 
 pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
 	$(BIN)/python docs/pictures/make.py
+	$(BIN)/python tests/architecture.py
 
 clean:  ## delete what tools leave behind; the environment, caches of the user and results stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

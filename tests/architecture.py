@@ -1,4 +1,4 @@
-"""Draw who imports whom, from the real imports: `python tests/architecture.py` writes docs/pictures/architecture.svg."""
+"""Draw who imports whom, from the real imports, to docs/pictures/architecture.svg: `python tests/architecture.py`."""
 
 import dataclasses
 import statistics
@@ -73,6 +73,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def package_of(folder: str) -> str:
+    """Return the first part of a dotted name."""
     return folder.partition(".")[0]
 
 
@@ -105,9 +106,7 @@ def laid_out(package: str, edges: dict[str, set[str]]) -> tuple[Box, dict[str, B
     for number in range(row_count):
         row = [folder for folder in edges if depth(folder) == number]
         if number:  # above what they import from: fewer arrows cross
-            row.sort(
-                key=lambda folder: statistics.mean(boxes[below].middle for below in edges[folder] if below in boxes)
-            )
+            row.sort(key=lambda folder: statistics.mean(boxes[below].middle for below in edges[folder]))
         step = (place.width - 2 * EDGE) / len(row)
         y = place.bottom - EDGE - FOLDER_HEIGHT - number * ROW
         for column, folder in enumerate(row):
@@ -168,6 +167,7 @@ def draw_lanes(all_imports: dict[str, set[str]]) -> Iterator[str]:
 
 
 def svg() -> str:
+    """Return the picture: the same text for the same imports."""
     all_imports = imports()
     markers = "".join(
         f'<marker id="{place.colour[1:]}" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="4.5" markerHeight="4.5" '

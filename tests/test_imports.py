@@ -2,6 +2,7 @@
 
 import pytest
 
+import architecture
 from folders import FOLDERS, PACKAGES, ROOT, folder_files, folder_of, imported_modules
 
 _TORCH = {"torch", "torchax", "diffusers", "transformers"}
@@ -40,3 +41,9 @@ def test_imports_point_one_way(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_can_be_looked_over(folder: str) -> None:
     assert len(folder_files(folder)) <= MAX_FILES
+
+
+def test_the_picture_is_of_these_imports() -> None:
+    assert architecture.PICTURE.read_text() == architecture.svg(), (
+        "run `make pictures`, or python tests/architecture.py"
+    )

@@ -142,7 +142,7 @@ def draw(pairs: Sequence[Pair], path: Path, title: str) -> None:
         )
     for number, pair in enumerate(sorted(pairs, key=lambda pair: pair.actual_ms)):
         above = number % 2 == 0
-        axes.annotate(
+        label = axes.annotate(
             f"{pair.name}: {pair.ratio:.2f}",
             (pair.actual_ms, pair.predicted_ms),
             annotation_clip=True,
@@ -153,6 +153,7 @@ def draw(pairs: Sequence[Pair], path: Path, title: str) -> None:
             fontsize=6,
             color="red" if abs(pair.ratio - 1) > BAND else "dimgrey",
         )
+        label.set_in_layout(False)  # a long name may reach out of the axes: they would shrink to nothing
     axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
     labels = " or ".join(dict.fromkeys(str(pair.label) for pair in pairs))
     axes.set_xlabel(f"{labels} (ms)")
