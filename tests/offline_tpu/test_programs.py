@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
 from offline_tpu.machine.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
 from offline_tpu.prediction import OpCost
 from offline_tpu.timeline import unrolled
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.records import jsonl
+
+pytestmark = pytest.mark.compile
 
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
@@ -29,7 +32,7 @@ FLOPS_PER_CYCLE = 524288  # 918 TFLOP/s at 1.75 GHz
 def predictions() -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(Path(__file__).parent)])}
     command = [sys.executable, "-m", "programs", *NAMES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PLENTY_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

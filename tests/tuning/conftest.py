@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
@@ -110,7 +111,7 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
                 "test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
             ),
             "workers": 2,
-            "timeout_s": 60.0,
+            "timeout_s": PLENTY_S,
             "vmem_pruning": False,
             "results_dir": tmp_path / "results",
             "cache": False,
@@ -134,7 +135,7 @@ def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
             "backend": dataclasses.replace(INTERPRET, job=job),
             "context": "c1",
             "environment": ENVIRONMENT,
-            "timeout_s": 120,
+            "timeout_s": PLENTY_S,
             "measure": {"min_samples": 6, "max_samples": 6},
             "cache_dir": tmp_path / job.replace(":", "_"),
         }

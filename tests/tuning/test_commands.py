@@ -81,6 +81,7 @@ def test_help_is_for_newcomers_and_leaves_nothing_behind(run: Run, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compile
 def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
     arguments = ["backend=interpret", "workload=tiny", "space=tiny", "space.block_q=[128]", "space.block_kv=[128,256]"]
     code, out, err = run(sweep, *arguments, "space.block_kv_compute=[128]", "progress=false", "json=out/sweep.json")

@@ -145,6 +145,7 @@ def test_the_picture_is_drawn_for_one_pair_and_for_many(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.compile
 def test_the_command_on_a_file_of_ones_own(
     tmp_path: Path, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

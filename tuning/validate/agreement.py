@@ -144,7 +144,7 @@ def parity(pairs: Sequence[Pair]) -> Figure:
             gid=f"pair-{number}",
         )
         if abs(pair.ratio - 1) > BAND:
-            axes.annotate(
+            name = axes.annotate(
                 f"{pair.name}: {pair.ratio:.2f}",
                 (pair.actual_ms, pair.predicted_ms),
                 (-6, 6),
@@ -153,6 +153,7 @@ def parity(pairs: Sequence[Pair]) -> Figure:
                 fontsize=6,
                 color=LIGHT["muted"],
             )
+            name.set_in_layout(False)  # a long name may reach out of the axes: they would shrink to nothing
     for index, group in enumerate(groups):
         label = f"{group}\n{summarize([pair for pair in pairs if pair.group == group]).line}"
         axes.plot([], [], marker="os^Dv"[index % 5], color=LIGHT[f"c{index % 5 + 1}"], ls="none", label=label)

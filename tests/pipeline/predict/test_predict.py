@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import PLENTY_S
 from pipeline.checkpoints.loading import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.sharding import ParallelPlan
@@ -165,7 +166,7 @@ def test_the_command_predicts_a_small_model(tmp_path):
     path = tmp_path / "prediction.json"
     command = [sys.executable, "-m", "pipeline.predict", "model=tiny", "topology=v6e-4", "stages=text,denoise,vae"]
     command += [f"json={path}", "results_path=null", f"cache_dir={tmp_path}", "parallel=ulysses", "dtype=bfloat16"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=PLENTY_S)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(path.read_text())
     assert report["label"] == "predicted"

@@ -36,6 +36,7 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
     assert len(sessions.sessions(tmp_path)) == 2  # the same prediction is no repeat
 
 
+@pytest.mark.compile
 def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
     shape = AttentionShape(batch_size=1, num_heads=1, q_seq_len=131, kv_seq_len=137, head_dim=64)
     trial = make_trial(
