@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+#: In a checkout a link to configs/; an installed package holds the files.
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 #: A change in one of these can change what a candidate computes or how long it takes.
 KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))

@@ -4,16 +4,17 @@ import concurrent.futures
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from tqdm import tqdm
 
 from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import from_config
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
@@ -21,6 +22,7 @@ from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, core_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import OFFLINE
+from tuning.search.schemas import DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 from tuning.trials.workloads import Workload
@@ -43,17 +45,14 @@ class PeerSchema:
 class PeersSchema:
     """Fields of configs/peers.yaml."""
 
-    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
-    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     peers: list[PeerSchema] = dataclasses.field(default_factory=list)
     workers: int | None = None
     timeout_s: float = MISSING
     results_dir: str = MISSING
     reuse: bool = MISSING
     json: str | None = None
-
-
-cli.store_schema("peers_schema", PeersSchema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Entrant:
     options: dict[str, Any]
 
 
-def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
+def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
     """Ours and the installed peers, and a line about each that is missing or must be known.
 
     Raises:
@@ -83,50 +82,51 @@ def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[
     if quantized.entry is not None:
         found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
     lines = [f"splash_attn runs {choice.reason}"]
-    for peer in cli.plain(config.peers):
-        name = peer.pop("kernel")
-        peer_options = peer.pop("options")
-        if name not in KERNELS:
-            raise ValueError(f"peers.kernel={name!r}: expected one of {', '.join(KERNELS)}.")
-        kernel = KERNELS[name]
+    for peer in peers:
+        if peer.kernel not in KERNELS:
+            raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(KERNELS)}.")
+        kernel = KERNELS[peer.kernel]
         if kernel.installed:
-            found.append(Entrant(name, BlockSizes(**peer), peer_options))
+            blocks = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
+            found.append(Entrant(peer.kernel, blocks, peer.options))
         else:
-            lines.append(f"{name} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
+            lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
     return found, list(dict.fromkeys(lines))
 
 
-def _command(config: DictConfig) -> int:
-    workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
-    target = OFFLINE.find_target(config.device.name)
-    entered, lines = cli.from_config(lambda: entrants(config, workload, target.device_kind))
+@cli.command("peers", PeersSchema)
+def main(settings: PeersSchema) -> int:
+    """Run the command; return its exit code."""
+    workload = settings.workload.frozen()
+    target = OFFLINE.find_target(settings.device.name)
+    entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
-    results_dir = Path(config.results_dir)
+    results_dir = Path(settings.results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
-    reused = records.reusable(records.read(path), config.timeout_s) if config.reuse else []
+    reused = records.reusable(records.read(path), settings.timeout_s) if settings.reuse else []
     on_record = {(trial.kernel, trial.key): trial for trial in reused}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
-            cache=JobCache.of_user(config.reuse),
+            cache=JobCache.of_user(settings.reuse),
             workload=workload,
             target=target,
             backend=OFFLINE,
             context=context,
             environment=captured,
-            timeout_s=config.timeout_s,
+            timeout_s=settings.timeout_s,
             measure={},
             cache_dir=results_dir / "sweeps" / ".numerics",
         )
-        trials = _evaluate(entered, evaluator, on_record, path, config.workers or core_count())
+        trials = _evaluate(entered, evaluator, on_record, path, settings.workers or core_count())
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in tables.note_lines(trials):
         print(line)
-    cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
+    cli.write_json(settings.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
     return 0 if all(trial.status is Status.OK for trial in trials) else 1
 
 
@@ -160,12 +160,6 @@ def _evaluate(
         pool.shutdown(cancel_futures=True)
         bar.close()
     return trials
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("peers", _command)
 
 
 if __name__ == "__main__":

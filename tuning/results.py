@@ -4,11 +4,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import from_config
 from splash_workbench.status import Status
+from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 
@@ -18,16 +19,13 @@ class ResultsSchema:
     """Fields of configs/results.yaml."""
 
     results_dir: str = MISSING
-    workload: cli.WorkloadSchema | None = None
-    device: cli.DeviceSchema | None = None
-    backend: cli.BackendSchema | None = None
+    workload: WorkloadSchema | None = None
+    device: DeviceSchema | None = None
+    backend: BackendSchema | None = None
     kernel: str | None = None
     status: str | None = None
     top: int | None = None
     json: str | None = None
-
-
-cli.store_schema("results_schema", ResultsSchema)
 
 
 def select(trials: list[Trial], **wanted: str | None) -> list[Trial]:
@@ -46,22 +44,19 @@ def select(trials: list[Trial], **wanted: str | None) -> list[Trial]:
     return sorted(trials, key=lambda t: (t.workload, t.device, t.backend, t.status is not Status.OK, objective(t)))
 
 
-def _command(config: DictConfig) -> int:
-    results_dir = Path(config.results_dir)
-    wanted = {name: config[name] for name in ("kernel", "status")}
-    wanted |= {name: config[name].name if config[name] else None for name in ("workload", "device", "backend")}
-    trials = cli.from_config(lambda: select(records.read_all(results_dir), **wanted))
-    if config.top is not None:
-        trials = trials[: config.top]
+@cli.command("results", ResultsSchema)
+def main(settings: ResultsSchema) -> int:
+    """Run the command; return its exit code."""
+    results_dir = Path(settings.results_dir)
+    groups = {"workload": settings.workload, "device": settings.device, "backend": settings.backend}
+    wanted = {name: group.name if group else None for name, group in groups.items()}
+    wanted |= {"kernel": settings.kernel, "status": settings.status}
+    trials = from_config(lambda: select(records.read_all(results_dir), **wanted))
+    if settings.top is not None:
+        trials = trials[: settings.top]
     print(tables.table(trials, limit=None, hide=("record_id", "created_at", "dtype"), one_variant_column=True))
-    cli.write_json(config.json, {"trials": tables.rows(trials), "statuses": tables.status_counts(trials)})
+    cli.write_json(settings.json, {"trials": tables.rows(trials), "statuses": tables.status_counts(trials)})
     return 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("results", _command)
 
 
 if __name__ == "__main__":

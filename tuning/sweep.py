@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
@@ -37,8 +36,6 @@ from tuning.trials.records import Trial, objective
 
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
-
-cli.store_schema("sweep_schema", SweepSchema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def sweep(
       report: called with each line for the user.
 
     Raises:
-      cli.UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
+      UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
     """
     target = settings.backend.find_target(settings.device)
     captured = provenance.capture(settings.backend.sources)
@@ -98,7 +95,7 @@ def sweep(
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
-        raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
+        raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
     with _locked(directory / "state"):
         runner = Runner(directory / "state" / "work", jobs_per_worker=JOBS_PER_WORKER)
@@ -243,9 +240,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise cli.UserError(
-                f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."
-            ) from error
+            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
@@ -267,8 +262,10 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
     return picture, figure is not None
 
 
-def _command(config: DictConfig) -> int:
-    settings = cli.from_config(lambda: settings_from(config))
+@cli.command("sweep", SweepSchema)
+def main(config: SweepSchema) -> int:
+    """Run the command; return its exit code."""
+    settings = from_config(lambda: settings_from(config))
     if config.profile:
         sessions.require_tensorboard("profile=true")  # before hours of work, not after
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
@@ -308,12 +305,6 @@ def _command(config: DictConfig) -> int:
         print("no candidate was ok", file=sys.stderr)
         return 1
     return 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("sweep", _command)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import PipelineError
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.provenance import user_cache_dir
 from splash_workbench.status import Label
 
@@ -47,40 +46,25 @@ class QualityConfig(GenerateConfig):
     videos_dir: str | None = None
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
-    quiet_jax_without_accelerator()
-    cli.store_schema("quality_schema", QualityConfig)
-    return cli.run("quality", _command)
-
-
-def _command(config: DictConfig) -> int:
+@cli.command("quality", QualityConfig, text_or_list=("stages",))
+def main(settings: QualityConfig) -> int:
+    """Judge the reference and the candidates: print a table, append records, return the exit code."""
     from pipeline.checkpoints.loading import use_compilation_cache
-
-    settings: Any = OmegaConf.to_object(config)
-    try:
-        use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
-        return judge(settings, cli.plain(config)["candidates"])
-    except PipelineError as error:
-        raise cli.UserError(str(error)) from error
-
-
-def judge(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
-    """Judge the reference and the candidates; prints a table, appends records, returns the exit code."""
     from pipeline.checkpoints.shapes import parse_caption
     from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
     from splash_workbench.records import jsonl
 
-    cli.from_config(lambda: [parse_caption(caption) for caption in settings.captions])
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
+    from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     captions = [caption for caption in settings.captions for _ in settings.seeds]
     if not captions:
-        raise cli.UserError("captions, seeds: expected at least one each")
+        raise UserError("captions, seeds: expected at least one each")
     base = _generate_config(settings)
     reference = QualityVariant.from_config("reference", base, Budget(float("inf"), 1.0))
-    chosen = [_candidate(base, fields, settings.budget) for fields in candidates]
+    chosen = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
     if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
         names = ", ".join(candidate.name for candidate in chosen)
-        raise cli.UserError(f"only={sorted(unknown)}: expected some of {names}")
+        raise UserError(f"only={sorted(unknown)}: expected some of {names}")
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
 
@@ -120,14 +104,14 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchem
 
     name = fields.get("name")
     if not name:
-        raise cli.UserError(f"candidates: expected a name in {fields}")
+        raise UserError(f"candidates: expected a name in {fields}")
     changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
     limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
         return QualityVariant.from_config(name, settings, Budget(**limits))
-    except (PipelineError, OmegaConfBaseException, TypeError) as error:
-        raise cli.UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
+    except (UserError, OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
 
 _COLUMNS = ("colour", "shape", "motion", "all")

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pipeline.requests.errors import RequestError
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
 from pipeline.requests.parallel_options import ParallelOptions
@@ -98,14 +96,10 @@ def _attention_options(fields: Mapping[str, Any]) -> AttentionOptions:
     return AttentionOptions(**fields)
 
 
-def register_request_resolver() -> None:
-    """Let ${request:height} be the height of the request that a configuration makes, for its --help."""
-
-    def value(name: str, *, _root_: Any) -> Any:
-        fields = {field: _root_[field] for field in ("checkpoint", *MODEL_FIELDS)}
-        return fill_in_defaults(fields, _root_.model)[name]
-
-    OmegaConf.register_new_resolver("request", value, replace=True)
+def request_field(name: str, *, _root_: Any) -> Any:
+    """Return a field of the request that a configuration makes: for --help, where it is ${request:height}."""
+    fields = {field: _root_[field] for field in ("checkpoint", *MODEL_FIELDS)}
+    return fill_in_defaults(fields, _root_.model)[name]
 
 
 def request_to_dict(request: GenerateRequest) -> dict[str, Any]:

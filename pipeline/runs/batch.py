@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
-from pipeline.requests.batch_file import BatchFileError, Entry
-from pipeline.requests.errors import DeviceMemoryError, PipelineError
+from pipeline.requests.batch_file import Entry
+from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
 from pipeline.requests.request import Stage
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
@@ -56,7 +56,7 @@ def prepare(
     run_options: RunOptions,
     cache_dir: Path | None = None,
 ) -> list[Item]:
-    """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises BatchFileError."""
+    """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
     checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
@@ -72,7 +72,7 @@ def prepare(
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:
-        raise BatchFileError(errors)
+        raise RequestError(*errors)
     return items
 
 

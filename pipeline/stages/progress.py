@@ -71,7 +71,7 @@ def recorder_of(settings: Any, request: GenerateRequest) -> "Recorder | None":
     """
     if not settings.profile:
         return None
-    from splash_workbench.cli import UserError
+    from splash_workbench.errors import UserError
     from splash_workbench.profiles.sessions import Recorder, safe_name
 
     attention, plan = request.attention, settings.parallel.plan

@@ -20,7 +20,8 @@ from typing import Any, Self
 import jax
 
 from splash_workbench import provenance
-from splash_workbench.cli import UserError, write_json
+from splash_workbench.errors import UserError
+from splash_workbench.files import write_json
 from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.status import Label
@@ -139,7 +140,7 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if space is not None:
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
-    write_json(str(folder / SESSION_FILE), encode(session))
+    write_json(folder / SESSION_FILE, encode(session))
     return folder
 
 

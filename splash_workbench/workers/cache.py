@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import CACHE_VARIABLE, user_cache_dir
 from splash_workbench.status import Status

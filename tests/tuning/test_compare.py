@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader, sessions
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.profiles.xla_pb2 import XSpace
@@ -211,7 +212,7 @@ def test_errors_are_one_line(write, tmp_path, monkeypatch, capsys, runs, message
 def test_a_trial_without_a_time_is_refused(make_trial, tmp_path):
     trial = make_trial(status=Status.WRONG)
     jsonl.append(tmp_path / "results" / records.TRIALS_FILE, trial)
-    with pytest.raises(compare.cli.UserError, match="ended as wrong"):
+    with pytest.raises(UserError, match="ended as wrong"):
         resolve(trial.record_id, tmp_path / "runs", tmp_path / "results")
 
 

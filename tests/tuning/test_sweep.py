@@ -12,7 +12,7 @@ import pytest
 
 from helpers import PLENTY_S, environment_with_repo, wait_until
 from splash_workbench import provenance
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome, Runner
 from tuning.backends import evaluate

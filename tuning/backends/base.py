@@ -7,7 +7,8 @@ from pathlib import Path
 
 from offline_tpu.machine import devices
 from offline_tpu.machine.devices import DeviceSpec
-from splash_workbench import cli, provenance
+from splash_workbench import provenance
+from splash_workbench.errors import from_config
 from tuning.trials.workloads import Workload
 
 
@@ -27,8 +28,8 @@ class Target:
 
 
 def named_device(device: str) -> Target:
-    """Return the known device of that name. Raises cli.UserError for an unknown one."""
-    spec = cli.from_config(lambda: devices.by_name(device))
+    """Return the known device of that name. Raises UserError for an unknown one."""
+    spec = from_config(lambda: devices.by_name(device))
     return Target(spec.name, spec.device_kind, spec)
 
 
@@ -46,7 +47,7 @@ class Backend:
       name: as on the command line.
       job: what a worker runs for one candidate, "package.module:function".
       sources: patterns of the files that make the figure; see `provenance.source_hash`.
-      find_target: the name of a device on the command line -> the device. Raises cli.UserError where they do not fit.
+      find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.
       worker_env: (device, folder of the worker) -> environment variables that the worker starts with.
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.

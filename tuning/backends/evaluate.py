@@ -8,7 +8,7 @@ from typing import Any
 
 from offline_tpu.prediction import OpCost
 from splash_attn.types import BlockSizes
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Label, Status
@@ -60,7 +60,7 @@ class Evaluator:
 
         Raises:
           CancelledError: the runner was cancelled.
-          cli.UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
+          UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
         """
         payload = {
             "kernel": kernel,

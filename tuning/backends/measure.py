@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from splash_attn.api import Implementation
-from splash_workbench import cli
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
 from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels, timing
@@ -24,12 +24,12 @@ def _find_target(device: str) -> Target:
     with tempfile.TemporaryDirectory() as work_dir:
         outcome = Runner(Path(work_dir)).run("tuning.backends.measure:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
     if outcome.status is not Status.OK:
-        raise cli.UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
+        raise UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
     kind = outcome.result["device_kind"]
     spec = known_device(kind)
     here = Target(spec.name if spec else outcome.result["platform"], kind, spec)
     if device not in ("local", here.name):
-        raise cli.UserError(
+        raise UserError(
             f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
         )
     return here

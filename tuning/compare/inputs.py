@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu import timeline
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader
 from splash_workbench.profiles import sessions as trace
 from splash_workbench.profiles.scopes import named_scope

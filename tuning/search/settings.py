@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
-from splash_workbench import cli
 from splash_workbench.workers.pool import core_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
+from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.trials.records import VARIANT_PREFIX
@@ -43,9 +43,9 @@ class SpaceSchema:
 class SweepSchema:
     """Fields of configs/sweep.yaml; becomes a SweepSettings."""
 
-    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
-    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
-    backend: cli.BackendSchema = dataclasses.field(default_factory=cli.BackendSchema)
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
+    backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
     workers: int | None = None
@@ -59,9 +59,6 @@ class SweepSchema:
     profile: bool = MISSING
     profile_top: int = MISSING
     logdir: str = MISSING
-
-
-cli.store_schema("sweep_schema", SweepSchema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +94,15 @@ class SweepSettings:
             raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
 
 
-def settings_from(config: DictConfig) -> SweepSettings:
+def settings_from(config: SweepSchema) -> SweepSettings:
     """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    space = cli.plain(config.space)
+    space = dataclasses.asdict(config.space)
     choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
     for name, values in choices.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
-    workload = Workload.from_dict(cli.plain(config.workload))
+    workload = config.workload.frozen()
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
@@ -116,8 +113,8 @@ def settings_from(config: DictConfig) -> SweepSettings:
         workload=workload,
         device=config.device.name,
         backend=backend,
-        measure=cli.plain(config.backend.measure),
-        search=SearchSettings(**cli.plain(config.search)),
+        measure=config.backend.measure,
+        search=SearchSettings(**dataclasses.asdict(config.search)),
         space=Space(
             name=space["name"],
             choices={name: tuple(values) for name, values in choices.items()},

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from offline_tpu import timeline
 from offline_tpu.machine.devices import by_name
 from splash_attn.api import Implementation
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Recorder, Session
 from splash_workbench.status import Label, Status

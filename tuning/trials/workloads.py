@@ -1,14 +1,14 @@
 """Named attention shapes, each a file in configs/workload/."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import OmegaConf
 
 from splash_attn.types import AttentionShape
+from splash_workbench.provenance import CONFIG_DIR
 
-WORKLOAD_DIR = Path(__file__).resolve().parents[2] / "configs" / "workload"
+_WORKLOAD_DIR = CONFIG_DIR / "workload"
 _ITEMSIZES = {"bfloat16": 2, "float32": 4}
 DTYPES = tuple(_ITEMSIZES)
 
@@ -42,7 +42,7 @@ class Workload:
 
 def names() -> tuple[str, ...]:
     """Every workload that `load` knows."""
-    return tuple(sorted(path.stem for path in WORKLOAD_DIR.glob("*.yaml")))
+    return tuple(sorted(path.stem for path in _WORKLOAD_DIR.glob("*.yaml")))
 
 
 def load(name: str) -> Workload:
@@ -53,4 +53,4 @@ def load(name: str) -> Workload:
     """
     if name not in names():
         raise ValueError(f"workload={name!r}: expected one of {', '.join(names())}.")
-    return Workload.from_dict(dict(OmegaConf.to_container(OmegaConf.load(WORKLOAD_DIR / f"{name}.yaml"))))  # type: ignore[arg-type]
+    return Workload.from_dict(dict(OmegaConf.to_container(OmegaConf.load(_WORKLOAD_DIR / f"{name}.yaml"))))  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from tqdm import tqdm
 
 import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import from_config
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
@@ -40,9 +40,6 @@ class ValidateSchema:
     cache: bool = MISSING
     json: str | None = None
     progress: bool = MISSING
-
-
-cli.store_schema("validate_schema", ValidateSchema)
 
 
 def compare(
@@ -130,20 +127,22 @@ def _measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
     return lines
 
 
-def _command(config: DictConfig) -> int:
-    path = Path(config.measured) if config.measured else DEFAULT_PATH
-    results_dir = Path(config.results_dir)
-    reported = cli.from_config(lambda: Reported.read(path))
-    cli.from_config(lambda: devices.by_name(reported.device_kind))
-    measured = cli.from_config(lambda: pairs_of(records.read_all(results_dir)))
+@cli.command("validate", ValidateSchema)
+def main(settings: ValidateSchema) -> int:
+    """Run the command; return its exit code."""
+    path = Path(settings.measured) if settings.measured else DEFAULT_PATH
+    results_dir = Path(settings.results_dir)
+    reported = from_config(lambda: Reported.read(path))
+    from_config(lambda: devices.by_name(reported.device_kind))
+    measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         comparisons = compare(
             reported,
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
-            cache=JobCache.of_user(config.cache),
-            workers=config.workers or core_count(),
-            timeout_s=config.timeout_s,
-            progress=config.progress,
+            cache=JobCache.of_user(settings.cache),
+            workers=settings.workers or core_count(),
+            timeout_s=settings.timeout_s,
+            progress=settings.progress,
         )
     group = f"reported, {path.name}"
     pairs = [pair for comparison in comparisons if (pair := pair_of(comparison, group))]
@@ -165,14 +164,8 @@ def _command(config: DictConfig) -> int:
         },
         picture=str(picture) if pairs or measured else None,
     )
-    cli.write_json(config.json, jsonl.encode(validation))
+    cli.write_json(settings.json, jsonl.encode(validation))
     return 1 if summary.failed_count else 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("validate", _command)
 
 
 if __name__ == "__main__":

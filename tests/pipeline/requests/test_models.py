@@ -10,18 +10,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from pipeline.requests.batch_file import read_entries
-from pipeline.requests.config import GenerateConfig, register_request_resolver, to_request
+from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.models import MODEL_FIELDS, MODELS
 from pipeline.requests.request import GenerateRequest
-
-CONFIGS = Path(__file__).parents[3] / "configs"
+from splash_workbench.provenance import CONFIG_DIR
 
 
 def _command_line(*arguments: str) -> GenerateConfig:
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     OmegaConf.register_new_resolver("default_model", lambda: "tiny", replace=True)
-    register_request_resolver()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return OmegaConf.to_object(compose("generate", overrides=["prompt=x", *arguments]))
 
 
@@ -31,7 +29,7 @@ def _line(folder: Path, config: GenerateConfig, **fields) -> GenerateRequest:
 
 
 def test_every_model_has_its_name_on_the_command_line():
-    assert {path.stem for path in (CONFIGS / "model").glob("*.yaml")} == set(MODELS)
+    assert {path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")} == set(MODELS)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
 from pipeline.console import batch_table
-from pipeline.requests.batch_file import BatchFileError, read_entries
+from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
 from pipeline.requests.request import STAGES
@@ -103,24 +103,24 @@ BAD_LINES = [
 
 def test_every_bad_line_is_named_with_what_is_wrong(tmp_path, config):
     path = _write(tmp_path, {"prompt": "ok"}, *(line for line, _ in BAD_LINES))
-    with pytest.raises(BatchFileError) as caught:
+    with pytest.raises(RequestError) as caught:
         read_entries(path, config)
-    assert len(caught.value.errors) == len(BAD_LINES)
-    for number, (error, (_, message)) in enumerate(zip(caught.value.errors, BAD_LINES, strict=True), start=2):
+    assert len(caught.value.messages) == len(BAD_LINES)
+    for number, (error, (_, message)) in enumerate(zip(caught.value.messages, BAD_LINES, strict=True), start=2):
         assert error.startswith(f"{path}:{number}: "), error
         assert message in error
         assert "\n" not in error
 
 
 def test_files_that_are_none(tmp_path, config):
-    with pytest.raises(BatchFileError, match="holds no prompts"):
+    with pytest.raises(RequestError, match="holds no prompts"):
         read_entries(_write(tmp_path, "", " "), config)
     with pytest.raises(RequestError, match=r"nowhere\.jsonl': No such file"):
         read_entries(tmp_path / "nowhere.jsonl", config)
     (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(RequestError, match="not UTF-8"):
         read_entries(tmp_path / "latin", config)
-    with pytest.raises(BatchFileError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
+    with pytest.raises(RequestError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
         _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
