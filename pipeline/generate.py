@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from pipeline.requests.config import GenerateConfig, request_field
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
+from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
@@ -146,9 +147,9 @@ def _how_to_go_on(settings: GenerateConfig, between_steps: bool) -> str:
 
 
 def _use_compilation_cache(settings: GenerateConfig) -> None:
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+    from pipeline.checkpoints.loading import use_compilation_cache
 
-    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
 
 
 def _check_combination(settings: GenerateConfig) -> None:

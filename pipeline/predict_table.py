@@ -1,13 +1,14 @@
 """`python -m pipeline.predict_table results/predict.jsonl > results/predict.md`: predictions as one table."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from pipeline.predict.report import markdown_table
 from splash_workbench import cli
-from splash_workbench.errors import UserError
+from splash_workbench.errors import from_config
+from splash_workbench.records import jsonl
+from splash_workbench.records.prediction import PredictionRecord
 
 
 def _parser() -> cli.Parser:
@@ -19,12 +20,8 @@ def _parser() -> cli.Parser:
 @cli.flags_command(_parser)
 def main(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    try:
-        lines = arguments.records.read_text(encoding="utf-8").splitlines()
-        table = markdown_table([json.loads(line) for line in lines if line.strip()])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{arguments.records}: not records of python -m pipeline.predict ({error!r})") from error
-    print(table, end="")
+    arguments.records.stat()  # an absent file is no empty table
+    print(markdown_table(from_config(lambda: jsonl.read(arguments.records, PredictionRecord))), end="")
     return 0
 
 

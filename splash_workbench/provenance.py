@@ -9,10 +9,9 @@ import platform
 import re
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 #: In a checkout a link to configs/; an installed package holds the files.
@@ -34,7 +33,7 @@ _PARSER_LOCK = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where a trial ran. Holds no host name and no path.
+    """Where a figure was made. Holds no host name and no path.
 
     Attributes:
       versions: of Python and of the packages that decide the figure; a package that is absent is left out.
@@ -61,19 +60,12 @@ class Environment:
         """The versions of COMPILER_PACKAGES."""
         return {name: self.versions[name] for name in COMPILER_PACKAGES if name in self.versions}
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**fields)
-
-
-def capture(sources: Iterable[str]) -> Environment:
+def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
     return Environment(
-        versions=package_versions(_PACKAGES),
+        versions=package_versions(packages),
         flags=_flags(),
         git_commit=commit,
         git_dirty=dirty,

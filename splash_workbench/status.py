@@ -1,4 +1,4 @@
-"""How a trial ends and how its time was got. Apart from the records, so that a worker starts without JAX."""
+"""Defines how a trial ends and how its time was got. Apart from the records, so that a worker starts without JAX."""
 
 import enum
 
@@ -30,8 +30,12 @@ class TrialError(Exception):
         self.status = status
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out. The one place that reads an error's text: XLA tells no other way."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def compile_error(error: Exception) -> TrialError:
-    """What a compiler's refusal is to a trial. The one place that reads an error's text: XLA tells no other way."""
-    text = str(error)
-    out_of_memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text
-    return TrialError(Status.OUT_OF_MEMORY if out_of_memory else Status.COMPILE_ERROR, text)
+    """Return a compiler's error as the TrialError that a worker's job raises."""
+    status = Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.COMPILE_ERROR
+    return TrialError(status, str(error))

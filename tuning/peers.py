@@ -15,6 +15,7 @@ from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
 from splash_workbench import cli, provenance
 from splash_workbench.errors import from_config
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, core_count
@@ -105,8 +106,8 @@ def main(settings: PeersSchema) -> int:
     context = context_of(workload, target, OFFLINE, captured)
     results_dir = Path(settings.results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
-    on_record = records.conclusive(records.read(path), settings.timeout_s) if settings.reuse else []
-    known = {(trial.kernel, trial.key): trial for trial in on_record}
+    reused = records.reusable(records.read(path), settings.timeout_s) if settings.reuse else []
+    on_record = {(trial.kernel, trial.key): trial for trial in reused}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
@@ -120,7 +121,7 @@ def main(settings: PeersSchema) -> int:
             measure={},
             cache_dir=results_dir / "sweeps" / ".numerics",
         )
-        trials = _evaluate(entered, evaluator, known, path, settings.workers or core_count())
+        trials = _evaluate(entered, evaluator, on_record, path, settings.workers or core_count())
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in tables.note_lines(trials):
@@ -132,7 +133,7 @@ def main(settings: PeersSchema) -> int:
 def _evaluate(
     entered: list[Entrant],
     evaluator: Evaluator,
-    known: dict[tuple[str, str], Trial],
+    on_record: dict[tuple[str, str], Trial],
     path: Path,
     workers: int,
 ) -> list[Trial]:
@@ -143,15 +144,15 @@ def _evaluate(
     futures = []
     try:
         for entrant in entered:
-            on_record = known.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
-            if on_record is not None:
-                trials.append(on_record)
+            reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
+            if reused is not None:
+                trials.append(reused)
                 bar.update()
             else:
                 futures.append(pool.submit(evaluator.evaluate, entrant.block_sizes, entrant.options, entrant.kernel))
         for future in concurrent.futures.as_completed(futures):
             trial = future.result()
-            records.append(path, trial)
+            jsonl.append(path, trial)
             trials.append(trial)
             bar.update()
     finally:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.profiles import sessions
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
@@ -29,6 +30,7 @@ from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candida
 from tuning.search.study import Search
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, objective
 
@@ -110,7 +112,7 @@ def sweep(
             cache=cache,
         )
         path = directory / records.TRIALS_FILE
-        known = {trial.key: trial for trial in records.conclusive(records.read(path), settings.timeout_s)}
+        on_record = {trial.key: trial for trial in records.reusable(records.read(path), settings.timeout_s)}
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
         search = Search(
             storage_path=directory / "state" / "study.sqlite3",
@@ -118,13 +120,12 @@ def sweep(
             space=settings.space,
             candidates=candidates,
             settings=settings.search,
-            known=known,
-            objective=objective,
+            on_record=on_record,
         )
         for line in _introduction(settings, target, candidates, search, directory):
             report(line)
         start = time.monotonic()
-        evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
+        evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
         wall_time_s = time.monotonic() - start
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
@@ -140,7 +141,7 @@ def sweep(
 
 
 def _evaluate_all(
-    settings: SweepSettings, search: Search, evaluator: Evaluator, known: dict[str, Trial], path: Path
+    settings: SweepSettings, search: Search, evaluator: Evaluator, on_record: dict[str, Trial], path: Path
 ) -> int:
     """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated.
 
@@ -167,9 +168,9 @@ def _evaluate_all(
         if candidate is None:
             return
         untold.append(candidate)
-        if candidate.key in known:  # another study of this context has evaluated it
-            made[candidate.key] = known[candidate.key]
-            show(known[candidate.key])
+        if candidate.key in on_record:  # another study of this context has evaluated it
+            made[candidate.key] = on_record[candidate.key]
+            show(on_record[candidate.key])
             bar.update()
         else:
             running[pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())] = candidate
@@ -188,7 +189,7 @@ def _evaluate_all(
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 candidate, trial = running.pop(future), future.result()
-                records.append(path, trial)  # on disk first: the study can be put right from it, not the other way
+                jsonl.append(path, trial)  # on disk first: the study can be put right from it, not the other way
                 made[candidate.key] = trial
                 evaluated_count += 1
                 show(trial)
@@ -248,11 +249,17 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _draw(result: SweepResult) -> tuple[Path, bool]:
-    """The heat map of all that is on record here, exact or int8 as the winner is, and whether there is one."""
+    """Draw the heat map of all that is on record here, exact or int8 as the winner is.
+
+    Returns its path, and whether there was something to draw.
+    """
     exact = result.winner is None or records.is_exact(result.winner.variant)
     picture = result.directory / heatmap.file_name(exact)
     on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
-    return picture, heatmap.save([t for t in on_record if records.is_exact(t.variant) == exact], picture)
+    figure = heatmap.draw([t for t in on_record if records.is_exact(t.variant) == exact])
+    if figure is not None:
+        save_png(figure, picture)
+    return picture, figure is not None
 
 
 @cli.command("sweep", SweepSchema)
@@ -280,7 +287,7 @@ def main(config: SweepSchema) -> int:
         config.json,
         {
             "directory": str(result.directory),
-            "winner": result.winner.to_dict() if result.winner else None,
+            "winner": jsonl.encode(result.winner) if result.winner else None,
             "promotion": dataclasses.asdict(promotion) if promotion else None,
             "heatmap": str(picture) if drawn else None,
             "candidates": len(result.candidates.valid),

@@ -17,7 +17,10 @@ import imageio_ffmpeg
 import matplotlib
 from PIL import Image
 
+from splash_workbench.records import jsonl
+from splash_workbench.records.prediction import PredictionRecord
 from tuning.trials import heatmap, records
+from tuning.trials.figures import save_png
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,24 +57,25 @@ def heat_map() -> None:
     """Write heatmap.png: every exact candidate of the newest sweep of CogVideoX at 720p on a v6e."""
     sweeps = (ROOT / "results/sweeps").glob(f"cogvideox_720p-v6e-offline-*/{records.TRIALS_FILE}")
     trials = max(map(records.read, sweeps), key=lambda trials: max(trial.created_at for trial in trials))
-    heatmap.save([trial for trial in trials if records.is_exact(trial.variant)], PICTURES / "heatmap.png")
+    figure = heatmap.draw([trial for trial in trials if records.is_exact(trial.variant)])
+    assert figure is not None
+    save_png(figure, PICTURES / "heatmap.png")
 
 
 def plans() -> None:
     """Write plans.png: seconds a denoise step by plan and kind of work, beside what was reported."""
-    newest: dict[str, dict[str, Any]] = {}
-    for line in (ROOT / "results/predict.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        newest[record["plan"]["plan"]] = record
+    newest = {run.plan.plan: run for run in jsonl.read(ROOT / "results/predict.jsonl", PredictionRecord)}
     ours, published = newest["ulysses"], newest["seed_tp"]
-    megatron_s = next(time_s for plan, time_s in ours["other_plans"].items() if plan.startswith("megatron"))
+    others = ours.other_plans.items()
+    megatron_s = next(t for plan, t in others if plan.startswith("megatron") and isinstance(t, float))
+    assert published.reported and published.step_time_s and published.step_time_own_kernel_s and ours.step_time_s
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    axes.barh(0, published["reported"]["step_time_s"], color="white", edgecolor="black", hatch="///")
-    extra_s = published["step_time_s"] - published["step_time_own_kernel_s"]
-    _stack(axes, 1, published["stages"]["denoise"]["breakdown_s"], kernel_extra_s=extra_s)
+    axes.barh(0, published.reported.step_time_s, color="white", edgecolor="black", hatch="///")
+    extra_s = published.step_time_s - published.step_time_own_kernel_s
+    _stack(axes, 1, published.stages["denoise"].breakdown_s, kernel_extra_s=extra_s)
     axes.barh(2, megatron_s, color="#999999")
-    _stack(axes, 3, ours["stages"]["denoise"]["breakdown_s"])
-    totals = (published["reported"]["step_time_s"], published["step_time_s"], megatron_s, ours["step_time_s"])
+    _stack(axes, 3, ours.stages["denoise"].breakdown_s)
+    totals = (published.reported.step_time_s, published.step_time_s, megatron_s, ours.step_time_s)
     for row, total_s in enumerate(totals):
         axes.text(total_s + 0.02, row, f"{total_s:.3g} s", va="center", fontweight="bold")
     axes.set_yticks(
@@ -87,7 +91,10 @@ def plans() -> None:
     axes.spines[["top", "right"]].set_visible(False)
     colours = [Patch(color=colour, label=kind) for kind, (colour, _) in KINDS.items()]
     axes.legend(handles=[*colours, Patch(color="#999999", label="kinds not on record")], loc="upper right", fontsize=8)
-    axes.set_title(f"CogVideoX1.5-5B, 1280x720, 81 frames, on a TPU v6e-8 (predicted: {_compiler(ours)})", fontsize=10)
+    axes.set_title(
+        f"CogVideoX1.5-5B, 1280x720, 81 frames, on a TPU v6e-8 (predicted: {_compiler(ours.environment.versions)})",
+        fontsize=10,
+    )
     _save(figure, "plans.png")
 
 
@@ -147,12 +154,12 @@ def step() -> None:
     plan = report["plan"]
     about = {
         "label": "predicted",
-        "compiler": _compiler(report),
+        "compiler": _compiler(report["environment"]["versions"]),
         "plan": f"{plan['plan']} {plan['dp']} x {plan['model']}",
         "layers": layers,
         "step_time_s": report["step_time_s"],
         "created_at": report["created_at"],
-        "git": report["git"],
+        "git_commit": report["environment"]["git_commit"],
     }
     lines = ",\n".join(f"  {json.dumps(op)}" for op in kept)
     STEP.write_text(json.dumps(about, indent=1)[:-2] + f',\n "ops": [\n{lines}\n ]\n}}\n')
@@ -189,8 +196,8 @@ def _colour(category: str) -> str:
     return next((colour for colour, names in KINDS.values() if category in names), "#999999")
 
 
-def _compiler(record: dict[str, Any]) -> str:
-    return f"libtpu {record['versions']['libtpu']}"
+def _compiler(versions: dict[str, str]) -> str:
+    return f"libtpu {versions['libtpu']}"
 
 
 def _run(module: str, *arguments: str) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,15 +19,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
+from splash_workbench.provenance import user_cache_dir
 
 logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
-CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -38,13 +38,6 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
-
-
-def default_cache_dir() -> Path:
-    """Return where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
 def use_compilation_cache(folder: Path | None) -> None:
@@ -151,7 +144,7 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
     if name == TINY:
         return Checkpoint(name=name, folder=TRAINED_FOLDER)
     if name == RANDOM:
-        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
+        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or user_cache_dir()))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Checkpoint(name=name, folder=folder)
@@ -168,6 +161,17 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint on the Hub, whatever folders there are here. Raises CheckpointError if out of reach."""
     snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
+
+
+def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+
+    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
+    """
+    if checkpoint in PUBLISHED_CONFIGS:
+        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
+    found = find()
+    return {part: found.config(part) for part in COGVIDEOX_1_5_5B}, "checkpoint"
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

@@ -5,12 +5,10 @@ encoder that it names. Keys that are left out have the libraries' defaults. What
 nothing else is said, is in `pipeline.requests.models`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pipeline.checkpoints.loading import Checkpoint
-
-_COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
+COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
     "transformer": {
         "_class_name": "CogVideoXTransformer3DModel",
         "in_channels": 16,
@@ -59,15 +57,4 @@ _COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-PUBLISHED_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"zai-org/CogVideoX1.5-5B": _COGVIDEOX_1_5_5B}
-
-
-def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
-
-    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
-    """
-    if checkpoint in PUBLISHED_CONFIGS:
-        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
-    found = find()
-    return {part: found.config(part) for part in _COGVIDEOX_1_5_5B}, "checkpoint"
+PUBLISHED_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"zai-org/CogVideoX1.5-5B": COGVIDEOX_1_5_5B}

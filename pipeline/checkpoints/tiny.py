@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
 
 _DIFFUSERS_NAME = "diffusion_pytorch_model"
@@ -144,36 +145,19 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtyp
 
 
 def _transformer_config(spec: TinySpec) -> dict[str, Any]:
-    return {
-        "num_attention_heads": spec.num_attention_heads,
-        "attention_head_dim": spec.attention_head_dim,
-        "in_channels": 16,
-        "out_channels": 16,
-        "time_embed_dim": spec.time_embed_dim,
-        "text_embed_dim": spec.text_embed_dim,
-        "num_layers": spec.num_layers,
-        "sample_width": 300,
-        "sample_height": 300,
-        "sample_frames": 81,
-        "patch_size": 2,
-        "patch_size_t": 2,
-        "patch_bias": False,
-        "max_text_seq_length": spec.max_text_seq_length,
-        "use_rotary_positional_embeddings": True,
-    }
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim")
+    sizes = {name: getattr(spec, name) for name in (*names, "max_text_seq_length")}
+    return _without_class({**COGVIDEOX_1_5_5B["transformer"], **sizes})
 
 
 def _vae_config(spec: TinySpec) -> dict[str, Any]:
-    return {
-        "block_out_channels": spec.vae_block_out_channels,
-        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-        "latent_channels": 16,
-        "layers_per_block": spec.vae_layers_per_block,
-        "norm_num_groups": 8,
-        "temporal_compression_ratio": 4,
-        "scaling_factor": 0.7,
-    }
+    channels, layers = spec.vae_block_out_channels, spec.vae_layers_per_block
+    sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
+    return _without_class({**COGVIDEOX_1_5_5B["vae"], **sizes})
+
+
+def _without_class(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_class_name"}
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:

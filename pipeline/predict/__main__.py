@@ -4,16 +4,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.checkpoints.loading import resolve_checkpoint
-from pipeline.checkpoints.published import part_configs
+from pipeline.checkpoints.loading import part_configs, resolve_checkpoint
 from pipeline.predict.planner import Predictor
-from pipeline.predict.report import compact, make_report, print_report
+from pipeline.predict.report import make_report, print_report
 from pipeline.predict.timelines import write_timelines
 from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from splash_workbench.files import append_json_line, write_json
+from splash_workbench.files import write_json
+from splash_workbench.records import jsonl
 
 
 @dataclasses.dataclass
@@ -47,9 +47,9 @@ def main(settings: PredictConfig) -> int:
     report = make_report(request, settings.topology, prediction, source)
     print_report(report)
     if settings.json is not None:
-        write_json(Path(settings.json), report)
+        write_json(Path(settings.json), jsonl.encode(report))
     if settings.results_path is not None:
-        append_json_line(Path(settings.results_path), compact(report))
+        jsonl.append(Path(settings.results_path), report.without_ops())
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     if prediction.failures:

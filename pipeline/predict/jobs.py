@@ -31,7 +31,7 @@ from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_attn.assumption import assumed_grid_sizes
 from splash_attn.types import AttentionShape
-from splash_workbench.status import Status, TrialError
+from splash_workbench.status import compile_error
 
 _MAX_OPS = 60
 #: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
@@ -68,8 +68,7 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except jax.errors.JaxRuntimeError as error:
-        status = Status.OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else Status.COMPILE_ERROR
-        raise TrialError(status, str(error)) from error
+        raise compile_error(error) from error
 
 
 def _devices(job: StageJob) -> list[jax.Device]:

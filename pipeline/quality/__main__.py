@@ -4,11 +4,9 @@ Exits with 1 where a candidate is over its budget, or the reference follows its 
 """
 
 import dataclasses
-import datetime
 import sys
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.requests.config import GenerateConfig
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.provenance import user_cache_dir
+from splash_workbench.status import Label
+
+if TYPE_CHECKING:
+    from splash_workbench.records.quality import QualityRecord
 
 _NOT_OF_A_CANDIDATE = {"name", "budget"}
 
@@ -46,12 +49,12 @@ class QualityConfig(GenerateConfig):
 @cli.command("quality", QualityConfig, text_or_list=("stages",))
 def main(settings: QualityConfig) -> int:
     """Judge the reference and the candidates: print a table, append records, return the exit code."""
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.checkpoints.shapes import parse_caption
     from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
-    from splash_workbench.files import append_json_line
+    from splash_workbench.records import jsonl
 
-    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
     from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     captions = [caption for caption in settings.captions for _ in settings.seeds]
     if not captions:
@@ -85,7 +88,7 @@ def main(settings: QualityConfig) -> int:
         failed = failed or bool(failures)
         print(_row(outcome, failures), flush=True)
         if settings.results_path is not None:
-            append_json_line(Path(settings.results_path), _record(outcome, failures, settings))
+            jsonl.append(Path(settings.results_path), _record(outcome, failures, settings))
     print("over budget" if failed else "all within budget")
     return int(failed)
 
@@ -124,37 +127,30 @@ def _row(outcome: Any, failures: list[str]) -> str:
     return f"  {outcome.variant.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
 
 
-def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[str, Any]:
-    """JSON-able; PSNR null where a video is the reference's very own."""
-    import jax
-
+def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "QualityRecord":
+    """Return the record of a candidate; PSNR is None where a video is the reference's very own."""
     from pipeline.requests.config import request_to_dict
-    from pipeline.runs.records import git_state, package_versions
+    from pipeline.runs.records import devices, environment
+    from splash_workbench.records.quality import QualityRecord
 
-    device = jax.devices()[0]
     candidate = outcome.variant
-    return {
-        "schema_version": 1,
-        "record_id": uuid.uuid4().hex,
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "label": "measured",
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "versions": package_versions(),
-        "git": git_state(),
-        "candidate": candidate.name,
-        "request": request_to_dict(candidate.request),
-        "parallel": dataclasses.asdict(candidate.parallel),
-        "prompts": list(settings.captions),
-        "seeds": list(settings.seeds),
-        "budget": dataclasses.asdict(candidate.budget)
-        if candidate.name != "reference"
-        else {"follows": settings.follows},
-        "psnr_db": [None if value == float("inf") else value for value in outcome.psnr_db],
-        "ssim": list(outcome.ssim),
-        "readings": [dataclasses.asdict(reading) for reading in outcome.readings],
-        "read_back": outcome.read_back,
-        "failures": failures,
-    }
+    is_reference = candidate.name == "reference"
+    return QualityRecord(
+        label=Label.MEASURED,
+        device=devices(),
+        environment=environment(),
+        request=request_to_dict(candidate.request),
+        candidate=candidate.name,
+        parallel=dataclasses.asdict(candidate.parallel),
+        prompts=tuple(settings.captions),
+        seeds=tuple(settings.seeds),
+        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(candidate.budget),
+        psnr_db=tuple(None if value == float("inf") else value for value in outcome.psnr_db),
+        ssim=tuple(outcome.ssim),
+        readings=tuple(dataclasses.asdict(reading) for reading in outcome.readings),
+        read_back=outcome.read_back,
+        failures=tuple(failures),
+    )
 
 
 def _write_videos(settings: QualityConfig, videos: Any, fps: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.models import fill_in_defaults
+from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
 SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
@@ -17,7 +18,6 @@ Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["checkpoint", "ddim", "dpm"]
-Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
 _OF_MODEL: Any = None  # filled in by __post_init__
 
 

@@ -23,7 +23,9 @@ from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
-from splash_workbench.files import append_json_line, remove_leftovers, write_json
+from splash_workbench.files import remove_leftovers, write_json
+from splash_workbench.records import jsonl
+from splash_workbench.records.generation import GenerationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class RequestRun:
     def request(self) -> GenerateRequest:
         return self.context.request
 
-    def run_stage(self, stage: Stage, loaded: Stages, progress: Progress = no_progress) -> None:
+    def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
         key = self.keys[stage]
         if self.run_options.resume and self._reusable(key):
@@ -95,25 +97,25 @@ class RequestRun:
         else:
             inputs, timings = self._inputs(stage), StageTimings(stage)
             context = dataclasses.replace(self.context, timings=timings, progress=progress)
-            arrays, self.details[stage] = self._compute(stage, context, inputs, loaded)
+            arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
             save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
             self.timings.append(timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
 
     def _compute(
-        self, stage: Stage, context: StageContext, inputs: Mapping[str, np.ndarray], loaded: Stages
+        self, stage: Stage, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return a stage's arrays, and details for its JSON file."""
         if stage == "text":
-            embeddings = loaded.encode(context, self.request.prompts)
+            embeddings = stages.encode(context, self.request.prompts)
             return dict(zip(self._embedding_names, np.split(embeddings, len(embeddings)), strict=True)), {}
         if stage == "denoise":
-            return self._denoise(context, inputs, loaded)
-        return {"frames": loaded.decode(context, inputs["latents"])}, {}
+            return self._denoise(context, inputs, stages)
+        return {"frames": stages.decode(context, inputs["latents"])}, {}
 
     def _denoise(
-        self, context: StageContext, inputs: Mapping[str, np.ndarray], loaded: Stages
+        self, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
         plan, every = context.plan.to_dict(), self.run_options.preview_every
@@ -121,9 +123,9 @@ class RequestRun:
         state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
         if every:
             context = dataclasses.replace(context, progress=PreviewWriter(self.run_dir, every, context.progress))
-        latents = loaded.denoise(context, embeddings, state_file=state_file)
+        latents = stages.denoise(context, embeddings, state_file=state_file)
         return {"latents": latents}, {
-            "attention": loaded.denoiser(context).describe_attention(self.request, embeddings.shape[1]),
+            "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,
         }
@@ -139,7 +141,7 @@ class RequestRun:
             self.details["denoise"] = load_details(self.run_dir, "denoise")
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
         if results_path is not None and not all(timing.reused for timing in self.timings):
-            append_json_line(results_path, record)
+            jsonl.append(results_path, record)
         video_path = self._write_video(record) if "vae" in self.stages else None
         written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
@@ -189,12 +191,12 @@ class RequestRun:
                 f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
             ) from error
 
-    def _write_video(self, record: Mapping[str, Any]) -> Path:
+    def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
         frames = load_stage(self.run_dir, key)["frames"]
         write_mp4(path, frames, self.request.fps, records.video_tags(record, key.fingerprint))
         sidecar = {
-            **record,
+            **jsonl.encode(record),
             "fingerprint": key.fingerprint,
             "video_bytes": path.stat().st_size,
             "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},

@@ -17,7 +17,7 @@ from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import GenerateRequest
 from pipeline.stages.progress import Progress, StageEvent, StageTimings, StepClock
-from pipeline.stages.resume import DenoiseState, StateFile, generator_state, restore_generator
+from pipeline.stages.resume import DenoiseState, StateFile
 
 
 class DenoiseLoop:
@@ -45,7 +45,7 @@ class DenoiseLoop:
         self._timings, self._progress, self._state_file = timings, progress, state_file
         saved = state_file.load() if state_file is not None else None
         if saved is not None:
-            restore_generator(self._generator, saved.generator)
+            self._generator.set_state(torch.from_numpy(saved.generator))
             timings.step_times_s[:] = saved.step_times_s
             timings.run_time_s += sum(saved.step_times_s)
             self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
@@ -134,8 +134,8 @@ class DenoiseLoop:
     def _save(self, steps_done: int) -> None:
         assert self._state_file is not None
         sample, x0 = map(self._latents, self._state)
-        state = DenoiseState(steps_done, sample, x0, generator_state(self._generator), self._timings.step_times_s)
-        self._state_file.save(state)
+        generator = self._generator.get_state().numpy().copy()
+        self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._timings.step_times_s))
 
     def _to_rows(self, latents: np.ndarray) -> np.ndarray:
         return to_rows(latents, self._geometry, self._step.shape, self._step.layout)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.torch
-import torch
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
@@ -131,13 +130,3 @@ def _from_first_process(path: Path) -> bytes:
 
 def _agreed(value: np.ndarray) -> Any:
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
-
-
-def generator_state(generator: torch.Generator) -> np.ndarray:
-    """Return the state, uint8, for `restore_generator`."""
-    return generator.get_state().numpy().copy()
-
-
-def restore_generator(generator: torch.Generator, state: np.ndarray) -> None:
-    """Invert `generator_state`."""
-    generator.set_state(torch.from_numpy(state))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +20,11 @@ from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
+from splash_workbench.status import is_out_of_memory
 
 #: (stage, key, load) -> the loaded stage of this key, from before or by calling `load`.
 KeepLoaded = Callable[[Stage, Hashable, Callable[[], Any]], Any]
-_Method = TypeVar("_Method", bound=Callable[..., np.ndarray])
+_CLASSES: Mapping[Stage, Any] = {"text": TextEncoder, "denoise": Denoiser, "vae": VaeDecoder}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,43 +89,16 @@ class LoadedStages:
         gc.collect()  # torch modules are cyclic
 
 
-def _runs(stage: Stage) -> Callable[[_Method], _Method]:
-    """Decorate a method that runs a stage: a full device memory becomes a DeviceMemoryError."""
-
-    def decorate(method: _Method) -> _Method:
-        @functools.wraps(method)
-        def run(self: "Stages", context: StageContext, *args: Any, **kwargs: Any) -> np.ndarray:
-            import_libraries()
-            try:
-                return method(self, context, *args, **kwargs)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-            # Outside the except clause: the error's traceback holds the stage's arrays.
-            request = context.request
-            raise DeviceMemoryError(
-                f"{stage}: not enough device memory for {request.width}x{request.height}, {request.num_frames} "
-                f"frames, {request.dtype}; try a smaller size, fewer frames, or dtype=bfloat16"
-            )
-
-        return cast(_Method, run)
-
-    return decorate
-
-
 class Stages:
     """Runs the stages of requests. Every method raises DeviceMemoryError besides what its stage raises."""
 
     def __init__(self, keep_loaded: KeepLoaded):
         self._keep_loaded = keep_loaded
 
-    @_runs("text")
     def encode(self, context: StageContext, prompts: list[str]) -> np.ndarray:
         """Encode prompts to T5 embeddings [prompts, text tokens, text_embed_dim]."""
-        encoder = self._get("text", context, TextEncoder.load)
-        return encoder.encode(prompts, context.timings, context.progress)
+        return self._run("text", context, lambda text: text.encode(prompts, context.timings, context.progress))
 
-    @_runs("denoise")
     def denoise(
         self,
         context: StageContext,
@@ -133,25 +107,38 @@ class Stages:
         state_file: StateFile | None = None,
     ) -> np.ndarray:
         """Denoise latents [1, frames, channels, height, width]; arguments as of `Denoiser.denoise`."""
-        denoiser = self.denoiser(context)
-        return denoiser.denoise(context.request, embeddings, context.timings, context.progress, latents, state_file)
+        arguments = (context.request, embeddings, context.timings, context.progress, latents, state_file)
+        return self._run("denoise", context, lambda denoiser: denoiser.denoise(*arguments))
 
-    @_runs("vae")
     def decode(self, context: StageContext, latents: np.ndarray, quantize: bool = True) -> np.ndarray:
         """Decode latents to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`."""
-        decoder = self._get("vae", context, VaeDecoder.load)
-        return decoder.decode(latents, context.timings, context.progress, quantize)
+        arguments = (latents, context.timings, context.progress, quantize)
+        return self._run("vae", context, lambda decoder: decoder.decode(*arguments))
 
-    def denoiser(self, context: StageContext) -> Denoiser:
-        """Return the loaded denoise stage of a request."""
+    def loaded(self, stage: Stage, context: StageContext) -> Any:
+        """Return the loaded stage of a request: a TextEncoder, Denoiser or VaeDecoder."""
         request = context.request
-        guided = request.do_classifier_free_guidance
-        return self._get("denoise", context, Denoiser.load, request.attention, context.parallel, guided)
+        options: tuple[Any, ...] = ()
+        if stage == "denoise":
+            options = request.attention, context.parallel, request.do_classifier_free_guidance
 
-    def _get(self, stage: Stage, context: StageContext, load: Callable[..., Any], *options: Any) -> Any:
-        def load_timed() -> Any:
+        def load() -> Any:
             timings = context.timings or StageTimings(stage)
             with timings.measure("load", context.progress):
-                return load(context.checkpoint, getattr(torch, context.request.dtype), *options)
+                return _CLASSES[stage].load(context.checkpoint, getattr(torch, request.dtype), *options)
 
-        return self._keep_loaded(stage, context.loaded_key(stage), load_timed)
+        return self._keep_loaded(stage, context.loaded_key(stage), load)
+
+    def _run(self, stage: Stage, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
+        import_libraries()
+        try:
+            return compute(self.loaded(stage, context))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except clause: the error's traceback holds the stage's arrays.
+        request = context.request
+        raise DeviceMemoryError(
+            f"{stage}: not enough device memory for {request.width}x{request.height}, {request.num_frames} frames, "
+            f"{request.dtype}; try a smaller size, fewer frames, or dtype=bfloat16"
+        )

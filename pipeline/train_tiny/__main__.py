@@ -14,7 +14,7 @@ import torch
 
 from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
-from pipeline.runs.records import git_state, package_versions
+from pipeline.runs.records import environment
 from pipeline.train_tiny.training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
 from splash_workbench import cli
 from splash_workbench.errors import UserError
@@ -135,8 +135,7 @@ def train(settings: TrainTinyConfig) -> None:
         "settings": {name: value for name, value in asked_for.items() if name not in ("folder", "work_dir")},
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
-        "git": git_state(),
-        "versions": package_versions(),
+        "environment": dataclasses.asdict(environment()),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
         "scaling_factor": scaling_factor,
         "started_from": begun,

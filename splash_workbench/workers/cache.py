@@ -6,13 +6,12 @@ measured is never taken from a cache.
 
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from splash_workbench.errors import UserError
+from splash_workbench.files import atomic_path
 from splash_workbench.provenance import CACHE_VARIABLE, user_cache_dir
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome
@@ -71,9 +70,8 @@ class JobCache:
 
     def _put(self, key: str, stored: Mapping[str, Any]) -> None:
         """Whole or not at all, whatever else writes at the same time."""
-        temporary = self._path(key).with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-        temporary.write_text(json.dumps(stored))
-        temporary.replace(self._path(key))
+        with atomic_path(self._path(key)) as temporary:
+            temporary.write_text(json.dumps(stored))
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}.json"

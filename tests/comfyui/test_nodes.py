@@ -43,18 +43,6 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
-    """The tests compile the same programs again after each unloading: let them share, through a cache of theirs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(autouse=True)
 def _small_tiny(_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """model_id tiny, smaller still."""
@@ -79,6 +67,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.compile
 def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None:
     images, frame_rate = run(nodes)
     assert images.shape == (9, 32, 48, 3) and images.dtype == torch.float32
@@ -92,6 +81,7 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
     assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
 
 
+@pytest.mark.compile
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -107,6 +97,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
     np.testing.assert_array_equal(np.round(images.numpy() * 255).astype(np.uint8), expected)
 
 
+@pytest.mark.compile
 def test_models_stay_between_runs_and_unloading_frees_them(nodes: dict[str, Any], comfy: Any) -> None:
     before = live_bytes()
     run(nodes)

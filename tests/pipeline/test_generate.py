@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import PLENTY_S
 from pipeline import generate
 from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.errors import RequestError
@@ -34,7 +35,9 @@ def _compose(*arguments: str) -> GenerateConfig:
 def _run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "pipeline.generate", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
 
 
 @pytest.mark.parametrize("prompt", ['it\'s "red", [50%] {x} ${oc.env:HOME}', "日本 — ü", "123", "a,b", "x=y"])
@@ -135,6 +138,7 @@ def test_help_names_every_key_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compile
 def test_from_the_command_to_the_video(tmp_path, tiny_folder):
     """In a process of its own, without JAX_PLATFORMS: nothing of libtpu's may show."""
     arguments = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from splash_attn import tuned
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from tuning import choose, results, sweep
 from tuning.trials import records
@@ -73,6 +74,7 @@ def test_help_is_for_newcomers(run: Run) -> None:
     assert "workload: cogvideox_480p, cogvideox_720p" in out
 
 
+@pytest.mark.compile
 def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
     arguments = ["backend=interpret", "workload=tiny", "space=tiny", "space.block_q=[128]", "space.block_kv=[128,256]"]
     code, out, err = run(sweep, *arguments, "space.block_kv_compute=[128]", "progress=false", "json=out/sweep.json")
@@ -92,9 +94,9 @@ def test_interpret_sweep_end_to_end(run: Run, tmp_path: Path) -> None:
 
 def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, make_trial: Callable[..., Trial]) -> None:
     path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
-    records.append(path, make_trial(time_samples_ms=(2.0,)))
-    records.append(path, make_trial(time_samples_ms=(1.0,)))
-    records.append(path, make_trial(status=Status.TIMEOUT, numerics=None, error="killed after the time limit of 7 s"))
+    jsonl.append(path, make_trial(time_samples_ms=(2.0,)))
+    jsonl.append(path, make_trial(time_samples_ms=(1.0,)))
+    jsonl.append(path, make_trial(status=Status.TIMEOUT, numerics=None, error="killed after the time limit of 7 s"))
     code, out, _ = run(results, "status=ok", "workload=tiny", "json=r.json")
     assert code == 0
     assert "timeout" not in out

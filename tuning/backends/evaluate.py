@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from offline_tpu.prediction import OpCost
 from splash_attn.types import BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
+from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Label, Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
@@ -72,7 +74,7 @@ class Evaluator:
             "measure": dict(self.measure),
         }
 
-        def run() -> Outcome:
+        def run_job() -> Outcome:
             outcome = self.runner.run(
                 self.backend.job,
                 payload,
@@ -84,9 +86,9 @@ class Evaluator:
             return outcome
 
         if self.cache is None or not self.backend.cacheable:
-            return self._trial(block_sizes, options, kernel, run())
+            return self._trial(block_sizes, options, kernel, run_job())
         key = JobCache.key(self.backend.job, payload | {"cache_dir": None}, self._dependencies)
-        outcome, was_there = self.cache.outcome(key, run)
+        outcome, was_there = self.cache.outcome(key, run_job)
         return self._trial(block_sizes, options, kernel, outcome, *([_CACHE_NOTE] if was_there else []))
 
     @functools.cached_property
@@ -121,9 +123,9 @@ class Evaluator:
             environment=self.environment,
             label=Label(label) if label else None,
             time_samples_ms=tuple(found.pop("time_samples_ms", ())),
-            ops=tuple(found.pop("ops", ())),
+            ops=tuple(decode(op, OpCost) for op in found.pop("ops", ())),
             notes=(*found.pop("notes", ()), *notes),
-            numerics=Numerics(**numerics) if numerics else None,
+            numerics=decode(numerics, Numerics) if numerics else None,
             wall_time_s=outcome.wall_time_s,
             error=outcome.error,
             log_tail=outcome.log_tail if failed else None,

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from offline_tpu.machine import devices
 from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
@@ -16,6 +15,7 @@ from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels, timing
 from tuning.backends.base import Backend, Target
 from tuning.backends.jobs import Request, check_numerics
+from tuning.trials.bound import known_device
 
 _PROBE_TIMEOUT_S = 120.0
 
@@ -26,8 +26,8 @@ def _find_target(device: str) -> Target:
     if outcome.status is not Status.OK:
         raise UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
     kind = outcome.result["device_kind"]
-    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == kind), None)
-    here = Target(known.name, kind, known) if known else Target(outcome.result["platform"], kind, None)
+    spec = known_device(kind)
+    here = Target(spec.name if spec else outcome.result["platform"], kind, spec)
     if device not in ("local", here.name):
         raise UserError(
             f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,9 @@ import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_attn.types import BlockSizes
+from splash_workbench.files import atomic_path
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
+from splash_workbench.records.jsonl import decode
 from tuning.backends.kernels import KERNELS, Attention, Options
 from tuning.trials.records import Numerics
 
@@ -67,12 +68,10 @@ def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> N
         return check(key, attention)
     path = cache_dir / f"{key.name}.json"
     if path.exists():
-        return Numerics(**json.loads(path.read_text()))
+        return decode(json.loads(path.read_text()), Numerics)
     numerics = check(key, attention)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(dataclasses.asdict(numerics)))
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(numerics)))
     return numerics
 
 
@@ -114,7 +113,6 @@ def check(key: CheckKey, attention: Attention) -> Numerics:
         kv_seq_len=kv_seq_len,
         num_heads=len(bounds),
         block_sizes=str(key.block_sizes),
-        same_block_sizes=True,
         rms_error=float(np.linalg.norm(difference) / np.linalg.norm(expected)),
         max_row_error=float(rows.max()),
         max_abs_error=float(np.abs(difference).max()),

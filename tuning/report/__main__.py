@@ -1,7 +1,6 @@
 """The command line of the report: `python -m tuning.report --help`."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from omegaconf import MISSING
 from splash_attn import tuned
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import atomic_path
 
 
 @dataclasses.dataclass
@@ -50,9 +50,8 @@ def main(settings: ReportSchema) -> int:
                 path.unlink()
     files = {"index.html": html, "report.md": markdown} | {f"{n}.svg": svg for n, svg in made.pictures.items()}
     for name, content in files.items():
-        temporary = output / f".{name}.{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(output / name)
+        with atomic_path(output / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     for line in read.torn:
         print(f"warning: {line}", file=sys.stderr)
     if not validation.exists():

@@ -33,8 +33,7 @@ def report(
     settings.require_packages()
     import torch
 
-    from pipeline.checkpoints.loading import build_module
-    from pipeline.checkpoints.published import part_configs
+    from pipeline.checkpoints.loading import build_module, part_configs
     from pipeline.model.latents import LatentGeometry
     from pipeline.model.sharding import resolve_plan
     from pipeline.model.transformer import TransformerShape

@@ -49,6 +49,7 @@ def test_it_says_how_it_was_made():
     assert config["scaling_factor"] == made["scaling_factor"]
 
 
+@pytest.mark.compile
 def test_two_videos_follow_their_prompts():
     prompts = ["a blue circle moves down", "a yellow circle moves left"]
     readings = [read_video(frames) for frames in show(prompts, [SEED])]

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.torchax_bridge import environment, numpy_to_torch, torch_to_numpy, torchax_module
 
 
@@ -23,6 +24,7 @@ def test_conversion_keeps_every_bit(dtype):
     assert numpy_to_torch(array).dtype == dtype
 
 
+@pytest.mark.compile
 def test_importing_and_setting_up_changes_nothing_for_the_process():
     code = """
 import torch
@@ -38,4 +40,4 @@ assert before == after, (before, after)
 assert type(torch.ones(2)) is torch.Tensor
 assert "hydra" not in __import__("sys").modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PLENTY_S)

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import PLENTY_S, wait_until
 from pipeline import generate
 from pipeline.console import batch_table
 from pipeline.requests.batch_file import read_entries
@@ -135,6 +135,7 @@ def spoilt(tiny_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.compile
 def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt, capsys):
     lines = (
         {"prompt": "a cat", "name": "one", "seed": 1},
@@ -175,6 +176,7 @@ def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt
     assert [item.status for item in items] == ["done"] * 4
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("change", [{"fps": 9}, {"seed": 2}, "no video", "cut video", "no resume"], ids=str)
 def test_only_a_whole_video_of_exactly_the_request_is_finished(change, tmp_path, config, monkeypatch):
     line = {"prompt": "a cat", "name": "one"}
@@ -220,6 +222,7 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     assert ran == ["text a", "text b", "text c", *expected[full]]
 
 
+@pytest.mark.compile
 def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
     original = Denoiser.denoise
 
@@ -241,6 +244,11 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     assert "run_denoise" in "".join(traceback)
 
 
+def _runs(process: subprocess.Popen) -> bool:
+    assert process.poll() is None, "it ended too early"
+    return True
+
+
 @pytest.mark.slow
 def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
     """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
@@ -257,17 +265,16 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     videos = tmp_path / "videos"
     try:
-        deadline = time.monotonic() + 300
-        while not (videos / "two" / STATE_NAME).exists():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.005)
+        wait_until(lambda: _runs(process) and (videos / "two" / STATE_NAME).exists(), "the second video's state")
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(PLENTY_S) == -signal.SIGKILL
     assert not (videos / "two" / "denoise.json").exists()
     first = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()}
     assert "video.mp4" in first
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1 of 3] finished before, skipped: videos/one/video.mp4" in done.stdout
     assert {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()} == first
@@ -297,12 +304,10 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "videos" / "one" / "preview.png").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        picture = tmp_path / "videos" / "one" / "preview.png"
+        wait_until(lambda: _runs(process) and picture.exists(), "a preview")
         process.terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PLENTY_S)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM

@@ -37,6 +37,7 @@ def traced(tmp_path_factory, tiny_folder):
     return result, profiles, folder / "runs"
 
 
+@pytest.mark.compile
 def test_each_stage_has_a_session_with_what_ran(traced):
     result, profiles, _ = traced
     assert set(profiles) == {"text", "denoise", "vae"}

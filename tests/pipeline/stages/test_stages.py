@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.latents import LatentGeometry, rotary_embedding
 from pipeline.requests.errors import CheckpointError, NonFiniteError
 from pipeline.requests.request import AttentionOptions
@@ -123,6 +124,7 @@ def _latents(rng, num_frames):
     return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
 def test_frames(num_latent_frames, decoder, stock, rng):
     latents = _latents(rng, num_latent_frames)
@@ -133,6 +135,7 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_eight_bit_frames_are_rounded(decoder, rng):
     latents = _latents(rng, 1)
     actual, expected = decoder.decode(latents), decoder.decode(latents, quantize=False)
@@ -148,6 +151,7 @@ def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
     np.testing.assert_allclose(decoder.decode(latents, quantize=False), expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
     request = request_of(dtype="bfloat16")
     low = TextEncoder.load(checkpoint, torch.bfloat16)
@@ -218,10 +222,11 @@ print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.
 """
 
 
+@pytest.mark.compile
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PLENTY_S)
         return json.loads(done.stdout.splitlines()[-1])
 
     first, second = start(), start()

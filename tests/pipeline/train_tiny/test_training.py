@@ -25,6 +25,7 @@ def command(monkeypatch, tmp_path, *arguments: str) -> int:
     return train_tiny.main()
 
 
+@pytest.mark.compile
 def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
     assert command(monkeypatch, tmp_path) == 0
     checkpoint = resolve_checkpoint(str(tmp_path / "out"))
