@@ -7,6 +7,7 @@ import json
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -25,8 +26,8 @@ from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-#: As a shell has them: 128 + the number of the signal.
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+#: Those of a signal as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
 
 
 def command(
@@ -63,6 +64,8 @@ def command(
         outcomes: list[int | Exception] = []
 
         def task(config: DictConfig) -> None:
+            if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
+                return  # a signal ends all runs, not only the one it came in
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
@@ -71,15 +74,21 @@ def command(
                 outcomes.append(error)
 
         try:
-            with _hydra_arguments(keys.checked(sys.argv[1:])):
+            arguments = keys.checked(sys.argv[1:])
+            with tempfile.TemporaryDirectory() as folder, _hydra_arguments([*arguments, f"hydra.sweep.dir={folder}"]):
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
-        for outcome in outcomes:  # more than one with --multirun
-            if isinstance(outcome, HydraException | OmegaConfBaseException):
-                raise UserError(keys.explain(outcome)) from outcome
-            if isinstance(outcome, Exception):
-                raise outcome
+        errors = [
+            UserError(keys.explain(outcome)) if isinstance(outcome, HydraException | OmegaConfBaseException) else outcome
+            for outcome in outcomes  # more than one with --multirun
+            if isinstance(outcome, Exception)
+        ]
+        for error in errors:
+            if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):
+                raise error
+        if errors:
+            raise UserError(*dict.fromkeys(message for error in errors for message in _messages(error)))
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate
