@@ -7,6 +7,7 @@ import json
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -27,6 +28,15 @@ S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: As a shell has them: 128 + the number of the signal.
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+#: A command stays in the user's folder, and Hydra writes nothing there.
+_HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 
 def command(
@@ -71,7 +81,7 @@ def command(
                 outcomes.append(error)
 
         try:
-            with _hydra_arguments(keys.checked(sys.argv[1:])):
+            with _hydra_arguments(keys):
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
@@ -129,18 +139,23 @@ def _groups(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _hydra_arguments(arguments: list[str]) -> Iterator[None]:
-    """Let Hydra read these arguments, and raise its errors instead of printing a wall of text."""
+def _hydra_arguments(keys: Keys) -> Iterator[None]:
+    """Let Hydra read checked arguments, leave nothing behind, and raise its errors instead of printing many lines."""
     argv, full_error = sys.argv, os.environ.get(_FULL_ERROR)
-    sys.argv, os.environ[_FULL_ERROR] = [argv[0], *arguments], "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ[_FULL_ERROR]
-        else:
-            os.environ[_FULL_ERROR] = full_error
+    with contextlib.ExitStack() as stack:
+        settings = list(_HYDRA_SETTINGS)
+        if {"-m", "--multirun"} & set(argv):  # Hydra insists on a multirun.yaml
+            settings.append(f"hydra.sweep.dir='{stack.enter_context(tempfile.TemporaryDirectory())}'")
+        sys.argv = [argv[0], *keys.checked(argv[1:], settings)]
+        os.environ[_FULL_ERROR] = "1"
+        try:
+            yield
+        finally:
+            sys.argv = argv
+            if full_error is None:
+                del os.environ[_FULL_ERROR]
+            else:
+                os.environ[_FULL_ERROR] = full_error
 
 
 def _exit_code(run: Callable[[], int]) -> int:

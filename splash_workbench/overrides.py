@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,24 +49,26 @@ class Keys:
     groups: Collection[str]
     text_or_list: Collection[str] = ()
 
-    def checked(self, arguments: Sequence[str]) -> list[str]:
-        """Return arguments for Hydra: its flags, then the overrides with their text quoted.
+    def checked(self, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
+        """Return arguments for Hydra: its flags, then `settings`, then the overrides with their text quoted.
 
         Raises:
           UserError: an argument is neither a flag of Hydra nor key=value, or there is no such key.
         """
         parser = get_args_parser()
-        parser.error = _refuse  # type: ignore[method-assign]
+        parser.error, parser.allow_abbrev = _refuse, False  # type: ignore[method-assign]
         options, unknown = parser.parse_known_intermixed_args(list(arguments))
         for flag in unknown:
             name = flag.lstrip("-").partition("=")[0].replace("-", "_")
             raise UserError(f"{flag}: no such option; expected key=value{self._nearest(name)}")
         flags = [argument for argument in arguments if argument not in options.overrides]
+        if options.help:  # which is a string.Template
+            options.overrides = [override.replace("$", "$$") for override in options.overrides]
         if not options.multirun:  # where commas separate runs
             options.overrides = [self._quoted(override) for override in options.overrides]
         for override in options.overrides:
             self._check(override)
-        return [*flags, *options.overrides]
+        return [*flags, *settings, *options.overrides]
 
     def explain(self, error: HydraException | OmegaConfBaseException) -> str:
         """Return as one line what Hydra or OmegaConf has against the values."""
@@ -92,12 +94,12 @@ class Keys:
             expected = 'expected key=value; quote text with spaces: prompt="a cat"'
             raise UserError(f"{override}: {_reason(error) if '=' in override else expected}") from error
         key = parsed.key_or_group
-        if key in self.groups or key.startswith("hydra"):
+        if re.match(r"hydra[./]", key):
             return
-        if not self._is_known(key):
+        if key not in self.groups and not self._is_known(key):
             raise UserError(f"{key}: no such key{self._nearest(key)}")
-        if parsed.is_delete():
-            raise UserError(f"{override}: expected {key}=value; a key cannot be left out")
+        if parsed.type is not OverrideType.CHANGE or parsed.package is not None:
+            raise UserError(f"{override}: expected {key}=value; +, ++, ~ and @ have no use here")
 
     def _is_known(self, key: str) -> bool:
         """Whether the schema has the key, or one above it that is free in what it holds."""

@@ -88,6 +88,10 @@ def test_help_leaves_nothing_behind(run: Run, module: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_shows_the_text_that_was_given(run: Run) -> None:
+    assert "[a ${b} $c, ]" in run(main_of("pipeline.generate"), "--help", "prompt=a ${b} $c")[1]
+
+
 @pytest.mark.parametrize(("module", "arguments"), MISTAKES, ids=lambda value: str(value))
 def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     code, out, err = run(main_of(module), *arguments)
@@ -110,7 +114,12 @@ def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...]
         ("space.block_q=[1,", "space.block_q=[1,: no viable alternative at input"),
         ("cat", 'cat: expected key=value; quote text with spaces: prompt="a cat"'),
         ("--config-dir", "argument --config-dir/-cd: expected one argument; see --hydra-help"),
-        ("~timeout_s", "~timeout_s: expected timeout_s=value; a key cannot be left out"),
+        *((f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ++, ~ and @ have") for sign in ("+", "++", "~")),
+        ("~workload", "~workload: expected workload=value"),
+        ("workload@mine=tiny", "workload@mine=tiny: expected workload=value"),
+        ("+max_trials=3", "max_trials: no such key; did you mean search.max_trials?"),
+        ("hydrate=1", "hydrate: no such key"),
+        ("--multi", "--multi: no such option"),
     ],
 )
 def test_a_mistake_names_what_was_expected(run: Run, argument: str, message: str) -> None:
