@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, key_types, one_line
 from splash_workbench.provenance import CONFIG_DIR
 
@@ -121,6 +121,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing how to use the command."""
         raise UserError(f"{message}; see --help")
+
+
+def require_json_writable(path: str | None) -> None:
+    """Raise UserError, before the work, where `write_json` would fail after it."""
+    if path is not None:
+        if not path or Path(path).is_dir():
+            raise UserError(f"json={path}: expected a file, got a folder.")
+        require_writable(f"json={path}", Path(path).parent)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:
