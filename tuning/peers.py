@@ -28,7 +28,7 @@ from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 from tuning.trials.workloads import Workload
 
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype")
 
 
 @dataclasses.dataclass
