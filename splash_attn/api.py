@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 
 from splash_attn import tuned
 from splash_attn.inputs import as_array, as_number, check_shapes, refuse_not_finite
+from splash_attn.markers import chosen_off_tpu
 from splash_attn.pallas import attention_pallas
 from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
-from splash_attn.xla import attention_xla, chosen_off_tpu
+from splash_attn.xla import attention_xla
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def _run(
 ) -> jax.Array:
     if resolution.implementation == "xla":
         out = attention_xla(q, k, v, scale=scale, k_smooth=k_smooth, score_bytes=score_bytes)
-        return out if asked else chosen_off_tpu.bind(out)
+        return out if asked else chosen_off_tpu(out)
     assert resolution.block_sizes is not None and resolution.variant is not None
     return attention_pallas(
         q,

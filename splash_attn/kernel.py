@@ -26,7 +26,6 @@ operand is rounded a second time.
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +88,23 @@ def _by_sublane_group(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
 
 
+def _normalize_queries(q_ref, scaled_ref, row_scratch_ref, exponent_scale: float) -> None:
+    """Scale queries by powers of two, so that no score overflows; keep what scales the scores; start the maximum."""
+
+    @pl.loop(0, q_ref.shape[1] // LANES)
+    def _(i):
+        queries = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+        q = q_ref[:, queries].astype(jnp.float32)
+        bits = lax.bitcast_convert_type(jnp.abs(q).max(axis=0, keepdims=True), jnp.int32) & _EXPONENT_BITS
+        bits = jnp.clip(bits, 1 << _MANTISSA_BITS, 253 << _MANTISSA_BITS)
+        down = lax.bitcast_convert_type((254 << _MANTISSA_BITS) - bits, jnp.float32)
+        up = lax.bitcast_convert_type(bits, jnp.float32)
+        scaled_ref[:, queries] = (q * down * math.copysign(_QUERY_SCALE, exponent_scale)).astype(scaled_ref.dtype)
+        scale = jnp.clip(up * min(abs(exponent_scale) / _QUERY_SCALE, 2.0**127), 2.0**-126, 2.0**127)
+        row_scratch_ref[:SUBLANES, queries] = jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32)
+        row_scratch_ref[SUBLANES:, queries] = jnp.broadcast_to(scale, (SUBLANES, LANES))
+
+
 def _kernel_body(
     head_ids_ref,  # [heads] in SMEM: which head each grid row works on
     v_scale_ref,  # [heads] in SMEM: see `splash_attention_kernel`
@@ -121,23 +137,11 @@ def _kernel_body(
         if int8:
             row_scratch_ref[...] = jnp.broadcast_to(per_query_ref[...], row_scratch_ref.shape)
         elif online:
-            pl.loop(0, bq // LANES)(lambda i: normalize_queries(pl.ds(pl.multiple_of(i * LANES, LANES), LANES)))
+            _normalize_queries(q_ref, o_ref, row_scratch_ref, exponent_scale)  # the output is idle until the end
         else:
             row_scratch_ref[...] = jnp.zeros_like(row_scratch_ref)
             first_row = lax.broadcasted_iota(jnp.int32, (SHIFT_ROWS, bq), 0) == 0
             side_scratch_ref[...] = jnp.where(first_row, -per_query_ref[...], 0).astype(side_scratch_ref.dtype)
-
-    def normalize_queries(queries: Any) -> None:
-        """Scale queries by powers of two, so that no score overflows, into the output, which is idle until the end."""
-        q = q_ref[:, queries].astype(jnp.float32)
-        bits = lax.bitcast_convert_type(jnp.abs(q).max(axis=0, keepdims=True), jnp.int32) & _EXPONENT_BITS
-        bits = jnp.clip(bits, 1 << _MANTISSA_BITS, 253 << _MANTISSA_BITS)
-        down = lax.bitcast_convert_type((254 << _MANTISSA_BITS) - bits, jnp.float32)
-        o_ref[:, queries] = (q * down * math.copysign(_QUERY_SCALE, exponent_scale)).astype(o_ref.dtype)
-        up = lax.bitcast_convert_type(bits, jnp.float32)
-        scale = jnp.clip(up * min(abs(exponent_scale) / _QUERY_SCALE, 2.0**127), 2.0**-126, 2.0**127)
-        row_scratch_ref[:SUBLANES, queries] = jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32)
-        row_scratch_ref[SUBLANES:, queries] = jnp.broadcast_to(scale, (SUBLANES, LANES))
 
     def score_slot(tile: Tile):
         keys, queries = tile.shape

@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 
 from splash_attn import gates
 from splash_attn.kernel import splash_attention_kernel
+from splash_attn.markers import without_gradient
 from splash_attn.quantize import quantize_qk
 from splash_attn.tiles import short_unroll_q
 from splash_attn.types import BlockSizes, Variant
@@ -33,15 +34,7 @@ def attention_pallas(q: jax.Array, k: jax.Array, v: jax.Array, **how: Any) -> ja
         out = batched(*(x.reshape(-1, *x.shape[2:]) for x in wide))
         return out.reshape(axis_size, -1, *out.shape[1:]), True
 
-    differentiable = jax.custom_jvp(batched)
-
-    @differentiable.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        raise NotImplementedError(
-            "attention: the Pallas kernel has no gradient yet; implementation='xla' has one, use it to differentiate."
-        )
-
-    return differentiable(q, k, v)
+    return batched(*(without_gradient(x) for x in (q, k, v)))
 
 
 def _to_bfloat16(x: jax.Array) -> jax.Array:
@@ -81,7 +74,7 @@ def _attention(
 
     def restore(out: jax.Array) -> jax.Array:
         out = out.swapaxes(1, 2).reshape(q.shape)
-        return saturate(out, q.dtype) if q.dtype == jnp.float16 else out.astype(q.dtype)
+        return saturate(out.astype(jnp.float32), q.dtype)
 
     if variant.softmax == "online":
         return restore(in_bfloat16(v_scale=v_scale, variant=variant))

@@ -1,12 +1,8 @@
 """The "xla" implementation: plain JAX in float32 and bounded memory, differentiable, finite for any finite input."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from splash_attn.gates import power_of_two_scale
@@ -63,22 +59,3 @@ def _normalized(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Arr
     x32 = x.astype(jnp.float32)
     scale = power_of_two_scale(jnp.abs(lax.stop_gradient(x32)).max(axis=axes, keepdims=True))
     return x32 * scale, scale
-
-
-#: The identity, which cannot be lowered for a TPU: whoever chose "xla" did not know of the TPU.
-chosen_off_tpu = Primitive("attention_chosen_off_tpu")
-chosen_off_tpu.def_impl(lambda x: x)
-chosen_off_tpu.def_abstract_eval(lambda x: x)
-ad.deflinear2(chosen_off_tpu, lambda cotangent, _: [cotangent])
-batching.defvectorized(chosen_off_tpu)
-
-
-def _refuse(context: mlir.LoweringRuleContext, x: Any) -> Any:
-    raise ValueError(
-        "attention chose implementation='xla' when no TPU was in sight, and is now lowered for one: trace it within "
-        "jax.set_mesh or jax.sharding.use_abstract_mesh of the TPU's devices, or ask for implementation='xla'."
-    )
-
-
-mlir.register_lowering(chosen_off_tpu, lambda context, x: [x])
-mlir.register_lowering(chosen_off_tpu, _refuse, platform="tpu")
