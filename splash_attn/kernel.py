@@ -24,6 +24,7 @@ q and k keep the values that they came with (int8 apart): the scale and log2(e) 
 operand is rounded a second time.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -34,38 +35,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from splash_attn.tiles import Tile, cut_into_tiles, short_unroll_q
+from splash_attn import tiles
+from splash_attn.tiles import SHIFT_ROWS, SUBLANES, Tile, short_unroll_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 
-SUBLANES = 8
-#: Rows that the shift adds to q: a whole bfloat16 tile.
-SHIFT_ROWS = 16
 #: What a query's largest component is scaled to, so that no score of head_dim 256 overflows float32.
 _QUERY_SCALE = 2.0**-13
 _EXPONENT_BITS, _MANTISSA_BITS = 0x7F800000, 23
-
-
-def _shifted(variant: Variant) -> bool:
-    """Whether a number is subtracted in the contraction."""
-    return variant.softmax == "fixed_bound" and variant.qk_dtype == "bfloat16"
-
-
-def _side_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
-    """ "online": v with rows of ones below; "fixed_bound": the rows below q; one idle tile with int8."""
-    if variant.softmax == "online":
-        return head_dim + SUBLANES, block_sizes.block_kv
-    return SHIFT_ROWS, block_sizes.block_q if _shifted(variant) else LANES
-
-
-def _score_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int, int]:
-    """Tiles in flight, of which "online" keeps the scores in VMEM; one idle tile otherwise."""
-    if variant.softmax != "online":
-        return 1, SUBLANES, LANES
-    return variant.lookahead + 1, block_sizes.block_kv_compute, min(variant.block_q_compute, block_sizes.block_q)
-
-
-def _row_scratch_rows(variant: Variant) -> int:
-    return SUBLANES * (2 if variant.softmax == "online" else 1)
 
 
 def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant: Variant, itemsize: int = 2) -> int:
@@ -77,9 +53,9 @@ def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant:
     lanes_dim = -(-shape.head_dim // LANES) * LANES
     q_and_out = 2 * 2 * sublanes_dim * block_sizes.block_q * itemsize
     k_and_v = 2 * (lanes_dim + sublanes_dim) * block_sizes.block_kv * itemsize
-    scratch = (sublanes_dim + 2 * SUBLANES + _row_scratch_rows(variant) + SUBLANES) * 4 * block_sizes.block_q
-    scratch += itemsize * math.prod(_side_scratch_shape(sublanes_dim, block_sizes, variant))
-    scratch += 4 * math.prod(_score_scratch_shape(block_sizes, variant))
+    scratch = (sublanes_dim + 2 * SUBLANES + tiles.row_scratch_rows(variant) + SUBLANES) * 4 * block_sizes.block_q
+    scratch += itemsize * math.prod(tiles.side_scratch_shape(sublanes_dim, block_sizes, variant))
+    scratch += 4 * math.prod(tiles.score_scratch_shape(block_sizes, variant))
     return q_and_out + k_and_v + scratch
 
 
@@ -127,7 +103,6 @@ def _kernel_body(
     last_kv_block = pl.cdiv(kv_seq_len, bkv) - 1
     online = variant.softmax == "online"
     int8 = variant.qk_dtype == "int8"
-    shifted = _shifted(variant)
     v_scale = v_scale_ref[head_ids_ref[pl.program_id(1)]]
     sums_on_mxu = online or int8  # as rows of ones under V^T; "fixed_bound" has vector slots left, and no MXU cycle
 
@@ -150,7 +125,7 @@ def _kernel_body(
     def scores(tile: Tile) -> jax.Array:
         """K Q^T of one tile, [keys, queries], as base-2 exponents ("online" scales it later); masked past the end."""
         k, q = k_ref[tile.keys, :], (o_ref if online else q_ref)[:, tile.queries]
-        if shifted:
+        if tiles.shifted(variant):
             k = jnp.concatenate([k, jnp.ones((k.shape[0], SHIFT_ROWS), k.dtype)], axis=1)
             q = jnp.concatenate([q, side_scratch_ref[:, tile.queries]], axis=0)
         s = lax.dot_general(k, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if int8 else jnp.float32)
@@ -221,17 +196,17 @@ def _kernel_body(
 
     def pipeline(num_keys: int, q_start: int | jax.Array, num_queries: int) -> None:
         """Tiles as a software pipeline: scores run `lookahead` tiles ahead, V^T P^T one behind."""
-        tiles = cut_into_tiles(num_keys, q_start, num_queries, bkv_compute, variant.block_q_compute)
+        todo = tiles.cut_into_tiles(num_keys, q_start, num_queries, bkv_compute, variant.block_q_compute)
         s: dict[int, jax.Array] = {}
         p: dict[int, tuple[jax.Array, jax.Array | None]] = {}
-        for step in range(len(tiles) + variant.lookahead + 1):
+        for step in range(len(todo) + variant.lookahead + 1):
             ready = step - variant.lookahead
-            if step < len(tiles):
-                s[step] = scores(tiles[step])
-            if 0 <= ready < len(tiles):
-                p[ready] = probabilities(tiles[ready], s.pop(ready))
+            if step < len(todo):
+                s[step] = scores(todo[step])
+            if 0 <= ready < len(todo):
+                p[ready] = probabilities(todo[ready], s.pop(ready))
             if ready >= 1:
-                accumulate(tiles[ready - 1], *p.pop(ready - 1))
+                accumulate(todo[ready - 1], *p.pop(ready - 1))
 
     if last_kv_block > 0:
         pl.when(kv_block < last_kv_block)(lambda: process(bkv, min(variant.unroll_q or bq, bq)))
@@ -331,10 +306,10 @@ def splash_attention_kernel(
             in_specs=in_specs,
             out_specs=pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
             scratch_shapes=[
-                pltpu.VMEM(_side_scratch_shape(head_dim, block_sizes, variant), v.dtype),
-                pltpu.VMEM((_row_scratch_rows(variant), bq), jnp.float32),
+                pltpu.VMEM(tiles.side_scratch_shape(head_dim, block_sizes, variant), v.dtype),
+                pltpu.VMEM((tiles.row_scratch_rows(variant), bq), jnp.float32),
                 pltpu.VMEM((head_dim + (SUBLANES if online or int8 else 0), bq), jnp.float32),
-                pltpu.VMEM(_score_scratch_shape(block_sizes, variant), jnp.float32),
+                pltpu.VMEM(tiles.score_scratch_shape(block_sizes, variant), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((heads, head_dim, operands[2].shape[2]), v.dtype),
@@ -354,3 +329,18 @@ def splash_attention_kernel(
 def kernel_name(variant: Variant) -> str:
     """What profiles and compiler dumps call the kernel."""
     return f"splash_attention_{variant.softmax}" + ("_int8" if variant.qk_dtype == "int8" else "")
+
+
+def assumed_grid_sizes(shape: AttentionShape, variant: Variant) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return what a prediction assumes of a call: all heads go to the kernel of `variant`, and none to its fallbacks.
+
+    Returns:
+      Heads by Pallas kernel name, as `offline_tpu.predict` takes them, and the assumption in words; both empty where
+      nothing depends on the data.
+    """
+    if variant.softmax == "online":
+        return {}, ()
+    heads = shape.batch_size * shape.num_heads
+    ways = [variant, dataclasses.replace(variant, qk_dtype="bfloat16"), Variant(softmax="online")]
+    grid_sizes = {kernel_name(way): 0 for way in ways} | {kernel_name(variant): heads}
+    return grid_sizes, (f"assumes that {kernel_name(variant)} may have all {heads} heads",)

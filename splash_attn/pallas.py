@@ -74,7 +74,7 @@ def _attention(
 
     def restore(out: jax.Array) -> jax.Array:
         out = out.swapaxes(1, 2).reshape(q.shape)
-        return saturate(out.astype(jnp.float32), q.dtype)
+        return out if out.dtype == q.dtype else saturate(out.astype(jnp.float32), q.dtype)
 
     if variant.softmax == "online":
         return restore(in_bfloat16(v_scale=v_scale, variant=variant))

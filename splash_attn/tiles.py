@@ -1,4 +1,4 @@
-"""How the kernel cuts a block of keys by queries into tiles, in the order in which it works on them."""
+"""How the kernel cuts a block of keys by queries into tiles, and the scratch that it works in."""
 
 import dataclasses
 from typing import Any
@@ -8,6 +8,9 @@ from jax.experimental import pallas as pl
 
 from splash_attn.types import LANES, BlockSizes, Variant
 
+SUBLANES = 8
+#: Rows that the shift adds to q: a whole bfloat16 tile.
+SHIFT_ROWS = 16
 #: Tiles unrolled where code need not be fast to the last cycle, but would take as long to compile as all the rest.
 _SHORT_UNROLL_TILES = 64
 
@@ -53,3 +56,27 @@ def short_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> 
     """Return how many queries of a block of `num_keys` keys to unroll: quick to compile, within 5 % of the fastest."""
     tiles_per_query_block = -(-num_keys // block_sizes.block_kv_compute)
     return min(variant.block_q_compute * max(1, _SHORT_UNROLL_TILES // tiles_per_query_block), block_sizes.block_q)
+
+
+def shifted(variant: Variant) -> bool:
+    """Return whether a number is subtracted in the contraction."""
+    return variant.softmax == "fixed_bound" and variant.qk_dtype == "bfloat16"
+
+
+def side_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
+    """ "online": v with rows of ones below; "fixed_bound": the rows below q; one idle tile with int8."""
+    if variant.softmax == "online":
+        return head_dim + SUBLANES, block_sizes.block_kv
+    return SHIFT_ROWS, block_sizes.block_q if shifted(variant) else LANES
+
+
+def score_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int, int]:
+    """Tiles in flight, of which "online" keeps the scores in VMEM; one idle tile otherwise."""
+    if variant.softmax != "online":
+        return 1, SUBLANES, LANES
+    return variant.lookahead + 1, block_sizes.block_kv_compute, min(variant.block_q_compute, block_sizes.block_q)
+
+
+def row_scratch_rows(variant: Variant) -> int:
+    """Rows for what the softmax needs for each query: a number, and with "online" also the scale of the scores."""
+    return SUBLANES * (2 if variant.softmax == "online" else 1)
