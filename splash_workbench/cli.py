@@ -88,9 +88,9 @@ def command(
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
         errors = [
-            UserError(keys.explain(outcome)) if isinstance(outcome, HydraException | OmegaConfBaseException) else outcome
-            for outcome in outcomes  # more than one with --multirun
-            if isinstance(outcome, Exception)
+            UserError(keys.explain(error)) if isinstance(error, HydraException | OmegaConfBaseException) else error
+            for error in outcomes  # more than one with --multirun
+            if isinstance(error, Exception)
         ]
         for error in errors:
             if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):

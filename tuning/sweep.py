@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import shutil
 import signal
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import locked
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
@@ -235,12 +235,7 @@ def _introduction(
 @contextlib.contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
     """One sweep of a context at a time. What a dead one left in its work folder is removed."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
+    with locked(state_dir / "lock", f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."):
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
