@@ -68,14 +68,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
-    """Make a folder and see whether that many bytes can be written there. Leaves nothing in it.
+    """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
     Raises:
       UserError: they cannot; the message begins with `option`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
         raise UserError(

@@ -86,7 +86,7 @@ class RequestRun:
 
         identities: of the checkpoint's `needed_stages`.
         """
-        _check_folder(run_dir)
+        require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
         context = StageContext(checkpoint, request, identities, run_options.parallel)
         keys = {stage: stage_key(request, stage, identities) for stage in identities}
         if "denoise" in stages:
@@ -233,15 +233,6 @@ def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     device = jax.devices()[0]
     described = [key.fingerprint, plan, device.platform, device.device_kind, records.package_versions()]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _check_folder(run_dir: Path) -> None:
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RequestError(
-            f"run_dir={str(run_dir)!r}: {there.name} is a file; expected a folder, or a name that is free"
-        )
-    require_writable(f"run_dir={str(run_dir)!r}", there, _FREE_BYTES)
 
 
 def _check_attention_device(request: GenerateRequest) -> None:
