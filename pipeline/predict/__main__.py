@@ -4,7 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.checkpoints.loading import part_configs, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, part_configs
+from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report
 from pipeline.predict.timelines import write_timelines
@@ -39,6 +40,7 @@ def main(settings: PredictConfig) -> int:
     cli.require_files_writable(json=settings.json, results_path=settings.results_path)
     if settings.profile:
         require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
+    check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,
         request=request_to_dict(request),
