@@ -2,9 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moves right
+# Processes that share the tests; each takes up to 4 GB.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-slow bench lint format
+.PHONY: help demo test test-fast test-slow lint format hooks docs pictures bench report clean messages
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -15,21 +18,16 @@ demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
 	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)" output_dir=demo/videos results_path=demo/results/generate.jsonl
 	@echo; echo "Look at:"; ls demo/results/sweeps/*/heatmap.png demo/videos/*/*.mp4
 
-report: $(VENV)/.installed  ## what is on record as one page: results/report/index.html
-	$(BIN)/python -m tuning.report
+test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test: what CI runs
+	$(PYTEST) -n $(TEST_WORKERS) --durations=10
 
-test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test
-	$(BIN)/python -m pytest -q --durations=10
+test-fast: $(VENV)/.installed-dev  ## the tests that compile little and start no slow process
+	$(PYTEST) -n $(TEST_WORKERS) -m 'not slow and not compile'
 
-test-slow: $(VENV)/.installed-dev  ## the tests that `make test` leaves out
-	$(BIN)/python -m pytest -q -m slow --durations=10
+test-slow: $(VENV)/.installed-dev  ## the tests of minutes each, which `make test` leaves out
+	$(PYTEST) -m slow --durations=0
 
-# Every run is kept in .benchmarks. To compare: make bench; git checkout OTHER; make bench BENCH=--benchmark-compare
-# (the last run kept; =0003 names one; --benchmark-compare-fail=median:20% makes a slower one fail).
-bench: $(VENV)/.installed-dev  ## benchmarks of what runs here, kept; BENCH=--benchmark-compare: beside the last
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
-
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## ruff, its formatter and mypy; they change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,6 +35,34 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev  ## apply the formatter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The generator is pinned: the protobuf that runs the messages must be as new as its own (6.31.1).
+messages:  ## generate splash_workbench/profiles/xla_pb2.py again, after a change of xla.proto
+	$(PYTHON) -m venv .cache/protoc
+	.cache/protoc/bin/pip install --quiet grpcio-tools==1.74.0
+	.cache/protoc/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. splash_workbench/profiles/xla.proto
+
+hooks: $(VENV)/.installed-dev  ## check what CI checks, but for the long tests, before each commit
+	$(BIN)/pre-commit install
+
+# Every run is kept in .benchmarks. To compare: make bench; git checkout OTHER; make bench BENCH=--benchmark-compare
+# (the last run kept; =0003 names one; --benchmark-compare-fail=median:20% makes a slower one fail).
+bench: $(VENV)/.installed-dev  ## benchmarks of what runs here, kept; BENCH=--benchmark-compare: beside the last
+	$(PYTEST) benchmarks --benchmark-only --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
+
+report: $(VENV)/.installed  ## what is on record as one page: results/report/index.html
+	$(BIN)/python -m tuning.report
+
+docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
+	$(BIN)/python docs/pictures/make.py
+	$(BIN)/python tests/architecture.py
+
+clean:  ## delete what tools leave behind; the environment, caches of the user and results stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,12 @@
-"""The device that is not here: compile for a TPU topology with libtpu and read the compiler's own schedule."""
+"""Predicts what JAX functions cost on a TPU that is not here, from the schedule that libtpu makes for it."""
 
 from offline_tpu.collectives import Collective as Collective
-from offline_tpu.compile import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
 from offline_tpu.compile import predict as predict
 from offline_tpu.compile import topology_mesh as topology_mesh
-from offline_tpu.compile import worker_environment as worker_environment
+from offline_tpu.libtpu import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
+from offline_tpu.libtpu import worker_environment as worker_environment
 from offline_tpu.machine.errors import UnknownDumpFormatError as UnknownDumpFormatError
+from offline_tpu.prediction import Loop as Loop
 from offline_tpu.prediction import OpCost as OpCost
 from offline_tpu.prediction import Prediction as Prediction
 

@@ -1,20 +1,17 @@
-"""Collectives of a scheduled program: which chips, how many bytes, how long on the links."""
+"""Costs the collectives of a scheduled program: which chips, how many bytes, how long on the links."""
 
 import dataclasses
-import re
+import math
 
 import numpy as np
 
-from offline_tpu.hlo.module import HloModule, HloOp, array_bytes, tuple_elements
+from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
 from offline_tpu.machine import links
 from offline_tpu.machine.constants import ICI_EFFICIENCY, ICI_HOP_LATENCY_S
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_GROUPS = re.compile(
-    r"\breplica_groups=(\{\}|\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\] ?\{[^}]*\})"
-)
 _UNMODELLED = ("collective-broadcast", "ragged-all-to-all", "send", "recv")
 
 
@@ -45,7 +42,7 @@ class Collective:
 
 
 def collective_kind(op: HloOp, module: HloModule) -> str | None:
-    """Which collective an op is (a start of one, or a fusion around one too); None where it is none.
+    """Return which collective an op is (a start of one, or a fusion around one too); None where it is none.
 
     Raises:
       UnknownDumpFormatError: it communicates in a way that is not modelled.
@@ -66,7 +63,7 @@ def collective_kind(op: HloOp, module: HloModule) -> str | None:
 
 
 def cost_of(op: HloOp, computation: str, module: HloModule, grid: links.Grid, device: DeviceSpec) -> Collective | None:
-    """The collective that an op is, or starts; None where it is none.
+    """Return the collective that an op is, or starts; None where it is none.
 
     Raises:
       UnknownDumpFormatError: its groups are not in a known form, or it is not modelled.
@@ -74,15 +71,13 @@ def cost_of(op: HloOp, computation: str, module: HloModule, grid: links.Grid, de
     kind = collective_kind(op, module)
     if kind is None:
         return None
-    source = (
-        op if op.opcode.removesuffix("-start") in _KINDS else next(o for o in module.inside(op) if o.opcode in _KINDS)
-    )
+    source = next((inner for inner in module.inside(op) if inner.opcode in _KINDS), op)
     operands = [module.op(computation, name).shape for name in op.operands]
     operand_bytes = sum(map(array_bytes, operands))
     # Of a start op, the result is the second element of its tuple.
-    result = tuple_elements(op.shape)[1] if op.opcode.endswith("-start") and op.shape.startswith("(") else op.shape
+    result = op.shape.tuple_shapes[1] if op.opcode.endswith("-start") and op.shape.tuple_shapes else op.shape
     if kind == "collective-permute":
-        pairs = _pairs(source)
+        pairs = [(pair.source, pair.target) for pair in source.proto.source_target_pairs]
         traffic = links.permute(grid, pairs, operand_bytes)
         size, group_size, group_count = operand_bytes, len(pairs), 1
     else:
@@ -107,43 +102,30 @@ def cost_of(op: HloOp, computation: str, module: HloModule, grid: links.Grid, de
     )
 
 
-def _pairs(op: HloOp) -> list[tuple[int, int]]:
-    text = op.attribute("source_target_pairs") or ""
-    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", text)]
-
-
 def _groups(op: HloOp, device_count: int) -> list[list[int]]:
-    """Replica groups: listed, as reshapes of an iota, or as axes of a mesh.
+    """Return the replica groups, which are listed, reshapes of an iota, or axes of a mesh.
 
     Raises:
-      UnknownDumpFormatError: they are in none of these forms.
+      UnknownDumpFormatError: they are parts of axes, or of a mesh in another order.
     """
-    match = _GROUPS.search(op.attributes)
-    if match is None:
-        raise UnknownDumpFormatError(f"{op.name}: its replica_groups are not in a known form: {op.attributes[:120]!r}.")
-    text = match[1]
-    if text == "{}":
-        return [list(range(device_count))]
-    if text.startswith("{"):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
-    if text.startswith("mesh"):
-        return _mesh_groups(op, text)
-    target, source, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
-    ids = np.arange(device_count).reshape([int(n) for n in source.split(",")])
-    if order:
-        ids = ids.transpose([int(n) for n in order.split(",")])
-    shape = [int(n) for n in target.split(",")]
-    return ids.reshape(-1, shape[-1]).tolist()
+    if op.proto.HasField("mesh_axes_replica_group_list"):
+        return _mesh_groups(op)
+    if op.proto.HasField("iota_collective_device_list"):
+        iota = op.proto.iota_collective_device_list
+        ids = np.arange(math.prod(iota.iota_reshape_dims)).reshape(iota.iota_reshape_dims)
+        ids = ids.transpose(iota.iota_transpose_perm or None)
+        return ids.reshape(iota.num_replica_groups, iota.num_devices_per_group).tolist()
+    listed = op.proto.collective_device_list.replica_groups
+    return [list(group.replica_ids) for group in listed] or [list(range(device_count))]
 
 
-def _mesh_groups(op: HloOp, text: str) -> list[list[int]]:
-    axes, members = re.fullmatch(r"mesh\[(.*?)\] ?\{(.*)\}", text).groups()  # type: ignore[union-attr]
-    sizes = re.findall(r"'([^']+)'=(\d+)", axes)
-    wanted = re.findall(r"'([^']+)'", members)
-    if ":" in members or not wanted or not set(wanted) <= {name for name, _ in sizes} or "device_ids" in axes:
-        raise UnknownDumpFormatError(f"{op.name}: its replica_groups are not in a known form: {text!r}.")
-    names = [name for name, _ in sizes]
-    ids = np.arange(int(np.prod([int(n) for _, n in sizes]))).reshape([int(n) for _, n in sizes])
-    order = [i for i, name in enumerate(names) if name not in wanted] + [names.index(name) for name in wanted]
-    size = int(np.prod([ids.shape[names.index(name)] for name in wanted]))
-    return ids.transpose(order).reshape(-1, size).tolist()
+def _mesh_groups(op: HloOp) -> list[list[int]]:
+    found = op.proto.mesh_axes_replica_group_list
+    sub_axes = any(axis.HasField("sub_axis_info") for axis in found.axes)
+    if sub_axes or found.mesh.device_ids or found.mesh.HasField("iota_transform"):
+        raise UnknownDumpFormatError(f"{op.name}: its replica_groups are not in a known form: {found}.")
+    sizes = [axis.size for axis in found.mesh.axes]
+    wanted = [axis.mesh_axis_index for axis in found.axes]
+    order = [i for i in range(len(sizes)) if i not in wanted] + wanted
+    size = math.prod(sizes[i] for i in wanted)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, size).tolist()

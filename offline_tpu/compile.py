@@ -1,13 +1,9 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
 import math
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +11,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from offline_tpu import libtpu
 from offline_tpu.dump import Dump
 from offline_tpu.machine.constants import dma_timing
 from offline_tpu.machine.devices import DeviceSpec, by_name
@@ -23,37 +20,12 @@ from offline_tpu.machine.links import Grid
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
 
-#: The libtpu whose dump format `schedule.py` reads. The flags and files are undocumented and change between releases.
-SUPPORTED_LIBTPU = "0.0.52"
-
 #: Chips -> shape of the slice, where slices are flat. Source: https://cloud.google.com/tpu/docs/v6e
 SLICE_SHAPES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
-_DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
-
-
-def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
-    """Variables that a process needs before libtpu loads, to compile for `device` and dump schedules to `dump_dir`.
-
-    Only the passes that `schedule.py` reads are dumped: a hundredth of the whole dump's bytes.
-    """
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": device.accelerator_type,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "LIBTPU_INIT_ARGS": (
-            f"--xla_jf_dump_to={dump_dir} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo-static-per-bundle-utilization)$"
-        ),
-    }
-
 
 def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
-    """A mesh of devices that are not here.
+    """Return a mesh of devices that are not here.
 
     Args:
       topology: "v6e-8" (so many chips, in the shape that such a slice has) or "v6e:2x4" (that shape).
@@ -61,9 +33,10 @@ def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]
 
     Raises:
       ValueError: the topology is not known, or the mesh does not have as many devices.
+      RuntimeError: as for `predict`.
     """
-    device, name = parse_topology(topology)
-    del device
+    _, name = parse_topology(topology)
+    libtpu.find_dump_dir()
     description = topologies.get_topology_desc(platform="tpu", topology_name=name)
     if math.prod(shape) != len(description.devices):
         raise ValueError(f"shape={tuple(shape)}: expected {len(description.devices)} devices, as {topology} has.")
@@ -71,7 +44,7 @@ def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]
 
 
 def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
-    """The device of a topology and the name that libtpu knows it by: "v6e-8" is (v6e, "v6e:2x4").
+    """Return the device of a topology and the name that libtpu knows it by: "v6e-8" is (v6e, "v6e:2x4").
 
     Raises:
       ValueError: it is not known.
@@ -91,62 +64,62 @@ def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
 def predict(
     fn: Callable[..., Any],
     *args: Any,
-    device: DeviceSpec | None = None,
+    device: DeviceSpec | str | None = None,
     topology: str | None = None,
     mesh: Mesh | None = None,
     grid_sizes: Mapping[str, int] | None = None,
     trip_counts: Mapping[str, int] | None = None,
 ) -> Prediction:
-    """Compiles `fn` and predicts its time from the compiler's schedule. Nothing is run.
+    """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. One call at a time in a process.
 
     Args:
       fn: a JAX function of arrays, jitted or not; Pallas TPU kernels may be inside.
       args: abstract arrays, or pytrees of them. With `mesh` they carry their shardings; without, one chip holds them.
-      device, topology: one of them: the device, or as for `topology_mesh`.
+      device, topology: one of them: the device or its name, or as for `topology_mesh`.
       mesh: devices of a topology for a sharded `fn`, as `topology_mesh` makes it. None: one chip.
       grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
 
     Raises:
-      ValueError: neither or both of device and topology are given, or the topology is not known.
-      RuntimeError: the process was not started with `worker_environment`, or libtpu is another version.
+      ValueError: neither or both of device and topology are given, or what is given is not known.
+      RuntimeError: libtpu was loaded before, for something else, or it is another version; or an accelerator is here
+        and JAX_PLATFORMS is not "cpu".
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
-    if (device is None) == (topology is None):
-        raise ValueError(f"{device=}, {topology=}: expected one of them.")
-    if device is None:
-        assert topology is not None
-        device, _ = parse_topology(topology)
-    dump_dir = _dump_dir()
-    _check_libtpu()
+    spec = _find_device(device, topology)
+    dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
         start, cpu_start = time.perf_counter(), time.process_time()
-        compiled, mesh = _compile(fn, args, device, mesh)
+        compiled, mesh = _compile(fn, args, spec, mesh)
         compile_time_s, compile_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
-        dump = Dump(dump_dir, timing=dma_timing(device), grid_sizes=grid_sizes or {})
+        if not any(dump_dir.iterdir()):
+            raise RuntimeError(
+                "libtpu was loaded in this process before, without the flags that make it dump schedules: expected "
+                "JAX_PLATFORMS=cpu in the environment, or `predict` before JAX's first array."
+            )
+        dump = Dump(dump_dir, timing=dma_timing(spec), grid_sizes=grid_sizes or {})
         program = ProgramCost(
             dump.module,
             dump.schedule,
             vmem_bytes=dump.vmem_bytes,
-            device=device,
-            grid=Grid.of([chip.coords for chip in mesh.devices.flat], device.ici_wrap_length),
+            device=spec,
+            grid=Grid.around([chip.coords for chip in mesh.devices.flat], spec.ici_wrap_length),
             trip_counts=trip_counts or {},
         )
-        time_s = program.run()
+        time_s = program.walk()
     except UnknownDumpFormatError as error:
         raise UnknownDumpFormatError(
-            f"{error} (libtpu {_libtpu_version()}; this reader knows the dumps of {SUPPORTED_LIBTPU})"
+            f"{error} (libtpu {libtpu.installed_version()}; this reader knows the dumps of {libtpu.SUPPORTED_LIBTPU})"
         ) from error
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
     ops = program.ops
-    memory = compiled.memory_analysis()
-    assert memory is not None, "libtpu tells what a program needs"
     return Prediction(
+        device=spec.name,
         time_s=time_s,
         cycles=sum(op.cycles * op.calls for op in ops),
         ops=tuple(ops),
@@ -154,15 +127,29 @@ def predict(
         spill_count=sum(op.spill_count * op.calls for op in ops),
         fill_count=sum(op.fill_count * op.calls for op in ops),
         hbm_bytes=sum(op.hbm_bytes * op.calls for op in ops),
-        peak_hbm_bytes=(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        ),
+        peak_hbm_bytes=_peak_hbm_bytes(compiled),
         compile_time_s=compile_time_s,
         compile_cpu_s=compile_cpu_s,
+    )
+
+
+def _find_device(device: DeviceSpec | str | None, topology: str | None) -> DeviceSpec:
+    if (device is None) == (topology is None):
+        raise ValueError(f"{device=}, {topology=}: expected one of them.")
+    if topology is not None:
+        return parse_topology(topology)[0]
+    return by_name(device) if isinstance(device, str) else device  # type: ignore[return-value]
+
+
+def _peak_hbm_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None, "libtpu tells what a program needs"
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
     )
 
 
@@ -179,30 +166,3 @@ def _compile(
     with jax.set_mesh(mesh):
         jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
         return jitted.lower(*args).compile(), mesh
-
-
-def _dump_dir() -> Path:
-    match = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
-    if match is None:
-        raise RuntimeError(
-            "LIBTPU_INIT_ARGS has no --xla_jf_dump_to: expected a process started with "
-            "offline_tpu.worker_environment, because libtpu reads its flags once, when it loads."
-        )
-    return Path(match[1])
-
-
-def _check_libtpu() -> None:
-    found = _libtpu_version()
-    if found != SUPPORTED_LIBTPU:
-        raise RuntimeError(
-            f"{f'libtpu {found}' if found else 'no libtpu'} is installed, expected {SUPPORTED_LIBTPU}: the schedule "
-            "dumps that predictions are read from change between releases. "
-            f"Install libtpu=={SUPPORTED_LIBTPU} (Linux, x86-64)."
-        )
-
-
-def _libtpu_version() -> str | None:
-    try:
-        return version("libtpu")
-    except PackageNotFoundError:
-        return None

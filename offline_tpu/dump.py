@@ -1,4 +1,4 @@
-"""The files that the compiler left: which schedule belongs to which op."""
+"""Reads the files that the compiler left: which schedule belongs to which op."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from offline_tpu.hlo import values
-from offline_tpu.hlo.module import HloModule, HloOp
+from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
 from offline_tpu.machine.dma import DmaTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
@@ -21,7 +21,7 @@ _VMEM_DATA = re.compile(r"\bDATA\s*=\s*(?=\{)")
 
 
 class Dump:
-    """What one compilation dumped.
+    """The files that one compilation dumped.
 
     Attributes:
       module: its scheduled HLO.
@@ -58,7 +58,7 @@ class Dump:
         self._read: dict[object, Schedule] = {}
 
     def schedule(self, computation: str, op: HloOp) -> Schedule | None:
-        """The schedule of an op; None where the compiler wrote none.
+        """Return the schedule of an op; None where the compiler wrote none.
 
         Raises:
           UnknownDumpFormatError: it is not in the known form.
@@ -89,7 +89,7 @@ class Dump:
         size = self._grid_sizes.get(op.name.rsplit(".", 1)[0])
         if size is not None:
             shapes = [self.module.op(computation, name).shape for name in op.operands]
-            scalars = [index for index, shape in enumerate(shapes) if shape.startswith("s32[]")]
+            scalars = [i for i, s in enumerate(shapes) if s.element_type == PrimitiveType.S32 and not s.dimensions]
             if scalars:
                 known[scalars[0]] = (size,)
         return known
@@ -103,7 +103,7 @@ def _only(paths: list[Path], suffix: str) -> Path:
 
 
 def _read_vmem(path: Path) -> dict[str, int]:
-    """From the page that the compiler draws: the data in its script."""
+    """Return VMEM bytes by op, from the data in the script of the page that the compiler draws."""
     text = path.read_text()
     start = _VMEM_DATA.search(text)
     if start is None:

@@ -1,14 +1,37 @@
-"""What a prediction says: the cost of each op, and of the program."""
+"""Holds a prediction: the cost of each op, and of the program."""
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
+from splash_workbench.profiles.scopes import named_scope
 
 Bound = Literal["compute", "hbm", "link"]
 Category = Literal["kernel", "matmul", "elementwise", "layout", "collective", "other"]
+Bottleneck = Literal["MXU", "vector units", "VMEM", "scalar unit", "HBM", "links"]
+
+#: Units of a schedule by what they are parts of. VPOP takes results from the MXU and the transcendental unit (EUP).
+_UNIT_GROUPS: dict[str, Bottleneck] = {
+    "MATMUL": "MXU",
+    "MATPUSH": "MXU",
+    "VALU": "vector units",
+    "XLU": "vector units",
+    "EUP": "vector units",
+    "VPOP": "vector units",
+    "VLOAD": "VMEM",
+    "VSTORE": "VMEM",
+    "SALU": "scalar unit",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop around an op: how often its body runs, and the seconds from one trip to the next."""
+
+    trips: int
+    period_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,46 +44,62 @@ class OpCost:
         transposes, slices, pads: data moved and not changed), collective, or other (what runs on a SparseCore).
       time_s: (cycles + stall_cycles) / clock, times `calls`; of a transfer or collective that runs beside other ops,
         what it adds to them.
+      start_s: when the op first starts, from the start of the program.
+      calls: how often the program runs the op.
       cycles: TensorCore cycles of one call; one VLIW bundle is one cycle.
       stall_cycles: cycles of one call beyond these, waiting for DMAs, for VMEM or for links.
-      calls: how often the program runs the op.
       hbm_bytes: HBM traffic of one call.
-      bound: what limits the op.
+      bound: what limits the op; `bottleneck` says it by unit.
       vmem_bytes: VMEM that the op reserves.
       spill_count, fill_count: vector registers spilled and filled in one call.
       utilization: fraction of each unit's slots in use.
       unresolved: what depends on data: branches and DMAs (counted as run), trip counts (counted once), branches of
         conditionals (the slowest counted); and ops whose schedule is not known.
       collective: of a collective, its bytes and links.
-      start_s: when the op first starts, from the start of the program.
+      loops: around the op, the outermost first; `calls` is the product of their trips.
     """
 
     name: str
     scope: str
     category: Category
     time_s: float
-    cycles: int
-    stall_cycles: float
-    calls: int
-    hbm_bytes: int
-    bound: Bound
-    vmem_bytes: int
-    spill_count: int
-    fill_count: int
-    utilization: dict[str, float]
-    unresolved: tuple[str, ...]
-    collective: Collective | None
     start_s: float
+    calls: int
+    cycles: int = 0
+    stall_cycles: float = 0.0
+    hbm_bytes: int = 0
+    bound: Bound = "compute"
+    vmem_bytes: int = 0
+    spill_count: int = 0
+    fill_count: int = 0
+    utilization: dict[str, float] = dataclasses.field(default_factory=dict)
+    unresolved: tuple[str, ...] = ()
+    collective: Collective | None = None
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def busiest_unit(self) -> str | None:
+        """Return the unit of which the largest fraction of slots is in use; None where no schedule says."""
+        return max(self.utilization, key=self.utilization.__getitem__, default=None)
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """Return what limits the op: HBM, links, or the part of the core that its busiest unit belongs to."""
+        if self.bound != "compute":
+            return "HBM" if self.bound == "hbm" else "links"
+        unit = (self.busiest_unit or "SALU").partition(":")[0]
+        return _UNIT_GROUPS.get(unit, "vector units")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Predicted cost of a compiled program on one chip.
+    """Predicted cost of a compiled program on one chip. `str` gives it in one line, `table` op by op.
 
     The ops run one after the other. Transfers and collectives that the compiler starts early run beside the ops up to
     the one that waits for them; see offline_tpu.program_time.
 
     Attributes:
+      device: name of the chip, e.g. "v6e".
       time_s, cycles, spill_count, fill_count, hbm_bytes: sums over `ops`, each times its calls.
       vmem_bytes: the most that an op reserves.
       peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
@@ -68,6 +107,7 @@ class Prediction:
         threads, which tells more where the machine does other things.
     """
 
+    device: str
     time_s: float
     cycles: int
     ops: tuple[OpCost, ...]
@@ -83,37 +123,66 @@ class Prediction:
         return dataclasses.asdict(self)
 
     def matching(self, text: str) -> tuple[OpCost, ...]:
-        """The ops whose name or scope contains `text`."""
+        """Return the ops whose name or scope contains `text`."""
         return tuple(op for op in self.ops if text in op.name or text in op.scope)
 
-    def by_category(self) -> dict[str, float]:
-        """Seconds by category, longest first."""
-        return _summed((op.category, op.time_s) for op in self.ops)
+    def by_bottleneck(self) -> dict[Bottleneck, float]:
+        """Return seconds by what limits the ops, longest first."""
+        sums: dict[Bottleneck, float] = collections.defaultdict(float)
+        for op in self.ops:
+            sums[op.bottleneck] += op.time_s
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
-    def by_scope(self, depth: int) -> dict[str, float]:
-        """Seconds by the first `depth` parts of the scope, longest first; "" for ops that the compiler made."""
-        return _summed(("/".join(op.scope.split("/")[:depth]), op.time_s) for op in self.ops)
-
-    def breakdown(self, scopes: Sequence[str]) -> dict[str, float]:
-        """Seconds by the first of `scopes` that an op's scope or name contains, and by category for the others."""
-        return _summed(
-            (next((text for text in scopes if text in op.scope or text in op.name), op.category), op.time_s)
-            for op in self.ops
-        )
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        """Return what limits the ops that take most of the time; None for a program without ops."""
+        return next(iter(self.by_bottleneck()), None)
 
     @property
     def collectives(self) -> tuple[OpCost, ...]:
-        """The ops that communicate."""
+        """Return the ops that communicate."""
         return tuple(op for op in self.ops if op.collective is not None)
 
     @property
     def unresolved(self) -> tuple[str, ...]:
-        """What the prediction had to assume, with the op's name."""
+        """Return what the prediction had to assume, with the op's name."""
         return tuple(f"{op.name}: {text}" for op in self.ops for text in op.unresolved)
 
+    def __str__(self) -> str:
+        shares = ", ".join(
+            f"{name} {time_s / self.time_s:.0%}" for name, time_s in self.by_bottleneck().items() if time_s
+        )
+        return (
+            f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted), bound by {shares or 'nothing'}; HBM: "
+            f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "
+            f"{self.vmem_bytes / 2**20:.1f} MiB"
+        )
 
-def _summed(items: Any) -> dict[str, float]:
-    sums: collections.Counter[str] = collections.Counter()
-    for name, time_s in items:
-        sums[name] += time_s
-    return dict(sums.most_common())
+    def table(self, limit: int = 20) -> str:
+        """Return `str(self)`, the `limit` longest ops, and what had to be assumed, as lines of text."""
+        rows = [("ms", "share", "calls", "bound by", "busiest unit", "HBM MiB", "op", "named scope")]
+        longest = sorted((op for op in self.ops if op.time_s), key=lambda op: -op.time_s)
+        for op in longest[:limit]:
+            unit = op.busiest_unit
+            rows.append(
+                (
+                    f"{op.time_s * 1e3:.3f}",
+                    f"{op.time_s / self.time_s:.1%}",
+                    str(op.calls),
+                    op.bottleneck,
+                    f"{unit} {op.utilization[unit]:.0%}" if unit else "",
+                    f"{op.hbm_bytes * op.calls / 2**20:,.1f}",
+                    op.name,
+                    named_scope(op.scope),
+                )
+            )
+        left_out = len(longest) - limit
+        more = [f"... and {left_out} shorter ops"] if left_out > 0 else []
+        assumed = [f"assumed: {text}" for text in self.unresolved]
+        return "\n".join([str(self), *_aligned(rows), *more, *assumed])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

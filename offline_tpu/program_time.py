@@ -1,4 +1,4 @@
-"""From schedules and HLO to the time of a program.
+"""Turns schedules and HLO into the time of a program.
 
 Ops run in the compiler's order, one after the other. A transfer or collective between a `-start` and its `-done` runs
 beside the ops between them: it gets the HBM (or link) time that these leave, in the order of the starts, and what is
@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from offline_tpu import collectives
 from offline_tpu.collectives import Collective
 from offline_tpu.hlo import values
-from offline_tpu.hlo.module import HloModule, HloOp, array_bytes, tuple_elements
+from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
 from offline_tpu.machine.constants import DMA_LATENCY_S, HBM_EFFICIENCY, dma_timing
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
-from offline_tpu.prediction import Bound, Category, OpCost
+from offline_tpu.prediction import Bound, Category, Loop, OpCost
 from offline_tpu.schedule.read import Schedule
 
 #: Ops that name, take apart or allocate; the core does nothing for them.
@@ -42,7 +42,7 @@ FindSchedule = Callable[[str, HloOp], Schedule | None]
 
 @dataclasses.dataclass
 class _Transfer:
-    """What runs beside the ops: seconds that it still needs, and when it may be done at the earliest."""
+    """A transfer beside the ops: seconds that it still needs, and when it may be done at the earliest."""
 
     name: str
     resource: Bound
@@ -64,7 +64,7 @@ class ProgramCost:
     """Walks a scheduled module.
 
     Attributes:
-      ops: the cost of each op, after `run`.
+      ops: the cost of each op, after `walk`.
 
     Args:
       vmem_bytes: by op, the VMEM that it reserves.
@@ -91,8 +91,8 @@ class ProgramCost:
         self._slowdown = dma_timing(device).slowdown
         self.ops: list[OpCost] = []
 
-    def run(self) -> float:
-        """Costs the whole program. Returns its seconds.
+    def walk(self) -> float:
+        """Add up the cost of the whole program, in `ops` too. Returns its seconds.
 
         Raises:
           UnknownDumpFormatError: a collective is not modelled, or not in a known form.
@@ -100,7 +100,7 @@ class ProgramCost:
         return self._computation(self._module.entry, _Context(1, (), ()), 0.0)
 
     def _computation(self, name: str, context: _Context, start_s: float) -> float:
-        """Costs one execution of a computation that starts at `start_s`. Returns its seconds."""
+        """Add up one execution of a computation that starts at `start_s`. Returns its seconds."""
         now = start_s
         beside: list[_Transfer] = []
         for op in self._module.computations[name]:
@@ -135,11 +135,14 @@ class ProgramCost:
             unresolved = (*unresolved, f"trips of the loop {op.name} ({op.scope or 'no scope'})")
         invariant = values.invariant_state(self._module, computation, op, context.environment)
         inside = _Context(context.calls * trips, unresolved, invariant)
-        body = (op.attribute("body") or "").lstrip("%")
-        return trips * self._computation(body, inside, now)
+        first = len(self.ops)
+        period_s = self._computation(op.called[0], inside, now)
+        loop = Loop(trips, period_s)
+        self.ops[first:] = [dataclasses.replace(op, loops=(loop, *op.loops)) for op in self.ops[first:]]
+        return trips * period_s
 
     def _conditional(self, op: HloOp, context: _Context, now: float) -> float:
-        """The slowest branch."""
+        """Add up the slowest branch. Returns its seconds."""
         note = f"which of {len(op.called)} branches of {op.name} runs"
         inside = _Context(context.calls, (*context.unresolved, note), ())
         kept = self.ops
@@ -159,14 +162,14 @@ class ProgramCost:
             return _Transfer(
                 op.name, "link", max(collective.link_s, hbm_s), now, collective.hbm_bytes, collective, False
             )
-        ends = tuple_elements(op.shape)[:2]  # where it goes and where it comes from
+        ends = op.shape.tuple_shapes[:2]  # where it goes and where it comes from
         hbm_bytes = min(map(array_bytes, ends)) * sum(array_bytes(end, hbm_only=True) > 0 for end in ends)
-        if "cross_program_prefetch_index" in op.attributes:
+        if op.proto.HasField("cross_program_prefetch_index"):
             return _Transfer(op.name, "hbm", 0.0, now, hbm_bytes, None, True)
         return _Transfer(op.name, "hbm", hbm_bytes / self._hbm_bytes_per_s, now + DMA_LATENCY_S, hbm_bytes, None, True)
 
     def _finish(self, op: HloOp, beside: list[_Transfer], context: _Context, now: float) -> float:
-        """Waits for the transfer that an op names, and for those before it on the same resource."""
+        """Wait for the transfer that an op names, and for those before it on the same resource."""
         index = next((i for i, transfer in enumerate(beside) if transfer.name == op.operands[0]), None)
         if index is None:
             raise UnknownDumpFormatError(f"{op.name}: expected that {op.operands[0]} was started before it.")
@@ -191,7 +194,7 @@ class ProgramCost:
         return waited
 
     def _sparse_core(self, op: HloOp, context: _Context, now: float) -> float:
-        """Its schedule is not read: counted is the HBM traffic of what it gathers or scatters, beside nothing."""
+        """Count the HBM traffic of what a SparseCore gathers or scatters, beside nothing: its schedule is not read."""
         hbm_bytes = 2 * array_bytes(op.shape)
         time_s = hbm_bytes / self._hbm_bytes_per_s
         note = "runs on a SparseCore: counted as the HBM traffic of its result"
@@ -201,9 +204,7 @@ class ProgramCost:
     def _synchronous(
         self, computation: str, op: HloOp, beside: list[_Transfer], context: _Context, now: float
     ) -> float:
-        if op.opcode in _FREE or (
-            op.opcode == "custom-call" and (op.attribute("custom_call_target") or "").strip('"') in _FREE_CUSTOM_CALLS
-        ):
+        if op.opcode in _FREE or op.proto.custom_call_target in _FREE_CUSTOM_CALLS:
             return 0.0
         schedule = self._find_schedule(computation, op)
         collective = collectives.cost_of(op, computation, self._module, self._grid, self._device)
@@ -240,7 +241,7 @@ class ProgramCost:
         return time_s
 
     def _let_others_go_on(self, beside: list[_Transfer], time_s: float, hbm_s: float, link_s: float) -> float:
-        """Lets what runs beside an op use what the op leaves of HBM and links. Returns what that costs the op."""
+        """Let what runs beside an op use what the op leaves of HBM and links. Returns what that costs the op."""
         free = {"hbm": max(0.0, time_s - hbm_s), "link": max(0.0, time_s - link_s)}
         stolen_s = 0.0
         for transfer in beside:

@@ -1,17 +1,20 @@
-"""A prediction as a timeline that TensorBoard's profile tab opens, labelled so that nobody takes it for a measurement.
+"""Writes predictions as timelines that TensorBoard's profile tab opens, labelled so that none passes for a measurement.
 
 Ops are laid out one after the other, as offline_tpu predicts them to run; loops are unrolled. An op's FLOPs are the
 MXU slots that its schedule fills, at the bfloat16 peak: what the profile calls FLOPS utilization is MXU occupancy.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from offline_tpu.machine.devices import DeviceSpec
-from splash_workbench.profiles.messages import message
-from splash_workbench.profiles.reader import PREDICTED_STAT, named_scope
+from offline_tpu.prediction import OpCost
+from splash_workbench.profiles.reader import PREDICTED_STAT
+from splash_workbench.profiles.scopes import named_scope
+from splash_workbench.profiles.xla_pb2 import MemoryAccessBreakdown, XPlane, XSpace
 
 #: Before the names of runs, hosts and programs that were predicted.
 PREFIX = "predicted-"
@@ -20,135 +23,43 @@ _HBM_READ = {"operation_type": 1, "memory_space": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictedOp:
-    """What a timeline shows of a offline_tpu.OpCost, which has the meaning of the fields. time_s: over all calls."""
-
-    name: str
-    scope: str
-    category: str
-    time_s: float
-    start_s: float
-    calls: int
-    cycles: int = 0
-    hbm_bytes: int = 0
-    bound: str = ""
-    vmem_bytes: int = 0
-    spill_count: int = 0
-    fill_count: int = 0
-    utilization: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "PredictedOp":
-        """From an OpCost as a dict, as trials keep them.
-
-        Raises:
-          KeyError: a time is missing.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        required = ("name", "scope", "category", "time_s", "start_s", "calls")
-        return cls(**{name: fields[name] for name in required} | {n: fields[n] for n in names & set(fields)})
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
     """One predicted program. name: "denoise_step", say; ops: in the order of the program."""
 
     name: str
-    ops: tuple[PredictedOp, ...]
+    ops: tuple[OpCost, ...]
 
 
 def predicted_by(versions: Mapping[str, str]) -> str:
-    """What a prediction was read from, by the versions of its environment."""
+    """Return what a prediction was read from, by the versions of its environment."""
     return f"libtpu {versions.get('libtpu', 'of unknown version')}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-    """Ops and loops that run `trips` times, one after the other, `period_s` a time."""
-
-    body: tuple["PredictedOp | _Loop", ...]
-    calls: int
-    trips: int
-    period_s: float
-
-
-def unrolled(ops: Sequence[PredictedOp]) -> Iterator[tuple[PredictedOp, float, float]]:
-    """Each run of each op, with its start and its time in seconds, in order.
-
-    An op says how often it runs and when it first starts, and nothing is between two ops: the loops follow from that.
+def unrolled(ops: Iterable[OpCost]) -> list[tuple[OpCost, float, float]]:
+    """Return each run of each op, with its start and its time in seconds, in order of the starts.
 
     Raises:
-      ValueError: an op does not start where the ops before it end, in whatever loops.
+      ValueError: an op runs several times, and its record is too old to say in which loops.
     """
-    ops = [op for op in ops if op.calls > 0]
-    items, stop, end_s = _parse(ops, 0, 1, 0.0)
-    if stop < len(ops):
-        raise ValueError(
-            f"{ops[stop].name}: starts at {ops[stop].start_s} s; expected {end_s} s, after the ops before it."
-        )
-    yield from _runs(items, 1, 0.0)
+    runs = []
+    for op in ops:
+        if math.prod(loop.trips for loop in op.loops) != op.calls:
+            raise ValueError(f"op {op.name}: its loops are not in the record; predict again.")
+        for trips in itertools.product(*(range(loop.trips) for loop in op.loops)):
+            delay_s = sum(trip * loop.period_s for trip, loop in zip(trips, op.loops, strict=True))
+            runs.append((op, op.start_s + delay_s, op.time_s / op.calls))
+    return sorted(runs, key=lambda run: run[1])
 
 
-def _parse(
-    ops: Sequence[PredictedOp], index: int, calls: int, now: float
-) -> tuple[tuple[PredictedOp | _Loop, ...], int, float]:
-    """What runs `calls` times from `ops[index]` on: ops and loops, the index after them, and when they first end."""
-    items: list[PredictedOp | _Loop] = []
-    while index < len(ops) and ops[index].calls >= calls and _same(ops[index].start_s, now):
-        op = ops[index]
-        if op.calls == calls:
-            items.append(op)
-            index, now = index + 1, now + op.time_s / calls
-            continue
-        found = _parse_loop(ops, index, calls, now)
-        if found is None:
-            break
-        loop, index = found
-        items.append(loop)
-        now += loop.trips * loop.period_s
-    return tuple(items), index, now
-
-
-def _parse_loop(ops: Sequence[PredictedOp], index: int, calls: int, now: float) -> tuple[_Loop, int] | None:
-    """The loop that begins at an op, and the index after it. The op may be in a loop within it that comes first."""
-    for inside in sorted({op.calls for op in ops[index:] if calls < op.calls <= ops[index].calls}):
-        if inside % calls:
-            continue
-        body, stop, end_s = _parse(ops, index, inside, now)
-        loop = _Loop(body, inside, inside // calls, end_s - now)
-        after_s = now + loop.trips * loop.period_s
-        # Where an outer loop ends too, the next op starts later: `_parse` of that one checks it.
-        if body and (stop == len(ops) or ops[stop].calls < calls or _same(ops[stop].start_s, after_s)):
-            return loop, stop
-        if body and ops[stop].calls >= calls and ops[stop].start_s > after_s and calls > 1:
-            return loop, stop
-    return None
-
-
-def _runs(
-    items: Sequence[PredictedOp | _Loop], calls: int, shift_s: float
-) -> Iterator[tuple[PredictedOp, float, float]]:
-    for item in items:
-        if isinstance(item, PredictedOp):
-            yield item, item.start_s + shift_s, item.time_s / calls
-        else:
-            for trip in range(item.trips):
-                yield from _runs(item.body, item.calls, shift_s + trip * item.period_s)
-
-
-def _same(start_s: float, expected_s: float) -> bool:
-    return math.isclose(start_s, expected_s, rel_tol=1e-9, abs_tol=1e-12)
-
-
-def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> Any:
-    """An XSpace with one step for each program, one after the other on one core of a device that is not here.
+def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> XSpace:
+    """Return an XSpace with one step for each program, one after the other on one core of a device that is not here.
 
     Args:
       programs: what runs.
       device: whose peaks the rooflines are.
       made_by: what predicted it, "libtpu 0.0.52".
     """
-    space = message("XSpace")()
+    space = XSpace()
     space.hostnames.append(HOST)
     plane = _Plane(space.planes.add(id=1, name="/device:TPU:0"))
     plane.stats(plane.proto.stats, _device_stats(device, made_by))
@@ -159,7 +70,7 @@ def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> A
     now = 0
     for number, program in enumerate(programs):
         end = now
-        runs = list(unrolled(program.ops))
+        runs = unrolled(program.ops)
         program_id = number + 1
         group = {"group_id": number}
         for op, start_s, time_s in runs:
@@ -184,8 +95,8 @@ def space_of(programs: Iterable[Program], device: DeviceSpec, made_by: str) -> A
     return space
 
 
-def _spans(runs: Iterable[tuple[PredictedOp, float, float]]) -> Iterator[tuple[str, float, float]]:
-    """Named scopes from where they begin to where they end, outer ones before those within them."""
+def _spans(runs: Iterable[tuple[OpCost, float, float]]) -> Iterator[tuple[str, float, float]]:
+    """Return named scopes from where they begin to where they end, outer ones before those within them."""
     spans: list[list[Any]] = []
     opened: list[list[Any]] = []
     for op, start_s, time_s in runs:
@@ -215,7 +126,7 @@ def _device_stats(device: DeviceSpec, made_by: str) -> dict[str, Any]:
     }
 
 
-def _op_stats(op: PredictedOp, program_id: int, device: DeviceSpec) -> dict[str, Any]:
+def _op_stats(op: OpCost, program_id: int, device: DeviceSpec) -> dict[str, Any]:
     flops = round(op.utilization.get("MATMUL", 0.0) * op.cycles * device.flops_per_cycle)
     return {
         "tf_op": op.scope,
@@ -236,8 +147,8 @@ def _op_stats(op: PredictedOp, program_id: int, device: DeviceSpec) -> dict[str,
 
 
 def _hbm_traffic(hbm_bytes: int) -> bytes:
-    """As xprof wants it, all of it as reads: a schedule's DMAs are not told apart in an OpCost."""
-    breakdown = message("MemoryAccessBreakdown")()
+    """Return it as xprof wants it, all as reads: an OpCost does not tell reads from writes."""
+    breakdown = MemoryAccessBreakdown()
     breakdown.memory_accessed.add(**_HBM_READ, bytes_accessed=hbm_bytes)
     return breakdown.SerializeToString()
 
@@ -249,13 +160,13 @@ def _ps(seconds: float) -> int:
 class _Plane:
     """Gives names of events and stats their numbers within one plane."""
 
-    def __init__(self, proto: Any) -> None:
+    def __init__(self, proto: XPlane) -> None:
         self.proto = proto
         self._events: dict[str, int] = {}
         self._stats: dict[str, int] = {}
 
     def event(self, key: str, name: str, stats: Mapping[str, Any]) -> int:
-        """The number of the event metadata of a key, made where it is new."""
+        """Return the number of the event metadata of a key, made where it is new."""
         if key not in self._events:
             number = self._events[key] = len(self._events) + 1
             metadata = self.proto.event_metadata[number]

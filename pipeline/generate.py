@@ -2,21 +2,17 @@
 
 import dataclasses
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from splash_workbench.accelerator import accelerator_visible, quiet_jax_without_accelerator
-from splash_workbench.cli import decode_literal, protect_literals
+from pipeline.requests.config import GenerateConfig, request_field
+from splash_workbench.accelerator import accelerator_visible
+from splash_workbench.cli import command
+from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
@@ -40,69 +36,66 @@ def _default_backend() -> str:
     return jax.default_backend()
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="generate")
-def _run(config: DictConfig) -> None:
+@command(
+    "generate",
+    GenerateConfig,
+    text_or_list=("stages",),
+    resolvers={"default_model": default_model, "request": request_field},
+)
+def main(settings: GenerateConfig) -> int:
+    """Run the command; return its exit code, 128 + the signal's number where one ended it."""
     from pipeline.console import ConsoleProgress
     from pipeline.interrupt import Interrupted, Interruptible
-    from pipeline.requests.batch_file import BatchFileError
-    from pipeline.requests.errors import PipelineError
 
-    settings: Any = OmegaConf.to_object(config)
     _set_up_logging(settings.verbose)
     console = ConsoleProgress()
     progress = Interruptible(console)
     try:
         with progress.handling_signals():
-            code = _generate(settings, console, progress)
-    except BatchFileError as error:
-        _fail("\n".join(f"error: {message}" for message in error.errors))
-    except PipelineError as error:
-        console.close()
-        _fail(f"error: {error}")
-    except OSError as error:
-        console.close()
-        _fail(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+            return _generate(settings, console, progress)
     except Interrupted as error:
         console.close()
         where = " ".join(filter(None, ("interrupted", console.place, progress.where)))
-        _fail(f"{where}{_how_to_go_on(settings, error.between_steps)}", code=128 + error.signal_number)
-    sys.exit(code)
+        print(f"{where}{_how_to_go_on(settings, error.between_steps)}", file=sys.stderr)
+        return 128 + error.signal_number
+    finally:
+        console.close()
 
 
-def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptible") -> int:
+def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
     """Run what is asked for; the exit code."""
     from pipeline.console import timing_table
-    from pipeline.requests.config import to_options, to_request
+    from pipeline.requests.config import to_request, to_run_options
     from pipeline.requests.request import parse_stages
     from pipeline.requests.run_names import run_name
-    from pipeline.runs.job import generate, warm_up
+    from pipeline.runs.single import generate, warm_up
     from pipeline.stages.progress import recorder_of, tracing
 
     _check_combination(settings)
-    stages, options = parse_stages(settings.stages), to_options(settings)
+    stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(settings, stages, options, console, progress)
+        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
     request = to_request(settings)
     output_dir = Path(settings.output_dir).expanduser()
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
     _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
-        timings = warm_up(request, stages=stages, options=options, cache_dir=cache_dir, progress=progress)
+        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=progress)
         console.close()
         print(timing_table(timings))
         return 0
     recorder = recorder_of(settings, request)
     if recorder is not None:
-        options = dataclasses.replace(options, resume=False)  # what is not run leaves no trace
+        run_options = dataclasses.replace(run_options, resume=False)  # what is not run leaves no trace
         results_path = None  # the profiler takes time
     with tracing(recorder):
         result = generate(
             request,
             stages=stages,
             run_dir=run_dir,
-            options=options,
+            run_options=run_options,
             cache_dir=cache_dir,
             results_path=results_path,
             progress=progress,
@@ -121,9 +114,10 @@ def _generate(settings: Any, console: "ConsoleProgress", progress: "Interruptibl
 
 
 def _run_batch(
-    settings: Any,
+    path: Path,
+    settings: GenerateConfig,
     stages: tuple["Stage", ...],
-    options: "RunOptions",
+    run_options: "RunOptions",
     console: "ConsoleProgress",
     progress: "Interruptible",
 ) -> int:
@@ -131,34 +125,34 @@ def _run_batch(
     from pipeline.requests.batch_file import read_entries
     from pipeline.runs.batch import Batch, prepare
 
-    path = Path(settings.prompts).expanduser()
     entries = read_entries(path, settings)
-    items = prepare(entries, path, stages, Path(settings.output_dir).expanduser(), options, _path(settings.cache_dir))
+    output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
+    items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _use_compilation_cache(settings)
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
-    batch = Batch(items, options, _path(settings.results_path), progress, console.say)
+    batch = Batch(items, _path(settings.results_path), progress, console.say)
     try:
-        batch.run()
+        batch.run_all()
     finally:
         console.close()
         print(batch_table(items), flush=True)
     return 1 if any(item.status == "failed" for item in items) else 0
 
 
-def _how_to_go_on(settings: Any, between_steps: bool) -> str:
+def _how_to_go_on(settings: GenerateConfig, between_steps: bool) -> str:
     if settings.warm_up:
         return ""
     command = "the same command" if settings.resume else "the same command without resume=false"
     return f"; {command} goes on from {'there' if between_steps else 'what is saved'}"
 
 
-def _use_compilation_cache(settings: Any) -> None:
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
+def _use_compilation_cache(settings: GenerateConfig) -> None:
+    from pipeline.checkpoints.loading import use_compilation_cache
 
-    use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
 
 
-def _check_combination(settings: Any) -> None:
+def _check_combination(settings: GenerateConfig) -> None:
     from pipeline.requests.errors import RequestError
 
     if settings.prompts is not None:
@@ -208,42 +202,5 @@ def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value).expanduser()
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(code)
-
-
-def _one_line(error: HydraException | OmegaConfBaseException) -> str:
-    """Hydra's message of several lines, without its search path, as one."""
-    text = str(error).split("Config search path")[0]
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        text += "\n" + str(error.__cause__).split("full_key")[0]
-    lines = [
-        line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("To append", "See https"))
-    ]
-    if isinstance(error, OverrideParseException):
-        lines.append('expected key=value; quote text with spaces: prompt="..."')
-    return "; ".join(lines).replace(":;", ":") + "; see --help"
-
-
-def main() -> None:
-    """Set up what must be set up before Hydra and JAX look at anything, then run."""
-    from pipeline.requests.config import GenerateConfig
-
-    quiet_jax_without_accelerator()
-    OmegaConf.register_new_resolver("default_model", default_model, replace=True)
-    OmegaConf.register_new_resolver("literal", decode_literal, replace=True)
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    sys.argv[1:] = protect_literals(sys.argv[1:])
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        _run()
-        return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, rather than print ten lines for a mistyped key
-    try:
-        _run()
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(f"error: {_one_line(error)}")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,17 +1,29 @@
 """`python -m pipeline.predict_table results/predict.jsonl > results/predict.md`: predictions as one table."""
 
-import json
+import argparse
 import sys
 from pathlib import Path
 
 from pipeline.predict.report import markdown_table
+from splash_workbench import cli
+from splash_workbench.errors import from_config
+from splash_workbench.records import jsonl
+from splash_workbench.records.prediction import PredictionRecord
 
 
-def main(path: str) -> None:
-    """Print the table of a file of records."""
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    print(markdown_table(records), end="")
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m pipeline.predict_table", description="Print predictions as one Markdown table.")
+    parser.add_argument("records", type=Path, help="what python -m pipeline.predict appended to results_path")
+    return parser
+
+
+@cli.flags_command(_parser)
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    arguments.records.stat()  # an absent file is no empty table
+    print(markdown_table(from_config(lambda: jsonl.read(arguments.records, PredictionRecord))), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

@@ -11,18 +11,19 @@ side).
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal
+
+import msgspec
 
 from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant
 
-SCHEMA_VERSION = 1
 TUNED_DIR = Path(__file__).parent / "tuned"
 
-Label = Literal["measured", "predicted", "reported"]
+#: How a time can have been got, the most trusted first.
+LABELS = ("measured", "predicted", "reported")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Provenance:
     """Where an entry comes from.
 
     Attributes:
-      label: how its time was got.
+      label: how its time was got, one of LABELS.
       time_ms: one call of the whole op at the entry's shape.
       workload: the named workload that was swept.
       record_id: the Trial in results/ that won.
@@ -40,7 +41,7 @@ class Provenance:
       created_at: UTC, ISO 8601.
     """
 
-    label: Label
+    label: str
     time_ms: float
     workload: str
     record_id: str
@@ -50,8 +51,8 @@ class Provenance:
     created_at: str
 
     def __post_init__(self) -> None:
-        if self.label not in get_args(Label):
-            raise ValueError(f"label={self.label!r}: expected one of {get_args(Label)}.")
+        if self.label not in LABELS:
+            raise ValueError(f"label={self.label!r}: expected one of {', '.join(LABELS)}.")
         if not self.time_ms > 0:
             raise ValueError(f"time_ms={self.time_ms}: expected a positive number.")
 
@@ -69,15 +70,14 @@ class TunedEntry:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        return cls(
-            shape=AttentionShape(**fields["shape"]),
-            dtype=fields["dtype"],
-            block_sizes=BlockSizes(**fields["block_sizes"]),
-            variant=Variant.from_dict(fields["variant"]),
-            provenance=Provenance(**fields["provenance"]),
-        )
+
+@dataclasses.dataclass(frozen=True)
+class TunedFile:
+    """The entries of one device kind, as they are on disk."""
+
+    schema_version: Literal[1]
+    device_kind: str
+    entries: tuple[TunedEntry, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +106,25 @@ def load(device_kind: str, directory: Path = TUNED_DIR) -> tuple[TunedEntry, ...
         stat = path.stat()
     except FileNotFoundError:
         return ()
-    return _parse(path, stat.st_mtime_ns, stat.st_size)
+    return _read(path, stat.st_mtime_ns, stat.st_size).entries
+
+
+def read_file(path: Path) -> TunedFile:
+    """Read one of the JSON files.
+
+    Raises:
+      ValueError: it is not what this version reads; the message gives the path of the field.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TunedFile)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path.name}: unreadable tuned entries ({error}).") from error
 
 
 @functools.lru_cache(maxsize=32)
-def _parse(path: Path, mtime_ns: int, size: int) -> tuple[TunedEntry, ...]:
+def _read(path: Path, mtime_ns: int, size: int) -> TunedFile:
     del mtime_ns, size  # part of the cache key only
-    try:
-        content = json.loads(path.read_text())
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema_version={content['schema_version']!r}: expected {SCHEMA_VERSION}.")
-        return tuple(TunedEntry.from_dict(entry) for entry in content["entries"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name}: unreadable tuned entries ({type(error).__name__}: {error}).") from error
+    return read_file(path)
 
 
 def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
@@ -204,7 +210,7 @@ def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, f
     return (
         _distance(entry.shape, shape),
         heads != shape.batch_size * shape.num_heads,
-        get_args(Label).index(entry.provenance.label),
+        LABELS.index(entry.provenance.label),
         entry.provenance.time_ms / heads,
     )
 

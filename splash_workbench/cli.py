@@ -1,173 +1,206 @@
-"""What every command of tuning shares: Hydra configuration in, one line for a user's error, JSON on request."""
+"""What every command shares: configuration or flags in, an exit code out, one line for a user's error."""
 
-import dataclasses
+import argparse
+import contextlib
+import functools
 import json
 import os
+import select
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError
+from splash_workbench.files import atomic_path, require_writable
+from splash_workbench.overrides import Keys, key_types, one_line
+from splash_workbench.provenance import CONFIG_DIR
 
-CONFIG_DIR = REPO_ROOT / "configs"
-T = TypeVar("T")
+S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
-
-
-# Text that is meant literally: Hydra's grammar gives commas, quotes and brackets a meaning of their own.
-_LITERAL_KEYS = (
-    "prompt",
-    "prompts",
-    "name",
-    "negative_prompt",
-    "checkpoint",
-    "stages",
-    "run_dir",
-    "output_dir",
-    "results_path",
-    "cache_dir",
-    "logdir",
-    "profile_run",
+#: Those of a signal as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
+#: A command stays in the user's folder, and Hydra writes nothing there.
+_HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
 )
 
 
-class UserError(ValueError):
-    """Something that the user can put right: shown as one line, without a traceback."""
+def command(
+    name: str,
+    schema: type[S],
+    *,
+    text_or_list: Collection[str] = (),
+    resolvers: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[[Callable[[S], int]], Callable[[], int]]:
+    """Make a function of settings the entry point of a command that Hydra configures from sys.argv.
 
+    Args:
+      name: of configs/<name>.yaml, whose defaults list begins with <name>_schema.
+      schema: a mutable dataclass; the function gets an instance, checked for types.
+      text_or_list: see `splash_workbench.overrides.Keys`.
+      resolvers: name -> function that the configuration uses as ${name:}.
 
-@dataclasses.dataclass
-class WorkloadSchema:
-    """Fields of configs/workload/*.yaml; becomes a tuning.trials.workloads.Workload."""
-
-    name: str = MISSING
-    batch_size: int = MISSING
-    num_heads: int = MISSING
-    q_seq_len: int = MISSING
-    kv_seq_len: int = MISSING
-    head_dim: int = MISSING
-    dtype: str = MISSING
-
-
-@dataclasses.dataclass
-class DeviceSchema:
-    """Fields of configs/device/*.yaml; the figures are in offline_tpu.machine.devices."""
-
-    name: str = MISSING
-
-
-@dataclasses.dataclass
-class BackendSchema:
-    """Fields of configs/backend/*.yaml; `measure` becomes a tuning.backends.timing.MeasureSettings."""
-
-    name: str = MISSING
-    measure: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def store_schema(name: str, schema: type) -> None:
-    """Lets configs/<command>.yaml be checked against a dataclass: its defaults list starts with `name`."""
-    ConfigStore.instance().store(name=name, node=schema)
-
-
-def run(config_name: str, command: Callable[[DictConfig], int]) -> int:
-    """Composes configs/<config_name>.yaml with the overrides in sys.argv and runs the command.
-
-    Returns:
-      The exit code: the command's, 2 for an error of the user, 130 after Ctrl-C.
+    The entry point returns the function's exit code, EXIT_USER_ERROR for an error of the user (UserError, OSError, or a
+    value that does not fit the schema), EXIT_INTERRUPTED after Ctrl-C, EXIT_BROKEN_PIPE where nobody reads on.
     """
-    outcome: int | BaseException = 0
 
-    def task(config: DictConfig) -> None:
-        # Errors of the command are kept from Hydra, which would add lines of its own.
-        nonlocal outcome
+    def decorate(function: Callable[[S], int]) -> Callable[[], int]:
+        @functools.wraps(function)
+        def main() -> int:
+            return _exit_code(lambda: _compose_and_run(function))
+
+        return main
+
+    def _compose_and_run(function: Callable[[S], int]) -> int:
+        keys = Keys(key_types(schema), _groups(name), text_or_list)
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        for resolver, resolve in (resolvers or {}).items():
+            OmegaConf.register_new_resolver(resolver, resolve, replace=True)
+        outcomes: list[int | Exception] = []
+
+        def task(config: DictConfig) -> None:
+            if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
+                return  # a signal ends all runs, not only the one it came in
+            try:
+                if missing := sorted(OmegaConf.missing_keys(config)):
+                    raise UserError(f"{', '.join(missing)}: expected a value")
+                outcomes.append(function(OmegaConf.to_object(config)))  # type: ignore[arg-type]
+            except Exception as error:  # kept from Hydra, which would add lines of its own
+                outcomes.append(error)
+
         try:
-            if missing := sorted(OmegaConf.missing_keys(config)):
-                raise UserError(f"{', '.join(missing)}: expected a value.")
-            outcome = command(config)
-        except (UserError, KeyboardInterrupt) as error:
-            outcome = error
+            with _hydra_arguments(keys):
+                hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            outcomes.append(error)
+        errors = [
+            UserError(keys.explain(outcome)) if isinstance(outcome, HydraException | OmegaConfBaseException) else outcome
+            for outcome in outcomes  # more than one with --multirun
+            if isinstance(outcome, Exception)
+        ]
+        for error in errors:
+            if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):
+                raise error
+        if errors:
+            raise UserError(*dict.fromkeys(message for error in errors for message in _messages(error)))
+        return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
-    asked_for_traceback = bool(os.environ.get(_FULL_ERROR))
-    os.environ[_FULL_ERROR] = "1"  # Hydra then lets its own errors through, instead of printing a wall of text
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        outcome = error
-    finally:
-        if not asked_for_traceback:
-            del os.environ[_FULL_ERROR]
-    if isinstance(outcome, int):
-        return outcome
-    if isinstance(outcome, KeyboardInterrupt):
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    if asked_for_traceback:
-        raise outcome
-    print(f"error: {_one_line(outcome)}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return decorate
 
 
-def from_config(make: Callable[[], T]) -> T:
-    """Builds a frozen type from configuration: what it refuses is the user's error."""
-    try:
-        return make()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(str(error)) from error
+def flags_command(make_parser: Callable[[], "Parser"]) -> Callable[[Callable[[Any], int]], Callable[[], int]]:
+    """Make a function of parsed flags the entry point of a command; errors and exit codes are those of `command`."""
+
+    def decorate(function: Callable[[Any], int]) -> Callable[[], int]:
+        @functools.wraps(function)
+        def main() -> int:
+            return _exit_code(lambda: function(make_parser().parse_args()))
+
+        return main
+
+    return decorate
 
 
-def plain(config: Any) -> Any:
-    """A node of the configuration as plain dicts and lists."""
-    return OmegaConf.to_container(config, resolve=True)
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing how to use the command."""
+        raise UserError(f"{message}; see --help")
+
+
+def require_json_writable(path: str | None) -> None:
+    """Raise UserError, before the work, where `write_json` would fail after it."""
+    if path is not None:
+        if not path or Path(path).is_dir():
+            raise UserError(f"json={path}: expected a file, got a folder.")
+        require_writable(f"json={path}", Path(path).parent)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:
-    """What a command printed, as JSON; does nothing without a path."""
-    if path is None:
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(target)
+    """Write to a file what a command printed; do nothing without a path."""
+    if path is not None:
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _one_line(error: BaseException) -> str:
-    """Hydra's and OmegaConf's messages without the lines that only their developers need."""
-    texts = [str(error)]
-    if error.__cause__ is not None and not isinstance(error, UserError) and str(error.__cause__) not in texts[0]:
-        texts.append(str(error.__cause__))
-    lines = [line.strip() for text in texts for line in text.split("Config search path:")[0].splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=")
-    return " ".join(line for line in lines if line and not line.startswith(noise))
+def _groups(name: str) -> list[str]:
+    """Return the groups in the defaults list of configs/<name>.yaml."""
+    defaults = OmegaConf.select(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"), "defaults")
+    named = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
+    return [key for key in named if not key.startswith("override ")]
 
 
-def protect_literals(arguments: list[str]) -> list[str]:
-    """Make Hydra take the values of `_LITERAL_KEYS` as they are, whatever characters they hold.
+@contextlib.contextmanager
+def _hydra_arguments(keys: Keys) -> Iterator[None]:
+    """Let Hydra read checked arguments, leave nothing behind, and raise its errors instead of printing many lines."""
+    argv, full_error = sys.argv, os.environ.get(_FULL_ERROR)
+    with contextlib.ExitStack() as stack:
+        settings = list(_HYDRA_SETTINGS)
+        if {"-m", "--multirun"} & set(argv):  # Hydra insists on a multirun.yaml
+            settings.append(f"hydra.sweep.dir='{stack.enter_context(tempfile.TemporaryDirectory())}'")
+        sys.argv = [argv[0], *keys.checked(argv[1:], settings)]
+        os.environ[_FULL_ERROR] = "1"
+        try:
+            yield
+        finally:
+            sys.argv = argv
+            if full_error is None:
+                del os.environ[_FULL_ERROR]
+            else:
+                os.environ[_FULL_ERROR] = full_error
 
-    They are handed over encoded, as `prompt='${literal:x...}'`, for `decode_literal` to restore. Empty values, null,
-    lists of stages, and what the user has quoted for Hydra already stay as they are.
-    """
-    if {"-m", "--multirun"} & set(arguments):
-        return arguments  # commas then separate runs
-    return [_protect(argument) for argument in arguments]
+
+def _exit_code(run: Callable[[], int]) -> int:
+    """Run, and tell the user in one line where that fails for a reason that is the user's."""
+    quiet_jax_without_accelerator()
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _drop_broken_streams():
+            raise
+        return EXIT_BROKEN_PIPE
+    except (UserError, OSError) as error:
+        if os.environ.get(_FULL_ERROR):
+            raise
+        for message in _messages(error):
+            print(f"error: {one_line(message)}", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
-def _protect(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if key not in _LITERAL_KEYS or not equals or value in ("", "null") or (key == "stages" and value.startswith("[")):
-        return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
-        return argument
-    return f"{key}='${{literal:x{value.encode().hex()}}}'"
+def _messages(error: UserError | OSError) -> tuple[str, ...]:
+    if isinstance(error, UserError):
+        return error.messages
+    if error.errno is None:
+        return (str(error) or type(error).__name__,)
+    return (f"{error.filename or 'a file'}: {error.strerror}",)
 
 
-def decode_literal(encoded: str) -> str:
-    """The text that `protect_literals` encoded."""
-    return bytes.fromhex(encoded.removeprefix("x")).decode()
+def _drop_broken_streams() -> bool:
+    """Return whether stdout or stderr is read no more, as with `| head`, and drop what is written there."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    broken = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(broken)

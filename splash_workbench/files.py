@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -39,16 +41,18 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def append_json_line(path: Path, content: Any) -> None:
-    """Append one line in one write and wait for the disk; a line that a crash tore stays apart from it."""
-    line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
+    """Make a folder and see whether that many bytes can be written there. Leaves nothing in it.
+
+    Raises:
+      UserError: they cannot; the message begins with `option`.
+    """
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, byte_count)
+    except OSError as error:
+        raise UserError(
+            f"{option}: cannot write {byte_count / 2**20:.3g} MiB to {folder} ({error.strerror}); make room there, or "
+            "name another folder."
+        ) from error

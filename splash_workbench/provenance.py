@@ -9,12 +9,13 @@ import platform
 import re
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+#: In a checkout a link to configs/; an installed package holds the files.
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 #: A change in one of these can change what a candidate computes or how long it takes.
 KERNEL_SOURCES = tuple(
@@ -34,7 +35,7 @@ _PARSER_LOCK = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where a trial ran. Holds no host name and no path.
+    """Where a figure was made. Holds no host name and no path.
 
     Attributes:
       versions: of Python and of the packages that decide the figure; a package that is absent is left out.
@@ -61,19 +62,12 @@ class Environment:
         """The versions of COMPILER_PACKAGES."""
         return {name: self.versions[name] for name in COMPILER_PACKAGES if name in self.versions}
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**fields)
-
-
-def capture(sources: Iterable[str]) -> Environment:
+def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
     return Environment(
-        versions=package_versions(_PACKAGES),
+        versions=package_versions(packages),
         flags=_flags(),
         git_commit=commit,
         git_dirty=dirty,
@@ -138,13 +132,20 @@ def host() -> str:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """Commit of this source tree and whether tracked files differ from it; None where it is not a git checkout."""
+    """Return the commit of this source tree, and whether tracked files differ from it.
+
+    None where the tree is no checkout of its own: installed, it may lie within another repository.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks set it
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPO_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != REPO_ROOT:
+            return None, False
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return None, False

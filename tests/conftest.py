@@ -6,16 +6,50 @@ from pathlib import Path
 # Before anything imports JAX: these tests need no accelerator, and libtpu would complain that there is none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import pytest
 
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
+#: Bytes of compiled programs to keep for the next run; above it those used longest ago go.
+_COMPILED_BYTES = 2**30
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse slow tests that do not say how slow."""
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is not None and not mark.args:
+            raise pytest.UsageError(f'{item.nodeid}: expected its time, as @pytest.mark.slow("4 min").')
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
+    """Compile each program once: tests, parallel workers and later runs share one folder of them.
+
+    Only this process and processes that are told use it: a compiler for TPU must run, to leave its schedule.
+    """
+    cache = getattr(pytestconfig, "cache", None)  # absent with `-p no:cacheprovider`
+    folder = cache.mkdir("jax") if cache else tmp_path_factory.mktemp("jax")
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_compilation_cache_max_size": _COMPILED_BYTES,  # a limit also makes JAX lock the folder
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, instead of the user's."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

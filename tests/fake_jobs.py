@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.files import atomic_path
 from splash_workbench.status import Status, TrialError
 
 
@@ -21,7 +22,6 @@ def _passed(error: float = 0.004) -> dict[str, Any]:
         "kv_seq_len": 563,
         "num_heads": 2,
         "block_sizes": "256/256/128",
-        "same_block_sizes": True,
         "rms_error": error,
         "max_row_error": error,
         "max_abs_error": error,
@@ -38,11 +38,15 @@ def _time_ms(blocks: dict[str, int]) -> float:
 
 
 def bowl(payload: dict[str, Any]) -> dict[str, Any]:
-    """An ok trial whose time depends on the block sizes; says in FAKE_JOBS_LOG that it ran."""
+    """An ok trial whose time depends on the block sizes; says in FAKE_JOBS_LOG that it ran.
+
+    With FAKE_JOBS_HANG_AFTER=n it never ends where the log then has more than n lines.
+    """
     if log := os.environ.get("FAKE_JOBS_LOG"):
         with Path(log).open("a") as file:
             file.write(json.dumps(payload["block_sizes"]) + "\n")
-    time.sleep(float(os.environ.get("FAKE_JOBS_SLEEP_S", "0")))
+        if len(Path(log).read_text().splitlines()) > int(os.environ.get("FAKE_JOBS_HANG_AFTER", sys.maxsize)):
+            time.sleep(600)
     return {"label": "predicted", "time_samples_ms": [_time_ms(payload["block_sizes"])], "numerics": _passed()}
 
 
@@ -83,7 +87,8 @@ def hang(payload: dict[str, Any]) -> dict[str, Any]:
     """With a child of its own, which must not outlive it."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     if marker := os.environ.get("FAKE_JOBS_CHILD"):
-        Path(marker).write_text(str(child.pid))
+        with atomic_path(Path(marker)) as path:  # killed any moment: it is there with the number, or not there
+            path.write_text(str(child.pid))
     time.sleep(600)
     raise AssertionError("not reached")
 

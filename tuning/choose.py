@@ -3,33 +3,35 @@
 import dataclasses
 import sys
 
-from omegaconf import DictConfig
-
 from offline_tpu.machine import devices
 from splash_attn import tuned
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
-from tuning.trials.workloads import Workload
+from splash_workbench.errors import from_config
+from tuning.search.schemas import DeviceSchema, WorkloadSchema
 
 
 @dataclasses.dataclass
 class ChooseSchema:
     """Fields of configs/choose.yaml."""
 
-    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
-    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     qk_dtype: str = "bfloat16"
     json: str | None = None
 
 
-cli.store_schema("choose_schema", ChooseSchema)
-
-
-def _command(config: DictConfig) -> int:
-    workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
-    device = cli.from_config(lambda: devices.by_name(config.device.name))
-    choice = cli.from_config(
-        lambda: tuned.choose(device.device_kind, workload.shape, workload.dtype, qk_dtype=config.qk_dtype)
+@cli.command("choose", ChooseSchema)
+def main(settings: ChooseSchema) -> int:
+    """Run the command; return its exit code."""
+    workload = settings.workload.frozen()
+    device = from_config(lambda: devices.by_name(settings.device.name))
+    choice = from_config(
+        lambda: tuned.choose(
+            device.device_kind,
+            workload.shape,
+            workload.dtype,
+            qk_dtype=settings.qk_dtype,  # type: ignore[arg-type] # checked by choose
+        )
     )
     tuned_by = choice.entry.provenance if choice.entry else None
     stale = tuned_by is not None and tuned_by.kernel_hash != provenance.source_hash(provenance.KERNEL_SOURCES)
@@ -46,7 +48,7 @@ def _command(config: DictConfig) -> int:
     for name, value in lines.items():
         print(f"{name + ':':<13}{value}")
     cli.write_json(
-        config.json,
+        settings.json,
         {
             "shape": dataclasses.asdict(workload.shape),
             "dtype": workload.dtype,
@@ -59,12 +61,6 @@ def _command(config: DictConfig) -> int:
         },
     )
     return 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("choose", _command)
 
 
 if __name__ == "__main__":

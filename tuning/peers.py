@@ -4,27 +4,31 @@ import concurrent.futures
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from tqdm import tqdm
 
 from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import from_config
+from splash_workbench.files import require_writable
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, core_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import OFFLINE
+from tuning.search.schemas import DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 from tuning.trials.workloads import Workload
 
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype")
 
 
 @dataclasses.dataclass
@@ -42,17 +46,14 @@ class PeerSchema:
 class PeersSchema:
     """Fields of configs/peers.yaml."""
 
-    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
-    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     peers: list[PeerSchema] = dataclasses.field(default_factory=list)
     workers: int | None = None
     timeout_s: float = MISSING
     results_dir: str = MISSING
     reuse: bool = MISSING
     json: str | None = None
-
-
-cli.store_schema("peers_schema", PeersSchema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Entrant:
     options: dict[str, Any]
 
 
-def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
+def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
     """Ours and the installed peers, and a line about each that is missing or must be known.
 
     Raises:
@@ -82,57 +83,67 @@ def entrants(config: DictConfig, workload: Workload, device_kind: str) -> tuple[
     if quantized.entry is not None:
         found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
     lines = [f"splash_attn runs {choice.reason}"]
-    for peer in cli.plain(config.peers):
-        name = peer.pop("kernel")
-        peer_options = peer.pop("options")
-        if name not in KERNELS:
-            raise ValueError(f"peers.kernel={name!r}: expected one of {', '.join(KERNELS)}.")
-        kernel = KERNELS[name]
+    for peer in peers:
+        if peer.kernel not in KERNELS:
+            raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(KERNELS)}.")
+        kernel = KERNELS[peer.kernel]
         if kernel.installed:
-            found.append(Entrant(name, BlockSizes(**peer), peer_options))
+            listed = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
+            entrant = Entrant(peer.kernel, tuned.clamp(listed, workload.shape), peer.options)
+            if entrant.block_sizes != listed:
+                lines.append(f"{peer.kernel}: {listed} is shortened to the sequences, {entrant.block_sizes}")
+            if entrant not in found:
+                found.append(entrant)
         else:
-            lines.append(f"{name} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
+            lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
     return found, list(dict.fromkeys(lines))
 
 
-def _command(config: DictConfig) -> int:
-    workload = cli.from_config(lambda: Workload.from_dict(cli.plain(config.workload)))
-    target = OFFLINE.find_target(config.device.name)
-    entered, lines = cli.from_config(lambda: entrants(config, workload, target.device_kind))
+@cli.command("peers", PeersSchema)
+def main(settings: PeersSchema) -> int:
+    """Run the command; return its exit code."""
+    workload = settings.workload.frozen()
+    workers = from_config(lambda: worker_count(settings.workers))
+    from_config(lambda: check_timeout_s(settings.timeout_s))
+    cli.require_json_writable(settings.json)
+    target = OFFLINE.find_target(settings.device.name)
+    entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
-    results_dir = Path(config.results_dir)
+    results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
-    on_record = records.conclusive(records.read(path), config.timeout_s) if config.reuse else []
-    known = {(trial.kernel, trial.key): trial for trial in on_record}
+    recorded = from_config(lambda: records.read(path)) if settings.reuse else []
+    reused = records.reusable(recorded, settings.timeout_s)
+    on_record = {(trial.kernel, trial.key): trial for trial in reused}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
-            cache=JobCache.of_user(config.reuse),
+            cache=JobCache.of_user(settings.reuse),
             workload=workload,
             target=target,
             backend=OFFLINE,
             context=context,
             environment=captured,
-            timeout_s=config.timeout_s,
+            timeout_s=settings.timeout_s,
             measure={},
             cache_dir=results_dir / "sweeps" / ".numerics",
         )
-        trials = _evaluate(entered, evaluator, known, path, config.workers or core_count())
+        trials = _evaluate(entered, evaluator, on_record, path, workers)
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in tables.note_lines(trials):
         print(line)
-    cli.write_json(config.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
+    cli.write_json(settings.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
     return 0 if all(trial.status is Status.OK for trial in trials) else 1
 
 
 def _evaluate(
     entered: list[Entrant],
     evaluator: Evaluator,
-    known: dict[tuple[str, str], Trial],
+    on_record: dict[tuple[str, str], Trial],
     path: Path,
     workers: int,
 ) -> list[Trial]:
@@ -143,15 +154,15 @@ def _evaluate(
     futures = []
     try:
         for entrant in entered:
-            on_record = known.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
-            if on_record is not None:
-                trials.append(on_record)
+            reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
+            if reused is not None:
+                trials.append(reused)
                 bar.update()
             else:
                 futures.append(pool.submit(evaluator.evaluate, entrant.block_sizes, entrant.options, entrant.kernel))
         for future in concurrent.futures.as_completed(futures):
             trial = future.result()
-            records.append(path, trial)
+            jsonl.append(path, trial)
             trials.append(trial)
             bar.update()
     finally:
@@ -159,12 +170,6 @@ def _evaluate(
         pool.shutdown(cancel_futures=True)
         bar.close()
     return trials
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("peers", _command)
 
 
 if __name__ == "__main__":

@@ -14,29 +14,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import require_writable
 from splash_workbench.profiles import sessions
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage, room_line
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
-from tuning.search.study import Search
+from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, objective
 
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
-
-cli.store_schema("sweep_schema", SweepSchema)
+#: Room for a worker's dumps: a disk that is full in the middle costs every candidate its result.
+_WORKER_DISK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +89,17 @@ def sweep(
       report: called with each line for the user.
 
     Raises:
-      cli.UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
+      UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
     """
     target = settings.backend.find_target(settings.device)
     captured = provenance.capture(settings.backend.sources)
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * _WORKER_DISK_BYTES)
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
-        raise cli.UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
+        raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
     with _locked(directory / "state"):
         runner = Runner(directory / "state" / "work", jobs_per_worker=JOBS_PER_WORKER)
@@ -113,22 +116,26 @@ def sweep(
             cache=cache,
         )
         path = directory / records.TRIALS_FILE
-        known = {trial.key: trial for trial in records.conclusive(records.read(path), settings.timeout_s)}
+        recorded = from_config(lambda: records.read(path))
+        on_record = {trial.key: trial for trial in records.reusable(recorded, settings.timeout_s)}
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
-        search = Search(
-            storage_path=directory / "state" / "study.sqlite3",
-            study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
-            space=settings.space,
-            candidates=candidates,
-            settings=settings.search,
-            known=known,
-            objective=objective,
-        )
-        for line in _introduction(settings, target, candidates, search, directory):
-            report(line)
-        start = time.monotonic()
-        evaluated_count = _evaluate_all(settings, search, evaluator, known, path)
+        storage_path = directory / "state" / "study.sqlite3"
+        with storage_errors(storage_path):
+            search = Search(
+                storage_path=storage_path,
+                study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
+                space=settings.space,
+                candidates=candidates,
+                settings=settings.search,
+                on_record=on_record,
+            )
+            for line in _introduction(settings, target, candidates, search, directory):
+                report(line)
+            start = time.monotonic()
+            evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
         wall_time_s = time.monotonic() - start
+    if cache and cache.trouble:
+        report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
     return SweepResult(
@@ -143,7 +150,7 @@ def sweep(
 
 
 def _evaluate_all(
-    settings: SweepSettings, search: Search, evaluator: Evaluator, known: dict[str, Trial], path: Path
+    settings: SweepSettings, search: Search, evaluator: Evaluator, on_record: dict[str, Trial], path: Path
 ) -> int:
     """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated.
 
@@ -170,9 +177,9 @@ def _evaluate_all(
         if candidate is None:
             return
         untold.append(candidate)
-        if candidate.key in known:  # another study of this context has evaluated it
-            made[candidate.key] = known[candidate.key]
-            show(known[candidate.key])
+        if candidate.key in on_record:  # another study of this context has evaluated it
+            made[candidate.key] = on_record[candidate.key]
+            show(on_record[candidate.key])
             bar.update()
         else:
             running[pool.submit(evaluator.evaluate, candidate.block_sizes, candidate.variant.to_dict())] = candidate
@@ -191,7 +198,7 @@ def _evaluate_all(
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 candidate, trial = running.pop(future), future.result()
-                records.append(path, trial)  # on disk first: the study can be put right from it, not the other way
+                jsonl.append(path, trial)  # on disk first: the study can be put right from it, not the other way
                 made[candidate.key] = trial
                 evaluated_count += 1
                 show(trial)
@@ -230,7 +237,7 @@ def _introduction(
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:
         resumed += f", {len(search.interrupted)} asked for and not finished come first"
-    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once{resumed}"
+    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once ({room_line()}){resumed}"
     yield f"records: {directory / records.TRIALS_FILE}"
 
 
@@ -242,9 +249,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise cli.UserError(
-                f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."
-            ) from error
+            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
@@ -253,23 +258,35 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _draw(result: SweepResult) -> tuple[Path, bool]:
-    """The heat map of all that is on record here, exact or int8 as the winner is, and whether there is one."""
+    """Draw the heat map of all that is on record here, exact or int8 as the winner is.
+
+    Returns its path, and whether there was something to draw.
+    """
     exact = result.winner is None or records.is_exact(result.winner.variant)
     picture = result.directory / heatmap.file_name(exact)
     on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
-    return picture, heatmap.save([t for t in on_record if records.is_exact(t.variant) == exact], picture)
+    figure = heatmap.draw([t for t in on_record if records.is_exact(t.variant) == exact])
+    if figure is not None:
+        save_png(figure, picture)
+    return picture, figure is not None
 
 
-def _command(config: DictConfig) -> int:
-    settings = cli.from_config(lambda: settings_from(config))
+@cli.command("sweep", SweepSchema)
+def main(config: SweepSchema) -> int:
+    """Run the command; return its exit code."""
+    settings = from_config(lambda: settings_from(config))
+    cli.require_json_writable(config.json)  # before hours of work, not after
     if config.profile:
-        sessions.require_tensorboard("profile=true")  # before hours of work, not after
+        sessions.require_tensorboard("profile=true")
+        require_writable(f"logdir={config.logdir}", Path(config.logdir))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(tables.table(result.trials))
     for line in tables.note_lines(result.trials):
         print(line)
     print(tables.effort_line(result.effort()))
+    if crashed := sum(trial.status is Status.CRASHED for trial in result.trials):
+        print(f"{crashed} crashed, which may be this machine's fault: the same command tries them again")
     picture, drawn = _draw(result)
     promotion: Promotion | None = None
     if result.winner is not None:
@@ -283,7 +300,7 @@ def _command(config: DictConfig) -> int:
         config.json,
         {
             "directory": str(result.directory),
-            "winner": result.winner.to_dict() if result.winner else None,
+            "winner": jsonl.encode(result.winner) if result.winner else None,
             "promotion": dataclasses.asdict(promotion) if promotion else None,
             "heatmap": str(picture) if drawn else None,
             "candidates": len(result.candidates.valid),
@@ -301,12 +318,6 @@ def _command(config: DictConfig) -> int:
         print("no candidate was ok", file=sys.stderr)
         return 1
     return 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("sweep", _command)
 
 
 if __name__ == "__main__":

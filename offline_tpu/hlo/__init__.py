@@ -1,1 +1,1 @@
-"""The optimised HLO of a program: its ops, shapes and scalar values."""
+"""Reads the optimised HLO of a program: its ops, shapes and scalar values."""

@@ -1,27 +1,27 @@
-"""Reads the compiler's scheduled HLO: computations, their ops in order, shapes, calls and scopes."""
+"""Reads the compiler's scheduled HLO: computations, their ops in order, shapes, calls and scopes.
+
+XLA itself parses the text, through jaxlib: a private API, which this file alone uses. jaxlib is pinned as libtpu is.
+"""
 
 import dataclasses
 import functools
+import math
 import re
+from collections.abc import Sequence
 
 from offline_tpu.machine.errors import UnknownDumpFormatError
+from splash_workbench.profiles.xla_pb2 import HloComputationProto, HloInstructionProto, HloModuleProto, ShapeProto
+from splash_workbench.profiles.xla_pb2 import PrimitiveType as PrimitiveType
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OP = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$", re.DOTALL)
-_NAME = re.compile(r"%([\w.\-]+)")
-_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|condition|body|true_computation|false_computation)=%([\w.\-]+)"
-    r"|\b(?:branch_computations|called_computations)=\{([^}]*)\}"
+_VMEM_SPACE = 1
+_BITS = {"PRED": 8, "TOKEN": 0, "OPAQUE_TYPE": 0}
+#: The parser fills in values of its own for those that the text leaves out.
+_ELIDED = re.compile(r"%([\w.\-]+) = \S+ constant\([^)\n]*\.\.\.")
+#: Fields that only name or describe; what an op is applied to and what it calls are compared by content instead.
+_NAMES = (
+    "name id metadata frontend_attributes sharding channel_id operand_ids control_predecessor_ids "  # noqa: SIM905
+    "called_computation_ids".split()
 )
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
-_COMMENT = re.compile(r"/\*[^*]*\*/")
-_DESCRIPTION = re.compile(
-    r"\b(?:metadata|frontend_attributes|sharding)=\{(?:[^{}\"]|\"(?:[^\"\\]|\\.)*\"|\{[^{}]*\})*\}"
-)
-_VMEM_SPACE = "1"
-
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +29,33 @@ class HloOp:
     """One op of a computation.
 
     Attributes:
-      name, opcode, shape: as in the text; the shape with its layout.
+      proto: XLA's own description.
+      opcode: XLA's; of an op that runs another one asynchronously that one's, e.g. "slice-start".
       operands: names of ops of the same computation.
-      attributes: everything behind the operands.
+      called: names of the computations that the op calls; of a while its body, then its condition.
       is_root: whether the op is its computation's result.
+      values: of a constant of integers or booleans its elements; None of another op, or where the text leaves them out.
     """
 
-    name: str
+    proto: HloInstructionProto
     opcode: str
-    shape: str
     operands: tuple[str, ...]
-    arguments: str
-    attributes: str
+    called: tuple[str, ...]
     is_root: bool
+    values: tuple[int, ...] | None
 
-    @functools.cached_property
+    @property
+    def name(self) -> str:
+        return self.proto.name
+
+    @property
+    def shape(self) -> ShapeProto:
+        return self.proto.shape
+
+    @property
     def scope(self) -> str:
-        """JAX's op_name path; "" where the compiler made the op."""
-        match = _OP_NAME.search(self.attributes)
-        return match[1] if match else ""
-
-    @functools.cached_property
-    def called(self) -> tuple[str, ...]:
-        """Computations that the op calls, in the order of the text."""
-        names: list[str] = []
-        for one, several in _CALLED.findall(self.attributes):
-            names.extend([one] if one else _NAME.findall(several))
-        return tuple(names)
-
-    def attribute(self, name: str) -> str | None:
-        """The text of `name={...}` or `name=word`."""
-        match = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|\"[^\"]*\"|[^,\s]+)", self.attributes)
-        return match[1] if match else None
+        """Return JAX's op_name path; "" where the compiler made the op."""
+        return self.proto.metadata.op_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,137 +72,133 @@ class HloModule:
 
     @classmethod
     def parse(cls, text: str) -> "HloModule":
-        """Reads the text form.
+        """Read the text form.
 
         Raises:
-          UnknownDumpFormatError: there is no entry computation, or an op is not in the known form.
+          UnknownDumpFormatError: XLA's parser refuses the text, or this jaxlib does not have it.
         """
-        lines: dict[str, list[str]] = {}
-        entry = current = ""
-        for line in text.splitlines():
-            header = _HEADER.match(line)
-            if header:
-                current = header[2]
-                lines[current] = []
-                entry = current if header[1] else entry
-            elif line.startswith("}"):
-                # kernel metadata may put a line of its own that begins with a brace inside an op
-                if line.strip() == "}":
-                    current = ""
-                elif current:
-                    lines[current][-1] += "\n" + line
-            elif current and _OP.match(line):
-                lines[current].append(line)
-            elif current and lines[current]:
-                lines[current][-1] += "\n" + line
-        if not entry:
-            raise UnknownDumpFormatError("the HLO text has no entry computation.")
-        return cls(entry, {name: tuple(map(_parse_op, ops)) for name, ops in lines.items()})
+        proto = _parse(text)
+        by_id = {computation.id: computation for computation in proto.computations}
+        elided = frozenset(_ELIDED.findall(text))
+        return cls(
+            by_id[proto.entry_computation_id].name,
+            {
+                computation.name: _ops(computation, by_id, proto.schedule.sequences[number].instruction_ids, elided)
+                for number, computation in by_id.items()
+            },
+        )
 
     @functools.cached_property
     def _by_name(self) -> dict[str, dict[str, HloOp]]:
         return {name: {op.name: op for op in ops} for name, ops in self.computations.items()}
 
     def op(self, computation: str, name: str) -> HloOp:
-        """An op by name."""
+        """Return an op by name."""
         return self._by_name[computation][name]
 
     def root(self, computation: str) -> HloOp:
-        """The op that a computation returns."""
+        """Return the op that is a computation's result."""
         return next(op for op in self.computations[computation] if op.is_root)
 
     def inside(self, op: HloOp) -> list[HloOp]:
-        """The ops of everything that an op calls, transitively."""
+        """Return the ops of everything that an op calls, transitively."""
         found = []
         for name in op.called:
-            for inner in self.computations.get(name, ()):
+            for inner in self.computations[name]:
                 found.append(inner)
                 found.extend(self.inside(inner))
         return found
 
-    def signature(self, computation: str, op: HloOp) -> str:
-        """What decides the program that the compiler makes of an op: two ops with the same one share it."""
-        operands = [self.op(computation, name).shape for name in op.operands]
-        return "\n".join([op.shape, op.opcode, *operands, _plain(op), *(self._body(name) for name in op.called)])
+    def signature(self, computation: str, op: HloOp) -> bytes:
+        """Return what decides the program that the compiler makes of an op: two ops with the same one share it."""
+        operands = [_bytes(self.op(computation, name).shape) for name in op.operands]
+        return b"\n".join([*operands, _content(op), *(self._body(name) for name in op.called)])
 
-    def _body(self, computation: str) -> str:
-        numbers = {op.name: f"%{i}" for i, op in enumerate(self.computations.get(computation, ()))}
-        lines = []
-        for op in self.computations.get(computation, ()):
-            arguments = _NAME.sub(lambda match: numbers.get(match[1], match[0]), op.arguments)
-            lines.append(f"{op.shape} {op.opcode}({arguments}){_plain(op)}")
-            lines.extend(self._body(name) for name in op.called)
-        return "\n".join(lines)
-
-
-def array_bytes(shape: str, *, hbm_only: bool = False) -> int:
-    """Bytes of the arrays in a shape, without padding; `hbm_only`: of those that are not in VMEM."""
-    total = 0
-    for kind, dims, space in _ARRAY.findall(_COMMENT.sub("", shape)):
-        if hbm_only and space == _VMEM_SPACE:
-            continue
-        count = 1
-        for dim in filter(None, dims.split(",")):
-            count *= int(dim)
-        total += (count * _bits(kind) + 7) // 8
-    return total
+    def _body(self, computation: str) -> bytes:
+        numbers = {op.name: index for index, op in enumerate(self.computations[computation])}
+        parts = []
+        for op in self.computations[computation]:
+            parts += [_content(op), str([numbers[name] for name in op.operands]).encode()]
+            parts += [self._body(name) for name in op.called]
+        return b"\n".join(parts)
 
 
-def tuple_elements(shape: str) -> list[str]:
-    """The shapes in a tuple's; the shape itself where it is no tuple."""
-    if not shape.startswith("("):
-        return [shape]
-    parts, depth, begin = [], 0, 1
-    for index, character in enumerate(shape):
-        depth += (character in "([{") - (character in ")]}")
-        if (character == "," and depth == 1) or depth == 0:
-            parts.append(shape[begin:index].strip())
-            begin = index + 1
-    return parts
+def array_bytes(shape: ShapeProto, *, hbm_only: bool = False) -> int:
+    """Return the bytes of a shape's arrays, without padding; `hbm_only`: of those that are not in VMEM."""
+    if shape.tuple_shapes:
+        return sum(array_bytes(element, hbm_only=hbm_only) for element in shape.tuple_shapes)
+    if hbm_only and shape.layout.memory_space == _VMEM_SPACE:
+        return 0
+    return (math.prod(shape.dimensions) * _bits(shape.element_type) + 7) // 8
 
 
-def _bits(kind: str) -> int:
-    if kind in _BITS:
-        return _BITS[kind]
-    match = re.match(r"(?:[usfc]|bf)(\d+)", kind)
-    if match is None:
-        raise UnknownDumpFormatError(f"{kind=}: expected an element type of HLO.")
-    return int(match[1])
+def _bits(element_type: int) -> int:
+    name = PrimitiveType.Name(element_type) if element_type in PrimitiveType.values() else str(element_type)
+    match = re.match(r"(?:[USFC]|BF)(\d+)", name)
+    if name not in _BITS and match is None:
+        raise UnknownDumpFormatError(f"element type {name}: expected one of an array.")
+    return _BITS[name] if match is None else int(match[1])
 
 
-def _parse_op(line: str) -> HloOp:
-    match = _OP.match(line)
-    assert match is not None
-    rest = match[3]
-    shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    opened = rest.find("(", shape_end)
-    if opened < 0:
-        raise UnknownDumpFormatError(f"HLO op {match[2]}: expected operands, got {rest[:80]!r}.")
-    closed = _closing(rest, opened)
-    arguments = rest[opened + 1 : closed]
-    opcode = rest[shape_end:opened].strip()
-    return HloOp(
-        name=match[2],
-        opcode=opcode,
-        shape=rest[:shape_end],
-        operands=() if opcode in ("constant", "parameter") else tuple(_NAME.findall(arguments)),
-        arguments=arguments,
-        attributes=rest[closed + 1 :],
-        is_root=bool(match[1]),
+def _parse(text: str) -> HloModuleProto:
+    try:
+        from jaxlib._hlo import hlo_module_from_text  # type: ignore[import-not-found]
+
+        return HloModuleProto.FromString(hlo_module_from_text(text).as_serialized_hlo_module_proto())
+    except (ImportError, AttributeError) as error:
+        raise UnknownDumpFormatError(f"this jaxlib does not read HLO as the pinned one does ({error}).") from error
+    except RuntimeError as error:  # XlaRuntimeError
+        raise UnknownDumpFormatError(f"XLA does not read the HLO text: {' '.join(str(error).split())[:300]}") from error
+
+
+def _ops(
+    computation: HloComputationProto,
+    computations: dict[int, HloComputationProto],
+    schedule: Sequence[int],
+    elided: frozenset[str],
+) -> tuple[HloOp, ...]:
+    """Return the ops of a computation in the order of its schedule; of a fusion, which has none, operands first."""
+    by_id = {proto.id: proto for proto in computation.instructions}
+    return tuple(
+        HloOp(
+            proto,
+            opcode=_opcode(proto, by_id, computations),
+            operands=tuple(by_id[number].name for number in proto.operand_ids),
+            called=tuple(computations[number].name for number in proto.called_computation_ids),
+            is_root=proto.id == computation.root_id,
+            values=_values(proto) if proto.opcode == "constant" and proto.name not in elided else None,
+        )
+        for proto in (by_id[number] for number in schedule or by_id)
     )
 
 
-def _closing(text: str, opened: int) -> int:
-    depth = 0
-    for index in range(opened, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
-    raise UnknownDumpFormatError(f"HLO op: unbalanced parentheses in {text[:80]!r}.")
+def _opcode(
+    proto: HloInstructionProto,
+    siblings: dict[int, HloInstructionProto],
+    computations: dict[int, HloComputationProto],
+) -> str:
+    prefix, _, phase = proto.opcode.partition("-")
+    if prefix != "async":
+        return proto.opcode
+    start = proto
+    while start.opcode != "async-start":
+        start = siblings[start.operand_ids[0]]
+    inner = [op for op in computations[start.called_computation_ids[0]].instructions if op.opcode != "parameter"]
+    return f"{inner[0].opcode}-{phase}" if len(inner) == 1 else proto.opcode
 
 
-def _plain(op: HloOp) -> str:
-    """Attributes without what only names or describes."""
-    text = _DESCRIPTION.sub("", op.attributes)
-    text = re.sub(r"\bchannel_id=\d+", "", text)
-    return _NAME.sub("%", text)
+def _values(proto: HloInstructionProto) -> tuple[int, ...]:
+    literal = proto.literal
+    return (*map(int, literal.preds), *literal.s32s, *literal.u32s, *literal.s64s, *literal.u64s)
+
+
+def _content(op: HloOp) -> bytes:
+    proto = HloInstructionProto()
+    proto.CopyFrom(op.proto)
+    for name in _NAMES:
+        proto.ClearField(name)
+    return _bytes(proto)
+
+
+def _bytes(proto: HloInstructionProto | ShapeProto) -> bytes:
+    return proto.SerializeToString(deterministic=True)

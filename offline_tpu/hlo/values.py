@@ -1,9 +1,8 @@
-"""Integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
+"""Evaluates integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
 
-import re
 from collections.abc import Callable, Sequence
 
-from offline_tpu.hlo.module import HloModule, HloOp
+from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
 
 _MAX_TRIPS = 1_000_000
 _MAX_WORDS = 1 << 20
@@ -31,22 +30,21 @@ Environment = Sequence[int | None]
 
 
 def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
-    """The 32-bit words of an operand that is a constant, through copies; None where it is not one."""
+    """Return the 32-bit words of an operand that is a constant, through copies; None where it is not one."""
     while op.opcode in _COPIES and op.operands:
         op = module.op(computation, op.operands[0])
-    if op.opcode != "constant" or not re.match(r"[su]32\[", op.shape) or "..." in op.arguments:
+    if op.values is None or op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
         return None
-    words = re.findall(r"-?\d+", op.arguments)
-    return tuple(map(int, words)) if len(words) <= _MAX_WORDS else None
+    return op.values if len(op.values) <= _MAX_WORDS else None
 
 
 def trip_count(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> int | None:
-    """How often the body of a `while` op runs, by running its counter; None where that depends on data.
+    """Return how often the body of a `while` op runs, by running its counter; None where that depends on data.
 
     Args:
       environment: state of the loop that `computation` is the body of, as far as it is known; () outside of one.
     """
-    condition, body = _parts(loop)
+    body, condition = loop.called
     state = initial_state(module, computation, loop, environment)
     root = module.root(body)
     needed = _needed(module, condition, body, root)
@@ -64,16 +62,16 @@ def trip_count(module: HloModule, computation: str, loop: HloOp, environment: En
 
 
 def initial_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
-    """The state that a `while` op starts with."""
+    """Return the state that a `while` op starts with."""
     source = module.op(computation, loop.operands[0])
     if source.opcode != "tuple":
-        return [None] * loop.shape.count("[")
+        return [None] * len(loop.shape.tuple_shapes)
     return [evaluate(module, computation, module.op(computation, name), environment) for name in source.operands]
 
 
 def invariant_state(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> list[int | None]:
-    """The elements of a loop's state that every trip leaves as they were."""
-    _, body = _parts(loop)
+    """Return the elements of a loop's state that every trip leaves as they were."""
+    body, _ = loop.called
     root = module.root(body)
     if root.opcode != "tuple":
         return []
@@ -82,12 +80,12 @@ def invariant_state(module: HloModule, computation: str, loop: HloOp, environmen
 
 
 def evaluate(module: HloModule, computation: str, op: HloOp, environment: Environment) -> int | None:
-    """A scalar integer; None where it depends on data."""
+    """Return a scalar integer; None where it depends on data."""
     if op.opcode == "constant":
-        return int(op.arguments) if re.fullmatch(r"-?\d+", op.arguments) else {"true": 1, "false": 0}.get(op.arguments)
+        return op.values[0] if op.values is not None and len(op.values) == 1 else None
     if op.opcode == "get-tuple-element":
         source = module.op(computation, op.operands[0])
-        index = int(op.attribute("index") or 0)
+        index = op.proto.tuple_index
         if source.opcode == "parameter":
             return environment[index] if index < len(environment) else None
         return (
@@ -96,7 +94,7 @@ def evaluate(module: HloModule, computation: str, op: HloOp, environment: Enviro
             else None
         )
     if op.opcode == "parameter":
-        index = int(op.arguments)
+        index = op.proto.parameter_number
         return environment[index] if index < len(environment) else None
     if op.opcode not in ("fusion", "call", "compare", *_PASS_THROUGH, *_ARITHMETIC):
         return None
@@ -109,27 +107,21 @@ def evaluate(module: HloModule, computation: str, op: HloOp, environment: Enviro
     if left is None or right is None:
         return None
     if op.opcode == "compare":
-        return int(_COMPARE[op.attribute("direction") or ""](left, right))
+        return int(_COMPARE[op.proto.comparison_direction](left, right))
     return _ARITHMETIC[op.opcode](left, right)
-
-
-def _parts(loop: HloOp) -> tuple[str, str]:
-    condition, body = loop.attribute("condition"), loop.attribute("body")
-    assert condition is not None and body is not None
-    return condition.lstrip("%"), body.lstrip("%")
 
 
 def _is_element(module: HloModule, body: str, name: str, index: int) -> bool:
     op = module.op(body, name)
     return (
         op.opcode == "get-tuple-element"
-        and int(op.attribute("index") or 0) == index
+        and op.proto.tuple_index == index
         and module.op(body, op.operands[0]).opcode == "parameter"
     )
 
 
 def _needed(module: HloModule, condition: str, body: str, root: HloOp) -> set[int]:
-    """The elements of the state that the condition depends on, over any number of trips."""
+    """Return the elements of the state that the condition depends on, over any number of trips."""
     needed: set[int] = set()
     wanted = _elements_read(module, condition, module.root(condition))
     while wanted - needed:
@@ -149,7 +141,7 @@ def _elements_read(module: HloModule, computation: str, op: HloOp) -> set[int]:
     while stack:
         current = stack.pop()
         if current.opcode == "get-tuple-element" and module.op(computation, current.operands[0]).opcode == "parameter":
-            found.add(int(current.attribute("index") or 0))
+            found.add(current.proto.tuple_index)
             continue
         if current.opcode not in (*_TRACED, *_PASS_THROUGH, *_ARITHMETIC):
             continue

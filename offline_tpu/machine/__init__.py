@@ -1,1 +1,1 @@
-"""The chips: published figures, fitted constants, DMA timing and links between chips."""
+"""Describes the chips: published figures, fitted constants, DMA timing and links between chips."""

@@ -1,4 +1,4 @@
-"""The constants of the time model, each with its source. None belongs to a kernel.
+"""Holds the constants of the time model, each with its source. None belongs to a kernel.
 
 Published figures of a device (clock, peak FLOP/s, HBM and ICI bandwidth) are in `devices`. What follows is not
 published. The first three are fitted, together, on the 12 rows of tuning/data/measured_v6e_tokamax_splash.json and
@@ -29,7 +29,7 @@ ICI_HOP_LATENCY_S = 1e-6
 
 
 def dma_timing(device: DeviceSpec) -> DmaTiming:
-    """The constants in the device's cycles."""
+    """Return the constants in the device's cycles."""
     return DmaTiming(
         bytes_per_cycle=HBM_EFFICIENCY * device.hbm_bytes_per_s / device.clock_hz,
         latency_cycles=DMA_LATENCY_S * device.clock_hz,

@@ -1,4 +1,4 @@
-"""What each TPU generation offers, with the source of each figure."""
+"""Lists what each TPU generation offers, with the source of each figure."""
 
 import dataclasses
 
@@ -102,7 +102,7 @@ UNSUPPORTED = dict.fromkeys(
 
 
 def by_name(name: str) -> DeviceSpec:
-    """The spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
+    """Return the spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
 
     Raises:
       ValueError: the device is not known, or not supported.

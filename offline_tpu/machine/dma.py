@@ -1,4 +1,4 @@
-"""When the transfers of one op finish, and how long its core waits for them.
+"""Times the transfers of one op: when they finish, and how long its core waits for them.
 
 The core starts a DMA, goes on, and waits for its flag later. Transfers to and from HBM share one channel, in the order
 in which they were started: each begins a latency after its start and then takes bytes / bandwidth. While a transfer
@@ -28,7 +28,7 @@ class DmaTiming:
 
     @property
     def slowdown(self) -> float:
-        """Fraction of the core's cycles lost while a transfer is under way."""
+        """Return the fraction of the core's cycles lost while a transfer is under way."""
         return min(1.0, self.bytes_per_cycle / self.vmem_bytes_per_stolen_cycle)
 
 
@@ -48,8 +48,8 @@ class DmaClock:
         self.now = 0.0
         self.hbm_bytes = 0
 
-    def run(self, bundles: int) -> None:
-        """The core executes bundles: a cycle each, and more while a transfer takes VMEM's time."""
+    def advance(self, bundles: int) -> None:
+        """Execute bundles on the core: a cycle each, and more while a transfer takes VMEM's time."""
         left = float(bundles)
         speed = 1.0 - self._timing.slowdown
         while left > 0:
@@ -72,7 +72,7 @@ class DmaClock:
             self.now = end
 
     def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
-        """A DMA starts; `flag` is told when it ends (None: nobody can be waiting for it)."""
+        """Start a DMA; `flag` is told when it ends (None: nobody can be waiting for it)."""
         in_hbm = spaces.count("hbm") or spaces.count(None)  # a pointer that the dump does not explain: to HBM
         begin = max(self.now + self._timing.latency_cycles, self._free_at)
         end = begin + size_bytes * max(1, in_hbm) / self._timing.bytes_per_cycle
@@ -85,7 +85,7 @@ class DmaClock:
             self._pending.setdefault(flag, collections.deque()).append((end, size_bytes))
 
     def wait(self, flag: Hashable, size_bytes: int) -> bool:
-        """The core waits until `flag` has been told of that many bytes. False: no transfer was started with it.
+        """Wait until `flag` has been told of that many bytes. Returns False where no transfer was started with it.
 
         Of a window that sticks out of its array only a part is transferred; the core itself tells the flag the rest.
         """
@@ -101,7 +101,7 @@ class DmaClock:
         return True
 
     def finish(self) -> None:
-        """The op ends when its last transfer has."""
+        """End the op, when its last transfer has ended."""
         self.now = max([self.now, *(end for pending in self._pending.values() for end, _ in pending)])
 
     def _add_busy(self, begin: float, end: float) -> None:

@@ -1,4 +1,4 @@
-"""The slice's chips and the links between them: how many bytes a collective puts on the busiest one.
+"""Lays collectives out on the links between a slice's chips: how many bytes the busiest link carries.
 
 Chips sit on a grid; each is linked to its neighbours, one link an axis and side, both ways at once. An axis whose
 length is a multiple of the device's `ici_wrap_length` closes into a ring; a shorter one is a line. Groups that fill a
@@ -30,14 +30,14 @@ class Grid:
     wraps: tuple[bool, ...]
 
     @classmethod
-    def of(cls, coords: Sequence[Sequence[int]], wrap_length: int) -> "Grid":
-        """The smallest grid around the chips. `wrap_length`: see the module."""
+    def around(cls, coords: Sequence[Sequence[int]], wrap_length: int) -> "Grid":
+        """Return the smallest grid that holds the chips. `wrap_length`: see the module."""
         positions = tuple(tuple(c) for c in coords)
         shape = tuple(max(axis) + 1 for axis in zip(*positions, strict=True))
         return cls(positions, shape, tuple(n > 1 and n % wrap_length == 0 for n in shape))
 
     def block(self, group: Sequence[int]) -> list[tuple[int, bool]] | None:
-        """Length and closedness of each axis of the block that a group fills; None where it does not fill one."""
+        """Return length and closedness of each axis of the block that a group fills; None where it fills none."""
         positions = {self.coords[i] for i in group}
         axes = [sorted(set(axis)) for axis in zip(*positions, strict=True)]
         if math.prod(map(len, axes)) != len(positions) or any(a[-1] - a[0] + 1 != len(a) for a in axes):
@@ -46,7 +46,7 @@ class Grid:
         return [(len(a), wraps and len(a) == n) for a, n, wraps in lengths if len(a) > 1]
 
     def route(self, source: int, target: int) -> list[tuple[Coords, Coords]]:
-        """The links from one device to another, axis by axis, the shorter way round a ring."""
+        """Return the links from one device to another, axis by axis, the shorter way round a ring."""
         here, end = list(self.coords[source]), self.coords[target]
         links = []
         for axis, (length, wraps) in enumerate(zip(self.shape, self.wraps, strict=True)):
@@ -60,7 +60,7 @@ class Grid:
         return links
 
     def busiest(self, messages: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """For messages (from, to) at once: how many the busiest link carries, and the longest way in links."""
+        """Return how many of the messages (from, to) the busiest link carries, and the longest way in links."""
         load: collections.Counter[tuple[Coords, Coords]] = collections.Counter()
         longest = 0
         for source, target in messages:
@@ -72,7 +72,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a collective asks of the links.
+    """Load that a collective puts on the links.
 
     Attributes:
       link_bytes: bytes over the busiest link, in one direction.
@@ -84,13 +84,16 @@ class Traffic:
 
 
 def permute(grid: Grid, pairs: Sequence[tuple[int, int]], size_bytes: int) -> Traffic:
-    """Every pair sends `size_bytes` from the first to the second."""
+    """Return the traffic where every pair sends `size_bytes` from the first to the second."""
     load, hops = grid.busiest([(a, b) for a, b in pairs if a != b])
     return Traffic(load * size_bytes, hops)
 
 
 def gather(grid: Grid, groups: Sequence[Sequence[int]], size_bytes: int) -> Traffic:
-    """Every member of a group ends up with `size_bytes`, of which it had its share. Reduce-scatter is its mirror."""
+    """Return the traffic where every member of a group gets `size_bytes`, of which it had its share.
+
+    Reduce-scatter is its mirror, and costs the same.
+    """
     group = groups[0]
     share = size_bytes / len(group)
     block = grid.block(group)
@@ -106,7 +109,7 @@ def gather(grid: Grid, groups: Sequence[Sequence[int]], size_bytes: int) -> Traf
 
 
 def exchange(grid: Grid, groups: Sequence[Sequence[int]], size_bytes: int) -> Traffic:
-    """All-to-all: every member sends `size_bytes`, in equal shares to all members."""
+    """Return the traffic where every member sends `size_bytes`, in equal shares to all members (all-to-all)."""
     group = groups[0]
     block = grid.block(group)
     if block is None:

@@ -88,7 +88,7 @@ class Program:
 
 
 def _slice(parsed: list[tuple[int, Instruction]]) -> dict[int, list[Instruction]]:
-    """Keeps branches, DMAs, waits and what they read, transitively; by bundle, phis first and branches last."""
+    """Keep branches, DMAs, waits and what they read, transitively; by bundle, phis first and branches last."""
     writers: dict[str, list[Instruction]] = {}
     for _, instruction in parsed:
         if instruction.result is not None:
@@ -163,7 +163,7 @@ def _parse_scalar(raw: str) -> Instruction | None:
 
 
 def _parse_memory(name: str, result: str | None, rest: str) -> Instruction | None:
-    """Scalars spilled to SMEM keep their value; for the rest of SMEM see scalar.Values."""
+    """Parse a load or store: scalars spilled to SMEM keep their value; for the rest of SMEM see `scalar.Scalars`."""
     spill = _SPILL.search(rest)
     memory = _MEMORY.search(rest)
     if name == LOAD:

@@ -22,7 +22,7 @@ MAX_EXECUTED_INSTRUCTIONS = 20_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """What running an op came to.
+    """Result of running an op.
 
     Attributes:
       counts: how often each bundle runs.
@@ -38,7 +38,7 @@ class Execution:
 
 
 def execute(program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
-    """Runs the program.
+    """Run the program.
 
     Args:
       operands: by index, the words of operands that are known: constants, a traced grid size.
@@ -90,7 +90,7 @@ class _Run:
         )
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
-        """Runs from `start` to the first taken branch: where that leads (None: the end), where it is, and steps."""
+        """Run from `start` to the first taken branch. Returns its target (None: the end), its place, and steps."""
         jump: int | None = None
         branch_at = -1
         steps = 0
@@ -114,7 +114,7 @@ class _Run:
         return jump, branch_at, steps
 
     def _run_clock_to(self, address: int) -> None:
-        self._clock.run(address - self._clocked_to)
+        self._clock.advance(address - self._clocked_to)
         self._clocked_to = address
 
     def _taken(self, instruction: Instruction, address: int) -> bool:

@@ -1,4 +1,4 @@
-"""What one op costs on its core, from the two dump files that the compiler wrote about it."""
+"""Reads the two dump files that the compiler wrote about one op, for what it costs on its core."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _SPILL, _FILL = "VSTORE:SPILL", "VLOAD:FILL"
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What one op costs on its core, from the compiler's schedule.
+    """Cost of one op on its core, from the compiler's schedule.
 
     Attributes:
       name: the HLO op's name.
@@ -24,7 +24,6 @@ class Schedule:
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
-      static_spill_count: spill slots in the static schedule.
       hbm_bytes: bytes moved to and from HBM by the op's own DMAs.
       unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
         size is not known, which are not counted.
@@ -38,12 +37,11 @@ class Schedule:
     unit_capacity: dict[str, int]
     spill_count: int
     fill_count: int
-    static_spill_count: int
     hbm_bytes: int
     unresolved: tuple[str, ...]
 
     def utilization(self, unit: str) -> float:
-        """Fraction of the unit's slots that the executed bundles fill."""
+        """Return the fraction of the unit's slots that the executed bundles fill."""
         return self.unit_uses[unit] / (self.unit_capacity[unit] * self.cycles) if self.cycles else 0.0
 
 
@@ -55,13 +53,13 @@ def read_schedule(
     timing: DmaTiming,
     operands: Mapping[int, Sequence[int]] | None = None,
 ) -> Schedule:
-    """Reads the two dump files of one op, and runs it.
+    """Read the two dump files of one op, and run its scalar slice.
 
     Args:
-      operands: by index, the words of the op's operands that are known.
-
-    Args:
-      grid_size: the value of a Pallas kernel's traced grid dimension, where it has one.
+      name: the HLO op's.
+      bundles_path, utilization_path: the files, *-final_bundles.txt and *-per-bundle-utilization.txt.
+      timing: of the chip's DMAs.
+      operands: by index, the words of the op's operands that are known: constants, a traced grid size.
 
     Raises:
       UnknownDumpFormatError: the files are not in the known form, or they disagree in length.
@@ -77,14 +75,11 @@ def read_schedule(
         )
     execution = execute(program, timing, operands)
     uses = dict.fromkeys(capacity, 0)
-    static_spills = 0
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):
         for unit, used in zip(units, row, strict=True):
             if used:
                 uses[unit] += used * count
-                if unit == _SPILL:
-                    static_spills += used
     return Schedule(
         name=name,
         bundles=program.length,
@@ -94,7 +89,6 @@ def read_schedule(
         unit_capacity=capacity,
         spill_count=uses.get(_SPILL, 0),
         fill_count=uses.get(_FILL, 0),
-        static_spill_count=static_spills,
         hbm_bytes=execution.hbm_bytes,
         unresolved=execution.unresolved,
     )

@@ -1,4 +1,4 @@
-"""Arithmetic of the scalar unit, on values of which some are not known."""
+"""Computes as the scalar unit does, on values of which some are not known."""
 
 import dataclasses
 import enum
@@ -30,7 +30,7 @@ class Pointer:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What was loaded from an SMEM address whose content is not known."""
+    """A word loaded from an SMEM address whose content is not known."""
 
     name: str | None
     index: int
@@ -87,7 +87,7 @@ _BINARY: dict[str, _Binary] = {
 
 
 def _operation(full_name: str) -> _Binary | None:
-    """On two integers; None for what is not that simple. The result may be wider than 32 bits."""
+    """Return the operation on two integers; None for what is not that simple. The result may be wider than 32 bits."""
     name, _, kind = full_name.partition(".")
     if name != "scmp":
         return _BINARY.get(name)
@@ -116,7 +116,7 @@ class Scalars:
         self._memory: dict[str, Sequence[int]] = {}
 
     def value(self, operand: str | int) -> Scalar:
-        """Of a register, a spill slot, a constant, or an allocation named directly."""
+        """Return the value of a register, a spill slot, a constant, or an allocation named directly."""
         if isinstance(operand, int):
             return operand
         if operand.startswith("[#allocation") and not operand.endswith("_spill]"):
@@ -124,21 +124,21 @@ class Scalars:
         return self._values.get(operand)
 
     def flag(self, operand: str | int) -> Flag | None:
-        """The sync flag that an operand stands for; None where that is not known."""
+        """Return the sync flag that an operand stands for; None where that is not known."""
         value = self.value(operand)
         if isinstance(value, Pointer) and value.name is not None:
             return _named_flag(value.name)
         return value if isinstance(value, Flag) else None
 
     def holds(self, instruction: Instruction) -> bool | None:
-        """Whether the instruction's predicate lets it run; None where that is not known."""
+        """Return whether the instruction's predicate lets it run; None where that is not known."""
         if instruction.predicate is None:
             return True
         condition = self._values.get(instruction.predicate)
         return None if condition is None else bool(condition) != instruction.predicate_negated
 
     def step(self, instruction: Instruction) -> Step:
-        """What runs an instruction that makes a scalar or a predicate; it is told whether a back edge led here.
+        """Return what runs an instruction that makes a scalar or a predicate; it is told whether a back edge led here.
 
         Most of an op's instructions are moves, phis and arithmetic on two integers, and run some hundred thousand
         times: for these the step is a closure that looks at nothing twice. The rest goes to `assign`.
@@ -188,7 +188,7 @@ class Scalars:
         return arithmetic
 
     def _known_name(self, operand: str | int) -> str:
-        """A name that has the operand's value: its own, or one for a constant."""
+        """Return a name that has the operand's value: its own, or one for a constant."""
         if isinstance(operand, str) and self.value(operand) is None:
             return operand
         name = f"constant {operand}"
@@ -196,7 +196,7 @@ class Scalars:
         return name
 
     def copy_to_smem(self, source: Scalar, destination: Scalar) -> None:
-        """A DMA fills an allocation in SMEM."""
+        """Fill an allocation in SMEM, as a DMA does."""
         if isinstance(destination, Pointer) and destination.name is not None:
             self._memory.pop(destination.name, None)
             if isinstance(source, Pointer) and source.name is not None:
@@ -205,7 +205,7 @@ class Scalars:
                     self._memory[destination.name] = words
 
     def assign(self, instruction: Instruction, from_back_edge: bool) -> None:
-        """Runs one instruction that makes a scalar or a predicate."""
+        """Run one instruction that makes a scalar or a predicate."""
         if instruction.result is None:
             return
         runs = self.holds(instruction)
@@ -284,7 +284,7 @@ def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
 
 
 def _on_loaded(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
-    """Scalars that were loaded are equal where their address is the same, and assumed different elsewhere."""
+    """Compare scalars that were loaded: equal where their address is the same, and assumed different elsewhere."""
     loaded = isinstance(left, Loaded) and isinstance(right, Loaded)
     if name == "ssub" and loaded:
         return 0 if left == right else _Difference.NONZERO

@@ -9,9 +9,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
+from pipeline.requests.request import Stage
+from splash_workbench.provenance import user_cache_dir
 
 logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
-CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+_STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
+    "text": ("tokenizer", "text_encoder"),
+    "denoise": ("transformer", "scheduler"),
+    "vae": ("vae",),
+}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
-
-
-def default_cache_dir() -> Path:
-    """Where tiny-random is kept: $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
 def use_compilation_cache(folder: Path | None) -> None:
@@ -64,7 +63,7 @@ class Checkpoint:
     commit: str | None = None
 
     def part(self, part: str) -> Path:
-        """The folder of one part, downloaded first if it is on the Hub. Raises CheckpointError if it is not there."""
+        """Return the folder of one part, downloaded first if it is on the Hub. Raises CheckpointError without it."""
         assert part in _PARTS, part
         if self.folder is None:
             assert self.repo_id is not None
@@ -79,7 +78,7 @@ class Checkpoint:
         return folder
 
     def config(self, part: str) -> dict[str, Any]:
-        """The parsed config.json (scheduler_config.json) of a part, without its weights."""
+        """Parse the config.json (scheduler_config.json) of a part, without its weights."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         if self.folder is None:
             assert self.repo_id is not None
@@ -99,8 +98,12 @@ class Checkpoint:
             )
         return config
 
+    def identities(self, *stages: Stage) -> dict[Stage, str]:
+        """Return the `identity` of the weights of each stage. Raises CheckpointError."""
+        return {stage: self.identity(*_STAGE_PARTS[stage]) for stage in stages}
+
     def identity(self, *parts: str) -> str:
-        """What tells these weights from others: the Hub commit, or a digest of a local folder's files.
+        """Return what tells these weights from others: the Hub commit, or a digest of a local folder's files.
 
         Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
         change of single values in a large local file can go unnoticed, another training run cannot.
@@ -141,7 +144,7 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
     if name == TINY:
         return Checkpoint(name=name, folder=TRAINED_FOLDER)
     if name == RANDOM:
-        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or default_cache_dir()))
+        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or user_cache_dir()))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Checkpoint(name=name, folder=folder)
@@ -155,9 +158,20 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
 
 
 def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
-    """A checkpoint on the Hub, whatever folders there are here. Raises CheckpointError when it cannot be reached."""
+    """Find a checkpoint on the Hub, whatever folders there are here. Raises CheckpointError if out of reach."""
     snapshot = _snapshot(repo_id, revision, ["model_index.json", "*/config.json", "scheduler/*.json"])
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
+
+
+def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+
+    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
+    """
+    if checkpoint in PUBLISHED_CONFIGS:
+        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
+    found = find()
+    return {part: found.config(part) for part in COGVIDEOX_1_5_5B}, "checkpoint"
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -197,7 +211,7 @@ def import_libraries() -> None:
 
 
 def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    """The stock module of a part from its configuration alone, on the meta device, in eval mode."""
+    """Build the stock module of a part from its configuration alone, on the meta device, in eval mode."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -268,7 +282,7 @@ def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Other names of tied weights -> the name that `named_parameters` gives them."""
+    """Map other names of tied weights to the name that `named_parameters` gives them."""
     first = {id(value): name for name, value in module.named_parameters()}
     every = module.named_parameters(remove_duplicate=False)
     return {name: first[id(value)] for name, value in every if first[id(value)] != name}

@@ -1,13 +1,14 @@
 """Configurations of published checkpoints, so that their cost can be predicted without fetching anything.
 
 From diffusers' conversion script for CogVideoX 1.5 (scripts/convert_cogvideox_to_diffusers.py) and the T5 v1.1 XXL
-encoder that it names. Keys that are left out have the libraries' defaults.
+encoder that it names. Keys that are left out have the libraries' defaults. What a request for such a model is, where
+nothing else is said, is in `pipeline.requests.models`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-_COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
+COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
     "transformer": {
         "_class_name": "CogVideoXTransformer3DModel",
         "in_channels": 16,
@@ -56,4 +57,4 @@ _COGVIDEOX_1_5_5B: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-KNOWN_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"zai-org/CogVideoX1.5-5B": _COGVIDEOX_1_5_5B}
+PUBLISHED_CONFIGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"zai-org/CogVideoX1.5-5B": COGVIDEOX_1_5_5B}

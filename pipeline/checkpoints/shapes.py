@@ -57,12 +57,12 @@ class Scene:
 
 
 def captions() -> list[str]:
-    """Every caption there is."""
+    """Return every caption there is."""
     return [f"a {colour} {shape} {motion}" for colour, shape, motion in itertools.product(COLOURS, SHAPES, MOTIONS)]
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """The attributes that a caption names, e.g. "a red circle moves right". ValueError for another form."""
+    """Parse the attributes that a caption names, e.g. "a red circle moves right". ValueError for another form."""
     words = caption.split(maxsplit=3)
     if len(words) == 4 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
         motion = words[3]
@@ -83,7 +83,7 @@ def random_scene(
     motion: str | None = None,
     spread: float = 1.0,
 ) -> Scene:
-    """A scene that lies within frames of this size throughout; what is not named is drawn at random.
+    """Draw at random a scene that lies within frames of this size throughout, with the attributes that are named.
 
     spread: of places, sizes and background about the middle of what they may be, 0 (always the same) to 1.
     """
@@ -118,7 +118,7 @@ def random_scene(
 
 
 def draw(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
-    """The scene's video, uint8 [num_frames, height, width, 3], edges smoothed over a pixel."""
+    """Draw the scene's video, uint8 [num_frames, height, width, 3], edges smoothed over a pixel."""
     short = min(height, width)
     along = np.linspace(0, 1, num_frames)[:, None]
     centre = (1 - along) * np.array(scene.start) + along * np.array(scene.end)
@@ -132,7 +132,7 @@ def draw(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of points from the outline of a shape of radius 1 around the origin, negative inside."""
+    """Return the distance of points from the outline of a shape of radius 1 around the origin, negative inside."""
     x, y = np.broadcast_arrays(x, y)
     if shape == "circle":
         return np.hypot(x, y) - 1

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
 
 _DIFFUSERS_NAME = "diffusion_pytorch_model"
@@ -51,7 +52,7 @@ class TinySpec:
 
 
 def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Path:
-    """The folder of the tiny checkpoint under `cache_dir`, made if it is not there.
+    """Return the folder of the tiny checkpoint under `cache_dir`, made if it is not there.
 
     It is made under a temporary name and renamed when complete, so that a folder of its name is always whole, also
     with several processes at it.
@@ -84,7 +85,7 @@ def _write(folder: Path, spec: TinySpec) -> None:
 
 
 def build_modules(spec: TinySpec) -> dict[str, Any]:
-    """The stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
+    """Build the stock modules "text_encoder", "transformer" and "vae" of a spec, as their libraries initialize them."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
@@ -107,7 +108,7 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
 
 
 def build_scheduler() -> Any:
-    """The scheduler of CogVideoX 1.5: velocity, zero signal at the last timestep, timesteps counted from there."""
+    """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
     from diffusers import CogVideoXDDIMScheduler
 
     return CogVideoXDDIMScheduler(
@@ -144,40 +145,23 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtyp
 
 
 def _transformer_config(spec: TinySpec) -> dict[str, Any]:
-    return {
-        "num_attention_heads": spec.num_attention_heads,
-        "attention_head_dim": spec.attention_head_dim,
-        "in_channels": 16,
-        "out_channels": 16,
-        "time_embed_dim": spec.time_embed_dim,
-        "text_embed_dim": spec.text_embed_dim,
-        "num_layers": spec.num_layers,
-        "sample_width": 300,
-        "sample_height": 300,
-        "sample_frames": 81,
-        "patch_size": 2,
-        "patch_size_t": 2,
-        "patch_bias": False,
-        "max_text_seq_length": spec.max_text_seq_length,
-        "use_rotary_positional_embeddings": True,
-    }
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim")
+    sizes = {name: getattr(spec, name) for name in (*names, "max_text_seq_length")}
+    return _without_class({**COGVIDEOX_1_5_5B["transformer"], **sizes})
 
 
 def _vae_config(spec: TinySpec) -> dict[str, Any]:
-    return {
-        "block_out_channels": spec.vae_block_out_channels,
-        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-        "latent_channels": 16,
-        "layers_per_block": spec.vae_layers_per_block,
-        "norm_num_groups": 8,
-        "temporal_compression_ratio": 4,
-        "scaling_factor": 0.7,
-    }
+    channels, layers = spec.vae_block_out_channels, spec.vae_layers_per_block
+    sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
+    return _without_class({**COGVIDEOX_1_5_5B["vae"], **sizes})
+
+
+def _without_class(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_class_name"}
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from a generator of our own, by name: the same whatever the library's default."""
+    """Fill every parameter from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim == 1:
@@ -192,7 +176,7 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
 
 
 def build_tokenizer() -> Any:
-    """A T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
+    """Build a T5 tokenizer of the prompts' words and all letters. Not trained: training is not the same twice."""
     from transformers import T5Tokenizer
 
     words = " ".join(("a", *COLOURS, *SHAPES, *MOTIONS)).split()

@@ -20,7 +20,7 @@ AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def attention_function(options: AttentionOptions) -> AttentionFunction:
-    """`splash_attn.attention` with these options. It raises RequestError for options that fit no such call."""
+    """Return `splash_attn.attention` with these options. It raises RequestError for options that fit no such call."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         try:
@@ -44,7 +44,7 @@ def attention_function(options: AttentionOptions) -> AttentionFunction:
 
 
 class SplashAttentionProcessor:
-    """Joint attention over text and video tokens in a stock CogVideoX block, by a function of our choice.
+    """Joint attention over text and video tokens in a stock CogVideoX block, by a given function.
 
     Does what diffusers' CogVideoXAttnProcessor2_0 does (query and key LayerNorm, rotary embedding of the video tokens
     only, output projection, split into video and text), for tensors of torchax. Set it with
@@ -62,7 +62,7 @@ class SplashAttentionProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states: [batch, video tokens, channels]; encoder_hidden_states: [batch, text tokens, channels].
+        """Attend over video and text tokens, hidden_states and encoder_hidden_states, each [batch, tokens, channels].
 
         image_rotary_emb: cosines and sines, each float32 [video tokens, head_dim]. Returns both, attended.
         """
@@ -97,7 +97,7 @@ class SplashAttentionProcessor:
 def resolve_attention(
     options: AttentionOptions, shape: AttentionShape, dtype: str, device_kind: str | None = None
 ) -> Resolution:
-    """What `splash_attn.attention` runs for a shape, and why. device_kind: of another device than the one here."""
+    """Resolve what `splash_attn.attention` runs for a shape, and why. device_kind: of a device that is not here."""
     return resolve(
         shape,
         dtype=dtype,
@@ -112,7 +112,7 @@ def resolve_attention(
 def describe_attention(
     options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
 ) -> dict[str, Any]:
-    """What `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
+    """Describe what `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
     shape = AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
     resolution = resolve_attention(options, shape, dtype)
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}

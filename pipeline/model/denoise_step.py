@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.model.attention import SplashAttentionProcessor, attention_function
+from pipeline.model.sharding import DP, MODEL, ParallelPlan
 from pipeline.model.torchax_bridge import jax_function
-from pipeline.model.transformer import Share, TokenLayout, TransformerShape, block, transformer
-from pipeline.requests.plans import DP, MODEL, ParallelPlan, weight_partition
+from pipeline.model.transformer import DeviceShare, TokenLayout, TransformerShape, block, transformer
 from pipeline.requests.request import AttentionOptions
 
 _REPLICATED = PartitionSpec()
@@ -34,7 +34,7 @@ class DenoiseStep:
     - old_x0: the x0 of the step before, float32 of the same shape (zeros at first); donated
     - noise: of the same shape, or a scalar 0 for schedulers without noise
     - embeddings: [2 or 1, text tokens, text_embed_dim]: negative, positive; positive alone without guidance
-    - rotary: cosines and sines, see `pipeline.model.latents.rotary_rows`; seed_tp: as diffusers makes them
+    - rotary: cosines and sines, see `pipeline.model.latents.rotary_rows`; for the stock block as diffusers makes them
     - timestep: int32 []; guidance_scale: float32 []; coefficients: float32 [6], a row of `StepTable`
 
     and returns (sample, x0, whether all of it is finite). Guidance and scheduler are computed in float32.
@@ -47,10 +47,10 @@ class DenoiseStep:
     attention: AttentionOptions
     guided: bool
     noisy: bool = False  # whether the scheduler adds noise
-    stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, for seed_tp
+    stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, where the plan uses it
 
     def sharding(self, argument: str) -> NamedSharding:
-        """Where an argument of the program (not weights) lies."""
+        """Return the sharding of an argument of the program other than the weights."""
         return NamedSharding(self.mesh, self._spec(argument))
 
     def compile(self, weights: Mapping[str, jax.Array], *arguments: Any) -> jax.stages.Compiled:
@@ -59,14 +59,14 @@ class DenoiseStep:
             return self.jitted(weights).lower(weights, *arguments).compile()
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
-        """`program` under jit, sample and old_x0 donated."""
+        """Return `program` under jit, sample and old_x0 donated."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
         options = TPU_COMPILER_OPTIONS if on_tpu else None
         return jax.jit(self.program(weights), donate_argnums=(1, 2), compiler_options=options)
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
-        """The function to be jitted with the mesh set; of `weights` only the names count."""
-        if self.plan.plan == "seed_tp":
+        """Return the function to be jitted with the mesh set; of `weights` only the names count."""
+        if self.plan.uses_stock_block:
             return functools.partial(self._step, block=self._stock_block_step())
         attend = attention_function(self.attention)
 
@@ -74,19 +74,19 @@ class DenoiseStep:
             # The kernel reads q and v, and writes, transposed: these transposes and its own cancel in the compiler.
             return attend(q.swapaxes(2, 3), k.swapaxes(2, 3), v.swapaxes(2, 3)).swapaxes(2, 3)
 
-        share = Share(self.plan, self.layout)
+        share = DeviceShare(self.plan, self.layout)
         own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)
         names = ("sample", "x0", "noise", "embeddings", "rotary", "scalar", "scalar", "scalar")
         return jax.shard_map(
             functools.partial(self._step, block=own_block),
             mesh=self.mesh,
-            in_specs=({name: weight_partition(self.plan, name) for name in weights}, *map(self._spec, names)),
+            in_specs=({name: self.plan.stacked_weight_spec(name) for name in weights}, *map(self._spec, names)),
             out_specs=(self._spec("sample"), self._spec("x0"), _REPLICATED),
             check_vma=False,
         )
 
     def _stock_block_step(self) -> Callable[..., jax.Array]:
-        """The stock block, its attention by heads over the mesh, all else left to the partitioner."""
+        """Return a step of the stock block, its attention split by heads over the mesh, all else by the partitioner."""
         assert self.stock_block is not None
         over_mesh = jax.shard_map(
             attention_function(self.attention),
@@ -124,11 +124,11 @@ class DenoiseStep:
     def _step(
         self, weights, sample, old_x0, noise, embeddings, rotary, timestep, guidance_scale, coefficients, *, block
     ):  # type: ignore[no-untyped-def]
-        share = Share(self.plan, self.layout)
+        share = DeviceShare(self.plan, self.layout)
         prediction = transformer(
             weights, sample, embeddings, timestep, rotary, shape=self.shape, share=share, block=block
         ).astype(jnp.float32)
-        in_shard_map = self.plan.plan != "seed_tp"
+        in_shard_map = not self.plan.uses_stock_block
         with jax.named_scope("guidance"):
             if self.guided:
                 if in_shard_map and self.plan.dp > 1:

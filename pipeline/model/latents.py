@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.requests.errors import CheckpointError
+from pipeline.model.transformer import TokenLayout, TransformerShape, require_temporal_patches
 from pipeline.requests.request import GenerateRequest
 
 
@@ -28,8 +27,8 @@ class LatentGeometry:
     width: int
 
     @classmethod
-    def of(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
-        """The geometry from a request and the configurations of transformer/ and vae/."""
+    def from_request(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
+        """Return the geometry of a request under the configurations of transformer/ and vae/."""
         spatial = 2 ** (len(vae["block_out_channels"]) - 1)
         num_frames = (request.num_frames - 1) // int(vae["temporal_compression_ratio"]) + 1
         return cls(
@@ -42,21 +41,21 @@ class LatentGeometry:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[batch, frames with padding, channels, height, width], what diffusers' transformer sees."""
+        """[batch, frames with padding, channels, height, width], as diffusers' transformer takes it."""
         return (1, self.num_frames + self.padding_frames, self.num_channels, self.height, self.width)
 
     def patch_grid(self, shape: TransformerShape) -> tuple[int, int, int]:
-        """Patches along time, height and width."""
+        """Return the number of patches along time, height and width."""
         return (self.shape[1] // shape.patch_size_t, self.height // shape.patch_size, self.width // shape.patch_size)
 
     def num_patches(self, shape: TransformerShape) -> int:
-        """Video tokens."""
+        """Return the number of video tokens."""
         frames, height, width = self.patch_grid(shape)
         return frames * height * width
 
 
 def to_rows(latents: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
-    """Latents [1, frames, channels, height, width] -> rows [rows, patch channels], zero for text and padding.
+    """Turn latents [1, frames, channels, height, width] into rows [rows, patch channels], zero for text and padding.
 
     A patch's channels are ordered (channel, time, height, width), as in diffusers' patch embedding and output.
     """
@@ -70,7 +69,7 @@ def to_rows(latents: np.ndarray, geometry: LatentGeometry, shape: TransformerSha
 
 
 def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
-    """The inverse of `to_rows`."""
+    """Invert `to_rows`."""
     frames, height, width = geometry.patch_grid(shape)
     p, p_t = shape.patch_size, shape.patch_size_t
     patches = rows[layout.text : layout.tokens].reshape(frames, height, width, geometry.num_channels, p_t, p, p)
@@ -78,28 +77,24 @@ def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShap
 
 
 def initial_noise(request: GenerateRequest, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """The noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
+    """Draw the noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
     return torch.randn(shape, generator=generator, dtype=getattr(torch, request.dtype))
 
 
 def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, each float32 [video tokens, head_dim], as diffusers makes them for CogVideoX 1.5 ("slice").
+    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice").
 
     Raises CheckpointError for a CogVideoX 1.0 transformer.
     """
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    patch_size, patch_size_t = transformer["patch_size"], transformer.get("patch_size_t")
-    if patch_size_t is None:
-        raise CheckpointError(
-            "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
-            "e.g. model=cogvideox1.5-5b"
-        )
+    require_temporal_patches(transformer)
+    patch_size = transformer["patch_size"]
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=transformer["attention_head_dim"],
         crops_coords=None,
         grid_size=(geometry.height // patch_size, geometry.width // patch_size),
-        temporal_size=geometry.shape[1] // patch_size_t,
+        temporal_size=geometry.shape[1] // transformer["patch_size_t"],
         grid_type="slice",
         max_size=(transformer["sample_height"] // patch_size, transformer["sample_width"] // patch_size),
     )
@@ -107,7 +102,7 @@ def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -
 
 
 def rotary_rows(tables: tuple[np.ndarray, np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
-    """Tables of `rotary_embedding` -> one value a pair, float32 [head_dim / 2, rows]; 1 and 0 where no patch is."""
+    """Return tables of `rotary_embedding`, one value a pair: float32 [head_dim / 2, rows]; 1 and 0 off the video."""
     halves = []
     for table, elsewhere in zip(tables, (1.0, 0.0), strict=True):
         half = np.full((table.shape[1] // 2, layout.rows), elsewhere, np.float32)

@@ -43,7 +43,7 @@ class StepTable:
 
 
 def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") -> Any:
-    """The stock scheduler of a scheduler_config.json, or "ddim" / "dpm" made from the same configuration."""
+    """Build the stock scheduler of a scheduler_config.json, or "ddim" / "dpm" made from the same configuration."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
     classes = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -75,7 +75,7 @@ def step_table(scheduler: Any, num_inference_steps: int) -> StepTable:
 
 
 def _probe_step(scheduler: Any, timestep: torch.Tensor, previous: torch.Tensor | None) -> tuple[np.ndarray, int]:
-    """One step on unit vectors: element 0 has only a sample, 1 only a model output, 2 only an old x0, 3 nothing."""
+    """Step on unit vectors: element 0 has only a sample, 1 only a model output, 2 only an old x0, 3 nothing."""
     sample, model_output, old_x0, nothing = torch.eye(4, dtype=torch.float64)
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     if "timestep_back" in _parameters(scheduler.step):
@@ -102,18 +102,18 @@ def _parameters(function: Any) -> Any:
 
 
 def _noise_drawn(generator: torch.Generator, like: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """How many tensors of this shape a step drew from its generator, and the last of them."""
+    """Return how many tensors of this shape a step drew from its generator, and the last of them."""
     replay = torch.Generator().manual_seed(_PROBE_SEED)
     noise = torch.zeros_like(like)
     for count in range(4):
         if torch.equal(replay.get_state(), generator.get_state()):
             return count, noise
         noise = torch.randn(like.shape, generator=replay, dtype=like.dtype)
-    raise CheckpointError("the scheduler draws noise in a way that is not known here")
+    raise CheckpointError("the scheduler draws noise in an unexpected way")
 
 
 def guidance_scales(guidance_scale: float, timesteps: np.ndarray, use_dynamic_cfg: bool) -> np.ndarray:
-    """Guidance of every step, float64 [steps].
+    """Return the guidance of every step, float64 [steps].
 
     Dynamic guidance is as in diffusers' CogVideoXPipeline, which feeds the timestep (0-999) to a formula meant for the
     step's index, so that guidance jumps about. Kept for parity.

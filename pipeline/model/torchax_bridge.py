@@ -56,18 +56,18 @@ def _import_torchax() -> Any:
 
 @functools.cache
 def torchax_module() -> Any:
-    """The torchax package, imported on first use."""
+    """Return the torchax package, imported on first use."""
     return _import_torchax()
 
 
 @functools.cache
 def environment() -> Any:
-    """This project's torchax environment, of its own: a context manager in which torch operators run on JAX arrays."""
+    """Return this project's own torchax environment, a context manager in which torch operators run on JAX arrays."""
     return torchax_module().tensor.Environment()
 
 
 def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU tensor as a numpy array of the same dtype (bfloat16 included), without a copy where possible."""
+    """Return a CPU tensor as a numpy array of the same dtype (bfloat16 included), without a copy where possible."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
@@ -75,7 +75,7 @@ def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def numpy_to_torch(array: np.ndarray) -> torch.Tensor:
-    """The inverse of `torch_to_numpy`; copies, because numpy views of JAX arrays are read-only."""
+    """Invert `torch_to_numpy`; copies, because numpy views of JAX arrays are read-only."""
     array = np.array(array)
     if array.dtype == jnp.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -83,7 +83,7 @@ def numpy_to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A pure JAX function `(weights, *args, **kwargs)` of a torch module, ready for `jax.jit`.
+    """Return a pure JAX function `(weights, *args, **kwargs)` of a torch module, ready for `jax.jit`.
 
     weights: dict of JAX arrays by parameter or buffer name. Tensors in arguments and results are JAX arrays.
     method: called as `method(module, *args, **kwargs)`; the module's forward without it.
@@ -105,7 +105,7 @@ def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = No
 
 @contextlib.contextmanager
 def _named_scopes(module: torch.nn.Module) -> Iterator[None]:
-    """Within the block each part of the module runs in a `jax.named_scope` of its name: profiles tell them apart."""
+    """Run each part of the module in a `jax.named_scope` of its name within the block, for profiles."""
     entered: list[Any] = []
 
     def enter(name: str, *_: Any) -> None:

@@ -21,9 +21,9 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from pipeline.model.sharding import MODEL, ParallelPlan
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
-from pipeline.requests.plans import MODEL, ParallelPlan
 
 QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
 Weights = Mapping[str, jax.Array]
@@ -40,9 +40,18 @@ _EXPECTED = {
 }
 
 
+def require_temporal_patches(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for the configuration of a CogVideoX 1.0 transformer."""
+    if config.get("patch_size_t") is None:
+        raise CheckpointError(
+            "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
+            "e.g. model=cogvideox1.5-5b"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerShape:
-    """What the program depends on, of transformer/config.json. Raises CheckpointError for another architecture."""
+    """The part of transformer/config.json that the program uses. Raises CheckpointError for another architecture."""
 
     num_layers: int
     num_heads: int
@@ -55,13 +64,9 @@ class TransformerShape:
     freq_shift: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """config: with all of diffusers' defaults filled in (`module.config`)."""
-        if config.get("patch_size_t") is None:
-            raise CheckpointError(
-                "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
-                "e.g. model=cogvideox1.5-5b"
-            )
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
+        require_temporal_patches(config)
         for name, expected in _EXPECTED.items():
             if config.get(name) != expected:
                 raise CheckpointError(
@@ -120,26 +125,22 @@ class TokenLayout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class DeviceShare:
     """One device's part of a plan: which rows it has, and how it talks to the others of its prompt.
 
-    Within shard_map, unless `plan` is seed_tp, which sees the whole arrays.
+    Within shard_map, unless the plan uses the stock block, which sees the whole arrays.
     """
 
     plan: ParallelPlan
     layout: TokenLayout
 
-    @property
-    def axis_size(self) -> int:
-        return 1 if self.plan.plan == "seed_tp" else self.plan.model
-
     def row_ids(self) -> Int[Array, " rows"]:
-        """Where this device's rows lie in the joint sequence."""
+        """Return where this device's rows lie in the joint sequence."""
         start = lax.axis_index(MODEL) * self.layout.rows_per_shard if self._splits else 0
         return start + jnp.arange(self.layout.rows_per_shard if self._splits else self.layout.rows)
 
     def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
-        """Text tokens at their rows; other rows are arbitrary."""
+        """Put text tokens at their rows; other rows are arbitrary."""
         if not self._splits:
             return jnp.pad(text, ((0, 0), (0, self.layout.rows - self.layout.text), (0, 0)))
         rows = self.layout.rows_per_shard
@@ -147,22 +148,22 @@ class Share:
         return lax.dynamic_slice_in_dim(text, lax.axis_index(MODEL) * rows, rows, axis=1)
 
     def to_heads(self, x: Float[Array, "b heads d rows"]) -> Float[Array, "b local_heads d all_rows"]:
-        """All rows of some heads, for attention."""
+        """Exchange some rows of all heads for all rows of some heads, for attention."""
         return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True) if self._splits else x
 
     def to_rows(self, x: Float[Array, "b local_heads d all_rows"]) -> Float[Array, "b heads d rows"]:
-        """The inverse of `to_heads`."""
+        """Invert `to_heads`."""
         return lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
 
     @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
-        """The sum over devices that each hold a part of a contraction."""
-        return lax.psum(x, MODEL) if self.plan.plan == "megatron" and self.axis_size > 1 else x
+        """Sum over devices that each hold a part of a contraction."""
+        return lax.psum(x, MODEL) if self.plan.sums_partial_products else x
 
     @jax.named_scope("gather_weights")
     def whole_weights(self, weights: Weights) -> Weights:
-        """One layer's weights, gathered where they are split at rest."""
-        if self.plan.weights != "sharded" or self.axis_size == 1:
+        """Gather one layer's weights where they are split at rest."""
+        if not self.plan.gathers_weights:
             return weights
         return {
             name: lax.all_gather(value, MODEL, axis=0, tiled=True) if self.plan.weight_spec(BLOCKS + name) else value
@@ -171,11 +172,11 @@ class Share:
 
     @property
     def _splits(self) -> bool:
-        return self.plan.splits_sequence and self.axis_size > 1
+        return self.plan.sequence_shards > 1
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Over the last axis, in float32, whatever the dtypes. Returns float32."""
+    """Normalize over the last axis in float32, whatever the dtypes. Returns float32."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
@@ -183,12 +184,12 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
 
 
 def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
-    """x @ weight^T + bias in x's dtype. x: [..., in]."""
+    """Return x @ weight^T + bias in x's dtype. x: [..., in]."""
     return jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]) + weights[f"{name}.bias"]
 
 
 def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
-    """[time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
+    """Embed a timestep, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
     half = shape.num_heads * shape.head_dim // 2
     exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shape.freq_shift)
     angles = timestep.astype(jnp.float32) * jnp.exp(exponent)
@@ -199,7 +200,7 @@ def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.
 
 
 def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, is_text: jax.Array, eps: float) -> Any:
-    """Norm, shift and scale, by kind of row. Returns modulated in x's dtype, and the gate, float32 [rows, channels]."""
+    """Normalize, shift and scale by kind of row. Returns that in x's dtype, and the gate, float32 [rows, channels]."""
     shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation.astype(jnp.float32), 6)
 
     def by_row(text: jax.Array, video: jax.Array) -> jax.Array:
@@ -214,7 +215,7 @@ def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, 
 
 
 def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
-    """Projection [batch, rows, channels] -> [batch, heads, head_dim, rows], the bias added, in x's dtype."""
+    """Project [batch, rows, channels] to [batch, heads, head_dim, rows], the bias added, in x's dtype."""
     weight = weights[f"{name}.weight"]
     out = jnp.einsum("bsc,hdc->bhds", x, weight.reshape(-1, head_dim, weight.shape[1]))
     bias = weights.get(f"{name}.bias")
@@ -222,7 +223,7 @@ def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Arra
 
 
 def _norm_rotary(x: jax.Array, weights: Weights, name: str, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
+    """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
     normed = x.astype(jnp.float32)
     mean = normed.mean(2, keepdims=True)
     variance = jnp.square(normed - mean).mean(2, keepdims=True)
@@ -241,10 +242,10 @@ def block(
     sin: Float[Array, "half_head rows"],
     *,
     shape: TransformerShape,
-    share: Share,
+    share: DeviceShare,
     attend: AttentionFn,
 ) -> Float[Array, "batch rows channels"]:
-    """One CogVideoXBlock on this device's rows (or heads)."""
+    """Apply one CogVideoXBlock to this device's rows (or heads)."""
     weights = share.whole_weights(weights)
     conditioning = jax.nn.silu(temb)
     with jax.named_scope("norm1"):
@@ -284,10 +285,10 @@ def transformer(
     rotary: tuple[jax.Array, jax.Array],
     *,
     shape: TransformerShape,
-    share: Share,
+    share: DeviceShare,
     block: Callable[..., jax.Array],
 ) -> Float[Array, "batch rows patch_channels"]:
-    """The model's output on this device's rows; those of text and padding are arbitrary.
+    """Return the model's output on this device's rows; those of text and padding are arbitrary.
 
     tokens: patches of the latents at their rows, in the weights' dtype. rotary: cosines and sines, each float32
     [head_dim / 2, rows], 1 and 0 where the row is no video token. block: `(x, layer's weights, temb, is_text, cos,

@@ -39,7 +39,7 @@ _EXPECTED = {"act_fn": "silu"}
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """What the program depends on, of vae/config.json. Raises CheckpointError for another architecture.
+    """The part of vae/config.json that the program depends on. Raises CheckpointError for another architecture.
 
     time_levels: upsamplings, from the first, that double the frames as well.
     """
@@ -51,8 +51,8 @@ class DecoderShape:
     scaling_factor: float
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """config: with all of diffusers' defaults filled in (`module.config`)."""
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
         for name, expected in _EXPECTED.items():
             if config.get(name) != expected:
                 raise CheckpointError(f"vae/config.json: {name}={config.get(name)!r}, expected {expected!r}")
@@ -66,7 +66,7 @@ class DecoderShape:
 
 
 def arrange(weight: Any) -> Any:
-    """A stock weight as the decoder reads it: kernels [(time,) height, width] to [time, width, height, in, out]."""
+    """Transpose a stock kernel [out, in, (time,) height, width] to [time, width, height, in, out]; others stay."""
     if weight.ndim == 4:
         weight = weight[:, :, None]
     return weight.transpose(2, 4, 3, 1, 0) if weight.ndim == 5 else weight
@@ -79,7 +79,7 @@ def decode(
     shape: DecoderShape,
     num_shards: int,
 ) -> tuple[Float[Array, "frames rows columns rgb"], Cache]:
-    """Video in [-1, 1] of one batch, float32, and the cache for the next. cache: None for the first batch.
+    """Return one batch's video in [-1, 1], float32, and the cache for the next. cache: None for the first batch.
 
     weights: by their stock names, see `arrange`. latents: this device's columns of `num_shards` devices along the mesh
     axis SPLIT, scaled already, in the weights' dtype.
@@ -89,8 +89,10 @@ def decode(
         z = (z @ weights["post_quant_conv.weight"].reshape(z.shape[-1], -1)) + weights["post_quant_conv.bias"]
     next_cache: Cache = {}
 
-    def run(names: Sequence[str], x: Activations, layer: Callable[["_Layer", Activations], Activations]) -> Activations:
-        """`layer` with the weights below each of `names`, which are alike, one after the other; compiled once."""
+    def apply(
+        names: Sequence[str], x: Activations, layer: Callable[["_Layer", Activations], Activations]
+    ) -> Activations:
+        """Apply `layer` with the weights below each of `names`, which are alike, in turn; compiled once."""
         layers = [{k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)} for name in names]
         caches = {k.removeprefix(names[0]): v for k, v in (cache or {}).items() if k.startswith(names[0])}
 
@@ -107,36 +109,36 @@ def decode(
         return x
 
     x = cut(z, num_strips(z.shape[1]))
-    x = run(["decoder."], x, lambda layer, x: layer.causal_conv("conv_in", x))
-    x = run([f"decoder.mid_block.resnets.{index}." for index in range(2)], x, _Layer.resnet)
+    x = apply(["decoder."], x, lambda layer, x: layer.causal_conv("conv_in", x))
+    x = apply([f"decoder.mid_block.resnets.{index}." for index in range(2)], x, _Layer.resnet)
     for level in range(shape.num_levels):
         block = f"decoder.up_blocks.{level}"
         with jax.named_scope(f"level_{level}"):
             resnets = [f"{block}.resnets.{index}." for index in range(shape.num_resnets)]
             if f"{resnets[0]}conv_shortcut.weight" in weights:  # to another number of channels
-                x = run([resnets.pop(0)], x, _Layer.resnet)
-            x = run(resnets, x, _Layer.resnet)
+                x = apply([resnets.pop(0)], x, _Layer.resnet)
+            x = apply(resnets, x, _Layer.resnet)
             if level < shape.num_levels - 1:
                 upsample = functools.partial(_Layer.upsample, double_frames=level < shape.time_levels)
-                x = run([f"{block}.upsamplers.0."], x, upsample)
-    x = run(["decoder."], x, lambda layer, x: layer.norm_silu("norm_out", x))
-    video = run(["decoder."], x, lambda layer, x: layer.causal_conv("conv_out", x, dtype=jnp.float32))
+                x = apply([f"{block}.upsamplers.0."], x, upsample)
+    x = apply(["decoder."], x, lambda layer, x: layer.norm_silu("norm_out", x))
+    video = apply(["decoder."], x, lambda layer, x: layer.causal_conv("conv_out", x, dtype=jnp.float32))
     return join(video).swapaxes(1, 2), next_cache
 
 
 def num_strips(num_columns: int) -> int:
-    """Into how many strips a device's columns are cut."""
+    """Return into how many strips a device's columns are cut."""
     return math.gcd(num_columns, MAX_STRIPS)
 
 
 def cut(x: Float[Array, "frames columns rows channels"], strips: int) -> Activations:
-    """Strips side by side, each of the same number of columns."""
+    """Cut columns into strips of equal width."""
     frames, columns, rows, channels = x.shape
     return jnp.moveaxis(x.reshape(frames, strips, columns // strips, rows, channels), 1, 3)
 
 
 def join(x: Activations) -> Float[Array, "frames columns rows channels"]:
-    """The inverse of `cut`."""
+    """Invert `cut`."""
     frames, columns, rows, strips, channels = x.shape
     return jnp.moveaxis(x, 3, 1).reshape(frames, strips * columns, rows, channels)
 
@@ -170,7 +172,7 @@ class _Layer:
             return self._conv(f"{name}.conv", self._with_neighbours(x), dtype or x.dtype, residual)
 
     def upsample(self, x: Activations, double_frames: bool) -> Activations:
-        """Twice the rows and columns (and frames) by repeating, and a convolution of each frame by itself."""
+        """Repeat rows and columns (and frames) twice, then convolve each frame by itself."""
         with jax.named_scope("upsample"):
             x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
             x = self._conv("conv", self._with_neighbours(x), x.dtype)
@@ -182,7 +184,7 @@ class _Layer:
             return x if strips == x.shape[3] else cut(join(x), strips)
 
     def norm_silu(self, name: str, x: Activations) -> Activations:
-        """Group norm, scaled and shifted by what two 1x1x1 convolutions make of the latents, and SiLU.
+        """Apply group norm, scaled and shifted by two 1x1x1 convolutions of the latents, and SiLU.
 
         These work on the latents before the interpolation instead of after it: nearest-neighbour interpolation only
         repeats pixels.
@@ -204,7 +206,7 @@ class _Layer:
             return lax.optimization_barrier(jax.nn.silu(h).astype(x.dtype)).reshape(x.shape)
 
     def _group_norm(self, name: str, x: Activations) -> tuple[jax.Array, jax.Array]:
-        """Float32 [channels] each, by which group norm multiplies, and which it adds. Statistics are of the whole."""
+        """Return group norm's factor and offset, float32 [channels] each. Statistics are of the whole image."""
         groups = self.num_groups
         count = x.size // groups * self.num_shards
 
@@ -219,7 +221,7 @@ class _Layer:
         return factor, self.weights[f"{name}.bias"].astype(jnp.float32) - centre * factor
 
     def _latents_like(self, x: Activations) -> Activations:
-        """The latents in the strips of x; each of their pixels is a block of pixels of x."""
+        """Return the latents in the strips of x; each of their pixels is a block of pixels of x."""
         z, frames = self.z, x.shape[0]
         if frames % 2 and frames > 1:  # as in stock, the first by itself
             z = jnp.concatenate([z[:1], jnp.repeat(z[1:], (frames - 1) // (z.shape[0] - 1), axis=0)])
@@ -227,10 +229,10 @@ class _Layer:
         return cut(jnp.repeat(z, strips // math.gcd(columns, strips), axis=1), strips)
 
     def _with_neighbours(self, x: Activations) -> Activations:
-        """One column more on each side of a strip, of the strips beside it; zeros beyond the image's edges."""
+        """Add the next strip's column on each side of a strip; zeros beyond the image's edges."""
 
         def from_beside(column: jax.Array, step: int) -> jax.Array:
-            """What each strip's neighbour, `step` to the right, has to tell; over the devices for the outermost."""
+            """Return the column of each strip's neighbour `step` to the right; from other devices for the outermost."""
             pairs = [(i, i - step) for i in range(self.num_shards) if 0 <= i - step < self.num_shards]
             strips = column.shape[3]
             inner, outer = (slice(1, None), slice(0, 1)) if step > 0 else (slice(0, -1), slice(strips - 1, None))
@@ -240,7 +242,7 @@ class _Layer:
         return jnp.concatenate([from_beside(x[:, -1:], -1), x, from_beside(x[:, :1], 1)], axis=1)
 
     def _conv(self, name: str, x: Activations, dtype: Any, residual: Activations | None = None) -> Activations:
-        """Without padding in time and along columns, and as many rows as before. Bias and residual in float32."""
+        """Convolve, padding rows only. Bias and residual are added in float32."""
         kernel = self.weights[f"{name}.weight"]
         rows = kernel.shape[2] // 2
         out = lax.conv_general_dilated(

@@ -1,4 +1,4 @@
-"""The transformer's weights as the denoise step wants them: blocks stacked along layers, and rotary pairs as halves.
+"""The transformer's weights as the denoise step takes them: blocks stacked along layers, and rotary pairs as halves.
 
 Names and shapes otherwise stay those of the stock checkpoint: "transformer_blocks.attn1.to_q.weight" is
 [layers, out, in].
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipeline.model.placement import put
-from pipeline.requests.plans import ParallelPlan, weight_partition
+from pipeline.model.sharding import ParallelPlan
 
 BLOCKS = "transformer_blocks."
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
@@ -23,7 +23,7 @@ _PERMUTED = re.compile(r"attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)$")
 
 
 def halves_order(head_dim: int) -> np.ndarray:
-    """Even elements of a head, then odd ones."""
+    """Return the indices of the even elements of a head, then of the odd ones."""
     return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
 
 
@@ -33,7 +33,7 @@ def _to_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Name in the step -> names in the checkpoint: all layers' for a block's weight, in order, else the one."""
+    """Map each name in the step to its names in the checkpoint: one a layer, in order, for a block's weight."""
     stacked: dict[str, dict[int, str]] = {}
     for name in names:
         match = _BLOCK.match(name)
@@ -45,28 +45,28 @@ def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
 def place_weights(
     weights: dict[str, np.ndarray], head_dim: int, plan: ParallelPlan, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Stock weights on the host -> stacked ones on the mesh. Empties `weights` on the way, to hold them only once.
+    """Stack stock weights on the host and place them on the mesh. Empties `weights` on the way, to hold them only once.
 
     Works over several processes, each of which has read the whole checkpoint and places what its devices hold.
     """
     placed = {}
     for key, names in stack_names(weights).items():
         values = [weights.pop(name) for name in names]
-        if plan.plan != "seed_tp" and _PERMUTED.search(key):
+        if not plan.uses_stock_block and _PERMUTED.search(key):
             values = [_to_halves(value, head_dim) for value in values]
         value = np.stack(values) if key.startswith(BLOCKS) else values[0]
-        placed[key] = put(value, NamedSharding(mesh, weight_partition(plan, key)))
+        placed[key] = put(value, NamedSharding(mesh, plan.stacked_weight_spec(key)))
     return placed
 
 
 def abstract_weights(
     shapes: Mapping[str, tuple[int, ...]], dtype: Any, plan: ParallelPlan, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `place_weights` returns, without any weights."""
+    """Return what `place_weights` does, as shapes without weights."""
     abstract = {}
     for key, names in stack_names(shapes).items():
         shape = tuple(shapes[names[0]])
         shape = (len(names), *shape) if key.startswith(BLOCKS) else shape
-        sharding = NamedSharding(mesh, weight_partition(plan, key))
+        sharding = NamedSharding(mesh, plan.stacked_weight_spec(key))
         abstract[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return abstract

@@ -7,7 +7,7 @@ import dataclasses
 import resource
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,17 @@ from pipeline.checkpoints.loading import build_module
 from pipeline.model.attention import resolve_attention
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.placement import split_mesh
+from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.vae_decoder import DecoderShape, arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import request_from_dict
-from pipeline.requests.plans import ParallelPlan
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
-from splash_workbench.status import Status, TrialError
+from splash_workbench.status import compile_error
 
 _MAX_OPS = 60
 #: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
@@ -45,44 +45,43 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One stage to predict. configs: of the checkpoint's parts. options: a request, see `request_from_dict`."""
+class StageJob:
+    """One stage to predict. request: see `request_from_dict`. configs: of the checkpoint's parts."""
 
     stage: str
     topology: str
     plan: ParallelPlan
-    options: dict[str, Any]
+    request: dict[str, Any]
     configs: dict[str, dict[str, Any]]
 
     def to_payload(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> "Job":
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls(**{**payload, "plan": ParallelPlan(**payload["plan"])})
 
 
-def run(payload: dict[str, Any]) -> dict[str, Any]:
+def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict the stage that the payload names. See `summary` for the result."""
-    job = Job.from_payload(payload)
+    job = StageJob.from_payload(payload)
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except jax.errors.JaxRuntimeError as error:
-        status = Status.OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in str(error) else Status.COMPILE_ERROR
-        raise TrialError(status, str(error)) from error
+        raise compile_error(error) from error
 
 
-def _devices(job: Job) -> list[jax.Device]:
+def _devices(job: StageJob) -> list[jax.Device]:
     _, name = parse_topology(job.topology)
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-def _denoise(job: Job) -> dict[str, Any]:
-    request = request_from_dict(job.options)
+def _denoise(job: StageJob) -> dict[str, Any]:
+    request = request_from_dict(job.request)
     config = job.configs["transformer"]
     dtype = jnp.dtype(request.dtype)
     module: Any = build_module("transformer", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.of(request, module.config, job.configs["vae"])
+    geometry = LatentGeometry.from_request(request, module.config, job.configs["vae"])
     guided = request.do_classifier_free_guidance
     step = build_step(
         module,
@@ -122,8 +121,8 @@ def _denoise(job: Job) -> dict[str, Any]:
     }
 
 
-def _text(job: Job) -> dict[str, Any]:
-    request = request_from_dict(job.options)
+def _text(job: StageJob) -> dict[str, Any]:
+    request = request_from_dict(job.request)
     dtype = jnp.dtype(request.dtype)
     module = build_module("text_encoder", job.configs["text_encoder"], getattr(torch, request.dtype))
     devices = _devices(job)
@@ -139,12 +138,12 @@ def _text(job: Job) -> dict[str, Any]:
     return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
 
 
-def _vae(job: Job) -> dict[str, Any]:
-    request = request_from_dict(job.options)
+def _vae(job: StageJob) -> dict[str, Any]:
+    request = request_from_dict(job.request)
     config = job.configs["vae"]
     dtype = jnp.dtype(request.dtype)
     module: Any = build_module("vae", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.of(request, job.configs["transformer"], config)
+    geometry = LatentGeometry.from_request(request, job.configs["transformer"], config)
     channels, height, width = geometry.shape[2:]
     sharding = latent_sharding(geometry.shape, _devices(job))
     mesh = cast(Mesh, sharding.mesh)
@@ -156,7 +155,7 @@ def _vae(job: Job) -> dict[str, Any]:
         for name, value in module.named_parameters()
         if name.startswith(DECODER_PREFIXES)
     }
-    program = decode_program(DecoderShape.of(module.config), True, sharding)
+    program = decode_program(DecoderShape.from_config(module.config), True, sharding)
     batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     results, cache = [], None
     for start, stop in batches[:2]:

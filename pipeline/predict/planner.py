@@ -8,12 +8,11 @@ from typing import Any
 
 from offline_tpu import worker_environment
 from offline_tpu.compile import parse_topology
-from pipeline.checkpoints.loading import resolve_checkpoint
-from pipeline.checkpoints.published import KNOWN_CONFIGS
-from pipeline.predict.jobs import Job
+from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan, resolve_plan
-from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.request import Stage
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Runner
 
@@ -23,7 +22,7 @@ _FRUGAL = ParallelOptions(plan="ulysses", weights="sharded")
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class VideoPrediction:
     """plan: of the denoise stage. stages: results of `predict_jobs`. others: of plans not chosen, the step time, or
     why they cannot be. failures: why a stage cannot be predicted; most often it does not fit."""
 
@@ -33,27 +32,17 @@ class Outcome:
     failures: dict[Stage, str] = dataclasses.field(default_factory=dict)
 
 
-def configs_of(request: GenerateRequest, cache_dir: str | None) -> tuple[dict[str, Any], str]:
-    """Configurations of the checkpoint's parts, and where they are from. Fetches none that this project knows."""
-    if request.checkpoint in KNOWN_CONFIGS:
-        known = KNOWN_CONFIGS[request.checkpoint]
-        return {part: dict(config) for part, config in known.items()}, "built in"
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, Path(cache_dir) if cache_dir else None)
-    parts = ("transformer", "vae", "text_encoder", "scheduler")
-    return {part: checkpoint.config(part) for part in parts}, "checkpoint"
-
-
 @dataclasses.dataclass(frozen=True)
 class Predictor:
     """Predicts stages of one request on one topology. say: told of every program that is compiled."""
 
     topology: str
-    options: dict[str, Any]
+    request: dict[str, Any]
     configs: Mapping[str, Any]
     timeout_s: float
     say: Callable[[str], None]
 
-    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> Outcome:
+    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
         """Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits."""
         try:
             _, name = parse_topology(self.topology)
@@ -62,12 +51,12 @@ class Predictor:
         rows, columns = (int(n) for n in name.partition(":")[2].split("x")[:2])
         num_heads = self.configs["transformer"]["num_attention_heads"]
 
-        def plan_of(options: ParallelOptions) -> ParallelPlan:
-            options = dataclasses.replace(options, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(options, rows * columns, guided, num_heads)
+        def plan_of(choice: ParallelOptions) -> ParallelPlan:
+            choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
+            return resolve_plan(choice, rows * columns, guided, num_heads)
 
-        candidates = _AUTO if parallel.plan == "auto" else (parallel,)
-        plans = list(dict.fromkeys(plan_of(options) for options in candidates))
+        choices = _AUTO if parallel.plan == "auto" else (parallel,)
+        plans = list(dict.fromkeys(map(plan_of, choices)))
         if plans[0].model == 1:
             plans = plans[:1]  # with one device a prompt the plans are the same
         results: dict[Stage, dict[str, Any]] = {}
@@ -78,7 +67,7 @@ class Predictor:
             tried: dict[ParallelPlan, dict[str, Any]] = {}
             refused: dict[str, str] = {}
             for plan in plans + ([plan_of(_FRUGAL)] if parallel.plan == "auto" and plans[0].model > 1 else []):
-                if plan.weights == "sharded" and tried:
+                if plan.gathers_weights and tried:
                     continue
                 try:
                     tried[plan] = self._run("denoise", plan)
@@ -98,15 +87,15 @@ class Predictor:
                     failures[stage] = str(error)
         if not results:
             raise PipelineError("; ".join(failures.values()))
-        return Outcome(best, {stage: results[stage] for stage in stages if stage in results}, others, failures)
+        return VideoPrediction(best, {stage: results[stage] for stage in stages if stage in results}, others, failures)
 
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
         self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if stage == "denoise" else ""))
-        job = Job(stage, self.topology, plan, self.options, dict(self.configs))
+        job = StageJob(stage, self.topology, plan, self.request, dict(self.configs))
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
-                "pipeline.predict.jobs:run",
+                "pipeline.predict.jobs:predict_stage",
                 job.to_payload(),
                 timeout_s=self.timeout_s,
                 variables=lambda job_dir: worker_environment(device, job_dir / "dump"),

@@ -4,19 +4,21 @@ Exits with 1 where a candidate is over its budget, or the reference follows its 
 """
 
 import dataclasses
-import datetime
 import sys
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import PipelineError
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.provenance import user_cache_dir
+from splash_workbench.status import Label
+
+if TYPE_CHECKING:
+    from splash_workbench.records.quality import QualityRecord
 
 _NOT_OF_A_CANDIDATE = {"name", "budget"}
 
@@ -44,52 +46,37 @@ class QualityConfig(GenerateConfig):
     videos_dir: str | None = None
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
-    quiet_jax_without_accelerator()
-    cli.store_schema("quality_schema", QualityConfig)
-    return cli.run("quality", _command)
-
-
-def _command(config: DictConfig) -> int:
-    from pipeline.checkpoints.loading import default_cache_dir, use_compilation_cache
-
-    settings: Any = OmegaConf.to_object(config)
-    try:
-        use_compilation_cache(default_cache_dir() / "compiled" if settings.compilation_cache else None)
-        return run(settings, cli.plain(config)["candidates"])
-    except PipelineError as error:
-        raise cli.UserError(str(error)) from error
-
-
-def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
-    """Judge the reference and the candidates; prints a table, appends records, returns the exit code."""
+@cli.command("quality", QualityConfig, text_or_list=("stages",))
+def main(settings: QualityConfig) -> int:
+    """Judge the reference and the candidates: print a table, append records, return the exit code."""
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.checkpoints.shapes import parse_caption
-    from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
-    from splash_workbench.files import append_json_line
+    from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
+    from splash_workbench.records import jsonl
 
-    cli.from_config(lambda: [parse_caption(caption) for caption in settings.captions])
+    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
+    from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     captions = [caption for caption in settings.captions for _ in settings.seeds]
     if not captions:
-        raise cli.UserError("captions, seeds: expected at least one each")
+        raise UserError("captions, seeds: expected at least one each")
     base = _generate_config(settings)
-    reference = Candidate.of("reference", base, Budget(float("inf"), 1.0))
-    chosen = [_candidate(base, fields, settings.budget) for fields in candidates]
+    reference = QualityVariant.from_config("reference", base, Budget(float("inf"), 1.0))
+    chosen = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
     if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
         names = ", ".join(candidate.name for candidate in chosen)
-        raise cli.UserError(f"only={sorted(unknown)}: expected some of {names}")
+        raise UserError(f"only={sorted(unknown)}: expected some of {names}")
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
 
-    def videos_of(candidate: Candidate) -> Any:
+    def videos_of(candidate: QualityVariant) -> Any:
         def say(text: str) -> None:
             print(f"  {candidate.name}: {text}", file=sys.stderr, flush=True)
 
         say("compiling ...")
-        return candidate_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
+        return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
 
     expected = videos_of(reference)
-    _write_videos(settings, expected)
+    _write_videos(settings, expected, reference.request.fps)
     failed = False
     print(_HEADER, flush=True)
     for candidate in (reference, *chosen):
@@ -101,7 +88,7 @@ def run(settings: QualityConfig, candidates: list[dict[str, Any]]) -> int:
         failed = failed or bool(failures)
         print(_row(outcome, failures), flush=True)
         if settings.results_path is not None:
-            append_json_line(Path(settings.results_path), _record(outcome, failures, settings))
+            jsonl.append(Path(settings.results_path), _record(outcome, failures, settings))
     print("over budget" if failed else "all within budget")
     return int(failed)
 
@@ -113,18 +100,18 @@ def _generate_config(settings: QualityConfig) -> GenerateConfig:
 
 def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchema) -> Any:
     """A candidate of the configuration: the reference's keys with its own in their place."""
-    from pipeline.quality.gate import Budget, Candidate
+    from pipeline.quality.gate import Budget, QualityVariant
 
     name = fields.get("name")
     if not name:
-        raise cli.UserError(f"candidates: expected a name in {fields}")
+        raise UserError(f"candidates: expected a name in {fields}")
     changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
     limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
-        return Candidate.of(name, settings, Budget(**limits))
-    except (PipelineError, OmegaConfBaseException, TypeError) as error:
-        raise cli.UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
+        return QualityVariant.from_config(name, settings, Budget(**limits))
+    except (UserError, OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
 
 _COLUMNS = ("colour", "shape", "motion", "all")
@@ -137,43 +124,36 @@ def _row(outcome: Any, failures: list[str]) -> str:
     figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
     verdict = "; ".join(failures) or "ok"
     same = "same" if psnr == float("inf") else f"{psnr:.1f}"
-    return f"  {outcome.candidate.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
+    return f"  {outcome.variant.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
 
 
-def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> dict[str, Any]:
-    """JSON-able; PSNR null where a video is the reference's very own."""
-    import jax
-
+def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "QualityRecord":
+    """Return the record of a candidate; PSNR is None where a video is the reference's very own."""
     from pipeline.requests.config import request_to_dict
-    from pipeline.runs.records import git_state, package_versions
+    from pipeline.runs.records import devices, environment
+    from splash_workbench.records.quality import QualityRecord
 
-    device = jax.devices()[0]
-    candidate = outcome.candidate
-    return {
-        "schema_version": 1,
-        "record_id": uuid.uuid4().hex,
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "label": "measured",
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "versions": package_versions(),
-        "git": git_state(),
-        "candidate": candidate.name,
-        "request": request_to_dict(candidate.request),
-        "parallel": dataclasses.asdict(candidate.parallel),
-        "prompts": list(settings.captions),
-        "seeds": list(settings.seeds),
-        "budget": dataclasses.asdict(candidate.budget)
-        if candidate.name != "reference"
-        else {"follows": settings.follows},
-        "psnr_db": [None if value == float("inf") else value for value in outcome.psnr_db],
-        "ssim": list(outcome.ssim),
-        "readings": [dataclasses.asdict(reading) for reading in outcome.readings],
-        "read_back": outcome.read_back,
-        "failures": failures,
-    }
+    candidate = outcome.variant
+    is_reference = candidate.name == "reference"
+    return QualityRecord(
+        label=Label.MEASURED,
+        device=devices(),
+        environment=environment(),
+        request=request_to_dict(candidate.request),
+        candidate=candidate.name,
+        parallel=dataclasses.asdict(candidate.parallel),
+        prompts=tuple(settings.captions),
+        seeds=tuple(settings.seeds),
+        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(candidate.budget),
+        psnr_db=tuple(None if value == float("inf") else value for value in outcome.psnr_db),
+        ssim=tuple(outcome.ssim),
+        readings=tuple(dataclasses.asdict(reading) for reading in outcome.readings),
+        read_back=outcome.read_back,
+        failures=tuple(failures),
+    )
 
 
-def _write_videos(settings: QualityConfig, videos: Any) -> None:
+def _write_videos(settings: QualityConfig, videos: Any, fps: int) -> None:
     from pipeline.quality.gate import to_uint8
     from pipeline.runs.video import write_mp4
 
@@ -182,7 +162,7 @@ def _write_videos(settings: QualityConfig, videos: Any) -> None:
     pairs = [(prompt, seed) for prompt in settings.captions for seed in settings.seeds]
     for (prompt, seed), video in zip(pairs, videos, strict=True):
         name = f"{prompt.replace(' ', '-')}-seed{seed}.mp4"
-        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), settings.fps)
+        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), fps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Compares ways to compute the same videos: each candidate against the reference, on the same prompts, seeds and noise.
+"""Compares ways to compute the same videos: each variant against the reference, on the same prompts, seeds and noise.
 
-A candidate is a name and keys of `pipeline.generate` (dtype, attention, parallel ...). Its videos are compared frame by
+A variant is a name and keys of `pipeline.generate` (dtype, attention, parallel ...). Its videos are compared frame by
 frame with the reference's (PSNR, SSIM), and read back (`pipeline.quality.read_back`).
 """
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -25,18 +25,16 @@ from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.quality.read_back import Reading, fractions, read_video
 from pipeline.requests.config import GenerateConfig, request_from_dict, request_to_dict, to_parallel, to_request
 from pipeline.requests.errors import PipelineError
-from pipeline.requests.plans import ParallelOptions
-from pipeline.requests.request import GenerateRequest
-from pipeline.stages.denoise import Denoiser
-from pipeline.stages.text import TextEncoder
-from pipeline.stages.vae import VaeDecoder
+from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.request import STAGES, GenerateRequest
+from pipeline.stages.stages import LoadedStages, StageContext, Stages
 
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a candidate must keep to. psnr_db, ssim: the least of any video. read_back: see `Outcome.failures`."""
+    """What a variant must keep to. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
 
     psnr_db: float
     ssim: float
@@ -44,8 +42,8 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One way to compute. request: all but prompt and seed count."""
+class QualityVariant:
+    """One way to compute the videos. request: all but prompt and seed count."""
 
     name: str
     request: GenerateRequest
@@ -53,16 +51,16 @@ class Candidate:
     budget: Budget
 
     @classmethod
-    def of(cls, name: str, settings: GenerateConfig, budget: Budget) -> "Candidate":
-        """Raises RequestError for settings that fit no request."""
-        return cls(name, to_request(settings), to_parallel(settings), budget)
+    def from_config(cls, name: str, config: GenerateConfig, budget: Budget) -> Self:
+        """Return the variant of a configuration. Raises RequestError where it fits no request."""
+        return cls(name, to_request(config), to_parallel(config), budget)
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A candidate beside the reference, one entry a video. psnr_db: infinite where the videos are the same."""
+class Comparison:
+    """A variant beside the reference, one entry a video. psnr_db: infinite where the videos are the same."""
 
-    candidate: Candidate
+    variant: QualityVariant
     psnr_db: tuple[float, ...]
     ssim: tuple[float, ...]
     readings: tuple[Reading, ...]
@@ -76,8 +74,8 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """Why the candidate is over its budget; empty where it is not."""
-        budget, found = self.candidate.budget, []
+        """Say why the variant is over its budget; empty where it is not."""
+        budget, found = self.variant.budget, []
         if not min(self.psnr_db) >= budget.psnr_db:
             found.append(f"PSNR {min(self.psnr_db):.1f} dB < {budget.psnr_db:g} dB")
         if not min(self.ssim) >= budget.ssim:
@@ -93,13 +91,13 @@ class Outcome:
         return found
 
 
-def compare(candidate: Candidate, videos: np.ndarray, reference: np.ndarray, captions: Sequence[str]) -> Outcome:
+def compare(variant: QualityVariant, videos: np.ndarray, reference: np.ndarray, captions: Sequence[str]) -> Comparison:
     """Float videos [videos, frames, height, width, 3] in [0, 1] beside the reference's."""
     psnr, ssim = zip(*(_similarity(one, other) for one, other in zip(videos, reference, strict=True)), strict=True)
     readings, reference_readings = (
         tuple(read_video(to_uint8(video)) for video in each) for each in (videos, reference)
     )
-    return Outcome(candidate, psnr, ssim, readings, reference_readings, tuple(captions))
+    return Comparison(variant, psnr, ssim, readings, reference_readings, tuple(captions))
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -131,40 +129,39 @@ def make_videos(
     all. Raises what the stages raise.
     """
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
-    dtype = getattr(torch, request.dtype)
-    guided = request.do_classifier_free_guidance
-    encoder = TextEncoder.load(checkpoint, dtype)
-    denoiser = Denoiser.load(checkpoint, dtype, request.attention, parallel, guided)
-    decoder = VaeDecoder.load(checkpoint, dtype)
-    geometry = LatentGeometry.of(request, checkpoint.config("transformer"), checkpoint.config("vae"))
+    stages = Stages(LoadedStages().get)
+    base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
+    geometry = LatentGeometry.from_request(request, checkpoint.config("transformer"), checkpoint.config("vae"))
     videos = []
     for prompt in prompts:
-        embeddings = encoder.encode([request.negative_prompt, prompt] if guided else [prompt])
+        prompted = dataclasses.replace(request, prompt=prompt)
+        embeddings = stages.encode(base, prompted.prompts)
         for seed in seeds:
             noise = torch.randn(geometry.shape, generator=torch.Generator().manual_seed(seed))
-            one = dataclasses.replace(request, prompt=prompt, seed=seed)
-            latents = denoiser.denoise(one, embeddings, latents=torch_to_numpy(noise.to(dtype)))
-            videos.append(decoder.decode(latents, quantize=False))
+            noise = noise.to(getattr(torch, request.dtype))
+            context = dataclasses.replace(base, request=dataclasses.replace(prompted, seed=seed))
+            latents = stages.denoise(context, embeddings, latents=torch_to_numpy(noise))
+            videos.append(stages.decode(context, latents, quantize=False))
             say(f"{len(videos)} of {len(prompts) * len(seeds)} videos")
     return np.stack(videos)
 
 
-def candidate_videos(
-    candidate: Candidate,
+def variant_videos(
+    variant: QualityVariant,
     prompts: Sequence[str],
     seeds: Sequence[int],
     cache_dir: Path | None = None,
     say: Say = lambda text: None,
 ) -> np.ndarray:
     """`make_videos` here, or, on a CPU that has too few devices for the plan, in a process that simulates them."""
-    wanted = candidate.parallel.num_devices or 1
+    wanted = variant.parallel.num_devices or 1
     if wanted <= jax.device_count() or jax.default_backend() != "cpu":
-        return make_videos(candidate.request, candidate.parallel, prompts, seeds, cache_dir, say)
+        return make_videos(variant.request, variant.parallel, prompts, seeds, cache_dir, say)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "videos.npy"
         job = {
-            "request": request_to_dict(candidate.request),
-            "parallel": dataclasses.asdict(candidate.parallel),
+            "request": request_to_dict(variant.request),
+            "parallel": dataclasses.asdict(variant.parallel),
             "prompts": list(prompts),
             "seeds": list(seeds),
             "cache_dir": str(cache_dir) if cache_dir else None,
@@ -179,7 +176,7 @@ def candidate_videos(
         )
         if done.returncode != 0:
             last_words = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise PipelineError(f"{candidate.name}: failed on {wanted} simulated devices ({last_words[0]})")
+            raise PipelineError(f"{variant.name}: failed on {wanted} simulated devices ({last_words[0]})")
         return np.load(output)
 
 

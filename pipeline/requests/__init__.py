@@ -1,1 +1,1 @@
-"""What is asked for: request, configuration, names, batches, parallel plans."""
+"""What is asked for: request, configuration, names, batches, models, parallelism."""

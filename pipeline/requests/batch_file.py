@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,6 @@ from pipeline.requests.request import GenerateRequest
 from pipeline.requests.run_names import run_name
 
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)))
-
-
-class BatchFileError(RequestError):
-    """Lines of a batch's file that are not valid. errors: one message each, with file and line."""
-
-    def __init__(self, errors: Sequence[str]):
-        super().__init__("; ".join(errors))
-        self.errors = tuple(errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +23,9 @@ class Entry:
 
 
 def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
-    """The checked lines of a JSON-lines file; keys that a line leaves out are those of `config`.
+    """Read and check the lines of a JSON-lines file; keys that a line leaves out are those of `config`.
 
-    Raises BatchFileError with all that is wrong.
+    Raises RequestError, with a message for each line that is wrong.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other breaks, which a string may hold
@@ -63,7 +54,7 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     if not entries and not errors:
         errors.append(f'{path}: holds no prompts; expected lines like {{"prompt": "a cat", "seed": 1}}')
     if errors:
-        raise BatchFileError(errors)
+        raise RequestError(*errors)
     return entries
 
 

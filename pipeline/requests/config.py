@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.requests.errors import RequestError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.run_options import RunOptions
 from splash_attn.types import BlockSizes, Variant
@@ -34,22 +35,26 @@ class ParallelConfig:
 
 @dataclasses.dataclass
 class GenerateConfig:
-    """Keys of the command line. Types are checked by Hydra, values by `GenerateRequest`."""
+    """Keys of the command line. Types are checked by Hydra, values by `GenerateRequest`.
+
+    model: whose defaults hold for what is None, unless the checkpoint is another model's.
+    """
 
     prompt: str = ""
     prompts: str | None = None
     negative_prompt: str = ""
+    model: str = "tiny"
     checkpoint: str = "tiny"
     revision: str | None = None
-    dtype: str = "float32"
-    height: int = 64
-    width: int = 96
-    num_frames: int = 17
-    fps: int = 8
-    num_inference_steps: int = 8
-    guidance_scale: float = 4.0
-    use_dynamic_cfg: bool = False
-    scheduler: str = "checkpoint"
+    dtype: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    use_dynamic_cfg: bool | None = None
+    scheduler: str | None = None
     seed: int = 42
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -71,42 +76,47 @@ class GenerateConfig:
 
 
 def to_request(config: GenerateConfig) -> GenerateRequest:
-    """The checked request of a resolved configuration. Raises RequestError."""
-    attention = config.attention
+    """Return the checked request of a resolved configuration. Raises RequestError."""
     try:
-        options = AttentionOptions(
-            implementation=attention.implementation,  # type: ignore[arg-type] # checked by AttentionOptions
-            k_smooth=attention.k_smooth,
-            block_sizes=BlockSizes(**attention.block_sizes) if attention.block_sizes is not None else None,
-            variant=Variant(**attention.variant) if attention.variant is not None else None,
-            qk_dtype=attention.qk_dtype,  # type: ignore[arg-type] # checked by AttentionOptions
-        )
+        attention = _attention_options(vars(config.attention))
     except RequestError:
         raise
     except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
         raise RequestError(f"attention: {error}") from error
     names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
-    return GenerateRequest(**{name: getattr(config, name) for name in names}, attention=options)
+    fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
+    return GenerateRequest(**fields, attention=attention)
+
+
+def _attention_options(fields: Mapping[str, Any]) -> AttentionOptions:
+    """Return the options of a mapping in which block_sizes and variant are mappings, or None."""
+    fields = dict(fields)
+    for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
+        fields[name] = kind(**fields[name]) if fields[name] is not None else None
+    return AttentionOptions(**fields)
+
+
+def request_field(name: str, *, _root_: Any) -> Any:
+    """Return a field of the request that a configuration makes: for --help, where it is ${request:height}."""
+    fields = {field: _root_[field] for field in ("checkpoint", *MODEL_FIELDS)}
+    return fill_in_defaults(fields, _root_.model)[name]
 
 
 def request_to_dict(request: GenerateRequest) -> dict[str, Any]:
-    """JSON-able."""
+    """Return a request as JSON-able fields."""
     return dataclasses.asdict(request)
 
 
 def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
-    """The inverse of `request_to_dict`."""
-    attention = dict(fields["attention"])
-    for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
-        attention[name] = kind(**attention[name]) if attention[name] is not None else None
-    return GenerateRequest(**{**fields, "attention": AttentionOptions(**attention)})
+    """Invert `request_to_dict`."""
+    return GenerateRequest(**{**fields, "attention": _attention_options(fields["attention"])})
 
 
 def to_parallel(config: GenerateConfig) -> ParallelOptions:
-    """The checked parallel options of a resolved configuration. Raises RequestError."""
+    """Return the checked parallel options of a resolved configuration. Raises RequestError."""
     return ParallelOptions(**dataclasses.asdict(config.parallel))
 
 
-def to_options(config: GenerateConfig) -> RunOptions:
-    """The checked options of a resolved configuration. Raises RequestError."""
+def to_run_options(config: GenerateConfig) -> RunOptions:
+    """Return the checked run options of a resolved configuration. Raises RequestError."""
     return RunOptions(config.resume, to_parallel(config), config.checkpoint_every, config.preview_every)

@@ -1,8 +1,10 @@
-"""What can go wrong for a user's reason. The command line shows these as one line; anything else is a bug of ours."""
+"""Errors of the pipeline that the user can put right."""
+
+from splash_workbench.errors import UserError
 
 
-class PipelineError(Exception):
-    """Base of the errors whose message is enough for the user: what was given, what was expected, what to do."""
+class PipelineError(UserError):
+    """Base of the pipeline's errors: the message says what was given, what was expected, and what to do."""
 
 
 class RequestError(PipelineError, ValueError):

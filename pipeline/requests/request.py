@@ -1,9 +1,11 @@
-"""What the user asks for, checked once, before any work."""
+"""The request for one video, checked once, before any work."""
 
 import dataclasses
 from typing import Any, Literal, get_args
 
 from pipeline.requests.errors import RequestError
+from pipeline.requests.models import fill_in_defaults
+from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
 SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
@@ -16,11 +18,11 @@ Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["checkpoint", "ddim", "dpm"]
-Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
+_OF_MODEL: Any = None  # filled in by __post_init__
 
 
 def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
-    """The one or two values `k * multiple + offset` (k >= 1, or k >= 0 with an offset) nearest around `value`."""
+    """Return the one or two `k * multiple + offset` (k >= 1, or k >= 0 with an offset) nearest around `value`."""
     smallest = offset or multiple
     below = (value - offset) // multiple * multiple + offset
     return sorted({max(below, smallest), max(below + multiple, smallest)})
@@ -80,26 +82,29 @@ class GenerateRequest:
     checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width:
     pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps:
     frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX
-    scheduler built from its configuration. Raises RequestError.
+    scheduler built from its configuration. What is left out, or None, is as `pipeline.requests.models` says for the
+    checkpoint. Raises RequestError.
     """
 
     prompt: str
     checkpoint: str = "tiny"
     negative_prompt: str = ""
     revision: str | None = None
-    height: int = 64
-    width: int = 96
-    num_frames: int = 17
-    num_inference_steps: int = 8
-    guidance_scale: float = 4.0
-    use_dynamic_cfg: bool = False
+    height: int = _OF_MODEL
+    width: int = _OF_MODEL
+    num_frames: int = _OF_MODEL
+    num_inference_steps: int = _OF_MODEL
+    guidance_scale: float = _OF_MODEL
+    use_dynamic_cfg: bool = _OF_MODEL
     seed: int = 42
-    fps: int = 8
-    dtype: Dtype = "float32"
-    scheduler: Scheduler = "checkpoint"
+    fps: int = _OF_MODEL
+    dtype: Dtype = _OF_MODEL
+    scheduler: Scheduler = _OF_MODEL
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
 
     def __post_init__(self) -> None:
+        for name, value in fill_in_defaults(vars(self)).items():
+            object.__setattr__(self, name, value)
         prompt, checkpoint = (
             'some text, e.g. prompt="a red circle moves right"',
             "tiny, tiny-random, a folder, or a Hub id",
@@ -141,13 +146,18 @@ class GenerateRequest:
         _require_choice("scheduler", self.scheduler, Scheduler)
 
     @property
+    def prompts(self) -> list[str]:
+        """What the text stage encodes: the negative prompt and the prompt with guidance, else the prompt."""
+        return [self.negative_prompt, self.prompt] if self.do_classifier_free_guidance else [self.prompt]
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the negative prompt is used at all (as diffusers: guidance above 1)."""
         return self.guidance_scale > 1.0
 
 
 def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:
-    """Stage names, as "text,denoise" or a sequence, to the stages in the order they run. Raises RequestError."""
+    """Parse stage names, as "text,denoise" or a sequence, into the order they run. Raises RequestError."""
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
     unknown = [name for name in names if name not in STAGES]
     _require(

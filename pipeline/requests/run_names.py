@@ -26,7 +26,7 @@ _MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longe
 
 
 def run_name(request: GenerateRequest, name: str | None = None, line: int = 1) -> str:
-    """A folder's name: `name` with its {fields} filled in, DEFAULT_NAME without it.
+    """Return a folder's name: `name` with its {fields} filled in, DEFAULT_NAME without it.
 
     Fields are those of NAME_FIELDS: slug is the beginning of the prompt, digest tells apart what differs in anything
     but fps, line is that of the batch's file. Raises RequestError.

@@ -3,7 +3,7 @@
 import dataclasses
 
 from pipeline.requests.errors import RequestError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 
 MAX_EVERY = 1000  # steps
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
-from pipeline.requests.batch_file import BatchFileError, Entry
-from pipeline.requests.errors import DeviceMemoryError, PipelineError
+from pipeline.requests.batch_file import Entry
+from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
 from pipeline.requests.request import Stage
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs.job import GenerateResult, Job, identities
-from pipeline.runs.run_stage import LoadedStages
+from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
+from pipeline.stages.stages import LoadedStages, Stages
 from splash_workbench.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 
 @dataclasses.dataclass(eq=False)
 class Item:
-    """A line of the batch, and what became of it.
+    """A line of the batch, and its result.
 
     error: why it failed, in one line. time_s: spent on it in this run, with what it was the first to load and compile.
     """
 
     entry: Entry
-    job: Job
+    run: RequestRun
     status: Status = "waiting"
     error: str | None = None
     result: GenerateResult | None = None
@@ -53,10 +53,10 @@ def prepare(
     path: Path,
     stages: Sequence[Stage],
     output_dir: Path,
-    options: RunOptions,
+    run_options: RunOptions,
     cache_dir: Path | None = None,
 ) -> list[Item]:
-    """Entries of the file `path`, checked against the checkpoints, devices and folders here. Raises BatchFileError."""
+    """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
     checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
@@ -66,13 +66,13 @@ def prepare(
         try:
             if which not in checkpoints:
                 checkpoint = resolve_checkpoint(*which, cache_dir)
-                checkpoints[which] = checkpoint, identities(checkpoint, stages)
-            job = Job.prepare(request, stages, output_dir / entry.name, *checkpoints[which], options)
-            items.append(Item(entry, job))
+                checkpoints[which] = checkpoint, checkpoint.identities(*needed_stages(stages))
+            run = RequestRun.prepare(request, stages, output_dir / entry.name, *checkpoints[which], run_options)
+            items.append(Item(entry, run))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:
-        raise BatchFileError(errors)
+        raise RequestError(*errors)
     return items
 
 
@@ -86,27 +86,26 @@ class Batch:
     def __init__(
         self,
         items: Sequence[Item],
-        options: RunOptions,
         results_path: Path | None = None,
         progress: Progress = no_progress,
         say: Callable[[str, str], None] = lambda place, text: None,
     ):
         self.items = list(items)
-        self._options = options
         self._results_path = results_path
         self._progress = progress
         self._say = say
         self._loaded = LoadedStages()
+        self._stages = Stages(self._loaded.get)
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
-    def run(self) -> None:
+    def run_all(self) -> None:
         """Run every item to its end; the module's docstring tells in which order."""
         for item in self.items:
-            finished = item.job.finished() if self._options.resume else None
+            finished = item.run.finished() if item.run.run_options.resume else None
             if finished is not None:
                 item.status, item.result = "finished before", finished
                 self._tell(item, f"finished before, skipped: {finished.video_path}")
-        stages = self.items[0].job.stages
+        stages = self.items[0].run.stages
         if "text" in stages:
             for item in self._in_order("text"):
                 self._tell(item, "")
@@ -131,19 +130,19 @@ class Batch:
         return [item for item in self.items if item.status == "waiting"]
 
     def _in_order(self, stage: Stage) -> list[Item]:
-        """As in the file, but for those that can take what an earlier one has loaded: they follow it."""
+        """Return waiting items in the file's order, those that share what an earlier one loads right behind it."""
         items = self._waiting()
-        groups = list(dict.fromkeys(item.job.shared[stage] for item in items))
-        return sorted(items, key=lambda item: groups.index(item.job.shared[stage]))
+        groups = list(dict.fromkeys(item.run.loaded_keys[stage] for item in items))
+        return sorted(items, key=lambda item: groups.index(item.run.loaded_keys[stage]))
 
     def _attempt(self, item: Item, stage: Stage) -> None:
         """Run a stage of an item that has not failed. It stays "waiting" while stages of it are to be run."""
         if item.status != "waiting":
             return
-        job, start = item.job, time.perf_counter()
+        run, start = item.run, time.perf_counter()
         try:
             try:
-                job.run(stage, self._loaded, self._options, self._progress)
+                run.run_stage(stage, self._stages, self._progress)
             except DeviceMemoryError:
                 if not (self._loaded.holds("denoise") and self._loaded.holds("vae")):
                     raise
@@ -152,11 +151,11 @@ class Batch:
                 self._loaded.drop("vae")
                 if stage == "vae":
                     return  # its turn comes when all are denoised
-                job.run(stage, self._loaded, self._options, self._progress)
-            if stage == job.stages[-1]:
-                item.result = job.finish(self._options, self._results_path)
+                run.run_stage(stage, self._stages, self._progress)
+            if stage == run.stages[-1]:
+                item.result = run.finish(self._results_path)
                 item.status = "done"
-                (job.run_dir / ERROR_NAME).unlink(missing_ok=True)
+                (run.run_dir / ERROR_NAME).unlink(missing_ok=True)
                 self._tell(item, f"done: {item.result.video_path or item.result.run_dir}")
         except Exception as error:
             self._fail(item, stage, error)
@@ -177,10 +176,10 @@ class Batch:
             "error": str(error),
             "type": type(error).__name__,
             "traceback": None if expected else traceback.format_exception(error),
-            "request": dataclasses.asdict(item.job.request),
+            "request": dataclasses.asdict(item.run.request),
         }
         with contextlib.suppress(OSError):  # e.g. a full disk, which may be what failed
-            write_json(item.job.run_dir / ERROR_NAME, record)
+            write_json(item.run.run_dir / ERROR_NAME, record)
 
     def _tell(self, item: Item, text: str) -> None:
         self._say(f"[{self.items.index(item) + 1} of {len(self.items)}]", text)

@@ -1,4 +1,4 @@
-"""What a stage leaves on disk, and whether it belongs to the request at hand.
+"""Stages' outputs on disk, and whether they belong to the request at hand.
 
 A stage's output is `<stage>.safetensors` (the arrays) and `<stage>.json` (what they were made from, and timings). Both
 carry the same fingerprint, so that a crash between the two writes is noticed.
@@ -37,7 +37,7 @@ class StageKey:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def differences(self, saved: Mapping[str, Any]) -> str:
-        """How saved fields differ from these, for a message."""
+        """Say how saved fields differ from these, for a message."""
         names = sorted(set(self.fields) | set(saved))
         return "; ".join(
             f"{name}: saved {saved.get(name)!r}, wanted {self.fields.get(name)!r}"
@@ -47,7 +47,7 @@ class StageKey:
 
 
 def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage, str]) -> StageKey:
-    """The key of a stage's output. identities: of the checkpoint's parts, for this stage and those before it."""
+    """Return the key of a stage's output. identities: of the checkpoint's parts, for this stage and those before it."""
     guided = request.do_classifier_free_guidance
     fields: dict[str, Any] = {
         "prompt": request.prompt,
@@ -90,7 +90,7 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
 
 
 def check_stage(folder: Path, key: StageKey) -> None:
-    """Raises StageOutputError, saying why, unless the stage's saved output is whole and belongs to `key`."""
+    """Check that the stage's saved output is whole and belongs to `key`. Raises StageOutputError, saying why not."""
     stage, path = key.stage, folder / f"{key.stage}.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
@@ -108,14 +108,14 @@ def check_stage(folder: Path, key: StageKey) -> None:
 
 
 def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
-    """A stage's saved arrays. Raises StageOutputError unless they are whole and belong to `key`."""
+    """Load a stage's saved arrays. Raises StageOutputError unless they are whole and belong to `key`."""
     check_stage(folder, key)
     with _open(folder, key.stage) as file:
         return {name: torch_to_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
 def load_details(folder: Path, stage: Stage) -> dict[str, Any]:
-    """What the JSON file of a stage's saved output says, after `check_stage`. Timings are marked as reused."""
+    """Load the JSON file of a stage's saved output, after `check_stage`. Timings are marked as reused."""
     details = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
     return {**details, "timings": StageTimings(**{**details["timings"], "reused": True})}
 

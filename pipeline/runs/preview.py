@@ -22,7 +22,7 @@ _PERCENTILES = (1, 99)
 
 
 def latent_picture(latents: np.ndarray, max_side: int) -> Any:
-    """The middle frame of latents [1, frames, channels, height, width] as a PIL image.
+    """Return the middle frame of latents [1, frames, channels, height, width] as a PIL image.
 
     Red, green and blue are the three directions in which its channels vary most (principal components): shapes and
     motion are the video's, colours are not. Each keeps its sign by its largest part, so that colours do not flip from
@@ -35,7 +35,7 @@ def latent_picture(latents: np.ndarray, max_side: int) -> Any:
 
 
 def contact_sheet(latents: np.ndarray) -> Any:
-    """Up to 9 frames, spread evenly over latents [1, frames, channels, height, width], as one PIL image, row by row.
+    """Return up to 9 frames, spread evenly over latents [1, frames, channels, height, width], as one PIL image.
 
     Colours are as in `latent_picture`, the same in all frames.
     """
@@ -51,7 +51,7 @@ def contact_sheet(latents: np.ndarray) -> Any:
 
 
 def _project(frames: np.ndarray) -> np.ndarray:
-    """Latents [frames, channels, height, width] -> uint8 [frames, height, width, 3]."""
+    """Project latents [frames, channels, height, width] to uint8 [frames, height, width, 3]."""
     num_frames, channels, height, width = frames.shape
     pixels = frames.swapaxes(0, 1).reshape(channels, -1).astype(np.float32)
     pixels = pixels - pixels.mean(axis=1, keepdims=True)

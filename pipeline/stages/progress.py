@@ -44,7 +44,7 @@ Progress = Callable[[StageEvent], None]
 
 
 def no_progress(event: StageEvent) -> None:
-    """The Progress of who does not want to know."""
+    """Ignore an event: the no-op Progress."""
 
 
 _recorder: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("recorder", default=None)
@@ -52,7 +52,7 @@ _recorder: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def tracing(recorder: "Recorder | None") -> Iterator[None]:
-    """Within the block every stage that runs is profiled, without its loading and compiling: a session each."""
+    """Profile every stage that runs in the block, without its loading and compiling: a session each."""
     option = "jax_compilation_cache_include_metadata_in_key"
     token, before = _recorder.set(recorder), jax.config.values[option]
     if recorder is not None:  # a cached program may be of before a scope was named
@@ -65,13 +65,13 @@ def tracing(recorder: "Recorder | None") -> Iterator[None]:
 
 
 def recorder_of(settings: Any, request: GenerateRequest) -> "Recorder | None":
-    """For `tracing`, by the keys profile, logdir and profile_run of a command line; None without profile=true.
+    """Return a recorder for `tracing` from a command line's profile, logdir and profile_run; None without profile=true.
 
     A run that is not named gets a name of what decides its time. Raises RequestError for one that cannot be a folder's.
     """
     if not settings.profile:
         return None
-    from splash_workbench.cli import UserError
+    from splash_workbench.errors import UserError
     from splash_workbench.profiles.sessions import Recorder, safe_name
 
     attention, plan = request.attention, settings.parallel.plan

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.torch
-import torch
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
@@ -40,7 +39,7 @@ class DenoiseState:
     step_times_s: list[float]
 
     def to_bytes(self, fingerprint: str) -> bytes:
-        """As safetensors, with what it belongs to."""
+        """Encode as safetensors, with what it belongs to."""
         arrays = {
             "sample": self.sample,
             "x0": self.x0,
@@ -53,7 +52,7 @@ class DenoiseState:
 
 
 class StateFile:
-    """Where one denoise stage keeps its state while it runs.
+    """The file in which one denoise stage keeps its state while it runs.
 
     With several processes all call every method alike; the first reads and writes, so that only it need see the folder.
 
@@ -70,7 +69,7 @@ class StateFile:
         self.resumed_at_step: int | None = None
 
     def load(self) -> DenoiseState | None:
-        """The saved state, None where there is none of this fingerprint."""
+        """Read the saved state, None where there is none of this fingerprint."""
         state = _parse(_from_first_process(self._path), self._fingerprint, self._path) if self._resume else None
         if state is not None:
             self.resumed_at_step = state.step
@@ -78,7 +77,7 @@ class StateFile:
         return state
 
     def due(self, step: int, step_times_s: list[float]) -> bool:
-        """Whether the state should be saved after this step. step_times_s: of all steps done so far."""
+        """Return whether the state should be saved after this step. step_times_s: of all steps done so far."""
         if self._every is None and len(step_times_s) >= 2:  # the first may be longer
             interval = math.ceil(TARGET_INTERVAL_S / max(step_times_s[-1], 1e-6))
             self._every = int(_agreed(np.asarray(min(interval, 1000), np.int32)))
@@ -95,7 +94,7 @@ class StateFile:
             logger.warning("denoise: step %d could not be saved in %s (%s)", state.step, self._path, error.strerror)
 
     def remove(self) -> None:
-        """Call when the stage's own output is safe."""
+        """Remove the state, once the stage's own output is safe."""
         if jax.process_index() == 0:
             self._path.unlink(missing_ok=True)
             remove_leftovers(self._path)
@@ -117,7 +116,7 @@ def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:
 
 
 def _from_first_process(path: Path) -> bytes:
-    """A file's content as the first process sees it, on every process; empty where it is not."""
+    """Return a file's content as the first process sees it, on every process; empty without the file."""
     data = b""
     if jax.process_index() == 0 and path.exists():
         data = path.read_bytes()
@@ -131,13 +130,3 @@ def _from_first_process(path: Path) -> bytes:
 
 def _agreed(value: np.ndarray) -> Any:
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
-
-
-def generator_state(generator: torch.Generator) -> np.ndarray:
-    """uint8, for `restore_generator`."""
-    return generator.get_state().numpy().copy()
-
-
-def restore_generator(generator: torch.Generator, state: np.ndarray) -> None:
-    """The inverse of `generator_state`."""
-    generator.set_state(torch.from_numpy(state))

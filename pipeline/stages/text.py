@@ -45,7 +45,7 @@ class TextEncoder:
     def encode(
         self, prompts: Sequence[str], timings: StageTimings | None = None, progress: Progress = no_progress
     ) -> np.ndarray:
-        """Embeddings [len(prompts), max_text_seq_length, text_embed_dim] in the encoder's dtype.
+        """Return embeddings [len(prompts), max_text_seq_length, text_embed_dim] in the encoder's dtype.
 
         Prompts are padded, or cut with a warning, to max_text_seq_length tokens; padding is not masked: CogVideoX was
         trained so. Raises NonFiniteError.
@@ -80,12 +80,12 @@ class TextEncoder:
 
 
 def encode_program(encoder: torch.nn.Module, everywhere: NamedSharding) -> Any:
-    """`(weights, token ids [prompts, tokens]) -> embeddings` of a stock T5 encoder, the result everywhere."""
+    """Return `(weights, token ids [prompts, tokens]) -> embeddings` of a stock T5 encoder, the result everywhere."""
     return jax.jit(jax.named_scope("text")(jax_function(encoder, _last_hidden_state)), out_shardings=everywhere)
 
 
 def weight_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
-    """Matrices are split by rows over as many devices as divide them: T5-XXL is 9 GB, and each prompt reads it once."""
+    """Split matrices by rows over as many devices as divide them: T5-XXL is 9 GB, and each prompt reads it once."""
     if len(shape) < 2:
         return NamedSharding(split_mesh(devices, 1), PartitionSpec())
     return NamedSharding(split_mesh(devices, shape[0]), PartitionSpec(SPLIT))
@@ -96,7 +96,7 @@ def _last_hidden_state(module: torch.nn.Module, token_ids: torch.Tensor) -> torc
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The T5 tokenizer of a checkpoint. Raises CheckpointError."""
+    """Read the T5 tokenizer of a checkpoint. Raises CheckpointError."""
     from transformers import T5Tokenizer
 
     folder = checkpoint.part("tokenizer")

@@ -25,7 +25,7 @@ from pipeline.requests.errors import NonFiniteError
 from pipeline.stages.progress import Progress, StageTimings, StepClock, no_progress
 
 DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
-#: Of the cache: [resnets, frames, columns, rows, strips, channels].
+#: Of the cache, [resnets, frames, columns, rows, strips, channels].
 CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 
 
@@ -37,7 +37,7 @@ class VaeDecoder:
         self._weights = loaded.weights
         self._devices = devices
         self._frame_batch_size = int(module.num_latent_frames_batch_size)
-        self._shape = DecoderShape.of(module.config)
+        self._shape = DecoderShape.from_config(module.config)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
@@ -61,7 +61,7 @@ class VaeDecoder:
         progress: Progress = no_progress,
         quantize: bool = True,
     ) -> np.ndarray:
-        """Frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
+        """Decode to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
 
         latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever `progress` raises,
         which is called once a batch of latent frames.
@@ -89,7 +89,7 @@ class VaeDecoder:
     def _compile(
         self, batches: Sequence[jax.Array], quantize: bool, timings: StageTimings, progress: Progress
     ) -> list[Any]:
-        """The compiled program of each batch; all but the first are the same one. New ones compile side by side."""
+        """Return the compiled program of each batch; all but the first share one. New ones compile side by side."""
         keys = [(batch.shape, batch.dtype, index == 0, quantize) for index, batch in enumerate(batches)]
         if not set(keys) <= set(self._compiled):
             with timings.measure("compile", progress):
@@ -108,7 +108,7 @@ class VaeDecoder:
 
 
 def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:
-    """(weights, latents of a batch, cache) -> (frames, cache, whether all is finite), under jit, the cache donated.
+    """Return (weights, latents of a batch, cache) -> (frames, cache, is all finite) under jit, the cache donated.
 
     sharding: of the latents [1, frames, channels, height, width], as `latent_sharding` makes it.
     """
@@ -140,13 +140,13 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
 
 
 def cache_like(cache: Any, sharding: NamedSharding) -> Any:
-    """Abstract arrays of a cache, split as the program returns it. sharding: of the latents."""
+    """Return abstract arrays of a cache, split as the program returns it. sharding: of the latents."""
     sharding = NamedSharding(sharding.mesh, CACHE_SPEC)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
 
 def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
-    """Latents [1, frames, channels, height, width] split along width or height over as many devices as divide it."""
+    """Split latents [1, frames, channels, height, width] by width or height over as many devices as divide it."""
     *_, height, width = shape
     by_width, by_height = split_mesh(devices, width), split_mesh(devices, height)
     if by_width.shape[SPLIT] >= by_height.shape[SPLIT]:
@@ -155,7 +155,7 @@ def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> Name
 
 
 def frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
+    """Yield start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
     start, stop = 0, min(batch_size + num_frames % batch_size, num_frames)
     while start < num_frames:
         yield start, stop

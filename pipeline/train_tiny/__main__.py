@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
-from pipeline.runs.records import git_state, package_versions
+from pipeline.runs.records import environment
 from pipeline.train_tiny.training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, write_json
 
 PROVENANCE_NAME = "training.json"
@@ -59,17 +58,11 @@ class TrainTinyConfig:
     transformer: LoopSchema = dataclasses.field(default_factory=LoopSchema)
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
-    quiet_jax_without_accelerator()
-    cli.store_schema("train_tiny_schema", TrainTinyConfig)
-    return cli.run("train_tiny", _command)
-
-
-def _command(config: DictConfig) -> int:
+@cli.command("train_tiny", TrainTinyConfig)
+def main(settings: TrainTinyConfig) -> int:
+    """Run the command; return its exit code."""
     logging.basicConfig(format="  %(message)s", level=logging.INFO)
     torch.set_num_threads(1)
-    settings: Any = OmegaConf.to_object(config)
     train(settings)
     return 0
 
@@ -142,8 +135,7 @@ def train(settings: TrainTinyConfig) -> None:
         "settings": {name: value for name, value in asked_for.items() if name not in ("folder", "work_dir")},
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
-        "git": git_state(),
-        "versions": package_versions(),
+        "environment": dataclasses.asdict(environment()),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
         "scaling_factor": scaling_factor,
         "started_from": begun,
@@ -173,7 +165,7 @@ def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Pa
 def _check_same(path: Path, settings: dict[str, Any]) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("folder", "work_dir")}
     if path.exists() and json.loads(path.read_text()) != settings:
-        raise cli.UserError(f"work_dir={str(path.parent)!r}: holds a run with other settings; expected another folder")
+        raise UserError(f"work_dir={str(path.parent)!r}: holds a run with other settings; expected another folder")
     write_json(path, settings)
 
 

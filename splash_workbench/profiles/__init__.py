@@ -1,1 +1,1 @@
-"""Profiles (XSpace): their messages, reading them, and where they go."""
+"""Reads and writes profiles (XSpace)."""

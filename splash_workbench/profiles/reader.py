@@ -1,4 +1,4 @@
-"""What a profile holds: the time of each op and named scope, of each step, on a device plane or on the host's.
+"""Reads a profile: the time of each op and named scope, of each step, on a device plane or on the host's.
 
 A TPU writes a plane for each core, "/device:TPU:0", whose ops carry their scope. XLA's CPU backend writes its ops among
 the host's threads, with the names of program and HLO op; the scope is in the HLO that the profiler saves beside them.
@@ -10,29 +10,26 @@ import collections
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from splash_workbench.profiles.messages import message
+from google.protobuf.message import DecodeError
+
+from splash_workbench.profiles.scopes import Programs, named_scope, read_stats
+from splash_workbench.profiles.xla_pb2 import XEvent, XLine, XPlane, XSpace
 
 SUFFIX = ".xplane.pb"
 _DEVICE_PLANE = "/device:"
 _CORE_PLANE = re.compile(r"^/device:[A-Za-z]+:\d+$")  # not "/device:TPU:0 SparseCore 1", nor "/device:CUSTOM:..."
-_HOST_PLANE, _METADATA_PLANE = "/host:CPU", "/host:metadata"
+_HOST_PLANE = "/host:CPU"
 _OPS_LINE, _STEPS_LINE, _MODULES_LINE = "XLA Ops", "Steps", "XLA Modules"
-_HLO_STAT = "Hlo Proto"
 #: Stat of a device plane that no device wrote.
 PREDICTED_STAT = "predicted"
 _ENDED = "end: "
 #: Ops whose time is that of the ops that they run.
 _CONTROL_FLOW = frozenset(("while", "conditional", "call"))
-#: Parts of an op_name that JAX adds, not the author of the program.
-_ADDED = frozenset(
-    "while body cond closed_call shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
-)
 _NUMBER = re.compile(r"\.\d+$")
-_NO_SCOPE = re.compile(r"\(|->|^branch_\d+_fun$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,13 @@ class Step:
     start_ps: int
     duration_ps: int
 
+    def contains(self, op: Op) -> bool:
+        """Return whether an op of the same plane starts within the step."""
+        return self.start_ps <= op.start_ps < self.start_ps + self.duration_ps
+
+
+_Timed = TypeVar("_Timed", Op, Step)
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -97,171 +101,91 @@ class Profile:
 
     @property
     def planes(self) -> tuple[str, ...]:
-        """Names of the planes that have ops; device planes where there are any."""
+        """Return the names of the planes that have ops; device planes where there are any."""
         return tuple(sorted({op.plane for op in self.ops}))
 
     @property
     def on_device(self) -> bool:
-        """Whether the times are a device's (or predicted for one), not those of XLA's CPU backend."""
+        """Return whether the times are a device's (or predicted for one), not those of XLA's CPU backend."""
         return any(plane.startswith(_DEVICE_PLANE) for plane in self.planes)
 
     def matching(self, text: str) -> tuple[Op, ...]:
-        """The ops whose name or scope contains `text`, in the order of their start."""
+        """Return the ops whose name or scope contains `text`, in the order of their start."""
         return tuple(op for op in self.ops if text in op.name or text in op.scope)
 
-    def seconds_by(self, key: Callable[[Op], str], ops: Iterable[Op] | None = None) -> dict[str, float]:
-        """Self seconds summed by a key, longest first; the mean over planes, as they run the same at the same time."""
+    def seconds_by_scope(self, ops: Iterable[Op] | None = None) -> dict[str, float]:
+        """Return self seconds by scope, longest first; the mean over planes, as they run the same at the same time."""
         sums: collections.Counter[str] = collections.Counter()
         for op in self.ops if ops is None else ops:
-            sums[key(op)] += op.self_ps
+            sums[op.scope] += op.self_ps
         planes = max(len(self.planes), 1)
-        return {name: ps / planes / 1e12 for name, ps in sums.most_common()}
-
-    def seconds_by_scope(self, ops: Iterable[Op] | None = None) -> dict[str, float]:
-        """Self seconds by scope, longest first."""
-        return self.seconds_by(lambda op: op.scope, ops)
-
-    def module_seconds(self, text: str = "") -> list[float]:
-        """Seconds of each run of the programs whose name contains `text`, on the first plane. Device planes only."""
-        runs = [run for run in self.modules if text in run.program and run.plane == self.planes[0]]
-        return [run.duration_ps / 1e12 for run in runs]
+        return {scope: ps / planes / 1e12 for scope, ps in sums.most_common()}
 
     def ops_by_step(self) -> list[tuple[Step, tuple[Op, ...]]]:
-        """Each step with the ops that started within it, on every plane. Its time is the mean over planes."""
+        """Return each step with the ops that started within it, on every plane. Its time is the mean over planes."""
         planes: dict[tuple[str, int], list[Step]] = collections.defaultdict(list)
         for step in self.steps:
             planes[step.name, step.number].append(step)
         found = []
         for steps in planes.values():
-            inside = [op for step in steps for op in self._within(step)]
+            inside = [op for step in steps for op in self.ops if op.plane == step.plane and step.contains(op)]
             mean_ps = round(statistics.mean(step.duration_ps for step in steps))
             found.append((dataclasses.replace(steps[0], duration_ps=mean_ps), tuple(inside)))
         return found
 
-    def _within(self, step: Step) -> Iterator[Op]:
-        end = step.start_ps + step.duration_ps
-        return (op for op in self.ops if op.plane == step.plane and step.start_ps <= op.start_ps < end)
-
-    def step_time_s(self) -> float | None:
-        """Median of the steps, None without any."""
-        return statistics.median(step.duration_ps for step in self.steps) / 1e12 if self.steps else None
-
 
 def read(path: Path) -> Profile:
-    """Reads an .xplane.pb. Raises as `parse`."""
+    """Return the Profile of an .xplane.pb. Raises as `parse`."""
     return from_space(parse(path), path.name.removesuffix(SUFFIX))
 
 
-def parse(path: Path) -> Any:
-    """The XSpace message of an .xplane.pb, see splash_workbench.profiles.messages.
+def parse(path: Path) -> XSpace:
+    """Return the message of an .xplane.pb.
 
     Raises:
       OSError: there is no such file.
       ValueError: it is not an xplane.
     """
-    from google.protobuf.message import DecodeError
-
     try:
-        return message("XSpace").FromString(path.read_bytes())
+        return XSpace.FromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(f"{path}: expected an xplane written by the JAX profiler ({error}).") from error
 
 
-def from_space(space: Any, host: str) -> Profile:
-    """Return the Profile of an XSpace (see `messages`). The host's ops count only where there is no device plane."""
-    programs = _Programs(space)
-    device_planes = [plane for plane in space.planes if _CORE_PLANE.match(plane.name) and _has_line(plane, _OPS_LINE)]
-    predicted = any(PREDICTED_STAT in _stats(plane, plane.stats) for plane in device_planes)
+def from_space(space: XSpace, host: str) -> Profile:
+    """Return the Profile of a message. The host's ops count only where there is no device plane."""
+    programs = Programs(space)
+    cores = [
+        plane
+        for plane in space.planes
+        if _CORE_PLANE.match(plane.name) and any(line.name == _OPS_LINE for line in plane.lines)
+    ]
     ops: list[Op] = []
     steps: list[Step] = []
     modules: list[Op] = []
-    for plane in device_planes:
+    for plane in cores:
         for line in plane.lines:
             if line.name == _OPS_LINE:
                 ops += _nested(_device_op(plane, line, event, programs) for event in line.events)
             elif line.name == _STEPS_LINE:
-                steps += [step for event in line.events if (step := _device_step(plane, line, event))]
+                steps += _device_steps(plane, line)
             elif line.name == _MODULES_LINE:
                 modules += [_module(plane, line, event) for event in line.events]
-    if not device_planes:
-        for plane in space.planes:
-            if plane.name == _HOST_PLANE:
-                ops += _shared(_host_ops(plane, programs))
-                steps += [
-                    step for line in plane.lines for event in line.events if (step := _host_step(plane, line, event))
-                ]
+    for plane in space.planes if not cores else ():
+        if plane.name == _HOST_PLANE:
+            ops += _shared(_host_ops(plane, programs))
+            steps += [step for line in plane.lines for step in _host_steps(plane, line)]
     return Profile(
         host=host,
-        ops=tuple(sorted(ops, key=lambda op: (op.plane, op.start_ps))),
-        steps=tuple(sorted(steps, key=lambda step: (step.plane, step.start_ps))),
-        modules=tuple(sorted(modules, key=lambda run: (run.plane, run.start_ps))),
-        predicted=predicted,
+        ops=_by_start(ops),
+        steps=_by_start(steps),
+        modules=_by_start(modules),
+        predicted=any(PREDICTED_STAT in read_stats(plane, plane.stats) for plane in cores),
     )
 
 
-def named_scope(op_name: str) -> str:
-    """The named scopes of an HLO op_name: "jit(f)/blocks/while/body/closed_call/attention/dot" -> "blocks/attention".
-
-    Left out are the primitive at the end, functions (`jit(f)`), the formulas of einsum, and what JAX adds for control
-    flow. Of the several names that XLA gives a fused op the first counts.
-    """
-    parts = op_name.split(";")[0].rstrip(":").split("/")[:-1]
-    return "/".join(part for part in parts if part not in _ADDED and not _NO_SCOPE.search(part))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    opcode: str
-    scope: str
-
-
-_UNKNOWN = _Instruction("", "")
-
-
-class _Programs:
-    """What the HLO that the profiler saves says of each op."""
-
-    def __init__(self, space: Any) -> None:
-        self._by_id: dict[str, dict[str, _Instruction]] = {}
-        self._by_name: dict[str, list[dict[str, _Instruction]]] = collections.defaultdict(list)
-        for plane in space.planes:
-            if plane.name != _METADATA_PLANE:
-                continue
-            for metadata in plane.event_metadata.values():
-                proto = _stats(plane, metadata.stats).get(_HLO_STAT)
-                if isinstance(proto, bytes):
-                    module = message("HloProto").FromString(proto).hlo_module
-                    instructions = _instructions(module)
-                    self._by_id[metadata.name[metadata.name.rfind("(") :]] = instructions
-                    self._by_name[module.name].append(instructions)
-
-    def find(self, stats: Mapping[str, Any], op: str) -> _Instruction:
-        """An op by its event's stats; with nothing in it where the HLO is not there or does not tell which it is."""
-        module = str(stats.get("hlo_module", ""))
-        program = self._by_id.get(f"({stats.get('program_id')})")
-        if program in self._by_name.get(module, ()) or (program and not module):
-            return program.get(op, _UNKNOWN) if program else _UNKNOWN
-        # A program out of the compilation cache runs under the number that it had when it was compiled.
-        found = {program[op] for program in self._by_name.get(module, ()) if op in program}
-        return found.pop() if len(found) == 1 else _UNKNOWN
-
-
-def _instructions(module: Any) -> dict[str, _Instruction]:
-    computations = {computation.id: computation for computation in module.computations}
-    found = {}
-    for computation in module.computations:
-        for instruction in computation.instructions:
-            scope = named_scope(instruction.metadata.op_name)
-            if not scope and instruction.opcode == "fusion":  # made by the compiler: what most of it is of
-                inside = [op for n in instruction.called_computation_ids for op in computations[n].instructions]
-                scopes = collections.Counter(filter(None, (named_scope(op.metadata.op_name) for op in inside)))
-                scope = scopes.most_common(1)[0][0] if scopes else ""
-            found[instruction.name] = _Instruction(instruction.opcode, scope)
-    return found
-
-
 def _nested(ops: Iterable[Op]) -> list[Op]:
-    """Ops of one line with the time of those within them taken away."""
+    """Return the ops of one line with the time of those within them taken away."""
     ordered = sorted(ops, key=lambda op: (op.start_ps, -op.duration_ps))
     self_ps = [op.duration_ps for op in ordered]
     open_ops: list[int] = []
@@ -286,7 +210,7 @@ def _is_control_flow(op: Op) -> bool:
 
 
 def _shared(ops: Sequence[Op]) -> list[Op]:
-    """Ops that overlap, with each moment shared equally among those that run."""
+    """Return ops that overlap, with each moment shared equally among those that run."""
     running: dict[int, float] = {}
     shares = [0.0] * len(ops)
     moments = sorted(
@@ -307,9 +231,9 @@ def _shared(ops: Sequence[Op]) -> list[Op]:
     return [dataclasses.replace(op, self_ps=round(share)) for op, share in zip(ops, shares, strict=True)]
 
 
-def _device_op(plane: Any, line: Any, event: Any, programs: _Programs) -> Op:
+def _device_op(plane: XPlane, line: XLine, event: XEvent, programs: Programs) -> Op:
     metadata = plane.event_metadata[event.metadata_id]
-    stats = _stats(plane, metadata.stats) | _stats(plane, event.stats)
+    stats = read_stats(plane, metadata.stats) | read_stats(plane, event.stats)
     name = metadata.display_name or metadata.name.split(" = ")[0].lstrip("%")
     known = programs.find(stats, name)
     op_name = stats.get("tf_op")
@@ -319,15 +243,15 @@ def _device_op(plane: Any, line: Any, event: Any, programs: _Programs) -> Op:
     return _op(plane, line, event, name=name, scope=scope, opcode=opcode, program=program)
 
 
-def _host_ops(plane: Any, programs: _Programs) -> list[Op]:
-    """XLA's CPU ops, each from its event to the one that says that it has ended."""
+def _host_ops(plane: XPlane, programs: Programs) -> list[Op]:
+    """Return XLA's CPU ops, each from its event to the one that says that it has ended."""
     begun: list[tuple[Op, Any]] = []
     ended: dict[Any, int] = {}
     for line in plane.lines:
         for event in line.events:
             if not event.stats:
                 continue
-            stats = _stats(plane, event.stats)
+            stats = read_stats(plane, event.stats)
             if "hlo_op" in stats:
                 name = str(stats["hlo_op"])
                 known = programs.find(stats, name)
@@ -335,51 +259,40 @@ def _host_ops(plane: Any, programs: _Programs) -> list[Op]:
                 op = _op(plane, line, event, name=name, scope=known.scope, opcode=known.opcode, program=program)
                 begun.append((op, stats.get("_p")))
             elif "_c" in stats and plane.event_metadata[event.metadata_id].name.startswith(_ENDED):
-                ended[stats["_c"]] = line.timestamp_ns * 1000 + event.offset_ps
+                ended[stats["_c"]] = _start_ps(line, event)
     return [
         dataclasses.replace(op, duration_ps=max(op.duration_ps, ended.get(flow, 0) - op.start_ps)) for op, flow in begun
     ]
 
 
-def _module(plane: Any, line: Any, event: Any) -> Op:
+def _module(plane: XPlane, line: XLine, event: XEvent) -> Op:
     name = plane.event_metadata[event.metadata_id].name
     return _op(plane, line, event, name=name, scope="", opcode="", program=name.split("(")[0])
 
 
-def _op(plane: Any, line: Any, event: Any, **fields: str) -> Op:
-    start = line.timestamp_ns * 1000 + event.offset_ps
+def _op(plane: XPlane, line: XLine, event: XEvent, **fields: str) -> Op:
+    start = _start_ps(line, event)
     return Op(plane=plane.name, start_ps=start, duration_ps=event.duration_ps, self_ps=event.duration_ps, **fields)
 
 
-def _device_step(plane: Any, line: Any, event: Any) -> Step | None:
-    name = plane.event_metadata[event.metadata_id].name
-    return _step(plane, line, event, name, int(name)) if name.isdigit() else None
+def _device_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
+    for event in line.events:
+        name = plane.event_metadata[event.metadata_id].name
+        if name.isdigit():
+            yield Step(name, int(name), plane.name, _start_ps(line, event), event.duration_ps)
 
 
-def _host_step(plane: Any, line: Any, event: Any) -> Step | None:
-    if not event.stats:
-        return None
-    number = _stats(plane, event.stats).get("step_num")
-    return None if number is None else _step(plane, line, event, plane.event_metadata[event.metadata_id].name, number)
+def _host_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
+    for event in line.events:
+        number = read_stats(plane, event.stats).get("step_num")
+        if number is not None:
+            name = plane.event_metadata[event.metadata_id].name
+            yield Step(name, int(number), plane.name, _start_ps(line, event), event.duration_ps)
 
 
-def _step(plane: Any, line: Any, event: Any, name: str, number: Any) -> Step:
-    return Step(name, int(number), plane.name, line.timestamp_ns * 1000 + event.offset_ps, event.duration_ps)
+def _start_ps(line: XLine, event: XEvent) -> int:
+    return line.timestamp_ns * 1000 + event.offset_ps
 
 
-def _stats(plane: Any, stats: Any) -> dict[str, Any]:
-    return dict(_named_stats(plane, stats))
-
-
-def _named_stats(plane: Any, stats: Any) -> Iterator[tuple[str, Any]]:
-    for stat in stats:
-        kind = stat.WhichOneof("value")
-        value = getattr(stat, kind) if kind else None
-        yield (
-            plane.stat_metadata[stat.metadata_id].name,
-            (plane.stat_metadata[value].name if kind == "ref_value" else value),
-        )
-
-
-def _has_line(plane: Any, name: str) -> bool:
-    return any(line.name == name for line in plane.lines)
+def _by_start(items: Iterable[_Timed]) -> tuple[_Timed, ...]:
+    return tuple(sorted(items, key=lambda item: (item.plane, item.start_ps)))

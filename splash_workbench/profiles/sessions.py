@@ -1,4 +1,4 @@
-"""Profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
+"""Keeps profiles on disk: where they go, what is said about them, and how TensorBoard shows them.
 
 A run has a session for each of its parts (a stage of the pipeline, or none), and each repeat of the run has its own:
 `<logdir>/plugins/profile/<run>[-<part>][.<repeat>]/<host>.xplane.pb`. `session.json` beside it is written last and says
@@ -20,8 +20,10 @@ from typing import Any, Self
 import jax
 
 from splash_workbench import provenance
-from splash_workbench.cli import UserError, write_json
+from splash_workbench.errors import UserError
+from splash_workbench.files import write_json
 from splash_workbench.profiles.reader import SUFFIX
+from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.status import Label
 
 SESSION_FILE = "session.json"
@@ -34,7 +36,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a session is of.
+    """Description of a session.
 
     Attributes:
       run: its name, the same for all parts and repeats.
@@ -44,7 +46,7 @@ class Session:
       device: on which device, or for which.
       made_by: of a prediction, what made it: "libtpu 0.0.52".
       config: what ran: a request, or a workload with block sizes.
-      environment: a splash_workbench.provenance.Environment as a dict.
+      environment: where it was made.
       created_at: UTC, ISO 8601.
     """
 
@@ -55,21 +57,16 @@ class Session:
     device: str
     made_by: str | None
     config: dict[str, Any]
-    environment: dict[str, Any]
+    environment: provenance.Environment
     created_at: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
 
     @property
     def name(self) -> str:
-        """The folder's name, and what TensorBoard calls it."""
+        """Return the folder's name, and what TensorBoard calls it."""
         part = f"-{self.part}" if self.part else ""
         return f"{self.run}{part}" + (f".{self.repeat}" if self.repeat > 1 else "")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Raises ValueError, KeyError or TypeError where `fields` is not a Session."""
-        return cls(**{**fields, "label": Label(fields["label"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Recorder:
 
     @classmethod
     def start(cls, logdir: Path, run: str, config: Mapping[str, Any]) -> Self:
-        """A recorder of the next repeat of a run.
+        """Return a recorder of the next repeat of a run.
 
         Raises:
           UserError: the name cannot be a folder's.
@@ -96,7 +93,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def record(self, part: str = "") -> Iterator[Session]:
-        """Profiles the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
+        """Profile the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
         session = Session(
             run=self.run,
             part=part,
@@ -105,7 +102,7 @@ class Recorder:
             device=jax.devices()[0].device_kind,
             made_by=None,
             config=dict(self.config),
-            environment=provenance.capture(_SOURCES).to_dict(),
+            environment=provenance.capture(_SOURCES),
         )
         options = jax.profiler.ProfileOptions()
         options.session_id = session.name
@@ -118,12 +115,12 @@ class Recorder:
             write_session(self.logdir, session)
 
     def how_to_look(self) -> tuple[str, ...]:
-        """Lines that tell a user where the traces are and how to open them."""
+        """Return lines that tell a user where the traces are and how to open them."""
         return how_to_look(self.logdir, self.run)
 
 
 def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
-    """Lines that tell a user where the traces of a run are and how to open them."""
+    """Return lines that tell a user where the traces of a run are and how to open them."""
     command = f"  {tensorboard_command(logdir)}"
     if importlib.util.find_spec("tensorboard") is None:
         command += "   (pip install 'cogvideox-splash[trace]')"
@@ -131,24 +128,24 @@ def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
 
 
 def profile_dir(logdir: Path) -> Path:
-    """Where TensorBoard's profile plugin looks for sessions."""
+    """Return where TensorBoard's profile plugin looks for sessions."""
     return logdir / "plugins" / "profile"
 
 
 def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
-    """Writes what a session is of, after its XSpace where one is given. Returns the session's folder."""
+    """Write a session's description, after its XSpace where one is given. Returns the session's folder."""
     folder = profile_dir(logdir) / session.name
     if space is not None:
         shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
     folder.mkdir(parents=True, exist_ok=True)
     if space is not None:
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
-    write_json(str(folder / SESSION_FILE), dataclasses.asdict(session))
+    write_json(folder / SESSION_FILE, encode(session))
     return folder
 
 
 def sessions(logdir: Path) -> list[tuple[Path, Session]]:
-    """The sessions with a SESSION_FILE, in the order of their names.
+    """Return the sessions with a SESSION_FILE, in the order of their names.
 
     Raises:
       UserError: such a file is not readable.
@@ -156,31 +153,31 @@ def sessions(logdir: Path) -> list[tuple[Path, Session]]:
     found = []
     for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
         try:
-            found.append((path.parent, Session.from_dict(json.loads(path.read_text(encoding="utf-8")))))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append((path.parent, decode(json.loads(path.read_text(encoding="utf-8")), Session)))
+        except ValueError as error:
             raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
     return found
 
 
 def next_repeat(logdir: Path, run: str) -> int:
-    """One more than the repeats of a run that are there."""
+    """Return one more than the repeats of a run that are there."""
     return 1 + max((session.repeat for _, session in sessions(logdir) if session.run == run), default=0)
 
 
 def check_name(name: str) -> str:
-    """The name of a run. Raises UserError where it cannot be a folder's and part of a link."""
+    """Return the name of a run. Raises UserError where it cannot be a folder's and part of a link."""
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r}: expected a run's name of letters, digits and _ . + -, e.g. 'xla-160x96x9'.")
     return name
 
 
 def safe_name(text: str) -> str:
-    """A text as part of a run's name."""
+    """Return a text as part of a run's name."""
     return _UNSAFE.sub("-", text).strip("-.+")
 
 
 def require_tensorboard(what_for: str) -> None:
-    """Raises UserError where the optional packages are missing."""
+    """Raise UserError where the optional packages are missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError(
             f"{what_for}: needs TensorBoard, which is not installed; pip install 'cogvideox-splash[trace]', "
@@ -189,12 +186,12 @@ def require_tensorboard(what_for: str) -> None:
 
 
 def tensorboard_command(logdir: Path, port: int = PORT) -> str:
-    """The command that shows a logdir, to this machine only."""
+    """Return the command that shows a logdir, to this machine only."""
     return f"tensorboard --logdir {logdir} --host 127.0.0.1 --port {port}"
 
 
 def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:
-    """The address of a page of TensorBoard's profile tab.
+    """Return the address of a page of TensorBoard's profile tab.
 
     Args:
       session: which.

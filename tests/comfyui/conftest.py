@@ -1,9 +1,5 @@
 """The pack, loaded as ComfyUI loads it, over a stand-in for ComfyUI."""
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -17,6 +17,8 @@ from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.errors import NonFiniteError, RequestError
 
+pytestmark = pytest.mark.compile  # models are loaded and compiled
+
 SPEC = TinySpec(
     num_layers=1,
     num_attention_heads=2,
@@ -41,18 +43,6 @@ VALUES = {
 @pytest.fixture(scope="session")
 def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
-    """The tests compile the same programs again after each unloading: let them share, through a cache of theirs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +87,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.job import generate
+    from pipeline.runs.single import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}
@@ -263,7 +253,7 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
         kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}
-        return planner.Outcome(None, results, {})  # type: ignore[arg-type]
+        return planner.VideoPrediction(None, results, {})  # type: ignore[arg-type]
 
     monkeypatch.setattr(planner.Predictor, "predict", predict)
     values = {**VALUES, "num_devices": 4, "model_id": "tiny", "device": "TPU v6 lite", "predict": True}

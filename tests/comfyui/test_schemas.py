@@ -12,7 +12,8 @@ import pytest
 
 from offline_tpu.machine.devices import DEVICES
 from pipeline.requests import request
-from pipeline.requests.plans import PlanChoice, WeightsAtRest
+from pipeline.requests.models import MODEL_FIELDS, MODELS
+from pipeline.requests.parallel_options import PlanChoice, WeightsAtRest
 from splash_attn.types import QkDtype, Softmax
 
 # The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.
@@ -87,6 +88,16 @@ def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]
     assert set(softmaxes) == {None, *get_args(Softmax)}
     assert set(qk_dtypes) == {None, "int8"} and "int8" in get_args(QkDtype)
     assert set(info.DEVICE_KINDS) == {spec.device_kind for spec in DEVICES.values()}
+
+
+def test_defaults_are_the_full_models(part: Any, schemas: dict[str, Any]) -> None:
+    model = MODELS["cogvideox1.5-5b"]
+    assert model.checkpoint == part("settings").DEFAULT_MODEL
+    slots = {
+        slot.id: slot for name in ("CogVideoXTPUSampler", "CogVideoXTPUVAEDecoder") for slot in schemas[name].inputs
+    }
+    for name in set(MODEL_FIELDS) & set(slots):
+        assert slots[name].get("default") == getattr(model, name), name
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.requests.errors import CheckpointError, RequestError
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import Variant
 
@@ -129,7 +130,9 @@ def test_import_is_light_and_needs_no_package(pack_dir: Path, tmp_path: Path) ->
         hidden=["", root, str(tmp_path)],
     )
     # -P and -I leave the current folder and PYTHONPATH out; -S would leave out the libraries.
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=PLENTY_S
+    )
     assert done.returncode == 0, done.stderr
     assert "cannot import pipeline; install cogvideox-splash" in done.stdout
 
@@ -146,6 +149,8 @@ def test_another_package_of_the_same_name(part: Any, tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "settings.require_packages()"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
     message = done.stderr.strip().splitlines()[-1]
     assert "cannot import pipeline.requests.request; another package of the name pipeline is at" in message, done.stderr

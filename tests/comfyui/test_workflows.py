@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.requests.models import MODEL_FIELDS, MODELS
+
 NAMES = ("cogvideox_t2v_720p", "cogvideox_t2v_tiny")
 # ComfyUI's own nodes, as of 0.3.64: inputs (name, type, is it a widget), outputs.
 BUILTIN = {
@@ -113,6 +115,9 @@ def test_tiny_workflow_runs_on_one_device_without_a_download(pack_dir: Path, sch
     values = check_workflow(load(pack_dir, "cogvideox_t2v_tiny"), schemas)
     assert values["CogVideoXTextEncoder"]["model_id"] == "tiny"
     assert values["CogVideoXTPUSampler"]["num_devices"] == 1
+    assert values["CogVideoXTPUVAEDecoder"]["fps"] == MODELS["tiny"].fps
+    for name in set(MODEL_FIELDS) & set(values["CogVideoXTPUSampler"]):
+        assert values["CogVideoXTPUSampler"][name] == getattr(MODELS["tiny"], name), name
 
 
 def _drop_control(workflow: dict[str, Any]) -> None:

@@ -1,10 +1,15 @@
-from pathlib import Path
+import subprocess
+import sys
 
+import jax
 import pytest
 
 import offline_tpu
-from offline_tpu import compile
+from helpers import PLENTY_S
+from offline_tpu import __main__ as command
+from offline_tpu import compile, libtpu
 from offline_tpu.machine import devices
+from splash_workbench.provenance import REPO_ROOT
 
 V6E = devices.by_name("v6e")
 
@@ -39,23 +44,60 @@ def test_a_megacore_is_refused_by_name_and_reason() -> None:
         compile.parse_topology("v5p")
 
 
-@pytest.fixture
-def dump_flag(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path / 'dump'}")
-
-
-def test_another_libtpu_is_refused_with_both_versions(dump_flag: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "version", lambda package: "9.9.9")
+def test_another_libtpu_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libtpu, "version", lambda package: "9.9.9")
     with pytest.raises(RuntimeError, match=rf"libtpu 9\.9\.9 is installed, expected {offline_tpu.SUPPORTED_LIBTPU}"):
         offline_tpu.predict(lambda x: x, device=V6E)
 
 
-def test_a_process_without_the_dump_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_may_use_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    with pytest.raises(RuntimeError, match="worker_environment"):
-        offline_tpu.predict(lambda x: x, device=V6E)
+    monkeypatch.setattr(libtpu, "accelerator_visible", lambda: True)
+    monkeypatch.setattr(libtpu, "_load", libtpu._load.__wrapped__)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(RuntimeError, match="expected JAX_PLATFORMS=cpu"):
+            offline_tpu.predict(lambda x: x, device=V6E)
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_device_and_topology_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="expected one of them"):
         offline_tpu.predict(lambda x: x, device=V6E, topology="v6e-8")
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="device='v99': expected one of"):
+        offline_tpu.predict(lambda x: x, device="v99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jax.numpy"], "'jax.numpy': expected MODULE:FUNCTION"),
+        (["no_such_module:f"], "No module named 'no_such_module'"),
+        (["jax.numpy:sin", "bfloat16"], "'bfloat16': expected an array as DTYPE[SIZE,SIZE]"),
+        (["jax.numpy:sin", "float32[8]", "--device", "v4"], "device='v4': not supported"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.compile
+def test_the_page_says_what_its_code_prints() -> None:
+    page = (REPO_ROOT / "docs" / "offline_tpu.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    expected = page.partition("```text\n")[2].partition("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PLENTY_S, check=False, cwd=REPO_ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == expected

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
 from offline_tpu.machine.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
-from offline_tpu.timeline import PredictedOp, unrolled
+from offline_tpu.prediction import OpCost
+from offline_tpu.timeline import unrolled
 from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.records import jsonl
+
+pytestmark = pytest.mark.compile
 
 NAMES = (
     "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
@@ -27,7 +32,7 @@ FLOPS_PER_CYCLE = 524288  # 918 TFLOP/s at 1.75 GHz
 def predictions() -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(Path(__file__).parent)])}
     command = [sys.executable, "-m", "programs", *NAMES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PLENTY_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -207,7 +212,7 @@ def test_a_sharded_program_pays_for_its_collective_in_every_trip(predictions: di
 
 @pytest.mark.parametrize("program", ["scan", "nested_loops", "unrolled_loop", "two_branches", "tensor_parallel"])
 def test_the_timeline_of_a_prediction_has_its_time_without_gaps(predictions: dict[str, Any], program: str) -> None:
-    runs = list(unrolled([PredictedOp.of(op) for op in predictions[program]["ops"]]))
+    runs = unrolled(jsonl.decode(op, OpCost) for op in predictions[program]["ops"])
     now = 0.0
     for _, start_s, time_s in runs:
         assert start_s == pytest.approx(now, abs=1e-12)

@@ -1,12 +1,7 @@
 """A checkpoint smaller still than the default tiny one, and stock diffusers' pipeline on it, once a session."""
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -25,18 +20,6 @@ SPEC = TinySpec(
     max_text_seq_length=19,
     vae_block_out_channels=(8, 8, 16, 16),
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory):
-    """Many tests compile the same programs in objects of their own: let them share, through a cache of this session."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

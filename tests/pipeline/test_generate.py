@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
+from helpers import PLENTY_S
 from pipeline import generate
 from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.errors import RequestError
@@ -19,35 +17,30 @@ ROOT = Path(generate.__file__).resolve().parents[1]
 
 
 def _compose(*arguments: str) -> GenerateConfig:
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    OmegaConf.register_new_resolver("default_model", generate.default_model, replace=True)
-    OmegaConf.register_new_resolver("literal", generate.decode_literal, replace=True)
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("generate", overrides=generate.protect_literals(list(arguments)))
-    return OmegaConf.to_object(config)
+    """What the command would run."""
+    taken: list[GenerateConfig] = []
+
+    def keep(settings: GenerateConfig, *_: object) -> int:
+        taken.append(settings)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["generate", *arguments])
+        patch.setattr(generate, "_generate", keep)
+        patch.setattr(generate, "_set_up_logging", lambda verbose: None)
+        assert generate.main() == 0
+    return taken[0]
 
 
 def _run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "pipeline.generate", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
 
 
-PROMPTS = [
-    "a red circle moves right",
-    "it's \"red\", moves: {50%} [x] = $HOME ${oc.env:HOME} \\ (end)'",
-    "ends with a backslash \\",
-    "a \\' b",
-    '"a" and "b"',
-    "日本 — ü",
-    "null",
-    "123",
-    "a,b",
-    "x=y",
-]
-
-
-@pytest.mark.parametrize("prompt", PROMPTS[:6] + PROMPTS[7:])
+@pytest.mark.parametrize("prompt", ['it\'s "red", [50%] {x} ${oc.env:HOME}', "日本 — ü", "123", "a,b", "x=y"])
 def test_prompts_are_taken_literally(prompt):
     assert to_request(_compose(f"prompt={prompt}")).prompt == prompt
 
@@ -56,7 +49,6 @@ def test_what_is_quoted_for_hydra_is_left_to_hydra():
     assert _compose("prompt='a, b'").prompt == "a, b"
     assert _compose("prompt=x", "stages=[text,vae]").stages == ["text", "vae"]
     assert _compose("prompt=x", "run_dir=null").run_dir is None
-    assert generate.protect_literals(["--multirun", "prompt=a,b"]) == ["--multirun", "prompt=a,b"]
 
 
 def test_paths_and_stages_may_hold_commas():
@@ -81,7 +73,7 @@ def test_the_command_line_comes_before_the_models_defaults():
 def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
     monkeypatch.setattr(generate, "_default_backend", lambda: backend)
     assert generate.default_model() == expected
-    assert _compose("prompt=x").dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
+    assert to_request(_compose("prompt=x")).dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
 
 
 def test_attention_options():
@@ -121,16 +113,16 @@ def test_bad_attention_options(argument, message):
         (("prompt=x", "prompts=y"), "error: prompts='y' and prompt='x': expected one of them"),
         (("prompt=x", "name=a/b"), "error: name='a/b': expected the name of one folder"),
         (("prompt=x", "checkpoint=./nowhere"), "error: checkpoint='./nowhere': no such folder"),
-        (("prompt=x", "model=nope"), "error: In 'generate': Could not find 'model/nope'"),
-        (("prompt=x", "sead=1"), "error: Could not override 'sead'"),
-        (("prompt=x", "height=tall"), "error: Error merging override height=tall"),
-        (("prompt=a", "cat"), "error: Error parsing override 'cat'"),
+        (("prompt=x", "model=nope"), "error: model=nope: no such option; expected one of cogvideox1.5-5b, tiny"),
+        (("prompt=x", "sead=1"), "error: sead: no such key; did you mean seed? See --help"),
+        (("prompt=x", "height=tall"), "error: height=tall: Value 'tall'"),
+        (("prompt=a", "cat"), "error: cat: expected key=value"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_users_error_is_one_line(arguments, message, tmp_path):
     done = _run(tmp_path, *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(message)
     assert list(tmp_path.iterdir()) == []
@@ -146,6 +138,7 @@ def test_help_names_every_key_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compile
 def test_from_the_command_to_the_video(tmp_path, tiny_folder):
     """In a process of its own, without JAX_PLATFORMS: nothing of libtpu's may show."""
     arguments = (

@@ -1,6 +1,7 @@
 """Thousands of random and adversarial heads against float64, drawn by hypothesis, many heads in one call."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,17 @@ from splash_attn.gates import fixed_bound_limit
 
 HEADS, Q_SEQ_LEN, KV_SEQ_LEN, HEAD_DIM = 32, 24, 129, 64  # a tail of one key
 BLOCK_SIZES = BlockSizes(128, 128, 128)
-CASES_PER_SOFTMAX = 1024
+
+pytestmark = pytest.mark.compile
 
 #: Of max|v|. bfloat16 has 8 significant bits: it rounds the probabilities and the output each by up to 2^-8 of itself,
 #: and most of that averages out over the keys. Where it does not, a head may be off by what the formula written out in
 #: bfloat16 is off by.
 TOLERANCE = 2**-8 * 1.1
 PLAIN_FACTOR = 1.1
+
+SMOOTHING = pytest.mark.parametrize("k_smooth", [True, False], ids=["k_smooth", "plain_k"])
+SOFTMAXES = pytest.mark.parametrize("softmax", ["online", "fixed_bound"])
 
 
 @functools.cache
@@ -96,16 +101,10 @@ def plain_error(q: np.ndarray, k: np.ndarray, v: np.ndarray, k_smooth: bool) -> 
     return np.maximum(*errors) / np.abs(v).max(axis=(1, 2))
 
 
-@pytest.mark.parametrize("k_smooth", [True, False], ids=["k_smooth", "plain_k"])
-@pytest.mark.parametrize("softmax", ["online", "fixed_bound"])
-@settings(
-    max_examples=CASES_PER_SOFTMAX // HEADS,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-    derandomize=True,
-)
-@given(case=st.lists(heads(), min_size=HEADS, max_size=HEADS))
-def test_random_heads(softmax: str, k_smooth: bool, case: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+Head = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def check_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
     q, k, v = (jnp.asarray(np.stack(arrays), jnp.bfloat16) for arrays in zip(*case, strict=True))
     actual = np.asarray(compiled(softmax, k_smooth)(q[None], k[None], v[None])[0], np.float64)
     q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -114,6 +113,28 @@ def test_random_heads(softmax: str, k_smooth: bool, case: list[tuple[np.ndarray,
     logits = np.abs(np.einsum("hqd,hkd->hqk", np.abs(q64), np.abs(k64))).max(axis=(1, 2))
     limit = np.maximum(TOLERANCE, PLAIN_FACTOR * plain_error(q64, k64, v64, k_smooth))
     assert (error <= limit + logits * 2**-21).all()
+
+
+def random_heads(count: int) -> Callable[[Callable], Callable]:
+    """Give a test `count` heads as argument `case`, HEADS at a time: always the same ones."""
+    health_checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+    limits = settings(max_examples=count // HEADS, deadline=None, suppress_health_check=health_checks, derandomize=True)
+    return lambda test: limits(given(case=st.lists(heads(), min_size=HEADS, max_size=HEADS))(test))
+
+
+@SMOOTHING
+@SOFTMAXES
+@random_heads(256)
+def test_random_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
+    check_heads(softmax, k_smooth, case)
+
+
+@pytest.mark.slow("2 min")
+@SMOOTHING
+@SOFTMAXES
+@random_heads(1024)
+def test_thousands_of_random_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
+    check_heads(softmax, k_smooth, case)
 
 
 def test_a_head_that_is_as_far_off_as_the_formula_in_bfloat16() -> None:

@@ -47,6 +47,7 @@ def predicted_error(q: jax.Array, k: jax.Array) -> float:
     )
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     "options",
@@ -62,6 +63,7 @@ def test_error_is_within_what_is_predicted(options: dict[str, float], head_dim: 
     assert rms_error(actual, expected) > 2 * rms_error(exact, expected)  # it did run in int8
 
 
+@pytest.mark.compile
 def test_heads_over_the_budget_run_exactly() -> None:
     """Of four heads two are refused: one for its error, one for its range, which the online kernel gets."""
     q, k, v = (jnp.tile(x, (1, 4, 1, 1)) for x in realistic(391))
@@ -75,6 +77,7 @@ def test_heads_over_the_budget_run_exactly() -> None:
         assert rms_error(int8[:, head], expected[:, head]) < limit
 
 
+@pytest.mark.compile
 def test_odd_lengths_mask_what_is_past_the_end() -> None:
     for q_seq_len, kv_seq_len in [(1, 1), (7, 127), (129, 257), (300, 385)]:
         q, k, v = realistic(max(q_seq_len, kv_seq_len))
@@ -83,6 +86,7 @@ def test_odd_lengths_mask_what_is_past_the_end() -> None:
         assert rms_error(actual, attention_reference(q, k, v, dtype=np.float64)) < gates.INT8_ERROR_BUDGET
 
 
+@pytest.mark.compile
 def test_zeros_and_equal_keys() -> None:
     q, k, v = realistic(131)
     for queries, keys in [(q.at[:, :, ::3].set(0), k), (q * 0, k * 0), (q, jnp.broadcast_to(k[:, :, :1], k.shape))]:

@@ -42,6 +42,7 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, **options: object) -> None:
     assert error(actual, expected, v) < BF16_TOLERANCE
 
 
+@pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
@@ -52,17 +53,20 @@ def test_odd_lengths(q_seq_len: int, kv_seq_len: int, head_dim: int, variant: Va
     check(*inputs(q_seq_len, kv_seq_len, head_dim), variant=variant)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize("head_dim", [8, 40, 72, 256])
 def test_other_head_dims(head_dim: int, variant: Variant) -> None:
     check(*inputs(131, 263, head_dim), variant=variant)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 def test_batch_and_float32_inputs(variant: Variant) -> None:
     check(*inputs(67, 139, 64, heads=3, batch=2, dtype=jnp.float32), variant=variant)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize(
     "block_sizes", [BlockSizes(128, 512, 256), BlockSizes(384, 256, 256), BlockSizes(256, 128, 128)]
@@ -140,6 +144,7 @@ def test_bound_at_the_gate(side: float, centred: bool) -> None:
     check(q, k, v, variant=FIXED, scale=float(scale), k_smooth=centred)
 
 
+@pytest.mark.compile
 def test_heads_within_and_beyond_the_limit_in_one_call() -> None:
     q, k, v = inputs(131, 263, 64, heads=5)
     amplitude = jnp.asarray([1, 200, 2, 300, 1], q.dtype)[None, :, None, None]
@@ -154,6 +159,7 @@ def test_tiles_in_a_loop(unroll_q: int, variant: Variant) -> None:
     check(*inputs(401, 523, 64), variant=variant, block_sizes=BlockSizes(384, 256, 128))
 
 
+@pytest.mark.compile
 @SOFTMAXES
 def test_error_is_that_of_bfloat16_operands(variant: Variant) -> None:
     """Root-mean-square error against the plain formula with bfloat16 operands and probabilities: at most 1.5 times.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
 from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
 
@@ -175,4 +176,4 @@ def test_choosing_needs_no_jax() -> None:
         "import splash_attn.tuned\n"
         "assert not {'jax', 'torch', 'numpy', 'hydra', 'pandas'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PLENTY_S)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from helpers import PLENTY_S
+
 PROBE = """
 import os, sys
 os.environ.pop("JAX_PLATFORMS", None)
@@ -22,7 +24,7 @@ print(platform.quiet_jax_without_accelerator(), os.environ.get("JAX_PLATFORMS"),
 
 def _probe(before="", files="[]", libtpu="object()", after="") -> list[str]:
     code = PROBE.format(before=before, files=files, libtpu=libtpu, after=after)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PLENTY_S)
     assert done.stderr == ""
     return done.stdout.split()
 

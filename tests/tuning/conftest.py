@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S
+from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.status import Label, Status
@@ -37,21 +39,40 @@ NUMERICS = Numerics(
     kv_seq_len=563,
     num_heads=2,
     block_sizes="256/256/128",
-    same_block_sizes=True,
     rms_error=0.004,
     max_row_error=0.02,
     max_abs_error=0.03,
     tolerance=2**-6,
     row_tolerance=2**-3,
 )
+#: Fields of an OpCost that the tests' ops leave out.
+OP: dict[str, Any] = {
+    "name": "op",
+    "scope": "",
+    "category": "kernel",
+    "time_s": 0.0,
+    "cycles": 0,
+    "stall_cycles": 0.0,
+    "calls": 1,
+    "hbm_bytes": 0,
+    "bound": "compute",
+    "vmem_bytes": 0,
+    "spill_count": 0,
+    "fill_count": 0,
+    "utilization": {},
+    "unresolved": (),
+    "collective": None,
+    "start_s": 0.0,
+}
 BLOCKS = BlockSizes(block_q=256, block_kv=512, block_kv_compute=128)
 
 
 @pytest.fixture
 def make_trial() -> Callable[..., Trial]:
-    """A trial that is ok unless told otherwise."""
+    """A trial that is ok unless told otherwise. ops: fields of each that are not as in OP."""
 
     def make(**changes: Any) -> Trial:
+        changes["ops"] = tuple(OpCost(**(OP | op)) for op in changes.get("ops", ()))
         ok = changes.get("status", Status.OK) is Status.OK
         defaults: dict[str, Any] = {
             "context": "c1",
@@ -90,7 +111,7 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
                 "test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
             ),
             "workers": 2,
-            "timeout_s": 60.0,
+            "timeout_s": PLENTY_S,
             "vmem_pruning": False,
             "results_dir": tmp_path / "results",
             "cache": False,
@@ -114,7 +135,7 @@ def make_evaluator(tmp_path: Path) -> Callable[..., Evaluator]:
             "backend": dataclasses.replace(INTERPRET, job=job),
             "context": "c1",
             "environment": ENVIRONMENT,
-            "timeout_s": 120,
+            "timeout_s": PLENTY_S,
             "measure": {"min_samples": 6, "max_samples": 6},
             "cache_dir": tmp_path / job.replace(":", "_"),
         }

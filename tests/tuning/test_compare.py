@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader, sessions
-from splash_workbench.profiles.messages import message
 from splash_workbench.profiles.sessions import Session
+from splash_workbench.profiles.xla_pb2 import XSpace
+from splash_workbench.provenance import Environment
+from splash_workbench.records import jsonl
+from splash_workbench.records.prediction import Plan, PredictionRecord, StagePrediction
 from splash_workbench.status import Label, Status
 from tuning.compare import __main__ as compare
 from tuning.compare.inputs import resolve
 from tuning.compare.table import MIN_STEPS, Column, notes_of, rows_of
 from tuning.trials import records
 
+ENVIRONMENT = Environment({}, {}, None, False, "k", "b", "x86_64-linux", 2)
 #: Microseconds of a step.
 TIMES = {"denoise/blocks/attention": 600, "denoise/blocks/feed_forward": 300, "denoise/embed": 50}
 STEPS = 9
@@ -25,7 +30,7 @@ STEPS = 9
 
 def space(times: Mapping[str, float], seed: int, noise: float = 0.02):
     """STEPS steps on a TPU's plane, each with an op a scope, whose time varies by `noise`."""
-    made, draw = message("XSpace")(), random.Random(seed)
+    made, draw = XSpace(), random.Random(seed)
     plane = made.planes.add(name="/device:TPU:0")
     plane.stat_metadata[1].name = "tf_op"
     steps, ops = plane.lines.add(name="Steps"), plane.lines.add(name="XLA Ops")
@@ -53,7 +58,7 @@ def write(tmp_path: Path) -> Callable[..., None]:
         run: str, times: Mapping[str, float], seed: int, repeat: int = 1, part: str = "denoise", **changes
     ) -> None:
         values = {"label": Label.MEASURED, "device": "TPU v6 lite", "made_by": None, "config": {"seed": 1}}
-        session = Session(run=run, part=part, repeat=repeat, environment={"kernel_hash": "k"}, **{**values, **changes})
+        session = Session(run=run, part=part, repeat=repeat, environment=ENVIRONMENT, **{**values, **changes})
         made = space(times, seed)
         made.hostnames.append("vm")
         sessions.write_session(tmp_path / "runs", session, made)
@@ -139,7 +144,7 @@ def test_measured_and_predicted_are_kept_apart(write, make_trial, tmp_path):
         ops=(_op("fusion.1", "jit(step)/denoise/blocks/attention/dot", 550e-6),), time_samples_ms=(0.55,)
     )
     path = tmp_path / "results" / "sweeps" / "s" / records.TRIALS_FILE
-    records.append(path, trial)
+    jsonl.append(path, trial)
     for source in (trial.record_id[:8], f"{path}:{trial.record_id}", f"{path}:1", f"{path}:-1"):
         predicted = resolve(f"p={source}", tmp_path / "runs", tmp_path / "results").column
         assert (predicted.name, predicted.label) == ("p", Label.PREDICTED)
@@ -206,8 +211,8 @@ def test_errors_are_one_line(write, tmp_path, monkeypatch, capsys, runs, message
 
 def test_a_trial_without_a_time_is_refused(make_trial, tmp_path):
     trial = make_trial(status=Status.WRONG)
-    records.append(tmp_path / "results" / records.TRIALS_FILE, trial)
-    with pytest.raises(compare.cli.UserError, match="ended as wrong"):
+    jsonl.append(tmp_path / "results" / records.TRIALS_FILE, trial)
+    with pytest.raises(UserError, match="ended as wrong"):
         resolve(trial.record_id, tmp_path / "runs", tmp_path / "results")
 
 
@@ -219,9 +224,19 @@ def test_repeats_of_other_code_are_said(write, tmp_path):
 
 def test_a_record_of_the_pipelines_prediction(tmp_path):
     path = tmp_path / "predict.jsonl"
-    stages = {"denoise": {"time_s": 0.8, "breakdown_s": {"matmul": 0.5, "collective": 0.3}}}
-    record = {"label": "predicted", "topology": "v6e-8", "plan": {"plan": "ulysses"}, "request": {}, "versions": {}}
-    path.write_text(json.dumps(record | {"stages": stages}) + "\n")
+    breakdown_s = {"matmul": 0.5, "collective": 0.3}
+    record = PredictionRecord(
+        label=Label.PREDICTED,
+        environment=ENVIRONMENT,
+        request={},
+        topology="v6e-8",
+        plan=Plan("ulysses", 2, 4, "replicated"),
+        step_time_s=0.8,
+        stages={"denoise": StagePrediction(time_s=0.8, breakdown_s=breakdown_s, peak_hbm_bytes=1)},
+        reported=None,
+        notes=(),
+    )
+    jsonl.append(path, record)
     found = resolve(f"{path}:-1", tmp_path / "runs", tmp_path).column
     assert found.name == "v6e-8-ulysses" and found.label is Label.PREDICTED
     assert found.sessions[0] == {

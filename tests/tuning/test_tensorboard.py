@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -14,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from helpers import PLENTY_S, wait_until
 from splash_attn.types import BlockSizes
+from splash_workbench.records import jsonl
 from tuning.compare import __main__ as compare
 from tuning.traces import of_sweep
 from tuning.trials import records
 from tuning.trials.records import Trial
-
-_START_S = 120.0
 
 OPS = (
     {"name": "copy.1", "scope": "k", "category": "layout", "time_s": 1e-3, "start_s": 0.0, "calls": 1},
@@ -53,25 +52,30 @@ def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.M
     """Asks a TensorBoard on a sweep's traces and a pair of its candidates: (path, query) -> the answer as JSON."""
     list(of_sweep.write(trials, "sweep-1", logdir, top=2))
     for trial in trials:
-        records.append(tmp_path / records.TRIALS_FILE, trial)
+        jsonl.append(tmp_path / records.TRIALS_FILE, trial)
     names = [f"{name}={trial.record_id}" for name, trial in zip("ab", trials, strict=False)]
     monkeypatch.setattr("sys.argv", ["compare", *names, "--logdir", str(logdir), "--results-dir", str(tmp_path)])
     assert compare.main() == 0
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
     log = tmp_path / "log"
+
+    def output() -> str:
+        return log.read_text(errors="replace")[-3000:]
+
+    def address() -> re.Match[str] | None:
+        assert server.poll() is None, output()
+        return re.search(r"at (http://127\.0\.0\.1:\d+)/", output())
+
     with log.open("wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file)
     try:
-        end = time.monotonic() + _START_S
-        while not (found := re.search(r"at (http://127\.0\.0\.1:\d+)/", log.read_text(errors="replace"))):
-            assert server.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-3000:]
-            time.sleep(0.2)
+        found = wait_until(address, lambda: f"TensorBoard's address in {output()}")
 
         def ask(path: str, query: dict[str, str] | None = None, body: Any = None) -> Any:
             url = f"{found[1]}/data/plugin/{path}?{urllib.parse.urlencode(query or {})}"
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=_START_S) as response:
+            with urllib.request.urlopen(request, timeout=PLENTY_S) as response:
                 content = response.read()
                 if response.headers.get("Content-Encoding") == "gzip":
                     content = gzip.decompress(content)
@@ -80,13 +84,14 @@ def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.M
         yield ask
     finally:
         server.kill()
-        server.wait()
+        server.wait(PLENTY_S)
 
 
 PREDICTED = "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4"
 PAIR = "predicted-a_vs_predicted-b"
 
 
+@pytest.mark.compile
 def test_profile_and_hparams(ask, trials):
     runs = ask("profile/runs")
     assert {PREDICTED, PAIR} <= set(runs)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from splash_attn.types import Variant
+from splash_workbench.records import jsonl
 from splash_workbench.status import Label, Status
 from tuning.trials import records
+from tuning.trials.figures import save_png
 from tuning.trials.records import Trial
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate import __main__ as validate
@@ -45,18 +47,18 @@ def test_the_shipped_rows_are_of_the_form() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 0}, "row 2 of 2: head_dim=0: expected a positive integer"),
-        ({"batch_size": "4"}, "row 2 of 2: batch_size='4': expected a positive integer"),
-        ({"block_q": True}, "row 2 of 2: block_q=True: expected a positive integer"),
-        ({"block_kv_compute": 96}, "row 2 of 2: block_kv_compute=96: expected a divisor of self.block_kv=256"),
-        ({"num_kv_heads": 3}, "row 2 of 2: num_kv_heads=3: expected a divisor of self.num_heads=2"),
-        ({"k_layout": "minor"}, "row 2 of 2: k_layout='minor': expected one of HEAD_DIM_MINOR, SEQ_MINOR"),
-        ({"is_causal": 1}, "row 2 of 2: is_causal=1: expected true or false"),
-        ({"dtype": "int8"}, "row 2 of 2: dtype='int8': expected one of bfloat16, float32"),
-        ({"median_time_ms": "fast"}, "row 2 of 2: median_time_ms='fast': expected a positive number"),
-        ({"median_time_ms": float("nan")}, "row 2 of 2: median_time_ms=nan: expected a positive number"),
-        ({"blok_q": 3}, "row 2 of 2: unknown key blok_q: expected batch_size, seq_len"),
-        ({"seq_len": None}, "row 2 of 2: seq_len=None: expected a positive integer"),
+        ({"head_dim": 0}, "Expected `int` >= 1 - at `$.rows[1].head_dim`"),
+        ({"batch_size": "4"}, "Expected `int`, got `str` - at `$.rows[1].batch_size`"),
+        ({"block_q": True}, "Expected `int`, got `bool` - at `$.rows[1].block_q`"),
+        ({"block_kv_compute": 96}, "block_kv_compute=96: expected a divisor of self.block_kv=256. - at `$.rows[1]`"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3: expected a divisor of self.num_heads=2. - at `$.rows[1]`"),
+        ({"k_layout": "minor"}, "Invalid enum value 'minor' - at `$.rows[1].k_layout`"),
+        ({"is_causal": 1}, "Expected `bool`, got `int` - at `$.rows[1].is_causal`"),
+        ({"dtype": "int8"}, "Invalid enum value 'int8' - at `$.rows[1].dtype`"),
+        ({"median_time_ms": "fast"}, "Expected `float`, got `str` - at `$.rows[1].median_time_ms`"),
+        ({"median_time_ms": 0}, "median_time_ms=0.0: expected a positive number of milliseconds. - at `$.rows[1]`"),
+        ({"blok_q": 3}, "Object contains unknown field `blok_q` - at `$.rows[1]`"),
+        ({"seq_len": None}, "Expected `int`, got `null` - at `$.rows[1].seq_len`"),
     ],
 )
 def test_a_bad_row_is_named_with_its_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -67,15 +69,18 @@ def test_a_bad_row_is_named_with_its_key(tmp_path: Path, change: dict[str, Any],
 
 def test_a_missing_key_and_a_row_that_is_none_are_named(tmp_path: Path) -> None:
     short = {name: value for name, value in ROW.items() if name not in ("block_q", "v_layout")}
-    with pytest.raises(ValueError, match="row 1 of 1: missing key block_q, v_layout"):
+    with pytest.raises(ValueError, match=r"missing required field `block_q` - at `\$\.rows\[0\]`"):
         Reported.read(_file(tmp_path / "mine.json", short))
-    with pytest.raises(ValueError, match=r"row 1 of 1: \[1, 2\]: expected an object"):
+    with pytest.raises(ValueError, match=r"Expected `object`, got `array` - at `\$\.rows\[0\]`"):
         Reported.read(_file(tmp_path / "mine.json", [1, 2]))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"rows": []}, "rows=[]: expected at least one row"), ({"device_kind": 6}, "device_kind=6: expected text")],
+    [
+        ({"rows": []}, "Expected `array` of length >= 1 - at `$.rows`"),
+        ({"device_kind": 6}, "Expected `str`, got `int` - at `$.device_kind`"),
+    ],
 )
 def test_a_bad_file_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
@@ -87,7 +92,7 @@ def test_a_bad_file_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any
 def test_what_is_no_such_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"measured=.*mine\.json: (expected|cannot be read)"):
+    with pytest.raises(ValueError, match=r"measured=.*mine\.json: .*; expected the form of"):
         Reported.read(path)
 
 
@@ -136,18 +141,19 @@ def test_records_are_joined_by_call_device_and_candidate(make_trial: MakeTrial) 
 def test_the_picture_is_drawn_for_one_pair_and_for_many(tmp_path: Path) -> None:
     for number, pairs in enumerate((_pairs((1.0, 1.3)), _pairs(*((10.0**i, 10.0**i) for i in range(-2, 4))))):
         path = tmp_path / f"{number}.png"
-        agreement.draw(pairs, path, "title")
+        save_png(agreement.parity(pairs), path)
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.compile
 def test_the_command_on_a_file_of_ones_own(
     tmp_path: Path, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One row that compiles, one that tokamax refuses, and a measured candidate on record."""
     pytest.importorskip("tokamax")
     trials_path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
-    records.append(trials_path, make_trial(time_samples_ms=(11.0,)))
-    records.append(trials_path, make_trial(label=Label.MEASURED, backend="measure", time_samples_ms=(10.0,)))
+    jsonl.append(trials_path, make_trial(time_samples_ms=(11.0,)))
+    jsonl.append(trials_path, make_trial(label=Label.MEASURED, backend="measure", time_samples_ms=(10.0,)))
     _file(tmp_path / "mine.json", ROW | {"head_dim": 72}, ROW | {"seq_len": 500})
     monkeypatch.chdir(tmp_path)
 

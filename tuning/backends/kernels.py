@@ -65,7 +65,8 @@ class Kernel:
         return importlib.util.find_spec(self.requires.partition(".")[0]) is not None
 
 
-def _ours(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
+def build_splash_attn(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
+    """Return `splash_attn.attention` with these block sizes, and `options` as its variant."""
     variant = Variant.from_dict(dict(options))
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -152,7 +153,7 @@ def _padded(block_sizes: BlockSizes, make: Callable[[int, int, int], Attention])
 
 KERNELS = {
     "splash_attn": Kernel(
-        build=_ours,
+        build=build_splash_attn,
         op_name="splash_attention",
         requires="splash_attn",
         compile_only=frozenset(f.name for f in dataclasses.fields(Variant) if f.metadata.get("compile_only")),

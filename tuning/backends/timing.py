@@ -16,7 +16,7 @@ import jax
 from scipy import stats
 
 from splash_workbench.profiles import reader
-from splash_workbench.profiles.messages import message
+from splash_workbench.profiles.xla_pb2 import XSpace
 
 _CONFIDENCE = 0.95
 #: A trend or a second mode smaller than this part of the median is not worth a word.
@@ -215,7 +215,7 @@ def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run
         paths = list(Path(folder).rglob(f"*{reader.SUFFIX}"))
         if len(paths) != 1:
             raise _NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")
-        return runs_of(message("XSpace").FromString(paths[0].read_bytes()), count, kernel)
+        return runs_of(XSpace.FromString(paths[0].read_bytes()), count, kernel)
 
 
 def runs_of(space: Any, count: int, kernel: str) -> list[Run]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_tpu.timeline import PREFIX
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.status import Label
@@ -105,34 +105,8 @@ def save(
     return paths
 
 
-def _command(arguments: argparse.Namespace) -> None:
-    inputs = [resolve(argument, arguments.logdir, arguments.results_dir) for argument in arguments.runs]
-    columns = [given.column for given in inputs]
-    names = [column.name for column in columns]
-    if len(names) != len(set(names)):
-        raise cli.UserError(f"{', '.join(names)}: expected different names; name one: other={arguments.runs[-1]}")
-    rows = table.rows_of(columns)
-    shown = table.rows_of(columns, arguments.depth or None)
-    for column in columns:
-        steps = sum(max((len(steps) for steps in session.values()), default=0) for session in column.sessions)
-        print(f"{column.title}; sessions: {len(column.sessions)}, steps: {steps}")
-    print()
-    print(table.text(columns, shown, arguments.top or None))
-    print()
-    for note in table.notes_of(columns):
-        print(f"note: {note}")
-    pairs = [] if arguments.no_session else pair_sessions(inputs, arguments.logdir)
-    links = _links(inputs, pairs, arguments.logdir, arguments.port)
-    paths = save(inputs, rows, shown, arguments.output, {"tensorboard": links})
-    print(f"table: {', '.join(map(str, paths))}")
-    if pairs:
-        print(f"look:  {sessions.tensorboard_command(arguments.logdir, arguments.port)}")
-        for what, address in links.items():
-            print(f"  {what}: {address}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
         prog="python -m tuning.compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Runs side by side, joined by named scope: medians over steps and repeats, their noise, ratios.",
@@ -153,29 +127,48 @@ faster) or not (noise). "?": fewer than {table.MIN_STEPS} steps. For repeats giv
     parser.add_argument("--logdir", type=Path, default=Path("runs"), help="TensorBoard's folder [%(default)s]")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="records of trials [%(default)s]")
     parser.add_argument("--output", type=Path, help="where CSV, JSON and Markdown go [RESULTS_DIR/compare]")
-    parser.add_argument("--depth", type=int, default=3, help="print scopes to so many parts; 0: whole [%(default)s]")
-    parser.add_argument("--top", type=int, default=30, help="rows to print; 0: all [%(default)s]")
+    parser.add_argument("--depth", type=_count, default=3, help="print scopes to so many parts; 0: whole [%(default)s]")
+    parser.add_argument("--top", type=_count, default=30, help="rows to print; 0: all [%(default)s]")
     parser.add_argument("--port", type=int, default=sessions.PORT, help="of TensorBoard, for the links [%(default)s]")
     parser.add_argument("--no-session", action="store_true", help="write no session of the runs as hosts into logdir")
     return parser
 
 
-def main() -> int:
-    """The command line. Returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args()
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
+
+
+@cli.flags_command(_parser)
+def main(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
     if len(arguments.runs) < 2:
-        parser.error(f"{' '.join(arguments.runs)}: expected at least two runs")
-    for name in ("depth", "top"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name}={getattr(arguments, name)}: expected 0 or more")
-    arguments.output = arguments.output or arguments.results_dir / "compare"
-    quiet_jax_without_accelerator()
-    try:
-        _command(arguments)
-    except cli.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.EXIT_USER_ERROR
+        raise UserError(f"{' '.join(arguments.runs)}: expected at least two runs")
+    output = arguments.output or arguments.results_dir / "compare"
+    inputs = [resolve(argument, arguments.logdir, arguments.results_dir) for argument in arguments.runs]
+    columns = [given.column for given in inputs]
+    names = [column.name for column in columns]
+    if len(names) != len(set(names)):
+        raise UserError(f"{', '.join(names)}: expected different names; name one: other={arguments.runs[-1]}")
+    rows = table.rows_of(columns)
+    shown = table.rows_of(columns, arguments.depth or None)
+    for column in columns:
+        steps = sum(max((len(steps) for steps in session.values()), default=0) for session in column.sessions)
+        print(f"{column.title}; sessions: {len(column.sessions)}, steps: {steps}")
+    print()
+    print(table.text(columns, shown, arguments.top or None))
+    print()
+    for note in table.notes_of(columns):
+        print(f"note: {note}")
+    pairs = [] if arguments.no_session else pair_sessions(inputs, arguments.logdir)
+    links = _links(inputs, pairs, arguments.logdir, arguments.port)
+    paths = save(inputs, rows, shown, output, {"tensorboard": links})
+    print(f"table: {', '.join(map(str, paths))}")
+    if pairs:
+        print(f"look:  {sessions.tensorboard_command(arguments.logdir, arguments.port)}")
+        for what, address in links.items():
+            print(f"  {what}: {address}")
     return 0
 
 

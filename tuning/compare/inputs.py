@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu import timeline
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader
 from splash_workbench.profiles import sessions as trace
+from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.sessions import Session
+from splash_workbench.records import jsonl
+from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.status import Label, Status
 from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Column
 from tuning.traces import of_sweep
@@ -90,7 +93,7 @@ def _xplanes(folder: Path) -> list[Path]:
 
 def _session(folder: Path) -> Session | None:
     path = folder / trace.SESSION_FILE
-    return Session.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    return jsonl.decode(json.loads(path.read_text(encoding="utf-8")), Session) if path.exists() else None
 
 
 def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Input:
@@ -154,7 +157,7 @@ def _differences(sessions: Sequence[Session]) -> list[str]:
     if len({session.device for session in sessions}) > 1:
         notes.append("its sessions ran on different devices")
     for name in ("kernel_hash", "git_commit"):
-        if len({session.environment.get(name) for session in sessions}) > 1:
+        if len({getattr(session.environment, name) for session in sessions}) > 1:
             notes.append(f"its sessions differ in {name}: not repeats of the same code")
     configs = [session.config for session in sessions]
     changed = [key for key in (configs[0] if configs else ()) if any(c.get(key) != configs[0][key] for c in configs)]
@@ -184,11 +187,11 @@ def _of_record(name: str, path: Path, selector: str) -> Input:
         if len(found) != 1:
             raise UserError(f"{path}:{selector}: expected the record_id of one record; {len(found)} begin so.")
         record = found[0]
-    if "stages" in record and record.get("label") == Label.PREDICTED:
-        return _of_pipeline_prediction(name or f"{record['topology']}-{record['plan']['plan']}", record)
     try:
-        return _of_trial(name or selector, Trial.from_dict(record))
-    except (ValueError, KeyError, TypeError) as error:
+        if "stages" in record and record.get("label") == Label.PREDICTED:
+            return _of_pipeline_prediction(name, jsonl.decode(record, PredictionRecord))
+        return _of_trial(name or selector, jsonl.decode(record, Trial))
+    except ValueError as error:
         raise UserError(f"{path}:{selector}: neither a trial nor a prediction of the pipeline ({error}).") from error
 
 
@@ -200,23 +203,24 @@ def _of_trial(name: str, trial: Trial) -> Input:
     made_by = None
     if trial.label is Label.PREDICTED:
         made_by = timeline.predicted_by(trial.environment.versions)
-        samples |= _sums((reader.named_scope(op["scope"]) or NO_SCOPE, op["time_s"]) for op in trial.ops)
-        samples[ALL_OPS] = [sum(op["time_s"] for op in trial.ops)]
+        samples |= _sums((named_scope(op.scope) or NO_SCOPE, op.time_s) for op in trial.ops)
+        samples[ALL_OPS] = [sum(op.time_s for op in trial.ops)]
         spaces[""] = of_sweep.space_of_trial(trial)
     config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
     column = Column(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes)
     return Input(column, spaces, {}, config)
 
 
-def _of_pipeline_prediction(name: str, record: Mapping[str, Any]) -> Input:
+def _of_pipeline_prediction(name: str, record: PredictionRecord) -> Input:
     samples: dict[str, list[float]] = {}
-    for stage, result in record["stages"].items():
-        samples[_special(stage, STEP)] = [result["time_s"]]
-        samples |= {f"{stage}: kind {kind}": [time_s] for kind, time_s in result["breakdown_s"].items()}
-    made_by = timeline.predicted_by(record["versions"])
+    for stage, result in record.stages.items():
+        samples[_special(stage, STEP)] = [result.time_s]
+        samples |= {f"{stage}: kind {kind}": [time_s] for kind, time_s in result.breakdown_s.items()}
+    made_by = timeline.predicted_by(record.environment.versions)
+    name = name or f"{record.topology}-{record.plan.plan}"
     note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
-    column = Column(name, Label.PREDICTED, record["topology"], made_by, (samples,), (note,))
-    return Input(column, {}, {}, record["request"] | {"plan": record["plan"]})
+    column = Column(name, Label.PREDICTED, record.topology, made_by, (samples,), (note,))
+    return Input(column, {}, {}, record.request | {"plan": jsonl.encode(record.plan)})
 
 
 def _sums(items: Iterable[tuple[str, float]]) -> dict[str, list[float]]:

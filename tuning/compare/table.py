@@ -56,7 +56,7 @@ class Cell:
     count: int
 
     @classmethod
-    def of(cls, sessions: Iterable[Sequence[float]]) -> "Cell":
+    def from_sessions(cls, sessions: Iterable[Sequence[float]]) -> "Cell":
         samples = [list(session) for session in sessions if session]
         deciles = [_outer_deciles(session) for session in samples]
         everything = [time_s for session in samples for time_s in session]
@@ -101,7 +101,9 @@ def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
     rows = []
     for scope in {scope for column in columns for scope in column.scopes}:
         cells = tuple(
-            Cell.of(session.get(scope, ()) for session in column.sessions) if scope in column.scopes else None
+            Cell.from_sessions(session.get(scope, ()) for session in column.sessions)
+            if scope in column.scopes
+            else None
             for column in columns
         )
         verdicts = tuple(

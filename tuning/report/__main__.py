@@ -1,15 +1,15 @@
 """The command line of the report: `python -m tuning.report --help`."""
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 from splash_attn import tuned
 from splash_workbench import cli
-from splash_workbench.accelerator import quiet_jax_without_accelerator
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import atomic_path
 
 
 @dataclasses.dataclass
@@ -23,20 +23,20 @@ class ReportSchema:
     top: int = MISSING
 
 
-cli.store_schema("report_schema", ReportSchema)
-
 _PICTURE_PATTERNS = ("roofline-*.svg", "parity.svg")
 
 
-def _command(config: DictConfig) -> int:
+@cli.command("report", ReportSchema)
+def main(settings: ReportSchema) -> int:
+    """Run the command; return its exit code."""
     from tuning.report import inputs, page
 
-    results_dir, output, validation = Path(config.results_dir), Path(config.output), Path(config.validation)
-    tuned_dir = Path(config.tuned_dir) if config.tuned_dir else tuned.TUNED_DIR
-    if config.top < 1:
-        raise cli.UserError(f"top={config.top}: expected at least 1.")
-    read = cli.from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
-    made = page.make(read, results_dir, tuned_dir=tuned_dir, top=config.top)
+    results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
+    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else tuned.TUNED_DIR
+    if settings.top < 1:
+        raise UserError(f"top={settings.top}: expected at least 1.")
+    read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
+    made = page.make(read, results_dir, tuned_dir=tuned_dir, top=settings.top)
     html, markdown = page.render(
         made,
         results_dir=results_dir.as_posix(),
@@ -50,21 +50,14 @@ def _command(config: DictConfig) -> int:
                 path.unlink()
     files = {"index.html": html, "report.md": markdown} | {f"{n}.svg": svg for n, svg in made.pictures.items()}
     for name, content in files.items():
-        temporary = output / f".{name}.{os.getpid()}"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(output / name)
+        with atomic_path(output / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     for line in read.torn:
         print(f"warning: {line}", file=sys.stderr)
     if not validation.exists():
         print(f"no predictions beside the reported times: python -m tuning.validate json={validation}")
     print(f"{output / 'index.html'} ({len(html.encode()) / 1000:.0f} kB), {output / 'report.md'}")
     return 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("report", _command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two pictures that tables cannot be: a roofline, and predicted against reported times. SVG, with text as text.
+"""Pictures of the page as SVG, with text as text, and the one that is only here: a roofline.
 
 Colours are names of CSS variables, so that a picture follows the page into dark mode; alone it brings its own.
 """
@@ -13,24 +13,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-#: CSS variable -> (light, dark); kernels are coloured in the order of c1, c2, ... Okabe and Ito's palette, which keeps
-#: its differences for colour-blind eyes, lighter on dark ground.
-COLOURS = {
-    "ink": ("#1b1f24", "#e6e8eb"),
-    "muted": ("#59636e", "#9aa4af"),
-    "line": ("#d5dae0", "#3a424b"),
-    "paper": ("#ffffff", "#14181d"),
-    "c1": ("#0072b2", "#4ba3e3"),
-    "c2": ("#d55e00", "#f08a3c"),
-    "c3": ("#009e73", "#2fc49a"),
-    "c4": ("#b8860b", "#e6c04d"),
-    "c5": ("#a8518a", "#d98fbd"),
-    "c6": ("#6b7480", "#8b95a1"),
-}
-#: Stand-ins that matplotlib writes and `_finish` replaces.
-_STAND_IN = {name: f"#0102{10 + number:02x}" for number, name in enumerate(COLOURS)}
+from tuning.trials.figures import COLOURS, LIGHT, log_axes
+
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -64,14 +49,14 @@ class Roof:
 
 
 def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[str]) -> str:
-    """An SVG. name: makes its ids differ from those of another; kernels: in the order of their colours."""
+    """Return an SVG. name: makes its ids differ from those of another; kernels: in the order of their colours."""
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
     axes = figure.add_subplot()
     ridge = roof.peak_tflops_per_s / roof.hbm_tbytes_per_s
     left = min([ridge / 6, *(point.intensity / 3 for point in points)])
     right = max([ridge * 20, *(point.intensity * 2 for point in points)])
     bottom = min(point.tflops_per_s for point in points) / 2.5
-    ink, muted = _STAND_IN["ink"], _STAND_IN["muted"]
+    ink, muted = LIGHT["ink"], LIGHT["muted"]
     axes.plot([left, ridge, right], [left * roof.hbm_tbytes_per_s, *[roof.peak_tflops_per_s] * 2], color=ink, lw=1.6)
     mxu = roof.mxu_tflops_per_s
     at_peak = mxu is not None and mxu > 0.97 * roof.peak_tflops_per_s
@@ -101,19 +86,19 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[s
             marker=_MARKERS[index % len(_MARKERS)],
             ms=8 if point.label else 4.5,
             alpha=1 if point.label else 0.45,
-            color=_STAND_IN[f"c{index % 5 + 1}"],
-            mec=_STAND_IN["paper"],
+            color=LIGHT[f"c{index % 5 + 1}"],
+            mec=LIGHT["paper"],
             mew=0.8,
             ls="none",
             gid=gid,
         )
     _label([point for point in points if point.label], axes, kernels)
-    _log_axes(axes)
+    log_axes(axes)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, roof.peak_tflops_per_s * 1.8)
     axes.set_xlabel("arithmetic intensity, FLOP a byte of HBM traffic")
     axes.set_ylabel("TFLOP/s")
-    return _finish(figure, name, titles)
+    return to_svg(figure, name, titles)
 
 
 def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
@@ -128,7 +113,7 @@ def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
         )
         line = line + 1 if near else 0
         previous = point
-        colour = _STAND_IN[f"c{kernels.index(point.kernel) % 5 + 1}"]
+        colour = LIGHT[f"c{kernels.index(point.kernel) % 5 + 1}"]
         axes.annotate(
             point.label or "",
             (point.intensity, point.tflops_per_s),
@@ -138,27 +123,6 @@ def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
             va="top",
             color=colour,
         )
-
-
-def parity(name: str, rows: Sequence[tuple[str, float, float]], label: str) -> str:
-    """Predicted over reported times on log axes, with the diagonal and 5 % on both sides. rows: (text, x ms, y ms)."""
-    figure = Figure(figsize=(4.2, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    low = min(min(x, y) for _, x, y in rows) / 1.5
-    high = max(max(x, y) for _, x, y in rows) * 1.5
-    axes.fill_between([low, high], [low * 0.95, high * 0.95], [low * 1.05, high * 1.05], color=_STAND_IN["line"], lw=0)
-    axes.plot([low, high], [low, high], color=_STAND_IN["muted"], lw=1)
-    titles = {}
-    for number, (text, x, y) in enumerate(rows):
-        gid = f"{name}-{number}"
-        titles[gid] = text
-        axes.plot(x, y, "o", ms=6.5, color=_STAND_IN["c1"], mec=_STAND_IN["paper"], mew=0.8, ls="none", gid=gid)
-    _log_axes(axes)
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.set_xlabel(f"{label}, ms")
-    axes.set_ylabel("predicted, ms")
-    return _finish(figure, name, titles)
 
 
 def standalone(svg: str) -> str:
@@ -177,25 +141,14 @@ def css(mode: int) -> str:
     return " ".join(f"--{name}: {pair[mode]};" for name, pair in COLOURS.items())
 
 
-def _log_axes(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(True, color=_STAND_IN["line"], lw=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_color(_STAND_IN["line"])
-    axes.tick_params(colors=_STAND_IN["muted"], length=0)
-    axes.xaxis.label.set_color(_STAND_IN["muted"])
-    axes.yaxis.label.set_color(_STAND_IN["muted"])
+def to_svg(figure: Figure, name: str, titles: dict[str, str]) -> str:
+    """Return a figure as an SVG element without date and fixed size, its colours as CSS variables.
 
-
-def _finish(figure: Figure, name: str, titles: dict[str, str]) -> str:
-    """The SVG element: without date and fixed size, colours as variables, a title in each element that has one."""
+    Args:
+      figure: drawn in the colours of LIGHT.
+      name: makes its ids differ from those of another.
+      titles: id of an element -> text for the reader who points at it.
+    """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -212,8 +165,8 @@ def _finish(figure: Figure, name: str, titles: dict[str, str]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     svg = re.sub(r"font-family: [^;\"]*; ?|; font-family: [^;\"]*", "", svg)
-    for variable, stand_in in _STAND_IN.items():
-        svg = svg.replace(stand_in, f"var(--{variable})")
+    for variable, light in LIGHT.items():
+        svg = svg.replace(light, f"var(--{variable})")
     for gid, text in titles.items():
         svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{html.escape(text)}</title>', 1)
     return re.sub(r'id="((?:figure|axes|patch|line2d|text|matplotlib|FillBetween|xtick|ytick)[^"]*)"', "", svg)

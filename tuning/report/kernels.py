@@ -2,38 +2,30 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
-from splash_workbench.status import Label, Status
-from tuning.report.charts import Point, Roof, roofline
+from splash_workbench.status import Label
+from tuning.report.charts import Point, Roof, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
-from tuning.report.parts import Stack, device_title, listed, significant, stack
+from tuning.report.parts import Stack, device_title, stack
 from tuning.report.trials import (
     OURS,
-    bound_of,
     describe,
-    device_of,
     kernel_bytes,
     kernel_order,
     kernel_time,
     newest_trials,
-    of_bound,
     on_device,
-    op_time,
     options,
     origin_of_trials,
     series,
 )
 from tuning.trials import heatmap
-from tuning.trials.bound import mxu_bound_ms
+from tuning.trials.bound import bf16_bound_ms, bound_fraction, kernel_bound_fraction, known_device, mxu_bound_ms
 from tuning.trials.records import Trial, is_exact
 
 
@@ -44,21 +36,9 @@ class Winner:
     workload: str
     device: str
     entry: tuned.TunedEntry
-    of_bound: float | None
+    op_of_bound: float | None
     chosen: bool
     stale: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A cell of a heat map. text is empty where nothing was tried."""
-
-    text: str = ""
-    small: str = ""
-    title: str = ""
-    colour: str = ""
-    dark: bool = False
-    winner: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +49,12 @@ class Ranked:
     trial: Trial
     options: str
     width: float
-    of_bound: float | None
+    kernel_of_bound: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep. bound_at: where the MXU's bound is on the bars, in percent."""
+    """A sweep. bound_at: where the MXU's bound is on the bars, in percent; heatmap: SVG; picture: the sweep's PNG."""
 
     title: str
     path: str
@@ -87,8 +67,7 @@ class Sweep:
     left_out: int
     bound_ms: float | None
     bound_at: float | None
-    columns: tuple[int, ...]
-    rows: tuple[tuple[int, tuple[Cell, ...]], ...]
+    heatmap: str | None
     picture: str | None
     errors: tuple[tuple[str, int], ...]
 
@@ -127,15 +106,14 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) ->
     found = []
     for device_kind, entry in entries:
         choice = tuned.choose(device_kind, entry.shape, entry.dtype, directory=tuned_dir)
-        bound_ms = bound_of(entry.shape, entry.dtype, device_kind)
+        bound_ms = bf16_bound_ms(entry.shape, entry.dtype, device_kind)
+        exact = is_exact(entry.variant.to_dict())
         found.append(
             Winner(
                 workload=entry.provenance.workload,
                 device=device_title(device_kind),
                 entry=entry,
-                of_bound=bound_ms / entry.provenance.time_ms
-                if bound_ms and is_exact(entry.variant.to_dict())
-                else None,
+                op_of_bound=bound_fraction(bound_ms, entry.provenance.time_ms, exact),
                 chosen=choice.entry == entry,
                 stale=entry.provenance.kernel_hash != present,
             )
@@ -146,7 +124,7 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) ->
 
 
 def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[list[Sweep], list[TrialFile]]:
-    """The newest sweep of each workload, device and backend, and the files that it supersedes.
+    """Return the newest sweep of each shape, dtype, device and backend, and the files that it outdates.
 
     Exact candidates and int8 are two sweeps, though they share a file.
     """
@@ -165,12 +143,12 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
     first = timed[0] if timed else trials[-1]
     shown = timed[:top]
     longest = max((t.time_ms or 0.0 for t in shown), default=1.0)
-    bound_ms = bound_of(first.shape, first.dtype, first.device_kind)
+    bound_ms = bf16_bound_ms(first.shape, first.dtype, first.device_kind)
     ranking = tuple(
-        Ranked(n, t, options(t, [first]), (t.time_ms or 0.0) / longest * 100, of_bound(t))
+        Ranked(n, t, options(t, [first]), (t.time_ms or 0.0) / longest * 100, kernel_bound_fraction(t))
         for n, t in enumerate(shown, start=1)
     )
-    columns, rows = _heat_map(trials)
+    figure = heatmap.draw(trials)
     exact = is_exact(first.variant)
     picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / heatmap.file_name(exact)
     counts = collections.Counter(trial.status.value.replace("_", " ") for trial in trials)
@@ -188,69 +166,33 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
         left_out=len(timed) - len(shown),
         bound_ms=bound_ms,
         bound_at=bound_ms / longest * 100 if bound_ms and bound_ms <= longest else None,
-        columns=columns,
-        rows=rows,
+        heatmap=to_svg(figure, f"heatmap-{file.path}-{exact}", {}) if figure else None,
         picture=picture.as_posix() if picture.exists() else None,
         errors=tuple(sorted(errors.items())),
     )
 
 
-def _heat_map(trials: Sequence[Trial]) -> tuple[tuple[int, ...], tuple[tuple[int, tuple[Cell, ...]], ...]]:
-    """block_q x block_kv, the best time over everything else in each cell; empty without times."""
-    best: dict[tuple[int, int], Trial] = {}
-    failed: dict[tuple[int, int], set[str]] = {}
-    for trial in trials:
-        if trial.block_sizes is None:
-            continue
-        place = trial.block_sizes.block_q, trial.block_sizes.block_kv
-        if trial.status is not Status.OK:
-            failed.setdefault(place, set()).add(trial.status.value.replace("_", " "))
-        elif trial.time_ms is not None and (place not in best or trial.time_ms < op_time(best[place])):
-            best[place] = trial
-    if not best:
-        return (), ()
-    columns = tuple(sorted({block_kv for _, block_kv in best | failed}))
-    least = min(op_time(trial) for trial in best.values())
-    most = min(max(op_time(trial) for trial in best.values()), 2 * least)
-
-    def cell(place: tuple[int, int]) -> Cell:
-        if place not in best:
-            return Cell(small=listed(failed[place])) if place in failed else Cell()
-        trial = best[place]
-        # As in tuning.trials.heatmap: bright is fast. Logarithmic, so that equal steps of colour are equal ratios.
-        position = math.log(op_time(trial) / least) / math.log(most / least) if most > least else 0.0
-        colour = colormaps["viridis_r"](min(position, 1.0))
-        dark = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] < 0.5
-        text = significant(trial.time_ms)
-        small = f"/{trial.block_sizes.block_kv_compute}" if trial.block_sizes else ""
-        return Cell(text, small, describe(trial), to_hex(colour), dark, op_time(trial) == least)
-
-    rows = sorted({block_q for block_q, _ in best | failed}, reverse=True)
-    return columns, tuple((block_q, tuple(cell((block_q, block_kv)) for block_kv in columns)) for block_q in rows)
-
-
 def rooflines(sweep_files: Sequence[TrialFile], peer_files: Sequence[TrialFile]) -> list[Roofline]:
-    """One for each workload, device and way of getting times, of the newest sweeps and comparisons."""
+    """Return one for each shape, device and way of getting times, of the newest sweeps and comparisons."""
     files = [*newest_of(sweep_files)[0], *newest_of(peer_files)[0]]
     trials = newest_trials(trial for file in files for trial in file.trials)
     groups: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
         if trial.label is not None and (trial.kernel_time_ms or trial.time_ms) and trial.dtype == "bfloat16":
-            groups.setdefault((trial.workload, trial.device_kind, trial.label.value), []).append(trial)
+            groups.setdefault((str(trial.shape), trial.device_kind, trial.label.value), []).append(trial)
     kernels = kernel_order(trials)
     traffic = {on_device(trial): bytes_ for trial in trials if (bytes_ := kernel_bytes(trial))}
     drawn = []
-    for (workload, device_kind, label), members in sorted(groups.items()):
-        spec = device_of(device_kind)
+    for (_, device_kind, label), members in sorted(groups.items(), key=lambda group: (group[1][0].workload, group[0])):
+        spec = known_device(device_kind)
         placed = [trial for trial in members if on_device(trial) in traffic]
         if spec is None or not placed:
             continue
-        drawn.append(_roofline(workload, spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
+        drawn.append(_roofline(spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
     return drawn
 
 
 def _roofline(
-    workload: str,
     spec: DeviceSpec,
     label: Label,
     trials: Sequence[Trial],
@@ -258,7 +200,7 @@ def _roofline(
     traffic: dict[tuple[object, ...], int],
     kernels: Sequence[str],
 ) -> Roofline:
-    shape = trials[0].shape
+    shape, workload = trials[0].shape, trials[0].workload
     best: dict[str, Trial] = {}
     for trial in sorted(trials, key=lambda t: (kernel_time(t), t.key)):
         best.setdefault(series(trial), trial)
@@ -271,7 +213,7 @@ def _roofline(
         top = best[name] is trial
         points.append(Point(name, text, intensity, rate, name if top else None))
         if top:
-            rows.append((trial, intensity, rate, of_bound(trial)))
+            rows.append((trial, intensity, rate, kernel_bound_fraction(trial)))
     bound_ms = mxu_bound_ms(shape, spec)
     name = f"roofline-{workload}-{spec.name}-{label}".replace("_", "-")
     roof = Roof(
@@ -293,7 +235,7 @@ def _roofline(
 
 
 def peers(files: Sequence[TrialFile]) -> list[Peers]:
-    """The newest comparison of each workload and device."""
+    """Return the newest comparison of each shape, dtype and device."""
     return [_peers(file) for file in newest_of(files)[0]]
 
 
@@ -327,15 +269,3 @@ def _peers(file: TrialFile) -> Peers:
         best_ratio=min(theirs) / min(ours) if ours and theirs else None,
         notes=tuple(f"{kernel}: {note}" for kernel, note in sorted(notes)),
     )
-
-
-def pairs(files: Sequence[TrialFile]) -> list[tuple[Trial, Trial]]:
-    """(measured, predicted) trials of the same kernel, blocks, variant, shape and device, of the newest files."""
-    by_label: dict[tuple[object, ...], dict[Label, Trial]] = {}
-    for file in newest_of(files)[0]:
-        for trial in newest_trials(file.trials):
-            if trial.label is not None and trial.time_ms is not None:
-                by_label.setdefault(on_device(trial), {})[trial.label] = trial
-    both = [group for group in by_label.values() if {Label.MEASURED, Label.PREDICTED} <= set(group)]
-    found = [(group[Label.MEASURED], group[Label.PREDICTED]) for group in both]
-    return sorted(found, key=lambda pair: (pair[0].workload, pair[0].device, op_time(pair[0]), pair[0].key))

@@ -13,10 +13,12 @@ import jinja2
 from splash_attn import tuned
 from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
-from tuning.report.inputs import Inputs, TrialFile, Validation, ValidationRow
+from tuning.report.inputs import Inputs, TrialFile
 from tuning.report.parts import Tile
-from tuning.trials.records import Trial
+from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.reported import DEFAULT_PATH, Reported
+from tuning.validate.agreement import BAND, Pair, pairs_of, parity
+from tuning.validate.record import Comparison, Validation, pair_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Half of the error bars' width is at least this error.
@@ -35,11 +37,11 @@ class Page:
     superseded: tuple[TrialFile, ...]
     rooflines: tuple[kernels.Roofline, ...]
     validation: Validation
-    validation_rows: tuple[tuple[ValidationRow, float | None], ...]
+    validation_rows: tuple[tuple[Comparison, float | None], ...]
     scale: float
     parity: str | None
     fitted: bool
-    pairs: tuple[tuple[Trial, Trial], ...]
+    pairs: tuple[Pair, ...]
     peers: tuple[kernels.Peers, ...]
     cases: tuple[pipeline.Case, ...]
     generated: tuple[pipeline.Generated, ...]
@@ -64,13 +66,13 @@ def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path = tuned.TUNED_DIR
     validation = inputs.validation
     fitted = validation.source == Reported.read(DEFAULT_PATH).source
     rows = sorted(validation.rows, key=lambda row: (-row.reported_ms, row.shape, row.config))
-    errors = [(row, row.predicted_ms / row.reported_ms - 1 if row.predicted_ms is not None else None) for row in rows]
-    points = [
-        (f"{row.shape} {row.config}: {row.reported_ms:g} ms reported, {row.predicted_ms:.3f} ms predicted",
-         row.reported_ms, row.predicted_ms)
-        for row in rows
-        if row.predicted_ms is not None
-    ]  # fmt: skip
+    errors = [(row, None if row.ratio is None else row.ratio - 1) for row in rows]
+    points = [pair for row in rows if (pair := pair_of(row, "reported")) is not None]
+    titles = {
+        f"pair-{n}": f"{p.name}: {p.actual_ms:g} ms reported, {p.predicted_ms:.3f} ms predicted"
+        for n, p in enumerate(points)
+    }
+    measured = pairs_of(trial for file in (*inputs.sweeps, *inputs.peers) for trial in file.trials)
     return Page(
         tiles=tuple(_tiles(compared, validation, cases, fitted)),
         winners=tuple(kernels.winners(inputs.entries, tuned_dir)),
@@ -80,9 +82,9 @@ def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path = tuned.TUNED_DIR
         validation=validation,
         validation_rows=tuple(errors),
         scale=max([_LEAST_SCALE, *(abs(error) for _, error in errors if error is not None)]),
-        parity=charts.parity("parity", points, "reported") if points else None,
+        parity=charts.to_svg(parity(points), "parity", titles) if points else None,
         fitted=fitted,
-        pairs=tuple(kernels.pairs([*inputs.sweeps, *inputs.peers])),
+        pairs=tuple(sorted(measured, key=lambda pair: pair.name)),
         peers=tuple(compared),
         cases=tuple(cases),
         generated=tuple(pipeline.generated(inputs.generated)),
@@ -117,7 +119,7 @@ def _tiles(
         if total is not None:
             text = f"for a whole video: {case.title}"
             if case.reported:
-                text += f"; reported for the published nodes: {parts.significant(case.reported['total_time_s'], 3)} s"
+                text += f"; reported for the published nodes: {parts.significant(case.reported.total_time_s, 3)} s"
             found.append(Tile(f"{parts.significant(total, 3)} s", text, Label.PREDICTED))
     return found
 
@@ -147,11 +149,12 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
     context: dict[str, Any] = {
         "page": page,
         "missing": parts.MISSING,
+        "band": BAND,
         "results_dir": results_dir,
         "validation_path": validation_path,
         "light": charts.css(0),
         "dark": charts.css(1),
-        "of_bound": trials.of_bound,
+        "kernel_bound_fraction": kernel_bound_fraction,
     }
     html = environment.get_template("report.html").render(context)
     markdown = environment.get_template("report.md").render(context)

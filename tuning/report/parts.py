@@ -4,11 +4,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from offline_tpu.machine import devices
 from splash_workbench.status import Label
+from tuning.trials.bound import known_device
 
 MISSING = "–"  # noqa: RUF001
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +101,8 @@ def signed_percent(value: float | None, digits: int = 1) -> str:
 
 def device_title(device_kind: str) -> str:
     """ "TPU v6e" for "TPU v6 lite", and what it is called otherwise."""
-    known = next((spec for spec in devices.DEVICES.values() if spec.device_kind == device_kind), None)
-    return f"TPU {known.name}" if known else device_kind
+    spec = known_device(device_kind)
+    return f"TPU {spec.name}" if spec else device_kind
 
 
 def listed(items: Iterable[str]) -> str:

@@ -3,13 +3,14 @@
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from splash_workbench.records.base import PipelineRecord, Video
+from splash_workbench.records.generation import GenerationRecord
+from splash_workbench.records.prediction import GIB, STAGES, PredictionRecord, ReportedVideo, StagePrediction
+from splash_workbench.records.quality import QualityRecord
 from splash_workbench.status import Label
-from tuning.report.inputs import GeneratedRun, Origin, PredictedRun, PredictedStage, QualityRun, Video
-from tuning.report.parts import GIB, Stack, commit, compiler, listed, stack
+from tuning.report.parts import Stack, commit, compiler, listed, stack
 
-STAGES = ("text", "denoise", "vae")
 _WHOLE = "not broken down"
 _STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
 _STAGE_TITLES = {"text": "Text encoder", "denoise": "A denoising step", "vae": "VAE decoder"}
@@ -46,7 +47,7 @@ class Case:
     checkpoint: str
     plans: tuple[PlanRow, ...]
     stacks: tuple[Stack, ...]
-    reported: Mapping[str, Any] | None
+    reported: ReportedVideo | None
     notes: tuple[str, ...]
     provenance: str
 
@@ -103,19 +104,19 @@ class QualityTable:
     provenance: str
 
 
-def cases(runs: Sequence[PredictedRun]) -> list[Case]:
+def cases(runs: Sequence[PredictionRecord]) -> list[Case]:
     """One for each checkpoint, video and topology; of each plan and stage the newest prediction."""
-    groups: dict[tuple[str, str, str], list[PredictedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.origin.created_at):
+    groups: dict[tuple[str, str, str], list[PredictionRecord]] = {}
+    for run in sorted(runs, key=lambda run: run.created_at):
         groups.setdefault((run.topology, str(run.video), run.video.checkpoint), []).append(run)
     return [_case(topology, members) for (topology, _, _), members in sorted(groups.items())]
 
 
-def _case(topology: str, runs: Sequence[PredictedRun]) -> Case:
-    newest: dict[str, dict[str, PredictedRun]] = {}
+def _case(topology: str, runs: Sequence[PredictionRecord]) -> Case:
+    newest: dict[str, dict[str, PredictionRecord]] = {}
     for run in runs:
         for stage in run.stages:
-            newest.setdefault(run.plan, {})[stage] = run
+            newest.setdefault(run.plan.title, {})[stage] = run
     video = runs[0].video
     rows = sorted((_plan_row(plan, by_stage, video) for plan, by_stage in newest.items()), key=_plan_rank)
     used = list({id(run): run for by_stage in newest.values() for run in by_stage.values()}.values())
@@ -126,7 +127,7 @@ def _case(topology: str, runs: Sequence[PredictedRun]) -> Case:
         if row.total_s is not None:
             totals.append((row.plan, Label.PREDICTED, row.stage_s, ""))
     if reported:
-        totals.append(("published nodes", Label.REPORTED, {_WHOLE: reported["total_time_s"]}, reported["source"]))
+        totals.append(("published nodes", Label.REPORTED, {_WHOLE: reported.total_time_s}, reported.source))
     if any(row.total_s is not None for row in rows):
         stacks.append(stack("The whole video", "s", totals, {**_STAGE_COLOURS, _WHOLE: "c6"}))
     for stage in ("denoise", "vae", "text"):
@@ -135,7 +136,7 @@ def _case(topology: str, runs: Sequence[PredictedRun]) -> Case:
             if stage in newest[row.plan]:
                 bars.append((row.plan, Label.PREDICTED, _kinds(newest[row.plan][stage], stage), ""))
         if stage == "denoise" and reported:
-            bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported["step_time_s"]}, reported["source"]))
+            bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported.step_time_s}, reported.source))
         if bars:
             stacks.append(stack(_STAGE_TITLES[stage], "s", bars, {**_KIND_COLOURS, _WHOLE: "c6"}))
     return Case(
@@ -144,13 +145,22 @@ def _case(topology: str, runs: Sequence[PredictedRun]) -> Case:
         plans=tuple(rows),
         stacks=tuple(stacks),
         reported=reported,
-        notes=tuple(sorted({note for run in used for note in run.notes})),
-        provenance=origin_text([run.origin for run in used], f"predicted for {topology} with "),
+        notes=tuple(sorted({note for run in used for note in (*run.notes, *_other_outcomes(run))})),
+        provenance=origin_text(used, f"predicted for {topology} with "),
     )
 
 
-def _plan_row(plan: str, by_stage: Mapping[str, PredictedRun], video: Video) -> PlanRow:
-    stages: dict[str, PredictedStage] = {stage: run.stages[stage] for stage, run in by_stage.items()}
+def _other_outcomes(run: PredictionRecord) -> list[str]:
+    """Return what became of stages without a prediction, and of the plans that were tried and not taken."""
+    lines = [f"{run.plan.plan}: {stage}: {reason.splitlines()[0]}" for stage, reason in run.failures.items()]
+    for other, outcome in run.other_plans.items():
+        text = outcome.splitlines()[0] if isinstance(outcome, str) else f"{outcome:.3f} s a step"
+        lines.append(f"{other}: {text}, predicted and not taken")
+    return lines
+
+
+def _plan_row(plan: str, by_stage: Mapping[str, PredictionRecord], video: Video) -> PlanRow:
+    stages: dict[str, StagePrediction] = {stage: run.stages[stage] for stage, run in by_stage.items()}
     step_s = _step_time(by_stage["denoise"]) if "denoise" in by_stage else None
     stage_s = {stage: stages[stage].time_s for stage in STAGES if stage in stages}
     if step_s is not None:
@@ -172,11 +182,11 @@ def _plan_rank(row: PlanRow) -> tuple[float, str]:
     return (float("inf") if row.step_s is None else row.step_s, row.plan)
 
 
-def _step_time(run: PredictedRun) -> float:
+def _step_time(run: PredictionRecord) -> float:
     return run.stages["denoise"].time_s if run.step_time_s is None else run.step_time_s
 
 
-def _kinds(run: PredictedRun, stage: str) -> dict[str, float]:
+def _kinds(run: PredictionRecord, stage: str) -> dict[str, float]:
     """Seconds by kind. Where the record puts another attention kernel in place of ours, its time is in ours' place."""
     kinds = dict(run.stages[stage].breakdown_s)
     if stage == "denoise" and (more := _step_time(run) - run.stages[stage].time_s):
@@ -184,12 +194,12 @@ def _kinds(run: PredictedRun, stage: str) -> dict[str, float]:
     return kinds
 
 
-def generated(runs: Sequence[GeneratedRun]) -> list[Generated]:
+def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
     """The newest run of each checkpoint, size and device."""
-    groups: dict[tuple[str, str, str], list[GeneratedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.origin.created_at):
+    groups: dict[tuple[str, str, str], list[GenerationRecord]] = {}
+    for run in sorted(runs, key=lambda run: run.created_at):
         if run.stages:  # else all were reused, and nothing was timed
-            groups.setdefault((run.device, run.video.checkpoint, str(run.video)), []).append(run)
+            groups.setdefault((str(run.device), run.video.checkpoint, str(run.video)), []).append(run)
     shown = []
     for (device, checkpoint, video), members in sorted(groups.items()):
         run = members[-1]
@@ -209,8 +219,8 @@ def generated(runs: Sequence[GeneratedRun]) -> list[Generated]:
                 )
             )
             phases = {"load": times.load_time_s, "compile": times.compile_time_s, "run": times.run_time_s}
-            bars.append((stage, run.origin.label, phases, ""))
-        provenance = origin_text([run.origin], f"{run.origin.label} on {device} with ")
+            bars.append((stage, run.label, phases, ""))
+        provenance = origin_text([run], f"{run.label} on {device} with ")
         bar_stack = stack("", "s", bars, _PHASE_COLOURS)
         shown.append(
             Generated(f"{video} on {device}", checkpoint, bar_stack, tuple(rows), provenance, len(members) - 1)
@@ -222,20 +232,20 @@ def _stage_rank(stage: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
-def origin_text(origins: Sequence[Origin], how: str) -> str:
-    """Versions, commits and days of records of the pipeline."""
-    days = sorted({origin.created_at[:10] for origin in origins})
-    commits = listed(commit(origin.git_commit, origin.git_dirty) for origin in origins)
-    versions = listed(compiler(origin.versions) for origin in origins)
+def origin_text(records: Sequence[PipelineRecord], how: str) -> str:
+    """Return versions, commits and days of records."""
+    days = sorted({record.created_at[:10] for record in records})
+    commits = listed(commit(record.environment.git_commit, record.environment.git_dirty) for record in records)
+    versions = listed(compiler(record.environment.versions) for record in records)
     return f"{how}{versions}; commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
-def quality(runs: Sequence[QualityRun]) -> list[QualityTable]:
+def quality(runs: Sequence[QualityRecord]) -> list[QualityTable]:
     """A table for each checkpoint, size and device, with the newest line of each candidate."""
-    groups: dict[tuple[str, str, str], dict[str, QualityRun]] = {}
+    groups: dict[tuple[str, str, str], dict[str, QualityRecord]] = {}
     for run in runs:
-        members = groups.setdefault((run.video.checkpoint, str(run.video), run.device), {})
-        if run.candidate not in members or run.origin.created_at >= members[run.candidate].origin.created_at:
+        members = groups.setdefault((run.video.checkpoint, str(run.video), str(run.device)), {})
+        if run.candidate not in members or run.created_at >= members[run.candidate].created_at:
             members[run.candidate] = run
     return [
         QualityTable(
@@ -243,21 +253,18 @@ def quality(runs: Sequence[QualityRun]) -> list[QualityTable]:
             checkpoint=checkpoint,
             read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
             rows=tuple(_quality_row(run) for run in members.values()),
-            provenance=origin_text(
-                [run.origin for run in members.values()],
-                f"{next(iter(members.values())).origin.label} on {device} with ",
-            ),
+            provenance=origin_text(list(members.values()), f"{next(iter(members.values())).label} on {device} with "),
         )
         for (checkpoint, video, device), members in groups.items()
     ]
 
 
-def _quality_row(run: QualityRun) -> QualityRow:
+def _quality_row(run: QualityRecord) -> QualityRow:
     # No PSNR: the very same video, which is better than any figure.
     psnr_db = [float("inf") if value is None else value for value in run.psnr_db]
     return QualityRow(
         candidate=run.candidate,
-        label=run.origin.label,
+        label=run.label,
         video_count=len(psnr_db),
         worst_psnr_db=min(psnr_db),
         median_psnr_db=statistics.median(psnr_db),

@@ -2,17 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from offline_tpu.machine import devices
-from offline_tpu.machine.devices import DeviceSpec
-from splash_attn.types import AttentionShape
 from splash_workbench import provenance
 from splash_workbench.status import Label, Status
 from tuning.report.parts import commit, compiler, listed, percent, significant
-from tuning.trials.bound import mxu_bound_ms
+from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.records import Trial, is_exact
 
 OURS = "splash_attn"
-#: Field of a variant: int8 products of q and k are faster and not exact, and no peer of those that are.
 _ABSENT = object()
 
 
@@ -51,11 +47,11 @@ def origin_of_trials(trials: Sequence[Trial]) -> str:
 
 
 def describe(trial: Trial) -> str:
-    """A trial for who points at it."""
+    """Return a trial in words, for the reader who points at it."""
     texts = [f"{trial.kernel} {trial.config}", f"{trial.label} {significant(trial.time_ms)} ms"]
     if trial.kernel_time_ms is not None:
         texts.append(f"kernel {significant(trial.kernel_time_ms)} ms")
-    if (fraction := of_bound(trial)) is not None:
+    if (fraction := kernel_bound_fraction(trial)) is not None:
         texts.append(f"{percent(fraction)} of the MXU bound")
     if trial.vmem_bytes is not None:
         texts.append(f"VMEM {trial.vmem_bytes / 2**20:.1f} MiB")
@@ -74,28 +70,9 @@ def options(trial: Trial, among: Sequence[Trial]) -> str:
     return " ".join(f"{name}={value}" for name, value in shown)
 
 
-def bound_of(shape: AttentionShape, dtype: str, device_kind: str) -> float | None:
-    """The MXU's bound in bf16, milliseconds; None for another dtype or an unknown device."""
-    spec = device_of(device_kind)
-    return mxu_bound_ms(shape, spec) if spec is not None and dtype == "bfloat16" else None
-
-
 def series(trial: Trial) -> str:
     """The kernel's name, with what sets it apart from the exact ones."""
     return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} int8"
-
-
-def of_bound(trial: Trial) -> float | None:
-    """The bound over the kernel's time, over the op's where that is not known. None for int8: the bound is bf16's."""
-    if not is_exact(trial.variant):
-        return None
-    bound_ms = bound_of(trial.shape, trial.dtype, trial.device_kind)
-    return bound_ms / kernel_time(trial) if bound_ms and trial.time_ms is not None else None
-
-
-def device_of(device_kind: str) -> DeviceSpec | None:
-    """The spec of a device kind, None for one that is not in offline_tpu.machine.devices."""
-    return next((spec for spec in devices.DEVICES.values() if spec.device_kind == device_kind), None)
 
 
 def kernel_order(trials: Iterable[Trial]) -> list[str]:
@@ -110,7 +87,7 @@ def on_device(trial: Trial) -> tuple[object, ...]:
 
 def kernel_bytes(trial: Trial) -> int:
     """HBM traffic of the kernel alone, 0 where it is not known."""
-    return sum(op["hbm_bytes"] * op["calls"] for op in trial.ops if op["category"] == "kernel")
+    return sum(op.hbm_bytes * op.calls for op in trial.ops if op.category == "kernel")
 
 
 def kernel_time(trial: Trial) -> float:
@@ -118,9 +95,3 @@ def kernel_time(trial: Trial) -> float:
     time_ms = trial.kernel_time_ms or trial.time_ms
     assert time_ms is not None
     return time_ms
-
-
-def op_time(trial: Trial) -> float:
-    """Milliseconds of the whole op, of a trial that has them."""
-    assert trial.time_ms is not None
-    return trial.time_ms

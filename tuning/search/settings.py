@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
-from splash_workbench import cli
-from splash_workbench.workers.pool import core_count
+from splash_workbench.records.jsonl import decode
+from splash_workbench.workers.pool import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
+from tuning.backends.timing import MeasureSettings
+from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.trials.records import VARIANT_PREFIX
@@ -43,9 +45,9 @@ class SpaceSchema:
 class SweepSchema:
     """Fields of configs/sweep.yaml; becomes a SweepSettings."""
 
-    workload: cli.WorkloadSchema = dataclasses.field(default_factory=cli.WorkloadSchema)
-    device: cli.DeviceSchema = dataclasses.field(default_factory=cli.DeviceSchema)
-    backend: cli.BackendSchema = dataclasses.field(default_factory=cli.BackendSchema)
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
+    backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
     workers: int | None = None
@@ -59,9 +61,6 @@ class SweepSchema:
     profile: bool = MISSING
     profile_top: int = MISSING
     logdir: str = MISSING
-
-
-cli.store_schema("sweep_schema", SweepSchema)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,44 +86,41 @@ class SweepSettings:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: expected at least 1, or null for the number of cores.")
         if self.backend.exclusive and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
+        check_timeout_s(self.timeout_s)
+        if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
+            raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
+        decode(self.measure, MeasureSettings)
 
 
-def settings_from(config: DictConfig) -> SweepSettings:
+def settings_from(config: SweepSchema) -> SweepSettings:
     """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    space = cli.plain(config.space)
+    space = dataclasses.asdict(config.space)
     choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
     for name, values in choices.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
-    workload = Workload.from_dict(cli.plain(config.workload))
+    workload = config.workload.frozen()
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
-    workers = config.workers
-    if workers is None:
-        workers = 1 if backend.exclusive else core_count()
     return SweepSettings(
         workload=workload,
         device=config.device.name,
         backend=backend,
-        measure=cli.plain(config.backend.measure),
-        search=SearchSettings(**cli.plain(config.search)),
+        measure=config.backend.measure,
+        search=SearchSettings(**dataclasses.asdict(config.search)),
         space=Space(
             name=space["name"],
             choices={name: tuple(values) for name, values in choices.items()},
             first=tuple(_flat(parameters) for parameters in space["first"]),
             max_block_scores=space["max_block_scores"],
         ).fitted_to(workload.shape),
-        workers=workers,
+        workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         timeout_s=config.timeout_s,
         vmem_pruning=config.vmem_pruning,
         results_dir=Path(config.results_dir),

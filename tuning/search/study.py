@@ -1,36 +1,26 @@
-"""Which candidate next: an Optuna study on disk that survives any death of the sweep.
+"""Choose the next candidate: an Optuna study on disk that survives any death of the sweep.
 
 The records file is the truth about what was evaluated; the study remembers what was asked and guides TPE. A candidate
 that was running when the sweep died is asked again, unless its record had already been written: then it is told.
-
-There is no cheaper first pass, because none would pay. CPU seconds of a candidate (cogvideox_720p on v6e;
-measured on two x86-64 cores that did other things too):
-
-    blocks          compile, read the schedule  check numerics
-    1024/1024/512                          4.1             3.6
-    3328/2816/256                         11.2             8.4
-    13312/768/256                         27.2             9.9
-    13312/1536/256                        30.1            16.6
-
-A candidate that might win has long blocks, and their unrolled body takes as long to compile at any length: one head of
-26624 tokens takes 23 of these 27 seconds. And there is little to leave out: of the 100 candidates of a tpe search 8
-were more than 15 % slower than the best, with 7 % of the sweep's time, and the checks of their numerics 3 %.
 """
 
+import contextlib
 import dataclasses
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
-from tuning.trials.records import Trial
+from tuning.trials.records import Trial, objective
 
 Sampler = Literal["grid", "random", "tpe"]
 
@@ -60,8 +50,23 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
             raise ValueError(f"search.sampler={self.sampler!r}: expected one of {get_args(Sampler)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"search.seed={self.seed}: expected 0 to {2**32 - 1}.")
         if self.max_trials is not None and self.max_trials < 1:
             raise ValueError(f"search.max_trials={self.max_trials}: expected at least 1, or null for every candidate.")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the study's file is to blame for into UserError."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        cause = error.__cause__ or error  # SQLAlchemy's own text lists the statement and its parameters
+        raise UserError(
+            f"{path}: this study cannot be read or written ({str(cause).splitlines()[0]}); make room there, or delete "
+            "it: the trials stay on record."
+        ) from error
 
 
 class Search:
@@ -73,8 +78,7 @@ class Search:
       space: the parameters.
       candidates: the valid ones of the space.
       settings: how to search.
-      known: candidate key -> Trial, from the records of the same context.
-      objective: Trial -> value to minimise, for ok trials.
+      on_record: candidate key -> Trial, from the records of the same context.
     """
 
     def __init__(
@@ -84,15 +88,13 @@ class Search:
         space: Space,
         candidates: Candidates,
         settings: SearchSettings,
-        known: Mapping[str, Trial],
-        objective: Callable[[Trial], float],
+        on_record: Mapping[str, Trial],
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage_path.parent.mkdir(parents=True, exist_ok=True)
         self._space = space
         self._valid = {candidate.key: candidate for candidate in candidates.valid}
         self._settings = settings
-        self._objective = objective
         self._rng = random.Random(settings.seed)
         self._distributions: dict[str, BaseDistribution] = {
             name: _distribution(values) for name, values in space.choices.items()
@@ -106,16 +108,16 @@ class Search:
         self._asked: dict[str, optuna.trial.Trial] = {}
         self.told: dict[str, Trial] = {}
         #: Candidates that were running when an earlier run died, and are asked first.
-        self.interrupted = self._resume(known)
+        self.interrupted = self._resume(on_record)
         self._proposals = self._propose()
 
     @property
     def budget(self) -> int:
-        """How many candidates this study will have when it is done."""
+        """Return how many candidates this study will have when it is done."""
         return min(self._settings.max_trials or len(self._valid), len(self._valid))
 
     def ask(self) -> Candidate | None:
-        """A candidate not asked before, or None: the budget is spent, or no candidate is left."""
+        """Return a candidate not asked before, or None: the budget is spent, or no candidate is left."""
         if len(self.told) + len(self._asked) >= self.budget:
             return None
         rejections = 0
@@ -137,7 +139,7 @@ class Search:
             rejections += 1
 
     def tell(self, candidate: Candidate, record: Trial) -> None:
-        """What became of a candidate that `ask` gave. Its record is on disk by now."""
+        """Take what became of a candidate that `ask` gave. Its record is on disk by now."""
         trial = self._asked.pop(candidate.key)
         self._tell(trial.number, record)
         self.told[candidate.key] = record
@@ -147,12 +149,12 @@ class Search:
 
     def _tell(self, number: int, record: Trial) -> None:
         if record.status is Status.OK:
-            self._study.tell(number, self._objective(record))
+            self._study.tell(number, objective(record))
         else:
             self._study.tell(number, state=TrialState.PRUNED)  # the worst there is, as TPE sees it
 
     def _candidate(self, parameters: Mapping[str, Any]) -> Candidate | None:
-        """The valid candidate of these parameters, None where there is none."""
+        """Return the valid candidate of these parameters, None where there is none."""
         if set(parameters) != set(self._space.choices):
             return None  # the sweep died while Optuna wrote them
         choices = self._space.choices
@@ -166,7 +168,7 @@ class Search:
             return None  # not a kernel, e.g. block_kv_compute does not divide block_kv
 
     def _encode(self, candidate: Candidate) -> dict[str, Any]:
-        """A candidate as Optuna's parameters."""
+        """Return a candidate as Optuna's parameters."""
         return {
             name: self._space.choices[name].index(value)
             if isinstance(self._distributions[name], IntDistribution)
@@ -174,12 +176,12 @@ class Search:
             for name, value in parameters_of(candidate, self._space).items()
         }
 
-    def _resume(self, known: Mapping[str, Trial]) -> tuple[Candidate, ...]:
-        """Reads the study: fills `told`, and returns the candidates that were asked but have no record."""
+    def _resume(self, on_record: Mapping[str, Trial]) -> tuple[Candidate, ...]:
+        """Read the study: fill `told`, and return the candidates that were asked but have no record."""
         interrupted: dict[str, Candidate] = {}
         for trial in self._study.get_trials(deepcopy=False):
             candidate = self._candidate(trial.params)
-            record = known.get(candidate.key) if candidate is not None else None
+            record = on_record.get(candidate.key) if candidate is not None else None
             if trial.state is TrialState.RUNNING:
                 if record is not None:
                     self._tell(trial.number, record)
@@ -194,7 +196,7 @@ class Search:
         return tuple(interrupted.values())
 
     def _propose(self) -> Iterator[Candidate]:
-        """Candidates that do not wait for the sampler: cut short ones, the space's first, then all but for TPE."""
+        """Yield candidates that do not wait for the sampler: interrupted, named first, then all but for TPE."""
         proposals = list(self.interrupted)
         proposals += [candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from offline_tpu import timeline
 from offline_tpu.machine.devices import by_name
 from splash_attn.api import Implementation
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Recorder, Session
 from splash_workbench.status import Label, Status
@@ -52,7 +52,7 @@ def predicted(trial: Trial, logdir: Path) -> Session:
         device=trial.device_kind,
         made_by=timeline.predicted_by(trial.environment.versions),
         config=_config(trial),
-        environment=trial.environment.to_dict(),
+        environment=trial.environment,
     )
     sessions.write_session(logdir, session, space_of_trial(trial))
     return session
@@ -62,7 +62,7 @@ def space_of_trial(trial: Trial) -> Any:
     """The timeline of a trial that was predicted. Raises ValueError for another."""
     if trial.label is not Label.PREDICTED or not trial.ops:
         raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
-    program = timeline.Program(f"{trial.workload} {trial.config}", tuple(map(timeline.PredictedOp.of, trial.ops)))
+    program = timeline.Program(f"{trial.workload} {trial.config}", trial.ops)
     return timeline.space_of([program], by_name(trial.device), timeline.predicted_by(trial.environment.versions))
 
 

@@ -1,31 +1,30 @@
-"""A picture of a sweep: block_q x block_kv, the best time over everything else in each cell."""
+"""The picture of a sweep: block_q x block_kv, the best time over everything else in each cell."""
 
 import collections
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from splash_workbench.status import Status
+from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
 
 
 def file_name(exact: bool) -> str:
-    """Candidates that are not exact rank among themselves, and have a picture of their own."""
+    """Return the picture's name. Candidates that are not exact rank apart, and have a picture of their own."""
     return "heatmap.png" if exact else "heatmap-int8.png"
 
 
-def save(trials: Sequence[Trial], path: Path) -> bool:
-    """Draws the ok trials of one sweep to a PNG, the winner marked. Returns False where there is nothing to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(trials: Sequence[Trial]) -> Figure | None:
+    """Draw the ok trials of one sweep, the winner marked. Returns None where there is nothing to draw."""
     timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.block_sizes is not None]
     if not timed:
-        return False
-    if len(kinds := {(t.workload, t.device, t.label) for t in timed}) != 1:
-        raise ValueError(f"{kinds=}: expected trials of one workload, device and label.")
+        return None
+    if len(kinds := {(str(t.shape), t.dtype, t.device_kind, t.label) for t in timed}) != 1:
+        raise ValueError(f"{kinds=}: expected trials of one shape, dtype, device kind and label.")
     best: dict[tuple[int, int], Trial] = {}
     for trial in sorted(timed, key=_time, reverse=True):
         best[trial.block_sizes.block_q, trial.block_sizes.block_kv] = trial  # type: ignore[union-attr]
@@ -39,9 +38,12 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
 
     # At least as wide as the title's first line.
     size = (max(7.0, 1.8 + 1.15 * len(columns)), 2.2 + 0.62 * len(rows))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
     axes.set_facecolor("whitesmoke")  # cells that were not tried
-    image = axes.imshow(times, cmap="viridis_r", aspect="auto")
+    edges = ([number - 0.5 for number in range(len(values) + 1)] for values in (columns, rows))
+    axes.pcolormesh(*edges, np.ma.masked_invalid(times), cmap="viridis_r")
+    axes.invert_yaxis()
     winner = min(timed, key=_time)
     middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
     for row, block_q in enumerate(rows):
@@ -49,11 +51,11 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
             cell = (block_q, block_kv)
             if cell in best:
                 trial = best[cell]
-                colour = "white" if _time(trial) > middle else "black"
+                colour = "#fefefe" if _time(trial) > middle else "black"
                 text = f"{_time(trial):.4g}\n/{trial.block_sizes.block_kv_compute}"  # type: ignore[union-attr]
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
                 if trial is winner:
-                    frame = plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3)
+                    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3)
                     axes.add_patch(frame)
             elif cell in failures:
                 text = "\n".join(sorted(failures[cell]))
@@ -66,14 +68,12 @@ def save(trials: Sequence[Trial], path: Path) -> bool:
         f"{winner.workload} ({winner.shape} {winner.dtype}) on {winner.device}: {winner.label} ms, best of each cell\n"
         + textwrap.fill(f"winner {winner.time_ms:.3f} ms: {winner.config}", width=int(12 * size[0])),
         fontsize=9,
+        color=LIGHT["ink"],
     )
-    figure.colorbar(image, label=f"{winner.label} ms")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-    return True
+    axes.tick_params(colors=LIGHT["ink"])
+    axes.xaxis.label.set_color(LIGHT["ink"])
+    axes.yaxis.label.set_color(LIGHT["ink"])
+    return figure
 
 
 def _time(trial: Trial) -> float:

@@ -3,17 +3,17 @@
 import dataclasses
 import fcntl
 import json
-import os
 from pathlib import Path
 
 from splash_attn import tuned
 from splash_attn.types import Variant
+from splash_workbench.files import atomic_path
 from splash_workbench.status import Status
 from tuning.trials.records import Trial
 
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:
-    """The tuned entry that a trial makes.
+    """Return the tuned entry that a trial makes.
 
     Raises:
       ValueError: the trial is not one to run by: not ok, without a time, unchecked, or of a peer's kernel.
@@ -77,14 +77,9 @@ def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
             return Promotion(False, reason, path)
         entries = [entry for entry in entries if entry is not old and not _outdated_by(new, entry)] + [new]
         entries.sort(key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
-        content = {
-            "schema_version": tuned.SCHEMA_VERSION,
-            "device_kind": trial.device_kind,
-            "entries": [entry.to_dict() for entry in entries],
-        }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
+        content = tuned.TunedFile(1, trial.device_kind, tuple(entries))
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(content), indent=1) + "\n")
     return Promotion(True, reason, path)
 
 
@@ -95,8 +90,8 @@ def _key(entry: tuned.TunedEntry) -> tuple[object, ...]:
 def _outdated_by(new: tuned.TunedEntry, entry: tuned.TunedEntry) -> bool:
     """Whether an entry competes with `new`, with a time that cannot be compared."""
 
-    def rivals(of: tuned.TunedEntry) -> tuple[object, ...]:
-        return of.shape, of.dtype, of.variant.qk_dtype, of.provenance.label
+    def rivals(one: tuned.TunedEntry) -> tuple[object, ...]:
+        return one.shape, one.dtype, one.variant.qk_dtype, one.provenance.label
 
     return rivals(entry) == rivals(new) and _source(entry) != _source(new)
 

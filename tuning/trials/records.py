@@ -1,18 +1,17 @@
-"""Trials as frozen values, JSON lines on disk and a pandas table."""
+"""Trials as frozen values, as JSON lines on disk and as a pandas table."""
 
 import dataclasses
-import datetime
 import json
-import os
 import statistics
-import uuid
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.provenance import Environment
+from splash_workbench.records import jsonl
+from splash_workbench.records.base import new_id, utc_now
 from splash_workbench.status import Label, Status
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Numerics:
     Attributes:
       implementation: what ran: "pallas_interpret", or "pallas_tpu" on a TPU.
       q_seq_len, kv_seq_len, num_heads: the small shape.
-      block_sizes: the blocks that ran; same_block_sizes says whether they are the candidate's own.
+      block_sizes: the blocks that ran, which are the candidate's own.
       rms_error: ||actual - expected|| / ||expected||.
       max_row_error: the same for the worst query row.
       max_abs_error: largest difference of one element.
@@ -43,7 +42,6 @@ class Numerics:
     kv_seq_len: int
     num_heads: int
     block_sizes: str
-    same_block_sizes: bool
     rms_error: float
     max_row_error: float
     max_abs_error: float
@@ -78,10 +76,12 @@ class Trial:
       peak_hbm_bytes: of the whole op.
       compile_time_s: of the whole op.
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
-      ops: parts of a prediction, one dict for each HLO op.
+      ops: parts of a prediction, one for each HLO op.
       numerics: the check, None where the trial did not get that far.
       notes: what a reader of the figures must know.
       error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
+      conclusive: whether the same candidate would end so again; if not, it is tried again. None stands for what its
+        status says, as in older records.
       environment: where it ran.
     """
 
@@ -107,15 +107,14 @@ class Trial:
     peak_hbm_bytes: int | None = None
     compile_time_s: float | None = None
     wall_time_s: float | None = None
-    ops: tuple[dict[str, Any], ...] = ()
+    ops: tuple[OpCost, ...] = ()
     numerics: Numerics | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
     log_tail: str | None = None
-    record_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
-    created_at: str = dataclasses.field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    )
+    conclusive: bool | None = None
+    record_id: str = dataclasses.field(default_factory=new_id)
+    created_at: str = dataclasses.field(default_factory=utc_now)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -128,6 +127,12 @@ class Trial:
             raise ValueError("label=None: expected how the time was got.")
         if self.numerics is not None and not self.numerics.passed and self.status is Status.OK:
             raise ValueError(f"status={self.status}: expected 'wrong', the numerics check failed ({self.numerics}).")
+        from tuning.trials.bound import contradiction  # here: it stands on this module
+
+        if has_time and (reason := contradiction(self)):
+            raise ValueError(reason)
+        if self.conclusive is None:
+            object.__setattr__(self, "conclusive", self.status.conclusive)
 
     @property
     def time_ms(self) -> float | None:
@@ -145,76 +150,23 @@ class Trial:
         variant = [f"{name}={value}" for name, value in self.variant.items()]
         return " ".join([*([str(self.block_sizes)] if self.block_sizes else []), *variant])
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Raises ValueError, KeyError or TypeError where `fields` is not a Trial of this schema version."""
-        values = dict(fields)
-        if values.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema_version={values.get('schema_version')!r}: expected {SCHEMA_VERSION}.")
-        values["shape"] = AttentionShape(**values["shape"])
-        values["block_sizes"] = BlockSizes(**values["block_sizes"]) if values["block_sizes"] else None
-        values["status"] = Status(values["status"])
-        values["environment"] = Environment.from_dict(values["environment"])
-        values["label"] = Label(values["label"]) if values["label"] else None
-        values["numerics"] = Numerics(**values["numerics"]) if values["numerics"] else None
-        for name in ("time_samples_ms", "ops", "notes"):
-            values[name] = tuple(values[name])
-        return cls(**values)
-
 
 def objective(trial: Trial) -> float:
-    """What the search minimises: the time, or the error where a backend gives no time."""
+    """Return what the search minimises: the time, or the error where a backend gives no time."""
     if trial.time_ms is not None:
         return trial.time_ms
     return trial.numerics.rms_error if trial.numerics is not None else float("inf")
 
 
 def config_key(block_sizes: BlockSizes | None, variant: Mapping[str, Any]) -> str:
-    """The same string for the same block sizes and variant, in every process."""
+    """Return the same string for the same block sizes and variant, in every process."""
     fields = dataclasses.asdict(block_sizes) if block_sizes else {}
     return json.dumps(fields | {"variant": dict(variant)}, sort_keys=True)
 
 
-def append(path: Path, trial: Trial) -> None:
-    """Adds one line: a single write at the end of the file, on disk before this returns."""
-    line = json.dumps(trial.to_dict(), allow_nan=True).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # a crash tore the last line: keep this one apart from it
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read(path: Path) -> list[Trial]:
-    """Every trial of a file, empty where there is none. A line that a crash tore is skipped with a warning.
-
-    Raises:
-      ValueError: a whole line is not a Trial that this version reads.
-    """
-    if not path.exists():
-        return []
-    trials = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            warnings.warn(f"{path}:{number}: skipped a torn line of {len(line)} characters.", stacklevel=2)
-            continue
-        try:
-            trials.append(Trial.from_dict(fields))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a trial of schema {SCHEMA_VERSION} ({error}).") from error
-    return trials
+    """Return every trial of a file; see `jsonl.read`."""
+    return jsonl.read(path, Trial)
 
 
 def is_exact(variant: Mapping[str, Any]) -> bool:
@@ -222,18 +174,18 @@ def is_exact(variant: Mapping[str, Any]) -> bool:
     return variant.get("qk_dtype") != "int8"
 
 
-def conclusive(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
-    """Those that need not be made again: all but the ones that ran out of less time than `timeout_s`."""
-    return [t for t in trials if t.status is not Status.TIMEOUT or (t.wall_time_s or 0.0) >= timeout_s]
+def reusable(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
+    """Return those that need not be made again: the conclusive, and those that ran out of `timeout_s` or more."""
+    return [t for t in trials if t.conclusive or (t.status is Status.TIMEOUT and (t.wall_time_s or 0.0) >= timeout_s)]
 
 
 def read_all(results_dir: Path) -> list[Trial]:
-    """Every trial under a results folder."""
+    """Return every trial under a results folder."""
     return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]
 
 
 def frame(trials: Iterable[Trial]) -> "pd.DataFrame":
-    """One row a trial. Times of each label have a column of their own."""
+    """Return one row a trial. Times of each label have a column of their own."""
     import pandas as pd  # here: worker processes have no use for it
 
     return pd.DataFrame([_row(trial) for trial in trials])
@@ -243,6 +195,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     blocks = trial.block_sizes
     return {
         "workload": trial.workload,
+        "shape": str(trial.shape),
         "device": trial.device,
         "backend": trial.backend,
         "kernel": trial.kernel,

@@ -7,17 +7,17 @@ from typing import Any
 
 import pandas as pd
 
-from offline_tpu.machine import devices
 from tuning.trials import records
-from tuning.trials.bound import OVER_BOUND, mxu_bound_ms
+from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
 from tuning.trials.records import Trial
 
 _ERROR_CHARACTERS = 60
+_RECORD_ID_CHARACTERS = 8
 #: Units of the core, as the compiler names them, and their columns: the share of their slots that the kernel uses.
 _UNITS = {"MATMUL": "mxu", "VALU": "valu", "VPOP": "vpop", "EUP": "eup", "VLOAD": "vload", "VSTORE": "vstore"}
 _FORMATS = {
     **dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "spills", "fills"), "{:.0f}"),
-    "bound_fraction": "{:.1%}",
+    "kernel_bound_fraction": "{:.1%}",
     **dict.fromkeys(_UNITS.values(), "{:.0%}"),
     "rms_error": "{:.1e}",
     "vmem_mib": "{:.1f}",
@@ -25,7 +25,7 @@ _FORMATS = {
     "compile_s": "{:.1f}",
     "wall_s": "{:.1f}",
 }
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype", "kernel")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype", "kernel")
 
 
 def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -67,6 +67,8 @@ def table(
         texts = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
         frame.insert(list(frame.columns).index("status"), "variant", texts)
     frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
+    if "record_id" in frame:
+        frame["record_id"] = frame["record_id"].str[:_RECORD_ID_CHARACTERS]
     if "error" in frame:
         frame["error"] = [_shorten(error) for error in frame["error"]]
     for column, form in _FORMATS.items():
@@ -88,7 +90,7 @@ def winner_line(trial: Trial) -> str:
 def note_lines(trials: Sequence[Trial]) -> list[str]:
     """What a reader of the table must know, each thing once, with how many trials it is about."""
     counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
-    counts.update((trial.kernel, OVER_BOUND) for trial in trials if (_bound_fraction(trial) or 0) > 1)
+    counts.update((trial.kernel, OVER_BOUND) for trial in trials if (kernel_bound_fraction(trial) or 0) > 1)
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
 
 
@@ -116,7 +118,8 @@ def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
 
 def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
     frame = records.frame(trials)
-    frame.insert(list(frame.columns).index("mcycles"), "bound_fraction", [_bound_fraction(trial) for trial in trials])
+    fractions = [kernel_bound_fraction(trial) for trial in trials]
+    frame.insert(list(frame.columns).index("mcycles"), "kernel_bound_fraction", fractions)
     for unit, column in _UNITS.items():
         frame.insert(list(frame.columns).index("vmem_mib"), column, [_utilization(trial, unit) for trial in trials])
     return frame
@@ -124,21 +127,10 @@ def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
 
 def _utilization(trial: Trial, unit: str) -> float | None:
     """Share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
-    kernels = [op for op in trial.ops if op["category"] == "kernel" and op["time_s"] > 0]
+    kernels = [op for op in trial.ops if op.category == "kernel" and op.time_s > 0]
     if not kernels:
         return None
-    return sum(op["utilization"][unit] * op["time_s"] for op in kernels) / sum(op["time_s"] for op in kernels)
-
-
-def _bound_fraction(trial: Trial) -> float | None:
-    """The matrix units' bound over the kernel's time (the op's where that is not known): 1 is the best there can be."""
-    time_ms = trial.kernel_time_ms or trial.time_ms
-    spec = next((spec for spec in devices.DEVICES.values() if spec.device_kind == trial.device_kind), None)
-    in_int8 = trial.variant.get("qk_dtype") == "int8"  # whose bound is another
-    if time_ms is None or spec is None or trial.dtype != "bfloat16" or in_int8:
-        return None
-    bound_ms = mxu_bound_ms(trial.shape, spec)
-    return bound_ms / time_ms if bound_ms else None
+    return sum(op.utilization[unit] * op.time_s for op in kernels) / sum(op.time_s for op in kernels)
 
 
 def _common_options(trials: Sequence[Trial]) -> dict[str, Any]:

@@ -6,22 +6,23 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 from tqdm import tqdm
 
 import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench import cli, provenance
-from splash_workbench.accelerator import quiet_jax_without_accelerator
-from splash_workbench.status import Label, Status
+from splash_workbench.errors import from_config
+from splash_workbench.records import jsonl
+from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner, core_count
 from tuning.trials import records
+from tuning.trials.figures import save_png
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
-from tuning.validate import agreement
-from tuning.validate.agreement import Pair, Summary, pairs_of, summarize
+from tuning.validate.agreement import Pair, Summary, pairs_of, parity, summarize
+from tuning.validate.record import Comparison, Validation, pair_of
 
 _JOB = "tuning.validate.tokamax_op:predict_row"
 _SOURCES = (*offline_tpu.SOURCES, "tuning/validate/tokamax_op.py")
@@ -41,59 +42,6 @@ class ValidateSchema:
     progress: bool = MISSING
 
 
-cli.store_schema("validate_schema", ValidateSchema)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One reported time and the prediction for the same call.
-
-    Attributes:
-      row: the call and its reported time.
-      predicted_ms: None where the call could not be predicted; `error` then says why.
-      bound: what limits the op that takes longest: compute, hbm or link.
-      ops: the parts of the prediction, longest first.
-      unresolved: what the prediction had to assume.
-    """
-
-    row: ReportedRow
-    predicted_ms: float | None
-    bound: str | None
-    ops: tuple[dict[str, Any], ...]
-    unresolved: tuple[str, ...]
-    error: str | None
-
-    @property
-    def ratio(self) -> float | None:
-        """Predicted over reported."""
-        return None if self.predicted_ms is None else self.predicted_ms / self.row.median_time_ms
-
-    def pair(self, group: str) -> Pair | None:
-        """None where the call could not be predicted."""
-        if self.predicted_ms is None:
-            return None
-        return Pair(
-            group=group,
-            name=f"{self.row.shape} {self.row.config}",
-            label=Label.REPORTED,
-            actual_ms=self.row.median_time_ms,
-            predicted_ms=self.predicted_ms,
-            notes=self.unresolved,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.row.to_dict(),
-            "reported_ms": self.row.median_time_ms,
-            "predicted_ms": self.predicted_ms,
-            "ratio": self.ratio,
-            "bound": self.bound,
-            "ops": [{name: op[name] for name in ("name", "time_s", "cycles", "bound")} for op in self.ops],
-            "unresolved": list(self.unresolved),
-            "error": self.error,
-        }
-
-
 def compare(
     reported: Reported,
     *,
@@ -103,7 +51,7 @@ def compare(
     timeout_s: float,
     progress: bool = False,
 ) -> list[Comparison]:
-    """Predicts every row, in worker processes. A row that cannot be predicted is in the list with its error.
+    """Predict every row, in worker processes. A row that cannot be predicted is in the list with its error.
 
     Raises:
       ValueError: the rows are of a device that is not known.
@@ -117,7 +65,7 @@ def compare(
         payload = {"row": row.to_dict() | {"median_time_ms": 1.0}, "device": device.name}
         key = JobCache.key(_JOB, payload, dependencies)
 
-        def run() -> Outcome:
+        def run_job() -> Outcome:
             return runner.run(
                 _JOB,
                 payload,
@@ -125,13 +73,10 @@ def compare(
                 variables=lambda worker_dir: offline_tpu.worker_environment(device, worker_dir / "dump"),
             )
 
-        outcome = cache.outcome(key, run)[0] if cache else run()
+        outcome = cache.outcome(key, run_job)[0] if cache else run_job()
         if outcome.status is not Status.OK:
-            return Comparison(row, None, None, (), (), f"{outcome.status}: {outcome.error}")
-        prediction = outcome.result
-        ops = sorted(prediction["ops"], key=lambda op: -op["time_s"])
-        unresolved = tuple(f"{op['name']}: {text}" for op in ops for text in op["unresolved"])
-        return Comparison(row, prediction["time_s"] * 1e3, ops[0]["bound"], tuple(ops), unresolved, None)
+            return Comparison.failed(row, f"{outcome.status}: {outcome.error}")
+        return Comparison.predicted(row, jsonl.decode(outcome.result, offline_tpu.Prediction))
 
     bar = tqdm(total=len(reported.rows), disable=not progress, unit="row", leave=False)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, bar:
@@ -145,8 +90,8 @@ def compare(
 
 
 def _lines(reported: Reported, comparisons: Sequence[Comparison], summary: Summary) -> list[str]:
-    width = max(len(c.row.shape) for c in comparisons)
-    config_width = max(len(c.row.config) for c in comparisons)
+    width = max(len(c.shape) for c in comparisons)
+    config_width = max(len(c.config) for c in comparisons)
     lines = [
         f"reported: {reported.source}",
         f"predicted: this machine, libtpu {offline_tpu.SUPPORTED_LIBTPU}, for {reported.device_kind}",
@@ -155,11 +100,11 @@ def _lines(reported: Reported, comparisons: Sequence[Comparison], summary: Summa
         f"{'predicted':>9}  {'ratio':>6}  {'bound':<8}longest ops (predicted ms)",
     ]
     for c in comparisons:
-        head = f"{c.row.shape:<{max(width, 25)}}  {c.row.config:<{config_width}}  {c.row.median_time_ms:>9.3f}  "
+        head = f"{c.shape:<{max(width, 25)}}  {c.config:<{config_width}}  {c.reported_ms:>9.3f}  "
         if c.predicted_ms is None:
             lines.append(f"{head}{'-':>9}  {'-':>6}  {c.error}")
             continue
-        ops = ", ".join(f"{op['name']} {op['time_s'] * 1e3:.3f}" for op in c.ops[:_LISTED_OPS])
+        ops = ", ".join(f"{op.name} {op.time_s * 1e3:.3f}" for op in c.ops[:_LISTED_OPS])
         lines.append(f"{head}{c.predicted_ms:>9.3f}  {c.ratio:>6.3f}  {c.bound:<8}{ops}")
         lines.extend(f"  not known: {text}" for text in c.unresolved)
     lines += ["", summary.line]
@@ -182,52 +127,45 @@ def _measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
     return lines
 
 
-def _command(config: DictConfig) -> int:
-    path = Path(config.measured) if config.measured else DEFAULT_PATH
-    results_dir = Path(config.results_dir)
-    reported = cli.from_config(lambda: Reported.read(path))
-    cli.from_config(lambda: devices.by_name(reported.device_kind))
-    measured = cli.from_config(lambda: pairs_of(records.read_all(results_dir)))
+@cli.command("validate", ValidateSchema)
+def main(settings: ValidateSchema) -> int:
+    """Run the command; return its exit code."""
+    path = Path(settings.measured) if settings.measured else DEFAULT_PATH
+    results_dir = Path(settings.results_dir)
+    reported = from_config(lambda: Reported.read(path))
+    from_config(lambda: devices.by_name(reported.device_kind))
+    measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         comparisons = compare(
             reported,
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
-            cache=JobCache.of_user(config.cache),
-            workers=config.workers or core_count(),
-            timeout_s=config.timeout_s,
-            progress=config.progress,
+            cache=JobCache.of_user(settings.cache),
+            workers=settings.workers or core_count(),
+            timeout_s=settings.timeout_s,
+            progress=settings.progress,
         )
     group = f"reported, {path.name}"
-    pairs = [pair for comparison in comparisons if (pair := comparison.pair(group))]
+    pairs = [pair for comparison in comparisons if (pair := pair_of(comparison, group))]
     summary = summarize(pairs, len(comparisons) - len(pairs))
     print("\n".join([*_lines(reported, comparisons, summary), "", *_measured_lines(measured, results_dir)]))
     picture = results_dir / "validate" / f"{path.stem}.png"
     if pairs or measured:
-        title = f"Predicted by libtpu {offline_tpu.SUPPORTED_LIBTPU} on a machine without the chip, against real chips"
-        agreement.draw([*pairs, *measured], picture, title)
+        save_png(parity([*pairs, *measured]), picture)
         print(f"picture: {picture}")
-    cli.write_json(
-        config.json,
-        {
-            "source": reported.source,
-            "device_kind": reported.device_kind,
-            "libtpu": offline_tpu.SUPPORTED_LIBTPU,
-            **dataclasses.asdict(summary),
-            "rows": [c.to_dict() for c in comparisons],
-            "measured": {
-                **dataclasses.asdict(summarize(measured)),
-                "rows": [dataclasses.asdict(pair) | {"ratio": pair.ratio} for pair in measured],
-            },
-            "picture": str(picture) if pairs or measured else None,
+    validation = Validation(
+        source=reported.source,
+        device_kind=reported.device_kind,
+        libtpu=offline_tpu.SUPPORTED_LIBTPU,
+        **jsonl.encode(summary),
+        rows=tuple(comparisons),
+        measured={
+            **jsonl.encode(summarize(measured)),
+            "rows": [jsonl.encode(pair) | {"ratio": pair.ratio} for pair in measured],
         },
+        picture=str(picture) if pairs or measured else None,
     )
+    cli.write_json(settings.json, jsonl.encode(validation))
     return 1 if summary.failed_count else 0
-
-
-def main() -> int:
-    """The command line."""
-    quiet_jax_without_accelerator()
-    return cli.run("validate", _command)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Predicted times against those of real chips: pairs, what they come to, and their picture."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+import msgspec
+from matplotlib.figure import Figure
+from scipy import stats
 
 from splash_workbench.status import Label, Status
+from tuning.trials.figures import LIGHT, log_axes
 from tuning.trials.records import Trial
 
 #: The band of the picture: the part by which a prediction may be off before it is marked.
-BAND = 0.15
+BAND = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,7 @@ class Pair:
         return self.predicted_ms / self.actual_ms
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """How good the predictions are.
 
     Attributes:
@@ -48,11 +50,11 @@ class Summary:
       spearman: rank correlation of predicted and actual times; None where all times of one kind are the same.
     """
 
-    row_count: int
-    failed_count: int
-    median_abs_error: float | None
-    max_abs_error: float | None
-    spearman: float | None
+    row_count: int = 0
+    failed_count: int = 0
+    median_abs_error: float | None = None
+    max_abs_error: float | None = None
+    spearman: float | None = None
 
     @property
     def line(self) -> str:
@@ -66,7 +68,7 @@ class Summary:
 
 
 def summarize(pairs: Sequence[Pair], failed_count: int = 0) -> Summary:
-    """The figures of pairs of one label."""
+    """Return the figures of pairs of one label."""
     errors = [abs(pair.ratio - 1) for pair in pairs]
     return Summary(
         row_count=len(pairs),
@@ -78,14 +80,14 @@ def summarize(pairs: Sequence[Pair], failed_count: int = 0) -> Summary:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Rank correlation: Pearson's, of the ranks, ties sharing their mean rank. None where one side does not vary."""
+    """Return the rank correlation; None where one side does not vary."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    return statistics.correlation(_ranks(x), _ranks(y))
+    return float(stats.spearmanr(x, y).statistic)
 
 
 def pairs_of(trials: Iterable[Trial]) -> list[Pair]:
-    """The candidates that have been both predicted and measured.
+    """Return the candidates that have been both predicted and measured.
 
     Joined are ok trials of the same kernel source, call (shape and dtype), device kind and candidate: the newest of
     each label.
@@ -114,62 +116,49 @@ def pairs_of(trials: Iterable[Trial]) -> list[Pair]:
     return found
 
 
-def draw(pairs: Sequence[Pair], path: Path, title: str) -> None:
-    """Draws predicted over actual times to a PNG, log-log, with the identity and a band of BAND either way."""
-    import matplotlib
+def parity(pairs: Sequence[Pair]) -> Figure:
+    """Draw predicted over actual times, log-log, with the identity and a band of BAND either way.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    assert pairs, "something to draw"
+    Pairs outside of the band are named. The points have the ids pair-0, pair-1, ... in the order of `pairs`.
+    """
+    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     times = [time for pair in pairs for time in (pair.actual_ms, pair.predicted_ms)]
-    low, high = min(times) / 4, max(times) * 4  # room for the names
+    low, high = min(times) / 1.5, max(times) * 1.5
     line = [low, high]
-    figure, axes = plt.subplots(figsize=(7.5, 7.0), layout="constrained")
-    axes.plot(line, line, color="black", linewidth=1, label="predicted = actual")
-    axes.fill_between(
-        line, [x * (1 - BAND) for x in line], [x * (1 + BAND) for x in line], color="lightgrey", label=f"±{BAND:.0%}"
-    )
-    for index, group in enumerate(dict.fromkeys(pair.group for pair in pairs)):
-        of_group = [pair for pair in pairs if pair.group == group]
-        summary = summarize(of_group)
-        axes.scatter(
-            [pair.actual_ms for pair in of_group],
-            [pair.predicted_ms for pair in of_group],
+    edges = ([x * (1 - BAND) for x in line], [x * (1 + BAND) for x in line])
+    axes.fill_between(line, *edges, color=LIGHT["line"], lw=0, label=f"within {BAND:.0%}")
+    axes.plot(line, line, color=LIGHT["muted"], lw=1)
+    groups = list(dict.fromkeys(pair.group for pair in pairs))
+    for number, pair in enumerate(pairs):
+        index = groups.index(pair.group)
+        axes.plot(
+            pair.actual_ms,
+            pair.predicted_ms,
             marker="os^Dv"[index % 5],
-            zorder=3,
-            label=f"{group}\n{summary.line}",
+            color=LIGHT[f"c{index % 5 + 1}"],
+            ms=6.5,
+            mec=LIGHT["paper"],
+            mew=0.8,
+            ls="none",
+            gid=f"pair-{number}",
         )
-    for number, pair in enumerate(sorted(pairs, key=lambda pair: pair.actual_ms)):
-        above = number % 2 == 0
-        axes.annotate(
-            f"{pair.name}: {pair.ratio:.2f}",
-            (pair.actual_ms, pair.predicted_ms),
-            annotation_clip=True,
-            xytext=(-6, 6) if above else (6, -6),
-            textcoords="offset points",
-            ha="right" if above else "left",
-            va="bottom" if above else "top",
-            fontsize=6,
-            color="red" if abs(pair.ratio - 1) > BAND else "dimgrey",
-        )
-    axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
-    labels = " or ".join(dict.fromkeys(str(pair.label) for pair in pairs))
-    axes.set_xlabel(f"{labels} (ms)")
-    axes.set_ylabel("predicted (ms)")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        if math.log10(high / low) < 1.5:
-            axis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(which="both", linewidth=0.3)
-    axes.legend(loc="upper left", fontsize=8)
-    axes.set_title(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [(sum(v < x for v in values) + sum(v <= x for v in values) + 1) / 2 for x in values]
+        if abs(pair.ratio - 1) > BAND:
+            name = axes.annotate(
+                f"{pair.name}: {pair.ratio:.2f}",
+                (pair.actual_ms, pair.predicted_ms),
+                (-6, 6),
+                textcoords="offset points",
+                ha="right",
+                fontsize=6,
+                color=LIGHT["muted"],
+            )
+            name.set_in_layout(False)  # a long name may reach out of the axes: they would shrink to nothing
+    for index, group in enumerate(groups):
+        label = f"{group}\n{summarize([pair for pair in pairs if pair.group == group]).line}"
+        axes.plot([], [], marker="os^Dv"[index % 5], color=LIGHT[f"c{index % 5 + 1}"], ls="none", label=label)
+    log_axes(axes)
+    axes.set(xlim=line, ylim=line, ylabel="predicted, ms")
+    axes.set_xlabel(f"{' or '.join(dict.fromkeys(str(pair.label) for pair in pairs))}, ms")
+    axes.legend(loc="upper left", fontsize=7, frameon=False, labelcolor=LIGHT["ink"])
+    return figure

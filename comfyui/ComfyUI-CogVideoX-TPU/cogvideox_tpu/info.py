@@ -25,7 +25,7 @@ def report(
     say: Callable[[str], None],
     **fields: Any,
 ) -> str:
-    """Text of some lines. Raises what the sampler would for the same values, but for devices that are not here.
+    """Return text of some lines. Raises what the sampler would for the same values, but for devices that are not here.
 
     predict: compile the step for that device, in a process of its own. say: told when that begins. fields: more of a
     GenerateRequest.
@@ -33,10 +33,10 @@ def report(
     settings.require_packages()
     import torch
 
-    from pipeline.checkpoints.loading import build_module
+    from pipeline.checkpoints.loading import build_module, part_configs
     from pipeline.model.latents import LatentGeometry
+    from pipeline.model.sharding import resolve_plan
     from pipeline.model.transformer import TransformerShape
-    from pipeline.requests.plans import resolve_plan
     from pipeline.requests.request import GenerateRequest
     from splash_attn import tuned
     from splash_attn.types import AttentionShape
@@ -44,16 +44,16 @@ def report(
     attention, parallel = settings.attention_options(kernel), settings.parallel_options(parallel_plan, num_devices)
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
-    guided = request.do_classifier_free_guidance
-    configs = _configs(model_id)
+    configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)
     transformer = module.config
-    num_heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
-    plan = resolve_plan(parallel, num_devices, guided, num_heads)
-    patches = LatentGeometry.of(request, transformer, configs["vae"]).num_patches(TransformerShape.of(transformer))
+    sizes = TransformerShape.from_config(transformer)
+    plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
+    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(sizes)
     seq_len = transformer["max_text_seq_length"] + patches
-    shape = AttentionShape((2 if guided else 1) // plan.dp, num_heads // plan.model, seq_len, seq_len, head_dim)
+    heads_a_device = sizes.num_heads // plan.model
+    shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
     lines = [
         f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"{request.num_inference_steps} steps, {dtype}",
@@ -65,7 +65,7 @@ def report(
     qk_dtype = attention.qk_dtype or "bfloat16"
     choice = tuned.choose(device, shape, dtype, variant=attention.variant, qk_dtype=qk_dtype)
     lines += [f"blocks {choice.block_sizes}, variant {choice.variant}", choice.reason]
-    lines += _attention_times(choice, shape, transformer["num_layers"], request.num_inference_steps)
+    lines += _attention_times(choice, shape, sizes.num_layers, request.num_inference_steps)
     if predict:
         parallel = dataclasses.replace(parallel, plan=plan.plan)  # the one that would run, not the best of several
         lines += _predicted_step(request, configs, parallel, device, num_devices, say)
@@ -73,27 +73,15 @@ def report(
 
 
 def tuned_version(device: str) -> str:
-    """Changes with the tuned entries of a device."""
+    """Return what changes with the tuned entries of a device."""
     settings.require_packages()
     from splash_attn import tuned
 
     return repr(tuned.load(device))
 
 
-def _configs(model_id: str) -> Mapping[str, Any]:
-    """Configurations of the checkpoint's parts; built in for a published one, which then is not fetched."""
-    from pipeline.checkpoints.published import KNOWN_CONFIGS
-
-    parts = ("transformer", "vae", "text_encoder", "scheduler")
-    if model_id.strip() in KNOWN_CONFIGS:
-        known = KNOWN_CONFIGS[model_id.strip()]
-        return {part: dict(known[part]) for part in parts}
-    checkpoint = settings.find_checkpoint(model_id)
-    return {part: checkpoint.config(part) for part in parts}
-
-
 def _attention_times(choice: Any, shape: Any, num_layers: int, num_inference_steps: int) -> list[str]:
-    """The entry's time, and what it comes to for the whole video."""
+    """Return the entry's time, and what it comes to for the whole video."""
     if choice.entry is None:
         return ["no tuned entry, hence no time of attention; to tune one: python -m tuning.sweep"]
     provenance = choice.entry.provenance
@@ -122,8 +110,8 @@ def _predicted_step(
 
     topology = f"{by_name(device).name}-{num_devices}"
     predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
-    outcome = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
-    denoise = outcome.stages["denoise"]
+    prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+    denoise = prediction.stages["denoise"]
     total_s = denoise["time_s"] * request.num_inference_steps
     return [
         f"denoising on {topology}: {denoise['time_s']:.3g} s a step, {total_s:.3g} s in all, without text encoder and "

@@ -17,7 +17,7 @@ _stages: dict[Hashable, Any] = {}  # least recently used first
 
 
 def loaded_stage(key: Hashable, load: Callable[[], Any]) -> Any:
-    """The stage of this key, loaded if it is not here. Others stay as long as they leave room on the device."""
+    """Return the stage of this key, loaded if it is not here. Others stay as long as they leave room on the device."""
     if key in _stages:
         stage = _stages.pop(key)
     else:

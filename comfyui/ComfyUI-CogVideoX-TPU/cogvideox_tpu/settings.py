@@ -14,7 +14,7 @@ DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
-#: Name in the widget -> (plan, weights at rest) of `pipeline.requests.plans.ParallelOptions`.
+#: Name in the widget -> (plan, weights at rest) of `pipeline.requests.parallel_options.ParallelOptions`.
 PARALLEL_PLANS = {
     AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
@@ -42,11 +42,12 @@ def require_packages() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             package = name.partition(".")[0]
-            found = importlib.util.find_spec(package) if error.name == name else None
+            is_ours = str(error.name).startswith(f"{package}.")  # not a dependency of the package
+            found = importlib.util.find_spec(package) if is_ours else None
             where = f"; another package of the name {package} is at {found.origin}" if found else ""
             raise RuntimeError(
-                f"CogVideoX TPU nodes: cannot import {error.name}{where}; install cogvideox-splash into ComfyUI's "
-                "Python (python -m pip install <its folder>), see the pack's README"
+                f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install "
+                "cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>), see the pack's README"
             ) from error
 
 
@@ -86,10 +87,12 @@ def _local_folder(model_id: str) -> Path | None:
 
 
 def resolve_dtype(dtype: str, model_id: str) -> str:
-    """ "auto": bfloat16, as CogVideoX was trained; float32 for the tiny model, which was trained in it."""
+    """Return the model's own dtype for "auto"; for a model that is not known, the one of the published CogVideoX."""
     if dtype != AUTO:
         return dtype
-    return "float32" if model_id.strip() == TINY else "bfloat16"
+    from pipeline.requests.models import model_defaults
+
+    return model_defaults(model_id.strip(), "cogvideox1.5-5b").dtype
 
 
 def attention_options(kernel: str) -> Any:
@@ -106,8 +109,8 @@ def attention_options(kernel: str) -> Any:
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:
-    """The `pipeline.requests.plans.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
-    from pipeline.requests.plans import ParallelOptions
+    """The `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
+    from pipeline.requests.parallel_options import ParallelOptions
 
     plan, weights = PARALLEL_PLANS[parallel_plan]
     return ParallelOptions(plan=plan, num_devices=num_devices or None, weights=weights)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, array_bytes
 from offline_tpu.machine import devices
 from offline_tpu.machine.links import Grid
+from splash_workbench.profiles.xla_pb2 import ShapeProto
 
 MODULE = """HloModule jit_f, is_scheduled=true
 
@@ -39,7 +40,7 @@ frontend_attributes={kernel_metadata={
 }
 """
 V6E = devices.by_name("v6e")
-GRID = Grid.of([(x, y, 0) for y in range(4) for x in range(2)], V6E.ici_wrap_length)
+GRID = Grid.around([(x, y, 0) for y in range(4) for x in range(2)], V6E.ici_wrap_length)
 
 
 def test_ops_computations_and_scopes_are_read() -> None:
@@ -48,8 +49,10 @@ def test_ops_computations_and_scopes_are_read() -> None:
     assert [op.name for op in module.computations["main"]][:3] == ["zero", "rows", "x"]
     kernel = module.op("main", "kernel.1")
     assert (kernel.opcode, kernel.operands) == ("custom-call", ("copied", "x"))
-    assert kernel.scope == 'jit(f)/tokamax:{\\"op\\":1}/kernel'
-    assert kernel.attribute("custom_call_target") == '"tpu_custom_call"'
+    assert kernel.scope == 'jit(f)/tokamax:{"op":1}/kernel'
+    assert kernel.proto.custom_call_target == "tpu_custom_call"
+    assert module.op("main", "while").called == ("body", "condition")
+    assert module.root("main").name == "result"
 
 
 def test_trip_count_runs_the_counter() -> None:
@@ -74,20 +77,78 @@ def test_words_that_the_text_leaves_out_are_unknown() -> None:
 
 
 def test_bytes_of_shapes() -> None:
-    assert array_bytes("bf16[7,128]{1,0:T(8,128)(2,1)S(1)}") == 7 * 128 * 2
-    assert array_bytes("bf16[7,128]{1,0:T(8,128)(2,1)S(1)}", hbm_only=True) == 0
-    assert array_bytes("(f32[5]{0}, /*index=1*/s4[3]{0}, pred[])") == 20 + 2 + 1
-    assert array_bytes("f8e4m3fn[16]{0}") == 16
+    module = HloModule.parse(MODULE)
+    kernel, state = module.op("main", "kernel.1").shape, module.op("main", "tuple").shape
+    assert (array_bytes(kernel), array_bytes(kernel, hbm_only=True)) == (7 * 128 * 2, 0)
+    assert (array_bytes(state), array_bytes(state, hbm_only=True)) == (4 + 7 * 128 * 2, 4)
+    assert array_bytes(ShapeProto(element_type="S4", dimensions=[3])) == 2
+    assert array_bytes(ShapeProto(element_type="F8E4M3FN", dimensions=[16])) == 16
+    assert array_bytes(ShapeProto(element_type="TOKEN")) == 0
 
 
-def test_text_without_an_entry_is_refused() -> None:
-    with pytest.raises(UnknownDumpFormatError, match="no entry computation"):
+def test_an_element_type_that_has_no_size_is_refused() -> None:
+    with pytest.raises(UnknownDumpFormatError, match="BUFFER: expected one of an array"):
+        array_bytes(ShapeProto(element_type="BUFFER"))
+
+
+def test_text_that_is_no_hlo_is_refused() -> None:
+    with pytest.raises(UnknownDumpFormatError, match="XLA does not read the HLO text"):
         HloModule.parse("HloModule empty")
 
 
+def test_a_jaxlib_without_the_parser_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("jaxlib._hlo.hlo_module_from_text")
+    with pytest.raises(UnknownDumpFormatError, match="jaxlib does not read HLO as the pinned one"):
+        HloModule.parse(MODULE)
+
+
+def test_an_asynchronous_op_is_called_by_what_it_runs() -> None:
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (x: bf16[8,128]) -> bf16[4,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %start = ((bf16[8,128]{1,0}), bf16[4,128]{1,0:S(1)}, s32[]) slice-start(%x), slice={[0:4], [0:128]}
+  ROOT %done = bf16[4,128]{1,0:S(1)} slice-done(%start)
+}
+"""
+    assert [op.opcode for op in HloModule.parse(text).computations["main"]] == [
+        "parameter",
+        "slice-start",
+        "slice-done",
+    ]
+
+
+def test_ops_with_the_same_content_have_the_same_signature() -> None:
+    module = HloModule.parse(
+        """HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[8,128], y: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %y = f32[8,128]{1,0} parameter(1)
+  %one = f32[8,128]{1,0} add(%x, %y), metadata={op_name="jit(f)/one"}
+  %two = f32[8,128]{1,0} add(%one, %y), metadata={op_name="jit(f)/two"}
+  ROOT %other = f32[8,128]{1,0} multiply(%one, %two)
+}
+"""
+    )
+    one, two, other = (module.signature("main", module.op("main", name)) for name in ("one", "two", "other"))
+    assert one == two != other
+
+
 def _collective(line: str) -> collectives.Collective:
-    text = f"ENTRY %main (x: bf16[1024]) -> bf16[1024] {{\n  %x = bf16[1024]{{0}} parameter(0)\n  ROOT {line}\n}}\n"
-    module = HloModule.parse(text)
+    module = HloModule.parse(f"""HloModule m, is_scheduled=true, num_partitions=8
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {{
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}}
+
+ENTRY %main (x: bf16[1024]) -> bf16[1024] {{
+  %x = bf16[1024]{{0}} parameter(0)
+  ROOT {line}
+}}
+""")
     found = collectives.cost_of(module.root("main"), "main", module, GRID, V6E)
     assert found is not None
     return found
@@ -109,14 +170,16 @@ def test_replica_groups_in_every_form(groups: str, size: int, count: int) -> Non
     assert (actual.group_size, actual.group_count, actual.size_bytes) == (size, count, 2048)
 
 
-def test_replica_groups_in_another_form_are_refused() -> None:
+def test_replica_groups_over_a_part_of_an_axis_are_refused() -> None:
     with pytest.raises(UnknownDumpFormatError, match="replica_groups are not in a known form"):
-        _collective("%all-reduce = bf16[1024]{0} all-reduce(%x), replica_groups=?, to_apply=%add")
+        _collective(
+            "%all-reduce = bf16[1024]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, to_apply=%add"
+        )
 
 
 def test_a_collective_that_is_not_modelled_is_refused() -> None:
-    with pytest.raises(UnknownDumpFormatError, match="ragged-all-to-all is not modelled"):
-        _collective("%r = bf16[1024]{0} ragged-all-to-all(%x), replica_groups={}")
+    with pytest.raises(UnknownDumpFormatError, match="collective-broadcast is not modelled"):
+        _collective("%r = bf16[1024]{0} collective-broadcast(%x), replica_groups={}")
 
 
 def test_collective_permute_counts_the_busiest_link() -> None:

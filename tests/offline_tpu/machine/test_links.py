@@ -2,9 +2,9 @@ import pytest
 
 from offline_tpu.machine.links import Grid, exchange, gather, permute
 
-LINE = Grid.of([(i, 0, 0) for i in range(4)], wrap_length=16)
-RING = Grid.of([(i, 0, 0) for i in range(16)], wrap_length=16)
-MESH = Grid.of([(x, y, 0) for y in range(4) for x in range(2)], wrap_length=16)
+LINE = Grid.around([(i, 0, 0) for i in range(4)], wrap_length=16)
+RING = Grid.around([(i, 0, 0) for i in range(16)], wrap_length=16)
+MESH = Grid.around([(x, y, 0) for y in range(4) for x in range(2)], wrap_length=16)
 SIZE = 1600
 
 
@@ -52,6 +52,6 @@ def test_chips_that_send_to_themselves_use_no_link() -> None:
 
 
 def test_devices_of_one_chip_use_no_link() -> None:
-    cores = Grid.of([(0, 0, 0), (0, 0, 0)], wrap_length=4)
+    cores = Grid.around([(0, 0, 0), (0, 0, 0)], wrap_length=4)
     assert gather(cores, [[0, 1]], SIZE).link_bytes == 0
     assert exchange(cores, [[0, 1]], SIZE).link_bytes == 0

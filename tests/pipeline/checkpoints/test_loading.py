@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint, load_module, resolve_checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.errors import CheckpointError
 from pipeline.stages.text import load_tokenizer
+from splash_workbench import provenance
 
 SMALL = TinySpec(num_layers=1, num_attention_heads=1, text_layers=1, vae_block_out_channels=(8, 8, 8, 8))
 
@@ -272,8 +272,8 @@ def test_the_tiny_checkpoint_is_made_once_and_never_half(tmp_path, monkeypatch):
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
-    monkeypatch.setenv(loading.CACHE_VARIABLE, str(tmp_path / "mine"))
-    assert loading.default_cache_dir() == tmp_path / "mine"
-    monkeypatch.delenv(loading.CACHE_VARIABLE)
+    monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert provenance.user_cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv(provenance.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert loading.default_cache_dir() == tmp_path / "cogvideox-splash"
+    assert provenance.user_cache_dir() == tmp_path / "cogvideox-splash"

@@ -10,7 +10,7 @@ from pipeline.checkpoints.loading import load_module, resolve_checkpoint
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.quality.gate import make_videos, to_uint8
 from pipeline.quality.read_back import fractions, read_video
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 
 SEED = 1001  # the training drew its scenes and noise from other generators: every seed is held out
@@ -49,13 +49,14 @@ def test_it_says_how_it_was_made():
     assert config["scaling_factor"] == made["scaling_factor"]
 
 
+@pytest.mark.compile
 def test_two_videos_follow_their_prompts():
     prompts = ["a blue circle moves down", "a yellow circle moves left"]
     readings = [read_video(frames) for frames in show(prompts, [SEED])]
     assert fractions(readings, prompts)["all"] == 1.0, readings
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min")
 def test_most_videos_follow_their_prompts():
     """As measured when it was trained: colour and shape in 9 of 9, motion in 8."""
     prompts = [

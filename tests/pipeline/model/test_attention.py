@@ -117,6 +117,7 @@ def test_description_names_implementation_and_reason():
     assert asked["block_sizes"]["block_q"] % 128 == 0
 
 
+@pytest.mark.compile
 def test_int8_is_refused_where_the_kernel_does_not_run():
     q = jnp.zeros((1, 1, 9, 16), jnp.float32)
     with pytest.raises(RequestError, match="qk_dtype='int8' is the kernel's, and implementation='xla' runs here"):

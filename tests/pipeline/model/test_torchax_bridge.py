@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.torchax_bridge import environment, numpy_to_torch, torch_to_numpy, torchax_module
 
 
@@ -23,12 +24,13 @@ def test_conversion_keeps_every_bit(dtype):
     assert numpy_to_torch(array).dtype == dtype
 
 
+@pytest.mark.compile
 def test_importing_and_setting_up_changes_nothing_for_the_process():
     code = """
 import torch
 before = (torch.get_default_dtype(), torch.get_default_device(), torch.backends.mha.get_fastpath_enabled(),
           torch.initial_seed(), len(torch.ops.aten.prod.overloads()), hasattr(torch.ops.aten.unbind, "Dimname"))
-import pipeline.runs.job, pipeline.model.torchax_bridge as bridge
+import pipeline.runs.single, pipeline.model.torchax_bridge as bridge
 import jax._src.xla_bridge
 assert not jax._src.xla_bridge.backends_are_initialized(), "importing touched a device"
 bridge.environment()
@@ -38,4 +40,4 @@ assert before == after, (before, after)
 assert type(torch.ones(2)) is torch.Tensor
 assert "hydra" not in __import__("sys").modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PLENTY_S)

@@ -8,7 +8,7 @@ import torch
 from jax.sharding import PartitionSpec
 
 from pipeline.checkpoints.loading import build_module
-from pipeline.checkpoints.published import KNOWN_CONFIGS
+from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import split_mesh
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.vae_decoder import DecoderShape, _Layer, arrange, cut, join, num_strips
@@ -76,8 +76,8 @@ def test_statistics_of_bfloat16_are_taken_in_float32(rng):
 
 
 def test_the_published_configuration_is_known_and_others_are_refused():
-    module = build_module("vae", dict(KNOWN_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]), torch.float32)
-    shape = DecoderShape.of(module.config)
+    module = build_module("vae", dict(PUBLISHED_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]), torch.float32)
+    shape = DecoderShape.from_config(module.config)
     assert shape == DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
     with pytest.raises(CheckpointError, match="act_fn='relu', expected 'silu'"):
-        DecoderShape.of({**module.config, "act_fn": "relu"})
+        DecoderShape.from_config({**module.config, "act_fn": "relu"})

@@ -5,16 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints.published import KNOWN_CONFIGS
+from helpers import PLENTY_S
+from pipeline.checkpoints.loading import part_configs
+from pipeline.checkpoints.published import PUBLISHED_CONFIGS
+from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
-from pipeline.predict.planner import Outcome, Predictor, configs_of
-from pipeline.predict.report import compact, make_report, markdown_table, print_report
+from pipeline.predict.planner import Predictor, VideoPrediction
+from pipeline.predict.report import make_report, markdown_table, print_report
 from pipeline.requests.config import request_from_dict, request_to_dict
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import BlockSizes, Variant
+from splash_workbench.records.jsonl import decode, encode
+from splash_workbench.records.prediction import PredictionRecord
 
 REPO = Path(__file__).parents[3]
 FULL = {"checkpoint": "zai-org/CogVideoX1.5-5B", "height": 720, "width": 1280, "num_frames": 81}
@@ -41,34 +46,34 @@ def _denoise(time_s: float) -> dict:
     return _result(time_s, mfu_fraction=0.4, num_layers=42, attention=attention)
 
 
-def _report(request_of, plan: str = "ulysses", **stages) -> dict:
+def _report(request_of, plan: str = "ulysses", **stages) -> PredictionRecord:
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
-    return make_report(request, "v6e-8", Outcome(ParallelPlan(plan, 2, 4), stages, {}), "built in")
+    return make_report(request, "v6e-8", VideoPrediction(ParallelPlan(plan, 2, 4), stages, {}), "built in")
 
 
 def test_total_is_all_steps_and_the_stages_around_them(request_of):
     report = _report(request_of, text=_result(0.01), denoise=_denoise(0.9), vae=_result(0.7))
-    assert report["label"] == "predicted"
-    assert report["step_time_s"] == 0.9
-    assert report["total_time_s"] == pytest.approx(0.01 + 50 * 0.9 + 0.7)
-    assert report["peak_hbm_gib"] == 8
-    assert report["reported"]["total_time_s"] == 106.47
+    assert report.label == "predicted"
+    assert report.step_time_s == 0.9
+    assert report.total_time_s == pytest.approx(0.01 + 50 * 0.9 + 0.7)
+    assert report.peak_hbm_gib == 8
+    assert report.reported.total_time_s == 106.47
 
 
 def test_there_is_no_total_without_all_stages(request_of):
-    assert _report(request_of, denoise=_denoise(0.9))["total_time_s"] is None
+    assert _report(request_of, denoise=_denoise(0.9)).total_time_s is None
 
 
 def test_the_seeds_own_kernel_stands_in_for_ours(request_of):
     report = _report(request_of, plan="seed_tp", denoise=_denoise(1.0))
-    assert report["step_time_s"] == pytest.approx(1.0 - 0.7 + 42 * 0.024)
-    assert report["step_time_own_kernel_s"] == 1.0
-    assert "replaced by the seed's" in report["notes"][0]
+    assert report.step_time_s == pytest.approx(1.0 - 0.7 + 42 * 0.024)
+    assert report.step_time_own_kernel_s == 1.0
+    assert "replaced by the seed's" in report.notes[0]
 
 
 def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
     old, new = (_report(request_of, denoise=_denoise(time_s)) for time_s in (0.9, 0.8))
-    table = markdown_table([json.loads(json.dumps(compact(report))) for report in (old, new)])
+    table = markdown_table([decode(encode(report.without_ops()), PredictionRecord) for report in (old, new)])
     (ours,) = [line for line in table.splitlines() if "ulysses" in line]
     assert "0.800" in ours
     assert "predicted" in ours
@@ -79,7 +84,7 @@ def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
 def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}
-    outcome = Outcome(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
+    outcome = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, others)
     lines = markdown_table([make_report(request, "v6e-8", outcome, "built in")]).splitlines()
     (megatron,) = [line for line in lines if "megatron" in line]
     assert "| 1.250 |" in megatron
@@ -90,9 +95,11 @@ def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, c
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     full = _denoise(7.0) | {"peak_hbm_bytes": 30 * 2**30}
     refused = {"vae": "vae on v6e-1: does not fit a chip's 32 GiB; try more chips"}
-    report = make_report(request, "v6e-1", Outcome(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), "")
-    assert report["total_time_s"] is None
-    assert not report["hbm_has_margin"]
+    report = make_report(
+        request, "v6e-1", VideoPrediction(ParallelPlan("ulysses", 1, 1), {"denoise": full}, {}, refused), ""
+    )
+    assert report.total_time_s is None
+    assert not report.hbm_has_margin
     print_report(report)
     output = capsys.readouterr().out
     assert "does not fit a chip's 32 GiB" in output
@@ -101,7 +108,7 @@ def test_a_stage_that_does_not_fit_is_said_and_the_others_are_kept(request_of, c
 
 
 def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_of):
-    configs, _ = configs_of(request_of(**FULL), None)
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
 
     def run(self, stage, plan):
         if stage == "vae" or plan.plan == "ulysses":
@@ -121,8 +128,8 @@ def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_
 
 def test_records_hold_no_list_of_ops(request_of):
     report = _report(request_of, denoise=_denoise(0.9), vae=together([_result(0.1), _result(0.2)], [1, 9]))
-    assert '"ops"' not in json.dumps(compact(report)["stages"])
-    assert report["stages"]["vae"]["time_s"] == pytest.approx(0.1 + 9 * 0.2)
+    assert '"ops"' not in json.dumps(encode(report.without_ops()))
+    assert report.stages["vae"].time_s == pytest.approx(0.1 + 9 * 0.2)
 
 
 def test_a_request_survives_json(request_of):
@@ -139,27 +146,27 @@ def test_flops_of_the_full_step():
     assert flops == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_known_configuration_is_the_published_one(request_of):
-    configs, source = configs_of(request_of(**FULL), None)
+def test_the_built_in_configuration_is_the_published_one(request_of):
+    configs, source = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     assert source == "built in"
     assert configs["transformer"]["num_layers"] == 42
-    assert set(configs) == set(KNOWN_CONFIGS[FULL["checkpoint"]])
+    assert set(configs) == set(PUBLISHED_CONFIGS[FULL["checkpoint"]])
 
 
 @pytest.mark.parametrize(("topology", "message"), [("v6e-7", "v6e-7"), ("v9x-8", "v9x")])
 def test_an_unknown_topology_is_refused(topology, message, request_of):
-    configs, _ = configs_of(request_of(**FULL), None)
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
     with pytest.raises(RequestError, match=message):
         predictor.predict(["denoise"], ParallelOptions(), True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2 min")
 def test_the_command_predicts_a_small_model(tmp_path):
     path = tmp_path / "prediction.json"
     command = [sys.executable, "-m", "pipeline.predict", "model=tiny", "topology=v6e-4", "stages=text,denoise,vae"]
     command += [f"json={path}", "results_path=null", f"cache_dir={tmp_path}", "parallel=ulysses", "dtype=bfloat16"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=PLENTY_S)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(path.read_text())
     assert report["label"] == "predicted"

@@ -13,17 +13,17 @@ import pytest
 import splash_attn
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
-from pipeline.quality.gate import Budget, Candidate, candidate_videos, compare
+from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 
 CAPTION = "a red circle moves right"
 BUDGET = Budget(psnr_db=35, ssim=0.98)
 
 
-def candidate(**changes) -> Candidate:
-    return Candidate.of("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
+def candidate(**changes) -> QualityVariant:
+    return QualityVariant.from_config("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
 
 
 def video(rng: np.random.Generator, caption: str = CAPTION) -> np.ndarray:
@@ -82,22 +82,22 @@ def _none(q, k, v):
     return k, v, None
 
 
+HARMS = (_none, _drop_the_last_keys, _noise)
+
+
 @pytest.fixture
 def plant(monkeypatch):
-    """Make what candidates call the kernel XLA's attention, with harm done to it."""
+    """Make what candidates call the kernel XLA's attention with harm done to it: HARMS[variant.lookahead]."""
     real = splash_attn.attention
 
-    def set_up(harm):
-        def attention(q, k, v, *, implementation, **options):
-            if implementation != "pallas_interpret":
-                return real(q, k, v, implementation=implementation, **options)
-            k, v, added = harm(q, k, v)
-            out = real(q, k, v, implementation="xla", **{**options, "block_sizes": None})
-            return out if added is None else out + (added * jnp.std(out)).astype(out.dtype)
+    def attention(q, k, v, *, implementation, **options):
+        if implementation != "pallas_interpret":
+            return real(q, k, v, implementation=implementation, **options)
+        k, v, added = HARMS[options["variant"].lookahead](q, k, v)
+        out = real(q, k, v, implementation="xla", **{**options, "block_sizes": None, "variant": None})
+        return out if added is None else out + (added * jnp.std(out)).astype(out.dtype)
 
-        monkeypatch.setattr(splash_attn, "attention", attention)
-
-    return set_up
+    monkeypatch.setattr(splash_attn, "attention", attention)
 
 
 def command(monkeypatch, tmp_path: Path, *arguments: str) -> int:
@@ -106,21 +106,26 @@ def command(monkeypatch, tmp_path: Path, *arguments: str) -> int:
     return quality.main()
 
 
-@pytest.mark.parametrize("harm", [_none, _drop_the_last_keys, _noise])
-def test_planted_harm_is_seen(monkeypatch, tmp_path, capsys, plant, harm):
-    plant(harm)
-    fields = "{name: planted, attention: {implementation: pallas_interpret}}"
-    code = command(monkeypatch, tmp_path, f"candidates=[{fields}]")
-    records = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
-    assert [record["candidate"] for record in records] == ["reference", "planted"]
+@pytest.mark.compile
+@pytest.mark.parametrize("harms", [[0], [1, 2]], ids=["equal", "harmed"])
+@pytest.mark.usefixtures("plant")
+def test_planted_harm_is_seen(monkeypatch, tmp_path, capsys, harms):
+    names = {HARMS[number].__name__: number for number in harms}
+    planted = (
+        f"{{name: {name}, attention: {{implementation: pallas_interpret, variant: {{lookahead: {number}}}}}}}"
+        for name, number in names.items()
+    )
+    code = command(monkeypatch, tmp_path, f"candidates=[{','.join(planted)}]", "num_inference_steps=2", "num_frames=9")
+    reference, *records = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    assert reference["psnr_db"] == [None] and reference["failures"] == []
+    assert [record["candidate"] for record in (reference, *records)] == ["reference", *names]
     assert all(record["label"] == "measured" and record["device"]["platform"] == "cpu" for record in records)
-    assert records[0]["psnr_db"] == [None] and records[0]["failures"] == []
     printed = capsys.readouterr().out
-    if harm is _none:
-        assert code == 0 and records[1]["failures"] == [], printed
+    if harms == [0]:
+        assert code == 0 and records[0]["failures"] == [], printed
     else:
-        assert code == 1 and records[1]["failures"][0].startswith("PSNR"), printed
-        assert "planted" in printed and "over budget" in printed
+        assert code == 1 and all(record["failures"][0].startswith("PSNR") for record in records), printed
+        assert "over budget" in printed
 
 
 @pytest.mark.parametrize(
@@ -154,11 +159,11 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
     assert made.parallel == ParallelOptions(num_devices=8) and made.budget.psnr_db == 30
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min each")
 @pytest.mark.parametrize("plan", ["ulysses", "megatron"])
 def test_plans_on_simulated_devices_keep_the_video(plan):
     changes = {"num_inference_steps": 2}
-    expected = candidate_videos(candidate(**changes), [CAPTION], [1001])
+    expected = variant_videos(candidate(**changes), [CAPTION], [1001])
     one = dataclasses.replace(candidate(**changes), parallel=ParallelOptions(plan=plan, num_devices=8))
-    outcome = compare(one, candidate_videos(one, [CAPTION], [1001]), expected, [CAPTION])
+    outcome = compare(one, variant_videos(one, [CAPTION], [1001]), expected, [CAPTION])
     assert outcome.psnr_db[0] > 60 and outcome.failures == []

@@ -14,6 +14,7 @@ def drawn(rng: np.random.Generator, caption: str, height: int = HEIGHT, width: i
     return draw(random_scene(rng, height, width, **parse_caption(caption)), FRAMES, height, width)
 
 
+@pytest.mark.compile
 def test_every_caption_is_read_from_its_video(rng):
     readings = [read_video(drawn(rng, caption)) for caption in captions()]
     assert len(readings) == 168

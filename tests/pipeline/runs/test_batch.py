@@ -7,22 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from helpers import PLENTY_S, wait_until
 from pipeline import generate
 from pipeline.console import batch_table
-from pipeline.requests.batch_file import BatchFileError, read_entries
+from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
 from pipeline.requests.request import STAGES
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs import batch, run_stage
+from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
+from pipeline.runs.request_run import RequestRun
+from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
 
 ROOT = Path(generate.__file__).resolve().parents[1]
@@ -49,7 +51,7 @@ def _run(folder, config, *lines, options=None, progress=lambda event: None, **mo
     said = []
     options = options or RunOptions()
     items = _prepare(folder, config, *lines, options=options, **more)
-    Batch(items, options, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run()
+    Batch(items, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run_all()
     return items, said
 
 
@@ -101,24 +103,24 @@ BAD_LINES = [
 
 def test_every_bad_line_is_named_with_what_is_wrong(tmp_path, config):
     path = _write(tmp_path, {"prompt": "ok"}, *(line for line, _ in BAD_LINES))
-    with pytest.raises(BatchFileError) as caught:
+    with pytest.raises(RequestError) as caught:
         read_entries(path, config)
-    assert len(caught.value.errors) == len(BAD_LINES)
-    for number, (error, (_, message)) in enumerate(zip(caught.value.errors, BAD_LINES, strict=True), start=2):
+    assert len(caught.value.messages) == len(BAD_LINES)
+    for number, (error, (_, message)) in enumerate(zip(caught.value.messages, BAD_LINES, strict=True), start=2):
         assert error.startswith(f"{path}:{number}: "), error
         assert message in error
         assert "\n" not in error
 
 
 def test_files_that_are_none(tmp_path, config):
-    with pytest.raises(BatchFileError, match="holds no prompts"):
+    with pytest.raises(RequestError, match="holds no prompts"):
         read_entries(_write(tmp_path, "", " "), config)
     with pytest.raises(RequestError, match=r"nowhere\.jsonl': No such file"):
         read_entries(tmp_path / "nowhere.jsonl", config)
     (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(RequestError, match="not UTF-8"):
         read_entries(tmp_path / "latin", config)
-    with pytest.raises(BatchFileError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
+    with pytest.raises(RequestError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
         _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
 
 
@@ -133,6 +135,7 @@ def spoilt(tiny_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.compile
 def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt, capsys):
     lines = (
         {"prompt": "a cat", "name": "one", "seed": 1},
@@ -173,11 +176,12 @@ def test_a_batch_goes_on_after_a_failure_and_loads_once(tmp_path, config, spoilt
     assert [item.status for item in items] == ["done"] * 4
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("change", [{"fps": 9}, {"seed": 2}, "no video", "cut video", "no resume"], ids=str)
 def test_only_a_whole_video_of_exactly_the_request_is_finished(change, tmp_path, config, monkeypatch):
     line = {"prompt": "a cat", "name": "one"}
     made = {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}
-    monkeypatch.setattr("pipeline.runs.job.run_stage", lambda *args: (made, {}))
+    monkeypatch.setattr(RequestRun, "_compute", lambda *args: (made, {}))
     for status in ("done", "finished before"):
         (item,), _ = _run(tmp_path, config, line)
         assert item.status == status
@@ -200,14 +204,15 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     """Memory that is full while both are loaded."""
     ran = []
 
-    def run_stage(request, checkpoint, key, inputs, run_dir, timings, options, loaded, progress):
-        loaded.get(key.stage, 0, lambda: 0)
-        ran.append(f"{key.stage} {run_dir.name}")
-        if key.stage == full and loaded.holds("denoise") and loaded.holds("vae"):
+    def compute(self, stage, context, inputs, stages):
+        loaded = stages._keep_loaded.__self__
+        loaded.get(stage, 0, lambda: 0)
+        ran.append(f"{stage} {self.run_dir.name}")
+        if stage == full and loaded.holds("denoise") and loaded.holds("vae"):
             raise DeviceMemoryError("full")
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 
-    monkeypatch.setattr("pipeline.runs.job.run_stage", run_stage)
+    monkeypatch.setattr(RequestRun, "_compute", compute)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "name": name} for name in "abc"))
     assert [item.status for item in items] == ["done"] * 3
     expected = {
@@ -217,19 +222,20 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     assert ran == ["text a", "text b", "text c", *expected[full]]
 
 
+@pytest.mark.compile
 def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
-    original = run_stage._run_denoise
+    original = Denoiser.denoise
 
-    def run_denoise(request, *args):
+    def run_denoise(self, request, *args):
         if request.seed == 1:
             import jax
 
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
         if request.seed == 2:
             raise KeyError("a bug\nof ours")
-        return original(request, *args)
+        return original(self, request, *args)
 
-    monkeypatch.setattr(run_stage, "_run_denoise", run_denoise)
+    monkeypatch.setattr(Denoiser, "denoise", run_denoise)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "seed": seed, "name": f"{seed}"} for seed in range(1, 4)))
     assert [item.status for item in items] == ["failed", "failed", "done"]
     assert items[0].error.startswith("denoise: not enough device memory for 80x48, 17 frames, float32; try a smaller")
@@ -238,7 +244,12 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     assert "run_denoise" in "".join(traceback)
 
 
-@pytest.mark.slow
+def _runs(process: subprocess.Popen) -> bool:
+    assert process.poll() is None, "it ended too early"
+    return True
+
+
+@pytest.mark.slow("2 min")
 def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
     """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
     lines = (
@@ -254,17 +265,16 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     videos = tmp_path / "videos"
     try:
-        deadline = time.monotonic() + 300
-        while not (videos / "two" / STATE_NAME).exists():
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.005)
+        wait_until(lambda: _runs(process) and (videos / "two" / STATE_NAME).exists(), "the second video's state")
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(PLENTY_S) == -signal.SIGKILL
     assert not (videos / "two" / "denoise.json").exists()
     first = {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()}
     assert "video.mp4" in first
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[1 of 3] finished before, skipped: videos/one/video.mp4" in done.stdout
     assert {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in (videos / "one").iterdir()} == first
@@ -284,7 +294,7 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
                 np.testing.assert_array_equal(actual[array], expected[array])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2 min")
 def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
     path = _write(tmp_path, {"prompt": "a", "name": "one"})
     command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]
@@ -294,12 +304,10 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "videos" / "one" / "preview.png").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
+        picture = tmp_path / "videos" / "one" / "preview.png"
+        wait_until(lambda: _runs(process) and picture.exists(), "a preview")
         process.terminate()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PLENTY_S)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM

@@ -11,7 +11,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.run_options import RunOptions
-from pipeline.runs.job import generate
+from pipeline.runs.single import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageTimings, StepClock, recorder_of, tracing
 from splash_attn.types import BlockSizes
@@ -29,7 +29,7 @@ def traced(tmp_path_factory, tiny_folder):
     )
     settings = GenerateConfig(profile=True, profile_run="small", logdir=str(folder / "runs"))
     with tracing(recorder_of(settings, request)):
-        result = generate(request, run_dir=folder / "video", options=RunOptions(resume=False))
+        result = generate(request, run_dir=folder / "video", run_options=RunOptions(resume=False))
     profiles = {}
     for path, session in sessions.sessions(folder / "runs"):
         (plane,) = path.glob(f"*{reader.SUFFIX}")
@@ -37,6 +37,7 @@ def traced(tmp_path_factory, tiny_folder):
     return result, profiles, folder / "runs"
 
 
+@pytest.mark.compile
 def test_each_stage_has_a_session_with_what_ran(traced):
     result, profiles, _ = traced
     assert set(profiles) == {"text", "denoise", "vae"}
@@ -47,6 +48,7 @@ def test_each_stage_has_a_session_with_what_ran(traced):
     assert all(timings.profiled for timings in result.timings)
 
 
+@pytest.mark.compile
 def test_steps_are_numbered_and_their_ops_have_scopes(traced):
     _, profiles, _ = traced
     denoise = profiles["denoise"][1]
@@ -69,6 +71,7 @@ def compiler_events(logdir: Path) -> set[str]:
     return {name for name in names if "compile" in name.lower()}
 
 
+@pytest.mark.compile
 def test_nothing_is_compiled_within_a_trace(traced, tmp_path):
     assert compiler_events(traced[2]) == set()
     with jax.profiler.trace(tmp_path):
@@ -99,7 +102,7 @@ def test_the_recorder_is_of_the_block_only():
     assert not timings.profiled and len(timings.step_times_s) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min")
 def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
     """The kernel interpreted instead of XLA's attention, on this machine: by far the slowest, and in attention only."""
     runs = {"xla": request_of(num_inference_steps=8), "kernel": request_of(num_inference_steps=8)}
@@ -110,7 +113,7 @@ def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
     for run, request in runs.items():
         settings = GenerateConfig(profile=True, profile_run=run, logdir=str(tmp_path / "runs"))
         with tracing(recorder_of(settings, request)):
-            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), options=RunOptions(resume=False))
+            generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), run_options=RunOptions(resume=False))
     columns = [resolve(run, tmp_path / "runs", tmp_path).column for run in runs]
     rows = {row.scope: row for row in rows_of(columns, depth=3)}
     attention = rows["denoise/blocks/attention"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import PLENTY_S
 from pipeline.model.latents import LatentGeometry, rotary_embedding
 from pipeline.requests.errors import CheckpointError, NonFiniteError
 from pipeline.requests.request import AttentionOptions
@@ -123,6 +124,7 @@ def _latents(rng, num_frames):
     return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
 def test_frames(num_latent_frames, decoder, stock, rng):
     latents = _latents(rng, num_latent_frames)
@@ -133,6 +135,7 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_eight_bit_frames_are_rounded(decoder, rng):
     latents = _latents(rng, 1)
     actual, expected = decoder.decode(latents), decoder.decode(latents, quantize=False)
@@ -148,6 +151,7 @@ def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
     np.testing.assert_allclose(decoder.decode(latents, quantize=False), expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
     request = request_of(dtype="bfloat16")
     low = TextEncoder.load(checkpoint, torch.bfloat16)
@@ -218,10 +222,11 @@ print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.
 """
 
 
+@pytest.mark.compile
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PLENTY_S)
         return json.loads(done.stdout.splitlines()[-1])
 
     first, second = start(), start()
@@ -285,7 +290,7 @@ def test_geometry_of_the_full_model(request_of):
     request = request_of(height=720, width=1280, num_frames=81)
     transformer = {"in_channels": 16, "patch_size_t": 2}
     vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
-    geometry = LatentGeometry.of(request, transformer, vae)
+    geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
     assert geometry.shape == (1, 22, 16, 90, 160)
 
@@ -294,7 +299,7 @@ def test_a_1_0_checkpoint_is_refused(request_of):
     transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
     vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
     with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
-        rotary_embedding(LatentGeometry.of(request_of(), transformer, vae), transformer)
+        rotary_embedding(LatentGeometry.from_request(request_of(), transformer, vae), transformer)
 
 
 def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):

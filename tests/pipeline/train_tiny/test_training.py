@@ -25,6 +25,7 @@ def command(monkeypatch, tmp_path, *arguments: str) -> int:
     return train_tiny.main()
 
 
+@pytest.mark.compile
 def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
     assert command(monkeypatch, tmp_path) == 0
     checkpoint = resolve_checkpoint(str(tmp_path / "out"))
@@ -83,7 +84,7 @@ def test_training_sees_what_inference_sees():
     """Rotary tables and shapes are those of the default request, with its padding frame."""
     modules = build_modules(TinySpec(num_layers=1, num_attention_heads=1))
     transformer, vae = modules["transformer"].config, modules["vae"].config
-    geometry = LatentGeometry.of(GenerateRequest("a"), transformer, vae)
+    geometry = LatentGeometry.from_request(GenerateRequest("a"), transformer, vae)
     assert geometry.padding_frames == 1
     for here, there in zip(
         rotary_tables(transformer, geometry.shape), rotary_embedding(geometry, transformer), strict=True

@@ -9,7 +9,8 @@ from jax import lax
 from jax.profiler import ProfileData
 
 from splash_workbench.profiles import reader
-from splash_workbench.profiles.messages import message
+from splash_workbench.profiles.scopes import named_scope
+from splash_workbench.profiles.xla_pb2 import HloModuleProto, HloProto, XSpace
 
 DEVICE = """
 planes {
@@ -63,8 +64,8 @@ def test_device_plane(tmp_path):
     assert (copy.name, copy.scope) == ("copy.1", "")
     assert profile.seconds_by_scope() == {"denoise/blocks/attention": 1.10025e-6, "": 1e-7}
     assert [(step.number, len(ops)) for step, ops in profile.ops_by_step()] == [(1, 3), (2, 1)]
-    assert profile.step_time_s() == pytest.approx(950.25e-9)
-    assert profile.module_seconds("step") == [0.99e-6]
+    assert [step.duration_ps for step in profile.steps] == [1_000_500, 900_000]
+    assert [(module.program, module.duration_ps) for module in profile.modules] == [("jit_step", 990_000)]
     assert profile.matching("attention") == (first, second)
 
 
@@ -72,7 +73,7 @@ def test_several_planes_are_averaged(tmp_path):
     profile = reader.read(write(tmp_path, DEVICE + DEVICE.replace("TPU:0", "TPU:1")))
     assert profile.planes == ("/device:TPU:0", "/device:TPU:1")
     assert profile.seconds_by_scope() == {"denoise/blocks/attention": 1.10025e-6, "": 1e-7}
-    assert profile.module_seconds() == [0.99e-6]
+    assert [module.plane for module in profile.modules] == ["/device:TPU:0", "/device:TPU:1"]
 
 
 @pytest.mark.parametrize(
@@ -88,21 +89,21 @@ def test_several_planes_are_averaged(tmp_path):
     ],
 )
 def test_named_scope(op_name, expected):
-    assert reader.named_scope(op_name) == expected
+    assert named_scope(op_name) == expected
 
 
 def hlo(scope: str) -> bytes:
-    module = message("HloModuleProto")(name="jit_step")
+    module = HloModuleProto(name="jit_step")
     computation = module.computations.add(name="main", id=1)
     for name, opcode in (("dot.1", "dot"), ("add.2", "add"), ("while.3", "while")):
         computation.instructions.add(name=name, opcode=opcode, metadata={"op_name": f"jit(step)/{scope}/x"})
     computation.instructions.add(name="fusion.4", opcode="fusion", called_computation_ids=[1])
-    return message("HloProto")(hlo_module=module).SerializeToString()
+    return HloProto(hlo_module=module).SerializeToString()
 
 
 def host_space(program_id: int, scopes: dict[int, str]):
     """Ops of program `program_id` on two threads, and the HLO of programs by their id."""
-    space = message("XSpace")()
+    space = XSpace()
     metadata = space.planes.add(name="/host:metadata")
     metadata.stat_metadata[1].name = "Hlo Proto"
     for number, scope in scopes.items():

@@ -15,6 +15,7 @@ def test_a_wrong_kernel_cannot_pass_for_ok(make_evaluator: MakeEvaluator) -> Non
         make_evaluator("fake_jobs:wrong_that_claims_to_be_ok").evaluate(BLOCKS, {})
 
 
+@pytest.mark.compile
 def test_the_real_check_finds_one_wrong_row(make_evaluator: MakeEvaluator) -> None:
     options = Variant(softmax="online").to_dict()
     right = make_evaluator("tuning.backends.interpret:check_candidate").evaluate(BLOCKS, options)

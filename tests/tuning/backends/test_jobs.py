@@ -21,16 +21,19 @@ pytest.importorskip("libtpu")
 
 @pytest.fixture
 def trial_of(make_evaluator: Callable[..., Evaluator]) -> Callable[..., Trial]:
-    def trial_of(backend: str, block_sizes: BlockSizes = BLOCKS, **variant: object) -> Trial:
-        target = Target("v6e", V6E.device_kind, V6E) if backend == "offline" else Target("cpu", "cpu", None)
-        evaluator = make_evaluator(BACKENDS[backend].job, backend=BACKENDS[backend], target=target)
-        return evaluator.evaluate(block_sizes, Variant(**({"softmax": "online"} | variant)).to_dict())
+    """Predicts a candidate of the small shape for a v6e; keyword arguments are fields of its variant."""
+
+    def trial_of(**variant: object) -> Trial:
+        target = Target("v6e", V6E.device_kind, V6E)
+        evaluator = make_evaluator(BACKENDS["offline"].job, backend=BACKENDS["offline"], target=target)
+        return evaluator.evaluate(BLOCKS, Variant(**({"softmax": "online"} | variant)).to_dict())
 
     return trial_of
 
 
+@pytest.mark.compile
 def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
-    trial = trial_of("offline")
+    trial = trial_of()
     assert (trial.status, trial.error, trial.label) == (Status.OK, None, Label.PREDICTED)
     assert trial.time_ms is not None
     assert trial.kernel_time_ms is not None
@@ -39,20 +42,25 @@ def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
     assert trial.cycles
     assert trial.vmem_bytes
     assert trial.peak_hbm_bytes
-    assert any("splash_attention" in op["name"] for op in trial.ops)
+    assert any("splash_attention" in op.name for op in trial.ops)
     assert trial.numerics is not None
     assert trial.numerics.passed
 
 
+@pytest.mark.compile
 def test_too_much_vmem_is_out_of_memory(trial_of: Callable[..., Trial]) -> None:
-    trial = trial_of("offline", vmem_limit_bytes=128 * 1024)
+    trial = trial_of(vmem_limit_bytes=128 * 1024)
     assert trial.status is Status.OUT_OF_MEMORY
     assert trial.time_ms is None
     assert "vmem" in str(trial.error).lower()
 
 
-def test_measuring_on_a_cpu_says_what_it_is_worth(trial_of: Callable[..., Trial]) -> None:
-    trial = trial_of("measure")
+@pytest.mark.compile
+def test_measuring_on_a_cpu_says_what_it_is_worth(make_evaluator: Callable[..., Evaluator]) -> None:
+    workload = workloads.Workload("small", AttentionShape(1, 1, 131, 137, 64), "bfloat16")
+    changes = {"backend": BACKENDS["measure"], "target": Target("cpu", "cpu", None), "workload": workload}
+    evaluator = make_evaluator(BACKENDS["measure"].job, **changes)
+    trial = evaluator.evaluate(BlockSizes(128, 256, 128), Variant(softmax="online").to_dict())
     assert (trial.status, trial.error, trial.label) == (Status.OK, None, Label.MEASURED)
     assert len(trial.time_samples_ms) >= 6
     assert any("interpret mode on cpu: compares nothing" in note for note in trial.notes)

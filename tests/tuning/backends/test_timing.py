@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from splash_workbench.profiles.messages import message
+from splash_workbench.profiles.xla_pb2 import XSpace
 from tuning.backends import timing as module
 from tuning.backends.timing import MeasureSettings, Run, measure, median_ci_fraction, quality_notes, runs_of
 
@@ -125,7 +125,7 @@ def test_two_modes_are_told_apart_from_outliers() -> None:
 
 def _space(plane_name: str, lines: dict[str, list[tuple[str, int, int]]]) -> Any:
     """An XSpace: line -> events (name, start in us, duration in us)."""
-    space = message("XSpace")()
+    space = XSpace()
     plane = space.planes.add(name=plane_name)
     names = list(dict.fromkeys(name for events in lines.values() for name, _, _ in events))
     for index, name in enumerate(names, start=1):

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes, Variant
+from splash_workbench.records import jsonl
 from splash_workbench.status import Label, Status
 from tuning.report import __main__ as report
-from tuning.trials import promote, records
+from tuning.trials import promote
 from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
@@ -53,14 +54,14 @@ def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Cal
                 record_id=f"r{number}",
                 created_at="2026-11-23T10:00:00+00:00",
             )
-            records.append(sweep, trial)
+            jsonl.append(sweep, trial)
             if block_q == 512:
                 promote.promote(trial, tmp_path / "tuned")
-                records.append(peers, trial)
+                jsonl.append(peers, trial)
         failed = {"status": Status.OUT_OF_MEMORY, "numerics": None, "error": "VMEM <full> | by far"}
-        records.append(sweep, make_trial(block_sizes=BlockSizes(1024, 1024, 128), record_id="r3", **failed))
+        jsonl.append(sweep, make_trial(block_sizes=BlockSizes(1024, 1024, 128), record_id="r3", **failed))
         peer = {"kernel": "jax_splash", "variant": {"layout": "HEAD_DIM_MINOR"}, "ops": (KERNEL_OP,)}
-        records.append(peers, make_trial(time_samples_ms=(4.5,), kernel_time_ms=3.0, record_id="r4", **peer))
+        jsonl.append(peers, make_trial(time_samples_ms=(4.5,), kernel_time_ms=3.0, record_id="r4", **peer))
         samples.write_lines(results / "predict.jsonl", samples.predicted())
         samples.write_lines(results / "generate.jsonl", samples.generated())
         samples.write_lines(results / "quality.jsonl", samples.judged())
@@ -189,35 +190,42 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "lines", "message"),
     [
-        ("predict.jsonl", lambda samples: [samples.predicted(), "{"], "results/predict.jsonl:2: not a record"),
-        ("predict.jsonl", lambda samples: ["[1]"], "results/predict.jsonl:1: not a record that this version reads ("),
+        (
+            "predict.jsonl",
+            lambda samples: ["[1]"],
+            "results/predict.jsonl:1: not a PredictionRecord that",
+        ),
         (
             "predict.jsonl",
             lambda samples: [_without(samples.predicted(), "plan")],
-            "predict.jsonl:1: expected a field 'plan'",
+            "missing required field `plan`",
         ),
-        ("predict.jsonl", lambda samples: [samples.predicted(label="guessed")], "predict.jsonl:1: not a record"),
-        ("predict.jsonl", lambda samples: [samples.predicted(stages=[])], "predict.jsonl:1: not a record"),
-        ("predict.jsonl", lambda samples: [samples.predicted(step_time_s="fast")], "predict.jsonl:1: not a record"),
+        ("predict.jsonl", lambda samples: [samples.predicted(label="guessed")], "at `$.label`"),
+        ("predict.jsonl", lambda samples: [samples.predicted(stages=[])], "at `$.stages`"),
+        ("predict.jsonl", lambda samples: [samples.predicted(step_time_s="fast")], "at `$.step_time_s`"),
         (
             "predict.jsonl",
             lambda samples: [samples.predicted(reported={"source": "somebody"})],
-            "predict.jsonl:1: expected a field 'total_time_s'",
+            "missing required field `label` - at `$.reported`",
         ),
         (
             "generate.jsonl",
             lambda samples: ["", _without(samples.generated(), "device")],
-            "generate.jsonl:2: expected a field",
+            "generate.jsonl:2: not a GenerationRecord",
         ),
-        ("quality.jsonl", lambda samples: [samples.judged(ssim=[1.0])], "quality.jsonl:1: not a record"),
-        ("quality.jsonl", lambda samples: [_without(samples.judged(), "label")], "quality.jsonl:1: expected a field"),
-        ("validate.json", lambda samples: ["{}"], "validate.json: expected a field 'rows'"),
+        (
+            "quality.jsonl",
+            lambda samples: [samples.judged(ssim=[1.0])],
+            "3 PSNR and 1 SSIM figures: expected one of each",
+        ),
+        ("quality.jsonl", lambda samples: [_without(samples.judged(), "label")], "missing required field `label`"),
+        ("validate.json", lambda samples: ["{}"], "validate.json: Object missing required field `source`"),
         (
             "validate.json",
             lambda samples: ["nothing"],
-            "validate.json: not what `python -m tuning.validate json=...` writes",
+            "write it with `python -m tuning.validate json=",
         ),
-        ("sweeps/x/trials.jsonl", lambda samples: ["{}"], "trials.jsonl:1: not a trial of schema 1"),
+        ("sweeps/x/trials.jsonl", lambda samples: ["{}"], "trials.jsonl:1: not a Trial"),
         ("../tuned/x.json", lambda samples: ["{}"], "x.json: unreadable tuned entries"),
     ],
 )
@@ -255,11 +263,11 @@ def test_measured_and_predicted_are_kept_apart_and_compared(
     measured = make_trial(
         block_sizes=BlockSizes(512, 512, 128), label=Label.MEASURED, backend="measure", time_samples_ms=(2.5,)
     )
-    records.append(results / "sweeps" / "tiny-v6e-measure" / "trials.jsonl", measured)
+    jsonl.append(results / "sweeps" / "tiny-v6e-measure" / "trials.jsonl", measured)
     run("output=out")
     text = (tmp_path / "out" / "report.md").read_text()
     config = f"512/512/128 {' '.join(f'{name}={value}' for name, value in Variant().to_dict().items())}"
-    assert f"| tiny | TPU v6e | splash_attn | {config} | 2.500 | 2.000 | −20.0 % |" in text  # noqa: RUF001
+    assert f"| tiny splash_attn {config} | measured on TPU v6 lite | 2.500 | 2.000 | −20.0 % |" in text  # noqa: RUF001
     assert "whole op, ms (measured)" in text
     # Its traffic is that of the predicted trial of the same configuration.
     assert (tmp_path / "out" / "roofline-tiny-v6e-measured.svg").exists()
@@ -271,7 +279,7 @@ def test_only_the_newest_sweep_of_its_kind_is_shown(
     results = fill()
     environment = dataclasses.replace(make_trial().environment, kernel_hash="an-older-one")
     old = make_trial(time_samples_ms=(1.125,), created_at="2026-11-01T00:00:00+00:00", environment=environment)
-    records.append(results / "sweeps" / "tiny-v6e-old" / "trials.jsonl", old)
+    jsonl.append(results / "sweeps" / "tiny-v6e-old" / "trials.jsonl", old)
     run("output=out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "1.125" not in text
@@ -284,3 +292,33 @@ def test_a_winner_of_another_kernel_source_is_marked(run: Run, tmp_path: Path, m
     run("output=out")
     for name in ("index.html", "report.md"):
         assert "tuned with another kernel source" in (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "../x", "a/b"])
+def test_another_shape_under_the_same_name_hides_and_outranks_nothing(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial, name: str
+) -> None:
+    results = fill()
+    shape = dataclasses.replace(make_trial().shape, num_heads=24)
+    other = make_trial(workload=name, shape=shape, time_samples_ms=(1.125,), kernel_time_ms=1.0, ops=(KERNEL_OP,))
+    jsonl.append(results / "sweeps" / "other" / "trials.jsonl", other)
+    code, _, err = run("output=out")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert text.count("### tiny") >= 2 and "| 1 | 512/512/128 |" in text and "| 1 | 256/512/128 |" in text
+    pictures = re.findall(r"\]\((roofline[^)]*)\)", text)
+    assert len(set(pictures)) == len(pictures) == 2
+    assert all((tmp_path / "out" / picture).exists() for picture in pictures)
+
+
+def test_sweeps_of_the_same_sources_are_shown_as_one(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial
+) -> None:
+    results = fill()
+    mine = make_trial(workload="mine", block_sizes=BlockSizes(384, 512, 128), time_samples_ms=(1.125,))
+    jsonl.append(results / "sweeps" / "mine-v6e" / "trials.jsonl", mine)
+    run("output=out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert "| 1 | 384/512/128 |" in text and "| 2 | 512/512/128 |" in text

@@ -7,10 +7,16 @@ from types import SimpleNamespace
 import pytest
 
 from splash_attn.types import BlockSizes
+from splash_workbench.records.jsonl import decode
+from splash_workbench.records.prediction import PredictionRecord
+from splash_workbench.records.quality import QualityRecord
 from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
-from tuning.report.inputs import PredictedRun, QualityRun, TrialFile
+from tuning.report.inputs import TrialFile
+from tuning.trials.bound import bf16_bound_ms
+from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
+from tuning.validate.agreement import Pair, parity
 
 MakeTrial = Callable[..., Trial]
 
@@ -42,7 +48,7 @@ def test_a_kernel_is_where_its_flops_bytes_and_time_put_it(make_trial: MakeTrial
     assert shown is trial
     assert intensity == pytest.approx(flops / 6e6)
     assert rate == pytest.approx(flops / 4e-3 / 1e12)
-    assert fraction == pytest.approx(trials.bound_of(trial.shape, "bfloat16", "TPU v6 lite") / 4.0)
+    assert fraction == pytest.approx(bf16_bound_ms(trial.shape, "bfloat16", "TPU v6 lite") / 4.0)
     assert f"<title>{trials.describe(trial)}; " in roofline.svg
 
 
@@ -58,9 +64,9 @@ def test_kernels_without_traffic_are_counted_not_placed(make_trial: MakeTrial) -
 def test_int8_is_apart_from_what_is_exact(make_trial: MakeTrial) -> None:
     """It is faster and computes something else: no headline, no share of the bound of bf16."""
     op = {"category": "kernel", "hbm_bytes": 10**6, "calls": 1}
-    exact = make_trial(time_samples_ms=(2.0,), ops=(op,), variant={"qk_dtype": "bfloat16"})
-    int8 = make_trial(time_samples_ms=(1.0,), ops=(op,), variant={"qk_dtype": "int8"})
-    peer = make_trial(time_samples_ms=(3.0,), ops=(op,), kernel="jax_splash", variant={})
+    exact = make_trial(time_samples_ms=(2.0,), kernel_time_ms=2.0, ops=(op,), variant={"qk_dtype": "bfloat16"})
+    int8 = make_trial(time_samples_ms=(1.0,), kernel_time_ms=1.0, ops=(op,), variant={"qk_dtype": "int8"})
+    peer = make_trial(time_samples_ms=(3.0,), kernel_time_ms=3.0, ops=(op,), kernel="jax_splash", variant={})
     file = TrialFile("results/peers/x/trials.jsonl", (exact, int8, peer))
     (peers,) = kernels.peers([file])
     assert peers.best_ratio == pytest.approx(1.5)
@@ -92,7 +98,7 @@ def test_stages_come_from_the_newest_record_that_has_them(samples: SimpleNamespa
     old = samples.predicted(created_at="2026-11-01T00:00:00+00:00")
     denoise = {"denoise": samples.stage | {"time_s": 0.25, "breakdown_s": {"matmul": 0.25}}}
     new = samples.predicted(created_at="2026-11-02T00:00:00+00:00", stages=denoise, step_time_s=0.25)
-    (case,) = pipeline.cases([PredictedRun.of(new), PredictedRun.of(old)])
+    (case,) = pipeline.cases([decode(new, PredictionRecord), decode(old, PredictionRecord)])
     (row,) = case.plans
     assert row.step_s == 0.25
     assert row.total_s == pytest.approx(0.5 + 50 * 0.25 + 0.5)
@@ -101,7 +107,7 @@ def test_stages_come_from_the_newest_record_that_has_them(samples: SimpleNamespa
 def test_what_was_tried_and_not_taken_is_noted(samples: SimpleNamespace) -> None:
     others = {"megatron": 0.75, "seed_tp": "does not fit\nand more"}
     record = samples.predicted(other_plans=others, failures={"vae": "does not fit: 40 GiB"})
-    (case,) = pipeline.cases([PredictedRun.of(record)])
+    (case,) = pipeline.cases([decode(record, PredictionRecord)])
     assert case.notes == (
         "megatron: 0.750 s a step, predicted and not taken",
         "seed_tp: does not fit, predicted and not taken",
@@ -110,7 +116,7 @@ def test_what_was_tried_and_not_taken_is_noted(samples: SimpleNamespace) -> None
 
 
 def test_a_plan_without_all_stages_has_no_total(samples: SimpleNamespace) -> None:
-    run = PredictedRun.of(samples.predicted(stages={"denoise": samples.stage}))
+    run = decode(samples.predicted(stages={"denoise": samples.stage}), PredictionRecord)
     (case,) = pipeline.cases([run])
     assert case.plans[0].total_s is None
     assert case.plans[0].lacking == "text, vae"
@@ -119,7 +125,7 @@ def test_a_plan_without_all_stages_has_no_total(samples: SimpleNamespace) -> Non
 
 def test_another_kernel_in_place_of_ours_is_in_the_bar(samples: SimpleNamespace) -> None:
     """The record's step time has it, its breakdown has ours."""
-    (case,) = pipeline.cases([PredictedRun.of(samples.predicted(step_time_s=0.75))])
+    (case,) = pipeline.cases([decode(samples.predicted(step_time_s=0.75), PredictionRecord)])
     bar = next(stack for stack in case.stacks if stack.title == "A denoising step").bars[0]
     assert {s.name: s.value for s in bar.segments} == {"attention kernel": pytest.approx(0.55), "matmul": 0.2}
     assert bar.total == pytest.approx(0.75)
@@ -127,7 +133,7 @@ def test_another_kernel_in_place_of_ours_is_in_the_bar(samples: SimpleNamespace)
 
 def test_reported_bars_are_labelled_and_on_the_same_scale(samples: SimpleNamespace) -> None:
     reported = {"label": "reported", "source": "somebody", "total_time_s": 52.0, "step_time_s": 1.0}
-    (case,) = pipeline.cases([PredictedRun.of(samples.predicted(reported=reported))])
+    (case,) = pipeline.cases([decode(samples.predicted(reported=reported), PredictionRecord)])
     whole = case.stacks[0]
     assert [(bar.label, bar.total) for bar in whole.bars] == [(Label.PREDICTED, 26.0), (Label.REPORTED, 52.0)]
     assert sum(segment.width for segment in whole.bars[0].segments) == pytest.approx(50)
@@ -141,7 +147,7 @@ def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) ->
         samples.judged(candidate="int8"),
         samples.judged(candidate="int8", device={"platform": "tpu", "kind": "TPU v6 lite", "count": 8}),
     ]
-    here, there = pipeline.quality([QualityRun.of(line) for line in lines])
+    here, there = pipeline.quality([decode(line, QualityRecord) for line in lines])
     assert [row.candidate for row in here.rows] == ["online", "int8"]
     assert here.rows[0].worst_psnr_db == float("inf")
     assert here.rows[0].failures == "SSIM 0.9 < 0.98"
@@ -149,10 +155,11 @@ def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) ->
 
 
 def test_pictures_take_their_colours_from_variables() -> None:
-    svg = charts.parity("p", [("a < b", 1.0, 1.02), ("c", 3.0, 2.9)], "reported")
+    pairs = [Pair("g", "a", Label.REPORTED, 1.0, 1.02), Pair("g", "c", Label.REPORTED, 3.0, 2.9)]
+    svg = charts.to_svg(parity(pairs), "p", {"pair-0": "a < b"})
     assert "<title>a &lt; b</title>" in svg
     assert "var(--c1)" in svg
-    assert "#0102" not in svg
-    assert svg == charts.parity("p", [("a < b", 1.0, 1.02), ("c", 3.0, 2.9)], "reported")
+    assert LIGHT["c1"] not in svg
+    assert svg == charts.to_svg(parity(pairs), "p", {"pair-0": "a < b"})
     alone = charts.standalone(svg)
     assert "prefers-color-scheme:dark" in alone

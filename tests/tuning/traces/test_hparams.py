@@ -2,8 +2,9 @@
 
 import pytest
 
-from splash_workbench.cli import UserError
+from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
+from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from tuning import hparams
 from tuning.trials import records
@@ -51,7 +52,7 @@ def test_writing_again_replaces(trials, tmp_path):
 
 def test_command(trials, tmp_path, monkeypatch, capsys):
     for trial in trials:
-        records.append(tmp_path / "results" / "sweeps" / "s" / records.TRIALS_FILE, trial)
+        jsonl.append(tmp_path / "results" / "sweeps" / "s" / records.TRIALS_FILE, trial)
     arguments = [f"results_dir={tmp_path / 'results'}", f"logdir={tmp_path / 'runs'}"]
     monkeypatch.setattr("sys.argv", ["hparams", *arguments])
     assert hparams.main() == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from splash_workbench.records import jsonl
 from splash_workbench.status import Label, Status
 from tuning.trials import records
 from tuning.trials.records import Trial
@@ -19,7 +20,7 @@ def test_a_trial_survives_the_disk(make_trial: MakeTrial, tmp_path: Path) -> Non
         make_trial(block_sizes=None, label=Label.REPORTED, numerics=None),
     ]
     for trial in trials:
-        records.append(tmp_path / "new" / "trials.jsonl", trial)
+        jsonl.append(tmp_path / "new" / "trials.jsonl", trial)
     assert records.read(tmp_path / "new" / "trials.jsonl") == trials
     assert records.read_all(tmp_path) == trials
 
@@ -50,19 +51,19 @@ def test_the_time_is_the_median_of_the_samples(make_trial: MakeTrial) -> None:
 def test_a_torn_line_costs_only_itself(make_trial: MakeTrial, tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     first, second = make_trial(), make_trial()
-    records.append(path, first)
+    jsonl.append(path, first)
     with path.open("a") as file:
-        file.write(json.dumps(make_trial().to_dict())[:100])  # killed in mid-write
-    with pytest.warns(UserWarning, match=r"trials.jsonl:2: skipped a torn line of 100 characters"):
+        file.write(json.dumps(jsonl.encode(make_trial()))[:100])  # killed in mid-write
+    with pytest.warns(UserWarning, match=r"trials.jsonl:2: skipped a torn line of 100 bytes"):
         assert records.read(path) == [first]
-    records.append(path, second)
+    jsonl.append(path, second)
     with pytest.warns(UserWarning, match="torn"):
         assert records.read(path) == [first, second]
 
 
 def test_another_schema_is_refused(make_trial: MakeTrial, tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
-    path.write_text(json.dumps(make_trial().to_dict() | {"schema_version": 99}) + "\n")
+    path.write_text(json.dumps(jsonl.encode(make_trial()) | {"schema_version": 99}) + "\n")
     with pytest.raises(ValueError, match=r"trials.jsonl:1: .*schema_version=99: expected 1"):
         records.read(path)
 

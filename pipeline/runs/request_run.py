@@ -1,10 +1,10 @@
-"""Runs the stages of a request in a folder of its own, reusing what is already there for the same request."""
+"""One request on its way through its stages: what is there of it is reused, what is made is saved, then the video."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,28 +12,25 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
-from pipeline.requests.run_names import run_name
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs import records
 from pipeline.runs.outputs import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
-from pipeline.runs.run_stage import LoadedStages, denoise_key, run_stage, text_key
+from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
-from splash_workbench.files import append_json_line, remove_leftovers, write_json
+from pipeline.stages.stages import StageContext, Stages
+from splash_workbench.files import remove_leftovers, write_json
+from splash_workbench.records import jsonl
+from splash_workbench.records.generation import GenerationRecord
 
 logger = logging.getLogger(__name__)
 
 VIDEO_NAME = "video.mp4"
 SIDECAR_NAME = "video.json"
-_PARTS: Mapping[Stage, tuple[str, ...]] = {
-    "text": ("tokenizer", "text_encoder"),
-    "denoise": ("transformer", "scheduler"),
-    "vae": ("vae",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,78 +45,20 @@ class GenerateResult:
     timings: tuple[StageTimings, ...]
 
 
-def generate(
-    request: GenerateRequest,
-    *,
-    stages: Sequence[Stage] = STAGES,
-    run_dir: Path | None = None,
-    output_dir: Path = Path("videos"),
-    options: RunOptions | None = None,
-    cache_dir: Path | None = None,
-    results_path: Path | None = None,
-    progress: Progress = no_progress,
-) -> GenerateResult:
-    """Run stages of one request, each with only its own weights in memory, and write the video.
-
-    run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
-    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the
-    timings.
-    progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
-    in the stage "denoise", else at the beginning of the stage.
-
-    Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
-    """
-    options, run_dir = options or RunOptions(), run_dir or output_dir / run_name(request)
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
-    job = Job.prepare(request, stages, run_dir, checkpoint, identities(checkpoint, stages), options)
-    for stage in stages:
-        loaded = LoadedStages()
-        job.run(stage, loaded, options, progress)
-        loaded.drop(stage)
-    return job.finish(options, results_path)
-
-
-def warm_up(
-    request: GenerateRequest,
-    *,
-    stages: Sequence[Stage] = STAGES,
-    options: RunOptions | None = None,
-    cache_dir: Path | None = None,
-    progress: Progress = no_progress,
-) -> tuple[StageTimings, ...]:
-    """Compile every stage of a request and try it on a single denoising step; keeps no output.
-
-    With a persistent compilation cache the next run, of any number of steps, starts without compiling. `stages` must
-    begin with "text". Raises as `generate` does.
-    """
-    if stages[0] != "text":
-        raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
-    with tempfile.TemporaryDirectory() as folder:
-        result = generate(
-            dataclasses.replace(request, num_inference_steps=1),
-            stages=stages,
-            run_dir=Path(folder),
-            options=dataclasses.replace(options or RunOptions(), resume=False),
-            cache_dir=cache_dir,
-            progress=progress,
-        )
-    return result.timings
-
-
 @dataclasses.dataclass
-class Job:
-    """One request on its way through its stages.
+class RequestRun:
+    """One request in a folder of its own.
 
-    keys: of the stages asked for and all before them. shared: of the stages "text" and "denoise"; jobs with equal ones
-    share what is loaded. timings, details: of the stages that are done.
+    keys: of the outputs of the stages asked for and all before them. loaded_keys: of the stages asked for; runs with
+    equal ones share what is loaded. timings, details: of the stages that are done.
     """
 
-    request: GenerateRequest
+    context: StageContext
     stages: tuple[Stage, ...]
     run_dir: Path
-    checkpoint: Checkpoint
+    run_options: RunOptions
     keys: Mapping[Stage, StageKey]
-    shared: Mapping[Stage, Hashable]
+    loaded_keys: Mapping[Stage, Hashable]
     timings: list[StageTimings] = dataclasses.field(default_factory=list)
     details: dict[Stage, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -131,47 +70,85 @@ class Job:
         run_dir: Path,
         checkpoint: Checkpoint,
         identities: Mapping[Stage, str],
-        options: RunOptions,
+        run_options: RunOptions,
     ) -> Self:
-        """Checked against what is here, without any work. Raises RequestError and CheckpointError."""
+        """Check a request against what is here, without any work. Raises RequestError and CheckpointError.
+
+        identities: of the checkpoint's `needed_stages`.
+        """
         _check_folder(run_dir)
+        context = StageContext(checkpoint, request, identities, run_options.parallel)
         keys = {stage: stage_key(request, stage, identities) for stage in identities}
-        shared: dict[Stage, Hashable] = {"text": text_key(request, keys["text"])}
         if "denoise" in stages:
             _check_attention_device(request)
-            shared["denoise"] = denoise_key(request, keys["denoise"], checkpoint, options.parallel)
-        return cls(request, tuple(stages), run_dir, checkpoint, keys, shared)
+        loaded_keys = {stage: context.loaded_key(stage) for stage in stages}
+        return cls(context, tuple(stages), run_dir, run_options, keys, loaded_keys)
 
-    def run(self, stage: Stage, loaded: LoadedStages, options: RunOptions, progress: Progress = no_progress) -> None:
+    @property
+    def request(self) -> GenerateRequest:
+        return self.context.request
+
+    def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
         key = self.keys[stage]
-        if options.resume and self._reusable(key):
+        if self.run_options.resume and self._reusable(key):
             self.details[stage] = load_details(self.run_dir, stage)
             self.timings.append(self.details[stage]["timings"])
         else:
             inputs, timings = self._inputs(stage), StageTimings(stage)
-            arrays, self.details[stage] = run_stage(
-                self.request, self.checkpoint, key, inputs, self.run_dir, timings, options, loaded, progress
-            )
+            context = dataclasses.replace(self.context, timings=timings, progress=progress)
+            arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
             save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
             self.timings.append(timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
 
-    def finish(self, options: RunOptions, results_path: Path | None = None) -> GenerateResult:
+    def _compute(
+        self, stage: Stage, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return a stage's arrays, and details for its JSON file."""
+        if stage == "text":
+            embeddings = stages.encode(context, self.request.prompts)
+            return dict(zip(self._embedding_names, np.split(embeddings, len(embeddings)), strict=True)), {}
+        if stage == "denoise":
+            return self._denoise(context, inputs, stages)
+        return {"frames": stages.decode(context, inputs["latents"])}, {}
+
+    def _denoise(
+        self, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
+        plan, every = context.plan.to_dict(), self.run_options.preview_every
+        fingerprint = _state_fingerprint(self.keys["denoise"], plan)
+        state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
+        if every:
+            context = dataclasses.replace(context, progress=PreviewWriter(self.run_dir, every, context.progress))
+        latents = stages.denoise(context, embeddings, state_file=state_file)
+        return {"latents": latents}, {
+            "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
+            "parallel": plan,
+            "resumed_at_step": state_file.resumed_at_step,
+        }
+
+    @property
+    def _embedding_names(self) -> list[str]:
+        """Names of the saved arrays of `request.prompts`."""
+        return ["negative_prompt_embeds", "prompt_embeds"][-len(self.request.prompts) :]
+
+    def finish(self, results_path: Path | None = None) -> GenerateResult:
         """Record the timings, and write the video where its stage was among those run."""
         if "denoise" in self.keys and "denoise" not in self.details and self._belongs(self.keys["denoise"]):
             self.details["denoise"] = load_details(self.run_dir, "denoise")
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
         if results_path is not None and not all(timing.reused for timing in self.timings):
-            append_json_line(results_path, record)
-        video_path = self._write_video(record, options) if "vae" in self.stages else None
+            jsonl.append(results_path, record)
+        video_path = self._write_video(record) if "vae" in self.stages else None
         written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
         return GenerateResult(self.run_dir, video_path, tuple(self.timings))
 
     def finished(self) -> GenerateResult | None:
-        """The result where the video of exactly this request is already there, even if stage outputs are not."""
+        """Return the result where the video of exactly this request is already there, even if stage outputs are not."""
         try:
             sidecar = json.loads((self.run_dir / SIDECAR_NAME).read_text(encoding="utf-8"))
             timings = tuple(StageTimings(**{**timing, "reused": True}) for timing in sidecar["stages"])
@@ -214,25 +191,32 @@ class Job:
                 f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
             ) from error
 
-    def _write_video(self, record: Mapping[str, Any], options: RunOptions) -> Path:
+    def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
         frames = load_stage(self.run_dir, key)["frames"]
         write_mp4(path, frames, self.request.fps, records.video_tags(record, key.fingerprint))
         sidecar = {
-            **record,
+            **jsonl.encode(record),
             "fingerprint": key.fingerprint,
             "video_bytes": path.stat().st_size,
             "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},
-            "options": dataclasses.asdict(options),
+            "options": dataclasses.asdict(self.run_options),
             "stages": [timing.to_dict() for timing in self.timings],
         }
         write_json(self.run_dir / SIDECAR_NAME, sidecar)
         return path
 
 
-def identities(checkpoint: Checkpoint, stages: Sequence[Stage]) -> dict[Stage, str]:
-    """What tells the weights from others, of the stages and all before them. Raises CheckpointError."""
-    return {stage: checkpoint.identity(*_PARTS[stage]) for stage in STAGES[: STAGES.index(stages[-1]) + 1]}
+def needed_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages asked for and all before them, whose weights decide what they make."""
+    return STAGES[: STAGES.index(stages[-1]) + 1]
+
+
+def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
+    """Digest everything that the bits depend on: another plan, device or compiler sums in another order."""
+    device = jax.devices()[0]
+    described = [key.fingerprint, plan, device.platform, device.device_kind, records.package_versions()]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _check_folder(run_dir: Path) -> None:

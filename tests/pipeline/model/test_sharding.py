@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import PLENTY_S
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
 from pipeline.requests.errors import RequestError
-from pipeline.requests.plans import ParallelOptions, ParallelPlan, resolve_plan
+from pipeline.requests.parallel_options import ParallelOptions
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -36,7 +38,7 @@ import numpy as np, torch
 from pathlib import Path
 from pipeline.stages.denoise import Denoiser
 from pipeline.checkpoints.loading import Checkpoint
-from pipeline.requests.plans import ParallelOptions
+from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
@@ -105,7 +107,7 @@ def _start(folder: Path, cache: Path, output: Path, runs: dict, **settings) -> s
 def _finish(*processes: subprocess.Popen) -> None:
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=400)
+            output, _ = process.communicate(timeout=PLENTY_S)
             assert process.returncode == 0, output[-3000:]
     finally:
         for process in processes:
@@ -141,6 +143,7 @@ def eight(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
     return dict(np.load(output))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "name", [name for name in RUNS if not name.startswith("noise") and not name.startswith("no guidance")]
 )
@@ -149,11 +152,13 @@ def test_every_plan_gives_the_same_latents(name, eight):
     np.testing.assert_allclose(eight[name], eight["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["noise", "no guidance"])
 def test_schedulers_with_noise_and_runs_without_guidance(name, eight):
     np.testing.assert_allclose(eight[name], eight[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_stages_around_it_are_the_same_on_one_device(eight, checkpoint):
     import torch
 
@@ -166,6 +171,7 @@ def test_stages_around_it_are_the_same_on_one_device(eight, checkpoint):
     np.testing.assert_allclose(eight["frames"], expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_frames_split_by_height_are_stocks(eight, stock):
     import torch
 
@@ -175,6 +181,7 @@ def test_frames_split_by_height_are_stocks(eight, stock):
     np.testing.assert_allclose(eight["frames by height"], expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_sixteen_devices_give_the_same(cache, tmp_path):
     """2 x 8, as on a v6e-16: 19 text tokens and 49 in all divide by nothing of that."""
     spec = TinySpec(1, 8, 16, 24, 20, text_layers=1, max_text_seq_length=19, vae_block_out_channels=(8, 8, 16, 16))
@@ -188,6 +195,7 @@ def test_sixteen_devices_give_the_same(cache, tmp_path):
         np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
+@pytest.mark.compile
 def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Parallel plans: how the denoise step is laid out over the devices of a mesh ("dp", "model").
+"""Sharding plans: how weights and activations of the denoise step are split over a mesh ("dp", "model").
 
 The negative and the positive prompt (classifier-free guidance) go to the "dp" axis, each transformer pass to "model":
 
@@ -13,18 +13,16 @@ The negative and the positive prompt (classifier-free guidance) go to the "dp" a
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from pipeline.requests.errors import RequestError
+from pipeline.requests.parallel_options import ParallelOptions, Plan, WeightsAtRest
 
 DP, MODEL = "dp", "model"
-Plan = Literal["ulysses", "megatron", "seed_tp"]
-PlanChoice = Literal["auto", "ulysses", "megatron", "seed_tp"]
-WeightsAtRest = Literal["replicated", "sharded"]
 Rules = Mapping[str, tuple[str | None, ...]]
 
 #: The published table (README of ComfyUI-CogVideoX-TPU, TRANSFORMER_SHARDINGS_TP), with its axis "tp" named "model".
@@ -51,38 +49,8 @@ SHARDED_RULES: Rules = {r"transformer_blocks\..*(linear|to_[qkv]|to_out\.0|proj|
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelOptions:
-    """What the user asks for.
-
-    plan: see the module; "auto" is ulysses, the fastest as predicted for v6e. num_devices: None, all there are. dp: 2,
-    1, or None: 2 with guidance on an even number of devices. weights: at rest; "sharded" is for ulysses only. Raises
-    RequestError.
-    """
-
-    plan: PlanChoice = "auto"
-    num_devices: int | None = None
-    dp: int | None = None
-    weights: WeightsAtRest = "replicated"
-
-    def __post_init__(self) -> None:
-        for name, choices in (("plan", PlanChoice), ("weights", WeightsAtRest)):
-            if getattr(self, name) not in get_args(choices):
-                raise RequestError(
-                    f"parallel.{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}"
-                )
-        if self.dp not in (None, 1, 2):
-            raise RequestError(f"parallel.dp={self.dp!r}: expected 1, or 2 (one for each prompt of guidance), or null")
-        if self.num_devices is not None and self.num_devices < 1:
-            raise RequestError(f"parallel.num_devices={self.num_devices!r}: expected 1 or more, or null for all")
-        if self.weights == "sharded" and self.plan not in ("auto", "ulysses"):
-            raise RequestError(
-                f"parallel.weights='sharded': only with parallel.plan=ulysses; {self.plan} splits them anyway"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class ParallelPlan:
-    """A plan for a number of devices: `dp` times `model` of them."""
+    """A plan for `dp` times `model` devices: where weights and activations lie, and what devices exchange."""
 
     plan: Plan
     dp: int
@@ -95,38 +63,67 @@ class ParallelPlan:
 
     @property
     def splits_sequence(self) -> bool:
+        """Whether each device of "model" holds a part of the tokens, outside attention."""
         return self.plan == "ulysses"
 
     @property
+    def sums_partial_products(self) -> bool:
+        """Whether devices hold parts of a contraction, whose products are summed."""
+        return self.plan == "megatron" and self.model > 1
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a layer's weights are split at rest, and gathered before use."""
+        return self.weights == "sharded" and self.model > 1
+
+    @property
+    def uses_stock_block(self) -> bool:
+        """Whether blocks are diffusers' own on whole arrays, split by XLA's partitioner; else ours under shard_map."""
+        return self.plan == "seed_tp"
+
+    @property
+    def sequence_shards(self) -> int:
+        return self.model if self.splits_sequence else 1
+
+    @property
     def rules(self) -> Rules:
-        if self.plan == "ulysses":
-            return SHARDED_RULES if self.weights == "sharded" else {}
-        return SEED_RULES if self.plan == "seed_tp" else MEGATRON_RULES
+        """The table behind `weight_spec`: pattern of a name -> mesh axes."""
+        sharded = SHARDED_RULES if self.weights == "sharded" else {}
+        return {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
 
     def weight_spec(self, name: str) -> tuple[str | None, ...]:
-        """Mesh axes of the leading dimensions of one stock weight, by its name in the checkpoint."""
+        """Return the mesh axes of the leading dimensions of one stock weight, by its name in the checkpoint."""
         for pattern, axes in self.rules.items():
             if re.match(pattern, name):
                 return axes
         return ()
 
+    def stacked_weight_spec(self, name: str) -> PartitionSpec:
+        """Return the PartitionSpec of a weight of `model.weights`, where blocks' have a leading axis of layers."""
+        axes = self.weight_spec(name)
+        return PartitionSpec(None, *axes) if name.startswith("transformer_blocks.") else PartitionSpec(*axes)
+
+    def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
+        """Return the mesh ("dp", "model") over the first devices, each half of "dp" on neighbouring chips."""
+        return Mesh(np.array(devices[: self.num_devices]).reshape(self.dp, self.model), (DP, MODEL))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        at_rest = "" if self.plan != "ulysses" else f", weights {self.weights}"
+        at_rest = f", weights {self.weights}" if self.splits_sequence else ""
         return f"{self.plan} dp={self.dp} x model={self.model}{at_rest}"
 
 
-def resolve_plan(options: ParallelOptions, num_devices: int, guided: bool, num_heads: int) -> ParallelPlan:
-    """The plan for the devices there are.
+def resolve_plan(parallel: ParallelOptions, num_devices: int, guided: bool, num_heads: int) -> ParallelPlan:
+    """Return the plan for `num_devices` devices and a transformer of `num_heads` heads.
 
     Raises RequestError when there are fewer devices than asked for, or when they or the heads do not divide.
     """
-    wanted = options.num_devices or num_devices
+    wanted = parallel.num_devices or num_devices
     if wanted > num_devices:
         raise RequestError(f"parallel.num_devices={wanted}: only {num_devices} are here")
-    dp = options.dp or (2 if guided and wanted % 2 == 0 else 1)
+    dp = parallel.dp or (2 if guided and wanted % 2 == 0 else 1)
     if dp == 2 and not guided:
         raise RequestError("parallel.dp=2: without guidance there is one prompt only; expected parallel.dp=1")
     if wanted % dp:
@@ -137,15 +134,4 @@ def resolve_plan(options: ParallelOptions, num_devices: int, guided: bool, num_h
             f"parallel.num_devices={wanted}: {model} devices a prompt do not divide {num_heads} heads; "
             f"expected {dp} x one of {', '.join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)}"
         )
-    return ParallelPlan("ulysses" if options.plan == "auto" else options.plan, dp, model, options.weights)
-
-
-def build_mesh(plan: ParallelPlan, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh ("dp", "model") over the first devices, each half of "dp" on neighbouring chips where these tell."""
-    return Mesh(np.array(devices[: plan.num_devices]).reshape(plan.dp, plan.model), (DP, MODEL))
-
-
-def weight_partition(plan: ParallelPlan, name: str) -> PartitionSpec:
-    """Return the PartitionSpec of a weight of `model.weights`, where blocks' weights have a leading axis of layers."""
-    axes = plan.weight_spec(name)
-    return PartitionSpec(None, *axes) if name.startswith("transformer_blocks.") else PartitionSpec(*axes)
+    return ParallelPlan("ulysses" if parallel.plan == "auto" else parallel.plan, dp, model, parallel.weights)

@@ -1,0 +1,54 @@
+"""Prints what a JAX function costs on a TPU that is not here.
+
+python -m offline_tpu jax.numpy:matmul bfloat16[4096,4096] bfloat16[4096,4096] --device v6e
+"""
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from offline_tpu.compile import predict
+from offline_tpu.machine.devices import DEVICES
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the prediction. Returns 2, after one line on stderr, where there is none."""
+    parser = argparse.ArgumentParser(prog="python -m offline_tpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("function", help="MODULE:FUNCTION, of arrays, jitted or not")
+    parser.add_argument("arrays", nargs="*", help="the shapes of its arguments, e.g. bfloat16[4096,4096]")
+    parser.add_argument("--device", default="v6e", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
+    parser.add_argument("--ops", type=int, default=20, help="ops to show, longest first (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    try:
+        arrays = [_parse_array(text) for text in chosen.arrays]
+        print(predict(_import_function(chosen.function), *arrays, device=chosen.device).table(chosen.ops))
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _import_function(text: str) -> Callable[..., Any]:
+    module, _, name = text.partition(":")
+    function = getattr(importlib.import_module(module), name, None) if module else None
+    if not callable(function):
+        raise ValueError(f"{text!r}: expected MODULE:FUNCTION, e.g. jax.numpy:matmul.")
+    return function
+
+
+def _parse_array(text: str) -> jax.ShapeDtypeStruct:
+    match = _ARRAY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r}: expected an array as DTYPE[SIZE,SIZE], e.g. bfloat16[4096,4096].")
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, match[2].split(",")))), match[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Sets libtpu up to compile for chips that are not here, and to dump the schedules of what it compiles."""
+
+import contextlib
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from offline_tpu.machine.devices import DEVICES, DeviceSpec
+from splash_workbench.accelerator import accelerator_visible
+
+#: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
+SUPPORTED_LIBTPU = "0.0.52"
+
+_DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
+
+
+def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
+    """Return the variables that a process needs before libtpu loads, to compile for `device` and dump schedules.
+
+    Only the passes that are read are dumped: a hundredth of the whole dump's bytes.
+    """
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_ACCELERATOR_TYPE": device.accelerator_type,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "LIBTPU_INIT_ARGS": (
+            f"--xla_jf_dump_to={dump_dir} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo-static-per-bundle-utilization)$"
+        ),
+    }
+
+
+def find_dump_dir() -> Path:
+    """Return the folder that libtpu dumps to; loads it for that where the process has no `worker_environment`.
+
+    Raises:
+      RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or libtpu is another version.
+    """
+    check_version()
+    match = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
+    return Path(match[1]) if match else Path(_load().name) / "dump"
+
+
+@functools.cache
+def _load() -> tempfile.TemporaryDirectory[str]:
+    """Load libtpu, which reads its flags only then; what the environment held before is put back."""
+    if accelerator_visible() and jax.config.jax_platforms != "cpu":  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "an accelerator is here, and libtpu takes only one set of flags in a process: expected JAX_PLATFORMS=cpu; "
+            "predict in a process of its own, e.g. python -m offline_tpu MODULE:FUNCTION."
+        )
+    jax.config.update("jax_platforms", "cpu")
+    folder = tempfile.TemporaryDirectory(prefix="offline_tpu-", ignore_cleanup_errors=True)
+    device = DEVICES["v6e"]  # once loaded, libtpu compiles for all of them
+    with _environment(worker_environment(device, Path(folder.name) / "dump")):
+        topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+    return folder
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_version() -> None:
+    """Raise RuntimeError unless SUPPORTED_LIBTPU is installed."""
+    found = installed_version()
+    if found != SUPPORTED_LIBTPU:
+        raise RuntimeError(
+            f"{f'libtpu {found}' if found else 'no libtpu'} is installed, expected {SUPPORTED_LIBTPU}: the schedule "
+            "dumps that predictions are read from change between releases. "
+            f"Install libtpu=={SUPPORTED_LIBTPU} (Linux, x86-64)."
+        )
+
+
+def installed_version() -> str | None:
+    """Return libtpu's version; None where it is not installed."""
+    try:
+        return version("libtpu")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,40 @@
+"""How the user wants the devices shared; `pipeline.model.sharding` turns it into a plan for the devices there are."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from pipeline.requests.errors import RequestError
+
+Plan = Literal["ulysses", "megatron", "seed_tp"]
+PlanChoice = Literal["auto", "ulysses", "megatron", "seed_tp"]
+WeightsAtRest = Literal["replicated", "sharded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelOptions:
+    """Parallelism as the user asks for it.
+
+    plan: see `pipeline.model.sharding`; "auto" is ulysses, the fastest as predicted for v6e. num_devices: None, all
+    there are. dp: 2, 1, or None: 2 with guidance on an even number of devices. weights: at rest; "sharded" is for
+    ulysses only. Raises RequestError.
+    """
+
+    plan: PlanChoice = "auto"
+    num_devices: int | None = None
+    dp: int | None = None
+    weights: WeightsAtRest = "replicated"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("plan", PlanChoice), ("weights", WeightsAtRest)):
+            if getattr(self, name) not in get_args(choices):
+                raise RequestError(
+                    f"parallel.{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}"
+                )
+        if self.dp not in (None, 1, 2):
+            raise RequestError(f"parallel.dp={self.dp!r}: expected 1, or 2 (one for each prompt of guidance), or null")
+        if self.num_devices is not None and self.num_devices < 1:
+            raise RequestError(f"parallel.num_devices={self.num_devices!r}: expected 1 or more, or null for all")
+        if self.weights == "sharded" and self.plan not in ("auto", "ulysses"):
+            raise RequestError(
+                f"parallel.weights='sharded': only with parallel.plan=ulysses; {self.plan} splits them anyway"
+            )

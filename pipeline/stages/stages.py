@@ -1,0 +1,144 @@
+"""The three stages, text -> denoise -> vae, each loaded when a request first wants it and kept by its key."""
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from pipeline.checkpoints.loading import Checkpoint, import_libraries
+from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.requests.errors import CheckpointError, DeviceMemoryError
+from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.progress import Progress, StageTimings, no_progress
+from pipeline.stages.resume import StateFile
+from pipeline.stages.text import TextEncoder
+from pipeline.stages.vae import VaeDecoder
+from splash_workbench.status import is_out_of_memory
+
+#: (stage, key, load) -> the loaded stage of this key, from before or by calling `load`.
+KeepLoaded = Callable[[Stage, Hashable, Callable[[], Any]], Any]
+_CLASSES: Mapping[Stage, Any] = {"text": TextEncoder, "denoise": Denoiser, "vae": VaeDecoder}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """One request as a stage sees it.
+
+    identities: of the weights of the stages to run, see `Checkpoint.identities`. timings: of the stage being run; None
+    where nobody wants them.
+    """
+
+    checkpoint: Checkpoint
+    request: GenerateRequest
+    identities: Mapping[Stage, str]
+    parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
+    progress: Progress = no_progress
+    timings: StageTimings | None = None
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """How the denoise stage shares the devices here. Raises RequestError for a plan that does not fit them."""
+        num_heads = _num_heads(self.checkpoint, self.identities["denoise"])
+        return resolve_plan(self.parallel, jax.device_count(), self.request.do_classifier_free_guidance, num_heads)
+
+    def loaded_key(self, stage: Stage) -> Hashable:
+        """Return what tells a loaded stage from others: contexts with equal keys share it. Raises RequestError."""
+        key = self.identities[stage], self.request.dtype
+        return (*key, self.request.attention, self.plan) if stage == "denoise" else key
+
+
+@functools.cache  # a batch asks for every line, and the Hub answers over the network
+def _num_heads(checkpoint: Checkpoint, identity: str) -> int:
+    """Read the transformer's number of heads. identity: of its weights, so that a changed folder is read anew."""
+    try:
+        return checkpoint.config("transformer")["num_attention_heads"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"checkpoint={checkpoint.name!r}: transformer/config.json has no {error}; expected CogVideoX 1.5's"
+        ) from error
+
+
+class LoadedStages:
+    """Loaded stages (weights and compiled programs), at most one of each kind."""
+
+    def __init__(self) -> None:
+        self._held: dict[Stage, tuple[Hashable, Any]] = {}
+
+    def get(self, stage: Stage, key: Hashable, load: Callable[[], Any]) -> Any:
+        """Return the loaded stage of this key; another of its kind is dropped before it is loaded."""
+        if stage in self._held and self._held[stage][0] != key:
+            self.drop(stage)
+        if stage not in self._held:
+            self._held[stage] = key, load()
+        return self._held[stage][1]
+
+    def holds(self, stage: Stage) -> bool:
+        return stage in self._held
+
+    def drop(self, *stages: Stage) -> None:
+        """Free the memory of these stages."""
+        for stage in stages:
+            self._held.pop(stage, None)
+        gc.collect()  # torch modules are cyclic
+
+
+class Stages:
+    """Runs the stages of requests. Every method raises DeviceMemoryError besides what its stage raises."""
+
+    def __init__(self, keep_loaded: KeepLoaded):
+        self._keep_loaded = keep_loaded
+
+    def encode(self, context: StageContext, prompts: list[str]) -> np.ndarray:
+        """Encode prompts to T5 embeddings [prompts, text tokens, text_embed_dim]."""
+        return self._run("text", context, lambda text: text.encode(prompts, context.timings, context.progress))
+
+    def denoise(
+        self,
+        context: StageContext,
+        embeddings: np.ndarray,
+        latents: np.ndarray | None = None,
+        state_file: StateFile | None = None,
+    ) -> np.ndarray:
+        """Denoise latents [1, frames, channels, height, width]; arguments as of `Denoiser.denoise`."""
+        arguments = (context.request, embeddings, context.timings, context.progress, latents, state_file)
+        return self._run("denoise", context, lambda denoiser: denoiser.denoise(*arguments))
+
+    def decode(self, context: StageContext, latents: np.ndarray, quantize: bool = True) -> np.ndarray:
+        """Decode latents to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`."""
+        arguments = (latents, context.timings, context.progress, quantize)
+        return self._run("vae", context, lambda decoder: decoder.decode(*arguments))
+
+    def loaded(self, stage: Stage, context: StageContext) -> Any:
+        """Return the loaded stage of a request: a TextEncoder, Denoiser or VaeDecoder."""
+        request = context.request
+        options: tuple[Any, ...] = ()
+        if stage == "denoise":
+            options = request.attention, context.parallel, request.do_classifier_free_guidance
+
+        def load() -> Any:
+            timings = context.timings or StageTimings(stage)
+            with timings.measure("load", context.progress):
+                return _CLASSES[stage].load(context.checkpoint, getattr(torch, request.dtype), *options)
+
+        return self._keep_loaded(stage, context.loaded_key(stage), load)
+
+    def _run(self, stage: Stage, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
+        import_libraries()
+        try:
+            return compute(self.loaded(stage, context))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except clause: the error's traceback holds the stage's arrays.
+        request = context.request
+        raise DeviceMemoryError(
+            f"{stage}: not enough device memory for {request.width}x{request.height}, {request.num_frames} frames, "
+            f"{request.dtype}; try a smaller size, fewer frames, or dtype=bfloat16"
+        )

@@ -1,0 +1,83 @@
+"""Records as JSON lines: append one, read all, and decode JSON onto typed records."""
+
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+def decode(fields: Any, kind: type[T]) -> T:
+    """Return `fields`, as JSON gives them, as a `kind`; keys that it does not know are ignored.
+
+    Raises:
+      ValueError: they do not fit; the message gives the path of the field, as in "$.environment.versions".
+    """
+    upgrade = getattr(kind, "upgrade", None)  # of records whose earlier schemas had other keys
+    try:
+        return msgspec.convert(upgrade(fields) if upgrade and isinstance(fields, Mapping) else fields, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
+
+
+def encode(record: Any) -> Any:
+    """Return a record as dicts and lists for JSON."""
+    return msgspec.to_builtins(record)
+
+
+def append(path: Path, record: Any) -> None:
+    """Append one record as a whole line, and wait for the disk.
+
+    A line that a crash tore stays apart from it, and so does the line of another process that appends meanwhile.
+
+    Raises:
+      OSError: the line could not be written whole, as on a full disk; the file is left as it was.
+    """
+    line = json.dumps(encode(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)  # the lock is held: nobody has written behind it
+            raise OSError(error.errno, f"{error.strerror}; the record was not written", str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path, kind: type[T]) -> list[T]:
+    """Return every record of a file, none where there is no file. A line that a crash tore is skipped with a warning.
+
+    Raises:
+      ValueError: a whole line is not a `kind`; the message names the file, the line and the field.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError:  # not JSON, or not UTF-8
+            warnings.warn(f"{path}:{number}: skipped a torn line of {len(line)} bytes.", stacklevel=2)
+            continue
+        try:
+            records.append(decode(fields, kind))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a {kind.__name__} that this version reads ({error}).") from error
+    return records

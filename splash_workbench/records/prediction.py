@@ -1,0 +1,137 @@
+"""The record of `python -m pipeline.predict`: a line of predict.jsonl."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import msgspec
+
+from splash_workbench.records.base import PipelineRecord
+
+STAGES = ("text", "denoise", "vae")
+GIB = 2**30
+#: Of a chip's HBM, so much is left to the runtime and to fragmentation.
+HBM_MARGIN_FRACTION = 0.1
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A parallel plan: `dp` times `model` devices."""
+
+    plan: str
+    dp: int
+    model: int
+    weights: str
+
+    @property
+    def title(self) -> str:
+        """All of it in one line."""
+        return f"{self.plan}, dp={self.dp} x model={self.model}, weights {self.weights}"
+
+
+class Attention(msgspec.Struct, frozen=True):
+    """The attention call of a step, and what `attention()` resolved it to, in words."""
+
+    shape: str
+    resolution: str
+
+
+class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One stage, or one of its programs, on one chip. Times and bytes are predicted.
+
+    Attributes:
+      time_s: of a denoising step; of the other stages, of all of it.
+      breakdown_s: seconds by kind of work.
+      peak_hbm_bytes, hbm_bytes: the most that is in use, and what the chip has.
+      hbm_traffic_bytes, link_bytes: moved through HBM, and over the busiest link.
+      compile_time_s, compile_cpu_s, compile_peak_rss_bytes: what compiling took here.
+      wall_time_s: of the worker.
+      flops, mfu_fraction, num_layers, attention: of a denoising step.
+      calls: how often the stage runs this program.
+      programs: of a stage that runs several.
+      ops, collectives, timeline: parts of the prediction; not kept in predict.jsonl.
+    """
+
+    time_s: float
+    breakdown_s: dict[str, float]
+    peak_hbm_bytes: int
+    hbm_traffic_bytes: float = 0.0
+    link_bytes: float = 0.0
+    compile_time_s: float = 0.0
+    compile_cpu_s: float = 0.0
+    compile_peak_rss_bytes: int = 0
+    hbm_bytes: int = 0
+    wall_time_s: float = 0.0
+    flops: int | None = None
+    mfu_fraction: float | None = None
+    num_layers: int | None = None
+    attention: Attention | None = None
+    notes: tuple[str, ...] = ()
+    calls: int | None = None
+    programs: tuple["StagePrediction", ...] = ()
+    ops: tuple[dict[str, Any], ...] = ()
+    collectives: tuple[dict[str, Any], ...] = ()
+    timeline: tuple[dict[str, Any], ...] = ()
+
+    def without_ops(self) -> Self:
+        """Return it without its lists of ops."""
+        programs = tuple(program.without_ops() for program in self.programs)
+        return msgspec.structs.replace(self, programs=programs, ops=(), collectives=(), timeline=())
+
+
+class ReportedVideo(msgspec.Struct, frozen=True):
+    """Seconds that somebody else reported for the same video."""
+
+    label: str
+    source: str
+    total_time_s: float
+    step_time_s: float
+
+
+class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
+    """A video on chips that are not here.
+
+    Attributes:
+      topology: of the chips, e.g. "v6e-8".
+      config_source: where the checkpoint's configurations are from.
+      step_time_s: of a denoising step, with the attention kernel that the plan is about.
+      step_time_own_kernel_s: the same with this project's kernel.
+      total_time_s: of all stages, None where one is not predicted.
+      stage_times_s: seconds by stage, of all steps.
+      stages: the stages that were predicted.
+      other_plans: of each plan not taken, its step time, or why it cannot be.
+      failures: why a stage cannot be predicted.
+      reported: by others for the same video on the same chips.
+    """
+
+    schema_version: int = 3
+    topology: str
+    config_source: str = ""
+    plan: Plan
+    step_time_s: float | None
+    step_time_own_kernel_s: float | None = None
+    total_time_s: float | None = None
+    stage_times_s: dict[str, float] = msgspec.field(default_factory=dict)
+    compile_time_s: dict[str, float] = msgspec.field(default_factory=dict)
+    mfu_fraction: float | None = None
+    peak_hbm_gib: float | None = None
+    hbm_gib: float | None = None
+    hbm_has_margin: bool | None = None
+    stages: dict[str, StagePrediction]
+    other_plans: dict[str, float | str] = msgspec.field(default_factory=dict)
+    failures: dict[str, str] = msgspec.field(default_factory=dict)
+    reported: ReportedVideo | None
+    notes: tuple[str, ...]
+
+    def without_ops(self) -> Self:
+        """Return the record as predict.jsonl keeps it."""
+        return msgspec.structs.replace(self, stages={name: s.without_ops() for name, s in self.stages.items()})
+
+
+def hbm_fields(stages: Iterable[StagePrediction]) -> Mapping[str, Any]:
+    """Return the fields about a chip's memory: the peak over stages that run one after the other, and what it has."""
+    stages = list(stages)
+    peak, has = max(stage.peak_hbm_bytes for stage in stages), stages[0].hbm_bytes
+    return {
+        "peak_hbm_gib": peak / GIB,
+        "hbm_gib": has / GIB,
+        "hbm_has_margin": peak <= (1 - HBM_MARGIN_FRACTION) * has,
+    }

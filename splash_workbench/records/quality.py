@@ -1,0 +1,42 @@
+"""The record of `python -m pipeline.quality`: a line of quality.jsonl."""
+
+from typing import Any
+
+import msgspec
+
+from splash_workbench.records.base import Devices, PipelineRecord, new_id
+
+
+class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
+    """A candidate's videos beside the reference's.
+
+    Attributes:
+      candidate: its name; "reference" for the reference beside itself.
+      parallel: the parallel plan that was asked for.
+      prompts, seeds: of the videos, each prompt with each seed.
+      budget: what the candidate may lose.
+      psnr_db, ssim: one a video; no PSNR where it is the reference's very own.
+      readings: what was read from the frames of each video.
+      read_back: share of the videos that show what their prompt says, by what was read.
+      failures: why it is over budget; empty where it is not.
+    """
+
+    schema_version: int = 2
+    record_id: str = msgspec.field(default_factory=new_id)
+    device: Devices
+    candidate: str
+    parallel: dict[str, Any] = msgspec.field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    budget: dict[str, Any] = msgspec.field(default_factory=dict)
+    psnr_db: tuple[float | None, ...]
+    ssim: tuple[float, ...]
+    readings: tuple[dict[str, Any], ...] = ()
+    read_back: dict[str, float]
+    failures: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.psnr_db or len(self.psnr_db) != len(self.ssim):
+            raise ValueError(
+                f"{len(self.psnr_db)} PSNR and {len(self.ssim)} SSIM figures: expected one of each a video"
+            )

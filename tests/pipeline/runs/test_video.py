@@ -1,0 +1,22 @@
+"""Videos as files: their tags, and what ffmpeg refuses."""
+
+import numpy as np
+import pytest
+
+from pipeline.requests.errors import PipelineError
+from pipeline.runs.video import MAX_TAG_LENGTH, write_mp4
+from videos import tags
+
+
+def test_tags_hold_any_text(tmp_path):
+    title = 'it\'s "red"; 50% = #1 \\ 日本\nsecond line'
+    write_mp4(tmp_path / "video.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8, {"title": title, "comment": "x" * 200_000})
+    found = tags(tmp_path / "video.mp4")
+    assert found["title"] == title
+    assert found["comment"] == "x" * MAX_TAG_LENGTH
+
+
+def test_ffmpegs_refusal_is_one_line_and_leaves_nothing(tmp_path):
+    with pytest.raises(PipelineError, match="ffmpeg could not encode 15x16 at 8 fps"):
+        write_mp4(tmp_path / "video.mp4", np.zeros((2, 16, 15, 3), np.uint8), 8)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,286 @@
+"""The command-line layer, and what all commands have in common through it."""
+
+import dataclasses
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from splash_workbench import cli
+from splash_workbench.errors import UserError
+from splash_workbench.overrides import Keys, key_types
+from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
+
+#: Module -> an argument with a value that is wrong. Those that Hydra configures take key=value.
+HYDRA_COMMANDS = {
+    "tuning.sweep": "workers=many",
+    "tuning.results": "top=many",
+    "tuning.choose": "workload.head_dim=wide",
+    "tuning.peers": "timeout_s=long",
+    "tuning.hparams": "workload=nope",
+    "tuning.validate": "cache=perhaps",
+    "tuning.report": "top=0",
+    "pipeline.generate": "height=tall",
+    "pipeline.predict": "timeout_s=long",
+    "pipeline.quality": "seeds=[one]",
+    "pipeline.train_tiny": "vae.steps=many",
+}
+FLAG_COMMANDS = {"tuning.compare": "--depth=deep", "pipeline.predict_table": "no-such-file"}
+COMMANDS = HYDRA_COMMANDS | FLAG_COMMANDS
+
+MISTAKES = [
+    *((module, (wrong,)) for module, wrong in COMMANDS.items()),
+    *((module, ("nokey=1",)) for module in COMMANDS),
+    *((module, ("+nokey=1",)) for module in COMMANDS),
+    *((module, ("--no-flag", "1")) for module in COMMANDS),
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs an entry point with arguments, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(main: Callable[[], int], *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        try:
+            code = main()
+        except SystemExit as end:  # after --help
+            code = end.code  # type: ignore[assignment]
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def main_of(module: str) -> Callable[[], int]:
+    is_folder = (REPO_ROOT / module.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{module}.__main__" if is_folder else module).main
+
+
+def test_every_command_is_here() -> None:
+    paths = [path for package in ("tuning", "pipeline") for path in (REPO_ROOT / package).rglob("*.py")]
+    files = [path.relative_to(REPO_ROOT) for path in paths if "__main__" in path.read_text()]
+    found = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files}
+    assert found - {"pipeline.quality.gate"} == set(COMMANDS)  # that one is a process of the command's own
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_leaves_nothing_behind(run: Run, module: str, tmp_path: Path) -> None:
+    code, out, err = run(main_of(module), "--help")
+    assert (code, err) == (0, "")
+    assert f"python -m {module}" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_text_that_was_given(run: Run) -> None:
+    assert "[a ${b} $c, ]" in run(main_of("pipeline.generate"), "--help", "prompt=a ${b} $c")[1]
+
+
+@pytest.mark.parametrize(("module", "arguments"), MISTAKES, ids=lambda value: str(value))
+def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code, out, err = run(main_of(module), *arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"error: .+\n", err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("wrokers=2", "wrokers: no such key; did you mean workers? See --help"),
+        ("max_trials=2", "max_trials: no such key; did you mean search.max_trials? See --help"),
+        ("space.blok_q=[128]", "space.blok_q: no such key; did you mean space.block_q"),
+        ("--max-trials", "--max-trials: no such option; expected key=value; did you mean search.max_trials?"),
+        ("backend.measure.nope.too=1", "Could not override 'backend.measure.nope.too'"),
+        ("device=v4", "device=v4: its two TensorCores share a kernel's grid"),
+        ("device=v9", "device=v9: no such option; expected one of local, v5e, v6e, v7x"),
+        ("workers=many", "workers=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("space.block_q=[1,", "space.block_q=[1,: no viable alternative at input"),
+        ("cat", 'cat: expected key=value; quote text with spaces: prompt="a cat"'),
+        ("--config-dir", "argument --config-dir/-cd: expected one argument; see --hydra-help"),
+        *((f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ~ and @ have") for sign in "+~"),
+        ("~workload", "~workload: expected workload=value"),
+        ("workload@mine=tiny", "workload@mine=tiny: expected workload=value"),
+        ("+max_trials=3", "max_trials: no such key; did you mean search.max_trials?"),
+        ("hydrate=1", "hydrate: no such key"),
+        ("--multi", "--multi: no such option"),
+    ],
+)
+def test_a_mistake_names_what_was_expected(run: Run, argument: str, message: str) -> None:
+    code, _, err = run(main_of("tuning.sweep"), argument)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@dataclasses.dataclass
+class Schema:
+    """As configs/results.yaml has it, cut down to a text, a number and a group."""
+
+    results_dir: str = ""
+    top: int | None = None
+    workload: Any = None
+    device: Any = None
+    backend: Any = None
+    kernel: str | None = None
+    status: str | None = None
+    json: str | None = None
+
+
+def entry_point(function: Callable[[Schema], int]) -> Callable[[], int]:
+    return cli.command("results", Schema, text_or_list=("backend",))(function)
+
+
+TEXTS = [
+    "it's \"red\", moves: {50%} [x] = $HOME ${oc.env:HOME} \\ (end)'",
+    "ends with a backslash \\",
+    "a \\' b",
+    "\\${x} \\\\${y",
+    "日本 — ü, 123",
+    '"a cat"',
+    "'tis the season'",
+    '"${oc.env:HOME}"',
+    '"costs ${price}"',
+    '"C:\\"',
+    "null",
+    '""',
+    "'",
+    "--dashes=1",
+    "two\nlines\t\r\n",
+    "👩‍👩‍👧 é",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_literally(run: Run, text: str) -> None:
+    taken: list[str] = []
+
+    def function(settings: Schema) -> int:
+        taken.append(settings.results_dir)
+        return 0
+
+    for prefix in ("", "++"):
+        assert run(entry_point(function), f"{prefix}results_dir={text}")[0] == 0
+    assert taken == [text, text]
+    assert run(entry_point(function), "-m", "top=1,2", f"results_dir={text}")[0] == 0
+    assert taken[2:] == [text, text]
+
+
+@given(st.text(alphabet="\\${}'\"[](), =:~?\nax日", min_size=1))
+def test_any_text_is_quoted_so_that_it_comes_back(text: str) -> None:
+    assume(text != "???")
+    (argument,) = Keys(key_types(Schema), ()).checked([f"results_dir={text}"])
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    config = OmegaConf.create({"results_dir": override.value(), "output": "${results_dir}/report"})
+    assert (config.results_dir, config.output) == (text, f"{text}/report")
+
+
+def test_what_is_meant_for_hydra_is_left_to_hydra() -> None:
+    keys = Keys(key_types(Schema), (), text_or_list=("backend",))
+    for argument in ("kernel=null", "kernel=", "top=3", "backend=[a,b]"):
+        assert keys.checked([argument]) == [argument]
+    assert keys.checked(["backend=a,b"]) == ["backend='a,b'"]
+    assert keys.checked(["-m", "backend=a,b", "kernel=choice(a,b)"]) == ["-m", "backend='a,b'", "kernel=choice(a,b)"]
+    assert keys.checked(["--multirun", "kernel=a,b, c,d"]) == ["--multirun", "kernel='a','b, c','d'"]
+    assert keys.checked(["kernel=a", "--cfg", "job", "top=3"]) == ["--cfg", "job", "kernel='a'", "top=3"]
+
+
+def test_several_runs_end_with_the_worst_code(run: Run) -> None:
+    assert run(entry_point(lambda settings: settings.top or 0), "--multirun", "top=1,3,0")[0] == 3
+
+
+def test_several_runs_all_happen_and_leave_nothing(run: Run, tmp_path: Path) -> None:
+    """Whatever becomes of the others: every error is said, each once."""
+    taken: list[int | None] = []
+
+    def function(settings: Schema) -> int:
+        taken.append(settings.top)
+        if settings.top in (1, 2):
+            raise UserError(f"top={settings.top}: no")
+        return 1
+
+    code, _, err = run(entry_point(function), "-m", "top=1,3,2", "kernel=a,b")
+    assert (code, err) == (2, "error: top=1: no\nerror: top=2: no\n")
+    assert taken == [1, 1, 3, 3, 2, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_ends_all_runs(run: Run) -> None:
+    taken: list[int | None] = []
+
+    def function(settings: Schema) -> int:
+        taken.append(settings.top)
+        return 143
+
+    assert run(entry_point(function), "-m", "top=1,2")[0] == 143
+    assert taken == [1]
+
+
+def raising(error: BaseException) -> Callable[[Schema], int]:
+    def function(settings: Schema) -> int:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("a=1: expected 2"), 2, "error: a=1: expected 2\n"),
+        (UserError("first", "second\nline"), 2, "error: first\nerror: second line\n"),
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "error: a file: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+    ],
+)
+def test_exit_codes(run: Run, error: BaseException, code: int, message: str) -> None:
+    assert run(entry_point(raising(error))) == (code, "", message)
+
+
+def test_an_error_of_ours_shows_where_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(entry_point(raising(ZeroDivisionError())))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError):
+        run(entry_point(raising(UserError("x"))))
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """As in `python -m tuning.results | head -1`."""
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+    command = [sys.executable, "-m", "tuning.results", f"results_dir={REPO_ROOT / 'results'}"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as it:
+        assert it.stdout is not None and it.stderr is not None
+        it.stdout.close()
+        assert it.stderr.read() == b""
+    assert it.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_wheel_holds_the_configuration(tmp_path: Path) -> None:
+    """Built from a copy, since setuptools leaves files of its own."""
+    for name in ("configs", "splash_workbench"):
+        shutil.copytree(REPO_ROOT / name, tmp_path / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO_ROOT / name, tmp_path)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
+        names = {name.removeprefix("splash_workbench/") for name in wheel.namelist()}
+    assert {path.relative_to(REPO_ROOT).as_posix() for path in (REPO_ROOT / "configs").rglob("*.yaml")} <= names
+    assert Path(cli.__file__).parent / "configs" == CONFIG_DIR

@@ -1,0 +1,57 @@
+"""Every record that the repository ships is read by the class that writes it, and comes back as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splash_attn import tuned
+from splash_workbench.records import jsonl
+from splash_workbench.records.generation import GenerationRecord
+from splash_workbench.records.prediction import PredictionRecord
+from splash_workbench.records.quality import QualityRecord
+from tuning.trials.records import TRIALS_FILE, Trial
+
+RESULTS = Path(__file__).parent.parent / "results"
+KINDS: dict[str, type] = {
+    "predict.jsonl": PredictionRecord,
+    "quality.jsonl": QualityRecord,
+    "generate.jsonl": GenerationRecord,
+    TRIALS_FILE: Trial,
+}
+FILES = sorted(RESULTS.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RESULTS).as_posix())
+def test_shipped_json_lines_are_read_and_survive_being_written_again(path: Path, tmp_path: Path) -> None:
+    kind = KINDS[path.name]
+    records = jsonl.read(path, kind)
+    assert len(records) == sum(bool(line) for line in path.read_text(encoding="utf-8").splitlines())
+    for record in records:
+        jsonl.append(tmp_path / path.name, record)
+    assert jsonl.read(tmp_path / path.name, kind) == records
+
+
+@pytest.mark.parametrize("path", sorted(tuned.TUNED_DIR.glob("*.json")), ids=lambda path: path.name)
+def test_shipped_tuned_entries_are_read_as_they_are(path: Path) -> None:
+    content = json.loads(path.read_text())
+    assert [entry.to_dict() for entry in tuned.read_file(path).entries] == content["entries"]
+
+
+def _kept(fields: Any, record: Any) -> bool:
+    """Whether all that a file says is in the record read from it."""
+    if isinstance(fields, dict):
+        return all(_kept(value, record[name]) for name, value in fields.items())
+    if isinstance(fields, list):
+        return len(fields) == len(record) and all(map(_kept, fields, record))
+    return fields == record
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == TRIALS_FILE], ids=lambda p: p.parent.name)
+def test_nothing_of_a_shipped_trial_is_lost(path: Path) -> None:
+    for line, trial in zip(path.read_text().splitlines(), jsonl.read(path, Trial), strict=True):
+        fields = json.loads(line)
+        if fields["numerics"]:
+            assert fields["numerics"].pop("same_block_sizes") is True  # said by every record, and dropped
+        assert _kept(fields, jsonl.encode(trial))
