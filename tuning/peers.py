@@ -108,12 +108,12 @@ def main(settings: PeersSchema) -> int:
     cli.require_json_writable(settings.json)
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
+    results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
-    results_dir = Path(settings.results_dir)
-    require_writable(f"results_dir={results_dir}", results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []
     reused = records.reusable(recorded, settings.timeout_s)

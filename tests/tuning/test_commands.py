@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     ],
 )
 def test_a_mistake_is_one_line(run: Run, argument: str, message: str) -> None:
-    code, out, err = run(sweep, *argument.split(" "))
+    code, out, err = run(sweep, *re.split(r" (?=[\w.+]+=)", argument))
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
