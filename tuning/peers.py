@@ -19,7 +19,8 @@ from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, check_timeout_s, worker_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import OFFLINE

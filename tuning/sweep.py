@@ -23,7 +23,8 @@ from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage, room_line
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from splash_workbench.workers.room import room_line
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
