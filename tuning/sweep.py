@@ -22,9 +22,11 @@ from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage, room_line
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from splash_workbench.workers.room import room_line
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.offline import DUMP_BYTES
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
 from tuning.search.study import Search, storage_errors
@@ -36,8 +38,6 @@ from tuning.trials.records import Trial, objective
 
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
-#: Room for a worker's dumps: a disk that is full in the middle costs every candidate its result.
-_WORKER_DISK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def sweep(
     captured = provenance.capture(settings.backend.sources)
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
-    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * _WORKER_DISK_BYTES)
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:

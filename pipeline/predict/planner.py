@@ -121,6 +121,6 @@ def chip_count(topology: str) -> int:
         reason = UNSUPPORTED.get(topology.replace(":", "-").partition("-")[0])
         raise RequestError(
             f"topology={topology!r}: {f'not supported: {reason}; ' if reason else ''}expected a chip "
-            f"({', '.join(DEVICES)}) and a shape, e.g. v6e:2x4 or v7x:2x2x1; of v5e and v6e a number will do, e.g. v6e-8: "
+            f"({', '.join(DEVICES)}) and a shape, e.g. v6e:2x4 or v7x:2x2x1; of v5e and v6e a number will do: v6e-8; "
             f"{', '.join(map(str, SLICE_SHAPES))}"
         ) from error

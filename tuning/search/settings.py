@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from splash_workbench.records.jsonl import decode
-from splash_workbench.workers.pool import check_timeout_s, worker_count
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.backends.timing import MeasureSettings
