@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from splash_attn import tuned
 from splash_workbench.workers.pool import core_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
@@ -53,7 +54,7 @@ class SweepSchema:
     vmem_pruning: bool = MISSING
     results_dir: str = MISSING
     cache: bool = MISSING
-    promote: bool = MISSING
+    promote: Any = MISSING
     json: str | None = None
     progress: bool = MISSING
     profile: bool = MISSING
@@ -80,10 +81,12 @@ class SweepSettings:
     vmem_pruning: bool
     results_dir: Path
     cache: bool
-    promote: bool
+    promote: bool | str
     progress: bool
 
     def __post_init__(self) -> None:
+        if self.promote not in (True, False, "shipped"):
+            raise ValueError(f"promote={self.promote!r}: expected true, false or shipped.")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}: expected at least 1, or null for the number of cores.")
         if self.backend.exclusive and self.workers != 1:
@@ -92,6 +95,11 @@ class SweepSettings:
             )
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
+
+    @property
+    def promotion_dir(self) -> Path | None:
+        """The folder of the tuned entries that a winner must beat and goes to; None: the user's, before the shipped."""
+        return tuned.TUNED_DIR if self.promote == "shipped" else None
 
 
 def settings_from(config: SweepSchema) -> SweepSettings:
