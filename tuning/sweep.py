@@ -9,12 +9,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from splash_attn import tuned
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
@@ -33,7 +34,7 @@ from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
-from tuning.trials.promote import Promotion, promote
+from tuning.trials.promote import Promotion, promote, todays_choice
 from tuning.trials.records import Trial, objective
 
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
@@ -202,11 +203,26 @@ def _evaluate_all(
                 evaluated_count += 1
                 show(trial)
                 bar.update()
+        known = on_record.keys() | {trial.key for trial in search.told.values()}
+        if best is not None and (missing := _todays_candidate(settings, best, known)) is not None:
+            trial = evaluator.evaluate(missing.block_sizes, missing.variant.to_dict())
+            jsonl.append(path, trial)
+            evaluated_count += 1
         return evaluated_count
     finally:
         evaluator.runner.cancel()
         pool.shutdown(cancel_futures=True)
         bar.close()
+
+
+def _todays_candidate(settings: SweepSettings, best: Trial, known: Collection[str]) -> tuned.Choice | None:
+    """Return what the winner must beat to be promoted, None where that is known or nothing is to be promoted."""
+    if not settings.promote or best.time_ms is None:
+        return None
+    choice = todays_choice(best, settings.promotion_dir)
+    if choice is None or records.config_key(choice.block_sizes, choice.variant.to_dict()) in known:
+        return None
+    return choice
 
 
 def _pruner(settings: SweepSettings, target: Target) -> Pruner:
@@ -288,8 +304,9 @@ def main(config: SweepSchema) -> int:
         if drawn:
             print(f"heat map: {picture}")
         if settings.promote:
-            promotion = promote(result.winner)
-            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
+            on_record = records.read(result.directory / records.TRIALS_FILE)
+            promotion = promote(result.winner, on_record, settings.promotion_dir)
+            print(f"{promotion.path}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
     cli.write_json(
         config.json,
         {

@@ -66,6 +66,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
         ("workload.dtype=int3", "dtype='int3': expected one of"),
         ("device=local", "device='local': expected one of"),
+        ("promote=yes", "promote='yes': expected true, false or shipped"),
+        ("promote=3", "promote=3: expected true, false or shipped"),
         ("workload.name=../../x", "workload.name='../../x': expected at most 100 letters"),
         ("workload.name=a/b", "workload.name='a/b': expected at most 100 letters"),
         ("workload.name=.hidden", "the first a letter or digit"),
