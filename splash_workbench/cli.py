@@ -7,6 +7,7 @@ import json
 import os
 import select
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,14 +20,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, key_types, one_line
 from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-#: As a shell has them: 128 + the number of the signal.
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+#: Those of a signal as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
+#: A command stays in the user's folder, and Hydra writes nothing there.
+_HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 
 def command(
@@ -63,6 +73,8 @@ def command(
         outcomes: list[int | Exception] = []
 
         def task(config: DictConfig) -> None:
+            if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
+                return  # a signal ends all runs, not only the one it came in
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
@@ -71,15 +83,21 @@ def command(
                 outcomes.append(error)
 
         try:
-            with _hydra_arguments(keys.checked(sys.argv[1:])):
+            with _hydra_arguments(keys):
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
+        messages: list[str] = []
         for outcome in outcomes:  # more than one with --multirun
             if isinstance(outcome, HydraException | OmegaConfBaseException):
-                raise UserError(keys.explain(outcome)) from outcome
-            if isinstance(outcome, Exception):
+                messages.append(keys.explain(outcome))
+            elif isinstance(outcome, UserError | OSError) and not isinstance(outcome, BrokenPipeError):
+                messages.extend(_messages(outcome))
+            elif isinstance(outcome, Exception):
                 raise outcome
+        if messages:
+            cause = next(outcome for outcome in outcomes if isinstance(outcome, Exception))
+            raise UserError(*dict.fromkeys(messages)) from cause
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate
@@ -106,6 +124,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def require_files_writable(**paths: str | Path | None) -> None:
+    """Raise UserError, before the work, where writing one of these files would fail after it."""
+    for key, path in paths.items():
+        if path is not None:
+            if not path or Path(path).is_dir():
+                raise UserError(f"{key}={path}: expected a file, got a folder.")
+            if Path(path).exists() and not os.access(path, os.W_OK):
+                raise UserError(f"{key}={path}: may not be written to; expected another file.")
+            require_writable(f"{key}={path}", Path(path).parent)
+
+
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     """Write to a file what a command printed; do nothing without a path."""
     if path is not None:
@@ -121,18 +150,23 @@ def _groups(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _hydra_arguments(arguments: list[str]) -> Iterator[None]:
-    """Let Hydra read these arguments, and raise its errors instead of printing a wall of text."""
+def _hydra_arguments(keys: Keys) -> Iterator[None]:
+    """Let Hydra read checked arguments, leave nothing behind, and raise its errors instead of printing many lines."""
     argv, full_error = sys.argv, os.environ.get(_FULL_ERROR)
-    sys.argv, os.environ[_FULL_ERROR] = [argv[0], *arguments], "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ[_FULL_ERROR]
-        else:
-            os.environ[_FULL_ERROR] = full_error
+    with contextlib.ExitStack() as stack:
+        settings = list(_HYDRA_SETTINGS)
+        if {"-m", "--multirun"} & set(argv):  # Hydra insists on a multirun.yaml
+            settings.append(f"hydra.sweep.dir='{stack.enter_context(tempfile.TemporaryDirectory())}'")
+        sys.argv = [argv[0], *keys.checked(argv[1:], settings)]
+        os.environ[_FULL_ERROR] = "1"
+        try:
+            yield
+        finally:
+            sys.argv = argv
+            if full_error is None:
+                del os.environ[_FULL_ERROR]
+            else:
+                os.environ[_FULL_ERROR] = full_error
 
 
 def _exit_code(run: Callable[[], int]) -> int:

@@ -18,7 +18,9 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 #: A change in one of these can change what a candidate computes or how long it takes.
-KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
+KERNEL_SOURCES = tuple(
+    f"splash_attn/{name}.py" for name in ("kernel", "gates", "tiles", "quantize", "pallas", "api", "types")
+)
 #: Packages whose version can change a time, or whether a kernel compiles.
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
@@ -130,13 +132,20 @@ def host() -> str:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """Commit of this source tree and whether tracked files differ from it; None where it is not a git checkout."""
+    """Return the commit of this source tree, and whether tracked files differ from it.
+
+    None where the tree is no checkout of its own: installed, it may lie within another repository.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks set it
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(REPO_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != REPO_ROOT:
+            return None, False
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return None, False

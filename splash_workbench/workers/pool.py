@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,17 +24,16 @@ from splash_workbench.status import Status
 JOBS_PER_WORKER = 100
 
 _LOG_TAIL_CHARACTERS = 4000
+_LAST_WORDS_CHARACTERS = 300
+#: Lines that glog and abseil end a process with; and lines that are not frames of a stack.
+_FATAL = re.compile(r"F\d{4}\s|ERROR: |terminate called|Fatal Python error")
+_SAYS_SOMETHING = re.compile(r"^(?!\s*(@\s+0x|\*\*\*|File \")).*\w")
 #: Seconds that a killed process group has to disappear.
 _REAP_S = 30
 #: Seconds between two looks at what a running job takes.
 _SAMPLE_S = 0.5
 #: A worker that holds more than this after a job is replaced.
 _RETIRE_RSS_BYTES = 5 * 2**29
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CancelledError(Exception):
@@ -242,7 +242,8 @@ class _Worker:
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_REAP_S)
-            status, error = Status.CRASHED, _describe_exit(self._process.returncode)
+            words = _last_words(self._log_path.read_text(errors="replace"))
+            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + words
         sample()
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:
@@ -294,6 +295,13 @@ def _describe_exit(return_code: int | None) -> str:
         hint = " (out of host memory?)" if -return_code == signal.SIGKILL else ""
         return f"the worker died of {signal.Signals(-return_code).name}{hint}"
     return f"the worker ended with exit code {return_code} and no result"
+
+
+def _last_words(log: str) -> str:
+    """Return ": " and the line of a log that says why the process ended; "" where it said nothing."""
+    lines = [line.strip() for line in log.splitlines() if _SAYS_SOMETHING.search(line)]
+    fatal = [line for line in lines if _FATAL.match(line)]
+    return f": {(fatal or lines)[-1][:_LAST_WORDS_CHARACTERS]}" if lines else ""
 
 
 def _scrub(text: str, directory: Path) -> str:
