@@ -64,13 +64,9 @@ class Checkpoint:
         assert part in _PARTS, part
         folder = self._root(f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt") / part
         if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
-            )
+            raise self.error(f"no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})")
         if part == "tokenizer" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}"
-            )
+            raise self.error(f"tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         return folder
 
     def weight_files(self, part: str) -> list[Path]:
@@ -95,16 +91,16 @@ class Checkpoint:
         try:
             content = json.loads((self._root(name) / name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: cannot read {name} ({error.strerror}); expected diffusers' layout"
-            ) from error
+            raise self.error(f"cannot read {name} ({error.strerror}); expected diffusers' layout") from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: {name} is not JSON ({error})") from error
+            raise self.error(f"{name} is not JSON ({error})") from error
         if not isinstance(content, dict):
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: {name} holds {type(content).__name__}, expected an object"
-            )
+            raise self.error(f"{name} holds {type(content).__name__}, expected an object")
         return content
+
+    def error(self, problem: str) -> CheckpointError:
+        """Return an error about this checkpoint, to be raised."""
+        return CheckpointError(f"checkpoint={self.name!r}: {problem}")
 
     def _root(self, *patterns: str) -> Path:
         """Return the checkpoint's folder; of one on the Hub, with the files of these patterns downloaded first."""
@@ -128,7 +124,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for part in parts:
             weights = self.weight_files(part) if part in STEMS else []
-            others = [path for path in self.part(part).iterdir() if path.suffix in {".json", ".model", ".txt"}]
+            others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
             for path in sorted([*weights, *others]):
                 digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
                 _digest_file(path, digest)

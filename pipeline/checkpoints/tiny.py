@@ -107,9 +107,7 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
     vae_sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
     return {
         "text_encoder": T5EncoderModel(text_config),
-        "transformer": CogVideoXTransformer3DModel.from_config(
-            {**COGVIDEOX_1_5_5B["transformer"], **sizes}
-        ),
+        "transformer": CogVideoXTransformer3DModel.from_config({**COGVIDEOX_1_5_5B["transformer"], **sizes}),
         "vae": AutoencoderKLCogVideoX.from_config({**COGVIDEOX_1_5_5B["vae"], **vae_sizes}),
     }
 
