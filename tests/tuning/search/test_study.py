@@ -33,7 +33,11 @@ def make_search(tmp_path: Path) -> Callable[..., Search]:
     ) -> Search:
         settings = SearchSettings(sampler, max_trials, seed)
         space = Space("test", CHOICES, first)
+<<<<<<< HEAD
         return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, on_record or {})
+=======
+        return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, known or {})
+>>>>>>> main
 
     return make
 
