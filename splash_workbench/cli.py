@@ -87,20 +87,6 @@ def command(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
-<<<<<<< HEAD
-        errors = [
-            UserError(keys.explain(outcome))
-            if isinstance(outcome, HydraException | OmegaConfBaseException)
-            else outcome
-            for outcome in outcomes  # more than one with --multirun
-            if isinstance(outcome, Exception)
-        ]
-        for error in errors:
-            if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):
-                raise error
-        if errors:
-            raise UserError(*dict.fromkeys(message for error in errors for message in _messages(error)))
-=======
         messages: list[str] = []
         for outcome in outcomes:  # more than one with --multirun
             if isinstance(outcome, HydraException | OmegaConfBaseException):
@@ -112,7 +98,6 @@ def command(
         if messages:
             cause = next(outcome for outcome in outcomes if isinstance(outcome, Exception))
             raise UserError(*dict.fromkeys(messages)) from cause
->>>>>>> main
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate

@@ -26,18 +26,14 @@ def make_search(tmp_path: Path) -> Callable[..., Search]:
         sampler: Sampler = "grid",
         max_trials: int | None = None,
         seed: int = 0,
-        on_record: dict[str, Trial] | None = None,
+        known: dict[str, Trial] | None = None,
         first: tuple[dict[str, int], ...] = (),
         candidates: Candidates = CANDIDATES,
         name: str = "study",
     ) -> Search:
         settings = SearchSettings(sampler, max_trials, seed)
         space = Space("test", CHOICES, first)
-<<<<<<< HEAD
-        return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, on_record or {})
-=======
         return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, known or {})
->>>>>>> main
 
     return make
 
@@ -101,9 +97,9 @@ def test_candidates_that_are_out_count_for_the_budget(make_search, sampler):
 @SAMPLERS
 def test_a_larger_budget_goes_on(make_search, trial_of, sampler):
     before = ask_all(make_search(sampler, max_trials=5), trial_of)
-    on_record = {candidate.key: trial_of(candidate) for candidate in CANDIDATES.valid if candidate.key in before}
-    assert ask_all(make_search(sampler, max_trials=5, on_record=on_record), trial_of) == []
-    more = make_search(sampler, max_trials=8, on_record=on_record)
+    known = {candidate.key: trial_of(candidate) for candidate in CANDIDATES.valid if candidate.key in before}
+    assert ask_all(make_search(sampler, max_trials=5, known=known), trial_of) == []
+    more = make_search(sampler, max_trials=8, known=known)
     assert set(more.told) == set(before) and more.interrupted == ()
     after = ask_all(more, trial_of)
     assert len(after) == 3 and not set(after) & set(before)
@@ -114,7 +110,7 @@ def test_what_was_interrupted_comes_first(make_search, trial_of, sampler):
     dead = make_search(sampler)
     done, *running = [dead.ask() for _ in range(3)]
     dead.tell(done, trial_of(done))
-    resumed = make_search(sampler, on_record={done.key: trial_of(done)}, first=(FIRST,))
+    resumed = make_search(sampler, known={done.key: trial_of(done)}, first=(FIRST,))
     assert resumed.interrupted == tuple(running)
     assert [resumed.ask(), resumed.ask()] == running
     assert set(resumed.told) == {done.key}
@@ -124,7 +120,7 @@ def test_what_was_interrupted_comes_first(make_search, trial_of, sampler):
 def test_a_record_that_was_not_told_is_told_on_resuming(make_search, trial_of, sampler):
     """Death between the record and the study."""
     candidate = make_search(sampler).ask()
-    resumed = make_search(sampler, on_record={candidate.key: trial_of(candidate)})
+    resumed = make_search(sampler, known={candidate.key: trial_of(candidate)})
     assert resumed.interrupted == () and set(resumed.told) == {candidate.key}
     assert len(ask_all(resumed, trial_of)) == 11
 
@@ -138,8 +134,8 @@ def test_a_study_whose_records_are_gone_asks_all_again(make_search, trial_of):
 
 def test_records_of_another_study_are_not_of_this_one(make_search, trial_of):
     """The sweep gives them when they are asked for: here they only are no obstacle."""
-    on_record = {candidate.key: trial_of(candidate) for candidate in CANDIDATES.valid}
-    search = make_search(on_record=on_record)
+    known = {candidate.key: trial_of(candidate) for candidate in CANDIDATES.valid}
+    search = make_search(known=known)
     assert search.told == {} and search.interrupted == ()
     assert len(ask_all(search, trial_of)) == 12
 
@@ -175,7 +171,7 @@ def test_failures_count_and_are_not_asked_again(make_search, trial_of, sampler):
     for status in (Status.CRASHED, Status.OUT_OF_MEMORY, Status.TIMEOUT):
         candidate = search.ask()
         search.tell(candidate, trial_of(candidate, status=status, numerics=None))
-    resumed = make_search(sampler, on_record=dict(search.told))
+    resumed = make_search(sampler, known=dict(search.told))
     assert set(resumed.told) == set(search.told)
     assert not set(ask_all(resumed, trial_of)) & set(search.told)
 
