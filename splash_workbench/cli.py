@@ -26,8 +26,8 @@ from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-#: As a shell has them: 128 + the number of the signal.
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+#: Those of a signal as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -73,6 +73,8 @@ def command(
         outcomes: list[int | Exception] = []
 
         def task(config: DictConfig) -> None:
+            if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
+                return  # a signal ends all runs, not only the one it came in
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
@@ -85,11 +87,17 @@ def command(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
+        messages: list[str] = []
         for outcome in outcomes:  # more than one with --multirun
             if isinstance(outcome, HydraException | OmegaConfBaseException):
-                raise UserError(keys.explain(outcome)) from outcome
-            if isinstance(outcome, Exception):
+                messages.append(keys.explain(outcome))
+            elif isinstance(outcome, UserError | OSError) and not isinstance(outcome, BrokenPipeError):
+                messages.extend(_messages(outcome))
+            elif isinstance(outcome, Exception):
                 raise outcome
+        if messages:
+            cause = next(outcome for outcome in outcomes if isinstance(outcome, Exception))
+            raise UserError(*dict.fromkeys(messages)) from cause
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate
@@ -116,12 +124,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def require_json_writable(path: str | None) -> None:
-    """Raise UserError, before the work, where `write_json` would fail after it."""
-    if path is not None:
-        if not path or Path(path).is_dir():
-            raise UserError(f"json={path}: expected a file, got a folder.")
-        require_writable(f"json={path}", Path(path).parent)
+def require_files_writable(**paths: str | Path | None) -> None:
+    """Raise UserError, before the work, where writing one of these files would fail after it."""
+    for key, path in paths.items():
+        if path is not None:
+            if not path or Path(path).is_dir():
+                raise UserError(f"{key}={path}: expected a file, got a folder.")
+            if Path(path).exists() and not os.access(path, os.W_OK):
+                raise UserError(f"{key}={path}: may not be written to; expected another file.")
+            require_writable(f"{key}={path}", Path(path).parent)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -9,10 +9,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from splash_attn import tuned
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
 #: Bytes of compiled programs to keep for the next run; above it those used longest ago go.
 _COMPILED_BYTES = 2**30
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse slow tests that do not say how slow."""
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is not None and not mark.args:
+            raise pytest.UsageError(f'{item.nodeid}: expected its time, as @pytest.mark.slow("4 min").')
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,9 +47,10 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, instead of the user's."""
+    """A cache and a folder of tuned entries of the test's own, instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(tuned.USER_VARIABLE, str(folder / "tuned"))
     return folder
 
 

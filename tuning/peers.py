@@ -30,7 +30,7 @@ from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 from tuning.trials.workloads import Workload
 
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype")
 
 
 @dataclasses.dataclass
@@ -103,7 +103,7 @@ def main(settings: PeersSchema) -> int:
     workload = settings.workload.frozen()
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    cli.require_json_writable(settings.json)
+    cli.require_files_writable(json=settings.json)
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     results_dir = Path(settings.results_dir)

@@ -4,22 +4,22 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from splash_attn import tuned
 from splash_attn.kernel import vmem_bytes_estimate
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import require_writable
+from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
@@ -35,7 +35,7 @@ from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
-from tuning.trials.promote import Promotion, promote
+from tuning.trials.promote import Promotion, promote, todays_choice
 from tuning.trials.records import Trial, objective
 
 #: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
@@ -201,11 +201,26 @@ def _evaluate_all(
                 evaluated_count += 1
                 show(trial)
                 bar.update()
+        known = on_record.keys() | {trial.key for trial in search.told.values()}
+        if best is not None and (missing := _todays_candidate(settings, best, known)) is not None:
+            trial = evaluator.evaluate(missing.block_sizes, missing.variant.to_dict())
+            jsonl.append(path, trial)
+            evaluated_count += 1
         return evaluated_count
     finally:
         evaluator.runner.cancel()
         pool.shutdown(cancel_futures=True)
         bar.close()
+
+
+def _todays_candidate(settings: SweepSettings, best: Trial, known: Collection[str]) -> tuned.Choice | None:
+    """Return what the winner must beat to be promoted, None where that is known or nothing is to be promoted."""
+    if not settings.promote or best.time_ms is None:
+        return None
+    choice = todays_choice(best, settings.promotion_dir)
+    if choice is None or records.config_key(choice.block_sizes, choice.variant.to_dict()) in known:
+        return None
+    return choice
 
 
 def _pruner(settings: SweepSettings, target: Target) -> Pruner:
@@ -234,17 +249,8 @@ def _introduction(
 
 @contextlib.contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
-    """Hold the lock of a context. Remove what a dead sweep left in its work folder.
-
-    Raises:
-      UserError: another sweep holds it.
-    """
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
+    """Hold the lock of a context, or raise UserError. Remove what a dead sweep left in its work folder."""
+    with locked(state_dir / "lock", f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."):
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
@@ -267,7 +273,7 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))
-    cli.require_json_writable(config.json)  # before hours of work, not after
+    cli.require_files_writable(json=config.json)  # before hours of work, not after
     if config.profile:
         sessions.require_tensorboard("profile=true")
         require_writable(f"logdir={config.logdir}", Path(config.logdir))
@@ -286,8 +292,9 @@ def main(config: SweepSchema) -> int:
         if drawn:
             print(f"heat map: {picture}")
         if settings.promote:
-            promotion = promote(result.winner)
-            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
+            on_record = records.read(result.directory / records.TRIALS_FILE)
+            promotion = promote(result.winner, on_record, settings.promotion_dir)
+            print(f"{promotion.path}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
     cli.write_json(
         config.json,
         {

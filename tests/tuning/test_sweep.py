@@ -22,6 +22,7 @@ from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.sweep import sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.promote import todays_choice
 
 MakeSettings = Callable[..., SweepSettings]
 
@@ -212,6 +213,19 @@ def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
     settings = make_settings(space=space, search=SearchSettings(sampler="tpe", max_trials=2, seed=0))
     result = sweep(with_job("bowl", settings), report=_quiet)
     assert {str(trial.block_sizes) for trial in result.trials} == {"384/256/256", "256/512/128"}
+
+
+@pytest.mark.parametrize(("promote", "count"), [(False, 12), (True, 13), ("shipped", 13)])
+def test_what_would_run_today_is_evaluated_too(make_settings: MakeSettings, promote: bool | str, count: int) -> None:
+    settings = with_job("bowl", make_settings(promote=promote))
+    result = sweep(settings, report=_quiet)
+    assert (len(result.trials), result.evaluated_count) == (12, count)
+    assert result.winner is not None
+    trials = records.read(result.directory / records.TRIALS_FILE)
+    choice = todays_choice(result.winner)
+    assert choice is not None
+    assert [trial.block_sizes for trial in trials[12:]] == [choice.block_sizes] * (count - 12)
+    assert sweep(settings, report=_quiet).evaluated_count == 0
 
 
 @pytest.mark.usefixtures("hang_times_out")

@@ -195,6 +195,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     blocks = trial.block_sizes
     return {
         "workload": trial.workload,
+        "shape": str(trial.shape),
         "device": trial.device,
         "backend": trial.backend,
         "kernel": trial.kernel,

@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.fixture
-def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Callable[..., Path]:
+def fill(tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial, samples: SimpleNamespace) -> Callable[..., Path]:
     """Writes a bit of everything to results/."""
 
     def fill() -> Path:
@@ -56,7 +56,8 @@ def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Cal
             )
             jsonl.append(sweep, trial)
             if block_q == 512:
-                promote.promote(trial, tmp_path / "tuned")
+                tuned_dir = tmp_path / "tuned"
+                promote.promote(trial, [todays(trial, tuned_dir, time_samples_ms=(9.0,))], tuned_dir)
                 jsonl.append(peers, trial)
         failed = {"status": Status.OUT_OF_MEMORY, "numerics": None, "error": "VMEM <full> | by far"}
         jsonl.append(sweep, make_trial(block_sizes=BlockSizes(1024, 1024, 128), record_id="r3", **failed))
@@ -286,9 +287,42 @@ def test_only_the_newest_sweep_of_its_kind_is_shown(
     assert "`results/sweeps/tiny-v6e-old/trials.jsonl`" in text
 
 
-def test_a_winner_of_another_kernel_source_is_marked(run: Run, tmp_path: Path, make_trial: MakeTrial) -> None:
+def test_a_winner_of_another_kernel_source_is_marked(
+    run: Run, tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial
+) -> None:
     environment = dataclasses.replace(make_trial().environment, kernel_hash="an-older-one")
-    promote.promote(make_trial(environment=environment), tmp_path / "tuned")
+    winner = make_trial(environment=environment)
+    promote.promote(winner, [todays(winner, time_samples_ms=(99.0,))], tmp_path / "tuned")
     run("output=out")
     for name in ("index.html", "report.md"):
         assert "tuned with another kernel source" in (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "../x", "a/b"])
+def test_another_shape_under_the_same_name_hides_and_outranks_nothing(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial, name: str
+) -> None:
+    results = fill()
+    shape = dataclasses.replace(make_trial().shape, num_heads=24)
+    other = make_trial(workload=name, shape=shape, time_samples_ms=(1.125,), kernel_time_ms=1.0, ops=(KERNEL_OP,))
+    jsonl.append(results / "sweeps" / "other" / "trials.jsonl", other)
+    code, _, err = run("output=out")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert text.count("### tiny") >= 2 and "| 1 | 512/512/128 |" in text and "| 1 | 256/512/128 |" in text
+    pictures = re.findall(r"\]\((roofline[^)]*)\)", text)
+    assert len(set(pictures)) == len(pictures) == 2
+    assert all((tmp_path / "out" / picture).exists() for picture in pictures)
+
+
+def test_sweeps_of_the_same_sources_are_shown_as_one(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial
+) -> None:
+    results = fill()
+    mine = make_trial(workload="mine", block_sizes=BlockSizes(384, 512, 128), time_samples_ms=(1.125,))
+    jsonl.append(results / "sweeps" / "mine-v6e" / "trials.jsonl", mine)
+    run("output=out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert "| 1 | 384/512/128 |" in text and "| 2 | 512/512/128 |" in text
