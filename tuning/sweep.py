@@ -94,6 +94,8 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
+    if settings.promote and target.device_kind.startswith("TPU"):
+        require_writable(f"promote={settings.promote}", settings.promotion_dir or tuned.user_dir())
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:

@@ -237,8 +237,8 @@ class _Worker:
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_REAP_S)
-            words = _last_words(self._log_path.read_text(errors="replace"))
-            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + words
+            log = self._log_path.read_text(errors="replace")
+            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + _last_words(log)
         sample()
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:

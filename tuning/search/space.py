@@ -30,9 +30,6 @@ class Candidate:
         """Return the same string for the same candidate, in every process."""
         return config_key(self.block_sizes, self.variant.to_dict())
 
-    def __str__(self) -> str:
-        return f"{self.block_sizes} {self.variant}"
-
 
 @dataclasses.dataclass(frozen=True)
 class Space:
