@@ -9,7 +9,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
 from splash_workbench.status import Label
-from tuning.report.charts import Point, Roof, roofline, to_svg
+from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import Stack, device_title, stack
 from tuning.report.trials import (
@@ -208,16 +208,12 @@ def _roofline(
             rows.append((trial, intensity, rate, kernel_bound_fraction(trial)))
     bound_ms = mxu_bound_ms(shape, spec)
     name = f"roofline-{workload}-{spec.name}-{label}".replace("_", "-")
-    roof = Roof(
-        peak_tflops_per_s=spec.peak_bf16_flops_per_s / 1e12,
-        hbm_tbytes_per_s=spec.hbm_bytes_per_s / 1e12,
-        mxu_tflops_per_s=shape.flops / bound_ms / 1e9 if bound_ms else None,
-        mxu_label=f"MXU bound at head_dim {shape.head_dim}, bf16",
-    )
+    mxu_tflops_per_s = shape.flops / bound_ms / 1e9 if bound_ms else None
+    mxu_label = f"MXU bound at head_dim {shape.head_dim}, bf16"
     return Roofline(
         title=f"{workload} on TPU {spec.name}",
         name=name,
-        svg=roofline(name, points, roof, kernels),
+        svg=roofline(name, points, kernels, spec, mxu_tflops_per_s, mxu_label),
         label=label,
         provenance=origin_of_trials(trials),
         skipped=skipped,

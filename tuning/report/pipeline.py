@@ -8,7 +8,7 @@ from splash_workbench.records.generation import GenerationRecord, StageTimes
 from splash_workbench.records.prediction import GIB, STAGES, PredictionRecord, ReportedVideo, StagePrediction
 from splash_workbench.records.quality import QualityRecord
 from splash_workbench.status import Label
-from tuning.report.parts import Stack, commit, compiler, listed, stack
+from tuning.report.parts import BarRow, Stack, commit, compiler, listed, stack
 
 _WHOLE = "not broken down"
 _STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
@@ -92,19 +92,14 @@ def _case(topology: str, runs: Sequence[PredictionRecord]) -> Case:
     used = list({id(run): run for by_stage in newest.values() for run in by_stage.values()}.values())
     reported = next((run.reported for run in reversed(runs) if run.reported), None)
     stacks = []
-    totals: list[tuple[str, Label, Mapping[str, float], str]] = []
-    for row in rows:
-        if row.total_s is not None:
-            totals.append((row.plan, Label.PREDICTED, row.stage_s, ""))
-    if reported:
-        totals.append(("published nodes", Label.REPORTED, {_WHOLE: reported.total_time_s}, reported.source))
-    if any(row.total_s is not None for row in rows):
-        stacks.append(stack("The whole video", "s", totals, {**_STAGE_COLOURS, _WHOLE: "c6"}))
+    bars: list[BarRow] = [(row.plan, Label.PREDICTED, row.stage_s, "") for row in rows if row.total_s is not None]
+    if bars and reported:
+        bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported.total_time_s}, reported.source))
+    if bars:
+        stacks.append(stack("The whole video", "s", bars, {**_STAGE_COLOURS, _WHOLE: "c6"}))
     for stage in ("denoise", "vae", "text"):
-        bars: list[tuple[str, Label, Mapping[str, float], str]] = []
-        for row in rows:
-            if stage in newest[row.plan]:
-                bars.append((row.plan, Label.PREDICTED, _kinds(newest[row.plan][stage], stage), ""))
+        runs_of_stage = {row.plan: newest[row.plan][stage] for row in rows if stage in newest[row.plan]}
+        bars = [(plan, Label.PREDICTED, _kinds(run, stage), "") for plan, run in runs_of_stage.items()]
         if stage == "denoise" and reported:
             bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported.step_time_s}, reported.source))
         if bars:
@@ -157,7 +152,7 @@ def _step_time(run: PredictionRecord) -> float:
 
 
 def _kinds(run: PredictionRecord, stage: str) -> dict[str, float]:
-    """Seconds by kind. Where the record puts another attention kernel in place of ours, its time is in ours' place."""
+    """Return seconds by kind; another attention kernel in place of ours has its time in ours' place."""
     kinds = dict(run.stages[stage].breakdown_s)
     if stage == "denoise" and (more := _step_time(run) - run.stages[stage].time_s):
         kinds["attention_kernel"] = kinds.get("attention_kernel", 0.0) + more
@@ -173,7 +168,7 @@ def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
     shown = []
     for (device, checkpoint, video), members in sorted(groups.items()):
         run = members[-1]
-        stages = dict(sorted(run.stages.items(), key=lambda item: _stage_rank(item[0])))
+        stages = {stage: run.stages[stage] for stage in dict.fromkeys((*STAGES, *run.stages)) if stage in run.stages}
         bars = [
             (stage, run.label, {"load": s.load_time_s, "compile": s.compile_time_s, "run": s.run_time_s}, "")
             for stage, s in stages.items()
@@ -189,10 +184,6 @@ def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
             )
         )
     return shown
-
-
-def _stage_rank(stage: str) -> int:
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def origin_text(records: Sequence[PipelineRecord], how: str) -> str:
