@@ -1,12 +1,13 @@
 """Which programs to compile for a prediction, each in a process of its own, and which plan comes out best."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offline_tpu import worker_environment
+from offline_tpu import check_versions, worker_environment
 from offline_tpu.compile import parse_topology
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.predict.jobs import StageJob
@@ -44,16 +45,17 @@ class Predictor:
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
         """Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits."""
+        check_versions()
         try:
-            _, name = parse_topology(self.topology)
+            device, name = parse_topology(self.topology)
         except ValueError as error:
             raise RequestError(str(error)) from error
-        rows, columns = (int(n) for n in name.partition(":")[2].split("x")[:2])
+        num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
         num_heads = self.configs["transformer"]["num_attention_heads"]
 
         def plan_of(choice: ParallelOptions) -> ParallelPlan:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(choice, rows * columns, guided, num_heads)
+            return resolve_plan(choice, num_devices, guided, num_heads)
 
         choices = _AUTO if parallel.plan == "auto" else (parallel,)
         plans = list(dict.fromkeys(map(plan_of, choices)))

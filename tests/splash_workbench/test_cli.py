@@ -114,7 +114,10 @@ def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...]
         ("space.block_q=[1,", "space.block_q=[1,: no viable alternative at input"),
         ("cat", 'cat: expected key=value; quote text with spaces: prompt="a cat"'),
         ("--config-dir", "argument --config-dir/-cd: expected one argument; see --hydra-help"),
-        *((f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ++, ~ and @ have") for sign in ("+", "++", "~")),
+        *(
+            (f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ++, ~ and @ have")
+            for sign in ("+", "++", "~")
+        ),
         ("~workload", "~workload: expected workload=value"),
         ("workload@mine=tiny", "workload@mine=tiny: expected workload=value"),
         ("+max_trials=3", "max_trials: no such key; did you mean search.max_trials?"),

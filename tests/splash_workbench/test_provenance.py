@@ -25,7 +25,9 @@ def copy_package(folder: Path) -> Path:
 def git_state_in(root: Path, **variables: str) -> str:
     code = "from splash_workbench.provenance import git_state; print(git_state())"
     environment = os.environ | {"PYTHONPATH": str(root)} | variables
-    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 

@@ -11,7 +11,7 @@ import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
-from tuning.backends.base import Backend, Target
+from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
 
 
@@ -20,10 +20,16 @@ def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
     return offline_tpu.worker_environment(target.spec, worker_dir / "dump")
 
 
+def _find_target(device: str) -> Target:
+    offline_tpu.check_versions()  # once, before a candidate fails for it
+    return named_device(device)
+
+
 OFFLINE = Backend(
     name="offline",
     job="tuning.backends.offline:predict_candidate",
     sources=(*offline_tpu.SOURCES, "tuning/backends/kernels.py"),
+    find_target=_find_target,
     worker_env=_worker_env,
 )
 

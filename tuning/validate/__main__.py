@@ -130,6 +130,7 @@ def _measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
 @cli.command("validate", ValidateSchema)
 def main(settings: ValidateSchema) -> int:
     """Run the command; return its exit code."""
+    offline_tpu.check_versions()
     path = Path(settings.measured) if settings.measured else DEFAULT_PATH
     results_dir = Path(settings.results_dir)
     reported = from_config(lambda: Reported.read(path))
