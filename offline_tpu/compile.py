@@ -120,9 +120,7 @@ def predict(
         )
         time_s = program.walk()
     except UnknownDumpFormatError as error:
-        raise UnknownDumpFormatError(
-            f"{error} (libtpu {libtpu.installed_version('libtpu')}; this reader knows the dumps of {libtpu.SUPPORTED_LIBTPU})"
-        ) from error
+        raise UnknownDumpFormatError(f"{error} (libtpu {libtpu.SUPPORTED_LIBTPU})") from error
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
     ops = program.ops

@@ -20,14 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, key_types, one_line
 from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-#: As a shell has them: 128 + the number of the signal.
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+#: Those of a signal as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -73,6 +73,8 @@ def command(
         outcomes: list[int | Exception] = []
 
         def task(config: DictConfig) -> None:
+            if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
+                return  # a signal ends all runs, not only the one it came in
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
@@ -85,11 +87,16 @@ def command(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
-        for outcome in outcomes:  # more than one with --multirun
-            if isinstance(outcome, HydraException | OmegaConfBaseException):
-                raise UserError(keys.explain(outcome)) from outcome
-            if isinstance(outcome, Exception):
-                raise outcome
+        errors = [
+            UserError(keys.explain(outcome)) if isinstance(outcome, HydraException | OmegaConfBaseException) else outcome
+            for outcome in outcomes  # more than one with --multirun
+            if isinstance(outcome, Exception)
+        ]
+        for error in errors:
+            if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):
+                raise error
+        if errors:
+            raise UserError(*dict.fromkeys(message for error in errors for message in _messages(error)))
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate
@@ -114,6 +121,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing how to use the command."""
         raise UserError(f"{message}; see --help")
+
+
+def require_json_writable(path: str | None) -> None:
+    """Raise UserError, before the work, where `write_json` would fail after it."""
+    if path is not None:
+        if not path or Path(path).is_dir():
+            raise UserError(f"json={path}: expected a file, got a folder.")
+        require_writable(f"json={path}", Path(path).parent)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -37,3 +39,20 @@ def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
+    """Make a folder and see whether that many bytes can be written there. Leaves nothing in it.
+
+    Raises:
+      UserError: they cannot; the message begins with `option`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, byte_count)
+    except OSError as error:
+        raise UserError(
+            f"{option}: cannot write {byte_count / 2**20:.3g} MiB to {folder} ({error.strerror}); make room there, or "
+            "name another folder."
+        ) from error

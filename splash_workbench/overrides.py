@@ -17,16 +17,18 @@ from omegaconf.errors import OmegaConfBaseException
 from splash_workbench.errors import UserError
 
 _MAX_SUGGESTIONS = 3
+#: Hydra's functions that name the values of several runs.
+_SWEEP = re.compile(r"(choice|glob|shuffle|sort)\(.*\)", re.DOTALL)
 
 
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """Return the type of every key of a schema, e.g. {"search": SearchSchema, "search.seed": int}.
 
-    Of `T | None` the type is T.
+    Of `T | None` the type is T, except of text: there null is no text.
     """
     found = {}
     for name, kind in typing.get_type_hints(schema).items():
-        if NoneType in typing.get_args(kind):
+        if NoneType in typing.get_args(kind) and str not in typing.get_args(kind):
             kind = next(part for part in typing.get_args(kind) if part is not NoneType)
         found[prefix + name] = kind
         if dataclasses.is_dataclass(kind):
@@ -39,8 +41,9 @@ class Keys:
     """The keys that a command takes.
 
     Attributes:
-      types: see `key_types`. The values of text keys are taken literally, whatever characters they hold. A group's
-        type may have an attribute `unsupported`: option that is left out on purpose -> why.
+      types: see `key_types`. The values of text keys are taken literally, whatever characters they hold, except that
+        with --multirun a comma without a space behind it stands between the values of two runs. A group's type may have
+        an attribute `unsupported`: option that is left out on purpose -> why.
       groups: names of the configuration groups.
       text_or_list: keys whose value is text, too, unless it begins with a bracket.
     """
@@ -64,11 +67,10 @@ class Keys:
         flags = [argument for argument in arguments if argument not in options.overrides]
         if options.help:  # which is a string.Template
             options.overrides = [override.replace("$", "$$") for override in options.overrides]
-        if not options.multirun:  # where commas separate runs
-            options.overrides = [self._quoted(override) for override in options.overrides]
-        for override in options.overrides:
+        overrides = [self._quoted(override, options.multirun) for override in options.overrides]
+        for override in overrides:
             self._check(override)
-        return [*flags, *settings, *options.overrides]
+        return [*flags, *settings, *overrides]
 
     def explain(self, error: HydraException | OmegaConfBaseException) -> str:
         """Return as one line what Hydra or OmegaConf has against the values."""
@@ -78,14 +80,20 @@ class Keys:
             return f"{group}={option}: {reason}; expected one of {', '.join(error.options)}"
         return _reason(error)
 
-    def _quoted(self, override: str) -> str:
-        key, _, value = override.partition("=")
-        is_text = self.types.get(key) is str or (key in self.text_or_list and not value.startswith("["))
-        quoted_already = len(value) > 1 and value[0] in "'\"" and value.find(value[0], 1) == len(value) - 1
-        if not is_text or key in self.groups or quoted_already or value in ("", "null"):
+    def _quoted(self, override: str, multirun: bool) -> str:
+        name, _, value = override.partition("=")
+        key = name.lstrip("+")
+        kind = self.types.get(key)
+        if key in self.groups or not value:
             return override
-        text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # for OmegaConf, which would look for a key of that name
-        return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
+        if key in self.text_or_list:
+            return override if value.startswith("[") else f"{name}={_literal(value)}"
+        if kind not in (str, str | None) or (value == "null" and kind is not str):
+            return override
+        if multirun and _SWEEP.fullmatch(value):
+            return override
+        texts = re.split(r",(?=\S)", value) if multirun else [value]
+        return f"{name}={','.join(map(_literal, texts))}"
 
     def _check(self, override: str) -> None:
         try:
@@ -98,8 +106,8 @@ class Keys:
             return
         if key not in self.groups and not self._is_known(key):
             raise UserError(f"{key}: no such key{self._nearest(key)}")
-        if parsed.type is not OverrideType.CHANGE or parsed.package is not None:
-            raise UserError(f"{override}: expected {key}=value; +, ++, ~ and @ have no use here")
+        if parsed.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or parsed.package is not None:
+            raise UserError(f"{override}: expected {key}=value; +, ~ and @ have no use here")
 
     def _is_known(self, key: str) -> bool:
         """Whether the schema has the key, or one above it that is free in what it holds."""
@@ -125,6 +133,11 @@ def _reason(error: HydraException | OmegaConfBaseException) -> str:
     if error.__cause__ is not None:
         text = f"{text.splitlines()[0]}: {error.__cause__}"
     return one_line(re.sub(r"(?m)^\s*(full_key:|object_type=|reference_type=|See https|To append).*$", "", text))
+
+
+def _literal(text: str) -> str:
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf, which would look for a key of that name
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _last(key: str) -> str:

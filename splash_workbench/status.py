@@ -1,6 +1,15 @@
 """Defines how a trial ends and how its time was got. Apart from the records, so that a worker starts without JAX."""
 
 import enum
+import errno
+import json
+import os
+
+#: In the text of an error of XLA that is about this machine or this moment, not about the program.
+_MACHINE_TROUBLE = (
+    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE)),
+    *("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "CANCELLED:", "ABORTED:", "UNAUTHENTICATED:", "PERMISSION_DENIED:"),
+)
 
 
 class Status(enum.StrEnum):
@@ -12,6 +21,11 @@ class Status(enum.StrEnum):
     COMPILE_ERROR = "compile_error"
     TIMEOUT = "timeout"
     CRASHED = "crashed"
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether the same candidate would end so again; a crash or a time limit may be the machine's fault."""
+        return self not in (Status.TIMEOUT, Status.CRASHED)
 
 
 class Label(enum.StrEnum):
@@ -36,6 +50,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def compile_error(error: Exception) -> TrialError:
-    """Return a compiler's error as the TrialError that a worker's job raises."""
+    """Return a compiler's error as the TrialError that a worker's job raises; CRASHED where the machine is to blame."""
+    if isinstance(error, UnicodeError | json.JSONDecodeError) or any(text in str(error) for text in _MACHINE_TROUBLE):
+        return TrialError(Status.CRASHED, str(error))
     status = Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.COMPILE_ERROR
     return TrialError(status, str(error))

@@ -15,6 +15,14 @@ from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 _COMPILED_BYTES = 2**30
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse slow tests that do not say how slow."""
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is not None and not mark.args:
+            raise pytest.UsageError(f'{item.nodeid}: expected its time, as @pytest.mark.slow("4 min").')
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory):
     """Compile each program once: tests, parallel workers and later runs share one folder of them.

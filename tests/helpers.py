@@ -9,7 +9,7 @@ from typing import TypeVar
 from splash_workbench.provenance import REPO_ROOT
 
 #: Seconds that anything may take which does end. It bounds a hang: no test is about how fast something is.
-PLENTY_S = 600.0
+PLENTY_S = 1800.0
 
 T = TypeVar("T")
 

@@ -15,10 +15,11 @@ from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
 from splash_workbench import cli, provenance
 from splash_workbench.errors import from_config
+from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, core_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import OFFLINE
@@ -27,7 +28,7 @@ from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
 from tuning.trials.workloads import Workload
 
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype")
 
 
 @dataclasses.dataclass
@@ -87,8 +88,12 @@ def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) 
             raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(KERNELS)}.")
         kernel = KERNELS[peer.kernel]
         if kernel.installed:
-            blocks = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
-            found.append(Entrant(peer.kernel, blocks, peer.options))
+            listed = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
+            entrant = Entrant(peer.kernel, tuned.clamp(listed, workload.shape), peer.options)
+            if entrant.block_sizes != listed:
+                lines.append(f"{peer.kernel}: {listed} is shortened to the sequences, {entrant.block_sizes}")
+            if entrant not in found:
+                found.append(entrant)
         else:
             lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
     return found, list(dict.fromkeys(lines))
@@ -98,6 +103,9 @@ def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) 
 def main(settings: PeersSchema) -> int:
     """Run the command; return its exit code."""
     workload = settings.workload.frozen()
+    workers = from_config(lambda: worker_count(settings.workers))
+    from_config(lambda: check_timeout_s(settings.timeout_s))
+    cli.require_json_writable(settings.json)
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
@@ -105,8 +113,10 @@ def main(settings: PeersSchema) -> int:
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
     results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
-    reused = records.reusable(records.read(path), settings.timeout_s) if settings.reuse else []
+    recorded = from_config(lambda: records.read(path)) if settings.reuse else []
+    reused = records.reusable(recorded, settings.timeout_s)
     on_record = {(trial.kernel, trial.key): trial for trial in reused}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
@@ -121,7 +131,7 @@ def main(settings: PeersSchema) -> int:
             measure={},
             cache_dir=results_dir / "sweeps" / ".numerics",
         )
-        trials = _evaluate(entered, evaluator, on_record, path, settings.workers or core_count())
+        trials = _evaluate(entered, evaluator, on_record, path, workers)
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in tables.note_lines(trials):

@@ -2,16 +2,19 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
 from splash_workbench import cli
-from splash_workbench.errors import from_config
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.status import Status
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
-from tuning.trials import records, tables
+from tuning.trials import records, tables, workloads
 from tuning.trials.records import Trial, objective
+from tuning.trials.workloads import Workload
 
 
 @dataclasses.dataclass
@@ -22,39 +25,63 @@ class ResultsSchema:
     workload: WorkloadSchema | None = None
     device: DeviceSchema | None = None
     backend: BackendSchema | None = None
+    shape: str | None = None
     kernel: str | None = None
     status: str | None = None
     top: int | None = None
     json: str | None = None
 
 
-def select(trials: list[Trial], **wanted: str | None) -> list[Trial]:
-    """The trials whose fields are as wanted, best first within each workload, device and backend.
+def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: str | None) -> list[Trial]:
+    """Return the trials with the workload's shape and dtype and the wanted values, best first.
+
+    Trials of one shape, dtype, device and backend stand together, whatever names their workloads have.
 
     Raises:
       ValueError: no trial at all has a wanted value; the message lists those there are.
     """
+    if workload is not None:
+        on_record = sorted({f"{trial.workload} ({trial.shape} {trial.dtype})" for trial in trials})
+        trials = [trial for trial in trials if (trial.shape, trial.dtype) == workload.identity]
+        if not trials:
+            name = f"workload={workload.name} ({workload.shape} {workload.dtype})"
+            raise ValueError(f"{name}: on record are {', '.join(on_record)}.")
     for name, value in wanted.items():
         if value is None:
             continue
-        there = list(Status) if name == "status" else sorted({getattr(trial, name) for trial in trials})
+        there = list(Status) if name == "status" else sorted({str(getattr(trial, name)) for trial in trials})
         if value not in there:
-            raise ValueError(f"{name}={value!r}: on record are {', '.join(there) or 'no trials at all'}.")
-        trials = [trial for trial in trials if getattr(trial, name) == value]
-    return sorted(trials, key=lambda t: (t.workload, t.device, t.backend, t.status is not Status.OK, objective(t)))
+            raise ValueError(f"{name}={value!r}: on record are {', '.join(there)}.")
+        trials = [trial for trial in trials if str(getattr(trial, name)) == value]
+    names: dict[tuple[object, ...], str] = {}
+    for trial in sorted(trials, key=lambda trial: trial.workload):
+        names.setdefault((trial.shape, trial.dtype), trial.workload)
+
+    def rank(trial: Trial) -> tuple[Any, ...]:
+        group = (names[trial.shape, trial.dtype], str(trial.shape), trial.dtype, trial.device, trial.backend)
+        return (*group, trial.status is not Status.OK, objective(trial))
+
+    return sorted(trials, key=rank)
 
 
 @cli.command("results", ResultsSchema)
 def main(settings: ResultsSchema) -> int:
     """Run the command; return its exit code."""
+    if settings.top is not None and settings.top < 1:
+        raise UserError(f"top={settings.top}: expected at least 1, or null for all.")
     results_dir = Path(settings.results_dir)
-    groups = {"workload": settings.workload, "device": settings.device, "backend": settings.backend}
+    workload = settings.workload.frozen() if settings.workload else None
+    groups = {"device": settings.device, "backend": settings.backend}
     wanted = {name: group.name if group else None for name, group in groups.items()}
-    wanted |= {"kernel": settings.kernel, "status": settings.status}
-    trials = from_config(lambda: select(records.read_all(results_dir), **wanted))
-    if settings.top is not None:
-        trials = trials[: settings.top]
-    print(tables.table(trials, limit=None, hide=("record_id", "created_at", "dtype"), one_variant_column=True))
+    wanted |= {"shape": settings.shape, "kernel": settings.kernel, "status": settings.status}
+    on_record = workloads.named_apart(from_config(lambda: records.read_all(results_dir)))
+    if not on_record:
+        raise UserError(
+            f"results_dir={results_dir}: no trials there; expected the results_dir of a `python -m tuning.sweep`."
+        )
+    trials = from_config(lambda: select(on_record, workload, **wanted))
+    trials = trials[: settings.top]
+    print(tables.table(trials, limit=None, hide=("created_at", "dtype"), one_variant_column=True))
     cli.write_json(settings.json, {"trials": tables.rows(trials), "statuses": tables.status_counts(trials)})
     return 0
 

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage, room_line
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
-from tuning.search.study import Search
+from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
@@ -36,6 +37,8 @@ from tuning.trials.records import Trial, objective
 
 #: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
+#: Room for a worker's dumps: a disk that is full in the middle costs every candidate its result.
+_WORKER_DISK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ def sweep(
     captured = provenance.capture(settings.backend.sources)
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * _WORKER_DISK_BYTES)
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
@@ -112,21 +116,26 @@ def sweep(
             cache=cache,
         )
         path = directory / records.TRIALS_FILE
-        on_record = {trial.key: trial for trial in records.reusable(records.read(path), settings.timeout_s)}
+        recorded = from_config(lambda: records.read(path))
+        on_record = {trial.key: trial for trial in records.reusable(recorded, settings.timeout_s)}
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
-        search = Search(
-            storage_path=directory / "state" / "study.sqlite3",
-            study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
-            space=settings.space,
-            candidates=candidates,
-            settings=settings.search,
-            on_record=on_record,
-        )
-        for line in _introduction(settings, target, candidates, search, directory):
-            report(line)
-        start = time.monotonic()
-        evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
+        storage_path = directory / "state" / "study.sqlite3"
+        with storage_errors(storage_path):
+            search = Search(
+                storage_path=storage_path,
+                study_name=f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}",
+                space=settings.space,
+                candidates=candidates,
+                settings=settings.search,
+                on_record=on_record,
+            )
+            for line in _introduction(settings, target, candidates, search, directory):
+                report(line)
+            start = time.monotonic()
+            evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
         wall_time_s = time.monotonic() - start
+    if cache and cache.trouble:
+        report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     timed = [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None]
     return SweepResult(
@@ -228,7 +237,7 @@ def _introduction(
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:
         resumed += f", {len(search.interrupted)} asked for and not finished come first"
-    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once{resumed}"
+    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once ({room_line()}){resumed}"
     yield f"records: {directory / records.TRIALS_FILE}"
 
 
@@ -266,14 +275,18 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))
+    cli.require_json_writable(config.json)  # before hours of work, not after
     if config.profile:
-        sessions.require_tensorboard("profile=true")  # before hours of work, not after
+        sessions.require_tensorboard("profile=true")
+        require_writable(f"logdir={config.logdir}", Path(config.logdir))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(tables.table(result.trials))
     for line in tables.note_lines(result.trials):
         print(line)
     print(tables.effort_line(result.effort()))
+    if crashed := sum(trial.status is Status.CRASHED for trial in result.trials):
+        print(f"{crashed} crashed, which may be this machine's fault: the same command tries them again")
     picture, drawn = _draw(result)
     promotion: Promotion | None = None
     if result.winner is not None:

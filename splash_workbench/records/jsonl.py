@@ -37,7 +37,7 @@ def append(path: Path, record: Any) -> None:
     A line that a crash tore stays apart from it, and so does the line of another process that appends meanwhile.
 
     Raises:
-      OSError: the line could not be written whole.
+      OSError: the line could not be written whole, as on a full disk; the file is left as it was.
     """
     line = json.dumps(encode(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,13 @@ def append(path: Path, record: Any) -> None:
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
         rest = memoryview(line)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)  # the lock is held: nobody has written behind it
+            raise OSError(error.errno, f"{error.strerror}; the record was not written", str(path)) from error
     finally:
         os.close(descriptor)
 

@@ -17,6 +17,8 @@ from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.errors import NonFiniteError, RequestError
 
+pytestmark = pytest.mark.compile  # models are loaded and compiled
+
 SPEC = TinySpec(
     num_layers=1,
     num_attention_heads=2,
@@ -67,7 +69,6 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-@pytest.mark.compile
 def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None:
     images, frame_rate = run(nodes)
     assert images.shape == (9, 32, 48, 3) and images.dtype == torch.float32
@@ -81,7 +82,6 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
     assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
 
 
-@pytest.mark.compile
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -97,7 +97,6 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
     np.testing.assert_array_equal(np.round(images.numpy() * 255).astype(np.uint8), expected)
 
 
-@pytest.mark.compile
 def test_models_stay_between_runs_and_unloading_frees_them(nodes: dict[str, Any], comfy: Any) -> None:
     before = live_bytes()
     run(nodes)

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 import offline_tpu
+from helpers import PLENTY_S
 from offline_tpu import __main__ as command
 from offline_tpu import compile, libtpu
 from offline_tpu.machine import devices
@@ -118,12 +119,13 @@ def test_bad_arguments_of_the_command_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.compile
 def test_the_page_says_what_its_code_prints() -> None:
     page = (REPO_ROOT / "docs" / "offline_tpu.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     expected = page.partition("```text\n")[2].partition("```")[0]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False, cwd=REPO_ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PLENTY_S, check=False, cwd=REPO_ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == expected

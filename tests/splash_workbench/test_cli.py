@@ -114,10 +114,7 @@ def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...]
         ("space.block_q=[1,", "space.block_q=[1,: no viable alternative at input"),
         ("cat", 'cat: expected key=value; quote text with spaces: prompt="a cat"'),
         ("--config-dir", "argument --config-dir/-cd: expected one argument; see --hydra-help"),
-        *(
-            (f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ++, ~ and @ have")
-            for sign in ("+", "++", "~")
-        ),
+        *((f"{sign}timeout_s=3", f"{sign}timeout_s=3: expected timeout_s=value; +, ~ and @ have") for sign in "+~"),
         ("~workload", "~workload: expected workload=value"),
         ("workload@mine=tiny", "workload@mine=tiny: expected workload=value"),
         ("+max_trials=3", "max_trials: no such key; did you mean search.max_trials?"),
@@ -156,6 +153,17 @@ TEXTS = [
     "a \\' b",
     "\\${x} \\\\${y",
     "日本 — ü, 123",
+    '"a cat"',
+    "'tis the season'",
+    '"${oc.env:HOME}"',
+    '"costs ${price}"',
+    '"C:\\"',
+    "null",
+    '""',
+    "'",
+    "--dashes=1",
+    "two\nlines\t\r\n",
+    "👩‍👩‍👧 é",
 ]
 
 
@@ -167,13 +175,16 @@ def test_text_is_taken_literally(run: Run, text: str) -> None:
         taken.append(settings.results_dir)
         return 0
 
-    assert run(entry_point(function), f"results_dir={text}")[0] == 0
-    assert taken == [text]
+    for prefix in ("", "++"):
+        assert run(entry_point(function), f"{prefix}results_dir={text}")[0] == 0
+    assert taken == [text, text]
+    assert run(entry_point(function), "-m", "top=1,2", f"results_dir={text}")[0] == 0
+    assert taken[2:] == [text, text]
 
 
 @given(st.text(alphabet="\\${}'\"[](), =:~?\nax日", min_size=1))
 def test_any_text_is_quoted_so_that_it_comes_back(text: str) -> None:
-    assume(text != "???" and not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""))
+    assume(text != "???")
     (argument,) = Keys(key_types(Schema), ()).checked([f"results_dir={text}"])
     (override,) = OverridesParser.create().parse_overrides([argument])
     config = OmegaConf.create({"results_dir": override.value(), "output": "${results_dir}/report"})
@@ -182,15 +193,43 @@ def test_any_text_is_quoted_so_that_it_comes_back(text: str) -> None:
 
 def test_what_is_meant_for_hydra_is_left_to_hydra() -> None:
     keys = Keys(key_types(Schema), (), text_or_list=("backend",))
-    for argument in ("results_dir='a, b'", "kernel=null", "kernel=", "top=3", "backend=[a,b]"):
+    for argument in ("kernel=null", "kernel=", "top=3", "backend=[a,b]"):
         assert keys.checked([argument]) == [argument]
     assert keys.checked(["backend=a,b"]) == ["backend='a,b'"]
-    assert keys.checked(["--multirun", "kernel=a,b"]) == ["--multirun", "kernel=a,b"]
+    assert keys.checked(["-m", "backend=a,b", "kernel=choice(a,b)"]) == ["-m", "backend='a,b'", "kernel=choice(a,b)"]
+    assert keys.checked(["--multirun", "kernel=a,b, c,d"]) == ["--multirun", "kernel='a','b, c','d'"]
     assert keys.checked(["kernel=a", "--cfg", "job", "top=3"]) == ["--cfg", "job", "kernel='a'", "top=3"]
 
 
 def test_several_runs_end_with_the_worst_code(run: Run) -> None:
     assert run(entry_point(lambda settings: settings.top or 0), "--multirun", "top=1,3,0")[0] == 3
+
+
+def test_several_runs_all_happen_and_leave_nothing(run: Run, tmp_path: Path) -> None:
+    """Whatever becomes of the others: every error is said, each once."""
+    taken: list[int | None] = []
+
+    def function(settings: Schema) -> int:
+        taken.append(settings.top)
+        if settings.top in (1, 2):
+            raise UserError(f"top={settings.top}: no")
+        return 1
+
+    code, _, err = run(entry_point(function), "-m", "top=1,3,2", "kernel=a,b")
+    assert (code, err) == (2, "error: top=1: no\nerror: top=2: no\n")
+    assert taken == [1, 1, 3, 3, 2, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_ends_all_runs(run: Run) -> None:
+    taken: list[int | None] = []
+
+    def function(settings: Schema) -> int:
+        taken.append(settings.top)
+        return 143
+
+    assert run(entry_point(function), "-m", "top=1,2")[0] == 143
+    assert taken == [1]
 
 
 def raising(error: BaseException) -> Callable[[Schema], int]:

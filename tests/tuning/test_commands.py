@@ -1,5 +1,6 @@
 """The command lines: what a user sees of a mistake, and that JSON says what is printed."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -12,7 +13,7 @@ from splash_attn import tuned
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from tuning import choose, results, sweep
-from tuning.trials import records
+from tuning.trials import records, workloads
 from tuning.trials.records import Trial
 
 Run = Callable[..., tuple[int, str, str]]
@@ -50,6 +51,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
         ("workload.dtype=int3", "dtype='int3': expected one of"),
         ("device=local", "device='local': expected one of"),
+        ("workload.name=../../x", "workload.name='../../x': expected at most 100 letters"),
+        ("workload.name=a/b", "workload.name='a/b': expected at most 100 letters"),
+        ("workload.name=.hidden", "the first a letter or digit"),
+        ("workload.name=", "workload.name='': expected at most 100 letters"),
+        ("workload.q_seq_len=4680", "workload.q_seq_len=4680: expected workload.seq_len for self-attention, or both"),
+        ("workload.kv_seq_len=4680", "workload.kv_seq_len=4680: expected workload.seq_len for self-attention, or both"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, argument: str, message: str) -> None:
@@ -97,7 +104,7 @@ def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, mak
     jsonl.append(path, make_trial(time_samples_ms=(2.0,)))
     jsonl.append(path, make_trial(time_samples_ms=(1.0,)))
     jsonl.append(path, make_trial(status=Status.TIMEOUT, numerics=None, error="killed after the time limit of 7 s"))
-    code, out, _ = run(results, "status=ok", "workload=tiny", "json=r.json")
+    code, out, _ = run(results, "status=ok", "shape=1x3x1021:1013x64", "json=r.json")
     assert code == 0
     assert "timeout" not in out
     assert [row["predicted_ms"] for row in json.loads((tmp_path / "r.json").read_text())["trials"]] == [1.0, 2.0]
@@ -106,6 +113,35 @@ def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, mak
     code, _, err = run(results, "kernel=other")
     assert code == 2
     assert "kernel='other': on record are splash_attn" in err
+
+
+def test_two_shapes_under_one_name_are_never_in_one_ranking(
+    run: Run, tmp_path: Path, make_trial: Callable[..., Trial]
+) -> None:
+    path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
+    published = workloads.load("cogvideox_720p").shape
+    other = dataclasses.replace(published, num_heads=24)
+    for number, shape in enumerate((published, other, published, other)):
+        jsonl.append(path, make_trial(workload="cogvideox_720p", shape=shape, time_samples_ms=(1.0 + number,)))
+    code, out, _ = run(results, "json=r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["trials"]
+    assert code == 0
+    derived = "cogvideox_720p+1x24x39826x64"
+    assert [row["workload"] for row in rows] == ["cogvideox_720p"] * 2 + [derived] * 2
+    assert "1x24x39826x64" in out and rows[0]["record_id"][:8] in out
+    for arguments in (["workload=cogvideox_720p"], ["shape=1x12x39826x64"]):
+        assert derived not in run(results, *arguments)[1]
+    assert derived in run(results, "workload=cogvideox_720p", "workload.num_heads=24")[1]
+    code, _, err = run(results, "workload=tiny")
+    assert code == 2
+    assert "workload=tiny (1x2x1021x64 bfloat16): on record are cogvideox_720p (1x12x39826x64 bfloat16)" in err
+
+
+@pytest.mark.parametrize("arguments", [["results_dir=nowhere"], ["results_dir=."], ["top=0"], ["top=-1"]])
+def test_results_of_nothing_are_one_line(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(results, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {arguments[0]}: ") and err.count("\n") == 1
 
 
 def test_choose_says_what_and_why(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

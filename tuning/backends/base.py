@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from offline_tpu.machine import devices
 from offline_tpu.machine.devices import DeviceSpec
 from splash_workbench import provenance
-from splash_workbench.errors import from_config
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.status import Status
+from splash_workbench.workers.pool import Runner
 from tuning.trials.workloads import Workload
+
+_PROBE_TIMEOUT_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +35,10 @@ class Target:
 
 
 def named_device(device: str) -> Target:
-    """Return the known device of that name. Raises UserError for an unknown one."""
+    """Return the known device of that name. Raises UserError for an unknown one, or flags that end every worker."""
     spec = from_config(lambda: devices.by_name(device))
+    if flags := os.environ.get("XLA_FLAGS"):
+        probe(f"XLA_FLAGS={flags!r}: no worker starts with it; put it right or unset it", JAX_PLATFORMS="cpu")
     return Target(spec.name, spec.device_kind, spec)
 
 
@@ -37,6 +46,20 @@ def no_variables(target: Target, worker_dir: Path) -> Mapping[str, str]:
     """Add nothing to a worker's environment."""
     del target, worker_dir
     return {}
+
+
+def probe(trouble: str, **variables: str) -> dict[str, Any]:
+    """Return the platform and device_kind that JAX finds in a worker with these environment variables.
+
+    Raises:
+      UserError: it does not start, so that no candidate can run; the message begins with `trouble`.
+    """
+    with tempfile.TemporaryDirectory() as work_dir:
+        job = "tuning.backends.jobs:probe"
+        outcome = Runner(Path(work_dir)).run(job, {}, timeout_s=_PROBE_TIMEOUT_S, variables=lambda _: variables)
+    if outcome.status is not Status.OK:
+        raise UserError(f"{trouble} ({outcome.error}).")
+    return outcome.result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +74,7 @@ class Backend:
       worker_env: (device, folder of the worker) -> environment variables that the worker starts with.
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.
+      timed: whether an ok trial has a time.
     """
 
     name: str
@@ -60,6 +84,7 @@ class Backend:
     worker_env: Callable[[Target, Path], Mapping[str, str]] = no_variables
     cacheable: bool = True
     exclusive: bool = False
+    timed: bool = True
 
 
 def context_of(workload: Workload, target: Target, backend: Backend, captured: provenance.Environment) -> str:

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offline_tpu.prediction import OpCost
 from splash_attn.types import BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Label, Status
+from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
 from tuning.backends.base import Backend, Target
-from tuning.trials.records import Numerics, Trial
+from tuning.trials.records import Trial
 from tuning.trials.workloads import Workload
 
 #: What the outcome of a job depends on besides the backend's own sources.
@@ -51,7 +50,7 @@ class Evaluator:
     cache: JobCache | None = None
 
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
-        """The Trial of a candidate, whatever becomes of it.
+        """Return the Trial of a candidate, whatever becomes of it.
 
         Args:
           block_sizes: of the kernel.
@@ -74,6 +73,9 @@ class Evaluator:
             "measure": dict(self.measure),
         }
 
+        def trial(outcome: Outcome, *notes: str) -> Trial:
+            return self._trial(block_sizes, options, kernel, outcome, *notes)
+
         def run_job() -> Outcome:
             outcome = self.runner.run(
                 self.backend.job,
@@ -83,13 +85,17 @@ class Evaluator:
             )
             if source_hash(KERNEL_SOURCES) != self.environment.kernel_hash:
                 raise UserError(f"{', '.join(KERNEL_SOURCES)}: changed while this ran; run the same command again.")
+            try:
+                trial(outcome)
+            except ValueError as error:
+                return dataclasses.replace(outcome, status=Status.CRASHED, result={}, error=f"no trial: {error}")
             return outcome
 
         if self.cache is None or not self.backend.cacheable:
-            return self._trial(block_sizes, options, kernel, run_job())
+            return trial(run_job())
         key = JobCache.key(self.backend.job, payload | {"cache_dir": None}, self._dependencies)
-        outcome, was_there = self.cache.outcome(key, run_job)
-        return self._trial(block_sizes, options, kernel, outcome, *([_CACHE_NOTE] if was_there else []))
+        outcome, was_there = self.cache.outcome(key, run_job, accept=trial)
+        return trial(outcome, *([_CACHE_NOTE] if was_there else []))
 
     @functools.cached_property
     def _dependencies(self) -> dict[str, Any]:
@@ -104,30 +110,25 @@ class Evaluator:
     def _trial(
         self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str, outcome: Outcome, *notes: str
     ) -> Trial:
-        found = dict(outcome.result)
-        numerics = found.pop("numerics", None)
-        label = found.pop("label", None)
-        failed = outcome.status is not Status.OK
-        return Trial(
-            context=self.context,
-            kernel=kernel,
-            workload=self.workload.name,
-            shape=self.workload.shape,
-            dtype=self.workload.dtype,
-            device=self.target.name,
-            device_kind=self.target.device_kind,
-            backend=self.backend.name,
-            block_sizes=block_sizes,
-            variant=dict(options),
-            status=outcome.status,
-            environment=self.environment,
-            label=Label(label) if label else None,
-            time_samples_ms=tuple(found.pop("time_samples_ms", ())),
-            ops=tuple(decode(op, OpCost) for op in found.pop("ops", ())),
-            notes=(*found.pop("notes", ()), *notes),
-            numerics=decode(numerics, Numerics) if numerics else None,
-            wall_time_s=outcome.wall_time_s,
-            error=outcome.error,
-            log_tail=outcome.log_tail if failed else None,
-            **found,
-        )
+        """Return the trial of an outcome. Raises ValueError for a result that makes no trial."""
+        known = {
+            "context": self.context,
+            "kernel": kernel,
+            "workload": self.workload.name,
+            "shape": self.workload.shape,
+            "dtype": self.workload.dtype,
+            "device": self.target.name,
+            "device_kind": self.target.device_kind,
+            "backend": self.backend.name,
+            "block_sizes": block_sizes,
+            "variant": dict(options),
+            "status": outcome.status,
+            "environment": self.environment,
+            "wall_time_s": outcome.wall_time_s,
+            "error": outcome.error,
+            "log_tail": None if outcome.status is Status.OK else outcome.log_tail,
+        }
+        trial = decode(outcome.result | known, Trial)
+        if trial.status is Status.OK and (trial.numerics is None or (self.backend.timed and trial.time_ms is None)):
+            raise ValueError("an ok trial: expected a check of its numerics and a time, got less.")
+        return dataclasses.replace(trial, notes=(*trial.notes, *notes))

@@ -23,6 +23,7 @@ INTERPRET = Backend(
     sources=("tuning/backends/numerics.py",),
     find_target=_find_target,
     worker_env=_worker_env,
+    timed=False,
 )
 
 

@@ -1,8 +1,6 @@
 """Run on the device that is here, and time it."""
 
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,23 +9,17 @@ import jax.numpy as jnp
 from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
-from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels, timing
-from tuning.backends.base import Backend, Target
+from tuning.backends.base import Backend, Target, probe
 from tuning.backends.jobs import Request, check_numerics
 from tuning.trials.bound import known_device
 
-_PROBE_TIMEOUT_S = 120.0
-
 
 def _find_target(device: str) -> Target:
-    with tempfile.TemporaryDirectory() as work_dir:
-        outcome = Runner(Path(work_dir)).run("tuning.backends.measure:probe", {}, timeout_s=_PROBE_TIMEOUT_S)
-    if outcome.status is not Status.OK:
-        raise UserError(f"backend=measure: JAX finds no device here ({outcome.error}).")
-    kind = outcome.result["device_kind"]
+    found = probe("backend=measure: JAX finds no device here")
+    kind = found["device_kind"]
     spec = known_device(kind)
-    here = Target(spec.name if spec else outcome.result["platform"], kind, spec)
+    here = Target(spec.name if spec else found["platform"], kind, spec)
     if device not in ("local", here.name):
         raise UserError(
             f"device={device} backend=measure: the device here is {kind!r}; expected device=local, or backend=offline."
@@ -82,10 +74,3 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         "compile_time_s": compile_time_s,
         "notes": notes,
     }
-
-
-def probe(payload: dict[str, Any]) -> dict[str, Any]:
-    """Tell which device JAX finds here; asked in a process of its own, so that the parent does not hold the chip."""
-    del payload
-    device = jax.devices()[0]
-    return {"platform": device.platform, "device_kind": device.device_kind}

@@ -1,5 +1,6 @@
 """Compile for a device that is not here, and read the compiler's schedule."""
 
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,22 @@ import jax
 from jax.experimental import topologies
 
 import offline_tpu
+from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
+
+
+def _find_target(device: str) -> Target:
+    target = named_device(device)
+    try:
+        libtpu.check_version()
+    except RuntimeError as error:
+        raise UserError(f"backend=offline: {error}") from error
+    return target
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
@@ -54,6 +66,8 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     except offline_tpu.UnknownDumpFormatError:
         raise  # not the candidate's fault
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        if any(frame.f_globals["__name__"] == dump.__name__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise  # a dump that a full disk tore
         raise compile_error(error) from error
     checked = check_numerics(request, "pallas_interpret")
     if checked["status"] != Status.OK:

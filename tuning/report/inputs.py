@@ -12,6 +12,7 @@ from splash_workbench.records.generation import GenerationRecord
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
 from tuning.trials.records import TRIALS_FILE, Trial
+from tuning.trials.workloads import named_apart
 from tuning.validate.record import Validation
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TrialFile:
-    """The trials of one folder under results/sweeps or results/peers, at least one."""
+    """Trials of one shape, dtype, device and backend from a folder of results/sweeps or results/peers, at least one."""
 
     path: str
     trials: tuple[Trial, ...]
@@ -27,6 +28,12 @@ class TrialFile:
     @property
     def newest(self) -> Trial:
         return max(self.trials, key=lambda trial: (trial.created_at, trial.record_id))
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """Equal for files of the same kind whose times can be compared."""
+        trial = self.newest
+        return trial.context, trial.environment.kernel_hash, trial.environment.backend_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +87,21 @@ class _Reader:
         self.count(self.shown(path), len(found), what)
         return tuple(found)
 
-    def trial_files(self, folder: str) -> tuple[TrialFile, ...]:
-        """Read the trials of every folder in a folder."""
-        paths = sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
-        found = [TrialFile(self.shown(path), self.lines(path, Trial, "trial")) for path in paths]
-        return tuple(file for file in found if file.trials)
+    def trial_files(self) -> dict[str, list[TrialFile]]:
+        """Read the trials of every folder in sweeps and in peers, one name for each shape."""
+        read = [
+            ((folder, self.shown(path)), trial)
+            for folder in ("sweeps", "peers")
+            for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
+            for trial in self.lines(path, Trial, "trial")
+        ]
+        groups: dict[tuple[object, ...], list[Trial]] = {}
+        for (place, _), trial in zip(read, named_apart([trial for _, trial in read]), strict=True):
+            groups.setdefault((*place, *_kind(trial)), []).append(trial)
+        found: dict[str, list[TrialFile]] = {"sweeps": [], "peers": []}
+        for (folder, path, *_), trials in groups.items():
+            found[str(folder)].append(TrialFile(str(path), tuple(trials)))
+        return found
 
     def tuned_entries(self, directory: Path) -> tuple[tuple[str, tuned.TunedEntry], ...]:
         """Read the tuned entries of every device kind."""
@@ -110,10 +127,11 @@ def read(results_dir: Path, validation_path: Path, tuned_dir: Path = tuned.TUNED
       ValueError: a file is malformed; the message names it and the field, and the line where it has lines.
     """
     reader = _Reader(results_dir)
+    entries, files = reader.tuned_entries(tuned_dir), reader.trial_files()
     return Inputs(
-        entries=reader.tuned_entries(tuned_dir),
-        sweeps=reader.trial_files("sweeps"),
-        peers=reader.trial_files("peers"),
+        entries=entries,
+        sweeps=tuple(files["sweeps"]),
+        peers=tuple(files["peers"]),
         validation=reader.validation(validation_path),
         predicted=reader.lines(results_dir / "predict.jsonl", PredictionRecord, "prediction"),
         generated=reader.lines(results_dir / "generate.jsonl", GenerationRecord, "run"),
@@ -124,14 +142,25 @@ def read(results_dir: Path, validation_path: Path, tuned_dir: Path = tuned.TUNED
 
 
 def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFile]]:
-    """Return the newest file of each workload, device and backend, in that order, and the others."""
-    groups: dict[tuple[str, str, str], list[TrialFile]] = {}
-    for file in files:
-        trial = file.newest
-        groups.setdefault((trial.workload, trial.device, trial.backend), []).append(file)
-    current, others = [], []
-    for _, members in sorted(groups.items()):
-        members.sort(key=lambda file: (file.newest.created_at, file.path))
-        current.append(members.pop())
-        others += members
-    return current, others
+    """Return the newest file of each shape, dtype, device and backend, and those whose times it outdates.
+
+    Trials of the others, which come from the same sources, are with the newest.
+    """
+    groups: dict[tuple[object, ...], list[TrialFile]] = {}
+    for file in sorted(files, key=lambda file: (file.newest.created_at, file.path)):
+        groups.setdefault(_kind(file.newest), []).append(file)
+    current, outdated = [], []
+    for members in groups.values():
+        newest = members[-1]
+        same = [file for file in members if file.source == newest.source]
+        current.append(TrialFile(newest.path, tuple(trial for file in same for trial in file.trials)))
+        outdated += [file for file in members if file not in same]
+    return sorted(current, key=_title), sorted(outdated, key=_title)
+
+
+def _kind(trial: Trial) -> tuple[object, ...]:
+    return trial.shape, trial.dtype, trial.device_kind, trial.backend
+
+
+def _title(file: TrialFile) -> tuple[str, ...]:
+    return file.newest.workload, file.newest.device, file.newest.backend, file.newest.dtype, file.path

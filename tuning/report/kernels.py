@@ -124,7 +124,7 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) ->
 
 
 def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[list[Sweep], list[TrialFile]]:
-    """The newest sweep of each workload, device and backend, and the files that it supersedes.
+    """Return the newest sweep of each shape, dtype, device and backend, and the files that it outdates.
 
     Exact candidates and int8 are two sweeps, though they share a file.
     """
@@ -173,27 +173,26 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
 
 
 def rooflines(sweep_files: Sequence[TrialFile], peer_files: Sequence[TrialFile]) -> list[Roofline]:
-    """One for each workload, device and way of getting times, of the newest sweeps and comparisons."""
+    """Return one for each shape, device and way of getting times, of the newest sweeps and comparisons."""
     files = [*newest_of(sweep_files)[0], *newest_of(peer_files)[0]]
     trials = newest_trials(trial for file in files for trial in file.trials)
     groups: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
         if trial.label is not None and (trial.kernel_time_ms or trial.time_ms) and trial.dtype == "bfloat16":
-            groups.setdefault((trial.workload, trial.device_kind, trial.label.value), []).append(trial)
+            groups.setdefault((str(trial.shape), trial.device_kind, trial.label.value), []).append(trial)
     kernels = kernel_order(trials)
     traffic = {on_device(trial): bytes_ for trial in trials if (bytes_ := kernel_bytes(trial))}
     drawn = []
-    for (workload, device_kind, label), members in sorted(groups.items()):
+    for (_, device_kind, label), members in sorted(groups.items(), key=lambda group: (group[1][0].workload, group[0])):
         spec = known_device(device_kind)
         placed = [trial for trial in members if on_device(trial) in traffic]
         if spec is None or not placed:
             continue
-        drawn.append(_roofline(workload, spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
+        drawn.append(_roofline(spec, Label(label), placed, len(members) - len(placed), traffic, kernels))
     return drawn
 
 
 def _roofline(
-    workload: str,
     spec: DeviceSpec,
     label: Label,
     trials: Sequence[Trial],
@@ -201,7 +200,7 @@ def _roofline(
     traffic: dict[tuple[object, ...], int],
     kernels: Sequence[str],
 ) -> Roofline:
-    shape = trials[0].shape
+    shape, workload = trials[0].shape, trials[0].workload
     best: dict[str, Trial] = {}
     for trial in sorted(trials, key=lambda t: (kernel_time(t), t.key)):
         best.setdefault(series(trial), trial)
@@ -236,7 +235,7 @@ def _roofline(
 
 
 def peers(files: Sequence[TrialFile]) -> list[Peers]:
-    """The newest comparison of each workload and device."""
+    """Return the newest comparison of each shape, dtype and device."""
     return [_peers(file) for file in newest_of(files)[0]]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from offline_tpu.machine import devices
@@ -17,14 +18,19 @@ class WorkloadSchema:
     name: str = MISSING
     batch_size: int = MISSING
     num_heads: int = MISSING
-    q_seq_len: int = MISSING
-    kv_seq_len: int = MISSING
+    seq_len: int | None = None
+    q_seq_len: int | None = None
+    kv_seq_len: int | None = None
     head_dim: int = MISSING
     dtype: str = MISSING
 
     def frozen(self) -> Workload:
-        """Return the checked workload. Raises UserError."""
-        return from_config(lambda: Workload.from_dict(dataclasses.asdict(self)))
+        """Return the checked workload, under a name that is its own. Raises UserError."""
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+        keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+        overridden = {key.removeprefix("workload.") for key in keys if key.startswith("workload.")}
+        fields = dataclasses.asdict(self)
+        return from_config(lambda: Workload.from_dict(fields, overridden).under_its_own_name(overridden))
 
 
 @dataclasses.dataclass

@@ -7,9 +7,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from splash_workbench.workers.pool import core_count
+from splash_workbench.records.jsonl import decode
+from splash_workbench.workers.pool import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
+from tuning.backends.timing import MeasureSettings
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
@@ -84,14 +86,14 @@ class SweepSettings:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers}: expected at least 1, or null for the number of cores.")
         if self.backend.exclusive and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: expected a positive number of seconds.")
+        check_timeout_s(self.timeout_s)
+        if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
+            raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
+        decode(self.measure, MeasureSettings)
 
 
 def settings_from(config: SweepSchema) -> SweepSettings:
@@ -106,9 +108,6 @@ def settings_from(config: SweepSchema) -> SweepSettings:
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
-    workers = config.workers
-    if workers is None:
-        workers = 1 if backend.exclusive else core_count()
     return SweepSettings(
         workload=workload,
         device=config.device.name,
@@ -121,7 +120,7 @@ def settings_from(config: SweepSchema) -> SweepSettings:
             first=tuple(_flat(parameters) for parameters in space["first"]),
             max_block_scores=space["max_block_scores"],
         ).fitted_to(workload.shape),
-        workers=workers,
+        workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         timeout_s=config.timeout_s,
         vmem_pruning=config.vmem_pruning,
         results_dir=Path(config.results_dir),

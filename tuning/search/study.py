@@ -4,6 +4,7 @@ The records file is the truth about what was evaluated; the study remembers what
 that was running when the sweep died is asked again, unless its record had already been written: then it is told.
 """
 
+import contextlib
 import dataclasses
 import random
 import warnings
@@ -14,7 +15,9 @@ from typing import Any, Literal, get_args
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
 from tuning.trials.records import Trial, objective
@@ -47,8 +50,23 @@ class SearchSettings:
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
             raise ValueError(f"search.sampler={self.sampler!r}: expected one of {get_args(Sampler)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"search.seed={self.seed}: expected 0 to {2**32 - 1}.")
         if self.max_trials is not None and self.max_trials < 1:
             raise ValueError(f"search.max_trials={self.max_trials}: expected at least 1, or null for every candidate.")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the study's file is to blame for into UserError."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        cause = error.__cause__ or error  # SQLAlchemy's own text lists the statement and its parameters
+        raise UserError(
+            f"{path}: this study cannot be read or written ({str(cause).splitlines()[0]}); make room there, or delete "
+            "it: the trials stay on record."
+        ) from error
 
 
 class Search:

@@ -25,7 +25,7 @@ def parameters(trial: Trial) -> dict[str, str | float | bool]:
     variant = {
         name: value if isinstance(value, bool | int | float) else str(value) for name, value in trial.variant.items()
     }
-    about = {name: getattr(trial, name) for name in ("kernel", "workload", "device")}
+    about = {name: str(getattr(trial, name)) for name in ("kernel", "workload", "shape", "device")}
     return {**blocks, **variant, **about, "status": trial.status.value}
 
 

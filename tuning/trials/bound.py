@@ -1,5 +1,7 @@
 """The least time that the matrix units allow for an attention, to say how far a kernel is from it."""
 
+import math
+
 from offline_tpu.machine.devices import DEVICES, DeviceSpec
 from splash_attn.types import AttentionShape
 from tuning.trials.records import Trial, is_exact
@@ -7,6 +9,11 @@ from tuning.trials.records import Trial, is_exact
 #: Rows of one systolic array: what a product contracts over at no extra cost (cloud.google.com/tpu/docs/v6e, .../v5e,
 #: .../tpu7x).
 _MXU_ROWS = {"TPU7x": 256, "TPU v6 lite": 256, "TPU v5 lite": 128}
+
+#: A time under this part of the bound is no time of that op; int8 may come to three quarters.
+_IMPOSSIBLE = 0.5
+#: The same sum, taken in another order or rounded.
+_ROUNDING = 1.01
 
 #: What to think of a predicted time under the bound.
 OVER_BOUND = (
@@ -51,3 +58,20 @@ def kernel_bound_fraction(trial: Trial) -> float | None:
     """Return the bound over the time of a trial's kernel alone; None where that is not known."""
     bound_ms = bf16_bound_ms(trial.shape, trial.dtype, trial.device_kind)
     return bound_fraction(bound_ms, trial.kernel_time_ms, is_exact(trial.variant))
+
+
+def contradiction(trial: Trial) -> str | None:
+    """Return why a trial's times cannot be true: not positive, shorter than their parts, far under the bound."""
+    samples, kernel_ms = trial.time_samples_ms, trial.kernel_time_ms
+    for name, value in (*(("time_samples_ms", sample) for sample in samples), ("kernel_time_ms", kernel_ms)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            return f"{name}={value}: expected a positive number of milliseconds."
+    time_ms, device = trial.time_ms, known_device(trial.device_kind)
+    parts_ms = max(kernel_ms or 0.0, sum(op.time_s for op in trial.ops) * 1e3)
+    if time_ms is not None and parts_ms > time_ms * _ROUNDING:
+        return f"time_ms={time_ms}: contradicts its parts, which take {parts_ms:.4g} ms."
+    least_ms = _IMPOSSIBLE * ((mxu_bound_ms(trial.shape, device) if device else None) or 0.0)
+    for name, value in (("time_ms", time_ms), ("kernel_time_ms", kernel_ms)):
+        if value is not None and value < least_ms:
+            return f"{name}={value}: expected at least {least_ms:.4g}, half of what the matrix units need."
+    return None

@@ -23,8 +23,8 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
     timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.block_sizes is not None]
     if not timed:
         return None
-    if len(kinds := {(t.workload, t.device, t.label) for t in timed}) != 1:
-        raise ValueError(f"{kinds=}: expected trials of one workload, device and label.")
+    if len(kinds := {(str(t.shape), t.dtype, t.device_kind, t.label) for t in timed}) != 1:
+        raise ValueError(f"{kinds=}: expected trials of one shape, dtype, device kind and label.")
     best: dict[tuple[int, int], Trial] = {}
     for trial in sorted(timed, key=_time, reverse=True):
         best[trial.block_sizes.block_q, trial.block_sizes.block_kv] = trial  # type: ignore[union-attr]

@@ -80,6 +80,8 @@ class Trial:
       numerics: the check, None where the trial did not get that far.
       notes: what a reader of the figures must know.
       error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
+      conclusive: whether the same candidate would end so again; if not, it is tried again. None stands for what its
+        status says, as in older records.
       environment: where it ran.
     """
 
@@ -110,6 +112,7 @@ class Trial:
     notes: tuple[str, ...] = ()
     error: str | None = None
     log_tail: str | None = None
+    conclusive: bool | None = None
     record_id: str = dataclasses.field(default_factory=new_id)
     created_at: str = dataclasses.field(default_factory=utc_now)
     schema_version: int = SCHEMA_VERSION
@@ -124,6 +127,12 @@ class Trial:
             raise ValueError("label=None: expected how the time was got.")
         if self.numerics is not None and not self.numerics.passed and self.status is Status.OK:
             raise ValueError(f"status={self.status}: expected 'wrong', the numerics check failed ({self.numerics}).")
+        from tuning.trials.bound import contradiction  # here: it stands on this module
+
+        if has_time and (reason := contradiction(self)):
+            raise ValueError(reason)
+        if self.conclusive is None:
+            object.__setattr__(self, "conclusive", self.status.conclusive)
 
     @property
     def time_ms(self) -> float | None:
@@ -166,8 +175,8 @@ def is_exact(variant: Mapping[str, Any]) -> bool:
 
 
 def reusable(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
-    """Return those that need not be made again: all but the ones that ran out of less time than `timeout_s`."""
-    return [t for t in trials if t.status is not Status.TIMEOUT or (t.wall_time_s or 0.0) >= timeout_s]
+    """Return those that need not be made again: the conclusive, and those that ran out of `timeout_s` or more."""
+    return [t for t in trials if t.conclusive or (t.status is Status.TIMEOUT and (t.wall_time_s or 0.0) >= timeout_s)]
 
 
 def read_all(results_dir: Path) -> list[Trial]:
@@ -186,6 +195,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     blocks = trial.block_sizes
     return {
         "workload": trial.workload,
+        "shape": str(trial.shape),
         "device": trial.device,
         "backend": trial.backend,
         "kernel": trial.kernel,

@@ -12,6 +12,7 @@ from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
 from tuning.trials.records import Trial
 
 _ERROR_CHARACTERS = 60
+_RECORD_ID_CHARACTERS = 8
 #: Units of the core, as the compiler names them, and their columns: the share of their slots that the kernel uses.
 _UNITS = {"MATMUL": "mxu", "VALU": "valu", "VPOP": "vpop", "EUP": "eup", "VLOAD": "vload", "VSTORE": "vstore"}
 _FORMATS = {
@@ -24,7 +25,7 @@ _FORMATS = {
     "compile_s": "{:.1f}",
     "wall_s": "{:.1f}",
 }
-_HIDDEN = ("record_id", "created_at", "workload", "device", "backend", "dtype", "kernel")
+_HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", "dtype", "kernel")
 
 
 def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
@@ -66,6 +67,8 @@ def table(
         texts = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
         frame.insert(list(frame.columns).index("status"), "variant", texts)
     frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
+    if "record_id" in frame:
+        frame["record_id"] = frame["record_id"].str[:_RECORD_ID_CHARACTERS]
     if "error" in frame:
         frame["error"] = [_shorten(error) for error in frame["error"]]
     for column, form in _FORMATS.items():

@@ -1,16 +1,24 @@
-"""Named attention shapes, each a file in configs/workload/."""
+"""Named attention shapes, each a file in configs/workload/. The shape counts; the name is for people and folders."""
 
+import collections
 import dataclasses
-from typing import Any, Self
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from omegaconf import OmegaConf
 
 from splash_attn.types import AttentionShape
 from splash_workbench.provenance import CONFIG_DIR
 
+if TYPE_CHECKING:
+    from tuning.trials.records import Trial
+
 _WORKLOAD_DIR = CONFIG_DIR / "workload"
 _ITEMSIZES = {"bfloat16": 2, "float32": 4}
 DTYPES = tuple(_ITEMSIZES)
+_LENGTHS = ("seq_len", "q_seq_len", "kv_seq_len")
+_MAX_NAME_LENGTH = 100  # with device, backend and hash it is the name of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Workload:
     """One attention call of a model on one chip.
 
     Raises:
-      ValueError: a size is out of range or the dtype is not one of DTYPES.
+      ValueError: a size is out of range, the dtype is not one of DTYPES, or the name is not one for a folder.
     """
 
     name: str
@@ -28,25 +36,56 @@ class Workload:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {DTYPES}.")
+        if _clean(self.name) != self.name:
+            raise ValueError(
+                f"workload.name={self.name!r}: expected at most {_MAX_NAME_LENGTH} letters, digits, _ . + and -, "
+                "the first a letter or digit, without two dots in a row."
+            )
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return _ITEMSIZES[self.dtype]
 
+    @property
+    def identity(self) -> tuple[AttentionShape, str]:
+        """Shape and dtype, which are the same for the same call whatever its name."""
+        return self.shape, self.dtype
+
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        sizes = {field.name: fields[field.name] for field in dataclasses.fields(AttentionShape)}
+    def from_dict(cls, fields: Mapping[str, Any], overridden: Collection[str] = ()) -> Self:
+        """Return the workload of a file's fields.
+
+        Args:
+          fields: name, batch_size, num_heads, head_dim, dtype, and seq_len or both of q_seq_len and kv_seq_len.
+          overridden: names of the fields that are not the file's own. Where a length is, the file's do not count.
+
+        Raises:
+          ValueError: see Workload; or one of two lengths is missing.
+        """
+        sizes = {name: fields[name] for name in ("batch_size", "num_heads", "head_dim")} | _lengths(fields, overridden)
         return cls(name=fields["name"], shape=AttentionShape(**sizes), dtype=fields["dtype"])
+
+    def under_its_own_name(self, overridden: Collection[str]) -> Self:
+        """Return the workload, under a derived name if its own is that of another shape or dtype.
+
+        overridden: names of the fields that were changed. A name that was given with them is kept, unless it is one of
+        configs/workload/.
+        """
+        if self.name in names():
+            right = self.identity == load(self.name).identity
+        else:
+            right = not overridden or "name" in overridden
+        return self if right else dataclasses.replace(self, name=_derived(self.name, *self.identity))
 
 
 def names() -> tuple[str, ...]:
-    """Every workload that `load` knows."""
+    """Return every workload that `load` knows."""
     return tuple(sorted(path.stem for path in _WORKLOAD_DIR.glob("*.yaml")))
 
 
 def load(name: str) -> Workload:
-    """The workload of that name.
+    """Return the workload of that name.
 
     Raises:
       ValueError: there is none; the message lists those there are.
@@ -54,3 +93,42 @@ def load(name: str) -> Workload:
     if name not in names():
         raise ValueError(f"workload={name!r}: expected one of {', '.join(names())}.")
     return Workload.from_dict(dict(OmegaConf.to_container(OmegaConf.load(_WORKLOAD_DIR / f"{name}.yaml"))))  # type: ignore[arg-type]
+
+
+def named_apart(trials: Sequence["Trial"]) -> list["Trial"]:
+    """Return trials with derived names where theirs stand for several shapes or dtypes, or are not names for a file."""
+    named = [(_clean(trial.workload), trial) for trial in trials]
+    meanings = collections.defaultdict(set)
+    for name, trial in named:
+        meanings[name].add((trial.shape, trial.dtype))
+    published = {name: load(name).identity for name in meanings.keys() & set(names())}
+    found = []
+    for name, trial in named:
+        identity = (trial.shape, trial.dtype)
+        right = len(meanings[name]) == 1 or published.get(name) == identity
+        found.append(dataclasses.replace(trial, workload=name if right else _derived(name, *identity)))
+    return found
+
+
+def _clean(name: str) -> str:
+    """Return a name with "x" in place of each character that does not belong in one, and cut to length."""
+    return re.sub(r"[^A-Za-z0-9_.+-]|\.(?=\.)|^[^A-Za-z0-9]", "x", name)[:_MAX_NAME_LENGTH] or "x"
+
+
+def _derived(name: str, shape: AttentionShape, dtype: str) -> str:
+    """Return e.g. "tiny+1x24x4680x64", with "-float32" where it is not bfloat16."""
+    suffix = f"+{shape}".replace(":", "-") + ("" if dtype == "bfloat16" else f"-{dtype}")
+    return name if name.endswith(suffix) else name[: _MAX_NAME_LENGTH - len(suffix)] + suffix
+
+
+def _lengths(fields: Mapping[str, Any], overridden: Collection[str]) -> dict[str, int]:
+    count = set(_LENGTHS) & set(overridden) or set(_LENGTHS)
+    given = {name: fields[name] for name in _LENGTHS if name in count and fields.get(name) is not None}
+    if given.keys() == {"seq_len"}:
+        return dict.fromkeys(("q_seq_len", "kv_seq_len"), given["seq_len"])
+    if given.keys() == {"q_seq_len", "kv_seq_len"}:
+        return given
+    raise ValueError(
+        f"{', '.join(f'workload.{name}={value}' for name, value in given.items()) or 'no length'}: "
+        "expected workload.seq_len for self-attention, or both of workload.q_seq_len and workload.kv_seq_len."
+    )

@@ -56,7 +56,7 @@ def test_two_videos_follow_their_prompts():
     assert fractions(readings, prompts)["all"] == 1.0, readings
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min")
 def test_most_videos_follow_their_prompts():
     """As measured when it was trained: colour and shape in 9 of 9, motion in 8."""
     prompts = [

@@ -161,7 +161,7 @@ def test_an_unknown_topology_is_refused(topology, message, request_of):
         predictor.predict(["denoise"], ParallelOptions(), True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2 min")
 def test_the_command_predicts_a_small_model(tmp_path):
     path = tmp_path / "prediction.json"
     command = [sys.executable, "-m", "pipeline.predict", "model=tiny", "topology=v6e-4", "stages=text,denoise,vae"]

@@ -159,7 +159,7 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
     assert made.parallel == ParallelOptions(num_devices=8) and made.budget.psnr_db == 30
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min each")
 @pytest.mark.parametrize("plan", ["ulysses", "megatron"])
 def test_plans_on_simulated_devices_keep_the_video(plan):
     changes = {"num_inference_steps": 2}

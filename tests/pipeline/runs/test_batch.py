@@ -249,7 +249,7 @@ def _runs(process: subprocess.Popen) -> bool:
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2 min")
 def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_folder):
     """kill -9 in the denoise stage of the second of three; the whole batch, in this process, to compare with."""
     lines = (
@@ -294,7 +294,7 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
                 np.testing.assert_array_equal(actual[array], expected[array])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2 min")
 def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
     path = _write(tmp_path, {"prompt": "a", "name": "one"})
     command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]

@@ -48,6 +48,7 @@ def test_each_stage_has_a_session_with_what_ran(traced):
     assert all(timings.profiled for timings in result.timings)
 
 
+@pytest.mark.compile
 def test_steps_are_numbered_and_their_ops_have_scopes(traced):
     _, profiles, _ = traced
     denoise = profiles["denoise"][1]
@@ -70,6 +71,7 @@ def compiler_events(logdir: Path) -> set[str]:
     return {name for name in names if "compile" in name.lower()}
 
 
+@pytest.mark.compile
 def test_nothing_is_compiled_within_a_trace(traced, tmp_path):
     assert compiler_events(traced[2]) == set()
     with jax.profiler.trace(tmp_path):
@@ -100,7 +102,7 @@ def test_the_recorder_is_of_the_block_only():
     assert not timings.profiled and len(timings.step_times_s) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow("1 min")
 def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
     """The kernel interpreted instead of XLA's attention, on this machine: by far the slowest, and in attention only."""
     runs = {"xla": request_of(num_inference_steps=8), "kernel": request_of(num_inference_steps=8)}

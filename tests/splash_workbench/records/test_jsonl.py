@@ -1,11 +1,14 @@
 """JSON lines on disk: whole, or an error; and decoding that names the field."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from helpers import PLENTY_S
 from splash_workbench.records import jsonl
 
 
@@ -28,6 +31,54 @@ def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:3]))
     jsonl.append(tmp_path / "lines.jsonl", Line("a long text"))
     assert jsonl.read(tmp_path / "lines.jsonl", Line) == [Line("a long text")]
+
+
+_APPEND_UNTIL_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from splash_workbench.records import jsonl
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+count = 0
+try:
+    while True:
+        jsonl.append(Path(sys.argv[1]), {"text": "x" * 20, "number": count})
+        count += 1
+except OSError as error:
+    print(f"{count}|{error}")
+"""
+
+
+def test_a_full_disk_loses_nothing_that_was_appended_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    command = [sys.executable, "-c", _APPEND_UNTIL_FULL, str(path)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PLENTY_S).stdout
+    count, message = found.split("|")
+    assert count == "2"
+    assert "the record was not written" in message and str(path) in message and message.count("\n") == 1
+    jsonl.append(path, Line("after", 2))  # there is room again
+    assert [line.number for line in jsonl.read(path, Line)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync"])
+def test_what_was_half_written_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    path = tmp_path / "lines.jsonl"
+    jsonl.append(path, Line("first"))
+    before = path.read_bytes()
+    write = os.write
+
+    def half(descriptor: int, content: bytes) -> int:
+        if len(content) < 15:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content[:10])
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, failing, half if failing == "write" else refuse)
+    with pytest.raises(OSError, match="the record was not written"):
+        jsonl.append(path, Line("last"))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("torn", [b'{"text": "a', '{"text": "é'.encode()[:-1]])

@@ -292,3 +292,33 @@ def test_a_winner_of_another_kernel_source_is_marked(run: Run, tmp_path: Path, m
     run("output=out")
     for name in ("index.html", "report.md"):
         assert "tuned with another kernel source" in (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "../x", "a/b"])
+def test_another_shape_under_the_same_name_hides_and_outranks_nothing(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial, name: str
+) -> None:
+    results = fill()
+    shape = dataclasses.replace(make_trial().shape, num_heads=24)
+    other = make_trial(workload=name, shape=shape, time_samples_ms=(1.125,), kernel_time_ms=1.0, ops=(KERNEL_OP,))
+    jsonl.append(results / "sweeps" / "other" / "trials.jsonl", other)
+    code, _, err = run("output=out")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert text.count("### tiny") >= 2 and "| 1 | 512/512/128 |" in text and "| 1 | 256/512/128 |" in text
+    pictures = re.findall(r"\]\((roofline[^)]*)\)", text)
+    assert len(set(pictures)) == len(pictures) == 2
+    assert all((tmp_path / "out" / picture).exists() for picture in pictures)
+
+
+def test_sweeps_of_the_same_sources_are_shown_as_one(
+    run: Run, fill: Callable[[], Path], tmp_path: Path, make_trial: MakeTrial
+) -> None:
+    results = fill()
+    mine = make_trial(workload="mine", block_sizes=BlockSizes(384, 512, 128), time_samples_ms=(1.125,))
+    jsonl.append(results / "sweeps" / "mine-v6e" / "trials.jsonl", mine)
+    run("output=out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "of another kernel source" not in text
+    assert "| 1 | 384/512/128 |" in text and "| 2 | 512/512/128 |" in text
