@@ -105,7 +105,6 @@ def main(settings: PeersSchema) -> int:
     workload = settings.workload.frozen()
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    cli.require_json_writable(settings.json)
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):

@@ -275,7 +275,6 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))
-    cli.require_json_writable(config.json)  # before hours of work, not after
     if config.profile:
         sessions.require_tensorboard("profile=true")
         require_writable(f"logdir={config.logdir}", Path(config.logdir))

@@ -26,7 +26,13 @@ class PredictConfig(GenerateConfig):
     results_path: str | None = "results/predict.jsonl"
 
 
-@cli.command("predict", PredictConfig, text_or_list=("stages",))
+_UNUSED = (
+    *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
+    *("compilation_cache", "verbose"),
+)
+
+
+@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED)
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
     settings.prompt = settings.prompt or "any"  # its length is padded away

@@ -46,7 +46,14 @@ class QualityConfig(GenerateConfig):
     videos_dir: str | None = None
 
 
-@cli.command("quality", QualityConfig, text_or_list=("stages",))
+#: What the captions, the seeds and the candidates say instead, or what is the same for all of them.
+_UNUSED = (
+    *("prompt", "prompts", "seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
+    *("preview_every", "warm_up", "profile", "profile_run", "logdir", "verbose"),
+)
+
+
+@cli.command("quality", QualityConfig, unused=_UNUSED)
 def main(settings: QualityConfig) -> int:
     """Judge the reference and the candidates: print a table, append records, return the exit code."""
     from pipeline.checkpoints.loading import use_compilation_cache

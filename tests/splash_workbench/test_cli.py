@@ -1,7 +1,6 @@
 """The command-line layer, and what all commands have in common through it."""
 
 import dataclasses
-import importlib
 import os
 import re
 import shutil
@@ -19,27 +18,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from commands import COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.overrides import Keys, key_types
 from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
-
-#: Module -> an argument with a value that is wrong. Those that Hydra configures take key=value.
-HYDRA_COMMANDS = {
-    "tuning.sweep": "workers=many",
-    "tuning.results": "top=many",
-    "tuning.choose": "workload.head_dim=wide",
-    "tuning.peers": "timeout_s=long",
-    "tuning.hparams": "workload=nope",
-    "tuning.validate": "cache=perhaps",
-    "tuning.report": "top=0",
-    "pipeline.generate": "height=tall",
-    "pipeline.predict": "timeout_s=long",
-    "pipeline.quality": "seeds=[one]",
-    "pipeline.train_tiny": "vae.steps=many",
-}
-FLAG_COMMANDS = {"tuning.compare": "--depth=deep", "pipeline.predict_table": "no-such-file"}
-COMMANDS = HYDRA_COMMANDS | FLAG_COMMANDS
 
 MISTAKES = [
     *((module, (wrong,)) for module, wrong in COMMANDS.items()),
@@ -68,13 +51,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return run
 
 
-def main_of(module: str) -> Callable[[], int]:
-    is_folder = (REPO_ROOT / module.replace(".", "/")).is_dir()
-    return importlib.import_module(f"{module}.__main__" if is_folder else module).main
-
-
 def test_every_command_is_here() -> None:
-    paths = [path for package in ("tuning", "pipeline") for path in (REPO_ROOT / package).rglob("*.py")]
+    paths = [path for package in ("offline_tpu", "tuning", "pipeline") for path in (REPO_ROOT / package).rglob("*.py")]
     files = [path.relative_to(REPO_ROOT) for path in paths if "__main__" in path.read_text()]
     found = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files}
     assert found - {"pipeline.quality.gate"} == set(COMMANDS)  # that one is a process of the command's own
