@@ -1,30 +1,39 @@
 """The public call: checks, smoothing and scaling, the choice of implementation and of tuned blocks."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Float
 
-from splash_attn import gates, tuned
-from splash_attn.kernel import short_unroll_q, splash_attention_kernel
-from splash_attn.quantize import quantize_qk
+from splash_attn import tuned
+from splash_attn.inputs import as_array, as_number, check_shapes, refuse_not_finite
+from splash_attn.markers import chosen_off_tpu
+from splash_attn.pallas import attention_pallas
 from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
+from splash_attn.xla import attention_xla
 
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["pallas_tpu", "pallas_interpret", "xla"]
 
-LOG2_E = math.log2(math.e)
-SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # Scores that the "xla" implementation holds at once.
 _XLA_SCORE_BYTES = 2**28
+#: Settings of JAX that change what is traced, and the value of each that this package is written for.
+_SETTINGS: tuple[tuple[Callable[[Any], Any], Any], ...] = (
+    (jax.enable_x64, False),
+    (jax.default_matmul_precision, None),
+    (jax.numpy_dtype_promotion, "standard"),
+    (jax.numpy_rank_promotion, "allow"),
+    (jax.disable_jit, False),
+    (jax.debug_nans, False),  # heads that a kernel leaves alone may hold any bits until another has computed them
+    (jax.debug_infs, False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +66,14 @@ def attention(
     """`softmax(scale * q k^T) v`, exact at any length: padding never takes part in the softmax.
 
     The Pallas implementations multiply in bfloat16 and accumulate in float32, whatever the input dtype: float32 and
-    float16 inputs are rounded once. "xla" computes in float32 throughout.
+    float16 inputs are rounded once. "xla" computes in float32 throughout. Whatever the finite input, the output is
+    finite; numbers under 2**-126 count as 0. The Pallas implementations have no gradient, "xla" has. JAX's settings of
+    precision, promotion, x64 and debugging change nothing here.
 
     Args:
-      q, k, v: bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
-      scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand.
+      q, k, v: JAX or NumPy arrays in bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
+      scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand. A number
+        known when tracing: it is built into the kernel.
       k_smooth: subtract the mean key (SageAttention, arXiv:2410.02367). It shifts each row of logits by a constant, so
         it changes nothing but rounding. Keys that have to be rounded to bfloat16 are centred first; the "fixed_bound"
         softmax centres its bound, and is then proved exact over twice the range.
@@ -71,20 +83,27 @@ def attention(
         `splash_attn.gates.INT8_ERROR_BUDGET`. None means what `variant` says, and bfloat16 without one. Like a variant,
         it is about the kernel: "xla" computes in float32 whatever it says.
       implementation: "pallas_tpu", "pallas_interpret" (the same kernel, interpreted on any platform: slow) or "xla"
-        (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged.
+        (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged. The
+        device is that of the mesh in context, that to which the arrays are committed, or JAX's default.
       interpret: the same as implementation="pallas_interpret".
 
     Returns:
       The attention output in q's dtype.
 
     Raises:
-      ValueError: mismatched shapes or dtypes, an unsupported dtype or head_dim, an empty sequence, a scale or (outside
-        jit) an input that is not finite, an unknown implementation.
+      ValueError: mismatched shapes or dtypes, an unsupported type, dtype or head_dim, an empty sequence, a traced
+        scale, a scale or (outside jit) an input that is not finite, an unknown implementation.
+      NotImplementedError: a gradient of a Pallas implementation.
     """
-    shape = _check(q, k, v, scale)
+    q, k, v = (as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    if not isinstance(k_smooth, bool | np.bool):
+        raise ValueError(f"k_smooth={k_smooth!r}: expected True or False, known when tracing.")
+    shape = check_shapes(q, k, v)
+    scale = shape.head_dim**-0.5 if scale is None else as_number(scale)
     resolution = resolve(
         shape,
         dtype=q.dtype.name,
+        device_kind=_device_kind(q, k, v),
         block_sizes=block_sizes,
         variant=variant,
         qk_dtype=qk_dtype,
@@ -92,20 +111,20 @@ def attention(
         interpret=interpret,
     )
     _report(shape, resolution)
-    scale = shape.head_dim**-0.5 if scale is None else float(scale)
-    if resolution.implementation == "xla":
-        return _attention_xla(q, k, v, scale=scale, k_smooth=k_smooth)
-    assert resolution.block_sizes is not None and resolution.variant is not None
-    return _attention_pallas(
-        q,
-        k,
-        v,
-        scale=scale,
-        k_smooth=k_smooth,
-        block_sizes=resolution.block_sizes,
-        variant=resolution.variant,
-        interpret=resolution.implementation == "pallas_interpret",
-    )
+    with contextlib.ExitStack() as stack:
+        for setting, value in _SETTINGS:
+            stack.enter_context(setting(value))
+        refuse_not_finite(q=q, k=k, v=v)
+        return _run(
+            q,
+            k,
+            v,
+            scale=scale,
+            k_smooth=bool(k_smooth),
+            resolution=resolution,
+            asked=interpret or implementation is not None,
+            score_bytes=_XLA_SCORE_BYTES,
+        )
 
 
 def resolve(
@@ -130,6 +149,10 @@ def resolve(
     """
     if qk_dtype not in (None, *get_args(QkDtype)):
         raise ValueError(f"qk_dtype={qk_dtype!r}: expected one of {get_args(QkDtype)}, or None.")
+    if not isinstance(block_sizes, BlockSizes | None):
+        raise ValueError(f"block_sizes={block_sizes!r}: expected splash_attn.BlockSizes, or None.")
+    if not isinstance(variant, Variant | None):
+        raise ValueError(f"variant={variant!r}: expected splash_attn.Variant, or None.")
     if variant is not None and qk_dtype not in (None, variant.qk_dtype):
         raise ValueError(f"qk_dtype={qk_dtype!r} contradicts variant={variant}; leave one of them out.")
     if implementation is not None and implementation not in get_args(Implementation):
@@ -164,129 +187,43 @@ def _report(shape: AttentionShape, resolution: Resolution) -> None:
     logger.info("attention %s: %s", shape, resolution)
 
 
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind
+def _device_kind(*arrays: jax.Array | np.ndarray) -> str:
+    """Of the mesh in context, else of what the arrays are committed to, else JAX's default."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind
+    for x in arrays:
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+            return next(iter(x.devices())).device_kind
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(default, jax.Device):
+        return default.device_kind
+    return jax.devices(default)[0].device_kind
 
 
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None) -> AttentionShape:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name}.shape={x.shape}: expected [batch, heads, seq, head_dim].")
-        if x.dtype.name not in SUPPORTED_DTYPES:
-            raise ValueError(f"{name}.dtype={x.dtype.name}: expected one of {SUPPORTED_DTYPES}.")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype={x.dtype.name}: expected q's dtype, {q.dtype.name}.")
-        if 0 in x.shape:
-            raise ValueError(f"{name}.shape={x.shape}: expected no empty dimension.")
-    if k.shape != v.shape:
-        raise ValueError(f"v.shape={v.shape}: expected k's shape, {k.shape}.")
-    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
-        raise ValueError(f"k.shape={k.shape}: expected batch, heads and head_dim of q.shape={q.shape}.")
-    if scale is not None and not (math.isfinite(scale)):
-        raise ValueError(f"scale={scale}: expected a finite number.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or infinity: expected finite values.")
-    return AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-
-
-def _centre(k: jax.Array) -> jax.Array:
-    """k minus its mean over the sequence, in float32."""
-    k32 = k.astype(jnp.float32)
-    return k32 - k32.mean(axis=-2, keepdims=True)
-
-
-def _attention_pallas(
+@functools.partial(jax.jit, static_argnames=("scale", "k_smooth", "resolution", "asked", "score_bytes"), inline=True)
+def _run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     *,
     scale: float,
     k_smooth: bool,
-    block_sizes: BlockSizes,
-    variant: Variant,
-    interpret: bool,
+    resolution: Resolution,
+    asked: bool,
+    score_bytes: int,
 ) -> jax.Array:
-    batch_size, num_heads, q_seq_len, head_dim = q.shape
-    kv_seq_len = k.shape[2]
-    exponent_scale = scale * LOG2_E
-    # Keys in bfloat16 are used as they are: subtracting their mean would round them again, for nothing.
-    smooth_keys = k_smooth and k.dtype != jnp.bfloat16
-    ks = (_centre(k) if smooth_keys else k).astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim)
-    qs = q.astype(jnp.bfloat16).reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
-    vs = v.astype(jnp.bfloat16).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
-    heads = batch_size * num_heads
-    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
-    in_bfloat16 = functools.partial(call, qs, ks, vs, exponent_scale=exponent_scale)
-
-    def restore(out: jax.Array) -> jax.Array:
-        return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
-
-    if variant.softmax == "online":
-        return restore(in_bfloat16(variant=variant))
-    unroll_q = short_unroll_q(block_sizes.block_kv, block_sizes, variant)
-    fallback = dataclasses.replace(variant, qk_dtype="bfloat16", unroll_q=unroll_q, lp_scheduler=False)
-    online = dataclasses.replace(fallback, softmax="online")
-    fixed = fallback if variant.qk_dtype == "int8" else variant
-    common: dict[str, Any] = {"exponent_scale": exponent_scale, "kv_seq_len": kv_seq_len}
-    log2_max_v = gates.log2_max(vs)
-    k32 = ks.astype(jnp.float32)
-    centre = k32.mean(axis=1, keepdims=True) if k_smooth else jnp.zeros((heads, 1, head_dim), jnp.float32)
-    exact = gates.fixed_bound_exact(
-        gates.max_length(qs),
-        gates.max_length((k32 - centre).swapaxes(1, 2)),  # head_dim last, XLA may write k32 - centre out, slowly
-        gates.max_length(centre.swapaxes(1, 2)),
-        log2_max_v,
-        centred=k_smooth,
-        **common,
+    if resolution.implementation == "xla":
+        out = attention_xla(q, k, v, scale=scale, k_smooth=k_smooth, score_bytes=score_bytes)
+        return out if asked else chosen_off_tpu(out)
+    assert resolution.block_sizes is not None and resolution.variant is not None
+    return attention_pallas(
+        q,
+        k,
+        v,
+        scale=scale,
+        k_smooth=k_smooth,
+        block_sizes=resolution.block_sizes,
+        variant=resolution.variant,
+        interpret=resolution.implementation == "pallas_interpret",
     )
-    shift = (qs.astype(jnp.float32) * centre.swapaxes(1, 2)).sum(axis=1)
-    # Each head goes to the first that may have it; a kernel leaves the heads of the others alone.
-    ways: list[tuple[jax.Array, Callable[..., jax.Array]]] = [
-        (exact, functools.partial(in_bfloat16, per_query=shift, variant=fixed))
-    ]
-    if variant.qk_dtype == "int8":
-        quantized = quantize_qk(qs, ks, exponent_scale)
-        accurate = gates.int8_accurate(
-            quantized.q_length,
-            quantized.k_length,
-            quantized.q_step,
-            quantized.k_step,
-            log2_max_v,
-            head_dim=head_dim,
-            **common,
-        )
-        in_int8 = functools.partial(call, quantized.q, quantized.k, vs, per_query=quantized.scale, variant=variant)
-        ways.insert(0, (accurate, in_int8))
-    way = jnp.select([may for may, _ in ways], list(range(len(ways))), len(ways))
-    order = jnp.argsort(way).astype(jnp.int32)
-    out: jax.Array | None = None
-    runs = [run for _, run in ways] + [functools.partial(in_bfloat16, variant=online)]
-    for index, run in enumerate(runs):
-        head_ids = jnp.roll(order, -(way < index).sum())
-        out = run(head_ids=head_ids, num_heads=(way == index).sum(dtype=jnp.int32), out=out)
-    assert out is not None
-    return restore(out)
-
-
-def _attention_xla(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, k_smooth: bool) -> jax.Array:
-    batch_size, num_heads, q_seq_len, head_dim = q.shape
-    k32 = _centre(k) if k_smooth else k.astype(jnp.float32)
-    v32 = v.astype(jnp.float32)
-
-    def rows(q_chunk: jax.Array) -> jax.Array:
-        logits = jnp.einsum(
-            "bhqd,bhkd->bhqk", q_chunk.astype(jnp.float32) * scale, k32, precision=lax.Precision.HIGHEST
-        )
-        weights = jax.nn.softmax(logits, axis=-1)
-        return jnp.einsum("bhqk,bhkd->bhqd", weights, v32, precision=lax.Precision.HIGHEST).astype(q.dtype)
-
-    chunk = max(8, _XLA_SCORE_BYTES // (4 * batch_size * num_heads * k.shape[2]))
-    if chunk >= q_seq_len:
-        return rows(q)
-    num_chunks = -(-q_seq_len // chunk)
-    padded = jnp.pad(q, ((0, 0), (0, 0), (0, num_chunks * chunk - q_seq_len), (0, 0)))
-    chunks = padded.reshape(batch_size, num_heads, num_chunks, chunk, head_dim)
-    out = lax.map(rows, jnp.moveaxis(chunks, 2, 0))
-    return jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :q_seq_len]

@@ -12,7 +12,8 @@ Filling and draining the pipeline costs some 300 cycles, once every `unroll_q` q
 Three ways to the same softmax; `splash_attn.gates` says, with proof, which heads may take which:
 
 * "online" keeps a running maximum and rescales, as FlashAttention does (Dao et al., arXiv:2205.14135). The vector unit
-  is its bottleneck, so the row sums come from the MXU, as rows of ones under V^T.
+  is its bottleneck, so the row sums come from the MXU, as rows of ones under V^T. It takes any finite input: queries
+  and values are scaled by powers of two, once a block, and scores by the rest, less their maximum.
 * "fixed_bound" subtracts one number a query, known beforehand, which removes the maximum and every rescale. The number
   rides along in the contraction: in registers, q gets a row that holds it and k a column of ones, and the MXU, whose
   contraction is 256 deep, adds it for nothing.
@@ -26,7 +27,6 @@ operand is rounded a second time.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,36 +35,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from splash_attn import tiles
+from splash_attn.tiles import SHIFT_ROWS, SUBLANES, Tile, short_unroll_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 
-SUBLANES = 8
-#: Rows that the shift adds to q: a whole bfloat16 tile.
-SHIFT_ROWS = 16
-#: Tiles unrolled where code need not be fast to the last cycle, but would take as long to compile as all the rest.
-_SHORT_UNROLL_TILES = 64
-
-
-def short_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> int:
-    """Queries to unroll of a block with `num_keys` keys, to be quick to compile and within some 5 % of the fastest."""
-    tiles_per_query_block = -(-num_keys // block_sizes.block_kv_compute)
-    return min(variant.block_q_compute * max(1, _SHORT_UNROLL_TILES // tiles_per_query_block), block_sizes.block_q)
-
-
-def _shifted(variant: Variant) -> bool:
-    """Whether a number is subtracted in the contraction."""
-    return variant.softmax == "fixed_bound" and variant.qk_dtype == "bfloat16"
-
-
-def _shift_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
-    """The rows below q; one idle tile where nothing is shifted."""
-    return SHIFT_ROWS, block_sizes.block_q if _shifted(variant) else LANES
-
-
-def _score_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int, int]:
-    """Tiles in flight, of which "online" keeps the scores in VMEM; one idle tile otherwise."""
-    if variant.softmax != "online":
-        return 1, SUBLANES, LANES
-    return variant.lookahead + 1, block_sizes.block_kv_compute, min(variant.block_q_compute, block_sizes.block_q)
+#: What a query's largest component is scaled to, so that no score of head_dim 256 overflows float32.
+_QUERY_SCALE = 2.0**-13
+_EXPONENT_BITS, _MANTISSA_BITS = 0x7F800000, 23
 
 
 def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant: Variant, itemsize: int = 2) -> int:
@@ -76,46 +53,10 @@ def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant:
     lanes_dim = -(-shape.head_dim // LANES) * LANES
     q_and_out = 2 * 2 * sublanes_dim * block_sizes.block_q * itemsize
     k_and_v = 2 * (lanes_dim + sublanes_dim) * block_sizes.block_kv * itemsize
-    scratch = (sublanes_dim + 4 * SUBLANES) * 4 * block_sizes.block_q
-    scratch += itemsize * math.prod(_shift_scratch_shape(block_sizes, variant))
-    scratch += 4 * math.prod(_score_scratch_shape(block_sizes, variant))
+    scratch = (sublanes_dim + 2 * SUBLANES + tiles.row_scratch_rows(variant) + SUBLANES) * 4 * block_sizes.block_q
+    scratch += itemsize * math.prod(tiles.side_scratch_shape(sublanes_dim, block_sizes, variant))
+    scratch += 4 * math.prod(tiles.score_scratch_shape(block_sizes, variant))
     return q_and_out + k_and_v + scratch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """`num_keys` keys by the queries of one step; `keys` is rounded up to whole lanes."""
-
-    index: int
-    keys: slice
-    num_keys: int
-    q_start: int | jax.Array
-    num_queries: int
-
-    @property
-    def queries(self) -> Any:
-        return pl.ds(self.q_start, self.num_queries)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.keys.stop - self.keys.start, self.num_queries
-
-    @property
-    def ragged(self) -> bool:
-        return self.num_keys < self.shape[0]
-
-
-def _tiles(
-    num_keys: int, q_start: int | jax.Array, num_queries: int, block_kv_compute: int, block_q_compute: int
-) -> list[_Tile]:
-    tiles: list[_Tile] = []
-    for k_start in range(0, num_keys, block_kv_compute):
-        keys_left = min(block_kv_compute, num_keys - k_start)
-        keys = slice(k_start, k_start + -(-keys_left // LANES) * LANES)
-        for offset in range(0, num_queries, block_q_compute):
-            queries_left = min(block_q_compute, num_queries - offset)
-            tiles.append(_Tile(len(tiles), keys, keys_left, q_start + offset, queries_left))
-    return tiles
 
 
 def _by_sublane_group(x: jax.Array) -> jax.Array:
@@ -123,8 +64,26 @@ def _by_sublane_group(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1])
 
 
+def _normalize_queries(q_ref, scaled_ref, row_scratch_ref, exponent_scale: float) -> None:
+    """Scale queries by powers of two, so that no score overflows; keep what scales the scores; start the maximum."""
+
+    @pl.loop(0, q_ref.shape[1] // LANES)
+    def _(i):
+        queries = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+        q = q_ref[:, queries].astype(jnp.float32)
+        bits = lax.bitcast_convert_type(jnp.abs(q).max(axis=0, keepdims=True), jnp.int32) & _EXPONENT_BITS
+        bits = jnp.clip(bits, 1 << _MANTISSA_BITS, 253 << _MANTISSA_BITS)
+        down = lax.bitcast_convert_type((254 << _MANTISSA_BITS) - bits, jnp.float32)
+        up = lax.bitcast_convert_type(bits, jnp.float32)
+        scaled_ref[:, queries] = (q * down * math.copysign(_QUERY_SCALE, exponent_scale)).astype(scaled_ref.dtype)
+        scale = jnp.clip(up * min(abs(exponent_scale) / _QUERY_SCALE, 2.0**127), 2.0**-126, 2.0**127)
+        row_scratch_ref[:SUBLANES, queries] = jnp.full((SUBLANES, LANES), -jnp.inf, jnp.float32)
+        row_scratch_ref[SUBLANES:, queries] = jnp.broadcast_to(scale, (SUBLANES, LANES))
+
+
 def _kernel_body(
     head_ids_ref,  # [heads] in SMEM: which head each grid row works on
+    v_scale_ref,  # [heads] in SMEM: see `splash_attention_kernel`
     q_ref,  # [head_dim, block_q]
     k_ref,  # [block_kv, head_dim]
     v_ref,  # [head_dim, block_kv]
@@ -135,17 +94,16 @@ def _kernel_body(
     block_sizes: BlockSizes,
     variant: Variant,
 ):
-    del head_ids_ref  # the index maps have used it
-    # row_scratch_ref, [8, block_q], holds what the softmax needs for each query: the running maximum ("online"), the
-    # sum by sublane ("fixed_bound"), or the scale of the scores (int8).
-    o_ref, shift_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref = refs[-5:]
+    # row_scratch_ref holds what the softmax needs for each query, 8 rows of it: the sum by sublane ("fixed_bound"), the
+    # scale of the scores (int8), or the running maximum and then the scale of the scores ("online").
+    o_ref, side_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref = refs[-5:]
     bq, bkv, bkv_compute = block_sizes.block_q, block_sizes.block_kv, block_sizes.block_kv_compute
     head_dim = q_ref.shape[0]
     kv_block = pl.program_id(2)
     last_kv_block = pl.cdiv(kv_seq_len, bkv) - 1
     online = variant.softmax == "online"
     int8 = variant.qk_dtype == "int8"
-    shifted = _shifted(variant)
+    v_scale = v_scale_ref[head_ids_ref[pl.program_id(1)]]
     sums_on_mxu = online or int8  # as rows of ones under V^T; "fixed_bound" has vector slots left, and no MXU cycle
 
     @pl.when(kv_block == 0)
@@ -154,26 +112,26 @@ def _kernel_body(
         if int8:
             row_scratch_ref[...] = jnp.broadcast_to(per_query_ref[...], row_scratch_ref.shape)
         elif online:
-            row_scratch_ref[...] = jnp.full_like(row_scratch_ref, -jnp.inf)
+            _normalize_queries(q_ref, o_ref, row_scratch_ref, exponent_scale)  # the output is idle until the end
         else:
             row_scratch_ref[...] = jnp.zeros_like(row_scratch_ref)
             first_row = lax.broadcasted_iota(jnp.int32, (SHIFT_ROWS, bq), 0) == 0
-            shift_scratch_ref[...] = jnp.where(first_row, -per_query_ref[...], 0).astype(shift_scratch_ref.dtype)
+            side_scratch_ref[...] = jnp.where(first_row, -per_query_ref[...], 0).astype(side_scratch_ref.dtype)
 
-    def score_slot(tile: _Tile):
+    def score_slot(tile: Tile):
         keys, queries = tile.shape
         return s_scratch_ref.at[tile.index % s_scratch_ref.shape[0], :keys, :queries]
 
-    def scores(tile: _Tile) -> jax.Array:
-        """Base-2 exponents, K Q^T of one tile, [keys, queries]; keys past the end of the sequence are masked."""
-        k, q = k_ref[tile.keys, :], q_ref[:, tile.queries]
-        if shifted:
+    def scores(tile: Tile) -> jax.Array:
+        """K Q^T of one tile, [keys, queries], as base-2 exponents ("online" scales it later); masked past the end."""
+        k, q = k_ref[tile.keys, :], (o_ref if online else q_ref)[:, tile.queries]
+        if tiles.shifted(variant):
             k = jnp.concatenate([k, jnp.ones((k.shape[0], SHIFT_ROWS), k.dtype)], axis=1)
-            q = jnp.concatenate([q, shift_scratch_ref[:, tile.queries]], axis=0)
+            q = jnp.concatenate([q, side_scratch_ref[:, tile.queries]], axis=0)
         s = lax.dot_general(k, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if int8 else jnp.float32)
         if int8:
             s = (_by_sublane_group(s.astype(jnp.float32)) * row_scratch_ref[:, tile.queries][None]).reshape(tile.shape)
-        else:
+        elif not online:
             s = s * exponent_scale
         if tile.ragged:
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < tile.num_keys, s, -jnp.inf)
@@ -185,27 +143,34 @@ def _kernel_body(
         score_slot(tile)[...] = s
         return _by_sublane_group(s).max(axis=0)
 
-    def probabilities(tile: _Tile, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def probabilities(tile: Tile, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """P^T of one tile in v's dtype, [keys, queries], and the factor that rescales what came before it."""
         if not online:
             p = jnp.exp2(s)
             if not sums_on_mxu:
                 row_scratch_ref[:, tile.queries] += _by_sublane_group(p).sum(axis=0)
             return p.astype(v_ref.dtype), None
-        m_prev, m_tile = row_scratch_ref[:, tile.queries], s
+        m_prev, m_tile, scale = row_scratch_ref[:SUBLANES, tile.queries], s, row_scratch_ref[SUBLANES:, tile.queries]
         m = jnp.maximum(m_prev, jnp.broadcast_to(m_tile.max(axis=0, keepdims=True), m_prev.shape))
-        row_scratch_ref[:, tile.queries] = m
-        p = jnp.exp2(_by_sublane_group(score_slot(tile)[...]) - m[None])
-        return p.reshape(tile.shape).astype(v_ref.dtype), jnp.exp2(m_prev - m)
+        row_scratch_ref[:SUBLANES, tile.queries] = m
+        p = jnp.exp2((_by_sublane_group(score_slot(tile)[...]) - m[None]) * scale[None])
+        return p.reshape(tile.shape).astype(v_ref.dtype), jnp.exp2((m_prev - m) * scale)
 
-    def accumulate(tile: _Tile, p: jax.Array, rescale: jax.Array | None) -> None:
+    def masked(v: jax.Array, num_keys: int) -> jax.Array:
+        """v with zeros past the end: what lies there may be NaN, and 0 * NaN is not 0."""
+        if num_keys == v.shape[1]:
+            return v
+        return jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 1) < num_keys, v, jnp.zeros_like(v))
+
+    def with_ones(v: jax.Array) -> jax.Array:
+        return jnp.concatenate([v, jnp.ones((SUBLANES, v.shape[1]), v.dtype)], axis=0)
+
+    def accumulate(tile: Tile, p: jax.Array, rescale: jax.Array | None) -> None:
         """O^T += V^T P^T, and where the MXU makes the row sums, these below it."""
         acc = acc_scratch_ref[:, tile.queries]
-        v = v_ref[:, tile.keys]
-        if tile.ragged:  # what lies past the end may be NaN, and 0 * NaN is not 0
-            v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 1) < tile.num_keys, v, jnp.zeros_like(v))
-        if sums_on_mxu:
-            v = jnp.concatenate([v, jnp.ones((SUBLANES, v.shape[1]), v.dtype)], axis=0)
+        v = side_scratch_ref[:, tile.keys] if online else masked(v_ref[:, tile.keys], tile.num_keys)
+        if int8:
+            v = with_ones(v)
         if rescale is not None:
             acc = (_by_sublane_group(acc) * rescale[None]).reshape(acc.shape)
         acc_scratch_ref[:, tile.queries] = acc + lax.dot_general(
@@ -214,6 +179,9 @@ def _kernel_body(
 
     def process(num_keys: int, unroll_q: int) -> None:
         """All tiles of one block; those of `unroll_q` queries at a time are straight-line code."""
+        if online:
+            v = masked(v_ref[...].astype(jnp.float32) * v_scale, num_keys)
+            side_scratch_ref[...] = with_ones(v.astype(v_ref.dtype))
         num_loops, rest = divmod(bq, unroll_q)
         if num_loops == 1:
             pipeline(num_keys, 0, unroll_q)
@@ -228,17 +196,17 @@ def _kernel_body(
 
     def pipeline(num_keys: int, q_start: int | jax.Array, num_queries: int) -> None:
         """Tiles as a software pipeline: scores run `lookahead` tiles ahead, V^T P^T one behind."""
-        tiles = _tiles(num_keys, q_start, num_queries, bkv_compute, variant.block_q_compute)
+        todo = tiles.cut_into_tiles(num_keys, q_start, num_queries, bkv_compute, variant.block_q_compute)
         s: dict[int, jax.Array] = {}
         p: dict[int, tuple[jax.Array, jax.Array | None]] = {}
-        for step in range(len(tiles) + variant.lookahead + 1):
+        for step in range(len(todo) + variant.lookahead + 1):
             ready = step - variant.lookahead
-            if step < len(tiles):
-                s[step] = scores(tiles[step])
-            if 0 <= ready < len(tiles):
-                p[ready] = probabilities(tiles[ready], s.pop(ready))
+            if step < len(todo):
+                s[step] = scores(todo[step])
+            if 0 <= ready < len(todo):
+                p[ready] = probabilities(todo[ready], s.pop(ready))
             if ready >= 1:
-                accumulate(tiles[ready - 1], *p.pop(ready - 1))
+                accumulate(todo[ready - 1], *p.pop(ready - 1))
 
     if last_kv_block > 0:
         pl.when(kv_block < last_kv_block)(lambda: process(bkv, min(variant.unroll_q or bq, bq)))
@@ -249,7 +217,11 @@ def _kernel_body(
         process(last_num_keys, short_unroll_q(last_num_keys, block_sizes, variant))
         acc = acc_scratch_ref[...]
         l = acc[head_dim : head_dim + 1] if sums_on_mxu else row_scratch_ref[...].sum(axis=0, keepdims=True)
-        o_ref[...] = (acc[:head_dim] / l).astype(o_ref.dtype)
+        out = acc[:head_dim] / (l * v_scale if online else l)
+        if online:  # an average of the largest values may be rounded past them
+            largest = float(jnp.finfo(o_ref.dtype).max)
+            out = jnp.clip(out, -largest, largest)
+        o_ref[...] = out.astype(o_ref.dtype)
 
 
 def splash_attention_kernel(
@@ -261,6 +233,7 @@ def splash_attention_kernel(
     variant: Variant,
     exponent_scale: float = 1.0,
     per_query: Float[Array, "heads q_seq"] | None = None,
+    v_scale: Float[Array, " heads"] | None = None,
     head_ids: Int[Array, " heads"] | None = None,
     num_heads: Int[Array, ""] | int | None = None,
     out: Float[Array, "heads head_dim q_seq"] | None = None,
@@ -274,6 +247,8 @@ def splash_attention_kernel(
       exponent_scale: q . k times this is a base-2 exponent: the attention's scale * log2(e).
       per_query: float32. "fixed_bound": what is subtracted from q . k, rounded to bfloat16 here; none of it where left
         out. With int8 q and k: what q . k is multiplied with, instead of exponent_scale. "online": not used.
+      v_scale: float32, powers of two. "online" computes with v times this, and divides the output by it, so that no sum
+        over v overflows and no product with v is lost: see `splash_attn.gates`. The others do not use it. Default: 1.
       head_ids, num_heads: compute only the heads head_ids[:num_heads]. Both may be traced, so that the choice can be
         made on the device. Default: every head.
       out: where to leave the heads that are not computed (donated). Default: they are undefined.
@@ -295,21 +270,23 @@ def splash_attention_kernel(
         per_query = jnp.zeros((heads, q_seq_len), jnp.float32)
     if head_ids is None:
         head_ids = jnp.arange(heads, dtype=jnp.int32)
+    if v_scale is None:
+        v_scale = jnp.ones(heads, jnp.float32)
     bq, bkv = block_sizes.block_q, block_sizes.block_kv
     in_specs = [
-        pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids: (ids[h], 0, i)),
-        pl.BlockSpec((None, bkv, head_dim), lambda i, h, j, ids: (ids[h], j, 0)),
-        pl.BlockSpec((None, head_dim, bkv), lambda i, h, j, ids: (ids[h], 0, j)),
-        pl.BlockSpec((None, 1, bq), lambda i, h, j, ids: (ids[h], 0, i)),
+        pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
+        pl.BlockSpec((None, bkv, head_dim), lambda i, h, j, ids, _: (ids[h], j, 0)),
+        pl.BlockSpec((None, head_dim, bkv), lambda i, h, j, ids, _: (ids[h], 0, j)),
+        pl.BlockSpec((None, 1, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
     ]
-    operands = [head_ids, q, k, v, per_query[:, None]]
+    operands = [head_ids, v_scale, q, k, v, per_query[:, None]]
     aliases = {}
     if out is not None and interpret and q_seq_len % bq:
         # The interpreter, unlike the TPU, refuses ragged blocks of an aliased output.
         padding = ((0, 0), (0, 0), (0, -q_seq_len % bq))
         out = jnp.pad(out, padding, constant_values=jnp.nan)
-        operands[1] = jnp.pad(q, padding, constant_values=0 if int8 else jnp.nan)
-        operands[4] = jnp.pad(operands[4], padding, constant_values=jnp.nan)
+        operands[2] = jnp.pad(q, padding, constant_values=0 if int8 else jnp.nan)
+        operands[5] = jnp.pad(operands[5], padding, constant_values=jnp.nan)
     if out is not None:
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
         aliases = {len(operands): 0}
@@ -324,18 +301,18 @@ def splash_attention_kernel(
             variant=variant,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(pl.cdiv(q_seq_len, bq), heads if num_heads is None else num_heads, pl.cdiv(kv_seq_len, bkv)),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids: (ids[h], 0, i)),
+            out_specs=pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
             scratch_shapes=[
-                pltpu.VMEM(_shift_scratch_shape(block_sizes, variant), v.dtype),
-                pltpu.VMEM((SUBLANES, bq), jnp.float32),
+                pltpu.VMEM(tiles.side_scratch_shape(head_dim, block_sizes, variant), v.dtype),
+                pltpu.VMEM((tiles.row_scratch_rows(variant), bq), jnp.float32),
                 pltpu.VMEM((head_dim + (SUBLANES if online or int8 else 0), bq), jnp.float32),
-                pltpu.VMEM(_score_scratch_shape(block_sizes, variant), jnp.float32),
+                pltpu.VMEM(tiles.score_scratch_shape(block_sizes, variant), jnp.float32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((heads, head_dim, operands[1].shape[2]), v.dtype),
+        out_shape=jax.ShapeDtypeStruct((heads, head_dim, operands[2].shape[2]), v.dtype),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -352,3 +329,18 @@ def splash_attention_kernel(
 def kernel_name(variant: Variant) -> str:
     """What profiles and compiler dumps call the kernel."""
     return f"splash_attention_{variant.softmax}" + ("_int8" if variant.qk_dtype == "int8" else "")
+
+
+def assumed_grid_sizes(shape: AttentionShape, variant: Variant) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return what a prediction assumes of a call: all heads go to the kernel of `variant`, and none to its fallbacks.
+
+    Returns:
+      Heads by Pallas kernel name, as `offline_tpu.predict` takes them, and the assumption in words; both empty where
+      nothing depends on the data.
+    """
+    if variant.softmax == "online":
+        return {}, ()
+    heads = shape.batch_size * shape.num_heads
+    ways = [variant, dataclasses.replace(variant, qk_dtype="bfloat16"), Variant(softmax="online")]
+    grid_sizes = {kernel_name(way): 0 for way in ways} | {kernel_name(variant): heads}
+    return grid_sizes, (f"assumes that {kernel_name(variant)} may have all {heads} heads",)

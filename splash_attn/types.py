@@ -1,6 +1,7 @@
 """The frozen values that describe one attention call and one way to run it."""
 
 import dataclasses
+import operator
 from typing import Any, Literal, Self, get_args
 
 LANES = 128
@@ -14,9 +15,25 @@ QkDtype = Literal["bfloat16", "int8"]
 _COMPILE_ONLY = {"compile_only": True}
 
 
-def _require_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a positive integer.")
+def _set_int(self: object, name: str, minimum: int = 1, multiple: int = 1) -> None:
+    """Make a field of a frozen dataclass a Python int, whatever integer it was given as.
+
+    Raises:
+      ValueError: it is not an integer (a bool is none), too small, or no multiple.
+    """
+    value = getattr(self, name)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
+        expected = "a positive integer" if minimum else "an integer of at least 0"
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+    if number % multiple:
+        raise ValueError(f"{name}={number}: expected a multiple of {multiple}.")
+    object.__setattr__(self, name, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +52,7 @@ class AttentionShape:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require_positive_int(field.name, getattr(self, field.name))
+            _set_int(self, field.name)
         if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"head_dim={self.head_dim}: expected a multiple of 8 up to {MAX_HEAD_DIM}; "
@@ -69,10 +86,7 @@ class BlockSizes:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _require_positive_int(field.name, value)
-            if value % LANES:
-                raise ValueError(f"{field.name}={value}: expected a multiple of {LANES}.")
+            _set_int(self, field.name, multiple=LANES)
         if self.block_kv % self.block_kv_compute:
             raise ValueError(
                 f"block_kv_compute={self.block_kv_compute}: expected a divisor of block_kv={self.block_kv}."
@@ -114,15 +128,14 @@ class Variant:
             raise ValueError(f"qk_dtype={self.qk_dtype!r}: expected one of {get_args(QkDtype)}.")
         if self.qk_dtype == "int8" and self.softmax != "fixed_bound":
             raise ValueError(f"softmax={self.softmax!r} qk_dtype='int8': expected softmax='fixed_bound' with int8.")
-        _require_positive_int("block_q_compute", self.block_q_compute)
-        if self.block_q_compute % LANES:
-            raise ValueError(f"block_q_compute={self.block_q_compute}: expected a multiple of {LANES}.")
-        if not isinstance(self.lookahead, int) or self.lookahead < 0:
-            raise ValueError(f"lookahead={self.lookahead!r}: expected an integer of at least 0.")
-        if self.unroll_q is not None and (self.unroll_q < 1 or self.unroll_q % LANES):
-            raise ValueError(f"unroll_q={self.unroll_q!r}: expected a multiple of {LANES}, or null for all of block_q.")
+        _set_int(self, "block_q_compute", multiple=LANES)
+        _set_int(self, "lookahead", minimum=0)
+        if self.unroll_q is not None:  # None is all of block_q
+            _set_int(self, "unroll_q", multiple=LANES)
         if self.vmem_limit_bytes is not None:
-            _require_positive_int("vmem_limit_bytes", self.vmem_limit_bytes)
+            _set_int(self, "vmem_limit_bytes")
+        if not isinstance(self.lp_scheduler, bool):
+            raise ValueError(f"lp_scheduler={self.lp_scheduler!r}: expected True or False.")
 
     def __str__(self) -> str:
         text = f"{self.softmax}/{self.block_q_compute}/{self.lookahead}"

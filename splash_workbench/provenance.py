@@ -18,7 +18,9 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 #: A change in one of these can change what a candidate computes or how long it takes.
-KERNEL_SOURCES = tuple(f"splash_attn/{name}.py" for name in ("kernel", "gates", "quantize", "api", "types"))
+KERNEL_SOURCES = tuple(
+    f"splash_attn/{name}.py" for name in ("kernel", "gates", "tiles", "quantize", "pallas", "api", "types")
+)
 #: Packages whose version can change a time, or whether a kernel compiles.
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")

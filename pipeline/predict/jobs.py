@@ -29,7 +29,7 @@ from pipeline.requests.config import request_from_dict
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
-from splash_attn.assumption import assumed_grid_sizes
+from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.status import compile_error
 

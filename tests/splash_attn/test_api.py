@@ -1,11 +1,13 @@
 """The public call: what it refuses, what it chooses, and the "xla" implementation."""
 
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from splash_attn import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant, api, attention, attention_reference
 
@@ -37,6 +39,33 @@ def test_refuses_dtypes() -> None:
         attention(q, k.astype(jnp.bfloat16), v)
     with pytest.raises(ValueError, match=r"q\.dtype=int32: expected one of"):
         attention(*(x.astype(jnp.int32) for x in (q, k, v)))
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, np.ndarray.tolist, memoryview])
+def test_refuses_other_arrays_by_their_type(make: Callable[[np.ndarray], object]) -> None:
+    x = np.zeros((1, 1, 5, 8), np.float32)
+    with pytest.raises(ValueError, match=r"^k is a [\w.]+: expected a JAX or NumPy array; use [^\n]*\.$"):
+        attention(x, make(x), x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["0.1", True, 1j, [1.0, 2.0], np.ones(2), None])
+def test_scale_is_one_number_known_when_tracing(scale: object) -> None:
+    q, k, v = arrays((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8))
+    if scale is None:
+        with pytest.raises(ValueError, match=r"^scale is traced: expected a number known when tracing; [^\n]*$"):
+            jax.jit(lambda scale: attention(q, k, v, scale=scale))(0.5)
+        for number in (np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
+            np.testing.assert_array_equal(attention(q, k, v, scale=number), attention(q, k, v, scale=0.5))
+    else:
+        with pytest.raises(ValueError, match=r"^scale=[^\n]*: expected a finite number\.$"):
+            attention(q, k, v, scale=scale)  # type: ignore[arg-type]
+
+
+def test_refuses_options_of_another_type() -> None:
+    q, k, v = arrays((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8))
+    for options in ({"block_sizes": (128, 128, 128)}, {"variant": "online"}, {"k_smooth": 1}):
+        with pytest.raises(ValueError, match="expected"):
+            attention(q, k, v, interpret=True, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,3 +1,8 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from offline_tpu.machine.devices import DEVICES, by_name
@@ -15,6 +20,25 @@ def test_shape_refuses(sizes: tuple[int, ...]) -> None:
         AttentionShape(*sizes)
 
 
+def test_every_kind_of_integer_is_an_integer() -> None:
+    sizes = BlockSizes(np.int64(128), np.uint16(256), jnp.int32(128))  # type: ignore[arg-type]
+    assert sizes == BlockSizes(128, 256, 128) and all(type(x) is int for x in dataclasses.astuple(sizes))
+    variant = Variant(block_q_compute=np.int32(256), lookahead=np.int8(0), unroll_q=np.int64(128))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(variant.to_dict())) == Variant(lookahead=0, unroll_q=128).to_dict()
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 128.0, np.float32(128), "128", None, np.array([128])])
+def test_what_is_no_integer_is_refused_in_one_line(value: object) -> None:
+    for make in (
+        lambda: BlockSizes(value, 128, 128),  # type: ignore[arg-type]
+        lambda: Variant(block_q_compute=value),  # type: ignore[arg-type]
+        lambda: Variant(lookahead=value),  # type: ignore[arg-type]
+        lambda: AttentionShape(value, 1, 1, 1, 8),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"^\w+=.*: expected an? (positive )?integer[^\n]*\.$"):
+            make()
+
+
 @pytest.mark.parametrize("sizes", [(100, 256, 128), (128, 256, 96), (128, 256, 384), (-128, 256, 128)])
 def test_block_sizes_refuse(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected a"):
@@ -26,7 +50,15 @@ def test_the_published_kernels_blocks_are_a_named_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"softmax": "exact"}, {"block_q_compute": 100}, {"lookahead": -1}, {"vmem_limit_bytes": 0}]
+    "fields",
+    [
+        {"softmax": "exact"},
+        {"block_q_compute": 100},
+        {"lookahead": -1},
+        {"vmem_limit_bytes": 0},
+        {"unroll_q": 128.0},
+        {"lp_scheduler": 1},
+    ],
 )
 def test_variant_refuses(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import splash_attn
 from splash_attn.api import Implementation
-from splash_attn.assumption import assumed_grid_sizes
+from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -1,0 +1,123 @@
+"""The Pallas implementations: operands of the kernel, which heads get which softmax, vmap, and no gradients."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from splash_attn import gates
+from splash_attn.kernel import splash_attention_kernel
+from splash_attn.markers import without_gradient
+from splash_attn.quantize import quantize_qk
+from splash_attn.tiles import short_unroll_q
+from splash_attn.types import BlockSizes, Variant
+from splash_attn.xla import saturate
+
+LOG2_E = math.log2(math.e)
+
+
+def attention_pallas(q: jax.Array, k: jax.Array, v: jax.Array, **how: Any) -> jax.Array:
+    """Return `_attention` with that `how`, one call of a larger batch under vmap, and an error where differentiated."""
+    batched = custom_vmap(functools.partial(_attention, **how))
+
+    @batched.def_vmap
+    def _(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        wide = (
+            x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, is_batched in zip(arrays, in_batched, strict=True)
+        )
+        out = batched(*(x.reshape(-1, *x.shape[2:]) for x in wide))
+        return out.reshape(axis_size, -1, *out.shape[1:]), True
+
+    return batched(*(without_gradient(x) for x in (q, k, v)))
+
+
+def _to_bfloat16(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jnp.bfloat16 else saturate(x.astype(jnp.float32), jnp.bfloat16)
+
+
+def _half_centred(k: jax.Array) -> jax.Array:
+    """Half of k less its mean over the sequence, in float32: the whole might not fit."""
+    half = k.astype(jnp.float32) * 0.5
+    return half - (half * (1 / k.shape[-2])).sum(axis=-2, keepdims=True)
+
+
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    k_smooth: bool,
+    block_sizes: BlockSizes,
+    variant: Variant,
+    interpret: bool,
+) -> jax.Array:
+    batch_size, num_heads, q_seq_len, head_dim = q.shape
+    kv_seq_len = k.shape[2]
+    # Keys in bfloat16 are used as they are: subtracting their mean would round them again, for nothing.
+    smooth_keys = k_smooth and k.dtype != jnp.bfloat16
+    exponent_scale = max(-(2.0**126), min(2.0**126, scale * LOG2_E * (2 if smooth_keys else 1)))
+    ks = _to_bfloat16(_half_centred(k) if smooth_keys else k).reshape(-1, kv_seq_len, head_dim)
+    qs = _to_bfloat16(q).reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
+    vs = _to_bfloat16(v).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
+    largest_v = jnp.abs(vs).max((1, 2)).astype(jnp.float32)
+    v_scale = gates.power_of_two_scale(largest_v, log2_target=60)
+    heads = batch_size * num_heads
+    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
+    in_bfloat16 = functools.partial(call, qs, ks, vs, exponent_scale=exponent_scale)
+
+    def restore(out: jax.Array) -> jax.Array:
+        out = out.swapaxes(1, 2).reshape(q.shape)
+        return out if out.dtype == q.dtype else saturate(out.astype(jnp.float32), q.dtype)
+
+    if variant.softmax == "online":
+        return restore(in_bfloat16(v_scale=v_scale, variant=variant))
+    unroll_q = short_unroll_q(block_sizes.block_kv, block_sizes, variant)
+    fallback = dataclasses.replace(variant, qk_dtype="bfloat16", unroll_q=unroll_q, lp_scheduler=False)
+    online = dataclasses.replace(fallback, softmax="online")
+    fixed = fallback if variant.qk_dtype == "int8" else variant
+    common: dict[str, Any] = {"exponent_scale": exponent_scale, "kv_seq_len": kv_seq_len}
+    log2_max_v = jnp.log2(largest_v)
+    k32 = ks.astype(jnp.float32)
+    centre = k32.mean(axis=1, keepdims=True) if k_smooth else jnp.zeros((heads, 1, head_dim), jnp.float32)
+    exact = gates.fixed_bound_exact(
+        gates.max_length(qs),
+        gates.max_length((k32 - centre).swapaxes(1, 2)),  # head_dim last, XLA may write k32 - centre out, slowly
+        gates.max_length(centre.swapaxes(1, 2)),
+        log2_max_v,
+        centred=k_smooth,
+        **common,
+    )
+    shift = (qs.astype(jnp.float32) * centre.swapaxes(1, 2)).sum(axis=1)
+    # Each head goes to the first that may have it; a kernel leaves the heads of the others alone.
+    ways: list[tuple[jax.Array, Callable[..., jax.Array]]] = [
+        (exact, functools.partial(in_bfloat16, per_query=shift, variant=fixed))
+    ]
+    if variant.qk_dtype == "int8":
+        quantized = quantize_qk(qs, ks, exponent_scale)
+        accurate = gates.int8_accurate(
+            quantized.q_length,
+            quantized.k_length,
+            quantized.q_step,
+            quantized.k_step,
+            log2_max_v,
+            head_dim=head_dim,
+            **common,
+        )
+        in_int8 = functools.partial(call, quantized.q, quantized.k, vs, per_query=quantized.scale, variant=variant)
+        ways.insert(0, (accurate, in_int8))
+    way = jnp.select([may for may, _ in ways], list(range(len(ways))), len(ways))
+    order = jnp.argsort(way).astype(jnp.int32)
+    out: jax.Array | None = None
+    runs = [run for _, run in ways] + [functools.partial(in_bfloat16, v_scale=v_scale, variant=online)]
+    for index, run in enumerate(runs):
+        head_ids = jnp.roll(order, -(way < index).sum())
+        out = run(head_ids=head_ids, num_heads=(way == index).sum(dtype=jnp.int32), out=out)
+    assert out is not None
+    return restore(out)
