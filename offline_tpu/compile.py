@@ -55,7 +55,7 @@ def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
       ValueError: it is not known.
     """
     name, separator, size = topology.replace(":", "-").partition("-")
-    device = by_name(name, key="topology")
+    device = by_name(name, given=f"{topology=}")
     platform, _, shape = device.topology.partition(":")
     if not separator:
         return device, device.topology

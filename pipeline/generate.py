@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from pipeline.requests.config import GenerateConfig, request_field
+from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
+from splash_workbench.files import require_writable
 from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.requests.run_options import RunOptions
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
+_multirun_dirs: set[Path] = set()
 
 
 def default_model() -> str:
@@ -79,6 +83,9 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     request = to_request(settings)
     output_dir = Path(settings.output_dir).expanduser()
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    _check_apart(run_dir)
+    if settings.profile:
+        require_writable(f"logdir={settings.logdir}", Path(settings.logdir).expanduser())
     _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
@@ -153,8 +160,6 @@ def _use_compilation_cache(settings: GenerateConfig) -> None:
 
 
 def _check_combination(settings: GenerateConfig) -> None:
-    from pipeline.requests.errors import RequestError
-
     if settings.prompts is not None:
         if not settings.prompts.strip():
             raise RequestError("prompts='': expected a file of JSON lines")
@@ -169,6 +174,21 @@ def _check_combination(settings: GenerateConfig) -> None:
                 raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")
     if settings.run_dir is not None and settings.name is not None:
         raise RequestError(f"run_dir={settings.run_dir!r} and name={settings.name!r}: expected one of them")
+
+
+def _check_apart(run_dir: Path) -> None:
+    """Raise RequestError where an earlier run of the same --multirun went to this folder."""
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
+        return
+    if hydra.job.num == 0:
+        _multirun_dirs.clear()
+    if run_dir in _multirun_dirs:
+        raise RequestError(
+            f"run_dir={str(run_dir)!r}: an earlier one of these runs went there; leave run_dir out, or give a name "
+            "with what differs, e.g. name={seed}"
+        )
+    _multirun_dirs.add(run_dir)
 
 
 def _what_runs(checkpoint: str) -> str:

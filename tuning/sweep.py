@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import shutil
 import signal
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import require_writable
+from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
@@ -244,12 +243,7 @@ def _introduction(
 @contextlib.contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
     """One sweep of a context at a time. What a dead one left in its work folder is removed."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
+    with locked(state_dir / "lock", f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."):
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
@@ -277,7 +271,6 @@ def main(config: SweepSchema) -> int:
     settings = from_config(lambda: settings_from(config))
     if config.profile:
         sessions.require_tensorboard("profile=true")
-        require_writable(f"logdir={config.logdir}", Path(config.logdir))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(tables.table(result.trials))

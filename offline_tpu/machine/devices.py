@@ -104,11 +104,11 @@ UNSUPPORTED = dict.fromkeys(
 )
 
 
-def by_name(name: str, key: str = "device") -> DeviceSpec:
+def by_name(name: str, given: str | None = None) -> DeviceSpec:
     """Return the spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
 
     Args:
-      key: what the user calls the value, for the error.
+      given: what the user gave, as "topology='v6e-8'", for the error; None: name as device.
 
     Raises:
       ValueError: the device is not known, or not supported.
@@ -117,4 +117,4 @@ def by_name(name: str, key: str = "device") -> DeviceSpec:
         if name in (spec.name, spec.device_kind):
             return spec
     reason = f"not supported: {UNSUPPORTED[name]}; " if name in UNSUPPORTED else ""
-    raise ValueError(f"{key}={name!r}: {reason}expected one of {', '.join(DEVICES)}.")
+    raise ValueError(f"{given or f'device={name!r}'}: {reason}expected one of {', '.join(DEVICES)}.")

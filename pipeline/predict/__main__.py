@@ -11,9 +11,10 @@ from pipeline.predict.timelines import write_timelines
 from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
-from splash_workbench.errors import UserError
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
+from splash_workbench.workers.pool import check_timeout_s
 
 
 @dataclasses.dataclass
@@ -23,7 +24,7 @@ class PredictConfig(GenerateConfig):
     topology: str = "v6e-8"
     json: str | None = None
     timeout_s: float = 1200.0
-    results_path: str | None = "results/predict.jsonl"
+    results_path: str | None = None
 
 
 _UNUSED = (
@@ -35,6 +36,7 @@ _UNUSED = (
 @cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED)
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
+    from_config(lambda: check_timeout_s(settings.timeout_s))
     settings.prompt = settings.prompt or "any"  # its length is padded away
     request = to_request(settings)
     stages = parse_stages(settings.stages)

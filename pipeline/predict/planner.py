@@ -44,7 +44,10 @@ class Predictor:
     say: Callable[[str], None]
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
-        """Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits."""
+        """Predict the stages, the denoise stage with the best plan that `parallel` allows.
+
+        Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits.
+        """
         check_versions()
         try:
             device, name = parse_topology(self.topology)

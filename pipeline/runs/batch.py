@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import resource
 import statistics
 import time
 import traceback
@@ -99,13 +100,23 @@ class Batch:
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item to its end; the module's docstring tells in which order."""
+        """Run every item to its end; the module's docstring tells in which order.
+
+        Raises UserError, before any work, where another process is at work on one of them.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:
             finished = item.run.finished() if item.run.run_options.resume else None
             if finished is not None:
                 item.status, item.result = "finished before", finished
                 self._tell(item, f"finished before, skipped: {finished.video_path}")
-        stages = self.items[0].run.stages
+        with contextlib.ExitStack() as locks:
+            for item in self._waiting():
+                locks.enter_context(item.run.locked())
+            self._run_waiting(self.items[0].run.stages)
+
+    def _run_waiting(self, stages: Sequence[Stage]) -> None:
         if "text" in stages:
             for item in self._in_order("text"):
                 self._tell(item, "")

@@ -50,8 +50,8 @@ def test_names_of_topologies(name: str, expected: str) -> None:
         ("v7x-4", "topology='v7x-4': expected v7x-N with N one of 2, 8, 16, 32, 64, 128, 256, or chips as v7x:2x2x1"),
         ("v7x:2x4", "topology='v7x:2x4': expected"),
         ("banana", "topology='banana': expected one of v6e, v5e, v7x"),
-        ("v99-8", "topology='v99': expected one of v6e, v5e, v7x"),
-        ("v5p-8", "topology='v5p': not supported: its two TensorCores share a kernel's grid"),
+        ("v99-8", "topology='v99-8': expected one of v6e, v5e, v7x"),
+        ("v5p-8", "topology='v5p-8': not supported: its two TensorCores share a kernel's grid"),
     ],
 )
 def test_an_unknown_topology_is_refused(name: str, message: str) -> None:

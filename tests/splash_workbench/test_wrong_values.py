@@ -30,6 +30,7 @@ VALUES = {
     "budget.psnr_db": "high",
     "kernel": "nope",
     "logdir": "/dev/null/x profile=true",
+    "validation": "/dev/null",
 }
 
 

@@ -33,6 +33,10 @@ def main(settings: ReportSchema) -> int:
 
     results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
     tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else tuned.TUNED_DIR
+    if not tuned_dir.is_dir():
+        raise UserError(
+            f"tuned_dir={tuned_dir}: no such folder; expected one of tuned entries, or null for those shipped."
+        )
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
     read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
