@@ -50,15 +50,8 @@ class Loop:
     ema_decay: float = 0.99
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            steps=(1, 10**9),
-            batch_size=(0, 10**6),
-            matrix_rate=(0, 1),
-            other_rate=(0, 1),
-            warm_up_steps=(1, 10**9),
-        )
-        check_ranges(self, decay_fraction=(1e-9, 1), ema_decay=(0, 1))
+        check_ranges(self, steps=(1, 10**9), batch_size=(0, 10**6), warm_up_steps=(1, 10**9))
+        check_ranges(self, matrix_rate=(0, 1), other_rate=(0, 1), decay_fraction=(1e-9, 1), ema_decay=(0, 1))
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates, 0 to 1."""

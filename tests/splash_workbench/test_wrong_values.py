@@ -69,7 +69,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(owner, name.split(".")[-1], begin)
 
 
-@pytest.mark.parametrize(("module", "arguments"), cases())
+@pytest.mark.compile
+@pytest.mark.parametrize(("module", "arguments"), list(cases()))
 def test_a_wrong_value_is_one_line(
     module: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,22 +9,12 @@ import jax
 from jax.experimental import topologies
 
 import offline_tpu
-from offline_tpu import dump, libtpu
+from offline_tpu import dump
 from offline_tpu.machine import devices
-from splash_workbench.errors import UserError
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
-
-
-def _find_target(device: str) -> Target:
-    target = named_device(device)
-    try:
-        libtpu.check_version()
-    except RuntimeError as error:
-        raise UserError(f"backend=offline: {error}") from error
-    return target
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
