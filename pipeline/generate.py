@@ -164,7 +164,7 @@ def _check_combination(settings: GenerateConfig) -> None:
         if not settings.prompts.strip():
             raise RequestError("prompts='': expected a file of JSON lines")
         for name in ("prompt", "run_dir"):
-            if value := getattr(settings, name):
+            if (value := getattr(settings, name)) is not None:
                 instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"
                 raise RequestError(
                     f"prompts={settings.prompts!r} and {name}={value!r}: expected one of them; {instead}"

@@ -19,7 +19,8 @@ from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, check_timeout_s, worker_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import OFFLINE
@@ -107,12 +108,12 @@ def main(settings: PeersSchema) -> int:
     from_config(lambda: check_timeout_s(settings.timeout_s))
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
+    results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
-    results_dir = Path(settings.results_dir)
-    require_writable(f"results_dir={results_dir}", results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []
     reused = records.reusable(recorded, settings.timeout_s)

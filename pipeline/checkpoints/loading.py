@@ -4,29 +4,26 @@ Only safetensors are read, only the parts (`text_encoder/`, `vae/`, ...) that we
 checkpoint is ever run: classes are the ones named here.
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
+from pipeline.checkpoints.weight_files import STEMS, open_weights, weight_files
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
 from splash_workbench.provenance import user_cache_dir
-
-logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
@@ -35,7 +32,7 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "denoise": ("transformer", "scheduler"),
     "vae": ("vae",),
 }
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
 
@@ -75,28 +72,49 @@ class Checkpoint:
             raise CheckpointError(
                 f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
             )
+        if part == "tokenizer" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"checkpoint={self.name!r}: tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}"
+            )
         return folder
 
+    def weight_files(self, part: str) -> list[Path]:
+        """Return the files of a part's weights, see `weight_files`, downloaded first if they are on the Hub."""
+        return weight_files(self.part(part), part, f"checkpoint={self.name!r}: {part}/")
+
     def config(self, part: str) -> dict[str, Any]:
-        """Parse the config.json (scheduler_config.json) of a part, without its weights."""
+        """Read the config.json (scheduler_config.json) of a part, with the library's defaults for what it leaves out.
+
+        Raises CheckpointError where it cannot be read.
+        """
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return with_defaults(part, self._read_json(f"{part}/{name}"))
+
+    def pipeline_class(self) -> str | None:
+        """Return the class that model_index.json names, None without that file. Raises CheckpointError."""
+        if self.folder is not None and not (self.folder / "model_index.json").exists():
+            return None
+        return self._read_json("model_index.json").get("_class_name")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
         if self.folder is None:
             assert self.repo_id is not None
-            folder = _snapshot(self.repo_id, self.commit, [f"{part}/{name}"])
+            folder = _snapshot(self.repo_id, self.commit, [name])
         else:
             folder = self.folder
-        path = folder / part / name
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: cannot read {part}/{name} ({error.strerror})") from error
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} is not JSON ({error})") from error
-        if not isinstance(config, dict):
             raise CheckpointError(
-                f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object"
+                f"checkpoint={self.name!r}: cannot read {name} ({error.strerror}); expected diffusers' layout"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"checkpoint={self.name!r}: {name} is not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"checkpoint={self.name!r}: {name} holds {type(content).__name__}, expected an object"
             )
-        return config
+        return content
 
     def identities(self, *stages: Stage) -> dict[Stage, str]:
         """Return the `identity` of the weights of each stage. Raises CheckpointError."""
@@ -112,10 +130,11 @@ class Checkpoint:
             return f"{self.repo_id}@{self.commit}"
         digest = hashlib.sha256()
         for part in parts:
-            for path in sorted(self.part(part).iterdir()):
-                if path.suffix in {".json", ".safetensors", ".model", ".txt"}:
-                    digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
-                    _digest_file(path, digest)
+            weights = self.weight_files(part) if part in STEMS else []
+            others = [path for path in self.part(part).iterdir() if path.suffix in {".json", ".model", ".txt"}]
+            for path in sorted([*weights, *others]):
+                digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
+                _digest_file(path, digest)
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -163,15 +182,18 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
 
 
-def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+def with_defaults(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration, with diffusers' defaults for what one of transformer/ or vae/ leaves out."""
+    return {**_defaults(part), **config}
 
-    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
-    """
-    if checkpoint in PUBLISHED_CONFIGS:
-        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
-    found = find()
-    return {part: found.config(part) for part in COGVIDEOX_1_5_5B}, "checkpoint"
+
+@functools.cache
+def _defaults(part: str) -> dict[str, Any]:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    cls = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}.get(part)
+    parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -239,22 +261,15 @@ def load_module(
     keep: which parameters are wanted at all, by name. place: puts one weight on the device(s).
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
-    config = checkpoint.config(part)
-    expected_class = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}.get(part)
-    if expected_class and config.get("_class_name") != expected_class:
-        raise CheckpointError(
-            f"checkpoint={checkpoint.name!r}: {part}/config.json is for {config.get('_class_name')!r}, "
-            f"expected {expected_class!r}"
-        )
-    module = build_module(part, config, dtype)
+    module = build_module(part, checkpoint.config(part), dtype)
     wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
     aliases = _aliases(module)
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, Any] = {}
     unexpected: list[str] = []
-    for path in _weight_files(checkpoint, part):
-        with _open_weights(path, where) as file:
+    for path in checkpoint.weight_files(part):
+        with open_weights(path, where) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = aliases.get(key, key)
                 if name not in wanted:
@@ -286,39 +301,3 @@ def _aliases(module: torch.nn.Module) -> dict[str, str]:
     first = {id(value): name for name, value in module.named_parameters()}
     every = module.named_parameters(remove_duplicate=False)
     return {name: first[id(value)] for name, value in every if first[id(value)] != name}
-
-
-def _weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
-    folder = checkpoint.part(part)
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            listed = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})"
-            ) from error
-        if absent := sorted(path.name for path in listed if not path.is_file()):
-            raise CheckpointError(
-                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, listed in {index.name}; download it again"
-            )
-        files = sorted(listed)
-    if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        found = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise CheckpointError(
-            f"checkpoint={checkpoint.name!r}: {part}/ holds {found}; expected *.safetensors"
-            + (" (convert it with save_pretrained(safe_serialization=True))" if pickles else "")
-        )
-    return files
-
-
-@contextlib.contextmanager
-def _open_weights(path: Path, where: str) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{where}{path.name} is not readable as safetensors ({error}); download it again"
-        ) from error

@@ -4,7 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.checkpoints.loading import part_configs, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, part_configs
+from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report
 from pipeline.predict.timelines import write_timelines
@@ -14,7 +15,7 @@ from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
-from splash_workbench.workers.pool import check_timeout_s
+from splash_workbench.workers.room import check_timeout_s
 
 
 @dataclasses.dataclass
@@ -44,6 +45,7 @@ def main(settings: PredictConfig) -> int:
     configs, source = part_configs(
         request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     )
+    check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,
         request=request_to_dict(request),

@@ -167,7 +167,7 @@ def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "Qual
     )
 
 
-def _write_videos(settings: QualityConfig, videos: Any, fps: int) -> None:
+def _write_videos(settings: QualityConfig, videos: Any, fps: float) -> None:
     from pipeline.quality.gate import to_uint8
     from pipeline.runs.video import write_mp4
 

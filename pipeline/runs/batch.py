@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
@@ -59,6 +60,7 @@ def prepare(
 ) -> list[Item]:
     """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
     checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
+    configs: dict[Any, Configs] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
@@ -67,7 +69,9 @@ def prepare(
         try:
             if which not in checkpoints:
                 checkpoint = resolve_checkpoint(*which, cache_dir)
+                configs[which] = read_configs(checkpoint)
                 checkpoints[which] = checkpoint, checkpoint.identities(*needed_stages(stages))
+            check_request(request, configs[which])
             run = RequestRun.prepare(request, stages, output_dir / entry.name, *checkpoints[which], run_options)
             items.append(Item(entry, run))
         except PipelineError as error:

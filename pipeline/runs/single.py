@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
@@ -38,6 +39,7 @@ def generate(
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages))
     run = RequestRun.prepare(request, stages, run_dir, checkpoint, identities, run_options)
     with run.locked():

@@ -28,79 +28,12 @@ _LAST_WORDS_CHARACTERS = 300
 #: Lines that glog and abseil end a process with; and lines that are not frames of a stack.
 _FATAL = re.compile(r"F\d{4}\s|ERROR: |terminate called|Fatal Python error")
 _SAYS_SOMETHING = re.compile(r"^(?!\s*(@\s+0x|\*\*\*|File \")).*\w")
-#: Of a timer of the operating system, rounded down.
-_LONGEST_TIMEOUT_S = 10**9
 #: Seconds that a killed process group has to disappear.
 _REAP_S = 30
 #: Seconds between two looks at what a running job takes.
 _SAMPLE_S = 0.5
-#: Most that a worker was seen to hold while it compiled.
-WORKER_BYTES = int(3.7 * 2**30)
 #: A worker that holds more than this after a job is replaced.
 _RETIRE_RSS_BYTES = 5 * 2**29
-
-
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_count(requested: int | None) -> int:
-    """Return how many workers to have: as requested, or for None as many as the cores and the free memory allow.
-
-    Raises:
-      ValueError: less than 1 is requested.
-    """
-    if requested is not None:
-        if requested < 1:
-            raise ValueError(f"workers={requested}: expected at least 1, or null for what cores and memory allow.")
-        return requested
-    free = available_memory_bytes()
-    return core_count() if free is None else max(1, min(core_count(), free // WORKER_BYTES))
-
-
-def room_line() -> str:
-    """Return what `worker_count` goes by, in words."""
-    free = available_memory_bytes()
-    memory = (
-        f", {free / 2**30:.1f} GiB of memory free for {WORKER_BYTES / 2**30:.1f} a worker" if free is not None else ""
-    )
-    return f"{core_count()} cores{memory}"
-
-
-def check_timeout_s(timeout_s: float) -> None:
-    """Raise ValueError for a time limit that a process cannot be given."""
-    if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
-        raise ValueError(f"timeout_s={timeout_s}: expected a positive number of seconds, at most {_LONGEST_TIMEOUT_S}.")
-
-
-def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory that this process can still take: the machine's, or less in a cgroup; None where nothing says.
-
-    Args:
-      root: where /proc and /sys are.
-    """
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        text = (root / "proc/meminfo").read_text()
-        found.append(int(text.split("MemAvailable:")[1].split()[0]) * 1024)
-    folders = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):  # version 2, version 1
-                top = folders[bool(controllers)]
-                folders += [top / path.lstrip("/"), *(top / path.lstrip("/")).parents]
-    for folder in folders:
-        for limit, usage, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(stat.get(cache, 0))
-                found.append(int((folder / limit).read_text()) - used)
-    return max(0, min(found)) if found else None
 
 
 class CancelledError(Exception):

@@ -28,7 +28,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 def test_a_lock_has_one_holder_and_leaves_nothing(tmp_path):
     path = tmp_path / "run" / ".lock"
     with pytest.raises(FileNotFoundError), locked(path, "busy"):
-        with pytest.raises(UserError, match="^busy$"), locked(path, "busy"):
+        with pytest.raises(UserError, match=r"^busy$"), locked(path, "busy"):
             pytest.fail("two holders")
         raise FileNotFoundError  # of the block: not swallowed
     assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.sweep import sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.promote import todays_choice
 
 MakeSettings = Callable[..., SweepSettings]
 
@@ -137,6 +138,66 @@ def test_what_ran_out_of_time_is_tried_again_with_more(make_settings: MakeSettin
     assert again.evaluated_count == 1 and again.winner is not None
 
 
+@pytest.mark.parametrize("what", ["disk", "memory", "module", "compiler's memory", "all memory"])
+def test_trouble_with_the_machine_is_no_fact_about_a_candidate(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    search = SearchSettings(sampler="tpe", max_trials=2, seed=0)
+    settings = with_job("short_of_something", make_settings(search=search, cache=True))
+    monkeypatch.setenv("FAKE_JOBS_SHORT_OF", what)
+    first = sweep(settings, report=_quiet)
+    assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}
+    monkeypatch.delenv("FAKE_JOBS_SHORT_OF")
+    second = sweep(settings, report=_quiet)
+    assert {(trial.status, trial.conclusive) for trial in second.trials} == {(Status.OK, True)}
+    assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
+    assert sweep(settings, report=_quiet).evaluated_count == 0
+
+
+def _break(path: Path, content: bytes | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"not a database, but a good many bytes of something else" * 9, None])
+def test_a_broken_study_is_one_refusal(make_settings: MakeSettings, content: bytes | None) -> None:
+    settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
+    directory = sweep(settings, report=_quiet).directory
+    _break(directory / "state" / "study.sqlite3", content)
+    with pytest.raises(UserError, match=r"study\.sqlite3: this study cannot be read or written \(.*delete it"):
+        sweep(settings, report=_quiet)
+
+
+def test_a_broken_record_is_one_refusal(make_settings: MakeSettings) -> None:
+    settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
+    path = sweep(settings, report=_quiet).directory / records.TRIALS_FILE
+    path.write_text(path.read_text().replace('"time_samples_ms":[', '"time_samples_ms":[-').replace(": [", ": [-", 1))
+    with pytest.raises(UserError, match=r"trials\.jsonl:1: not a Trial"):
+        sweep(settings, report=_quiet)
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: MakeSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/results")):
+        with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; make room there, or"):
+            sweep(with_job("bowl", make_settings(results_dir=folder)), report=_quiet)
+
+
+def test_a_cache_that_cannot_write_costs_nothing(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
+    lines: list[str] = []
+    result = sweep(with_job("bowl", make_settings(cache=True)), report=lines.append)
+    assert len(result.trials) == 12 and result.winner is not None
+    assert "cannot write to" in lines[-1]
+
+
 def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
     search = SearchSettings(sampler="grid", max_trials=2, seed=0)
     settings = make_settings(device="local", backend=BACKENDS["measure"], workers=1, cache=True, search=search)
@@ -152,6 +213,19 @@ def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
     settings = make_settings(space=space, search=SearchSettings(sampler="tpe", max_trials=2, seed=0))
     result = sweep(with_job("bowl", settings), report=_quiet)
     assert {str(trial.block_sizes) for trial in result.trials} == {"384/256/256", "256/512/128"}
+
+
+@pytest.mark.parametrize(("promote", "count"), [(False, 12), (True, 13), ("shipped", 13)])
+def test_what_would_run_today_is_evaluated_too(make_settings: MakeSettings, promote: bool | str, count: int) -> None:
+    settings = with_job("bowl", make_settings(promote=promote))
+    result = sweep(settings, report=_quiet)
+    assert (len(result.trials), result.evaluated_count) == (12, count)
+    assert result.winner is not None
+    trials = records.read(result.directory / records.TRIALS_FILE)
+    choice = todays_choice(result.winner)
+    assert choice is not None
+    assert [trial.block_sizes for trial in trials[12:]] == [choice.block_sizes] * (count - 12)
+    assert sweep(settings, report=_quiet).evaluated_count == 0
 
 
 @pytest.mark.usefixtures("hang_times_out")

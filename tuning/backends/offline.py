@@ -9,12 +9,16 @@ import jax
 from jax.experimental import topologies
 
 import offline_tpu
-from offline_tpu import dump
+from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
+from splash_workbench.files import require_writable
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
+
+#: More than the dumps of one candidate take.
+DUMP_BYTES = 32 * 2**20
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
@@ -46,6 +50,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     device = devices.by_name(request.device)
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
     topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+    require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     try:
         prediction = offline_tpu.predict(
             request.timed("pallas_tpu"),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from splash_attn import tuned
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import atomic_path
@@ -32,11 +31,9 @@ def main(settings: ReportSchema) -> int:
     from tuning.report import inputs, page
 
     results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
-    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else tuned.TUNED_DIR
-    if not tuned_dir.is_dir():
-        raise UserError(
-            f"tuned_dir={tuned_dir}: no such folder; expected one of tuned entries, or null for those shipped."
-        )
+    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
+    if tuned_dir is not None and not tuned_dir.is_dir():
+        raise UserError(f"tuned_dir={tuned_dir}: expected a folder of tuned entries, or null for those of attention().")
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
     read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))

@@ -100,7 +100,7 @@ class Peers:
     notes: tuple[str, ...]
 
 
-def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) -> list[Winner]:
+def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path | None) -> list[Winner]:
     """All entries: by device, workload and shape, the one that runs first."""
     present = provenance.source_hash(provenance.KERNEL_SOURCES)
     found = []

@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 
-from splash_attn import tuned
 from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
 from tuning.report.inputs import Inputs, TrialFile
@@ -58,7 +57,7 @@ class Page:
         return {name: charts.standalone(svg) for name, svg in named.items()}
 
 
-def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path = tuned.TUNED_DIR, top: int = 12) -> Page:
+def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path | None = None, top: int = 12) -> Page:
     """The page of what was read. top: rows of each ranking."""
     swept, superseded = kernels.sweeps(inputs.sweeps, results_dir, top)
     compared = kernels.peers(inputs.peers)

@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
-from splash_workbench.workers.pool import check_timeout_s, worker_count
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.backends.timing import MeasureSettings
@@ -55,7 +56,7 @@ class SweepSchema:
     vmem_pruning: bool = MISSING
     results_dir: str = MISSING
     cache: bool = MISSING
-    promote: bool = MISSING
+    promote: Any = MISSING
     json: str | None = None
     progress: bool = MISSING
     profile: bool = MISSING
@@ -82,10 +83,12 @@ class SweepSettings:
     vmem_pruning: bool
     results_dir: Path
     cache: bool
-    promote: bool
+    promote: bool | str
     progress: bool
 
     def __post_init__(self) -> None:
+        if self.promote not in (True, False, "shipped"):
+            raise ValueError(f"promote={self.promote!r}: expected true, false or shipped.")
         if self.backend.exclusive and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
@@ -94,6 +97,11 @@ class SweepSettings:
         if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
         decode(self.measure, MeasureSettings)
+
+    @property
+    def promotion_dir(self) -> Path | None:
+        """The folder of the tuned entries that a winner must beat and goes to; None: the user's, before the shipped."""
+        return tuned.TUNED_DIR if self.promote == "shipped" else None
 
 
 def settings_from(config: SweepSchema) -> SweepSettings:

@@ -18,7 +18,8 @@ from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner, check_timeout_s, worker_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.trials import records
 from tuning.trials.figures import save_png
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S
-from pipeline.checkpoints.loading import part_configs
+from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape

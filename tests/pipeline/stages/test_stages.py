@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from helpers import PLENTY_S
-from pipeline.model.latents import LatentGeometry, rotary_embedding
-from pipeline.requests.errors import CheckpointError, NonFiniteError
+from pipeline.model.latents import LatentGeometry
+from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import AttentionOptions
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.progress import StageTimings
@@ -84,6 +84,13 @@ def test_a_long_prompt_is_cut_with_a_warning(encoder, stock, caplog):
     assert "a w a y" in caplog.text.replace("away", "a w a y")
     expected, _ = stock.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_SEQ_LEN)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
+
+
+def test_a_very_long_prompt_is_one_short_line(encoder, caplog):
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        encoder.encode(["a red circle " * 500])
+    (message,) = caplog.messages
+    assert len(message) < 150 and "longer than 19 tokens; the last 1482 are cut: 'a" in message
 
 
 @pytest.mark.parametrize(
@@ -293,13 +300,6 @@ def test_geometry_of_the_full_model(request_of):
     geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
     assert geometry.shape == (1, 22, 16, 90, 160)
-
-
-def test_a_1_0_checkpoint_is_refused(request_of):
-    transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
-    vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
-    with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
-        rotary_embedding(LatentGeometry.from_request(request_of(), transformer, vae), transformer)
 
 
 def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):
