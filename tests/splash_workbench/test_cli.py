@@ -3,11 +3,9 @@
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from commands import COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.overrides import Keys, key_types
-from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
+from splash_workbench.provenance import REPO_ROOT
 
 MISTAKES = [
     *((module, (wrong,)) for module, wrong in COMMANDS.items()),
@@ -248,17 +246,3 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         it.stdout.close()
         assert it.stderr.read() == b""
     assert it.returncode == 128 + signal.SIGPIPE
-
-
-def test_a_wheel_holds_the_configuration(tmp_path: Path) -> None:
-    """Built from a copy, since setuptools leaves files of its own."""
-    for name in ("configs", "splash_workbench"):
-        shutil.copytree(REPO_ROOT / name, tmp_path / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO_ROOT / name, tmp_path)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
-    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
-        names = {name.removeprefix("splash_workbench/") for name in wheel.namelist()}
-    assert {path.relative_to(REPO_ROOT).as_posix() for path in (REPO_ROOT / "configs").rglob("*.yaml")} <= names
-    assert Path(cli.__file__).parent / "configs" == CONFIG_DIR
