@@ -111,6 +111,7 @@ class Schema:
 
     results_dir: str = ""
     top: int | None = None
+    shape: str | None = None
     workload: Any = None
     device: Any = None
     backend: Any = None
