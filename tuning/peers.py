@@ -23,6 +23,7 @@ from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.kernels import KERNELS
 from tuning.backends.offline import OFFLINE
 from tuning.search.schemas import DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
@@ -67,19 +68,15 @@ class Entrant:
 
 
 def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
-    """Ours and the installed peers, and a line about each that is missing or must be known.
+    """Return ours and the installed peers, and a line for the user about each that is missing or changed.
 
     Raises:
       ValueError: a kernel is unknown or its block sizes are invalid.
     """
-    from tuning.backends.kernels import KERNELS
-
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()
-    found = [Entrant("splash_attn", choice.block_sizes, options)]
-    seed = Entrant("splash_attn", tuned.clamp(SEED_BLOCK_SIZES, workload.shape), options)
-    if seed not in found:
-        found.append(seed)
+    ours = (choice.block_sizes, tuned.clamp(SEED_BLOCK_SIZES, workload.shape))
+    found = [Entrant("splash_attn", block_sizes, options) for block_sizes in dict.fromkeys(ours)]
     quantized = tuned.choose(device_kind, workload.shape, workload.dtype, qk_dtype="int8")
     if quantized.entry is not None:
         found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
@@ -141,35 +138,24 @@ def main(settings: PeersSchema) -> int:
 
 
 def _evaluate(
-    entered: list[Entrant],
-    evaluator: Evaluator,
-    on_record: dict[tuple[str, str], Trial],
-    path: Path,
-    workers: int,
+    entered: list[Entrant], evaluator: Evaluator, on_record: dict[tuple[str, str], Trial], path: Path, workers: int
 ) -> list[Trial]:
-    """One trial for each entrant: those on record, and the others made and recorded now."""
-    trials: list[Trial] = []
+    """Return one trial for each entrant: those on record, and the others made and recorded now."""
+
+    def trial_of(entrant: Entrant) -> Trial:
+        reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
+        if reused is not None:
+            return reused
+        trial = evaluator.evaluate(entrant.block_sizes, entrant.options, entrant.kernel)
+        jsonl.append(path, trial)
+        return trial
+
     pool = concurrent.futures.ThreadPoolExecutor(workers)
-    bar = tqdm(total=len(entered), unit="kernel", leave=False)
-    futures = []
     try:
-        for entrant in entered:
-            reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
-            if reused is not None:
-                trials.append(reused)
-                bar.update()
-            else:
-                futures.append(pool.submit(evaluator.evaluate, entrant.block_sizes, entrant.options, entrant.kernel))
-        for future in concurrent.futures.as_completed(futures):
-            trial = future.result()
-            jsonl.append(path, trial)
-            trials.append(trial)
-            bar.update()
+        return list(tqdm(pool.map(trial_of, entered), total=len(entered), unit="kernel", leave=False))
     finally:
         evaluator.runner.cancel()
         pool.shutdown(cancel_futures=True)
-        bar.close()
-    return trials
 
 
 if __name__ == "__main__":

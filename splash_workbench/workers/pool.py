@@ -1,4 +1,4 @@
-"""Jobs in worker processes that stay warm from one job to the next, and that a bad job takes with it."""
+"""Run jobs in worker processes that stay warm from one job to the next. A bad job ends its worker, and no other."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,9 @@ from typing import Any
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.status import Status
 
-#: For many jobs of one kind: as many as share the start of a process, imports included.
+#: Folder of a worker -> environment variables to add to this process's own.
+Variables = Callable[[Path], Mapping[str, str]]
+#: Jobs that share the start of a process, imports included, where there are many of one kind.
 JOBS_PER_WORKER = 100
 
 _LOG_TAIL_CHARACTERS = 4000
@@ -42,7 +44,7 @@ class CancelledError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a job left: its result (empty if it ended without one), how it ended, and the end of what it printed."""
+    """How a job ended, its result (empty if there is none), and the end of what it printed."""
 
     status: Status
     result: dict[str, Any]
@@ -53,7 +55,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the jobs of a runner took.
+    """The resources that the jobs of a runner took.
 
     Attributes:
       job_count, worker_count: jobs run, and processes started for them.
@@ -69,11 +71,10 @@ class Usage:
 
 
 class Runner:
-    """Runs jobs in worker processes, from any number of threads, until cancelled.
+    """A pool of worker processes that any number of threads give jobs, until it is cancelled.
 
-    A worker that crashes, is killed for its time limit, or raises what its job did not foresee, is replaced: it costs
-    the one job. So is one that has grown past 2.5 GiB. A worker has the environment that it was started with, and
-    serves only jobs that ask for the same.
+    A worker that crashes, is killed for its time limit, raises what its job did not foresee, or has grown past 2.5 GiB
+    is replaced. It serves only jobs that ask for the environment that it was started with.
 
     Args:
       work_dir: scratch folder; each worker has its own folder in it, gone with the worker.
@@ -96,15 +97,15 @@ class Runner:
         payload: Mapping[str, Any],
         *,
         timeout_s: float,
-        variables: Callable[[Path], Mapping[str, str]] = lambda worker_dir: {},
+        variables: Variables = lambda worker_dir: {},
     ) -> Outcome:
-        """Runs "package.module:function" on the payload.
+        """Run "package.module:function" on the payload, again in a fresh process if it crashes in a used one.
 
         Args:
           target: the job.
           payload: its argument, JSON.
           timeout_s: its whole process group is killed after this.
-          variables: folder of the worker -> environment variables to add to this process's own.
+          variables: of the worker.
 
         Raises:
           CancelledError: `cancel` was called.
@@ -118,7 +119,7 @@ class Runner:
         return outcome
 
     def cancel(self) -> None:
-        """Ends all workers; every `run`, present and future, raises CancelledError."""
+        """End all workers; every `run`, present and future, raises CancelledError."""
         with self._lock:
             self._cancelled = True
             for worker in self._running:
@@ -128,20 +129,14 @@ class Runner:
             worker.end()
 
     def usage(self) -> Usage:
-        """What the jobs took up to now."""
+        """Return what the jobs took up to now."""
         with self._lock:
             return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
 
     def _run_once(
-        self,
-        target: str,
-        payload: Mapping[str, Any],
-        timeout_s: float,
-        variables: Callable[[Path], Mapping[str, str]],
-        *,
-        fresh: bool,
+        self, target: str, payload: Mapping[str, Any], timeout_s: float, variables: Variables, *, fresh: bool
     ) -> tuple[Outcome, bool]:
-        """The outcome of a job, and whether its worker had run none before."""
+        """Return the outcome of a job, and whether its worker had run none before."""
         worker = self._take(variables, fresh=fresh)
         reusable = False
         try:
@@ -152,8 +147,8 @@ class Runner:
             raise CancelledError
         return outcome, worker.job_count == 1
 
-    def _take(self, variables: Callable[[Path], Mapping[str, str]], *, fresh: bool) -> "_Worker":
-        """An idle worker with the environment that the job wants, or a new one in place of an idle one."""
+    def _take(self, variables: Variables, *, fresh: bool) -> "_Worker":
+        """Return an idle worker with the environment that the job wants, or a new one in place of an idle one."""
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         common = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)}
         kind = frozenset((common | dict(variables(Path("worker")))).items())
@@ -223,7 +218,7 @@ class _Worker:
     def run(
         self, target: str, payload: Mapping[str, Any], timeout_s: float, sample: Callable[[], None]
     ) -> tuple[Outcome, bool]:
-        """The outcome of a job, and whether the worker can take another one."""
+        """Return the outcome of a job, and whether the worker can take another one."""
         self.job_count += 1
         os.truncate(self._log_path, 0)  # it is open for appending: what comes next stands at the start
         start = time.monotonic()
@@ -242,8 +237,8 @@ class _Worker:
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_REAP_S)
-            words = _last_words(self._log_path.read_text(errors="replace"))
-            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + words
+            log = self._log_path.read_text(errors="replace")
+            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + _last_words(log)
         sample()
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:
@@ -258,7 +253,7 @@ class _Worker:
         return outcome, reusable
 
     def rss_bytes(self) -> int:
-        """Resident memory of the process; 0 if it is dead, or the system does not say."""
+        """Return the resident memory of the process; 0 if it is dead, or the system does not say."""
         try:
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         except (FileNotFoundError, ProcessLookupError):
@@ -266,13 +261,13 @@ class _Worker:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def kill(self) -> None:
-        """Kills the process group: what the job has started ends too."""
+        """Kill the process group: what the job has started ends too."""
         if self._process.returncode is None:  # not waited for yet: its process id is still its own
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kills the process group and removes the folder."""
+        """Kill the process group and remove the folder."""
         self.kill()
         self._process.wait(_REAP_S)
         self._connection.close()
@@ -305,7 +300,7 @@ def _last_words(log: str) -> str:
 
 
 def _scrub(text: str, directory: Path) -> str:
-    """Results are shared: they name no path of this machine."""
+    """Return a text without the paths of this machine: results are shared."""
     for path, name in ((directory, "JOB"), (Path(sys.prefix), "PREFIX"), (REPO_ROOT, "REPO"), (Path.home(), "HOME")):
         text = text.replace(str(path), name)
     return text

@@ -1,4 +1,4 @@
-"""How many workers a machine has room for."""
+"""Say how many workers a machine has room for."""
 
 import contextlib
 import os

@@ -42,8 +42,6 @@ OFFLINE = Backend(
 
 def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Compile for the device that is not here, read the schedule, then check the numerics in interpret mode."""
-    import offline_tpu
-
     request = Request.from_payload(payload)
     kernel = kernels.KERNELS[request.kernel]
     assumed = kernel.assume(request.shape, request.options)
@@ -52,14 +50,8 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
     require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     try:
-        prediction = offline_tpu.predict(
-            request.timed("pallas_tpu"),
-            *request.abstract_args(),
-            device=device,
-            grid_sizes=assumed.grid_sizes,
-        )
-    except offline_tpu.UnknownDumpFormatError:
-        raise  # not the candidate's fault
+        timed = request.timed("pallas_tpu")
+        prediction = offline_tpu.predict(timed, *request.abstract_args(), device=device, grid_sizes=assumed.grid_sizes)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         if any(frame.f_globals["__name__"] == dump.__name__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # a dump that a full disk tore
@@ -69,10 +61,9 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         return checked
     kernel_ops = prediction.matching(kernel.op_name)
     assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
-    unresolved_count = sum(len(op.unresolved) for op in kernel_ops)
-    unresolved = (
-        [f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`"] if unresolved_count else []
-    )
+    notes = [*kernel.notes, *assumed.notes]
+    if unresolved_count := sum(len(op.unresolved) for op in kernel_ops):
+        notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return checked | {
         "label": "predicted",
         "time_samples_ms": [prediction.time_s * 1e3],
@@ -84,5 +75,5 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "compile_time_s": prediction.compile_time_s,
         "ops": prediction.to_dict()["ops"],
-        "notes": [*kernel.notes, *assumed.notes, *unresolved],
+        "notes": notes,
     }
