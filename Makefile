@@ -55,6 +55,7 @@ report: $(VENV)/.installed  ## what is on record as one page: results/report/ind
 	$(BIN)/python -m tuning.report
 
 docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/python docs/make_commands.py
 	$(BIN)/mkdocs build --strict
 
 pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records

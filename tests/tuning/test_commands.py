@@ -101,7 +101,8 @@ def test_another_libtpu_is_one_refusal(
     code, out, err = run(command)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert (
-        f"{(version and 'libtpu 0.0.99') or 'no libtpu'} is installed, and predictions need libtpu {libtpu.SUPPORTED_LIBTPU}"
+    there = f"libtpu {version}" if version else "no libtpu"
+    assert f"{there} is installed, and predictions need libtpu {libtpu.SUPPORTED_LIBTPU}" in err
         in err
     )
 
