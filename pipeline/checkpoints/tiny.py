@@ -32,7 +32,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 @dataclasses.dataclass(frozen=True)
 class TinySpec:
-    """Sizes of the tiny checkpoint. What makes it CogVideoX 1.5 (patches, rotary, scheduler) is fixed, not here."""
+    """Sizes of the tiny checkpoint. Patches, rotary embedding and scheduler are always those of CogVideoX 1.5."""
 
     num_layers: int = 2
     num_attention_heads: int = 4
@@ -47,7 +47,7 @@ class TinySpec:
 
     @property
     def name(self) -> str:
-        """A folder name that differs wherever the content does."""
+        """Return a folder name that differs wherever the content does."""
         described = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
         return f"tiny-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
