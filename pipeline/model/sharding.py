@@ -78,7 +78,7 @@ class ParallelPlan:
 
     @property
     def uses_stock_block(self) -> bool:
-        """Return whether blocks are diffusers' own on whole arrays, split by XLA's partitioner, not ours in shard_map."""
+        """Return whether blocks are diffusers' own on whole arrays, split by XLA's partitioner; else ours."""
         return self.plan == "seed_tp"
 
     @property
