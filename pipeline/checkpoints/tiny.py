@@ -65,7 +65,11 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
     cache_dir.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=cache_dir))
     try:
-        _write(building, spec)
+        with torch.random.fork_rng(devices=[]):
+            modules = build_modules(spec)
+        for offset, part in enumerate(("text_encoder", "transformer", "vae")):
+            _randomize(modules[part], spec.seed + offset)
+        write_checkpoint(building, modules)
         building.chmod(0o755)
         try:
             os.rename(building, folder)
@@ -75,14 +79,6 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def _write(folder: Path, spec: TinySpec) -> None:
-    with torch.random.fork_rng(devices=[]):
-        modules = build_modules(spec)
-    for offset, part in enumerate(("text_encoder", "transformer", "vae")):
-        _randomize(modules[part], spec.seed + offset)
-    write_checkpoint(folder, modules)
 
 
 def build_modules(spec: TinySpec) -> dict[str, Any]:
