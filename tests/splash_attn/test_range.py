@@ -17,7 +17,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "fixed_bound": {"interpret": True, "variant": Variant(block_q_compute=128, lookahead=1)},
     "int8": {"interpret": True, "variant": Variant(qk_dtype="int8", block_q_compute=128, lookahead=1)},
 }
-ALL_WAYS = pytest.mark.parametrize("way", WAYS)
 #: Of max|v|: probabilities and outputs rounded to bfloat16, as in test_kernel; int8 has its budget.
 TOLERANCE = {"xla": 2**-8, "online": 2**-6, "fixed_bound": 2**-6, "int8": 0.1}
 
@@ -72,18 +71,19 @@ def errors(q: jax.Array, k: jax.Array, v: jax.Array, way: str, scale: float) -> 
     return np.abs(actual - exact(q, k, v, scale)).max(axis=(0, 2, 3)) / np.where(largest > 0, largest, 1)
 
 
-@ALL_WAYS
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_finite_input_has_a_finite_and_right_result(dtype: str, way: str) -> None:
     info = jnp.finfo(dtype)
     smallest = {"float16": float(info.smallest_subnormal)}.get(dtype, float(info.smallest_normal))
     cases = heads(float(info.max), smallest)
-    q, k, v = (jnp.asarray(np.stack(x)[None], dtype) for x in zip(*cases.values(), strict=True))
+    bound = float(info.max)
+    q, k, v = (jnp.asarray(np.clip(np.stack(x)[None], -bound, bound), dtype) for x in zip(*cases.values(), strict=True))
     found = dict(zip(cases, errors(q, k, v, way, HEAD_DIM**-0.5), strict=True))
     assert {name: error for name, error in found.items() if error > TOLERANCE[way]} == {}
 
 
-@ALL_WAYS
+@pytest.mark.parametrize("way", ["xla", "online", "fixed_bound"])
 @pytest.mark.parametrize(
     ("scale", "size"),
     [(1e30, 1e-15), (1e-30, 1e15), (1e300, 1.0), (-3e38, 1.0), (0.0, 1.0), (1e-300, 1.0), (2e-8, 1e3)],

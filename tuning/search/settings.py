@@ -1,4 +1,4 @@
-"""The configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
+"""Define the configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
-from splash_workbench.workers.pool import check_timeout_s, worker_count
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.backends.timing import MeasureSettings
@@ -105,7 +105,7 @@ class SweepSettings:
 
 
 def settings_from(config: SweepSchema) -> SweepSettings:
-    """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
+    """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
     space = dataclasses.asdict(config.space)
     choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
@@ -129,17 +129,13 @@ def settings_from(config: SweepSchema) -> SweepSettings:
             max_block_scores=space["max_block_scores"],
         ).fitted_to(workload.shape),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
-        timeout_s=config.timeout_s,
-        vmem_pruning=config.vmem_pruning,
         results_dir=Path(config.results_dir),
-        cache=config.cache,
-        promote=config.promote,
-        progress=config.progress,
+        **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},
     )
 
 
 def _flat(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
+    """Return `{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
     if not isinstance(parameters, dict) or not isinstance(variant := parameters.get("variant", {}), dict):
         raise ValueError(f"space.first={parameters!r}: expected a mapping, as {{block_q: 1024, variant: {{...}}}}.")
     rest = {name: value for name, value in parameters.items() if name != "variant"}
