@@ -43,38 +43,33 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
     """
     pipeline = checkpoint.pipeline_class()
     if pipeline is not None and not str(pipeline).startswith("CogVideoX"):
-        raise _unsupported(checkpoint, f"a {pipeline}")
+        raise checkpoint.error(f"this is a {pipeline}; {_SUPPORTED}")
     transformer = checkpoint.config("transformer")
     if transformer.get("_class_name") != _CLASSES["transformer"]:
-        raise _unsupported(checkpoint, f"for {transformer.get('_class_name')!r}, not {_CLASSES['transformer']!r}")
+        raise checkpoint.error(f"transformer/config.json is for {transformer.get('_class_name')!r}; {_SUPPORTED}")
     if kind := _other_kind(transformer):
-        raise _unsupported(checkpoint, f"a {kind} checkpoint")
+        raise checkpoint.error(f"this is a {kind}; {_SUPPORTED}")
     configs = {part: checkpoint.config(part) for part in COGVIDEOX_1_5_5B}
     try:
         _check_parts(configs)
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint={checkpoint.name!r}: {error}") from error
+        raise checkpoint.error(str(error)) from error
     return configs
-
-
-def _unsupported(checkpoint: Checkpoint, what: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint={checkpoint.name!r}: this is {what}; {_SUPPORTED}")
 
 
 def _other_kind(transformer: Mapping[str, Any]) -> str | None:
     """Name the CogVideoX of a transformer/config.json, None for 1.5 text to video."""
     if not transformer["use_rotary_positional_embeddings"]:
-        return "CogVideoX-2b (CogVideoX 1.0; positions are added to patches, not rotary)"
+        return "CogVideoX-2b checkpoint (CogVideoX 1.0, positions added, not rotary)"
     from_image = (
         transformer["in_channels"] != transformer["out_channels"]
         or transformer["ofs_embed_dim"] is not None
         or transformer["use_learned_positional_embeddings"]
     )
-    version = "CogVideoX-5b" if transformer["patch_size_t"] is None else "CogVideoX1.5-5B"
-    detail = "CogVideoX 1.0: no patch_size_t" if transformer["patch_size_t"] is None else ""
-    if from_image:
-        detail = ", ".join(filter(None, (detail, f"image to video, in_channels={transformer['in_channels']}")))
-    return f"{version}{'-I2V' if from_image else ''} ({detail})" if detail else None
+    kind = "-I2V checkpoint (image to video" if from_image else " checkpoint (text to video"
+    if transformer["patch_size_t"] is None:
+        return f"CogVideoX-5b{kind}, CogVideoX 1.0: no patch_size_t)"
+    return f"CogVideoX1.5-5B{kind}, in_channels={transformer['in_channels']})" if from_image else None
 
 
 def _check_parts(configs: Configs) -> None:

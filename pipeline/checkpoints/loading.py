@@ -62,20 +62,11 @@ class Checkpoint:
     def part(self, part: str) -> Path:
         """Return the folder of one part, downloaded first if it is on the Hub. Raises CheckpointError without it."""
         assert part in _PARTS, part
-        if self.folder is None:
-            assert self.repo_id is not None
-            patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
-            folder = _snapshot(self.repo_id, self.commit, patterns) / part
-        else:
-            folder = self.folder / part
+        folder = self._root(f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt") / part
         if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
-            )
+            raise self.error(f"no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})")
         if part == "tokenizer" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}"
-            )
+            raise self.error(f"tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         return folder
 
     def weight_files(self, part: str) -> list[Path]:
@@ -97,24 +88,26 @@ class Checkpoint:
         return self._read_json("model_index.json").get("_class_name")
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        if self.folder is None:
-            assert self.repo_id is not None
-            folder = _snapshot(self.repo_id, self.commit, [name])
-        else:
-            folder = self.folder
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = json.loads((self._root(name) / name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: cannot read {name} ({error.strerror}); expected diffusers' layout"
-            ) from error
+            raise self.error(f"cannot read {name} ({error.strerror}); expected diffusers' layout") from error
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: {name} is not JSON ({error})") from error
+            raise self.error(f"{name} is not JSON ({error})") from error
         if not isinstance(content, dict):
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: {name} holds {type(content).__name__}, expected an object"
-            )
+            raise self.error(f"{name} holds {type(content).__name__}, expected an object")
         return content
+
+    def error(self, problem: str) -> CheckpointError:
+        """Return an error about this checkpoint, to be raised."""
+        return CheckpointError(f"checkpoint={self.name!r}: {problem}")
+
+    def _root(self, *patterns: str) -> Path:
+        """Return the checkpoint's folder; of one on the Hub, with the files of these patterns downloaded first."""
+        if self.folder is not None:
+            return self.folder
+        assert self.repo_id is not None
+        return _snapshot(self.repo_id, self.commit, list(patterns))
 
     def identities(self, *stages: Stage) -> dict[Stage, str]:
         """Return the `identity` of the weights of each stage. Raises CheckpointError."""
@@ -131,7 +124,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for part in parts:
             weights = self.weight_files(part) if part in STEMS else []
-            others = [path for path in self.part(part).iterdir() if path.suffix in {".json", ".model", ".txt"}]
+            others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
             for path in sorted([*weights, *others]):
                 digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
                 _digest_file(path, digest)
@@ -189,11 +182,15 @@ def with_defaults(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _defaults(part: str) -> dict[str, Any]:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-
-    cls = {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}.get(part)
+    cls = _diffusers_classes().get(part)
     parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
     return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _diffusers_classes() -> dict[str, Any]:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    return {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -221,30 +218,23 @@ class LoadedModule:
     module: torch.nn.Module
     weights: dict[str, Any]
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(value.nbytes for value in self.weights.values())
-
 
 def import_libraries() -> None:
     """Import diffusers' and transformers' models, some seconds the first time, so that no stage's timing holds that."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: F401
     from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
 
+    _diffusers_classes()
 
-def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+
+def build_module(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Build the stock module of a part from its configuration alone, on the meta device, in eval mode."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
         if part == "text_encoder":
             module = T5EncoderModel(T5Config(**config))
-        elif part == "transformer":
-            module = CogVideoXTransformer3DModel.from_config(config)
         else:
-            assert part == "vae", part
-            module = AutoencoderKLCogVideoX.from_config(config)
+            module = _diffusers_classes()[part].from_config(dict(config))
     # torch's own `to`: diffusers' warns of modules to keep in float32, of which these have none.
     return torch.nn.Module.to(module, dtype).eval()
 

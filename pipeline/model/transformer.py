@@ -12,6 +12,7 @@ float32 it differs in the order of sums only.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -35,23 +36,8 @@ _EXPECTED = {
     "timestep_activation_fn": "silu",
     "norm_elementwise_affine": True,
 }
-_SIZES = (
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "patch_size",
-    "patch_size_t",
-    "time_embed_dim",
-    "text_embed_dim",
-    "max_text_seq_length",
-    "sample_height",
-    "sample_width",
-)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+#: Names of sizes in transformer/config.json.
+_SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels|length)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +60,11 @@ class TransformerShape:
         wrong = [
             (name, f"{value!r} as in CogVideoX 1.5") for name, value in _EXPECTED.items() if config.get(name) != value
         ]
-        wrong += [(name, "a whole number above 0") for name in _SIZES if not _is_size(config.get(name))]
+        wrong += [
+            (name, "a whole number above 0")
+            for name, value in config.items()
+            if _SIZE.fullmatch(name) and (type(value) is not int or value < 1)
+        ]
         if not wrong and config["attention_head_dim"] % 16:
             wrong = [("attention_head_dim", "a multiple of 16, whose rotary pairs divide over time, height and width")]
         if wrong:

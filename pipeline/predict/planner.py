@@ -116,11 +116,14 @@ def chip_count(topology: str) -> int:
     """Return how many chips a topology has. Raises RequestError where there is none of this name."""
     try:
         _, name = parse_topology(topology)
-        return math.prod(int(length) for length in name.partition(":")[2].split("x"))
+        lengths = [int(length) for length in name.partition(":")[2].split("x")]
+        if min(lengths) < 1:
+            raise ValueError(f"{name}: an empty shape")
+        return math.prod(lengths)
     except ValueError as error:
         reason = UNSUPPORTED.get(topology.replace(":", "-").partition("-")[0])
         raise RequestError(
             f"topology={topology!r}: {f'not supported: {reason}; ' if reason else ''}expected a chip "
-            f"({', '.join(DEVICES)}) and a shape, e.g. v6e:2x4 or v7x:2x2x1; of v5e and v6e a number will do: v6e-8; "
-            f"{', '.join(map(str, SLICE_SHAPES))}"
+            f"({', '.join(DEVICES)}) and a shape, e.g. v6e:2x4 or v7x:2x2x1; of v5e and v6e a number will do, "
+            f"e.g. v6e-8: {', '.join(map(str, SLICE_SHAPES))}"
         ) from error

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pipeline.checkpoints.loading import Checkpoint
+from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_options import RunOptions
@@ -31,6 +32,7 @@ from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
+from splash_attn.types import AttentionShape
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
@@ -242,3 +244,4 @@ def _check_attention_device(request: GenerateRequest) -> None:
             f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
             "leave it out, or take xla or pallas_interpret"
         )
+    resolve_attention(request.attention, AttentionShape(1, 1, 128, 128, 64), request.dtype)  # for any shape the same

@@ -103,6 +103,7 @@ def test_bad_attention_options(argument, message):
         to_request(_compose("prompt=x", argument))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -104,9 +104,8 @@ def todays() -> Callable[..., Trial]:
     def make(winner: Trial, directory: Path | None = None, **changes: Any) -> Trial:
         choice = todays_choice(winner, directory)
         assert choice is not None
-        return dataclasses.replace(
-            winner, block_sizes=choice.block_sizes, variant=choice.variant.to_dict(), record_id="today", **changes
-        )
+        todays = {"block_sizes": choice.block_sizes, "variant": choice.variant.to_dict(), "record_id": "today"}
+        return dataclasses.replace(winner, **todays, conclusive=None, **changes)
 
     return make
 

@@ -12,9 +12,6 @@ from splash_workbench.files import atomic_path
 from splash_workbench.status import Status
 from tuning.trials.records import Trial, config_key
 
-#: How what runs today may end and be beaten by anything that runs; after the others its time is not known.
-_CONCLUSIVE = (Status.WRONG, Status.OUT_OF_MEMORY, Status.COMPILE_ERROR)
-
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:
     """Return the tuned entry that a trial makes.
@@ -112,7 +109,7 @@ def _compare(winner: Trial, new: tuned.TunedEntry, trials: Sequence[Trial], dire
     if not of_choice:
         return False, f"no time is known of {today}"
     rival = of_choice[-1]
-    if rival.status in _CONCLUSIVE:
+    if rival.status is not Status.OK and rival.conclusive:
         return True, f"{today} is {rival.status}"
     if rival.time_ms is None or winner.time_ms is None:
         return False, f"no time is known of {today}: {rival.status}"

@@ -11,10 +11,11 @@ from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs.batch import prepare
 from pipeline.runs.single import generate
+from splash_attn.types import Variant
 
 CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}
 
@@ -78,6 +79,18 @@ def test_a_size_beyond_the_published_rotary_table(tmp_path, no_weights):
     check_request(GenerateRequest("a", height=16, width=2400), read_configs(resolve_checkpoint("tiny")))
 
 
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (AttentionOptions(qk_dtype="int8"), "attention: qk_dtype='int8' is the kernel's"),
+        (AttentionOptions(qk_dtype="int8", variant=Variant(qk_dtype="bfloat16")), "attention: .*contradicts"),
+    ],
+)
+def test_attention_that_cannot_run(request_of, tmp_path, no_weights, attention, message):
+    with pytest.raises(RequestError, match=message):
+        generate(request_of(attention=attention), run_dir=tmp_path / "run")
+
+
 def test_no_tokenizer(folder, request_of, tmp_path, no_weights):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no tokenizer; expected tokenizer.json or spiece.model"):
@@ -95,15 +108,21 @@ def test_what_a_configuration_leaves_out_is_diffusers_default(folder):
 
 V1 = {"patch_size_t": None, "patch_bias": True}
 OTHER_KINDS = [
-    ({"transformer": {**V1, "use_rotary_positional_embeddings": False}}, "this is a CogVideoX-2b .*not rotary"),
-    ({"transformer": V1}, r"this is a CogVideoX-5b \(CogVideoX 1.0: no patch_size_t\)"),
+    (
+        {"transformer": {**V1, "use_rotary_positional_embeddings": False}},
+        "a CogVideoX-2b checkpoint .*not rotary",
+    ),
+    ({"transformer": V1}, r"this is a CogVideoX-5b checkpoint .*CogVideoX 1\.0: no patch_size_t"),
     (
         {"transformer": {**V1, "in_channels": 32, "use_learned_positional_embeddings": True}},
-        "this is a CogVideoX-5b-I2V .*image to video",
+        "this is a CogVideoX-5b-I2V checkpoint .*image to video",
     ),
     ({"transformer": {"in_channels": 32, "ofs_embed_dim": 512}}, "this is a CogVideoX1.5-5B-I2V .*image to video"),
     ({"transformer": {"in_channels": 33}}, "image to video, in_channels=33"),
-    ({"transformer": {"_class_name": "WanTransformer3DModel"}}, "for 'WanTransformer3DModel'"),
+    (
+        {"transformer": {"_class_name": "WanTransformer3DModel"}},
+        "is for .WanTransformer3DModel.",
+    ),
     ({"index": {"_class_name": "WanPipeline"}, "transformer": {"_class_name": "Wan"}}, "this is a WanPipeline"),
     ({"index": {"_class_name": "StableDiffusionPipeline"}}, "this is a StableDiffusionPipeline"),
 ]

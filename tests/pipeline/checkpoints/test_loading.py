@@ -44,7 +44,6 @@ def test_weights_take_the_dtype_asked_for(checkpoint):
     loaded = load_module(checkpoint, "vae", torch.bfloat16, keep=lambda name: name.startswith("decoder."))
     assert {str(value.dtype) for value in loaded.weights.values()} == {"bfloat16"}
     assert all(name.startswith("decoder.") for name in loaded.weights)
-    assert loaded.weight_bytes == 2 * sum(value.size for value in loaded.weights.values())
 
 
 def test_an_alias_of_a_tied_weight_is_the_same_weight(folder):

@@ -27,6 +27,8 @@ from pipeline.stages.progress import StageTimings
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding
 
+pytestmark = pytest.mark.compile
+
 TEXT_SEQ_LEN = 19  # of the session's checkpoint
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -131,7 +133,6 @@ def _latents(rng, num_frames):
     return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
 def test_frames(num_latent_frames, decoder, stock, rng):
     latents = _latents(rng, num_latent_frames)
@@ -142,7 +143,6 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
-@pytest.mark.compile
 def test_eight_bit_frames_are_rounded(decoder, rng):
     latents = _latents(rng, 1)
     actual, expected = decoder.decode(latents), decoder.decode(latents, quantize=False)
@@ -158,7 +158,6 @@ def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
     np.testing.assert_allclose(decoder.decode(latents, quantize=False), expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
-@pytest.mark.compile
 def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
     request = request_of(dtype="bfloat16")
     low = TextEncoder.load(checkpoint, torch.bfloat16)
@@ -229,7 +228,6 @@ print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.
 """
 
 
-@pytest.mark.compile
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]

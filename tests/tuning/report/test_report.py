@@ -21,7 +21,7 @@ from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
 Run = Callable[..., tuple[int, str, str]]
-KERNEL_OP = {"name": "splash_attention.1", "category": "kernel", "calls": 1, "hbm_bytes": 10**6, "time_s": 0.01}
+KERNEL_OP = {"name": "splash_attention.1", "category": "kernel", "calls": 1, "hbm_bytes": 10**6, "time_s": 0.001}
 
 
 @pytest.fixture
