@@ -88,7 +88,9 @@ def command(
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
         errors = [
-            UserError(keys.explain(outcome)) if isinstance(outcome, HydraException | OmegaConfBaseException) else outcome
+            UserError(keys.explain(outcome))
+            if isinstance(outcome, HydraException | OmegaConfBaseException)
+            else outcome
             for outcome in outcomes  # more than one with --multirun
             if isinstance(outcome, Exception)
         ]
