@@ -12,6 +12,7 @@ PYTEST := $(BIN)/python -m pytest -q
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
+demo: export COGVIDEOX_SPLASH_TUNED = demo/tuned
 demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
 	$(BIN)/python -m tuning.sweep search.max_trials=5 results_dir=demo/results
 	$(BIN)/python -m tuning.choose

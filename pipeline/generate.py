@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from pipeline.requests.config import GenerateConfig, request_field
+from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
-from splash_workbench.cli import command
+from splash_workbench.cli import command, require_files_writable
+from splash_workbench.files import require_writable
 from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.requests.run_options import RunOptions
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
+_multirun_dirs: set[Path] = set()
 
 
 def default_model() -> str:
@@ -74,11 +78,15 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     _check_combination(settings)
     stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
+    require_files_writable(results_path=results_path)
     if settings.prompts is not None:
         return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
     request = to_request(settings)
     output_dir = Path(settings.output_dir).expanduser()
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    _check_apart(run_dir)
+    if settings.profile:
+        require_writable(f"logdir={settings.logdir}", Path(settings.logdir).expanduser())
     _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
@@ -153,13 +161,11 @@ def _use_compilation_cache(settings: GenerateConfig) -> None:
 
 
 def _check_combination(settings: GenerateConfig) -> None:
-    from pipeline.requests.errors import RequestError
-
     if settings.prompts is not None:
         if not settings.prompts.strip():
             raise RequestError("prompts='': expected a file of JSON lines")
         for name in ("prompt", "run_dir"):
-            if value := getattr(settings, name):
+            if (value := getattr(settings, name)) is not None:
                 instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"
                 raise RequestError(
                     f"prompts={settings.prompts!r} and {name}={value!r}: expected one of them; {instead}"
@@ -169,6 +175,21 @@ def _check_combination(settings: GenerateConfig) -> None:
                 raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")
     if settings.run_dir is not None and settings.name is not None:
         raise RequestError(f"run_dir={settings.run_dir!r} and name={settings.name!r}: expected one of them")
+
+
+def _check_apart(run_dir: Path) -> None:
+    """Raise RequestError where an earlier run of the same --multirun went to this folder."""
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
+        return
+    if hydra.job.num == 0:
+        _multirun_dirs.clear()
+    if run_dir in _multirun_dirs:
+        raise RequestError(
+            f"run_dir={str(run_dir)!r}: an earlier one of these runs went there; leave run_dir out, or give a name "
+            "with what differs, e.g. name={seed}"
+        )
+    _multirun_dirs.add(run_dir)
 
 
 def _what_runs(checkpoint: str) -> str:

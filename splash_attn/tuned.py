@@ -1,26 +1,32 @@
-"""Which block sizes and variant to run: the tuned entry nearest to a shape, or the stated default.
+"""Choose block sizes and variant for a shape: the tuned entry nearest to it, or the stated default.
 
-Plain Python over one JSON file per device kind, `tuned/<device_kind>.json` (`TPU v6 lite` -> `tpu_v6_lite.json`):
+Plain Python over one JSON file per device kind, `tpu_v6_lite.json` for `TPU v6 lite`:
 
     {"schema_version": 1, "device_kind": "TPU v6 lite",
      "entries": [{"shape": {...}, "dtype": "bfloat16", "block_sizes": {...}, "variant": {...}, "provenance": {...}}]}
 
 An entry is keyed by shape, dtype, softmax, qk_dtype and the label of its time (predicted and measured stand side by
-side).
+side). The entries of `tuned/` are shipped; the user's own are in `user_dir()`.
 """
 
 import dataclasses
 import functools
 import math
+import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 
 from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant
 
+#: The shipped entries.
 TUNED_DIR = Path(__file__).parent / "tuned"
+#: Names the folder of the user's entries.
+USER_VARIABLE = "COGVIDEOX_SPLASH_TUNED"
+#: An entry serves sequences up to so many times as long as its own.
+_MAX_STRETCH = 8
 
 #: How a time can have been got, the most trusted first.
 LABELS = ("measured", "predicted", "reported")
@@ -67,7 +73,18 @@ class TunedEntry:
     variant: Variant
     provenance: Provenance
 
+    @property
+    def source(self) -> tuple[str, dict[str, str]]:
+        """Kernel source, compiler and cost model; only times of the same source can be compared."""
+        return self.provenance.kernel_hash, self.provenance.versions
+
+    def rivals(self, other: Self) -> bool:
+        """Return whether the entries are for the same call, with times that cannot be compared."""
+        calls = [(one.shape, one.dtype, one.variant.qk_dtype, one.provenance.label) for one in (self, other)]
+        return calls[0] == calls[1] and self.source != other.source
+
     def to_dict(self) -> dict[str, Any]:
+        """Return the entry as JSON has it."""
         return dataclasses.asdict(self)
 
 
@@ -90,27 +107,40 @@ class Choice:
     reason: str
 
 
+def user_dir() -> Path:
+    """Return $COGVIDEOX_SPLASH_TUNED, or cogvideox-splash/tuned in the user's configuration folder."""
+    if chosen := os.environ.get(USER_VARIABLE):
+        return Path(chosen).expanduser()
+    # Not Path.home(), which raises where there is none, as in some containers.
+    return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cogvideox-splash" / "tuned"
+
+
 def path_for(device_kind: str, directory: Path = TUNED_DIR) -> Path:
-    """`tuned/tpu_v6_lite.json` for "TPU v6 lite"."""
+    """Return e.g. `tuned/tpu_v6_lite.json` for "TPU v6 lite"."""
     return directory / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
 
 
-def load(device_kind: str, directory: Path = TUNED_DIR) -> tuple[TunedEntry, ...]:
-    """Every entry for a device kind, empty where there is no file. Cached until the file changes.
+def load(device_kind: str, directory: Path | None = None) -> tuple[TunedEntry, ...]:
+    """Return the entries of a folder for a device kind, empty where there is no file. Cached until the file changes.
+
+    Without a folder: the user's, then the shipped ones, each unless a later one is for the same call from another
+    kernel source or compiler.
 
     Raises:
-      ValueError: the file is not what this version reads.
+      ValueError: a file is not what this version reads.
     """
-    path = path_for(device_kind, directory)
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return ()
-    return _read(path, stat.st_mtime_ns, stat.st_size).entries
+    if directory is not None:
+        return _entries(path_for(device_kind, directory))
+    every = [entry for folder in (user_dir(), TUNED_DIR) for entry in _entries(path_for(device_kind, folder))]
+    return tuple(
+        entry
+        for entry in every
+        if not any(entry.rivals(other) and entry.provenance.created_at < other.provenance.created_at for other in every)
+    )
 
 
 def read_file(path: Path) -> TunedFile:
-    """Read one of the JSON files.
+    """Return the content of one of the JSON files.
 
     Raises:
       ValueError: it is not what this version reads; the message gives the path of the field.
@@ -118,7 +148,15 @@ def read_file(path: Path) -> TunedFile:
     try:
         return msgspec.json.decode(path.read_bytes(), type=TunedFile)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{path.name}: unreadable tuned entries ({error}).") from error
+        raise ValueError(f"{path}: unreadable tuned entries ({error}).") from error
+
+
+def _entries(path: Path) -> tuple[TunedEntry, ...]:
+    try:
+        stat = path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # the home of another user
+        return ()
+    return _read(path, stat.st_mtime_ns, stat.st_size).entries
 
 
 @functools.lru_cache(maxsize=32)
@@ -128,7 +166,7 @@ def _read(path: Path, mtime_ns: int, size: int) -> TunedFile:
 
 
 def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
-    """The same blocks, no longer than the sequences rounded up to what a block must be a multiple of."""
+    """Return the same blocks, no longer than the sequences rounded up to what a block must be a multiple of."""
     block_kv_compute = min(block_sizes.block_kv_compute, _round_up(shape.kv_seq_len, LANES))
     return BlockSizes(
         block_q=min(block_sizes.block_q, _round_up(shape.q_seq_len, LANES)),
@@ -141,12 +179,12 @@ def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
 
 
 def fit_block_q(block_q: int, q_seq_len: int) -> int:
-    """The shortest block_q with as many blocks: what the last one has past the sequence is computed for nothing."""
+    """Return the shortest block_q that needs no more blocks: rows past the sequence are computed for nothing."""
     return _round_up(-(-q_seq_len // -(-q_seq_len // block_q)), LANES)
 
 
 def fit(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
-    """`clamp`, and block_q as short as as many blocks need. The last block of keys costs only what it holds."""
+    """Return the blocks clamped, with block_q from `fit_block_q`. The last block of keys costs only what it holds."""
     clamped = clamp(block_sizes, shape)
     return dataclasses.replace(clamped, block_q=fit_block_q(clamped.block_q, shape.q_seq_len))
 
@@ -158,12 +196,14 @@ def choose(
     *,
     variant: Variant | None = None,
     qk_dtype: QkDtype = "bfloat16",
-    directory: Path = TUNED_DIR,
+    directory: Path | None = None,
 ) -> Choice:
-    """Block sizes and variant for a shape on a device.
+    """Return block sizes and variant for a shape on a device.
 
     Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked
-    for) count, so that int8 is never chosen unless asked for. Among them the least |log(q/q')| + |log(kv/kv')| wins;
+    for) count, so that int8 is never chosen unless asked for. Nor does an entry count whose own sequences are too short
+    to say anything about the shape's: an entry serves shorter sequences, and up to eight times longer ones if it had
+    room for the default's blocks. Among them the least |log(q/q')| + |log(kv/kv')| wins;
     then the same batch * heads; then measured before predicted before reported; then the least time per head. For
     another shape than the entry's its blocks are fitted to it. With no such entry the choice is SEED_BLOCK_SIZES,
     fitted, with the asked or the default variant, and `entry` is None.
@@ -174,7 +214,7 @@ def choose(
       dtype: name of q's dtype, e.g. "bfloat16".
       variant: what to run, whatever qk_dtype says; only its block sizes are chosen.
       qk_dtype: only consider variants with it.
-      directory: where the JSON files are.
+      directory: of the JSON files; None: the user's and the shipped ones.
     """
     entries = load(device_kind, directory)
     qk_dtype = qk_dtype if variant is None else variant.qk_dtype
@@ -183,6 +223,7 @@ def choose(
         for entry in entries
         if (entry.shape.head_dim, entry.dtype, entry.variant.qk_dtype) == (shape.head_dim, dtype, qk_dtype)
         and (variant is None or entry.variant.softmax == variant.softmax)
+        and _serves(entry.shape, shape)
     ]
     if not matching:
         variant = variant or Variant(qk_dtype=qk_dtype)
@@ -192,7 +233,7 @@ def choose(
             entry=None,
             reason=f"default {SEED_BLOCK_SIZES}, fitted to the sequences: "
             f"{len(entries)} tuned entries for {device_kind}, "
-            f"none with head_dim {shape.head_dim}, {dtype} and {variant}.",
+            f"none with head_dim {shape.head_dim}, {dtype} and {variant}, for such lengths.",
         )
     entry = min(matching, key=lambda entry: _rank(entry, shape))
     provenance = entry.provenance
@@ -203,6 +244,18 @@ def choose(
         return Choice(entry.block_sizes, variant or entry.variant, entry, f"tuned for this shape: {origin}.")
     reason = f"nearest tuned shape by sequence lengths: {origin}."
     return Choice(fit(entry.block_sizes, shape), variant or entry.variant, entry, reason)
+
+
+def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
+    """Return whether blocks tuned for one shape can be good ones for the other: its lengths did not limit them."""
+    lengths = (
+        (tuned_shape.q_seq_len, shape.q_seq_len, SEED_BLOCK_SIZES.block_q),
+        (tuned_shape.kv_seq_len, shape.kv_seq_len, SEED_BLOCK_SIZES.block_kv),
+    )
+    return all(
+        length <= _round_up(tuned_length, LANES) or (tuned_length >= block and length <= _MAX_STRETCH * tuned_length)
+        for tuned_length, length, block in lengths
+    )
 
 
 def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:

@@ -87,18 +87,17 @@ def command(
                 hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException) as error:
             outcomes.append(error)
-        errors = [
-            UserError(keys.explain(outcome))
-            if isinstance(outcome, HydraException | OmegaConfBaseException)
-            else outcome
-            for outcome in outcomes  # more than one with --multirun
-            if isinstance(outcome, Exception)
-        ]
-        for error in errors:
-            if len(errors) == 1 or isinstance(error, BrokenPipeError) or not isinstance(error, UserError | OSError):
-                raise error
-        if errors:
-            raise UserError(*dict.fromkeys(message for error in errors for message in _messages(error)))
+        messages: list[str] = []
+        for outcome in outcomes:  # more than one with --multirun
+            if isinstance(outcome, HydraException | OmegaConfBaseException):
+                messages.append(keys.explain(outcome))
+            elif isinstance(outcome, UserError | OSError) and not isinstance(outcome, BrokenPipeError):
+                messages.extend(_messages(outcome))
+            elif isinstance(outcome, Exception):
+                raise outcome
+        if messages:
+            cause = next(outcome for outcome in outcomes if isinstance(outcome, Exception))
+            raise UserError(*dict.fromkeys(messages)) from cause
         return max((outcome for outcome in outcomes if isinstance(outcome, int)), default=0)
 
     return decorate
@@ -125,12 +124,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def require_json_writable(path: str | None) -> None:
-    """Raise UserError, before the work, where `write_json` would fail after it."""
-    if path is not None:
-        if not path or Path(path).is_dir():
-            raise UserError(f"json={path}: expected a file, got a folder.")
-        require_writable(f"json={path}", Path(path).parent)
+def require_files_writable(**paths: str | Path | None) -> None:
+    """Raise UserError, before the work, where writing one of these files would fail after it."""
+    for key, path in paths.items():
+        if path is not None:
+            if not path or Path(path).is_dir():
+                raise UserError(f"{key}={path}: expected a file, got a folder.")
+            if Path(path).exists() and not os.access(path, os.W_OK):
+                raise UserError(f"{key}={path}: may not be written to; expected another file.")
+            require_writable(f"{key}={path}", Path(path).parent)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

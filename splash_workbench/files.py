@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -35,6 +36,31 @@ def remove_leftovers(*paths: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file in the block; remove it then, and its folder if empty. A process that dies holds it no longer.
+
+    Raises:
+      UserError: another process, or thread, holds it; its message is `busy`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(busy) from error
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # whoever held it removed it after it was opened here
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+            return
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -42,14 +68,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
-    """Make a folder and see whether that many bytes can be written there. Leaves nothing in it.
+    """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
     Raises:
       UserError: they cannot; the message begins with `option`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
         raise UserError(

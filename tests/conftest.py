@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from splash_attn import tuned
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
 #: Bytes of compiled programs to keep for the next run; above it those used longest ago go.
@@ -46,9 +47,10 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, instead of the user's."""
+    """A cache and a folder of tuned entries of the test's own, instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(tuned.USER_VARIABLE, str(folder / "tuned"))
     return folder
 
 

@@ -1,6 +1,7 @@
 """Jobs for worker processes that behave as real candidates do when things go well, or badly."""
 
 import ctypes
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.files import atomic_path
-from splash_workbench.status import Status, TrialError
+from splash_workbench.status import Status, TrialError, compile_error
 
 
 def _passed(error: float = 0.004) -> dict[str, Any]:
@@ -97,6 +98,39 @@ def abort(payload: dict[str, Any]) -> dict[str, Any]:
     print("F0000 check failed: as libtpu says before it aborts", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGABRT)
     raise AssertionError("not reached")
+
+
+def refuses_a_flag(payload: dict[str, Any]) -> dict[str, Any]:
+    """End as libtpu does where its arguments are wrong."""
+    print(
+        "I0000 starting\nERROR: Unknown command line flag 'xla_nonsense'\n    @     0x7f00  frame",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def short_of_something(payload: dict[str, Any]) -> dict[str, Any]:
+    """Fail as on a machine that is short of what FAKE_JOBS_SHORT_OF says, else as `bowl`."""
+    trouble = {
+        "disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        "memory": MemoryError(),
+        "module": ModuleNotFoundError("No module named 'libtpu'"),
+        "compiler's memory": compile_error(RuntimeError("RESOURCE_EXHAUSTED: Cannot allocate memory")),
+    }
+    match os.environ.get("FAKE_JOBS_SHORT_OF"):
+        case None:
+            return bowl(payload)
+        case "all memory":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case what:
+            raise trouble[what]
+    raise AssertionError("not reached")
+
+
+def impossible(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return a time shorter than the kernel's."""
+    return bowl(payload) | {"time_samples_ms": [0.0001], "kernel_time_ms": 0.005}
 
 
 def segfault(payload: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, check_timeout_s, worker_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.kernels import KERNELS
 from tuning.backends.offline import OFFLINE
 from tuning.search.schemas import DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
@@ -66,19 +68,15 @@ class Entrant:
 
 
 def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
-    """Ours and the installed peers, and a line about each that is missing or must be known.
+    """Return ours and the installed peers, and a line for the user about each that is missing or changed.
 
     Raises:
       ValueError: a kernel is unknown or its block sizes are invalid.
     """
-    from tuning.backends.kernels import KERNELS
-
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()
-    found = [Entrant("splash_attn", choice.block_sizes, options)]
-    seed = Entrant("splash_attn", tuned.clamp(SEED_BLOCK_SIZES, workload.shape), options)
-    if seed not in found:
-        found.append(seed)
+    ours = (choice.block_sizes, tuned.clamp(SEED_BLOCK_SIZES, workload.shape))
+    found = [Entrant("splash_attn", block_sizes, options) for block_sizes in dict.fromkeys(ours)]
     quantized = tuned.choose(device_kind, workload.shape, workload.dtype, qk_dtype="int8")
     if quantized.entry is not None:
         found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
@@ -105,15 +103,15 @@ def main(settings: PeersSchema) -> int:
     workload = settings.workload.frozen()
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    cli.require_json_writable(settings.json)
+    cli.require_files_writable(json=settings.json)
     target = OFFLINE.find_target(settings.device.name)
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
+    results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
     captured = provenance.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
-    results_dir = Path(settings.results_dir)
-    require_writable(f"results_dir={results_dir}", results_dir)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []
     reused = records.reusable(recorded, settings.timeout_s)
@@ -141,35 +139,24 @@ def main(settings: PeersSchema) -> int:
 
 
 def _evaluate(
-    entered: list[Entrant],
-    evaluator: Evaluator,
-    on_record: dict[tuple[str, str], Trial],
-    path: Path,
-    workers: int,
+    entered: list[Entrant], evaluator: Evaluator, on_record: dict[tuple[str, str], Trial], path: Path, workers: int
 ) -> list[Trial]:
-    """One trial for each entrant: those on record, and the others made and recorded now."""
-    trials: list[Trial] = []
+    """Return one trial for each entrant: those on record, and the others made and recorded now."""
+
+    def trial_of(entrant: Entrant) -> Trial:
+        reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
+        if reused is not None:
+            return reused
+        trial = evaluator.evaluate(entrant.block_sizes, entrant.options, entrant.kernel)
+        jsonl.append(path, trial)
+        return trial
+
     pool = concurrent.futures.ThreadPoolExecutor(workers)
-    bar = tqdm(total=len(entered), unit="kernel", leave=False)
-    futures = []
     try:
-        for entrant in entered:
-            reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
-            if reused is not None:
-                trials.append(reused)
-                bar.update()
-            else:
-                futures.append(pool.submit(evaluator.evaluate, entrant.block_sizes, entrant.options, entrant.kernel))
-        for future in concurrent.futures.as_completed(futures):
-            trial = future.result()
-            jsonl.append(path, trial)
-            trials.append(trial)
-            bar.update()
+        return list(tqdm(pool.map(trial_of, entered), total=len(entered), unit="kernel", leave=False))
     finally:
         evaluator.runner.cancel()
         pool.shutdown(cancel_futures=True)
-        bar.close()
-    return trials
 
 
 if __name__ == "__main__":

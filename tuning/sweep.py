@@ -4,46 +4,47 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from splash_attn import tuned
+from splash_attn.kernel import vmem_bytes_estimate
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import require_writable
+from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage, room_line
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
+from splash_workbench.workers.room import room_line
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.offline import DUMP_BYTES
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
 from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
-from tuning.trials.promote import Promotion, promote
+from tuning.trials.promote import Promotion, promote, todays_choice
 from tuning.trials.records import Trial, objective
 
-#: So many candidates are asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
+#: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
-#: Room for a worker's dumps: a disk that is full in the middle costs every candidate its result.
-_WORKER_DISK_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """What a sweep left behind.
+    """The outcome of a sweep.
 
     Attributes:
       directory: where its records are.
@@ -64,7 +65,7 @@ class SweepResult:
     usage: Usage
 
     def effort(self) -> dict[str, Any]:
-        """What this run took, for people and JSON. Candidates from the cache are in no rate."""
+        """Return what this run took. Candidates from the cache are in no rate."""
         jobs = self.usage.job_count
         return {
             "wall_time_s": self.wall_time_s,
@@ -77,25 +78,24 @@ class SweepResult:
         }
 
 
-def sweep(
-    settings: SweepSettings,
-    *,
-    report: Callable[[str], None] = print,
-) -> SweepResult:
-    """Runs or resumes a sweep.
+def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> SweepResult:
+    """Run or resume a sweep.
 
     Args:
       settings: what to sweep.
       report: called with each line for the user.
 
     Raises:
-      UserError: the device does not fit the backend, no candidate can be valid, or the same sweep is running.
+      UserError: the device does not fit the backend or is not there, no candidate can be valid, a folder or file
+        cannot be written or read, or the same sweep is running.
     """
     target = settings.backend.find_target(settings.device)
     captured = provenance.capture(settings.backend.sources)
     context = context_of(settings.workload, target, settings.backend, captured)
     sweeps_dir = settings.results_dir / "sweeps"
-    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * _WORKER_DISK_BYTES)
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
+    if settings.promote and target.device_kind.startswith("TPU"):
+        require_writable(f"promote={settings.promote}", settings.promotion_dir or tuned.user_dir())
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
     candidates = enumerate_candidates(settings.space, _pruner(settings, target))
     if not candidates.valid:
@@ -152,7 +152,7 @@ def sweep(
 def _evaluate_all(
     settings: SweepSettings, search: Search, evaluator: Evaluator, on_record: dict[str, Trial], path: Path
 ) -> int:
-    """Asks, evaluates, records and tells until the budget is spent. Returns how many candidates were evaluated.
+    """Ask, evaluate, record and tell until the budget is spent. Return how many candidates were evaluated.
 
     A trial is recorded as soon as it is made, but told in the order in which the candidates were asked, each followed
     by one question: what the search then asks depends on its seed and on `workers`, not on which worker was faster.
@@ -203,6 +203,11 @@ def _evaluate_all(
                 evaluated_count += 1
                 show(trial)
                 bar.update()
+        known = on_record.keys() | {trial.key for trial in search.told.values()}
+        if best is not None and (missing := _todays_candidate(settings, best, known)) is not None:
+            trial = evaluator.evaluate(missing.block_sizes, missing.variant.to_dict())
+            jsonl.append(path, trial)
+            evaluated_count += 1
         return evaluated_count
     finally:
         evaluator.runner.cancel()
@@ -210,16 +215,21 @@ def _evaluate_all(
         bar.close()
 
 
-def _pruner(settings: SweepSettings, target: Target) -> Pruner:
-    shape = settings.workload.shape
-    if not settings.vmem_pruning or target.spec is None:
-        return Pruner(shape, settings.space.max_block_scores)
-    from splash_attn.kernel import vmem_bytes_estimate
+def _todays_candidate(settings: SweepSettings, best: Trial, known: Collection[str]) -> tuned.Choice | None:
+    """Return what the winner must beat to be promoted, None where that is known or nothing is to be promoted."""
+    if not settings.promote or best.time_ms is None:
+        return None
+    choice = todays_choice(best, settings.promotion_dir)
+    if choice is None or records.config_key(choice.block_sizes, choice.variant.to_dict()) in known:
+        return None
+    return choice
 
+
+def _pruner(settings: SweepSettings, target: Target) -> Pruner:
     return Pruner(
-        shape,
+        settings.workload.shape,
         settings.space.max_block_scores,
-        vmem_limit_bytes=target.spec.vmem_bytes,
+        vmem_limit_bytes=target.spec.vmem_bytes if settings.vmem_pruning and target.spec else None,
         vmem_estimate=functools.partial(vmem_bytes_estimate, itemsize=settings.workload.itemsize),
     )
 
@@ -229,11 +239,9 @@ def _introduction(
 ) -> Iterator[str]:
     workload = settings.workload
     yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
-    yield f"{len(candidates.valid)} candidates, {candidates.pruned_count} pruned without compiling" + (
-        ": " + "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
-        if candidates.pruned
-        else ""
-    )
+    reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
+    pruned = f"{candidates.pruned_count} pruned without compiling{reasons and f': {reasons}'}"
+    yield f"{len(candidates.valid)} candidates, {pruned}"
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:
         resumed += f", {len(search.interrupted)} asked for and not finished come first"
@@ -243,13 +251,8 @@ def _introduction(
 
 @contextlib.contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
-    """One sweep of a context at a time. What a dead one left in its work folder is removed."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{state_dir.parent}: another sweep is writing here; wait for it or stop it.") from error
+    """Hold the lock of a context, or raise UserError. Remove what a dead sweep left in its work folder."""
+    with locked(state_dir / "lock", f"{state_dir.parent}: another sweep is writing here; wait for it or stop it."):
         shutil.rmtree(state_dir / "work", ignore_errors=True)
         try:
             yield
@@ -258,10 +261,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 def _draw(result: SweepResult) -> tuple[Path, bool]:
-    """Draw the heat map of all that is on record here, exact or int8 as the winner is.
-
-    Returns its path, and whether there was something to draw.
-    """
+    """Draw all that is on record, exact or int8 as the winner is. Return the path, and whether anything was drawn."""
     exact = result.winner is None or records.is_exact(result.winner.variant)
     picture = result.directory / heatmap.file_name(exact)
     on_record = {t.key: t for t in records.read(result.directory / records.TRIALS_FILE)}.values()
@@ -275,7 +275,7 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))
-    cli.require_json_writable(config.json)  # before hours of work, not after
+    cli.require_files_writable(json=config.json)  # before hours of work, not after
     if config.profile:
         sessions.require_tensorboard("profile=true")
         require_writable(f"logdir={config.logdir}", Path(config.logdir))
@@ -294,8 +294,9 @@ def main(config: SweepSchema) -> int:
         if drawn:
             print(f"heat map: {picture}")
         if settings.promote:
-            promotion = promote(result.winner)
-            print(f"{promotion.path.name}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
+            on_record = records.read(result.directory / records.TRIALS_FILE)
+            promotion = promote(result.winner, on_record, settings.promotion_dir)
+            print(f"{promotion.path}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
     cli.write_json(
         config.json,
         {

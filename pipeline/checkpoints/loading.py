@@ -4,29 +4,26 @@ Only safetensors are read, only the parts (`text_encoder/`, `vae/`, ...) that we
 checkpoint is ever run: classes are the ones named here.
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
+from pipeline.checkpoints.weight_files import STEMS, open_weights, weight_files
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
 from splash_workbench.provenance import user_cache_dir
-
-logger = logging.getLogger(__name__)
 
 TINY, RANDOM = "tiny", "tiny-random"
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
@@ -35,7 +32,7 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "denoise": ("transformer", "scheduler"),
     "vae": ("vae",),
 }
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
 
@@ -65,38 +62,52 @@ class Checkpoint:
     def part(self, part: str) -> Path:
         """Return the folder of one part, downloaded first if it is on the Hub. Raises CheckpointError without it."""
         assert part in _PARTS, part
-        if self.folder is None:
-            assert self.repo_id is not None
-            patterns = [f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt"]
-            folder = _snapshot(self.repo_id, self.commit, patterns) / part
-        else:
-            folder = self.folder / part
+        folder = self._root(f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt") / part
         if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})"
-            )
+            raise self.error(f"no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})")
+        if part == "tokenizer" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise self.error(f"tokenizer/ holds no tokenizer; expected {' or '.join(_TOKENIZER_FILES)}")
         return folder
 
+    def weight_files(self, part: str) -> list[Path]:
+        """Return the files of a part's weights, see `weight_files`, downloaded first if they are on the Hub."""
+        return weight_files(self.part(part), part, f"checkpoint={self.name!r}: {part}/")
+
     def config(self, part: str) -> dict[str, Any]:
-        """Parse the config.json (scheduler_config.json) of a part, without its weights."""
+        """Read the config.json (scheduler_config.json) of a part, with the library's defaults for what it leaves out.
+
+        Raises CheckpointError where it cannot be read.
+        """
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        if self.folder is None:
-            assert self.repo_id is not None
-            folder = _snapshot(self.repo_id, self.commit, [f"{part}/{name}"])
-        else:
-            folder = self.folder
-        path = folder / part / name
+        return with_defaults(part, self._read_json(f"{part}/{name}"))
+
+    def pipeline_class(self) -> str | None:
+        """Return the class that model_index.json names, None without that file. Raises CheckpointError."""
+        if self.folder is not None and not (self.folder / "model_index.json").exists():
+            return None
+        return self._read_json("model_index.json").get("_class_name")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads((self._root(name) / name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: cannot read {part}/{name} ({error.strerror})") from error
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint={self.name!r}: {part}/{name} is not JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise CheckpointError(
-                f"checkpoint={self.name!r}: {part}/{name} holds {type(config).__name__}, expected an object"
-            )
-        return config
+            raise self.error(f"cannot read {name} ({error.strerror}); expected diffusers' layout") from error
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"{name} is not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise self.error(f"{name} holds {type(content).__name__}, expected an object")
+        return content
+
+    def error(self, problem: str) -> CheckpointError:
+        """Return an error about this checkpoint, to be raised."""
+        return CheckpointError(f"checkpoint={self.name!r}: {problem}")
+
+    def _root(self, *patterns: str) -> Path:
+        """Return the checkpoint's folder; of one on the Hub, with the files of these patterns downloaded first."""
+        if self.folder is not None:
+            return self.folder
+        assert self.repo_id is not None
+        return _snapshot(self.repo_id, self.commit, list(patterns))
 
     def identities(self, *stages: Stage) -> dict[Stage, str]:
         """Return the `identity` of the weights of each stage. Raises CheckpointError."""
@@ -112,10 +123,11 @@ class Checkpoint:
             return f"{self.repo_id}@{self.commit}"
         digest = hashlib.sha256()
         for part in parts:
-            for path in sorted(self.part(part).iterdir()):
-                if path.suffix in {".json", ".safetensors", ".model", ".txt"}:
-                    digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
-                    _digest_file(path, digest)
+            weights = self.weight_files(part) if part in STEMS else []
+            others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
+            for path in sorted([*weights, *others]):
+                digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
+                _digest_file(path, digest)
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -163,15 +175,22 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(name=repo_id, repo_id=repo_id, commit=snapshot.name)
 
 
-def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+def with_defaults(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration, with diffusers' defaults for what one of transformer/ or vae/ leaves out."""
+    return {**_defaults(part), **config}
 
-    find: called only for a checkpoint that is not published here, so that nothing is fetched for the others.
-    """
-    if checkpoint in PUBLISHED_CONFIGS:
-        return {part: dict(config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
-    found = find()
-    return {part: found.config(part) for part in COGVIDEOX_1_5_5B}, "checkpoint"
+
+@functools.cache
+def _defaults(part: str) -> dict[str, Any]:
+    cls = _diffusers_classes().get(part)
+    parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _diffusers_classes() -> dict[str, Any]:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    return {"transformer": CogVideoXTransformer3DModel, "vae": AutoencoderKLCogVideoX}
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -199,30 +218,23 @@ class LoadedModule:
     module: torch.nn.Module
     weights: dict[str, Any]
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(value.nbytes for value in self.weights.values())
-
 
 def import_libraries() -> None:
     """Import diffusers' and transformers' models, some seconds the first time, so that no stage's timing holds that."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel  # noqa: F401
     from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
 
+    _diffusers_classes()
 
-def build_module(part: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+
+def build_module(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Build the stock module of a part from its configuration alone, on the meta device, in eval mode."""
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
         if part == "text_encoder":
             module = T5EncoderModel(T5Config(**config))
-        elif part == "transformer":
-            module = CogVideoXTransformer3DModel.from_config(config)
         else:
-            assert part == "vae", part
-            module = AutoencoderKLCogVideoX.from_config(config)
+            module = _diffusers_classes()[part].from_config(dict(config))
     # torch's own `to`: diffusers' warns of modules to keep in float32, of which these have none.
     return torch.nn.Module.to(module, dtype).eval()
 
@@ -239,22 +251,15 @@ def load_module(
     keep: which parameters are wanted at all, by name. place: puts one weight on the device(s).
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
-    config = checkpoint.config(part)
-    expected_class = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}.get(part)
-    if expected_class and config.get("_class_name") != expected_class:
-        raise CheckpointError(
-            f"checkpoint={checkpoint.name!r}: {part}/config.json is for {config.get('_class_name')!r}, "
-            f"expected {expected_class!r}"
-        )
-    module = build_module(part, config, dtype)
+    module = build_module(part, checkpoint.config(part), dtype)
     wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
     aliases = _aliases(module)
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, Any] = {}
     unexpected: list[str] = []
-    for path in _weight_files(checkpoint, part):
-        with _open_weights(path, where) as file:
+    for path in checkpoint.weight_files(part):
+        with open_weights(path, where) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = aliases.get(key, key)
                 if name not in wanted:
@@ -286,39 +291,3 @@ def _aliases(module: torch.nn.Module) -> dict[str, str]:
     first = {id(value): name for name, value in module.named_parameters()}
     every = module.named_parameters(remove_duplicate=False)
     return {name: first[id(value)] for name, value in every if first[id(value)] != name}
-
-
-def _weight_files(checkpoint: Checkpoint, part: str) -> list[Path]:
-    folder = checkpoint.part(part)
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            listed = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"checkpoint={checkpoint.name!r}: cannot read {part}/{index.name} ({error})"
-            ) from error
-        if absent := sorted(path.name for path in listed if not path.is_file()):
-            raise CheckpointError(
-                f"checkpoint={checkpoint.name!r}: {part}/ lacks {absent[0]}, listed in {index.name}; download it again"
-            )
-        files = sorted(listed)
-    if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-        found = f"only pickled weights ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise CheckpointError(
-            f"checkpoint={checkpoint.name!r}: {part}/ holds {found}; expected *.safetensors"
-            + (" (convert it with save_pretrained(safe_serialization=True))" if pickles else "")
-        )
-    return files
-
-
-@contextlib.contextmanager
-def _open_weights(path: Path, where: str) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{where}{path.name} is not readable as safetensors ({error}); download it again"
-        ) from error

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
+from pipeline.model import schedule
 
 _DIFFUSERS_NAME = "diffusion_pytorch_model"
 _FORMAT = 1  # counts up when the files written for one TinySpec change
@@ -100,28 +101,20 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim")
+    sizes = {name: getattr(spec, name) for name in (*names, "max_text_seq_length")}
+    channels, layers = spec.vae_block_out_channels, spec.vae_layers_per_block
+    vae_sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
     return {
         "text_encoder": T5EncoderModel(text_config),
-        "transformer": CogVideoXTransformer3DModel(**_transformer_config(spec)),
-        "vae": AutoencoderKLCogVideoX(**_vae_config(spec)),
+        "transformer": CogVideoXTransformer3DModel.from_config({**COGVIDEOX_1_5_5B["transformer"], **sizes}),
+        "vae": AutoencoderKLCogVideoX.from_config({**COGVIDEOX_1_5_5B["vae"], **vae_sizes}),
     }
 
 
 def build_scheduler() -> Any:
     """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    from diffusers import CogVideoXDDIMScheduler
-
-    return CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.0120,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        set_alpha_to_one=True,
-        snr_shift_scale=1.0,
-        timestep_spacing="trailing",
-    )
+    return schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
 
 
 def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -142,22 +135,6 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtyp
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _transformer_config(spec: TinySpec) -> dict[str, Any]:
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim")
-    sizes = {name: getattr(spec, name) for name in (*names, "max_text_seq_length")}
-    return _without_class({**COGVIDEOX_1_5_5B["transformer"], **sizes})
-
-
-def _vae_config(spec: TinySpec) -> dict[str, Any]:
-    channels, layers = spec.vae_block_out_channels, spec.vae_layers_per_block
-    sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
-    return _without_class({**COGVIDEOX_1_5_5B["vae"], **sizes})
-
-
-def _without_class(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "_class_name"}
 
 
 def _randomize(module: torch.nn.Module, seed: int) -> None:

@@ -25,18 +25,10 @@ def attention_function(options: AttentionOptions) -> AttentionFunction:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         try:
             shape = AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
-            if options.qk_dtype == "int8" and resolve_attention(options, shape, q.dtype.name).implementation == "xla":
-                raise ValueError("qk_dtype='int8' is the kernel's, and implementation='xla' runs here; leave it out.")
-            return splash_attn.attention(
-                q,
-                k,
-                v,
-                k_smooth=options.k_smooth,
-                block_sizes=options.block_sizes,
-                variant=options.variant,
-                qk_dtype=options.qk_dtype,
-                implementation=options.implementation,
-            )
+            resolve_attention(options, shape, q.dtype.name)
+            return splash_attn.attention(q, k, v, **vars(options))
+        except RequestError:
+            raise
         except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU
             raise RequestError(f"attention: {error}") from error
 
@@ -97,16 +89,20 @@ class SplashAttentionProcessor:
 def resolve_attention(
     options: AttentionOptions, shape: AttentionShape, dtype: str, device_kind: str | None = None
 ) -> Resolution:
-    """Resolve what `splash_attn.attention` runs for a shape, and why. device_kind: of a device that is not here."""
-    return resolve(
-        shape,
-        dtype=dtype,
-        device_kind=device_kind,
-        block_sizes=options.block_sizes,
-        variant=options.variant,
-        qk_dtype=options.qk_dtype,
-        implementation=options.implementation,
-    )
+    """Resolve what `splash_attn.attention` runs for a shape, and why. device_kind: of a device that is not here.
+
+    Raises RequestError for options that contradict one another or the device.
+    """
+    chosen = {name: value for name, value in vars(options).items() if name != "k_smooth"}
+    try:
+        resolution = resolve(shape, dtype=dtype, device_kind=device_kind, **chosen)
+    except ValueError as error:
+        raise RequestError(f"attention: {error}") from error
+    if options.qk_dtype == "int8" and resolution.implementation == "xla":
+        raise RequestError(
+            "attention: qk_dtype='int8' is the kernel's, and implementation='xla' runs here; leave it out."
+        )
+    return resolution
 
 
 def describe_attention(

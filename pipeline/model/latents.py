@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.transformer import TokenLayout, TransformerShape, require_temporal_patches
+from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.requests.request import GenerateRequest
 
 
@@ -82,13 +82,9 @@ def initial_noise(request: GenerateRequest, shape: tuple[int, ...], generator: t
 
 
 def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice").
-
-    Raises CheckpointError for a CogVideoX 1.0 transformer.
-    """
+    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice")."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    require_temporal_patches(transformer)
     patch_size = transformer["patch_size"]
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=transformer["attention_head_dim"],

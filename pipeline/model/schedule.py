@@ -10,6 +10,7 @@ The table is read off the stock scheduler itself, by stepping it in float64 on u
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +79,7 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor, previous: torch.Tensor |
     """Step on unit vectors: element 0 has only a sample, 1 only a model output, 2 only an old x0, 3 nothing."""
     sample, model_output, old_x0, nothing = torch.eye(4, dtype=torch.float64)
     generator = torch.Generator().manual_seed(_PROBE_SEED)
-    if "timestep_back" in _parameters(scheduler.step):
+    if "timestep_back" in inspect.signature(scheduler.step).parameters:
         old = old_x0 if previous is not None else None
         prev, x0 = scheduler.step(model_output, old, timestep, previous, sample, generator=generator, return_dict=False)
     else:
@@ -93,12 +94,6 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor, previous: torch.Tensor |
         raise CheckpointError(f"scheduler step at {timestep=} is not of the expected linear form")
     prev_sample = float(prev[0]) - prev_x0 * x0_sample
     return np.array([x0_sample, x0_model, prev_sample, prev_x0, float(prev[2]), prev_noise]), count
-
-
-def _parameters(function: Any) -> Any:
-    import inspect
-
-    return inspect.signature(function).parameters
 
 
 def _noise_drawn(generator: torch.Generator, like: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 torchax 0.0.13 names operator overloads for named tensors (`aten.prod.dim_Dimname`, ...) that torch 2.13 no longer has,
 and so fails on import. Placeholders stand in for them while it is imported. Upstream has fixed this after 0.0.13: with
-a later release, delete `_MISSING_OVERLOADS` and `_import_torchax`, and write `import torchax`.
+a later release, delete `_MISSING_OVERLOADS` and what `torchax_module` does with it, and write `import torchax`.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ _MISSING_OVERLOADS = {
 }
 
 
-def _import_torchax() -> Any:
+@functools.cache
+def torchax_module() -> Any:
+    """Return the torchax package, imported on first use."""
     placeholders = []
     for operator, overloads in _MISSING_OVERLOADS.items():
         packet = getattr(torch.ops.aten, operator)
@@ -52,12 +54,6 @@ def _import_torchax() -> Any:
         for packet, overload in placeholders:
             delattr(packet, overload)
     return torchax
-
-
-@functools.cache
-def torchax_module() -> Any:
-    """Return the torchax package, imported on first use."""
-    return _import_torchax()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ float32 it differs in the order of sums only.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -33,20 +34,10 @@ AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _EXPECTED = {
     "activation_fn": "gelu-approximate",
     "timestep_activation_fn": "silu",
-    "use_rotary_positional_embeddings": True,
-    "use_learned_positional_embeddings": False,
-    "ofs_embed_dim": None,
     "norm_elementwise_affine": True,
 }
-
-
-def require_temporal_patches(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for the configuration of a CogVideoX 1.0 transformer."""
-    if config.get("patch_size_t") is None:
-        raise CheckpointError(
-            "transformer/config.json has no patch_size_t: a CogVideoX 1.0 checkpoint; expected 1.5, "
-            "e.g. model=cogvideox1.5-5b"
-        )
+#: Names of sizes in transformer/config.json.
+_SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels|length)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +57,19 @@ class TransformerShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
-        require_temporal_patches(config)
-        for name, expected in _EXPECTED.items():
-            if config.get(name) != expected:
-                raise CheckpointError(
-                    f"transformer/config.json: {name}={config.get(name)!r}, expected {expected!r} as in CogVideoX 1.5"
-                )
-        if config["out_channels"] != config["in_channels"]:
-            raise CheckpointError(
-                f"transformer/config.json: out_channels={config['out_channels']}, expected in_channels="
-                f"{config['in_channels']}"
-            )
+        wrong = [
+            (name, f"{value!r} as in CogVideoX 1.5") for name, value in _EXPECTED.items() if config.get(name) != value
+        ]
+        wrong += [
+            (name, "a whole number above 0")
+            for name, value in config.items()
+            if _SIZE.fullmatch(name) and (type(value) is not int or value < 1)
+        ]
+        if not wrong and config["attention_head_dim"] % 16:
+            wrong = [("attention_head_dim", "a multiple of 16, whose rotary pairs divide over time, height and width")]
+        if wrong:
+            name, expected = wrong[0]
+            raise CheckpointError(f"transformer/config.json: {name}={config.get(name)!r}, expected {expected}")
         return cls(
             num_layers=config["num_layers"],
             num_heads=config["num_attention_heads"],

@@ -34,8 +34,6 @@ Weights = Mapping[str, jax.Array]
 Cache = dict[str, jax.Array]
 Activations = Float[Array, "frames columns rows strips channels"]
 
-_EXPECTED = {"act_fn": "silu"}
-
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
@@ -50,18 +48,33 @@ class DecoderShape:
     time_levels: int
     scaling_factor: float
 
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent, along height and width."""
+        return 2 ** (self.num_levels - 1)
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
-        for name, expected in _EXPECTED.items():
-            if config.get(name) != expected:
-                raise CheckpointError(f"vae/config.json: {name}={config.get(name)!r}, expected {expected!r}")
+        levels = len(config["block_out_channels"])
+        for name, expected in (
+            ("act_fn", ("silu",)),
+            ("out_channels", (3,)),
+            ("temporal_compression_ratio", tuple(2**level for level in range(levels))),
+        ):
+            if config[name] not in expected:
+                raise CheckpointError(
+                    f"vae/config.json: {name}={config[name]!r}, expected {' or '.join(map(repr, expected))}"
+                )
+        scaling_factor = config["scaling_factor"]
+        if not isinstance(scaling_factor, int | float) or not 0 < scaling_factor < math.inf:
+            raise CheckpointError(f"vae/config.json: {scaling_factor=}, expected a number above 0")
         return cls(
-            num_levels=len(config["block_out_channels"]),
+            num_levels=levels,
             num_resnets=config["layers_per_block"] + 1,
             num_groups=config["norm_num_groups"],
             time_levels=int(math.log2(config["temporal_compression_ratio"])),
-            scaling_factor=float(config["scaling_factor"]),
+            scaling_factor=float(scaling_factor),
         )
 
 

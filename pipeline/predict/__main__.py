@@ -4,7 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.checkpoints.loading import part_configs, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, part_configs
+from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report
 from pipeline.predict.timelines import write_timelines
@@ -12,7 +13,7 @@ from pipeline.requests.config import GenerateConfig, request_to_dict, to_paralle
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from splash_workbench.files import write_json
+from splash_workbench.files import require_writable, write_json
 from splash_workbench.records import jsonl
 
 
@@ -23,7 +24,7 @@ class PredictConfig(GenerateConfig):
     topology: str = "v6e-8"
     json: str | None = None
     timeout_s: float = 1200.0
-    results_path: str | None = "results/predict.jsonl"
+    results_path: str | None = None
 
 
 @cli.command("predict", PredictConfig, text_or_list=("stages",))
@@ -36,6 +37,10 @@ def main(settings: PredictConfig) -> int:
     configs, source = part_configs(
         request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     )
+    cli.require_files_writable(json=settings.json, results_path=settings.results_path)
+    if settings.profile:
+        require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
+    check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,
         request=request_to_dict(request),

@@ -132,7 +132,7 @@ def _text(job: StageJob) -> dict[str, Any]:
         for name, value in module.named_parameters()
     }
     num_prompts = 2 if request.do_classifier_free_guidance else 1
-    text_seq_len = job.configs["transformer"].get("max_text_seq_length", 226)
+    text_seq_len = job.configs["transformer"]["max_text_seq_length"]
     token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
     program = encode_program(module, everywhere)
     return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))

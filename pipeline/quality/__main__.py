@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.requests.config import GenerateConfig
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import require_writable
 from splash_workbench.provenance import user_cache_dir
 from splash_workbench.status import Label
 
@@ -44,6 +45,7 @@ class QualityConfig(GenerateConfig):
     candidates: list[Any] = dataclasses.field(default_factory=list)
     only: list[str] = dataclasses.field(default_factory=list)
     videos_dir: str | None = None
+    results_path: str | None = None
 
 
 @cli.command("quality", QualityConfig, text_or_list=("stages",))
@@ -67,6 +69,9 @@ def main(settings: QualityConfig) -> int:
         raise UserError(f"only={sorted(unknown)}: expected some of {names}")
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+    cli.require_files_writable(results_path=settings.results_path)
+    if settings.videos_dir is not None:
+        require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
 
     def videos_of(candidate: QualityVariant) -> Any:
         def say(text: str) -> None:
@@ -153,7 +158,7 @@ def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "Qual
     )
 
 
-def _write_videos(settings: QualityConfig, videos: Any, fps: int) -> None:
+def _write_videos(settings: QualityConfig, videos: Any, fps: float) -> None:
     from pipeline.quality.gate import to_uint8
     from pipeline.runs.video import write_mp4
 

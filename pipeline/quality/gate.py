@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
@@ -129,9 +130,12 @@ def make_videos(
     all. Raises what the stages raise.
     """
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    configs = read_configs(checkpoint)
+    check_request(request, configs)
     stages = Stages(LoadedStages().get)
     base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
-    geometry = LatentGeometry.from_request(request, checkpoint.config("transformer"), checkpoint.config("vae"))
+    base.loaded_key("denoise")  # raises for a plan that does not fit, before the text is encoded
+    geometry = LatentGeometry.from_request(request, configs["transformer"], configs["vae"])
     videos = []
     for prompt in prompts:
         prompted = dataclasses.replace(request, prompt=prompt)

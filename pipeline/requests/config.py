@@ -40,7 +40,7 @@ class GenerateConfig:
     model: whose defaults hold for what is None, unless the checkpoint is another model's.
     """
 
-    prompt: str = ""
+    prompt: str | None = None
     prompts: str | None = None
     negative_prompt: str = ""
     model: str = "tiny"
@@ -50,7 +50,7 @@ class GenerateConfig:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    fps: int | None = None
+    fps: float | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     use_dynamic_cfg: bool | None = None

@@ -10,23 +10,37 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefaults:
-    """A model's published checkpoint, and the fields of a `GenerateRequest` that it was made for."""
+    """A model's published checkpoint, and the fields of a `GenerateRequest` that it was made for.
+
+    one_size: trained on this size alone; other videos show little.
+    """
 
     checkpoint: str
     dtype: str
     height: int
     width: int
     num_frames: int
-    fps: int
+    fps: float
     num_inference_steps: int
     guidance_scale: float
     use_dynamic_cfg: bool = False
     scheduler: str = "checkpoint"
+    one_size: bool = dataclasses.field(default=False, kw_only=True)
 
 
 MODELS: Mapping[str, ModelDefaults] = {
     # Comes with the package, trained on drawn shapes of this size.
-    "tiny": ModelDefaults("tiny", "float32", 64, 96, num_frames=17, fps=8, num_inference_steps=8, guidance_scale=1.5),
+    "tiny": ModelDefaults(
+        "tiny",
+        "float32",
+        height=64,
+        width=96,
+        num_frames=17,
+        fps=8,
+        num_inference_steps=8,
+        guidance_scale=1.5,
+        one_size=True,
+    ),
     # As published: bfloat16, about 5 s of 720p. Dynamic guidance is off: diffusers' feeds timesteps to a formula for
     # step indices, and guidance jumps.
     "cogvideox1.5-5b": ModelDefaults(
@@ -41,7 +55,9 @@ MODELS: Mapping[str, ModelDefaults] = {
     ),
 }
 #: Fields of a request whose defaults are the model's.
-MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(ModelDefaults) if field.name != "checkpoint")
+MODEL_FIELDS = tuple(
+    field.name for field in dataclasses.fields(ModelDefaults) if field.name not in ("checkpoint", "one_size")
+)
 
 
 def model_defaults(checkpoint: str, model: str = "tiny") -> ModelDefaults:

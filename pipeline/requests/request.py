@@ -13,6 +13,7 @@ FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transform
 MAX_SIDE = 4096
 MAX_FRAMES = 1001
 MAX_GUIDANCE = 1000
+MAX_FPS = 240
 
 Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -28,8 +29,11 @@ def nearest_multiples(value: int, multiple: int, offset: int = 0) -> list[int]:
     return sorted({max(below, smallest), max(below + multiple, smallest)})
 
 
-def _names(values: list[int]) -> str:
-    return " or ".join(str(value) for value in values)
+def require_multiple(name: str, value: int, multiple: int, offset: int = 0) -> None:
+    """Raise RequestError, which names the nearest, unless the value is `k * multiple + offset`."""
+    nearest = " or ".join(map(str, nearest_multiples(value, multiple, offset)))
+    expected = f"{multiple}k + {offset}" if offset else f"a multiple of {multiple}"
+    _require((value - offset) % multiple == 0, f"{name}={value}: expected {expected}; the nearest is {nearest}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -42,18 +46,17 @@ def _require_choice(name: str, value: Any, choices: Any) -> None:
     _require(value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
 
 
-def _require_int(name: str, value: Any, low: int, high: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int and low <= value <= high, f"{name}={value!r}: expected a whole number from {low} to {high}")
+def _require_number(name: str, value: Any, low: int, high: int, kind: Any = int) -> None:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    expected = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
+    _require(is_number and low <= value <= high, f"{name}={value!r}: expected {expected}")
 
 
-def _require_text(name: str, value: Any, expected: str) -> None:
-    _require(isinstance(value, str), f"{name}={value!r}: expected {expected}")
-    try:
-        whole = "\0" not in value and bool(value.encode())
-    except UnicodeEncodeError:
-        whole = False
-    _require(whole or not value, f"{name}={value!r}: holds a NUL or half a surrogate pair; expected Unicode text")
+def _require_text(name: str, value: Any, expected: str, empty: bool = False) -> None:
+    shown = "null" if value is None else repr(value) if len(repr(value)) < 100 else f"{repr(value)[:80]}..."
+    _require(isinstance(value, str) and (empty or bool(value.strip())), f"{name}={shown}: expected {expected}")
+    is_text = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    _require(is_text, f"{name}={shown}: holds a NUL or half a surrogate pair; expected Unicode text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,11 @@ class AttentionOptions:
 class GenerateRequest:
     """One video.
 
-    checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a Hub id. height, width:
-    pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off at 1 or below. fps:
-    frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own, or a CogVideoX
-    scheduler built from its configuration. What is left out, or None, is as `pipeline.requests.models` says for the
-    checkpoint. Raises RequestError.
+    prompt: may be empty. checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a
+    Hub id. height, width: pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off
+    at 1 or below. fps: frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own,
+    or a CogVideoX scheduler built from its configuration. What is left out, or None, is as `pipeline.requests.models`
+    says for the checkpoint. Raises RequestError.
     """
 
     prompt: str
@@ -97,7 +100,7 @@ class GenerateRequest:
     guidance_scale: float = _OF_MODEL
     use_dynamic_cfg: bool = _OF_MODEL
     seed: int = 42
-    fps: int = _OF_MODEL
+    fps: float = _OF_MODEL
     dtype: Dtype = _OF_MODEL
     scheduler: Scheduler = _OF_MODEL
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
@@ -105,43 +108,24 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
             object.__setattr__(self, name, value)
-        prompt, checkpoint = (
-            'some text, e.g. prompt="a red circle moves right"',
-            "tiny, tiny-random, a folder, or a Hub id",
-        )
-        _require_text("prompt", self.prompt, prompt)
-        _require(bool(self.prompt.strip()), f"prompt={self.prompt!r}: expected {prompt}")
-        _require_text("negative_prompt", self.negative_prompt, "text (empty for none)")
-        _require_text("checkpoint", self.checkpoint, checkpoint)
-        _require(bool(self.checkpoint.strip()), f"checkpoint={self.checkpoint!r}: expected {checkpoint}")
+        _require_text("prompt", self.prompt, 'some text, e.g. prompt="a red circle moves right"', empty=True)
+        _require_text("negative_prompt", self.negative_prompt, "text (empty for none)", empty=True)
+        _require_text("checkpoint", self.checkpoint, "tiny, tiny-random, a folder, or a Hub id")
         if self.revision is not None:
             _require_text("revision", self.revision, "a branch, tag or commit of a Hub id")
         for name in ("height", "width"):
-            value = getattr(self, name)
-            _require_int(name, value, 1, MAX_SIDE)
-            _require(
-                value % SIZE_MULTIPLE == 0,
-                f"{name}={value}: expected a multiple of {SIZE_MULTIPLE}; "
-                f"the nearest is {_names(nearest_multiples(value, SIZE_MULTIPLE))}",
-            )
-        _require_int("num_frames", self.num_frames, 1, MAX_FRAMES)
-        _require(
-            self.num_frames % FRAME_MULTIPLE == 1,
-            f"num_frames={self.num_frames}: expected {FRAME_MULTIPLE}k + 1, so that (num_frames - 1) / 4 + 1 latent "
-            f"frames are odd; the nearest is {_names(nearest_multiples(self.num_frames, FRAME_MULTIPLE, 1))}",
-        )
-        _require_int("num_inference_steps", self.num_inference_steps, 1, 1000)
-        _require(
-            isinstance(self.guidance_scale, int | float)
-            and not isinstance(self.guidance_scale, bool)
-            and 0 <= self.guidance_scale <= MAX_GUIDANCE,
-            f"guidance_scale={self.guidance_scale!r}: expected a number from 0 to {MAX_GUIDANCE} "
-            "(1 or less turns guidance off)",
-        )
+            _require_number(name, getattr(self, name), 1, MAX_SIDE)
+            require_multiple(name, getattr(self, name), SIZE_MULTIPLE)
+        _require_number("num_frames", self.num_frames, 1, MAX_FRAMES)
+        require_multiple("num_frames", self.num_frames, FRAME_MULTIPLE, 1)
+        _require_number("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _require_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE, int | float)
         flag = self.use_dynamic_cfg
         _require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")
-        _require_int("seed", self.seed, 0, 2**63 - 1)
-        _require_int("fps", self.fps, 1, 240)
+        _require_number("seed", self.seed, 0, 2**63 - 1)
+        _require_number("fps", self.fps, 1, MAX_FPS, int | float)
+        if self.fps == int(self.fps):
+            object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         _require_choice("dtype", self.dtype, Dtype)
         _require_choice("scheduler", self.scheduler, Scheduler)
 

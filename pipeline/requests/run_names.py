@@ -7,20 +7,11 @@ import re
 import string
 
 from pipeline.requests.errors import RequestError
+from pipeline.requests.models import MODEL_FIELDS
 from pipeline.requests.request import GenerateRequest
 
 DEFAULT_NAME = "{slug}-{width}x{height}x{num_frames}-seed{seed}-{digest}"
-_REQUEST_FIELDS = (
-    "seed",
-    "height",
-    "width",
-    "num_frames",
-    "num_inference_steps",
-    "guidance_scale",
-    "scheduler",
-    "fps",
-    "dtype",
-)
+_REQUEST_FIELDS = ("seed", *MODEL_FIELDS)
 NAME_FIELDS = ("slug", "digest", "line", *_REQUEST_FIELDS)
 _MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longer
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import resource
 import statistics
 import time
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
@@ -58,6 +60,7 @@ def prepare(
 ) -> list[Item]:
     """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
     checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
+    configs: dict[Any, Configs] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
@@ -66,7 +69,9 @@ def prepare(
         try:
             if which not in checkpoints:
                 checkpoint = resolve_checkpoint(*which, cache_dir)
+                configs[which] = read_configs(checkpoint)
                 checkpoints[which] = checkpoint, checkpoint.identities(*needed_stages(stages))
+            check_request(request, configs[which])
             run = RequestRun.prepare(request, stages, output_dir / entry.name, *checkpoints[which], run_options)
             items.append(Item(entry, run))
         except PipelineError as error:
@@ -99,13 +104,23 @@ class Batch:
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item to its end; the module's docstring tells in which order."""
+        """Run every item to its end; the module's docstring tells in which order.
+
+        Raises UserError, before any work, where another process is at work on one of them.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:
             finished = item.run.finished() if item.run.run_options.resume else None
             if finished is not None:
                 item.status, item.result = "finished before", finished
                 self._tell(item, f"finished before, skipped: {finished.video_path}")
-        stages = self.items[0].run.stages
+        with contextlib.ExitStack() as locks:
+            for item in self._waiting():
+                locks.enter_context(item.run.locked())
+            self._run_waiting(self.items[0].run.stages)
+
+    def _run_waiting(self, stages: Sequence[Stage]) -> None:
         if "text" in stages:
             for item in self._in_order("text"):
                 self._tell(item, "")

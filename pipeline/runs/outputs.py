@@ -20,8 +20,11 @@ from pipeline.requests.errors import StageOutputError
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.progress import StageTimings
 from splash_workbench.files import atomic_path, write_json
+from splash_workbench.records import jsonl
 
 SCHEMA_VERSION = 1
+#: What reading a JSON file raises where it is damaged, whatever it holds instead.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +92,19 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
     write_json(folder / f"{key.stage}.json", described)
 
 
-def check_stage(folder: Path, key: StageKey) -> None:
-    """Check that the stage's saved output is whole and belongs to `key`. Raises StageOutputError, saying why not."""
+def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
+    """Return the JSON file of a stage's saved output, its timings marked as reused.
+
+    Raises StageOutputError where the output is not whole, or does not belong to `key`.
+    """
     stage, path = key.stage, folder / f"{key.stage}.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        saved_fields, fingerprint = described["request"], described["fingerprint"]
+        saved_fields, fingerprint = dict(described["request"]), described["fingerprint"]
+        described["timings"] = reused_timings(described["timings"])
     except FileNotFoundError as error:
         raise StageOutputError(f"{stage}: no saved output in {folder}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise StageOutputError(f"{stage}: {path} is not readable ({error})") from error
     if fingerprint != key.fingerprint:
         why = key.differences(saved_fields) or f"schema: saved {described.get('schema_version')}, now {SCHEMA_VERSION}"
@@ -105,6 +112,7 @@ def check_stage(folder: Path, key: StageKey) -> None:
     with _open(folder, stage) as file:
         if (file.metadata() or {}).get("fingerprint") != fingerprint:
             raise StageOutputError(f"{stage}: {stage}.safetensors and {stage}.json in {folder} do not belong together")
+    return described
 
 
 def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
@@ -114,10 +122,9 @@ def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
         return {name: torch_to_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
-def load_details(folder: Path, stage: Stage) -> dict[str, Any]:
-    """Load the JSON file of a stage's saved output, after `check_stage`. Timings are marked as reused."""
-    details = json.loads((folder / f"{stage}.json").read_text(encoding="utf-8"))
-    return {**details, "timings": StageTimings(**{**details["timings"], "reused": True})}
+def reused_timings(fields: Mapping[str, Any]) -> StageTimings:
+    """Return saved timings, marked as reused. Raises one of UNREADABLE where they are none."""
+    return jsonl.decode({**fields, "reused": True}, StageTimings)
 
 
 def _open(folder: Path, stage: Stage) -> Any:

@@ -1,10 +1,10 @@
 """One request on its way through its stages: what is there of it is reused, what is made is saved, then the video."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,17 +13,27 @@ import jax
 import numpy as np
 
 from pipeline.checkpoints.loading import Checkpoint
+from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs import records
-from pipeline.runs.outputs import StageKey, check_stage, load_details, load_stage, save_stage, stage_key
+from pipeline.runs.outputs import (
+    UNREADABLE,
+    StageKey,
+    check_stage,
+    load_stage,
+    reused_timings,
+    save_stage,
+    stage_key,
+)
 from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
-from splash_workbench.files import remove_leftovers, write_json
+from splash_attn.types import AttentionShape
+from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 
@@ -31,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 VIDEO_NAME = "video.mp4"
 SIDECAR_NAME = "video.json"
+LOCK_NAME = ".lock"
+_FREE_BYTES = 2**20  # on the disk of a run's folder; a full one has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,7 @@ class RequestRun:
 
         identities: of the checkpoint's `needed_stages`.
         """
-        _check_folder(run_dir)
+        require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
         context = StageContext(checkpoint, request, identities, run_options.parallel)
         keys = {stage: stage_key(request, stage, identities) for stage in identities}
         if "denoise" in stages:
@@ -88,12 +100,23 @@ class RequestRun:
     def request(self) -> GenerateRequest:
         return self.context.request
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out of the folder, but for those of the same run. Raises UserError if one is there."""
+        if jax.process_index() != 0:
+            return contextlib.nullcontext()
+        return locked(
+            self.run_dir / LOCK_NAME,
+            f"run_dir={str(self.run_dir)!r}: another process is at work there; wait for it or stop it, or choose "
+            "another run_dir or name",
+        )
+
     def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
         key = self.keys[stage]
-        if self.run_options.resume and self._reusable(key):
-            self.details[stage] = load_details(self.run_dir, stage)
-            self.timings.append(self.details[stage]["timings"])
+        saved = self._saved(key) if self.run_options.resume else None
+        if saved is not None:
+            self.details[stage] = saved
+            self.timings.append(saved["timings"])
         else:
             inputs, timings = self._inputs(stage), StageTimings(stage)
             context = dataclasses.replace(self.context, timings=timings, progress=progress)
@@ -137,48 +160,43 @@ class RequestRun:
 
     def finish(self, results_path: Path | None = None) -> GenerateResult:
         """Record the timings, and write the video where its stage was among those run."""
-        if "denoise" in self.keys and "denoise" not in self.details and self._belongs(self.keys["denoise"]):
-            self.details["denoise"] = load_details(self.run_dir, "denoise")
+        if "denoise" in self.keys and "denoise" not in self.details:
+            with contextlib.suppress(StageOutputError):
+                self.details["denoise"] = check_stage(self.run_dir, self.keys["denoise"])
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
-        if results_path is not None and not all(timing.reused for timing in self.timings):
-            jsonl.append(results_path, record)
         video_path = self._write_video(record) if "vae" in self.stages else None
         written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
+        if results_path is not None and not all(timing.reused for timing in self.timings):
+            jsonl.append(results_path, record)  # last: the video matters more
         return GenerateResult(self.run_dir, video_path, tuple(self.timings))
 
     def finished(self) -> GenerateResult | None:
         """Return the result where the video of exactly this request is already there, even if stage outputs are not."""
         try:
             sidecar = json.loads((self.run_dir / SIDECAR_NAME).read_text(encoding="utf-8"))
-            timings = tuple(StageTimings(**{**timing, "reused": True}) for timing in sidecar["stages"])
+            timings = tuple(map(reused_timings, sidecar["stages"]))
             is_this = (
                 "vae" in self.stages
                 and sidecar["fingerprint"] == self.keys["vae"].fingerprint
                 and sidecar["request"]["fps"] == self.request.fps
                 and sidecar["video_bytes"] == (self.run_dir / VIDEO_NAME).stat().st_size
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNREADABLE:
             return None
         return GenerateResult(self.run_dir, self.run_dir / VIDEO_NAME, timings) if is_this else None
 
-    def _belongs(self, key: StageKey) -> bool:
-        try:
-            check_stage(self.run_dir, key)
-        except StageOutputError:
-            return False
-        return True
-
-    def _reusable(self, key: StageKey) -> bool:
+    def _saved(self, key: StageKey) -> dict[str, Any] | None:
+        """Return the details of a saved output that can be reused."""
         if not (self.run_dir / f"{key.stage}.json").exists():
-            return False
+            return None
         try:
-            check_stage(self.run_dir, key)
+            details = check_stage(self.run_dir, key)
         except StageOutputError as error:
             logger.warning("%s: running it again", error)
-            return False
+            return None
         logger.info("%s: reusing the output in %s", key.stage, self.run_dir)
-        return True
+        return details
 
     def _inputs(self, stage: Stage) -> dict[str, np.ndarray]:
         if stage == "text":
@@ -219,16 +237,6 @@ def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _check_folder(run_dir: Path) -> None:
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RequestError(
-            f"run_dir={str(run_dir)!r}: {there.name} is a file; expected a folder, or a name that is free"
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError(f"run_dir={str(run_dir)!r}: {there} is not writable; choose another output_dir or run_dir")
-
-
 def _check_attention_device(request: GenerateRequest) -> None:
     platform = jax.default_backend()
     if request.attention.implementation == "pallas_tpu" and platform != "tpu":
@@ -236,3 +244,4 @@ def _check_attention_device(request: GenerateRequest) -> None:
             f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
             "leave it out, or take xla or pallas_interpret"
         )
+    resolve_attention(request.attention, AttentionShape(1, 1, 128, 128, 64), request.dtype)  # for any shape the same

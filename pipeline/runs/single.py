@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
@@ -29,22 +30,24 @@ def generate(
     """Run stages of one request, each with only its own weights in memory, and write the video.
 
     run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
-    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the
-    timings.
+    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the timings.
     progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
     in the stage "denoise", else at the beginning of the stage.
 
-    Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError.
+    Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError, and
+    UserError where the folder cannot be written to or another process is at work there.
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages))
     run = RequestRun.prepare(request, stages, run_dir, checkpoint, identities, run_options)
-    for stage in stages:
-        loaded = LoadedStages()
-        run.run_stage(stage, Stages(loaded.get), progress)
-        loaded.drop(stage)
-    return run.finish(results_path)
+    with run.locked():
+        for stage in stages:
+            loaded = LoadedStages()
+            run.run_stage(stage, Stages(loaded.get), progress)
+            loaded.drop(stage)
+        return run.finish(results_path)
 
 
 def warm_up(

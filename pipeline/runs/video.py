@@ -14,7 +14,7 @@ _CONSTANT_RATE_FACTOR = "17"  # visually lossless
 MAX_TAG_LENGTH = 16_000  # characters; Linux takes 128 KiB an argument
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int, metadata: Mapping[str, str] | None = None) -> None:
+def write_mp4(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str, str] | None = None) -> None:
     """Write uint8 frames [frames, height, width, 3], height and width even, under a temporary name, then rename.
 
     metadata: tags that mp4 knows, e.g. title and comment; values are cut to MAX_TAG_LENGTH.

@@ -1,6 +1,7 @@
 """Stage "text": prompts -> T5 embeddings."""
 
 import logging
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from pipeline.stages.progress import Progress, StageTimings, StepClock, no_progr
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_LENGTH = 60  # characters
+
 
 class TextEncoder:
     """A loaded T5 encoder. Keeps its compiled program for the next prompts; drop the object to free its memory."""
@@ -32,15 +35,15 @@ class TextEncoder:
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
         """Load tokenizer/ and text_encoder/ of a checkpoint. Raises CheckpointError."""
-        length = checkpoint.config("transformer").get("max_text_seq_length", 226)
-        devices = jax.devices()
+        length, devices = checkpoint.config("transformer")["max_text_seq_length"], jax.devices()
+        tokenizer = load_tokenizer(checkpoint)  # first: T5 is 9 GB
         loaded = load_module(
             checkpoint,
             "text_encoder",
             dtype,
             place=lambda name, value: put(value, weight_sharding(value.shape, devices)),
         )
-        return cls(loaded, load_tokenizer(checkpoint), length, devices)
+        return cls(loaded, tokenizer, length, devices)
 
     def encode(
         self, prompts: Sequence[str], timings: StageTimings | None = None, progress: Progress = no_progress
@@ -73,8 +76,9 @@ class TextEncoder:
         limit = self._max_text_seq_length
         whole = self._tokenizer(prompt)["input_ids"]
         if len(whole) > limit:
-            cut = self._tokenizer.decode(whole[limit - 1 : -1])
-            logger.warning("prompt is longer than %d tokens; this part of it is not used: %r", limit, cut)
+            cut = whole[limit - 1 : -1]
+            text = textwrap.shorten(self._tokenizer.decode(cut), _SHOWN_LENGTH, placeholder=" ...")
+            logger.warning("prompt is longer than %d tokens; the last %d are cut: %r", limit, len(cut), text)
         padded = self._tokenizer(prompt, padding="max_length", max_length=limit, truncation=True)
         return np.asarray(padded["input_ids"], np.int32)
 

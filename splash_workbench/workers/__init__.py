@@ -1,1 +1,1 @@
-"""Jobs in worker processes that stay warm, and their outcomes on disk."""
+"""Worker processes that stay warm, and a cache of their outcomes."""

@@ -1,4 +1,4 @@
-"""Outcomes of jobs on disk, so that the same compilation is never paid for twice.
+"""Keep outcomes of jobs on disk, so that the same compilation is never paid for twice.
 
 Kept are the conclusive ones, of jobs that time nothing: a time that was measured is never taken from a cache.
 """

@@ -1,4 +1,4 @@
-"""Jobs in worker processes that stay warm from one job to the next, and that a bad job takes with it."""
+"""Run jobs in worker processes that stay warm from one job to the next. A bad job ends its worker, and no other."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,9 @@ from typing import Any
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.status import Status
 
-#: For many jobs of one kind: as many as share the start of a process, imports included.
+#: Folder of a worker -> environment variables to add to this process's own.
+Variables = Callable[[Path], Mapping[str, str]]
+#: Jobs that share the start of a process, imports included, where there are many of one kind.
 JOBS_PER_WORKER = 100
 
 _LOG_TAIL_CHARACTERS = 4000
@@ -28,79 +30,12 @@ _LAST_WORDS_CHARACTERS = 300
 #: Lines that glog and abseil end a process with; and lines that are not frames of a stack.
 _FATAL = re.compile(r"F\d{4}\s|ERROR: |terminate called|Fatal Python error")
 _SAYS_SOMETHING = re.compile(r"^(?!\s*(@\s+0x|\*\*\*|File \")).*\w")
-#: Of a timer of the operating system, rounded down.
-_LONGEST_TIMEOUT_S = 10**9
 #: Seconds that a killed process group has to disappear.
 _REAP_S = 30
 #: Seconds between two looks at what a running job takes.
 _SAMPLE_S = 0.5
-#: Most that a worker was seen to hold while it compiled.
-WORKER_BYTES = int(3.7 * 2**30)
 #: A worker that holds more than this after a job is replaced.
 _RETIRE_RSS_BYTES = 5 * 2**29
-
-
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_count(requested: int | None) -> int:
-    """Return how many workers to have: as requested, or for None as many as the cores and the free memory allow.
-
-    Raises:
-      ValueError: less than 1 is requested.
-    """
-    if requested is not None:
-        if requested < 1:
-            raise ValueError(f"workers={requested}: expected at least 1, or null for what cores and memory allow.")
-        return requested
-    free = available_memory_bytes()
-    return core_count() if free is None else max(1, min(core_count(), free // WORKER_BYTES))
-
-
-def room_line() -> str:
-    """Return what `worker_count` goes by, in words."""
-    free = available_memory_bytes()
-    memory = (
-        f", {free / 2**30:.1f} GiB of memory free for {WORKER_BYTES / 2**30:.1f} a worker" if free is not None else ""
-    )
-    return f"{core_count()} cores{memory}"
-
-
-def check_timeout_s(timeout_s: float) -> None:
-    """Raise ValueError for a time limit that a process cannot be given."""
-    if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
-        raise ValueError(f"timeout_s={timeout_s}: expected a positive number of seconds, at most {_LONGEST_TIMEOUT_S}.")
-
-
-def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory that this process can still take: the machine's, or less in a cgroup; None where nothing says.
-
-    Args:
-      root: where /proc and /sys are.
-    """
-    found = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        text = (root / "proc/meminfo").read_text()
-        found.append(int(text.split("MemAvailable:")[1].split()[0]) * 1024)
-    folders = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):  # version 2, version 1
-                top = folders[bool(controllers)]
-                folders += [top / path.lstrip("/"), *(top / path.lstrip("/")).parents]
-    for folder in folders:
-        for limit, usage, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(stat.get(cache, 0))
-                found.append(int((folder / limit).read_text()) - used)
-    return max(0, min(found)) if found else None
 
 
 class CancelledError(Exception):
@@ -109,7 +44,7 @@ class CancelledError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a job left: its result (empty if it ended without one), how it ended, and the end of what it printed."""
+    """How a job ended, its result (empty if there is none), and the end of what it printed."""
 
     status: Status
     result: dict[str, Any]
@@ -120,7 +55,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the jobs of a runner took.
+    """The resources that the jobs of a runner took.
 
     Attributes:
       job_count, worker_count: jobs run, and processes started for them.
@@ -136,11 +71,10 @@ class Usage:
 
 
 class Runner:
-    """Runs jobs in worker processes, from any number of threads, until cancelled.
+    """A pool of worker processes that any number of threads give jobs, until it is cancelled.
 
-    A worker that crashes, is killed for its time limit, or raises what its job did not foresee, is replaced: it costs
-    the one job. So is one that has grown past 2.5 GiB. A worker has the environment that it was started with, and
-    serves only jobs that ask for the same.
+    A worker that crashes, is killed for its time limit, raises what its job did not foresee, or has grown past 2.5 GiB
+    is replaced. It serves only jobs that ask for the environment that it was started with.
 
     Args:
       work_dir: scratch folder; each worker has its own folder in it, gone with the worker.
@@ -163,15 +97,15 @@ class Runner:
         payload: Mapping[str, Any],
         *,
         timeout_s: float,
-        variables: Callable[[Path], Mapping[str, str]] = lambda worker_dir: {},
+        variables: Variables = lambda worker_dir: {},
     ) -> Outcome:
-        """Runs "package.module:function" on the payload.
+        """Run "package.module:function" on the payload, again in a fresh process if it crashes in a used one.
 
         Args:
           target: the job.
           payload: its argument, JSON.
           timeout_s: its whole process group is killed after this.
-          variables: folder of the worker -> environment variables to add to this process's own.
+          variables: of the worker.
 
         Raises:
           CancelledError: `cancel` was called.
@@ -185,7 +119,7 @@ class Runner:
         return outcome
 
     def cancel(self) -> None:
-        """Ends all workers; every `run`, present and future, raises CancelledError."""
+        """End all workers; every `run`, present and future, raises CancelledError."""
         with self._lock:
             self._cancelled = True
             for worker in self._running:
@@ -195,20 +129,14 @@ class Runner:
             worker.end()
 
     def usage(self) -> Usage:
-        """What the jobs took up to now."""
+        """Return what the jobs took up to now."""
         with self._lock:
             return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
 
     def _run_once(
-        self,
-        target: str,
-        payload: Mapping[str, Any],
-        timeout_s: float,
-        variables: Callable[[Path], Mapping[str, str]],
-        *,
-        fresh: bool,
+        self, target: str, payload: Mapping[str, Any], timeout_s: float, variables: Variables, *, fresh: bool
     ) -> tuple[Outcome, bool]:
-        """The outcome of a job, and whether its worker had run none before."""
+        """Return the outcome of a job, and whether its worker had run none before."""
         worker = self._take(variables, fresh=fresh)
         reusable = False
         try:
@@ -219,8 +147,8 @@ class Runner:
             raise CancelledError
         return outcome, worker.job_count == 1
 
-    def _take(self, variables: Callable[[Path], Mapping[str, str]], *, fresh: bool) -> "_Worker":
-        """An idle worker with the environment that the job wants, or a new one in place of an idle one."""
+    def _take(self, variables: Variables, *, fresh: bool) -> "_Worker":
+        """Return an idle worker with the environment that the job wants, or a new one in place of an idle one."""
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         common = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)}
         kind = frozenset((common | dict(variables(Path("worker")))).items())
@@ -290,7 +218,7 @@ class _Worker:
     def run(
         self, target: str, payload: Mapping[str, Any], timeout_s: float, sample: Callable[[], None]
     ) -> tuple[Outcome, bool]:
-        """The outcome of a job, and whether the worker can take another one."""
+        """Return the outcome of a job, and whether the worker can take another one."""
         self.job_count += 1
         os.truncate(self._log_path, 0)  # it is open for appending: what comes next stands at the start
         start = time.monotonic()
@@ -309,8 +237,8 @@ class _Worker:
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_REAP_S)
-            words = _last_words(self._log_path.read_text(errors="replace"))
-            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + words
+            log = self._log_path.read_text(errors="replace")
+            status, error = Status.CRASHED, _describe_exit(self._process.returncode) + _last_words(log)
         sample()
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:
@@ -325,7 +253,7 @@ class _Worker:
         return outcome, reusable
 
     def rss_bytes(self) -> int:
-        """Resident memory of the process; 0 if it is dead, or the system does not say."""
+        """Return the resident memory of the process; 0 if it is dead, or the system does not say."""
         try:
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         except (FileNotFoundError, ProcessLookupError):
@@ -333,13 +261,13 @@ class _Worker:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def kill(self) -> None:
-        """Kills the process group: what the job has started ends too."""
+        """Kill the process group: what the job has started ends too."""
         if self._process.returncode is None:  # not waited for yet: its process id is still its own
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kills the process group and removes the folder."""
+        """Kill the process group and remove the folder."""
         self.kill()
         self._process.wait(_REAP_S)
         self._connection.close()
@@ -372,7 +300,7 @@ def _last_words(log: str) -> str:
 
 
 def _scrub(text: str, directory: Path) -> str:
-    """Results are shared: they name no path of this machine."""
+    """Return a text without the paths of this machine: results are shared."""
     for path, name in ((directory, "JOB"), (Path(sys.prefix), "PREFIX"), (REPO_ROOT, "REPO"), (Path.home(), "HOME")):
         text = text.replace(str(path), name)
     return text

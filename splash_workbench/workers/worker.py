@@ -1,4 +1,4 @@
-"""The other end of `splash_workbench.workers.pool`: runs one job after another in this process.
+"""Run one job after another in this process, for `splash_workbench.workers.pool`.
 
     python -m splash_workbench.workers.worker FOLDER CONNECTION
 
@@ -7,17 +7,16 @@ A request names a function, "package.module:function"; it takes the request's pa
 
 import contextlib
 import gc
-import importlib
 import json
 import math
 import os
+import pkgutil
 import queue
 import shutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +50,7 @@ def main(folder: str, descriptor: str) -> NoReturn:
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"status": Status.OK} | _resolve(request["target"])(request["payload"])
+        return {"status": Status.OK} | pkgutil.resolve_name(request["target"])(request["payload"])
     except TrialError as error:
         traceback.print_exc()
         return {"status": error.status, "error": " ".join(str(error).split())[:_ERROR_CHARACTERS]}
@@ -61,7 +60,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget(folder: Path) -> None:
-    """What a job leaves behind would add up: compiled programs, and files in the worker's folder beside its log."""
+    """Drop compiled programs, and files in the worker's folder beside its log: they would add up from job to job."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()
@@ -71,19 +70,14 @@ def _forget(folder: Path) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """The first and the last line: the last has the cause where one error wraps another. The log has the rest."""
+    """Return the first line, and the last: that has the cause where one error wraps another. The log has the rest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     return f"{type(error).__name__}: {text}"[:_ERROR_CHARACTERS]
 
 
-def _resolve(target: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
 def _receive(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]], folder: Path) -> None:
-    """Hands requests on. The connection closes when the parent dies, by kill -9 too: then all ends here."""
+    """Hand requests on. The connection closes when the parent dies, by kill -9 too: then all ends here."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             requests.put(json.loads(connection.recv_bytes()))

@@ -103,10 +103,15 @@ def test_bad_attention_options(argument, message):
         to_request(_compose("prompt=x", argument))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "error: prompt='': expected some text, e.g. prompt=\"a red circle moves right\""),
+        ((), 'error: prompt=null: expected some text, e.g. prompt="a red circle moves right"'),
+        (("prompt=null",), "error: prompt=null: expected some text"),
+        (("prompt=", "width=2416"), "error: width=2416: the rotary table of checkpoint='tiny' ends at 2400"),
+        (("prompt=x", "fps=0.5"), "error: fps=0.5: expected a number from 1 to 240"),
+        (("prompt=", "prompts=y"), "error: prompts='y' and prompt='': expected one of them"),
         (("prompt=x", "num_frames=50"), "error: num_frames=50: expected 8k + 1"),
         (("prompt=x", "stages=text,foo"), "error: stages=text,foo: expected some of text,denoise,vae; unknown: 'foo'"),
         (("prompts=nowhere",), "error: prompts='nowhere': No such file or directory; expected a file of JSON lines"),

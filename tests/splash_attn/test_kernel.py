@@ -77,6 +77,7 @@ def test_block_sizes_and_lookahead(block_sizes: BlockSizes, lookahead: int, vari
     check(*inputs(401, 523, 64), variant=variant, block_sizes=block_sizes)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize("scale", [0.01, 1.0, -0.3])
 def test_scale(scale: float, variant: Variant) -> None:
@@ -116,6 +117,7 @@ def test_zero_queries(variant: Variant) -> None:
     check(q.at[:, :, ::3].set(0), k, v, variant=variant)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 def test_smoothing_changes_nothing_but_rounding(variant: Variant) -> None:
     q, k, v = inputs(131, 263, 64, dtype=jnp.float32)
@@ -129,6 +131,7 @@ def test_smoothing_changes_nothing_but_rounding(variant: Variant) -> None:
     assert error(smooth, expected, v) < error(plain, expected, v)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("side", [0.98, 1.02])
 @pytest.mark.parametrize("centred", [False, True])
 def test_bound_at_the_gate(side: float, centred: bool) -> None:
@@ -151,6 +154,7 @@ def test_heads_within_and_beyond_the_limit_in_one_call() -> None:
     check(q * amplitude, k, v, variant=FIXED)
 
 
+@pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize("unroll_q", [128, 256])
 def test_tiles_in_a_loop(unroll_q: int, variant: Variant) -> None:

@@ -145,6 +145,53 @@ def test_a_nearest_entry_is_clamped(tmp_path: Path) -> None:
     assert choose(tmp_path, shape(q_seq_len=300, kv_seq_len=3000)).block_sizes == BlockSizes(384, 4096, 2048)
 
 
+@pytest.mark.parametrize(
+    ("tuned_at", "length", "counts"),
+    [
+        (1021, 39826, False),  # its blocks are cut by its sequence: the default is better
+        (1021, 2039, False),
+        (1021, 1024, True),  # the same number of blocks
+        (1021, 503, True),
+        (15076, 503, True),
+        (15076, 119056, True),
+        (4001, 119056, False),
+    ],
+)
+@pytest.mark.parametrize("axes", [("q_seq_len",), ("kv_seq_len",), ("q_seq_len", "kv_seq_len")])
+def test_a_short_sequences_entry_says_nothing_about_a_long_one(
+    tmp_path: Path, tuned_at: int, length: int, counts: bool, axes: tuple[str, ...]
+) -> None:
+    rest = dict.fromkeys({"q_seq_len", "kv_seq_len"} - set(axes), 7)
+    write(tmp_path, entry(shape=shape(**dict.fromkeys(axes, tuned_at), **rest), block_sizes=BlockSizes(128, 128, 128)))
+    choice = choose(tmp_path, shape(**dict.fromkeys(axes, length), **rest))
+    assert (choice.entry is not None) == counts
+
+
+def test_the_users_entries_stand_beside_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, shipped = tmp_path / "user", tmp_path / "shipped"
+    for folder in (user, shipped):
+        folder.mkdir()
+    monkeypatch.setenv(tuned.USER_VARIABLE, str(user))
+    monkeypatch.setattr(tuned, "TUNED_DIR", shipped)
+    write(shipped, entry(time_ms=14.0, block_sizes=BlockSizes(256, 256, 256)))
+    assert tuned.choose(KIND, SHAPE, "bfloat16").block_sizes == BlockSizes(256, 256, 256)
+    for time_ms, expected in ((13.0, BlockSizes(512, 512, 512)), (15.0, BlockSizes(256, 256, 256))):
+        write(user, entry(time_ms=time_ms, block_sizes=BlockSizes(512, 512, 512)))
+        os.utime(tuned.path_for(KIND, user), ns=(int(time_ms), 1_000_000_000 + int(time_ms)))
+        assert tuned.choose(KIND, SHAPE, "bfloat16").block_sizes == expected
+    write(user, entry(shape=shape(head_dim=128)))
+    os.utime(tuned.path_for(KIND, user), ns=(3, 3))
+    assert len(tuned.load(KIND)) == 2 and len(tuned.load(KIND, shipped)) == 1
+
+
+def test_without_a_home_the_shipped_entries_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (tuned.USER_VARIABLE, "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert tuned.load(KIND) == tuned.load(KIND, tuned.TUNED_DIR) != ()
+
+
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     write(tmp_path, entry())
     assert choose(tmp_path).entry is not None

@@ -80,6 +80,7 @@ def test_every_command_is_here() -> None:
     assert found - {"pipeline.quality.gate"} == set(COMMANDS)  # that one is a process of the command's own
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("module", COMMANDS)
 def test_help_leaves_nothing_behind(run: Run, module: str, tmp_path: Path) -> None:
     code, out, err = run(main_of(module), "--help")
@@ -261,6 +262,7 @@ def test_an_error_of_ours_shows_where_it_is(run: Run, monkeypatch: pytest.Monkey
         run(entry_point(raising(UserError("x"))))
 
 
+@pytest.mark.compile
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     """As in `python -m tuning.results | head -1`."""
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}

@@ -19,6 +19,7 @@ from tuning.backends.interpret import INTERPRET
 from tuning.search.settings import SweepSettings
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
+from tuning.trials.promote import todays_choice
 from tuning.trials.records import Numerics, Trial
 from tuning.trials.workloads import Workload
 
@@ -92,6 +93,19 @@ def make_trial() -> Callable[..., Trial]:
             "numerics": NUMERICS,
         }
         return Trial(**(defaults | changes))
+
+    return make
+
+
+@pytest.fixture
+def todays() -> Callable[..., Trial]:
+    """The trial of what would run today in the place of a winner: (winner, folder of tuned entries)."""
+
+    def make(winner: Trial, directory: Path | None = None, **changes: Any) -> Trial:
+        choice = todays_choice(winner, directory)
+        assert choice is not None
+        todays = {"block_sizes": choice.block_sizes, "variant": choice.variant.to_dict(), "record_id": "today"}
+        return dataclasses.replace(winner, **todays, conclusive=None, **changes)
 
     return make
 

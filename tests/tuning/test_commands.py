@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from offline_tpu import libtpu
 from splash_attn import tuned
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
-from tuning import choose, results, sweep
+from tuning import choose, peers, results, sweep
 from tuning.trials import records, workloads
 from tuning.trials.records import Trial
 
@@ -43,6 +45,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("backend=nope", "expected one of interpret, measure, offline"),
         ("workers=0", "workers=0: expected at least 1"),
         ("timeout_s=-1", "timeout_s=-1.0: expected a positive number of seconds"),
+        ("timeout_s=inf", "timeout_s=inf: expected a positive number of seconds, at most"),
+        ("timeout_s=nan", "timeout_s=nan: expected a positive number of seconds"),
+        ("timeout_s=1e300", "timeout_s=1e+300: expected a positive number of seconds"),
+        ("workers=-3", "workers=-3: expected at least 1"),
+        ("search.seed=-1", "search.seed=-1: expected 0 to 4294967295"),
+        ("search.seed=99999999999", "search.seed=99999999999: expected 0 to"),
+        ("json=.", "json=.: expected a file, got a folder"),
+        ("json=/proc/no/file.json", "json=/proc/no/file.json: cannot write"),
+        ("results_dir=/proc/results", "results_dir=/proc/results: cannot write"),
+        ("logdir=/proc/runs profile=true", "logdir=/proc/runs: cannot write"),
+        ("backend=measure backend.measure.min_samples=1", "min_samples=1, max_samples=100: expected 6 <= min"),
+        ("backend=measure backend.measure.max_time_s=long", "Expected `float`, got `str` - at `$.max_time_s`"),
+        ("backend=measure +backend.measure.samples=9", "samples"),
         ("search.max_trials=0", "search.max_trials=0: expected at least 1"),
         ("search.sampler=guess", "search.sampler='guess': expected one of ('grid', 'random', 'tpe')"),
         ("space.block_q=[100]", "space.block_q=100: expected a positive multiple of 128"),
@@ -51,6 +66,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
         ("workload.dtype=int3", "dtype='int3': expected one of"),
         ("device=local", "device='local': expected one of"),
+        ("promote=yes", "promote='yes': expected true, false or shipped"),
+        ("promote=3", "promote=3: expected true, false or shipped"),
         ("workload.name=../../x", "workload.name='../../x': expected at most 100 letters"),
         ("workload.name=a/b", "workload.name='a/b': expected at most 100 letters"),
         ("workload.name=.hidden", "the first a letter or digit"),
@@ -60,12 +77,41 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     ],
 )
 def test_a_mistake_is_one_line(run: Run, argument: str, message: str) -> None:
-    code, out, err = run(sweep, argument)
+    code, out, err = run(sweep, *re.split(r" (?=[\w.+]+=)", argument))
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize("arguments", [("workers=0",), ("timeout_s=inf",), ("json=.",), ("results_dir=/proc/results",)])
+def test_a_mistake_of_peers_is_one_line(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(peers, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {arguments[0]}")
+
+
+@pytest.mark.parametrize("version", ["0.0.99", None])
+@pytest.mark.parametrize("command", [sweep, peers])
+def test_another_libtpu_is_one_refusal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: object, version: str | None
+) -> None:
+    monkeypatch.setattr(libtpu, "installed_version", lambda: version)
+    code, out, err = run(command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{(version and 'libtpu 0.0.99') or 'no libtpu'} is installed, expected {libtpu.SUPPORTED_LIBTPU}" in err
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arguments", [(), ("backend=interpret",), ("backend=measure", "device=local")])
+def test_an_unknown_flag_is_one_refusal_with_the_last_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_tpu_nonsense=1")
+    code, out, err = run(sweep, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "Unknown flag in XLA_FLAGS: --xla_tpu_nonsense=1" in err
 
 
 def test_measure_needs_a_worker_at_a_time(run: Run) -> None:
@@ -122,7 +168,7 @@ def test_two_shapes_under_one_name_are_never_in_one_ranking(
     published = workloads.load("cogvideox_720p").shape
     other = dataclasses.replace(published, num_heads=24)
     for number, shape in enumerate((published, other, published, other)):
-        jsonl.append(path, make_trial(workload="cogvideox_720p", shape=shape, time_samples_ms=(1.0 + number,)))
+        jsonl.append(path, make_trial(workload="cogvideox_720p", shape=shape, time_samples_ms=(20.0 + number,)))
     code, out, _ = run(results, "json=r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["trials"]
     assert code == 0

@@ -1,20 +1,16 @@
 import dataclasses
-import json
-import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import PLENTY_S, environment_with_repo, wait_until
+from helpers import PLENTY_S
 from splash_workbench import provenance
 from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome, Runner
+from sweeps import job_count, quiet, with_job
 from tuning.backends import evaluate
 from tuning.backends.registry import BACKENDS
 from tuning.search.settings import SweepSettings
@@ -22,6 +18,7 @@ from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.sweep import sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.promote import todays_choice
 
 MakeSettings = Callable[..., SweepSettings]
 
@@ -30,21 +27,8 @@ pytestmark = pytest.mark.compile  # each sweep starts worker processes
 HANGING_BLOCK_Q = 384
 
 
-def with_job(name: str, settings: SweepSettings) -> SweepSettings:
-    """The settings with a backend whose workers run that function of tests/fake_jobs.py."""
-    return dataclasses.replace(settings, backend=dataclasses.replace(settings.backend, job=f"fake_jobs:{name}"))
-
-
-def _quiet(line: str) -> None:
-    del line
-
-
-def _job_count(log: Path) -> int:
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 def test_grid_evaluates_every_candidate_once_and_finds_the_best(make_settings: MakeSettings) -> None:
-    result = sweep(with_job("bowl", make_settings()), report=_quiet)
+    result = sweep(with_job("bowl", make_settings()), report=quiet)
     assert result.evaluated_count == len(result.trials) == len(result.candidates.valid) == 12
     assert len({trial.key for trial in result.trials}) == 12
     assert result.winner is not None and str(result.winner.block_sizes) == "384/512/128"
@@ -61,20 +45,20 @@ def test_search_repeats_nothing_and_goes_on_where_it_was(
 
     def run(max_trials: int | None) -> int:
         settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=1))  # type: ignore[arg-type]
-        result = sweep(with_job("bowl", settings), report=_quiet)
+        result = sweep(with_job("bowl", settings), report=quiet)
         assert len({trial.key for trial in result.trials}) == len(result.trials) == (max_trials or 12)
         return result.evaluated_count
 
     assert run(5) == 5
     assert run(5) == 0
     assert run(None) == 7
-    assert _job_count(log) == 12
+    assert job_count(log) == 12
 
 
 def test_another_study_of_the_same_context_takes_what_is_on_record(make_settings: MakeSettings) -> None:
-    sweep(with_job("bowl", make_settings()), report=_quiet)
+    sweep(with_job("bowl", make_settings()), report=quiet)
     other = make_settings(search=SearchSettings(sampler="tpe", max_trials=6, seed=3))
-    result = sweep(with_job("abort", other), report=_quiet)
+    result = sweep(with_job("abort", other), report=quiet)
     assert result.evaluated_count == 0
     assert all(trial.status is Status.OK for trial in result.trials)
 
@@ -86,20 +70,20 @@ def test_a_second_sweep_elsewhere_costs_nothing(
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     search = SearchSettings(sampler=sampler, max_trials=9, seed=1)  # type: ignore[arg-type]
-    first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, cache=True)), report=_quiet)
-    assert (first.evaluated_count, first.usage.job_count, _job_count(log)) == (9, 9, 9)
+    first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, cache=True)), report=quiet)
+    assert (first.evaluated_count, first.usage.job_count, job_count(log)) == (9, 9, 9)
     elsewhere = make_settings(search=search, cache=True, results_dir=tmp_path / "elsewhere")
-    second = sweep(with_job("bowl_of_uneven_speed", elsewhere), report=_quiet)
+    second = sweep(with_job("bowl_of_uneven_speed", elsewhere), report=quiet)
     # The search asks for the same candidates, whichever worker was faster.
     assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
-    assert (second.evaluated_count, second.usage.job_count, _job_count(log)) == (9, 0, 9)
+    assert (second.evaluated_count, second.usage.job_count, job_count(log)) == (9, 0, 9)
     assert [trial.time_ms for trial in second.trials] == [trial.time_ms for trial in first.trials]
     assert all("from the cache" in trial.notes[-1] for trial in second.trials)
     effort = second.effort()
     assert (effort["from_cache"], effort["candidates_per_minute"]) == (9, None)
     one = SearchSettings(sampler="grid", max_trials=1, seed=1)
     off = dataclasses.replace(elsewhere, cache=False, results_dir=tmp_path / "off", search=one)
-    assert sweep(with_job("bowl", off), report=_quiet).usage.job_count == 1
+    assert sweep(with_job("bowl", off), report=quiet).usage.job_count == 1
 
 
 @pytest.fixture
@@ -119,9 +103,9 @@ def hang_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_path: Path) -> None:
     choices = {"block_q": (128, 256, 384, 512, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
     settings = make_settings(space=Space("fates", choices), workers=4, cache=True)
-    first = sweep(with_job("by_block_q", settings), report=_quiet)
+    first = sweep(with_job("by_block_q", settings), report=quiet)
     assert first.usage.job_count == 5
-    second = sweep(with_job("by_block_q", dataclasses.replace(settings, results_dir=tmp_path / "else")), report=_quiet)
+    second = sweep(with_job("by_block_q", dataclasses.replace(settings, results_dir=tmp_path / "else")), report=quiet)
     fresh = {trial.status for trial in second.trials if not any("from the cache" in note for note in trial.notes)}
     assert fresh == {Status.TIMEOUT, Status.CRASHED}
     assert second.usage.job_count == 2
@@ -131,18 +115,78 @@ def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_p
 def test_what_ran_out_of_time_is_tried_again_with_more(make_settings: MakeSettings, tmp_path: Path) -> None:
     space = Space("slow", {"block_q": (HANGING_BLOCK_Q,), "block_kv": (256,), "block_kv_compute": (256,)})
     settings = make_settings(space=space, timeout_s=0.5)
-    assert sweep(with_job("by_block_q", settings), report=_quiet).trials[0].status is Status.TIMEOUT
-    assert sweep(with_job("by_block_q", settings), report=_quiet).evaluated_count == 0
-    again = sweep(with_job("bowl", dataclasses.replace(settings, timeout_s=PLENTY_S)), report=_quiet)
+    assert sweep(with_job("by_block_q", settings), report=quiet).trials[0].status is Status.TIMEOUT
+    assert sweep(with_job("by_block_q", settings), report=quiet).evaluated_count == 0
+    again = sweep(with_job("bowl", dataclasses.replace(settings, timeout_s=PLENTY_S)), report=quiet)
     assert again.evaluated_count == 1 and again.winner is not None
+
+
+@pytest.mark.parametrize("what", ["disk", "memory", "module", "compiler's memory", "all memory"])
+def test_trouble_with_the_machine_is_no_fact_about_a_candidate(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    search = SearchSettings(sampler="tpe", max_trials=2, seed=0)
+    settings = with_job("short_of_something", make_settings(search=search, cache=True))
+    monkeypatch.setenv("FAKE_JOBS_SHORT_OF", what)
+    first = sweep(settings, report=quiet)
+    assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}
+    monkeypatch.delenv("FAKE_JOBS_SHORT_OF")
+    second = sweep(settings, report=quiet)
+    assert {(trial.status, trial.conclusive) for trial in second.trials} == {(Status.OK, True)}
+    assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
+    assert sweep(settings, report=quiet).evaluated_count == 0
+
+
+def _break(path: Path, content: bytes | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"not a database, but a good many bytes of something else" * 9, None])
+def test_a_broken_study_is_one_refusal(make_settings: MakeSettings, content: bytes | None) -> None:
+    settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
+    directory = sweep(settings, report=quiet).directory
+    _break(directory / "state" / "study.sqlite3", content)
+    with pytest.raises(UserError, match=r"study\.sqlite3: this study cannot be read or written \(.*delete it"):
+        sweep(settings, report=quiet)
+
+
+def test_a_broken_record_is_one_refusal(make_settings: MakeSettings) -> None:
+    settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
+    path = sweep(settings, report=quiet).directory / records.TRIALS_FILE
+    path.write_text(path.read_text().replace('"time_samples_ms":[', '"time_samples_ms":[-').replace(": [", ": [-", 1))
+    with pytest.raises(UserError, match=r"trials\.jsonl:1: not a Trial"):
+        sweep(settings, report=quiet)
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: MakeSettings, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/results")):
+        with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; make room there, or"):
+            sweep(with_job("bowl", make_settings(results_dir=folder)), report=quiet)
+
+
+def test_a_cache_that_cannot_write_costs_nothing(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
+    lines: list[str] = []
+    result = sweep(with_job("bowl", make_settings(cache=True)), report=lines.append)
+    assert len(result.trials) == 12 and result.winner is not None
+    assert "cannot write to" in lines[-1]
 
 
 def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
     search = SearchSettings(sampler="grid", max_trials=2, seed=0)
     settings = make_settings(device="local", backend=BACKENDS["measure"], workers=1, cache=True, search=search)
-    assert sweep(with_job("bowl", settings), report=_quiet).usage.job_count == 2
+    assert sweep(with_job("bowl", settings), report=quiet).usage.job_count == 2
     settings = dataclasses.replace(settings, results_dir=tmp_path / "elsewhere")
-    assert sweep(with_job("bowl", settings), report=_quiet).usage.job_count == 2
+    assert sweep(with_job("bowl", settings), report=quiet).usage.job_count == 2
     assert not list(cache_folder.rglob("*.json"))
 
 
@@ -150,15 +194,28 @@ def test_first_candidates_come_first(make_settings: MakeSettings) -> None:
     first = ({"block_q": 384, "block_kv": 256, "block_kv_compute": 256}, {"block_q": 256, "block_kv": 512})
     space = Space("test", {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}, first)
     settings = make_settings(space=space, search=SearchSettings(sampler="tpe", max_trials=2, seed=0))
-    result = sweep(with_job("bowl", settings), report=_quiet)
+    result = sweep(with_job("bowl", settings), report=quiet)
     assert {str(trial.block_sizes) for trial in result.trials} == {"384/256/256", "256/512/128"}
+
+
+@pytest.mark.parametrize(("promote", "count"), [(False, 12), (True, 13), ("shipped", 13)])
+def test_what_would_run_today_is_evaluated_too(make_settings: MakeSettings, promote: bool | str, count: int) -> None:
+    settings = with_job("bowl", make_settings(promote=promote))
+    result = sweep(settings, report=quiet)
+    assert (len(result.trials), result.evaluated_count) == (12, count)
+    assert result.winner is not None
+    trials = records.read(result.directory / records.TRIALS_FILE)
+    choice = todays_choice(result.winner)
+    assert choice is not None
+    assert [trial.block_sizes for trial in trials[12:]] == [choice.block_sizes] * (count - 12)
+    assert sweep(settings, report=quiet).evaluated_count == 0
 
 
 @pytest.mark.usefixtures("hang_times_out")
 def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings, tmp_path: Path) -> None:
     choices = {"block_q": (128, 256, 384, 512, 640, 768, 896, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
     settings = make_settings(space=Space("fates", choices), workers=4)
-    result = sweep(with_job("by_block_q", settings), report=_quiet)
+    result = sweep(with_job("by_block_q", settings), report=quiet)
     fates = {trial.block_sizes.block_q: trial.status for trial in result.trials if trial.block_sizes}
     assert fates == {
         128: Status.WRONG,
@@ -178,121 +235,18 @@ def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings,
     assert heatmap.draw(result.trials) is not None
 
 
-_SWEEP_TO_KILL = """
-import pickle, sys
-from tuning.sweep import sweep
-if __name__ == "__main__":
-    settings = pickle.load(open(sys.argv[1], "rb"))
-    sweep(settings, report=lambda line: None)
-"""
-
-
-@pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_kill_9_loses_nothing_and_repeats_nothing(
-    make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
-    settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))  # type: ignore[arg-type]
-    settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
-    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
-    monkeypatch.setenv("FAKE_JOBS_HANG_AFTER", "5")
-    process = subprocess.Popen([sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path)], env=environment_with_repo())
-    trials_glob = "sweeps/*/" + records.TRIALS_FILE
-
-    def four_are_recorded() -> bool:
-        assert process.poll() is None, "the sweep ended before it was killed"
-        return any(len(p.read_text().splitlines()) >= 4 for p in settings.results_dir.glob(trials_glob))
-
-    wait_until(four_are_recorded, "four records")
-    process.send_signal(signal.SIGKILL)
-    process.wait(PLENTY_S)
-    (records_path,) = settings.results_dir.glob(trials_glob)
-    before = records.read(records_path)
-    assert 4 <= len(before) <= 5
-    monkeypatch.delenv("FAKE_JOBS_HANG_AFTER")
-
-    result = sweep(with_job("bowl", settings), report=_quiet)
-
-    after = records.read(records_path)
-    assert [trial.record_id for trial in after[: len(before)]] == [trial.record_id for trial in before]
-    assert len({trial.key for trial in after}) == len(after) == len(result.trials) == 12
-    assert result.evaluated_count == 12 - len(before)
-    runs = [json.loads(line) for line in log.read_text().splitlines()]
-    for trial in before:
-        assert trial.block_sizes is not None
-        assert runs.count(dataclasses.asdict(trial.block_sizes)) == 1
-    assert not (result.directory / "state" / "work").exists()
-
-
-def test_workers_die_with_a_killed_sweep(
-    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
-    settings = make_settings()
-    settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
-    monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
-    monkeypatch.setenv("FAKE_JOBS_HANG_AFTER", "0")
-    process = subprocess.Popen([sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path)], env=environment_with_repo())
-
-    def two_jobs_run() -> bool:
-        assert process.poll() is None
-        return _job_count(log) == 2
-
-    wait_until(two_jobs_run, "two jobs")
-    workers = _worker_pids(settings.results_dir)
-    assert len(workers) == 2
-    process.send_signal(signal.SIGKILL)
-    process.wait(PLENTY_S)
-    wait_until(lambda: not _worker_pids(settings.results_dir), "the end of the workers")
-    assert not [p for work in settings.results_dir.glob("sweeps/*/state/work") for p in work.iterdir()]
-
-
-def _worker_pids(results_dir: Path) -> list[int]:
-    """Worker processes whose folder lies under a results folder."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if "splash_workbench.workers.worker" in command and str(results_dir) in command:
-                pids.append(int(entry.name))
-    return pids
-
-
-def test_record_written_but_not_told_is_not_run_again(
-    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Death between the record and the study, the narrowest place to die in."""
-    from tuning.search import study
-
-    settings = make_settings(search=SearchSettings(sampler="tpe", max_trials=None, seed=0), workers=1)
-
-    def die(*arguments: object) -> None:
-        raise SystemError("as if killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(study.Search, "tell", die)
-        with pytest.raises(SystemError):
-            sweep(with_job("bowl", settings), report=_quiet)
-    result = sweep(with_job("bowl", settings), report=_quiet)
-    assert result.evaluated_count == 11
-    assert len(result.trials) == 12
-
-
 def test_two_sweeps_of_one_context_do_not_mix(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
     with pytest.raises(UserError, match="another sweep"):
-        sweep(settings, report=lambda line: sweep(settings, report=_quiet))
+        sweep(settings, report=lambda line: sweep(settings, report=quiet))
 
 
 def test_a_changed_kernel_starts_afresh(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(search=SearchSettings(sampler="grid", max_trials=2, seed=0))
-    first = sweep(with_job("bowl", settings), report=_quiet)
+    first = sweep(with_job("bowl", settings), report=quiet)
     monkeypatch.setattr(provenance, "source_hash", lambda patterns: "another")
     monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "another")
-    second = sweep(with_job("bowl", settings), report=_quiet)
+    second = sweep(with_job("bowl", settings), report=quiet)
     assert second.evaluated_count == 2
     assert first.directory != second.directory
 
@@ -302,7 +256,7 @@ def test_a_kernel_that_changes_during_the_sweep_ends_it(
 ) -> None:
     monkeypatch.setattr(evaluate, "source_hash", lambda patterns: "edited meanwhile")
     with pytest.raises(UserError, match=r"splash_attn/kernel\.py.*changed while this ran"):
-        sweep(with_job("bowl", make_settings()), report=_quiet)
+        sweep(with_job("bowl", make_settings()), report=quiet)
     assert not list(make_settings().results_dir.rglob(records.TRIALS_FILE))
 
 

@@ -1,4 +1,4 @@
-"""What a backend is, and the device that a trial is about."""
+"""Define a backend, and the device that a trial is about."""
 
 import dataclasses
 import json
@@ -88,14 +88,8 @@ class Backend:
 
 
 def context_of(workload: Workload, target: Target, backend: Backend, captured: provenance.Environment) -> str:
-    """Hash everything that makes the times of two trials comparable, the candidate apart."""
+    """Return a hash of everything that makes the times of two trials comparable, the candidate apart."""
     flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
-    parts = [
-        str(workload.shape),
-        workload.dtype,
-        target.device_kind,
-        backend.name,
-        captured.kernel_hash,
-        captured.backend_hash,
-    ]
+    sources = (captured.kernel_hash, captured.backend_hash)
+    parts = [str(workload.shape), workload.dtype, target.device_kind, backend.name, *sources]
     return provenance.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))

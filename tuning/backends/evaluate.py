@@ -1,4 +1,4 @@
-"""One candidate -> one Trial, made in a worker process, with a time limit."""
+"""Make a Trial of a candidate, in a worker process, with a time limit."""
 
 import dataclasses
 import functools
@@ -18,16 +18,13 @@ from tuning.trials.records import Trial
 from tuning.trials.workloads import Workload
 
 #: What the outcome of a job depends on besides the backend's own sources.
-_JOB_SOURCES = (
-    "splash_attn/*.py",
-    "tuning/backends/*.py",
-)
+_JOB_SOURCES = ("splash_attn/*.py", "tuning/backends/*.py")
 _CACHE_NOTE = "not compiled again: from the cache of an earlier run with the same sources and versions"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Makes Trials of one workload on one device with one backend.
+    """Make Trials of one workload on one device with one backend.
 
     Attributes:
       runner: where the jobs run.
@@ -99,7 +96,7 @@ class Evaluator:
 
     @functools.cached_property
     def _dependencies(self) -> dict[str, Any]:
-        """What an outcome depends on besides the payload."""
+        """Return what an outcome depends on besides the payload."""
         return {
             "versions": self.environment.versions,
             "flags": self.environment.flags,

@@ -1,7 +1,6 @@
-"""What the jobs of all backends share: the candidate as they are given it, and the check of its numerics.
+"""The parts that the jobs of all backends share.
 
-A job runs inside `splash_workbench.workers.worker`, takes the payload that `evaluate` made, and returns the fields of a
-Trial that it found out.
+A job runs in `splash_workbench.workers.worker`, takes the payload that `evaluate` made, and returns fields of a Trial.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import jax
 
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
+from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Status
 from tuning.backends import kernels, numerics, timing
 
@@ -32,22 +32,18 @@ class Request:
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> "Request":
-        values = dict(payload)
-        values["shape"] = AttentionShape(**values["shape"])
-        values["block_sizes"] = BlockSizes(**values["block_sizes"])
-        values["cache_dir"] = Path(values["cache_dir"]) if values["cache_dir"] else None
-        values["measure"] = timing.MeasureSettings(**values["measure"])
-        return cls(**values)
+        cache_dir = Path(payload["cache_dir"]) if payload["cache_dir"] else None
+        return dataclasses.replace(decode(payload | {"cache_dir": None}, cls), cache_dir=cache_dir)
 
     def attention(self, implementation: Implementation) -> kernels.Attention:
         return kernels.KERNELS[self.kernel].build(self.block_sizes, self.options, implementation)
 
     def timed(self, implementation: Implementation) -> kernels.Attention:
-        """The whole op, of which the time is taken: from the projections' outputs to the output projection's input."""
+        """Return the op of which the time is taken: from the projections' outputs to the output projection's input."""
         return kernels.from_projections(self.attention(implementation), self.shape.num_heads)
 
     def abstract_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Of `timed`: [batch, seq, heads * head_dim] three times."""
+        """Return the arguments of `timed`: [batch, seq, heads * head_dim] three times."""
         shape = self.shape
         channels = shape.num_heads * shape.head_dim
         q = jax.ShapeDtypeStruct((shape.batch_size, shape.q_seq_len, channels), self.dtype)
@@ -56,7 +52,7 @@ class Request:
 
 
 def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:
-    """Check the candidate against the reference. Returns status, numerics and, where it is wrong, an error."""
+    """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error."""
     key = numerics.CheckKey(
         kernel=request.kernel,
         kernel_hash=request.kernel_hash,
@@ -67,14 +63,14 @@ def check_numerics(request: Request, implementation: Implementation) -> dict[str
         implementation=implementation,
     )
     found = numerics.check_once(key, request.attention(implementation), request.cache_dir)
-    result: dict[str, Any] = {"status": Status.OK, "numerics": dataclasses.asdict(found)}
-    if not found.passed:
-        result |= {
-            "status": Status.WRONG,
-            "error": f"rms_error={found.rms_error:.2e} (limit {found.tolerance:.2e}), "
-            f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})",
-        }
-    return result
+    fields = dataclasses.asdict(found)
+    if found.passed:
+        return {"status": Status.OK, "numerics": fields}
+    error = (
+        f"rms_error={found.rms_error:.2e} (limit {found.tolerance:.2e}), "
+        f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})"
+    )
+    return {"status": Status.WRONG, "numerics": fields, "error": error}
 
 
 def probe(payload: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def build_splash_attn(block_sizes: BlockSizes, options: Options, implementation:
 
 
 def from_projections(attention: Attention, num_heads: int) -> Attention:
-    """`attention` as a layer has it around it: [batch, seq, heads * head_dim] three times -> the same."""
+    """Return attention as in a layer: it takes [batch, seq, heads * head_dim] three times, and returns the same."""
 
     def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         heads = (x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2) for x in (q, k, v))
@@ -90,7 +90,7 @@ def _assume_splash_attn(shape: AttentionShape, options: Options) -> Assumption:
 
 
 def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
-    """JAX's own splash attention, with block sizes and `layout` for q, k and v."""
+    """Return JAX's own splash attention, with block sizes and `layout` for q, k and v."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -111,7 +111,7 @@ def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Imple
 
 
 def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
-    """tokamax's splash attention, with block sizes, `layout` for q, k and v, and `use_experimental_scheduler`."""
+    """Return tokamax's splash attention, with block sizes, `layout` of q, k, v, and `use_experimental_scheduler`."""
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
@@ -135,7 +135,7 @@ def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: I
 
 
 def _padded(block_sizes: BlockSizes, make: Callable[[int, int, int], Attention]) -> Attention:
-    """What the callers of both peers do: scale q, and pad to whole blocks."""
+    """Return the attention around a peer's kernel: scale q, and pad to whole blocks, as its callers do."""
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_seq_len = q.shape[2]

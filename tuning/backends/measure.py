@@ -63,6 +63,8 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
             lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
         )
     except jax.errors.JaxRuntimeError as error:
+        if device.platform == "cpu":
+            raise  # the host's memory, and no fact about a device
         raise compile_error(error) from error
     notes = [*kernel.notes, *timed.notes]
     if not on_tpu:

@@ -1,4 +1,4 @@
-"""Is a candidate kernel right? The same blocks and variant on a small odd shape, against the reference."""
+"""Check a candidate kernel: the same blocks and variant on a small odd shape, against the reference."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ class CheckKey:
 
 @functools.cache
 def _checker() -> str:
-    """What a check depends on besides its key: this file, the reference, the versions of what is checked."""
+    """Return what a check depends on besides its key: this file, the reference, versions."""
     return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
 
 
@@ -86,7 +86,7 @@ def _tolerances(key: CheckKey) -> tuple[float, float]:
 
 
 def check(key: CheckKey, attention: Attention) -> Numerics:
-    """Runs `attention` on two heads, just past one block of q and one of kv, and compares.
+    """Run `attention` on two heads, just past one block of q and one of kv, and compare.
 
     The keys have a common offset, as before K-smoothing. Few keys dominate each row, so that a key too many or too few,
     or a lost rescale, shows. The largest |q| max|k - mean(k)| of the two heads lie to either side of what the

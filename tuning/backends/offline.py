@@ -12,10 +12,14 @@ import offline_tpu
 from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
 from splash_workbench.errors import UserError
+from splash_workbench.files import require_writable
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
+
+#: More than the dumps of one candidate take.
+DUMP_BYTES = 32 * 2**20
 
 
 def _find_target(device: str) -> Target:
@@ -43,23 +47,16 @@ OFFLINE = Backend(
 
 def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Compile for the device that is not here, read the schedule, then check the numerics in interpret mode."""
-    import offline_tpu
-
     request = Request.from_payload(payload)
     kernel = kernels.KERNELS[request.kernel]
     assumed = kernel.assume(request.shape, request.options)
     device = devices.by_name(request.device)
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
     topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+    require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     try:
-        prediction = offline_tpu.predict(
-            request.timed("pallas_tpu"),
-            *request.abstract_args(),
-            device=device,
-            grid_sizes=assumed.grid_sizes,
-        )
-    except offline_tpu.UnknownDumpFormatError:
-        raise  # not the candidate's fault
+        timed = request.timed("pallas_tpu")
+        prediction = offline_tpu.predict(timed, *request.abstract_args(), device=device, grid_sizes=assumed.grid_sizes)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         if any(frame.f_globals["__name__"] == dump.__name__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # a dump that a full disk tore
@@ -69,10 +66,9 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         return checked
     kernel_ops = prediction.matching(kernel.op_name)
     assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
-    unresolved_count = sum(len(op.unresolved) for op in kernel_ops)
-    unresolved = (
-        [f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`"] if unresolved_count else []
-    )
+    notes = [*kernel.notes, *assumed.notes]
+    if unresolved_count := sum(len(op.unresolved) for op in kernel_ops):
+        notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return checked | {
         "label": "predicted",
         "time_samples_ms": [prediction.time_s * 1e3],
@@ -84,5 +80,5 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "compile_time_s": prediction.compile_time_s,
         "ops": prediction.to_dict()["ops"],
-        "notes": [*kernel.notes, *assumed.notes, *unresolved],
+        "notes": notes,
     }

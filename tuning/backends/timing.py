@@ -1,4 +1,4 @@
-"""Times of a compiled function on the device that is here, and what they are worth.
+"""Time a compiled function on the device that is here, and say what the times are worth.
 
 A device's own time is taken from the profiler (the runs of the program on the device's plane), so that neither Python
 nor the dispatch is in it. Only where a profile has no such runs, as on a CPU, the wall clock is taken, and said so.
@@ -19,7 +19,7 @@ from splash_workbench.profiles import reader
 from splash_workbench.profiles.xla_pb2 import XSpace
 
 _CONFIDENCE = 0.95
-#: A trend or a second mode smaller than this part of the median is not worth a word.
+#: The smallest trend, or distance of a second mode, that is reported, as a part of the median.
 _WORTH_SAYING = 0.03
 #: Deviations (robust, from the median) past which a sample is an outlier, and the part of samples that are too many.
 _OUTLIER_DEVIATIONS, _MANY_OUTLIERS = 6.0, 0.1
@@ -32,7 +32,7 @@ _GPU_PLANE, _GPU_STREAM = "/device:GPU:", "Stream"
 
 @dataclasses.dataclass(frozen=True)
 class MeasureSettings:
-    """When enough has been measured.
+    """When to stop measuring.
 
     Attributes:
       warm_up_count: runs that are not kept.
@@ -74,7 +74,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Raw samples in their order, and what a reader of them must know."""
+    """Samples in the order in which they were taken, and notes for their reader."""
 
     runs: tuple[Run, ...]
     notes: tuple[str, ...]
@@ -85,13 +85,13 @@ class Measurement:
 
     @property
     def kernel_time_ms(self) -> float | None:
-        """The median, None where it is not known."""
+        """Return the median, None where it is not known."""
         known = [run.kernel_time_ms for run in self.runs if run.kernel_time_ms is not None]
         return statistics.median(known) if known else None
 
 
 def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: str, kernel: str) -> Measurement:
-    """Times a function on the device until its median is known well enough, or samples or time are used up.
+    """Time a function on the device until its median is known well enough, or samples or time are used up.
 
     Args:
       run: starts the compiled program once, and returns its arrays.
@@ -116,9 +116,9 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
 
 
 def median_ci_fraction(samples: Sequence[float]) -> float:
-    """Half width of the median's 95% confidence interval as a part of the median; no distribution is assumed.
+    """Return half the width of the median's 95% confidence interval as a part of the median.
 
-    The interval is between order statistics (binomial with p = 1/2).
+    The interval is between order statistics (binomial with p = 1/2): no distribution is assumed.
     """
     ordered = sorted(samples)
     below = int(stats.binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5))
@@ -127,7 +127,7 @@ def median_ci_fraction(samples: Sequence[float]) -> float:
 
 
 def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[str]:
-    """What is wrong with samples in the order in which they were taken: noise, drift, two modes, outliers."""
+    """Return what is wrong with samples in the order in which they were taken: noise, drift, two modes, outliers."""
     median = statistics.median(samples)
     notes = []
     if (known_to := median_ci_fraction(samples)) > target_ci_fraction:
@@ -154,7 +154,7 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
 
 
 def _drift(samples: Sequence[float]) -> float | None:
-    """Change from the first third to the last as a part of the median; None where there is no clear trend."""
+    """Return the change from the first third to the last as a part of the median; None without a clear trend."""
     third = len(samples) // 3
     if third < 2 or min(samples) == max(samples):
         return None
@@ -165,7 +165,7 @@ def _drift(samples: Sequence[float]) -> float | None:
 
 
 def _two_modes(samples: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]] | None:
-    """(median, count) of the faster and the slower mode, split at the widest gap; None where there is only one."""
+    """Return (median, count) of the faster and the slower mode, split at the widest gap; None for one mode."""
     ordered = sorted(samples)
     fewest = max(2, round(_MODE_PART * len(ordered)))
     splits = range(fewest, len(ordered) - fewest + 1)
@@ -191,7 +191,7 @@ def _until_known(take: Callable[[int], list[Run]], settings: MeasureSettings, *,
 
 
 def _by_wall_clock(run: Callable[[], object], count: int, clock: Callable[[], float] = time.perf_counter) -> list[Run]:
-    """Each run is waited for."""
+    """Time each run by itself, and wait for it."""
     runs = []
     for _ in range(count):
         start = clock()
@@ -219,7 +219,7 @@ def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run
 
 
 def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
-    """The runs of a profile during which one program ran `count` times.
+    """Return the runs of a profile during which one program ran `count` times.
 
     A TPU's plane has a line with the runs of each program. A GPU's has only streams of kernels: every run has the same
     ones, so they are dealt out evenly, and a run lasts from the start of its first to the end of its last.
@@ -253,7 +253,7 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
 
 
 def _gpu_spans_ps(space: Any) -> list[tuple[int, int]]:
-    """(start, end) of all that ran on the first GPU of a profile."""
+    """Return (start, end) of all that ran on the first GPU of a profile."""
     planes = [plane for plane in space.planes if plane.name.startswith(_GPU_PLANE)]
     found = []
     for line in (line for plane in planes[:1] for line in plane.lines if line.name.startswith(_GPU_STREAM)):

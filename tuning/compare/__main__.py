@@ -20,7 +20,7 @@ from tuning.compare.table import Row
 
 
 def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list[str]]]:
-    """Writes sessions that have each run as a host, so that TensorBoard shows their timelines in one view.
+    """Write sessions that have each run as a host, so that TensorBoard shows their timelines in one view.
 
     Returns:
       Names of the sessions, one a part that all runs have a trace of, with their hosts.
@@ -44,7 +44,7 @@ def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list
 
 
 def _links(inputs: Sequence[Input], pairs: Sequence[tuple[str, list[str]]], logdir: Path, port: int) -> dict[str, str]:
-    """What there is to see -> where: timelines of a pair; overviews, and ops of a device, of a run against the first.
+    """Return title -> address: timelines of a pair; overviews, and ops of a device, of a run against the first.
 
     The overview of a pair would show the mean of its runs.
     """
@@ -68,7 +68,7 @@ def _links(inputs: Sequence[Input], pairs: Sequence[tuple[str, list[str]]], logd
 
 
 def _host(given: Input) -> str:
-    """The run's name; of a prediction it says so."""
+    """Return the run's name; of a prediction it says so."""
     name = sessions.safe_name(given.column.name)
     if given.column.label is Label.PREDICTED and not name.startswith(PREFIX):
         return f"{PREFIX}{name}"
@@ -78,7 +78,7 @@ def _host(given: Input) -> str:
 def save(
     inputs: Sequence[Input], rows: Sequence[Row], shown: Sequence[Row], folder: Path, more: dict[str, Any]
 ) -> list[Path]:
-    """Writes all rows as CSV and JSON, and those that are shown as Markdown. Returns the files."""
+    """Write all rows as CSV and JSON, and those that are shown as Markdown. Returns the files."""
     columns = [given.column for given in inputs]
     stem = folder / "_vs_".join(sessions.safe_name(column.name) for column in columns)
     flat = table.records(columns, rows)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Input:
 
 
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Input:
-    """Finds a run by what the user calls it, see `HELP`.
+    """Find a run by what the user calls it, see `HELP`.
 
     Raises:
       UserError: there is no such run; the message says which there are.
@@ -130,7 +130,7 @@ def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Inp
 
 
 def samples_of(profile: reader.Profile, part: str, notes: list[str]) -> dict[str, list[float]]:
-    """Scope -> seconds in each step; the whole profile is one step where it has none. Notes what was left out."""
+    """Return scope -> seconds in each step, of which the profile has at least one. Notes what was left out."""
     steps = profile.ops_by_step()
     if len(steps) >= _STEPS_TO_SKIP_ONE:
         notes.append(f"the first of {len(steps)} steps of each session is left out")
@@ -152,7 +152,7 @@ def _special(part: str, kind: str) -> str:
 
 
 def _differences(sessions: Sequence[Session]) -> list[str]:
-    """What differs between repeats that ought to be of the same thing."""
+    """Say what differs between repeats that ought to be of the same thing."""
     notes = []
     if len({session.device for session in sessions}) > 1:
         notes.append("its sessions ran on different devices")
@@ -203,7 +203,8 @@ def _of_trial(name: str, trial: Trial) -> Input:
     made_by = None
     if trial.label is Label.PREDICTED:
         made_by = timeline.predicted_by(trial.environment.versions)
-        samples |= _sums((named_scope(op.scope) or NO_SCOPE, op.time_s) for op in trial.ops)
+        for op in trial.ops:
+            samples.setdefault(named_scope(op.scope) or NO_SCOPE, [0.0])[0] += op.time_s
         samples[ALL_OPS] = [sum(op.time_s for op in trial.ops)]
         spaces[""] = of_sweep.space_of_trial(trial)
     config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
@@ -221,10 +222,3 @@ def _of_pipeline_prediction(name: str, record: PredictionRecord) -> Input:
     note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
     column = Column(name, Label.PREDICTED, record.topology, made_by, (samples,), (note,))
     return Input(column, {}, {}, record.request | {"plan": jsonl.encode(record.plan)})
-
-
-def _sums(items: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
-    sums: dict[str, float] = collections.defaultdict(float)
-    for scope, time_s in items:
-        sums[scope] += time_s
-    return {scope: [time_s] for scope, time_s in sums.items()}

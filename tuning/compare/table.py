@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from splash_workbench.status import Label
 
 #: Rows that are no scope's, after the part of the run that they are of: "denoise (step)".
@@ -58,10 +60,9 @@ class Cell:
     @classmethod
     def from_sessions(cls, sessions: Iterable[Sequence[float]]) -> "Cell":
         samples = [list(session) for session in sessions if session]
-        deciles = [_outer_deciles(session) for session in samples]
         everything = [time_s for session in samples for time_s in session]
-        low, high = min(low for low, _ in deciles), max(high for _, high in deciles)
-        return cls(statistics.median(everything), low, high, len(everything))
+        low_s, high_s = (edge(float(np.percentile(s, q)) for s in samples) for edge, q in ((min, 10), (max, 90)))
+        return cls(statistics.median(everything), low_s, high_s, len(everything))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ MIN_STEPS = 7
 
 
 def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
-    """The union of the runs' scopes: steps first, sums next, then by the time of the run that spends most on it.
+    """Return the union of the runs' scopes: steps first, sums next, then by the time of the run that spends most on it.
 
     depth: join on so many parts of the scope only.
     """
@@ -119,7 +120,7 @@ def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
 
 
 def notes_of(columns: Sequence[Column]) -> list[str]:
-    """What a reader of the table must know."""
+    """Return notes about the figures, for below the table."""
     notes = [f"{column.name}: {note}" for column in columns for note in column.notes]
     labels = {column.label for column in columns}
     if len(labels) > 1:
@@ -146,7 +147,7 @@ def notes_of(columns: Sequence[Column]) -> list[str]:
 
 
 def records(columns: Sequence[Column], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The table as flat rows, for CSV and JSON. Seconds."""
+    """Return the table as flat rows, for CSV and JSON. Seconds."""
     found = []
     for row in rows:
         fields: dict[str, Any] = {"scope": row.scope}
@@ -168,17 +169,9 @@ def records(columns: Sequence[Column], rows: Sequence[Row]) -> list[dict[str, An
 
 
 def text(columns: Sequence[Column], rows: Sequence[Row], limit: int | None = None) -> str:
-    """The table for a terminal: milliseconds, half the range as +-, ratios and verdicts."""
-    header = ["scope", f"{columns[0].name} ms"]
-    for column in columns[1:]:
-        header += [f"{column.name} ms", "ratio", ""]
-    lines = [header]
-    for row in rows[:limit]:
-        line = [row.scope, _figure(row.cells[0])]
-        for cell, ratio, verdict in zip(row.cells[1:], row.ratios, row.verdicts, strict=True):
-            line += [_figure(cell), "" if ratio is None else f"{ratio:.3f}", verdict]
-        lines.append(line)
-    widths = [max(len(line[index]) for line in lines) for index in range(len(header))]
+    """Return the table for a terminal: milliseconds, half the range as +-, ratios and verdicts."""
+    lines = _lines(columns, rows[:limit], "")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = [
         "  ".join(
             [f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))]
@@ -190,18 +183,25 @@ def text(columns: Sequence[Column], rows: Sequence[Row], limit: int | None = Non
 
 
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """The table as Markdown, with titles and notes."""
+    """Return the table as Markdown, with titles and notes."""
+    header, *lines = [f"| {' | '.join(line)} |" for line in _lines(columns, rows, "verdict")]
+    table = [header, f"|{' --- |' * (3 * len(columns) - 1)}", *lines]
+    titles = [f"- {column.title}" for column in columns]
+    return "\n".join([*titles, "", *table, "", *(f"- {note}" for note in notes_of(columns))]) + "\n"
+
+
+def _lines(columns: Sequence[Column], rows: Sequence[Row], verdict_title: str) -> list[list[str]]:
+    """Return the cells of the table, its header first."""
     header = ["scope", f"{columns[0].name} ms"]
     for column in columns[1:]:
-        header += [f"{column.name} ms", "ratio", "verdict"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+        header += [f"{column.name} ms", "ratio", verdict_title]
+    lines = [header]
     for row in rows:
-        cells = [row.scope, _figure(row.cells[0])]
+        line = [row.scope, _figure(row.cells[0])]
         for cell, ratio, verdict in zip(row.cells[1:], row.ratios, row.verdicts, strict=True):
-            cells += [_figure(cell), "" if ratio is None else f"{ratio:.3f}", verdict]
-        lines.append(f"| {' | '.join(cells)} |")
-    titles = [f"- {column.title}" for column in columns]
-    return "\n".join([*titles, "", *lines, "", *(f"- {note}" for note in notes_of(columns))]) + "\n"
+            line += [_figure(cell), "" if ratio is None else f"{ratio:.3f}", verdict]
+        lines.append(line)
+    return lines
 
 
 def _verdict(first: Column, before: Cell | None, column: Column, cell: Cell | None) -> str:
@@ -217,15 +217,8 @@ def _verdict(first: Column, before: Cell | None, column: Column, cell: Cell | No
     return "noise" if measured else "same"
 
 
-def _outer_deciles(samples: Sequence[float]) -> tuple[float, float]:
-    if len(samples) == 1:
-        return samples[0], samples[0]
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return deciles[0], deciles[-1]
-
-
 def _cut(column: Column, depth: int) -> Column:
-    """The column with scopes that agree in the first parts summed, step by step."""
+    """Return the column with scopes that agree in the first parts summed, step by step."""
     sessions = []
     for session in column.sessions:
         summed: dict[str, list[float]] = {}

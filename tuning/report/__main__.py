@@ -6,7 +6,6 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from splash_attn import tuned
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import atomic_path
@@ -32,23 +31,22 @@ def main(settings: ReportSchema) -> int:
     from tuning.report import inputs, page
 
     results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
-    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else tuned.TUNED_DIR
+    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
     read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
-    made = page.make(read, results_dir, tuned_dir=tuned_dir, top=settings.top)
-    html, markdown = page.render(
-        made,
-        results_dir=results_dir.as_posix(),
-        validation_path=validation.as_posix(),
+    files = page.make(
+        read,
+        results_dir=results_dir,
+        validation_path=validation,
+        tuned_dir=tuned_dir,
         output=output,
+        top=settings.top,
     )
-    output.mkdir(parents=True, exist_ok=True)
     for pattern in _PICTURE_PATTERNS:
         for path in output.glob(pattern):  # of a workload that is no longer on record
-            if path.stem not in made.pictures:
+            if path.name not in files:
                 path.unlink()
-    files = {"index.html": html, "report.md": markdown} | {f"{n}.svg": svg for n, svg in made.pictures.items()}
     for name, content in files.items():
         with atomic_path(output / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -56,7 +54,7 @@ def main(settings: ReportSchema) -> int:
         print(f"warning: {line}", file=sys.stderr)
     if not validation.exists():
         print(f"no predictions beside the reported times: python -m tuning.validate json={validation}")
-    print(f"{output / 'index.html'} ({len(html.encode()) / 1000:.0f} kB), {output / 'report.md'}")
+    print(f"{output / 'index.html'} ({len(files['index.html'].encode()) / 1000:.0f} kB), {output / 'report.md'}")
     return 0
 
 

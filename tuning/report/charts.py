@@ -8,12 +8,14 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from offline_tpu.machine.devices import DeviceSpec
 from tuning.trials.figures import COLOURS, LIGHT, log_axes
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -38,43 +40,41 @@ class Point:
     label: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Roof:
-    """What a device allows: peak and HBM bandwidth as published, the MXU's bound for the head_dim (None: unknown)."""
+def roofline(
+    name: str,
+    points: Sequence[Point],
+    kernels: Sequence[str],
+    device: DeviceSpec,
+    mxu_tflops_per_s: float | None,
+    mxu_label: str,
+) -> str:
+    """Return an SVG.
 
-    peak_tflops_per_s: float
-    hbm_tbytes_per_s: float
-    mxu_tflops_per_s: float | None
-    mxu_label: str
-
-
-def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[str]) -> str:
-    """Return an SVG. name: makes its ids differ from those of another; kernels: in the order of their colours."""
+    Args:
+      name: makes its ids differ from those of another.
+      points: the kernels' rates.
+      kernels: in the order of their colours.
+      device: gives peak and HBM bandwidth.
+      mxu_tflops_per_s, mxu_label: the bound of the matrix units for this head_dim, None where unknown.
+    """
+    peak, hbm = device.peak_bf16_flops_per_s / 1e12, device.hbm_bytes_per_s / 1e12
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    ridge = roof.peak_tflops_per_s / roof.hbm_tbytes_per_s
+    ridge = peak / hbm
     left = min([ridge / 6, *(point.intensity / 3 for point in points)])
     right = max([ridge * 20, *(point.intensity * 2 for point in points)])
     bottom = min(point.tflops_per_s for point in points) / 2.5
     ink, muted = LIGHT["ink"], LIGHT["muted"]
-    axes.plot([left, ridge, right], [left * roof.hbm_tbytes_per_s, *[roof.peak_tflops_per_s] * 2], color=ink, lw=1.6)
-    mxu = roof.mxu_tflops_per_s
-    at_peak = mxu is not None and mxu > 0.97 * roof.peak_tflops_per_s
-    peak = f"{roof.mxu_label if at_peak else 'MXU peak, bf16'}: {roof.peak_tflops_per_s:.0f}"
-    axes.annotate(peak, (right, roof.peak_tflops_per_s), (-3, 4), textcoords="offset points", ha="right", color=muted)
+    axes.plot([left, ridge, right], [left * hbm, peak, peak], color=ink, lw=1.6)
+    mxu = mxu_tflops_per_s
+    at_peak = mxu is not None and mxu > 0.97 * peak
+    beside_line: dict[str, Any] = {"xytext": (-3, 4), "textcoords": "offset points", "ha": "right", "color": muted}
+    axes.annotate(f"{mxu_label if at_peak else 'MXU peak, bf16'}: {peak:.0f}", (right, peak), **beside_line)
     if mxu is not None and not at_peak:
-        start = mxu / roof.hbm_tbytes_per_s
-        axes.plot([start, right], [mxu] * 2, color=ink, lw=1.2, ls=(0, (4, 3)))
-        text = f"{roof.mxu_label}: {mxu:.0f}"
-        axes.annotate(text, (right, mxu), (-3, 4), textcoords="offset points", ha="right", color=muted)
-    low = max(left, bottom / roof.hbm_tbytes_per_s)
-    axes.annotate(
-        f"HBM {roof.hbm_tbytes_per_s:.2f} TB/s",
-        (low * 1.5, low * 1.5 * roof.hbm_tbytes_per_s),
-        (7, -3),
-        textcoords="offset points",
-        color=muted,
-    )
+        axes.plot([mxu / hbm, right], [mxu] * 2, color=ink, lw=1.2, ls=(0, (4, 3)))
+        axes.annotate(f"{mxu_label}: {mxu:.0f}", (right, mxu), **beside_line)
+    x = max(left, bottom / hbm) * 1.5
+    axes.annotate(f"HBM {hbm:.2f} TB/s", (x, x * hbm), (7, -3), textcoords="offset points", color=muted)
     titles = {}
     for number, point in enumerate(sorted(points, key=lambda point: point.label is not None)):
         index = kernels.index(point.kernel)
@@ -95,38 +95,37 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, kernels: Sequence[s
     _label([point for point in points if point.label], axes, kernels)
     log_axes(axes)
     axes.set_xlim(left, right)
-    axes.set_ylim(bottom, roof.peak_tflops_per_s * 1.8)
+    axes.set_ylim(bottom, peak * 1.8)
     axes.set_xlabel("arithmetic intensity, FLOP a byte of HBM traffic")
     axes.set_ylabel("TFLOP/s")
     return to_svg(figure, name, titles)
 
 
 def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
-    """Names below the points, one line lower for each that would stand on the one before."""
+    """Write names below the points, one line lower for each that would stand on the one before."""
     line = 0
-    previous: Point | None = None
-    for point in sorted(points, key=lambda point: (-point.tflops_per_s, point.intensity)):
+    centred: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
+    ordered = sorted(points, key=lambda point: (-point.tflops_per_s, point.intensity))
+    for point, previous in zip(ordered, [None, *ordered], strict=False):
         near = (
             previous is not None
             and point.tflops_per_s > previous.tflops_per_s / 1.5
             and max(point.intensity, previous.intensity) < 4 * min(point.intensity, previous.intensity)
         )
         line = line + 1 if near else 0
-        previous = point
+        place: dict[str, Any] = {
+            "xytext": (0, -7 - 12 * line),
+            "textcoords": "offset points",
+            "ha": "center",
+            "va": "top",
+        }
         colour = LIGHT[f"c{kernels.index(point.kernel) % 5 + 1}"]
-        axes.annotate(
-            point.label or "",
-            (point.intensity, point.tflops_per_s),
-            (0, -7 - 12 * line),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            color=colour,
-        )
+        place = (point.intensity, point.tflops_per_s)
+        axes.annotate(point.label or "", place, (0, -7 - 12 * line), color=colour, **centred)
 
 
 def standalone(svg: str) -> str:
-    """The picture as a file of its own, with its colours in light and in dark."""
+    """Return the picture as a file of its own, with its colours in light and in dark."""
     light, dark = (";".join(f"--{name}:{pair[mode]}" for name, pair in COLOURS.items()) for mode in (0, 1))
     style = (
         f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
@@ -137,7 +136,7 @@ def standalone(svg: str) -> str:
 
 
 def css(mode: int) -> str:
-    """Declarations of the colours, light (0) or dark (1)."""
+    """Return declarations of the colours, light (0) or dark (1)."""
     return " ".join(f"--{name}: {pair[mode]};" for name, pair in COLOURS.items())
 
 

@@ -103,13 +103,15 @@ class _Reader:
             found[str(folder)].append(TrialFile(str(path), tuple(trials)))
         return found
 
-    def tuned_entries(self, directory: Path) -> tuple[tuple[str, tuned.TunedEntry], ...]:
-        """Read the tuned entries of every device kind."""
+    def tuned_entries(self, directory: Path | None) -> tuple[tuple[str, tuned.TunedEntry], ...]:
+        """Read the tuned entries of every device kind: of a folder, or without one the user's and the shipped ones."""
         entries = []
-        for path in sorted(directory.glob("*.json")):
-            file = tuned.read_file(path)
-            entries += [(file.device_kind, entry) for entry in file.entries]
-            self.count(f"splash_attn/tuned/{path.name}", len(file.entries), "tuned entry", "tuned entries")
+        for folder in [directory] if directory else [tuned.user_dir(), tuned.TUNED_DIR]:
+            name = "splash_attn/tuned" if folder == tuned.TUNED_DIR else "own tuned entries"
+            for path in sorted(folder.glob("*.json")):
+                file = tuned.read_file(path)
+                entries += [(file.device_kind, entry) for entry in file.entries]
+                self.count(f"{name}/{path.name}", len(file.entries), "tuned entry", "tuned entries")
         return tuple(entries)
 
     def validation(self, path: Path) -> Validation:
@@ -120,7 +122,7 @@ class _Reader:
         return validation
 
 
-def read(results_dir: Path, validation_path: Path, tuned_dir: Path = tuned.TUNED_DIR) -> Inputs:
+def read(results_dir: Path, validation_path: Path, tuned_dir: Path | None = None) -> Inputs:
     """Read all of it.
 
     Raises:

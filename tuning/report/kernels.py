@@ -9,7 +9,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
 from splash_workbench.status import Label
-from tuning.report.charts import Point, Roof, roofline, to_svg
+from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import Stack, device_title, stack
 from tuning.report.trials import (
@@ -42,19 +42,14 @@ class Winner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
-    """A line of a ranking. options: where the variant is not the first's; width: percent of the slowest shown."""
-
-    place: int
-    trial: Trial
-    options: str
-    width: float
-    kernel_of_bound: float | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep. bound_at: where the MXU's bound is on the bars, in percent; heatmap: SVG; picture: the sweep's PNG."""
+    """A sweep.
+
+    Attributes:
+      ranking: each trial with the options in which it differs from the first.
+      bound_at: where the MXU's bound is on the bars, in percent.
+      heatmap: SVG; picture: the sweep's PNG.
+    """
 
     title: str
     path: str
@@ -63,7 +58,8 @@ class Sweep:
     provenance: str
     counts: str
     variant: str
-    ranking: tuple[Ranked, ...]
+    ranking: tuple[tuple[Trial, str], ...]
+    longest_ms: float
     left_out: int
     bound_ms: float | None
     bound_at: float | None
@@ -80,7 +76,6 @@ class Roofline:
     name: str
     svg: str
     label: Label
-    kernels: tuple[tuple[str, str], ...]
     provenance: str
     skipped: int
     rows: tuple[tuple[Trial, float, float, float | None], ...]
@@ -100,8 +95,8 @@ class Peers:
     notes: tuple[str, ...]
 
 
-def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path) -> list[Winner]:
-    """All entries: by device, workload and shape, the one that runs first."""
+def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path | None) -> list[Winner]:
+    """Return all entries: by device, workload and shape, the one that runs first."""
     present = provenance.source_hash(provenance.KERNEL_SOURCES)
     found = []
     for device_kind, entry in entries:
@@ -144,10 +139,6 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
     shown = timed[:top]
     longest = max((t.time_ms or 0.0 for t in shown), default=1.0)
     bound_ms = bf16_bound_ms(first.shape, first.dtype, first.device_kind)
-    ranking = tuple(
-        Ranked(n, t, options(t, [first]), (t.time_ms or 0.0) / longest * 100, kernel_bound_fraction(t))
-        for n, t in enumerate(shown, start=1)
-    )
     figure = heatmap.draw(trials)
     exact = is_exact(first.variant)
     picture = results_dir / Path(file.path).relative_to(results_dir.name).parent / heatmap.file_name(exact)
@@ -162,7 +153,8 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
         provenance=origin_of_trials(trials),
         counts=", ".join(f"{number} {status}" for status, number in sorted(counts.items())),
         variant=" ".join(f"{name}={value}" for name, value in first.variant.items() if value is not None),
-        ranking=ranking,
+        ranking=tuple((trial, options(trial, [first])) for trial in shown),
+        longest_ms=longest,
         left_out=len(timed) - len(shown),
         bound_ms=bound_ms,
         bound_at=bound_ms / longest * 100 if bound_ms and bound_ms <= longest else None,
@@ -216,18 +208,13 @@ def _roofline(
             rows.append((trial, intensity, rate, kernel_bound_fraction(trial)))
     bound_ms = mxu_bound_ms(shape, spec)
     name = f"roofline-{workload}-{spec.name}-{label}".replace("_", "-")
-    roof = Roof(
-        peak_tflops_per_s=spec.peak_bf16_flops_per_s / 1e12,
-        hbm_tbytes_per_s=spec.hbm_bytes_per_s / 1e12,
-        mxu_tflops_per_s=shape.flops / bound_ms / 1e9 if bound_ms else None,
-        mxu_label=f"MXU bound at head_dim {shape.head_dim}, bf16",
-    )
+    mxu_tflops_per_s = shape.flops / bound_ms / 1e9 if bound_ms else None
+    mxu_label = f"MXU bound at head_dim {shape.head_dim}, bf16"
     return Roofline(
         title=f"{workload} on TPU {spec.name}",
         name=name,
-        svg=roofline(name, points, roof, kernels),
+        svg=roofline(name, points, kernels, spec, mxu_tflops_per_s, mxu_label),
         label=label,
-        kernels=tuple((kernel, f"c{kernels.index(kernel) % 5 + 1}") for kernel in kernels if kernel in best),
         provenance=origin_of_trials(trials),
         skipped=skipped,
         rows=tuple(sorted(rows, key=lambda row: -row[2])),

@@ -1,70 +1,85 @@
 """Everything on the page, from the records to HTML and Markdown."""
 
-import dataclasses
 import math
 import os
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from splash_attn import tuned
 from splash_workbench.status import Label
 from tuning.report import charts, kernels, parts, pipeline, trials
-from tuning.report.inputs import Inputs, TrialFile
+from tuning.report.inputs import Inputs
 from tuning.report.parts import Tile
 from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.reported import DEFAULT_PATH, Reported
-from tuning.validate.agreement import BAND, Pair, pairs_of, parity
-from tuning.validate.record import Comparison, Validation, pair_of
+from tuning.validate.agreement import BAND, pairs_of, parity
+from tuning.validate.record import Validation, pair_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Half of the error bars' width is at least this error.
 _LEAST_SCALE = 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class Page:
-    """What is shown. validation_rows: (row, error); scale: the error at the end of an error bar; fitted: these are
-    the rows that the constants of the time model are fitted on.
+def make(
+    inputs: Inputs, *, results_dir: Path, validation_path: Path, tuned_dir: Path | None, output: Path, top: int
+) -> dict[str, str]:
+    """Return the content of each file of the page: index.html, report.md and the pictures that Markdown shows.
+
+    Args:
+      inputs: the records.
+      results_dir, validation_path, tuned_dir: where they are from.
+      output: the page's folder, from which Markdown finds the pictures of sweeps.
+      top: rows of each ranking.
     """
-
-    tiles: tuple[Tile, ...]
-    winners: tuple[kernels.Winner, ...]
-    sweeps: tuple[kernels.Sweep, ...]
-    superseded: tuple[TrialFile, ...]
-    rooflines: tuple[kernels.Roofline, ...]
-    validation: Validation
-    validation_rows: tuple[tuple[Comparison, float | None], ...]
-    scale: float
-    parity: str | None
-    fitted: bool
-    pairs: tuple[Pair, ...]
-    peers: tuple[kernels.Peers, ...]
-    cases: tuple[pipeline.Case, ...]
-    generated: tuple[pipeline.Generated, ...]
-    quality: tuple[pipeline.QualityTable, ...]
-    files: tuple[tuple[str, str], ...]
-    torn: tuple[str, ...]
-
-    @property
-    def pictures(self) -> dict[str, str]:
-        """Name -> SVG of the pictures that Markdown shows from files of their own."""
-        named = {roofline.name: roofline.svg for roofline in self.rooflines}
-        if self.parity is not None:
-            named["parity"] = self.parity
-        return {name: charts.standalone(svg) for name, svg in named.items()}
-
-
-def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path = tuned.TUNED_DIR, top: int = 12) -> Page:
-    """The page of what was read. top: rows of each ranking."""
     swept, superseded = kernels.sweeps(inputs.sweeps, results_dir, top)
+    rooflines = kernels.rooflines(inputs.sweeps, inputs.peers)
     compared = kernels.peers(inputs.peers)
     cases = pipeline.cases(inputs.predicted)
-    validation = inputs.validation
-    fitted = validation.source == Reported.read(DEFAULT_PATH).source
+    validated = _validated(inputs.validation)
+    measured = pairs_of(trial for file in (*inputs.sweeps, *inputs.peers) for trial in file.trials)
+    page = {
+        "tiles": _tiles(compared, inputs.validation, cases, validated["fitted"]),
+        "winners": kernels.winners(inputs.entries, tuned_dir),
+        "sweeps": swept,
+        "superseded": superseded,
+        "rooflines": rooflines,
+        **validated,
+        "pairs": sorted(measured, key=lambda pair: pair.name),
+        "peers": compared,
+        "cases": cases,
+        "generated": pipeline.generated(inputs.generated),
+        "quality": pipeline.quality(inputs.quality),
+        "files": inputs.files,
+        "torn": inputs.torn,
+    }
+    context = {
+        "page": page,
+        "missing": parts.MISSING,
+        "band": BAND,
+        "results_dir": results_dir.as_posix(),
+        "validation_path": validation_path.as_posix(),
+        "light": charts.css(0),
+        "dark": charts.css(1),
+        "kernel_bound_fraction": kernel_bound_fraction,
+    }
+    environment = _environment(output)
+    html, markdown = (environment.get_template(name).render(context) for name in ("report.html", "report.md"))
+    pictures = {f"{roofline.name}.svg": roofline.svg for roofline in rooflines}
+    if page["parity"] is not None:
+        pictures["parity.svg"] = page["parity"]
+    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+    return {name: charts.standalone(svg) for name, svg in pictures.items()} | {
+        "index.html": html,
+        "report.md": markdown,
+    }
+
+
+def _validated(validation: Validation) -> dict[str, Any]:
+    """Return predictions beside reported times; fitted: whether the time model's constants are fitted on these."""
     rows = sorted(validation.rows, key=lambda row: (-row.reported_ms, row.shape, row.config))
     errors = [(row, None if row.ratio is None else row.ratio - 1) for row in rows]
     points = [pair for row in rows if (pair := pair_of(row, "reported")) is not None]
@@ -72,26 +87,13 @@ def make(inputs: Inputs, results_dir: Path, *, tuned_dir: Path = tuned.TUNED_DIR
         f"pair-{n}": f"{p.name}: {p.actual_ms:g} ms reported, {p.predicted_ms:.3f} ms predicted"
         for n, p in enumerate(points)
     }
-    measured = pairs_of(trial for file in (*inputs.sweeps, *inputs.peers) for trial in file.trials)
-    return Page(
-        tiles=tuple(_tiles(compared, validation, cases, fitted)),
-        winners=tuple(kernels.winners(inputs.entries, tuned_dir)),
-        sweeps=tuple(swept),
-        superseded=tuple(superseded),
-        rooflines=tuple(kernels.rooflines(inputs.sweeps, inputs.peers)),
-        validation=validation,
-        validation_rows=tuple(errors),
-        scale=max([_LEAST_SCALE, *(abs(error) for _, error in errors if error is not None)]),
-        parity=charts.to_svg(parity(points), "parity", titles) if points else None,
-        fitted=fitted,
-        pairs=tuple(sorted(measured, key=lambda pair: pair.name)),
-        peers=tuple(compared),
-        cases=tuple(cases),
-        generated=tuple(pipeline.generated(inputs.generated)),
-        quality=tuple(pipeline.quality(inputs.quality)),
-        files=inputs.files,
-        torn=inputs.torn,
-    )
+    return {
+        "validation": validation,
+        "validation_rows": errors,
+        "scale": max([_LEAST_SCALE, *(abs(error) for _, error in errors if error is not None)]),
+        "parity": charts.to_svg(parity(points), "parity", titles) if points else None,
+        "fitted": validation.source == Reported.read(DEFAULT_PATH).source,
+    }
 
 
 def _tiles(
@@ -124,8 +126,7 @@ def _tiles(
     return found
 
 
-def render(page: Page, *, results_dir: str, validation_path: str, output: Path) -> tuple[str, str]:
-    """(HTML, Markdown). output: the page's folder, from which Markdown finds the pictures of sweeps."""
+def _environment(output: Path) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=lambda name: name is not None and name.startswith("report.html"),
@@ -142,20 +143,13 @@ def render(page: Page, *, results_dir: str, validation_path: str, output: Path) 
         "commit": parts.commit,
         "series": trials.series,
         "cell": lambda text: str(text).replace("|", "\\|"),
+        "median": lambda values: statistics.median(values) if values else None,
+        "least": lambda values: min(values, default=None),
+        "most": lambda values: max(values, default=None),
+        # No PSNR: the very same video, which is better than any figure.
+        "decibels": lambda values: [math.inf if value is None else value for value in values],
         "psnr": lambda value: "same" if math.isinf(value) else f"{value:.1f}",
         "relative": lambda path: Path(os.path.relpath(path, output)).as_posix(),
         "compiler": parts.compiler,
     }
-    context: dict[str, Any] = {
-        "page": page,
-        "missing": parts.MISSING,
-        "band": BAND,
-        "results_dir": results_dir,
-        "validation_path": validation_path,
-        "light": charts.css(0),
-        "dark": charts.css(1),
-        "kernel_bound_fraction": kernel_bound_fraction,
-    }
-    html = environment.get_template("report.html").render(context)
-    markdown = environment.get_template("report.md").render(context)
-    return html, re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+    return environment

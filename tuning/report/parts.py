@@ -10,6 +10,10 @@ from tuning.trials.bound import known_device
 MISSING = "–"  # noqa: RUF001
 
 
+#: (name, label, value by piece, note)
+BarRow = tuple[str, Label, Mapping[str, float], str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A piece of a bar. colour: a CSS variable of `charts.COLOURS`; width: percent of the widest bar."""
@@ -54,11 +58,11 @@ class Tile:
 def stack(
     title: str,
     unit: str,
-    rows: Sequence[tuple[str, Label, Mapping[str, float], str]],
+    rows: Sequence[BarRow],
     colours: Mapping[str, str],
     digits: int = 3,
 ) -> Stack:
-    """Bars of (name, label, value by piece, note), scaled to the longest.
+    """Return bars scaled to the longest.
 
     colours: of the pieces, in the order in which they are stacked; pieces without one come last, in the last colour.
     """
@@ -79,7 +83,7 @@ def stack(
 
 
 def significant(value: float | None, digits: int = 4) -> str:
-    """Rounded to so many significant digits, never in powers of ten."""
+    """Return a number rounded to so many significant digits, never in powers of ten."""
     if value is None:
         return MISSING
     if value == 0 or not math.isfinite(value):
@@ -88,33 +92,33 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """0.942 -> "94 %"."""
+    """Return "94 %" for 0.942."""
     return MISSING if value is None else f"{value * 100:.{digits}f} %"
 
 
 def signed_percent(value: float | None, digits: int = 1) -> str:
-    """-0.0135 -> "−1.4 %", with a minus sign as long as the plus."""  # noqa: RUF002
+    """Return "−1.4 %" for -0.0135, with a minus sign as long as the plus."""  # noqa: RUF002
     if value is None:
         return MISSING
     return f"{value * 100:+.{digits}f} %".replace("-", "\u2212")
 
 
 def device_title(device_kind: str) -> str:
-    """ "TPU v6e" for "TPU v6 lite", and what it is called otherwise."""
+    """Return "TPU v6e" for "TPU v6 lite", and the kind of an unknown device."""
     spec = known_device(device_kind)
     return f"TPU {spec.name}" if spec else device_kind
 
 
 def listed(items: Iterable[str]) -> str:
-    """Each once, in order, with commas."""
+    """Return each item once, in order, with commas."""
     return ", ".join(sorted(dict.fromkeys(items)))
 
 
 def commit(name: str | None, dirty: bool = False) -> str:
-    """A commit, short, with a mark where tracked files differed from it."""
+    """Return a commit, short, with a mark where tracked files differed from it."""
     return "no commit" if name is None else name[:7] + ("+changes" if dirty else "")
 
 
 def compiler(versions: Mapping[str, str]) -> str:
-    """Versions of what compiled, for a caption."""
+    """Return the versions of what compiled, for a caption."""
     return ", ".join(f"{name} {versions[name]}" for name in ("libtpu", "jax") if name in versions)

@@ -1,15 +1,14 @@
 """What is shown of whole videos: predictions by kind of work, HBM, timings of runs, quality."""
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 
 from splash_workbench.records.base import PipelineRecord, Video
-from splash_workbench.records.generation import GenerationRecord
+from splash_workbench.records.generation import GenerationRecord, StageTimes
 from splash_workbench.records.prediction import GIB, STAGES, PredictionRecord, ReportedVideo, StagePrediction
 from splash_workbench.records.quality import QualityRecord
 from splash_workbench.status import Label
-from tuning.report.parts import Stack, commit, compiler, listed, stack
+from tuning.report.parts import BarRow, Stack, commit, compiler, listed, stack
 
 _WHOLE = "not broken down"
 _STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
@@ -53,44 +52,15 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunRow:
-    """A stage of a run that was timed. step_s, step_low_s, step_high_s: median and range of its steps."""
-
-    stage: str
-    load_s: float
-    compile_s: float
-    run_s: float
-    step_s: float | None
-    step_low_s: float | None
-    step_high_s: float | None
-    step_count: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Generated:
-    """The newest run of a checkpoint and size on a device. older: how many more are on record."""
+    """The newest run of a checkpoint and size on a device. stages: in order; older: how many more are on record."""
 
     title: str
     checkpoint: str
     bars: Stack
-    rows: tuple[RunRow, ...]
+    stages: Mapping[str, StageTimes]
     provenance: str
     older: int
-
-
-@dataclasses.dataclass(frozen=True)
-class QualityRow:
-    """A candidate: its worst and median video beside the reference's; PSNR is infinite where both are the same."""
-
-    candidate: str
-    label: Label
-    video_count: int
-    worst_psnr_db: float
-    median_psnr_db: float
-    worst_ssim: float
-    median_ssim: float
-    read_back: Mapping[str, float]
-    failures: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +70,12 @@ class QualityTable:
     title: str
     checkpoint: str
     read: tuple[str, ...]
-    rows: tuple[QualityRow, ...]
+    rows: tuple[QualityRecord, ...]
     provenance: str
 
 
 def cases(runs: Sequence[PredictionRecord]) -> list[Case]:
-    """One for each checkpoint, video and topology; of each plan and stage the newest prediction."""
+    """Return one for each checkpoint, video and topology; of each plan and stage the newest prediction."""
     groups: dict[tuple[str, str, str], list[PredictionRecord]] = {}
     for run in sorted(runs, key=lambda run: run.created_at):
         groups.setdefault((run.topology, str(run.video), run.video.checkpoint), []).append(run)
@@ -122,19 +92,14 @@ def _case(topology: str, runs: Sequence[PredictionRecord]) -> Case:
     used = list({id(run): run for by_stage in newest.values() for run in by_stage.values()}.values())
     reported = next((run.reported for run in reversed(runs) if run.reported), None)
     stacks = []
-    totals: list[tuple[str, Label, Mapping[str, float], str]] = []
-    for row in rows:
-        if row.total_s is not None:
-            totals.append((row.plan, Label.PREDICTED, row.stage_s, ""))
-    if reported:
-        totals.append(("published nodes", Label.REPORTED, {_WHOLE: reported.total_time_s}, reported.source))
-    if any(row.total_s is not None for row in rows):
-        stacks.append(stack("The whole video", "s", totals, {**_STAGE_COLOURS, _WHOLE: "c6"}))
+    bars: list[BarRow] = [(row.plan, Label.PREDICTED, row.stage_s, "") for row in rows if row.total_s is not None]
+    if bars and reported:
+        bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported.total_time_s}, reported.source))
+    if bars:
+        stacks.append(stack("The whole video", "s", bars, {**_STAGE_COLOURS, _WHOLE: "c6"}))
     for stage in ("denoise", "vae", "text"):
-        bars: list[tuple[str, Label, Mapping[str, float], str]] = []
-        for row in rows:
-            if stage in newest[row.plan]:
-                bars.append((row.plan, Label.PREDICTED, _kinds(newest[row.plan][stage], stage), ""))
+        runs_of_stage = {row.plan: newest[row.plan][stage] for row in rows if stage in newest[row.plan]}
+        bars = [(plan, Label.PREDICTED, _kinds(run, stage), "") for plan, run in runs_of_stage.items()]
         if stage == "denoise" and reported:
             bars.append(("published nodes", Label.REPORTED, {_WHOLE: reported.step_time_s}, reported.source))
         if bars:
@@ -187,7 +152,7 @@ def _step_time(run: PredictionRecord) -> float:
 
 
 def _kinds(run: PredictionRecord, stage: str) -> dict[str, float]:
-    """Seconds by kind. Where the record puts another attention kernel in place of ours, its time is in ours' place."""
+    """Return seconds by kind; another attention kernel in place of ours has its time in ours' place."""
     kinds = dict(run.stages[stage].breakdown_s)
     if stage == "denoise" and (more := _step_time(run) - run.stages[stage].time_s):
         kinds["attention_kernel"] = kinds.get("attention_kernel", 0.0) + more
@@ -195,7 +160,7 @@ def _kinds(run: PredictionRecord, stage: str) -> dict[str, float]:
 
 
 def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
-    """The newest run of each checkpoint, size and device."""
+    """Return the newest run of each checkpoint, size and device."""
     groups: dict[tuple[str, str, str], list[GenerationRecord]] = {}
     for run in sorted(runs, key=lambda run: run.created_at):
         if run.stages:  # else all were reused, and nothing was timed
@@ -203,33 +168,22 @@ def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
     shown = []
     for (device, checkpoint, video), members in sorted(groups.items()):
         run = members[-1]
-        rows, bars = [], []
-        for stage, times in sorted(run.stages.items(), key=lambda item: _stage_rank(item[0])):
-            steps = times.step_times_s
-            rows.append(
-                RunRow(
-                    stage=stage,
-                    load_s=times.load_time_s,
-                    compile_s=times.compile_time_s,
-                    run_s=times.run_time_s,
-                    step_s=statistics.median(steps) if steps else None,
-                    step_low_s=min(steps, default=None),
-                    step_high_s=max(steps, default=None),
-                    step_count=len(steps),
-                )
-            )
-            phases = {"load": times.load_time_s, "compile": times.compile_time_s, "run": times.run_time_s}
-            bars.append((stage, run.label, phases, ""))
-        provenance = origin_text([run], f"{run.label} on {device} with ")
-        bar_stack = stack("", "s", bars, _PHASE_COLOURS)
+        stages = {stage: run.stages[stage] for stage in dict.fromkeys((*STAGES, *run.stages)) if stage in run.stages}
+        bars = [
+            (stage, run.label, {"load": s.load_time_s, "compile": s.compile_time_s, "run": s.run_time_s}, "")
+            for stage, s in stages.items()
+        ]
         shown.append(
-            Generated(f"{video} on {device}", checkpoint, bar_stack, tuple(rows), provenance, len(members) - 1)
+            Generated(
+                title=f"{video} on {device}",
+                checkpoint=checkpoint,
+                bars=stack("", "s", bars, _PHASE_COLOURS),
+                stages=stages,
+                provenance=origin_text([run], f"{run.label} on {device} with "),
+                older=len(members) - 1,
+            )
         )
     return shown
-
-
-def _stage_rank(stage: str) -> int:
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def origin_text(records: Sequence[PipelineRecord], how: str) -> str:
@@ -241,7 +195,7 @@ def origin_text(records: Sequence[PipelineRecord], how: str) -> str:
 
 
 def quality(runs: Sequence[QualityRecord]) -> list[QualityTable]:
-    """A table for each checkpoint, size and device, with the newest line of each candidate."""
+    """Return a table for each checkpoint, size and device, with the newest line of each candidate."""
     groups: dict[tuple[str, str, str], dict[str, QualityRecord]] = {}
     for run in runs:
         members = groups.setdefault((run.video.checkpoint, str(run.video), str(run.device)), {})
@@ -252,24 +206,8 @@ def quality(runs: Sequence[QualityRecord]) -> list[QualityTable]:
             title=f"{video} on {device}",
             checkpoint=checkpoint,
             read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
-            rows=tuple(_quality_row(run) for run in members.values()),
+            rows=tuple(members.values()),
             provenance=origin_text(list(members.values()), f"{next(iter(members.values())).label} on {device} with "),
         )
         for (checkpoint, video, device), members in groups.items()
     ]
-
-
-def _quality_row(run: QualityRecord) -> QualityRow:
-    # No PSNR: the very same video, which is better than any figure.
-    psnr_db = [float("inf") if value is None else value for value in run.psnr_db]
-    return QualityRow(
-        candidate=run.candidate,
-        label=run.label,
-        video_count=len(psnr_db),
-        worst_psnr_db=min(psnr_db),
-        median_psnr_db=statistics.median(psnr_db),
-        worst_ssim=min(run.ssim),
-        median_ssim=statistics.median(run.ssim),
-        read_back=run.read_back,
-        failures="; ".join(run.failures),
-    )

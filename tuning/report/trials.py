@@ -13,7 +13,7 @@ _ABSENT = object()
 
 
 def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
-    """One for each kernel, configuration, shape, device and backend: the newest, in the order of the first."""
+    """Return one for each kernel, configuration, shape, device and backend: the newest, in the order of the first."""
     found: dict[tuple[object, ...], Trial] = {}
     for trial in trials:
         key = (*on_device(trial), trial.backend)
@@ -23,7 +23,7 @@ def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def origin_of_trials(trials: Sequence[Trial]) -> str:
-    """How the figures of these trials were got, in one line."""
+    """Return how the figures of these trials were got, in one line."""
     present = provenance.source_hash(provenance.KERNEL_SOURCES)
     how = {
         None: "checked, not timed: ",
@@ -61,7 +61,7 @@ def describe(trial: Trial) -> str:
 
 
 def options(trial: Trial, among: Sequence[Trial]) -> str:
-    """The fields of its variant in which the trial differs from any of these."""
+    """Return the fields of its variant in which the trial differs from any of these."""
     shown = [
         (name, value)
         for name, value in trial.variant.items()
@@ -71,27 +71,27 @@ def options(trial: Trial, among: Sequence[Trial]) -> str:
 
 
 def series(trial: Trial) -> str:
-    """The kernel's name, with what sets it apart from the exact ones."""
+    """Return the kernel's name, with what sets it apart from the exact ones."""
     return trial.kernel if is_exact(trial.variant) else f"{trial.kernel} int8"
 
 
 def kernel_order(trials: Iterable[Trial]) -> list[str]:
-    """Ours first, then the others by name: who has which colour."""
+    """Return our kernel, then the others by name: the order of their colours."""
     return sorted({series(trial) for trial in trials}, key=lambda name: (name != OURS, name))
 
 
 def on_device(trial: Trial) -> tuple[object, ...]:
-    """Equal for trials of the same kernel, configuration, call and device, however timed."""
+    """Return a key that is equal for trials of the same kernel, configuration, call and device, however timed."""
     return trial.kernel, trial.shape, trial.dtype, trial.key, trial.device_kind
 
 
 def kernel_bytes(trial: Trial) -> int:
-    """HBM traffic of the kernel alone, 0 where it is not known."""
+    """Return the HBM traffic in bytes of the kernel alone, 0 where it is not known."""
     return sum(op.hbm_bytes * op.calls for op in trial.ops if op.category == "kernel")
 
 
 def kernel_time(trial: Trial) -> float:
-    """Milliseconds of the kernel alone, of the op where that is not known."""
+    """Return milliseconds of the kernel alone, of the op where that is not known."""
     time_ms = trial.kernel_time_ms or trial.time_ms
     assert time_ms is not None
     return time_ms

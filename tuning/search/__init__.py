@@ -1,1 +1,1 @@
-"""What is searched, by which sampler, with which settings."""
+"""The search: its space, its sampler and its settings."""

@@ -1,4 +1,4 @@
-"""The configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
+"""Define the configuration of a sweep: Hydra's mutable schemas, and the frozen settings made from them once."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
-from splash_workbench.workers.pool import check_timeout_s, worker_count
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.backends.timing import MeasureSettings
@@ -55,7 +56,7 @@ class SweepSchema:
     vmem_pruning: bool = MISSING
     results_dir: str = MISSING
     cache: bool = MISSING
-    promote: bool = MISSING
+    promote: Any = MISSING
     json: str | None = None
     progress: bool = MISSING
     profile: bool = MISSING
@@ -82,10 +83,12 @@ class SweepSettings:
     vmem_pruning: bool
     results_dir: Path
     cache: bool
-    promote: bool
+    promote: bool | str
     progress: bool
 
     def __post_init__(self) -> None:
+        if self.promote not in (True, False, "shipped"):
+            raise ValueError(f"promote={self.promote!r}: expected true, false or shipped.")
         if self.backend.exclusive and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
@@ -95,9 +98,14 @@ class SweepSettings:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
         decode(self.measure, MeasureSettings)
 
+    @property
+    def promotion_dir(self) -> Path | None:
+        """The folder of the tuned entries that a winner must beat and goes to; None: the user's, before the shipped."""
+        return tuned.TUNED_DIR if self.promote == "shipped" else None
+
 
 def settings_from(config: SweepSchema) -> SweepSettings:
-    """The frozen settings of a composed configuration. Raises ValueError for values out of range."""
+    """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
     space = dataclasses.asdict(config.space)
     choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
     choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
@@ -121,17 +129,13 @@ def settings_from(config: SweepSchema) -> SweepSettings:
             max_block_scores=space["max_block_scores"],
         ).fitted_to(workload.shape),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
-        timeout_s=config.timeout_s,
-        vmem_pruning=config.vmem_pruning,
         results_dir=Path(config.results_dir),
-        cache=config.cache,
-        promote=config.promote,
-        progress=config.progress,
+        **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},
     )
 
 
 def _flat(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
+    """Return `{block_q: 128, variant: {softmax: online}}` with the variant's fields as parameters of their own."""
     if not isinstance(parameters, dict) or not isinstance(variant := parameters.get("variant", {}), dict):
         raise ValueError(f"space.first={parameters!r}: expected a mapping, as {{block_q: 1024, variant: {{...}}}}.")
     rest = {name: value for name, value in parameters.items() if name != "variant"}

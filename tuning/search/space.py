@@ -1,4 +1,4 @@
-"""The candidates of a sweep: the product of the listed values, less those that cannot be valid."""
+"""List the candidates of a sweep: the product of the listed values, less those that cannot be valid."""
 
 import collections
 import dataclasses
@@ -27,11 +27,8 @@ class Candidate:
 
     @functools.cached_property
     def key(self) -> str:
-        """The same string for the same candidate, in every process."""
+        """Return the same string for the same candidate, in every process."""
         return config_key(self.block_sizes, self.variant.to_dict())
-
-    def __str__(self) -> str:
-        return f"{self.block_sizes} {self.variant}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +74,12 @@ class Space:
 
     @property
     def fingerprint(self) -> str:
-        """What a study's name is derived from; `first` and the name do not change what is searched."""
+        """Return what a study's name is made from; `first` and the name do not change what is searched."""
         choices = {name: list(values) for name, values in self.choices.items()}
         return json.dumps(choices | {"max_block_scores": self.max_block_scores}, sort_keys=True)
 
     def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters with what is left out: the default of Variant where listed, else the first listed value.
+        """Return the parameters with what they leave out: the default of Variant where listed, else the first value.
 
         Raises:
           ValueError: a parameter is not one of this space.
@@ -97,7 +94,7 @@ class Space:
         }
 
     def fitted_to(self, shape: AttentionShape) -> Self:
-        """The same space with every block_q as short as as many blocks need; see `splash_attn.tuned.fit_block_q`."""
+        """Return the space with each block_q the smallest that needs no more blocks; see `tuned.fit_block_q`."""
 
         def fitted(parameters: Mapping[str, Any]) -> dict[str, Any]:
             block_q = parameters.get("block_q")
@@ -109,12 +106,12 @@ class Space:
         )
 
     def all_parameters(self) -> list[dict[str, Any]]:
-        """The whole product, valid or not."""
+        """Return the whole product, valid or not."""
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
 
 
 def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
-    """Raises ValueError where BlockSizes or Variant refuses the values."""
+    """Return the candidate of parameters. Raises ValueError where BlockSizes or Variant refuses them."""
     return Candidate(
         block_sizes=BlockSizes(**{name: parameters[name] for name in _BLOCK_FIELDS}),
         variant=Variant.from_dict(
@@ -128,20 +125,19 @@ def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
 
 
 def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
-    """The inverse of `candidate_of`, for the parameters that the space lists."""
-    variant = {VARIANT_PREFIX + name: value for name, value in candidate.variant.to_dict().items()}
-    values = dataclasses.asdict(candidate.block_sizes) | variant
+    """Return the parameters of a candidate that the space lists, so that `candidate_of` gives it back."""
+    variant = candidate.variant.to_dict()
+    values = dataclasses.asdict(candidate.block_sizes) | {VARIANT_PREFIX + name: variant[name] for name in variant}
     return {name: values[name] for name in space.choices}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruner:
-    """Says why a candidate is not worth compiling.
+    """Say why a candidate is not worth compiling.
 
     Attributes:
       shape: the attention call.
-      max_block_scores: largest min(unroll_q, block_q) * block_kv. So much of a block is unrolled: more takes minutes to
-        compile. None: any.
+      max_block_scores: largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
       vmem_limit_bytes: VMEM of one core; None leaves the estimate out.
       vmem_estimate: bytes that a candidate will need.
     """
@@ -152,7 +148,7 @@ class Pruner:
     vmem_estimate: VmemEstimate | None = None
 
     def reason(self, parameters: Mapping[str, Any]) -> str | None:
-        """Why these parameters are left out, in words that group; None for those to keep."""
+        """Return why these parameters are left out, in words that group; None for those to keep."""
         if parameters["block_kv"] % parameters["block_kv_compute"]:
             return "block_kv_compute does not divide block_kv"
         try:
@@ -177,7 +173,7 @@ class Pruner:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What a space comes to for one workload: the candidates to search, and how many were left out why."""
+    """The candidates of a space to search for one workload, and how many were left out by reason."""
 
     valid: tuple[Candidate, ...]
     pruned: dict[str, int]
@@ -188,7 +184,7 @@ class Candidates:
 
 
 def enumerate_candidates(space: Space, pruner: Pruner) -> Candidates:
-    """Every candidate of a space that the pruner keeps, in the space's order."""
+    """Return every candidate of a space that the pruner keeps, in the space's order."""
     valid: dict[str, Candidate] = {}
     pruned: collections.Counter[str] = collections.Counter()
     for parameters in space.all_parameters():

@@ -32,7 +32,7 @@ _STARTUP_TRIALS = 6
 
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
-    """How to search and when to stop.
+    """How to search, and when to stop.
 
     Attributes:
       sampler: grid (the space's order), random (each candidate once, in shuffled order) or tpe.
@@ -58,7 +58,7 @@ class SearchSettings:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the study's file is to blame for into UserError."""
+    """Raise UserError for what the study's file is to blame for."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
@@ -70,7 +70,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 class Search:
-    """Asks candidates one by one, never one twice, and is told their trials.
+    """Ask candidates one by one, never one twice, and be told their trials.
 
     Args:
       storage_path: SQLite file.
@@ -210,7 +210,7 @@ class Search:
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:
-    """Numbers become positions in their list, so that TPE knows which are neighbours."""
+    """Return numbers as positions in their list, so that TPE knows which are neighbours."""
     if all(type(value) is int for value in values):
         return IntDistribution(0, len(values) - 1)
     return CategoricalDistribution(values)

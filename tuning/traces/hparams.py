@@ -20,7 +20,7 @@ FOLDER = "hparams"
 
 
 def parameters(trial: Trial) -> dict[str, str | float | bool]:
-    """What was chosen, and what for: the axes of the parallel coordinates."""
+    """Return the candidate and its call: the axes of the parallel coordinates."""
     blocks = dataclasses.asdict(trial.block_sizes) if trial.block_sizes else {}
     variant = {
         name: value if isinstance(value, bool | int | float) else str(value) for name, value in trial.variant.items()
@@ -30,7 +30,7 @@ def parameters(trial: Trial) -> dict[str, str | float | bool]:
 
 
 def metrics(trial: Trial) -> dict[str, float]:
-    """Figures of an ok trial; times say how they were got. TensorBoard sorts by name, and colours by the first."""
+    """Return the figures of an ok trial. TensorBoard sorts by name, and colours by the first."""
     if trial.status is not Status.OK:
         return {}
     found = {
@@ -45,7 +45,7 @@ def metrics(trial: Trial) -> dict[str, float]:
 
 
 def write(trials: Sequence[Trial], logdir: Path, sweep: str) -> Path:
-    """Writes the trials of a sweep, in place of what an earlier call wrote of it. Returns their folder.
+    """Write the trials of a sweep, in place of what an earlier call wrote of it. Returns their folder.
 
     Raises:
       UserError: TensorBoard is not installed.

@@ -1,15 +1,16 @@
-"""Writes a sweep's winner to splash_attn/tuned/<device_kind>.json."""
+"""Promote a sweep's winner: write it where `attention()` finds it, if it beats what would run today."""
 
 import dataclasses
 import fcntl
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from splash_attn import tuned
 from splash_attn.types import Variant
 from splash_workbench.files import atomic_path
 from splash_workbench.status import Status
-from tuning.trials.records import Trial
+from tuning.trials.records import Trial, config_key
 
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:
@@ -50,51 +51,92 @@ class Promotion:
     path: Path
 
 
-def promote(trial: Trial, directory: Path = tuned.TUNED_DIR) -> Promotion:
-    """Puts a better trial in the place of the entry with the same shape, dtype, softmax, qk_dtype and label.
+def todays_choice(winner: Trial, directory: Path | None = None) -> tuned.Choice | None:
+    """Return what `attention()` would run today for the winner's call; None where that is not our kernel.
 
-    Only a TPU's entries are kept: the kernel is not what other devices run. Better is a smaller time. A time that
-    another kernel source, compiler or cost model gave is not comparable: such an entry is replaced, and that of the
-    other softmax goes with it.
+    directory: of the tuned entries; None: the user's and the shipped ones.
     """
-    new = entry_of(trial)
-    path = tuned.path_for(trial.device_kind, directory)
-    if not trial.device_kind.startswith("TPU"):
-        return Promotion(False, f"{trial.device_kind!r} is not a TPU", path)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        entries = list(tuned.load(trial.device_kind, directory))
-        old = next((entry for entry in entries if _key(entry) == _key(new)), None)
-        if old is None:
-            reason = f"first {new.provenance.label} entry for {new.shape} {new.dtype} {new.variant.softmax}"
-        elif _source(old) != _source(new):
-            reason = f"replaces an entry ({old.block_sizes}) of another kernel source, compiler or cost model"
-        elif new.provenance.time_ms < old.provenance.time_ms:
-            reason = f"{new.provenance.time_ms:.3f} ms beats {old.provenance.time_ms:.3f} ms ({old.block_sizes})"
-        else:
-            reason = f"not better than the {old.provenance.time_ms:.3f} ms of the entry there ({old.block_sizes})"
-            return Promotion(False, reason, path)
-        entries = [entry for entry in entries if entry is not old and not _outdated_by(new, entry)] + [new]
-        entries.sort(key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
-        content = tuned.TunedFile(1, trial.device_kind, tuple(entries))
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(content), indent=1) + "\n")
-    return Promotion(True, reason, path)
+    if not winner.device_kind.startswith("TPU"):
+        return None
+    qk_dtype = Variant.from_dict(winner.variant).qk_dtype
+    return tuned.choose(winner.device_kind, winner.shape, winner.dtype, qk_dtype=qk_dtype, directory=directory)
+
+
+def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = None) -> Promotion:
+    """Write the winner as a tuned entry if it beats what would run today for its call.
+
+    Both times are of the same context: of the same backend, kernel source and versions. The entry takes the place of
+    that of the same shape, dtype, softmax, qk_dtype and label, and of those of other sources for the same call.
+
+    Args:
+      winner: an ok trial.
+      trials: of the winner's context, among them one of `todays_choice`.
+      directory: of the tuned entries, which are read and written; None: today's choice is from the user's and the
+        shipped ones, and the winner goes to the user's.
+
+    Raises:
+      ValueError: see `entry_of`.
+    """
+    new = entry_of(winner)
+    path = tuned.path_for(winner.device_kind, directory or tuned.user_dir())
+    if not winner.device_kind.startswith("TPU"):
+        return Promotion(False, f"{winner.device_kind!r} is not a TPU", path)
+    better, reason = _compare(winner, new, trials, directory)
+    if not better:
+        return Promotion(False, reason, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            better, reason = _compare(winner, new, trials, directory)  # another sweep may have promoted its own
+            entries = tuned.load(winner.device_kind, path.parent)
+            if better:
+                better, reason = _compare_with_entry(new, entries, reason)
+            if better:
+                _write(path, winner.device_kind, new, entries)
+    except OSError as error:
+        return Promotion(False, f"cannot be written ({error}); {tuned.USER_VARIABLE} names another folder", path)
+    return Promotion(better, reason, path)
+
+
+def _compare(winner: Trial, new: tuned.TunedEntry, trials: Sequence[Trial], directory: Path | None) -> tuple[bool, str]:
+    """Return whether the winner is to be written as far as today's choice goes, and why or why not."""
+    choice = todays_choice(winner, directory)
+    assert choice is not None
+    key = config_key(choice.block_sizes, choice.variant.to_dict())
+    of_choice = [t for t in trials if t.key == key and t.context == winner.context and t.kernel == winner.kernel]
+    today = f"what runs today ({choice.block_sizes}, {choice.variant})"
+    if not of_choice:
+        return False, f"no time is known of {today}"
+    rival = of_choice[-1]
+    if rival.status is not Status.OK and rival.conclusive:
+        return True, f"{today} is {rival.status}"
+    if rival.time_ms is None or winner.time_ms is None:
+        return False, f"no time is known of {today}: {rival.status}"
+    if rival.key == winner.key:
+        entry = choice.entry
+        renews = entry is not None and entry.rivals(new) and entry.block_sizes == new.block_sizes
+        return renews, f"the same as {today}" + (", of another kernel source, compiler or cost model" if renews else "")
+    if winner.time_ms < rival.time_ms:
+        return True, f"{winner.time_ms:.3f} ms beats the {rival.time_ms:.3f} ms of {today}"
+    return False, f"{winner.time_ms:.3f} ms does not beat the {rival.time_ms:.3f} ms of {today}"
+
+
+def _compare_with_entry(new: tuned.TunedEntry, entries: Sequence[tuned.TunedEntry], reason: str) -> tuple[bool, str]:
+    """Return the same for the entry in the new one's place, which need not run: one of another label may."""
+    old = next((entry for entry in entries if _key(entry) == _key(new)), None)
+    if old is not None and old.source == new.source and old.provenance.time_ms <= new.provenance.time_ms:
+        return False, f"not better than the {old.provenance.time_ms:.3f} ms of the entry there ({old.block_sizes})"
+    return True, reason
+
+
+def _write(path: Path, device_kind: str, new: tuned.TunedEntry, entries: Sequence[tuned.TunedEntry]) -> None:
+    kept = [entry for entry in entries if _key(entry) != _key(new) and not entry.rivals(new)]
+    ordered = sorted([*kept, new], key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
+    content = tuned.TunedFile(1, device_kind, tuple(ordered))
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(content), indent=1) + "\n")
 
 
 def _key(entry: tuned.TunedEntry) -> tuple[object, ...]:
     return entry.shape, entry.dtype, entry.variant.softmax, entry.variant.qk_dtype, entry.provenance.label
-
-
-def _outdated_by(new: tuned.TunedEntry, entry: tuned.TunedEntry) -> bool:
-    """Whether an entry competes with `new`, with a time that cannot be compared."""
-
-    def rivals(one: tuned.TunedEntry) -> tuple[object, ...]:
-        return one.shape, one.dtype, one.variant.qk_dtype, one.provenance.label
-
-    return rivals(entry) == rivals(new) and _source(entry) != _source(new)
-
-
-def _source(entry: tuned.TunedEntry) -> tuple[str, dict[str, str]]:
-    return entry.provenance.kernel_hash, entry.provenance.versions

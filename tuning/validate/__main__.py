@@ -17,7 +17,8 @@ from splash_workbench.errors import from_config
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
-from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner, core_count
+from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner
+from splash_workbench.workers.room import worker_count
 from tuning.trials import records
 from tuning.trials.figures import save_png
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
@@ -140,7 +141,7 @@ def main(settings: ValidateSchema) -> int:
             reported,
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
             cache=JobCache.of_user(settings.cache),
-            workers=settings.workers or core_count(),
+            workers=from_config(lambda: worker_count(settings.workers)),
             timeout_s=settings.timeout_s,
             progress=settings.progress,
         )

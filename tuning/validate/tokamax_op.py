@@ -13,7 +13,7 @@ from tuning.trials.reported import ReportedRow
 
 
 def build(row: ReportedRow) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
-    """The call that the row reports: tokamax's public op, with the row's configuration instead of a tuned one.
+    """Return the call that the row reports: tokamax's public op, with the row's configuration instead of a tuned one.
 
     Raises:
       ValueError: tokamax refuses the configuration.
@@ -46,7 +46,7 @@ def build(row: ReportedRow) -> Callable[[jax.Array, jax.Array, jax.Array], Any]:
 
 
 def abstract_args(row: ReportedRow) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """q, k, v of the row's call."""
+    """Return q, k and v of the row's call."""
     q = jax.ShapeDtypeStruct((row.batch_size, row.seq_len, row.num_heads, row.head_dim), row.dtype)
     kv_seq_len, num_kv_heads = row.kv_seq_len or row.seq_len, row.num_kv_heads or row.num_heads
     kv = jax.ShapeDtypeStruct((row.batch_size, kv_seq_len, num_kv_heads, row.head_dim), row.dtype)
@@ -54,7 +54,7 @@ def abstract_args(row: ReportedRow) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
-    """The worker's job. Payload: `row`, the fields of a ReportedRow, and `device`, a name of `devices`."""
+    """Predict a row's time, as a job. Payload: `row`, the fields of a ReportedRow, and `device`, a known name."""
     from jax.experimental import topologies
 
     import offline_tpu

@@ -33,7 +33,8 @@ def report(
     settings.require_packages()
     import torch
 
-    from pipeline.checkpoints.loading import build_module, part_configs
+    from pipeline.checkpoints.checks import check_request, part_configs
+    from pipeline.checkpoints.loading import build_module
     from pipeline.model.latents import LatentGeometry
     from pipeline.model.sharding import resolve_plan
     from pipeline.model.transformer import TransformerShape
@@ -45,6 +46,7 @@ def report(
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
     configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
+    check_request(request, configs)
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)
     transformer = module.config

@@ -49,9 +49,13 @@ def _running(stage: str) -> Iterator[Any]:
 
 
 def _context(stage: Any, checkpoint: Any, request: Any, progress: Any, **more: Any) -> Any:
+    from pipeline.checkpoints.checks import check_request, read_configs
     from pipeline.stages.progress import StageTimings
     from pipeline.stages.stages import StageContext
 
+    configs = read_configs(checkpoint)
+    if stage != "text":  # whose request has no size yet
+        check_request(request, configs)
     identities = checkpoint.identities(stage)
     return StageContext(checkpoint, request, identities, progress=progress, timings=StageTimings(stage), **more)
 

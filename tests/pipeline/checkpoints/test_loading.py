@@ -16,12 +16,6 @@ from splash_workbench import provenance
 SMALL = TinySpec(num_layers=1, num_attention_heads=1, text_layers=1, vae_block_out_channels=(8, 8, 8, 8))
 
 
-@pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
-
-
 def _load(folder: Path, part: str = "transformer", **options):
     return load_module(Checkpoint("mine", folder), part, torch.float32, **options)
 
@@ -50,7 +44,6 @@ def test_weights_take_the_dtype_asked_for(checkpoint):
     loaded = load_module(checkpoint, "vae", torch.bfloat16, keep=lambda name: name.startswith("decoder."))
     assert {str(value.dtype) for value in loaded.weights.values()} == {"bfloat16"}
     assert all(name.startswith("decoder.") for name in loaded.weights)
-    assert loaded.weight_bytes == 2 * sum(value.size for value in loaded.weights.values())
 
 
 def test_an_alias_of_a_tied_weight_is_the_same_weight(folder):
@@ -109,13 +102,6 @@ def test_a_weight_of_another_shape(folder):
         _load(folder)
 
 
-def test_an_absent_shard(folder):
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002.safetensors"):
-        _load(folder)
-
-
 def test_shards_are_put_together(folder):
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
@@ -134,13 +120,6 @@ def test_shards_are_put_together(folder):
 def test_unreadable_config(folder, content, message):
     (folder / "transformer" / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        _load(folder)
-
-
-def test_a_model_of_another_kind(folder):
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "_class_name": "WanTransformer3DModel"}))
-    with pytest.raises(CheckpointError, match="'WanTransformer3DModel', expected 'CogVideoXTransformer3DModel'"):
         _load(folder)
 
 

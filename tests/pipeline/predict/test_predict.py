@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S
-from pipeline.checkpoints.loading import part_configs
+from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
@@ -153,11 +153,14 @@ def test_the_built_in_configuration_is_the_published_one(request_of):
     assert set(configs) == set(PUBLISHED_CONFIGS[FULL["checkpoint"]])
 
 
-@pytest.mark.parametrize(("topology", "message"), [("v6e-7", "v6e-7"), ("v9x-8", "v9x")])
-def test_an_unknown_topology_is_refused(topology, message, request_of):
+@pytest.mark.parametrize("topology", ["v6e-7", "v9x-8", "v7x-8", "banana", "v4-8", "v6e:2x", "v6e:axb", "", "v6e:0x4"])
+def test_an_unknown_topology_is_refused(topology):
     configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
-    with pytest.raises(RequestError, match=message):
+    expected = (
+        f"^topology='{topology}': (not supported: .*; )?expected a chip .v6e, v5e, v7x. and a shape, e.g. v6e:2x4"
+    )
+    with pytest.raises(RequestError, match=expected):
         predictor.predict(["denoise"], ParallelOptions(), True)
 
 

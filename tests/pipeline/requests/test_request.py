@@ -28,7 +28,12 @@ def test_defaults_are_valid_and_frozen():
         ({"seed": -1}, r"seed=-1"),
         ({"seed": True}, r"seed=True"),
         ({"fps": 0}, r"fps=0"),
-        ({"prompt": "  "}, r"prompt='  ': expected some text"),
+        ({"fps": 240.5}, r"fps=240.5: expected a number from 1 to 240"),
+        ({"fps": float("nan")}, r"fps=nan"),
+        ({"fps": "24"}, r"fps='24'"),
+        ({"prompt": None}, r"prompt=null: expected some text, e.g. prompt="),
+        ({"negative_prompt": None}, r"negative_prompt=null: expected text"),
+        ({"prompt": "a word " * 1000 + "\0"}, r"prompt='a word .{,80}\.\.\.: holds a NUL"),
         ({"checkpoint": ""}, r"checkpoint=''"),
         ({"dtype": "float64"}, r"dtype='float64': expected one of float32, bfloat16"),
         ({"scheduler": "euler"}, r"scheduler='euler': expected one of checkpoint, ddim, dpm"),
@@ -43,6 +48,18 @@ def test_bad_values_name_value_and_expectation(changes, message):
 def test_frame_counts_of_the_rule_are_accepted(num_frames):
     assert ((num_frames - 1) // 4 + 1) % 2 == 1
     GenerateRequest(prompt="a cat", num_frames=num_frames)
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n"])
+def test_an_empty_prompt_is_a_prompt(prompt):
+    assert GenerateRequest(prompt=prompt, guidance_scale=2.0).prompts == ["", prompt]
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(23.976, 23.976), (29.97, 29.97), (12.5, 12.5), (16.0, 16), (8, 8)])
+def test_fps_may_be_fractional(fps, expected):
+    request = GenerateRequest(prompt="a cat", fps=fps)
+    assert request.fps == expected
+    assert type(request.fps) is type(expected)
 
 
 def test_unknown_implementation():

@@ -76,7 +76,7 @@ BAD_LINES = [
     ("3", "3: expected an object"),
     ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "not JSON"),
     ({"seed": 1}, 'no "prompt" in it'),
-    ({"prompt": ""}, "prompt='': expected some text"),
+    ({"prompt": None}, "prompt=null: expected some text"),
     ({"prompt": 3}, "prompt=3: expected some text"),
     ({"prompt": "a\0b"}, "holds a NUL"),
     ('{"prompt": "\\ud800"}', "half a surrogate pair"),

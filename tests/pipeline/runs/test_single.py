@@ -15,6 +15,7 @@ from pipeline.requests.request import STAGES, AttentionOptions
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import RequestRun
 from pipeline.runs.single import generate
+from splash_workbench.errors import UserError
 from videos import probe, tags
 
 
@@ -173,10 +174,9 @@ def test_pallas_tpu_without_a_tpu_is_refused_before_any_work(same, ran, tmp_path
 
 def test_a_file_where_the_folder_should_be(same, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
-        generate(same(), run_dir=tmp_path / "taken")
-    with pytest.raises(RequestError, match=r"taken is a file; expected a folder"):
-        generate(same(), output_dir=tmp_path / "taken" / "videos")
+    for where in ({"run_dir": tmp_path / "taken"}, {"output_dir": tmp_path / "taken" / "videos"}):
+        with pytest.raises(UserError, match=r"^run_dir='.*: cannot write .* \(Not a directory\); "):
+            generate(same(), **where)
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_work(same, ran, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.requests.errors import PipelineError
 from pipeline.runs.video import MAX_TAG_LENGTH, write_mp4
-from videos import tags
+from videos import probe, tags
 
 
 def test_tags_hold_any_text(tmp_path):
@@ -20,3 +20,9 @@ def test_ffmpegs_refusal_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(PipelineError, match="ffmpeg could not encode 15x16 at 8 fps"):
         write_mp4(tmp_path / "video.mp4", np.zeros((2, 16, 15, 3), np.uint8), 8)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(23.976, 23.98), (29.97, 29.97), (12.5, 12.5), (1, 1)])
+def test_a_fractional_rate(tmp_path, fps, expected):
+    write_mp4(tmp_path / "video.mp4", np.zeros((3, 16, 16, 3), np.uint8), fps)
+    assert probe(tmp_path / "video.mp4")[0]["fps"] == expected

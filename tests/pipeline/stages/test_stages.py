@@ -19,13 +19,15 @@ import pytest
 import torch
 
 from helpers import PLENTY_S
-from pipeline.model.latents import LatentGeometry, rotary_embedding
-from pipeline.requests.errors import CheckpointError, NonFiniteError
+from pipeline.model.latents import LatentGeometry
+from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import AttentionOptions
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.progress import StageTimings
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding
+
+pytestmark = pytest.mark.compile
 
 TEXT_SEQ_LEN = 19  # of the session's checkpoint
 LATENT_TOLERANCE = 2e-4
@@ -86,6 +88,13 @@ def test_a_long_prompt_is_cut_with_a_warning(encoder, stock, caplog):
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=LATENT_TOLERANCE)
 
 
+def test_a_very_long_prompt_is_one_short_line(encoder, caplog):
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        encoder.encode(["a red circle " * 500])
+    (message,) = caplog.messages
+    assert len(message) < 150 and "longer than 19 tokens; the last 1482 are cut: 'a" in message
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -124,7 +133,6 @@ def _latents(rng, num_frames):
     return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
 def test_frames(num_latent_frames, decoder, stock, rng):
     latents = _latents(rng, num_latent_frames)
@@ -135,7 +143,6 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
-@pytest.mark.compile
 def test_eight_bit_frames_are_rounded(decoder, rng):
     latents = _latents(rng, 1)
     actual, expected = decoder.decode(latents), decoder.decode(latents, quantize=False)
@@ -151,7 +158,6 @@ def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
     np.testing.assert_allclose(decoder.decode(latents, quantize=False), expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
-@pytest.mark.compile
 def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
     request = request_of(dtype="bfloat16")
     low = TextEncoder.load(checkpoint, torch.bfloat16)
@@ -222,7 +228,6 @@ print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.
 """
 
 
-@pytest.mark.compile
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
@@ -293,13 +298,6 @@ def test_geometry_of_the_full_model(request_of):
     geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
     assert geometry.shape == (1, 22, 16, 90, 160)
-
-
-def test_a_1_0_checkpoint_is_refused(request_of):
-    transformer = {"in_channels": 16, "patch_size": 2, "use_rotary_positional_embeddings": True}
-    vae = {"block_out_channels": [1, 2, 3, 4], "temporal_compression_ratio": 4}
-    with pytest.raises(CheckpointError, match=r"a CogVideoX 1\.0 checkpoint; expected 1\.5"):
-        rotary_embedding(LatentGeometry.from_request(request_of(), transformer, vae), transformer)
 
 
 def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, request_of):

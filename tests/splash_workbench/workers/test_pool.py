@@ -12,6 +12,9 @@ from splash_workbench.status import Status
 from splash_workbench.workers import pool as module
 from splash_workbench.workers.pool import CancelledError, Runner
 
+FATAL = "F0000 check failed: as libtpu says before it aborts"
+UNKNOWN_FLAG = "ERROR: Unknown command line flag 'xla_nonsense'"
+
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Runner:
@@ -31,7 +34,8 @@ def test_result_of_a_job_comes_back(runner: Runner) -> None:
 @pytest.mark.parametrize(
     ("job", "status", "error"),
     [
-        ("abort", Status.CRASHED, "the worker died of SIGABRT"),
+        ("abort", Status.CRASHED, f"the worker died of SIGABRT: {FATAL}"),
+        ("refuses_a_flag", Status.CRASHED, f"the worker ended with exit code 1 and no result: {UNKNOWN_FLAG}"),
         ("segfault", Status.CRASHED, "the worker died of SIGSEGV"),
         ("exits", Status.CRASHED, "the worker ended with exit code 3 and no result"),
         ("raises", Status.CRASHED, "RuntimeError: first line ... last line"),

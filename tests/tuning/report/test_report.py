@@ -21,7 +21,7 @@ from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
 Run = Callable[..., tuple[int, str, str]]
-KERNEL_OP = {"name": "splash_attention.1", "category": "kernel", "calls": 1, "hbm_bytes": 10**6, "time_s": 0.01}
+KERNEL_OP = {"name": "splash_attention.1", "category": "kernel", "calls": 1, "hbm_bytes": 10**6, "time_s": 0.001}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 @pytest.fixture
-def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Callable[..., Path]:
+def fill(tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial, samples: SimpleNamespace) -> Callable[..., Path]:
     """Writes a bit of everything to results/."""
 
     def fill() -> Path:
@@ -56,7 +56,8 @@ def fill(tmp_path: Path, make_trial: MakeTrial, samples: SimpleNamespace) -> Cal
             )
             jsonl.append(sweep, trial)
             if block_q == 512:
-                promote.promote(trial, tmp_path / "tuned")
+                tuned_dir = tmp_path / "tuned"
+                promote.promote(trial, [todays(trial, tuned_dir, time_samples_ms=(9.0,))], tuned_dir)
                 jsonl.append(peers, trial)
         failed = {"status": Status.OUT_OF_MEMORY, "numerics": None, "error": "VMEM <full> | by far"}
         jsonl.append(sweep, make_trial(block_sizes=BlockSizes(1024, 1024, 128), record_id="r3", **failed))
@@ -286,9 +287,12 @@ def test_only_the_newest_sweep_of_its_kind_is_shown(
     assert "`results/sweeps/tiny-v6e-old/trials.jsonl`" in text
 
 
-def test_a_winner_of_another_kernel_source_is_marked(run: Run, tmp_path: Path, make_trial: MakeTrial) -> None:
+def test_a_winner_of_another_kernel_source_is_marked(
+    run: Run, tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial
+) -> None:
     environment = dataclasses.replace(make_trial().environment, kernel_hash="an-older-one")
-    promote.promote(make_trial(environment=environment), tmp_path / "tuned")
+    winner = make_trial(environment=environment)
+    promote.promote(winner, [todays(winner, time_samples_ms=(99.0,))], tmp_path / "tuned")
     run("output=out")
     for name in ("index.html", "report.md"):
         assert "tuned with another kernel source" in (tmp_path / "out" / name).read_text()

@@ -149,8 +149,8 @@ def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) ->
     ]
     here, there = pipeline.quality([decode(line, QualityRecord) for line in lines])
     assert [row.candidate for row in here.rows] == ["online", "int8"]
-    assert here.rows[0].worst_psnr_db == float("inf")
-    assert here.rows[0].failures == "SSIM 0.9 < 0.98"
+    assert here.rows[0].psnr_db == (None, None, None)
+    assert here.rows[0].failures == ("SSIM 0.9 < 0.98",)
     assert there.title.endswith("on 8 x TPU v6 lite")
 
 

@@ -9,7 +9,7 @@ from splash_attn.types import AttentionShape
 from splash_workbench.status import Status
 from tuning.search.space import Candidate, Candidates, Pruner, Space, candidate_of, enumerate_candidates
 from tuning.search.study import Sampler, Search, SearchSettings
-from tuning.trials.records import Trial, objective
+from tuning.trials.records import Trial
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
@@ -33,7 +33,7 @@ def make_search(tmp_path: Path) -> Callable[..., Search]:
     ) -> Search:
         settings = SearchSettings(sampler, max_trials, seed)
         space = Space("test", CHOICES, first)
-        return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, known or {}, objective)
+        return Search(tmp_path / "study.sqlite3", name, space, candidates, settings, known or {})
 
     return make
 

@@ -74,3 +74,14 @@ def test_measured_and_predicted_times_have_columns_of_their_own(make_trial: Make
     assert frame["measured_ms"].tolist()[1] == 20.0
     assert frame["predicted_ms"].isna().tolist() == [False, True]
     assert frame["measured_ms"].isna().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_a_record_says_whether_it_is_conclusive(make_trial: Callable[..., Trial], status: Status) -> None:
+    trial = make_trial(status=status, numerics=None)
+    conclusive = status not in (Status.CRASHED, Status.TIMEOUT)
+    fields = jsonl.encode(trial)
+    assert fields["conclusive"] is conclusive
+    del fields["conclusive"]  # as in older records
+    assert jsonl.decode(fields, Trial) == trial
+    assert records.reusable([trial], timeout_s=1.0) == ([trial] if conclusive else [])

@@ -48,13 +48,13 @@ def test_a_length_is_never_half_given(file: dict[str, Any]) -> None:
     assert made({"seq_len": 4680}, **file).shape == AttentionShape(1, 2, 4680, 4680, 64)
     assert made({"q_seq_len": 4680, "kv_seq_len": 77}, **file).shape == AttentionShape(1, 2, 4680, 77, 64)
     for half in ({"q_seq_len": 4680}, {"kv_seq_len": 4680}, {"seq_len": 3, "q_seq_len": 3}, {"seq_len": None}):
-        with pytest.raises(ValueError, match="expected workload.seq_len for self-attention, or both"):
+        with pytest.raises(ValueError, match=r"expected workload\.seq_len for self-attention, or both"):
             made(half, **file)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a..b", ".a", "-a", "a b", "ä", "a" * 101, "a\n"])
 def test_a_name_is_one_for_a_folder(name: str) -> None:
-    with pytest.raises(ValueError, match="workload.name="):
+    with pytest.raises(ValueError, match=r"workload\.name="):
         made({"name": name})
 
 

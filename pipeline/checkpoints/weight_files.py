@@ -1,0 +1,92 @@
+"""Which files beside one another hold a part's weights: those that diffusers, or transformers, would take."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pipeline.requests.errors import CheckpointError
+
+#: Part -> how the libraries name its weights.
+STEMS: Mapping[str, str] = {
+    "text_encoder": "model",
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
+_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def weight_files(folder: Path, part: str, where: str) -> list[Path]:
+    """Return the files that hold a part's weights, sorted.
+
+    diffusers takes the shards of an index before a single file, transformers the other way round; what stands beside
+    them under other names (an EMA, a variant) is left alone. Without files of the libraries' own names there must be
+    one single file, or one index. where: begins the messages of CheckpointError: no such files, or several; an index
+    that cannot be read; a shard that is not there.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    single = f"{STEMS[part]}.safetensors"
+    own = [name for name in (f"{single}.index.json", single) if name in names]
+    if own:
+        chosen = own[-1] if part == "text_encoder" else own[0]
+        return [folder / name for name in _weights_of(folder, chosen, where)]
+    found = {name: _weights_of(folder, name, where) for name in names if _INDEX.search(name)}
+    sharded = {name for shards in found.values() for name in shards}
+    found |= {
+        name: [name]
+        for name in names
+        if name.endswith(".safetensors") and not _SHARD.search(name) and name not in sharded
+    }
+    if len(found) > 1:
+        raise CheckpointError(f"{where} holds {' and '.join(found)}; expected {single}, or only one of them")
+    if not found:
+        raise CheckpointError(f"{where} holds {_instead(names)}; expected {single}")
+    return [folder / name for name in next(iter(found.values()))]
+
+
+def _instead(names: list[str]) -> str:
+    """Say what there is in place of weights."""
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return f"{shards[0]} but no index of shards; download it again"
+    if pickles := [name for name in names if name.endswith(_PICKLE_SUFFIXES)]:
+        return (
+            f"only pickled weights ({pickles[0]}), which can run code when read "
+            "(convert it with save_pretrained(safe_serialization=True))"
+        )
+    return "no weights"
+
+
+def _weights_of(folder: Path, name: str, where: str) -> list[str]:
+    """Return the names of the shards of an index, or of the single file itself."""
+    if not name.endswith(".json"):
+        return [name]
+    try:
+        shards = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("expected names of files beside it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where}{name} is not an index of shards ({problem}); download it again") from error
+    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(f"{where} lacks {absent[0]}, listed in {name}; download it again")
+    return shards
+
+
+@contextlib.contextmanager
+def open_weights(path: Path, where: str) -> Iterator[Any]:
+    """Open a file of weights as `safe_open` does. Raises CheckpointError where it cannot be read. where: begins it."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        remedy = "a pointer of Git LFS: git lfs pull" if pointer else f"{error}; download it again"
+        raise CheckpointError(f"{where}{path.name} is not readable as safetensors ({remedy})") from error

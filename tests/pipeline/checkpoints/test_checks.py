@@ -1,0 +1,152 @@
+"""What configurations decide is decided, in one line, before any weight is read."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoints import loading
+from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.requests.batch_file import Entry
+from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
+from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.requests.run_options import RunOptions
+from pipeline.runs.batch import prepare
+from pipeline.runs.single import generate
+from splash_attn.types import Variant
+
+CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}
+
+
+def _change(folder: Path, part: str, **changes) -> None:
+    path = folder / CONFIGS.get(part, f"{part}/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _drop(folder: Path, part: str, *keys: str) -> None:
+    path = folder / f"{part}/config.json"
+    path.write_text(json.dumps({key: x for key, x in json.loads(path.read_text()).items() if key not in keys}))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fail where a weight is read."""
+    monkeypatch.setattr(loading, "open_weights", lambda *args: pytest.fail("a weight is read"))
+
+
+WRONG = [
+    ("transformer", {"sample_height": 4}, "height=48: the rotary table .* ends at 32; expected height=32 or less"),
+    ("transformer", {"sample_width": 8}, "width=80: the rotary table .* ends at 64"),
+    ("transformer", {"patch_size": 4}, "height=48: expected a multiple of 32; the nearest is 32 or 64"),
+    ("transformer", {"activation_fn": "gelu"}, "activation_fn='gelu', expected 'gelu-approximate'"),
+    ("transformer", {"attention_head_dim": 24}, "attention_head_dim=24, expected a multiple of 16"),
+    ("transformer", {"max_text_seq_length": 0}, "max_text_seq_length=0, expected a whole number above 0"),
+    ("transformer", {"sample_width": "wide"}, "sample_width='wide', expected a whole number"),
+    ("transformer", {"num_layers": "two"}, "transformer/config.json"),
+    ("transformer", {"text_embed_dim": 21}, "text_embed_dim=21, but text_encoder/config.json: d_model=20"),
+    ("transformer", {"in_channels": 8, "out_channels": 8}, "in_channels=8, but vae/config.json: latent_channels=16"),
+    ("vae", {"act_fn": "relu"}, "vae/config.json: act_fn='relu', expected 'silu'"),
+    ("vae", {"temporal_compression_ratio": 6}, "temporal_compression_ratio=6"),
+    ("vae", {"norm_num_groups": 7}, "vae/config.json: ValueError"),
+    ("vae", {"scaling_factor": 0}, "scaling_factor=0"),
+    ("vae", {"_class_name": "AutoencoderKLWan"}, "vae/config.json is for 'AutoencoderKLWan'"),
+    ("text_encoder", {"model_type": "umt5"}, "text_encoder/config.json is for 'umt5', expected 't5'"),
+    ("text_encoder", {"feed_forward_proj": "gated-what-gelu"}, "text_encoder/config.json: .*gated-what-gelu"),
+    ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "for 'EulerDiscreteScheduler', expected one of CogVideoX"),
+    ("scheduler", {"prediction_type": "banana"}, "scheduler_config.json.*banana"),
+    ("scheduler", {"num_train_timesteps": 2}, "num_inference_steps=3: this scheduler has at most 2"),
+]
+
+
+@pytest.mark.parametrize(("part", "changes", "message"), WRONG)
+def test_decided_before_any_weight_is_read(folder, request_of, tmp_path, no_weights, part, changes, message):
+    _change(folder, part, **changes)
+    request = request_of(checkpoint=str(folder))
+    with pytest.raises(PipelineError, match=message) as error:
+        generate(request, run_dir=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    entries = [Entry(1, request, "one")]
+    with pytest.raises(RequestError, match=f"lines:1: .*{message}"):
+        prepare(entries, Path("lines"), ("text", "denoise", "vae"), tmp_path / "out", RunOptions())
+
+
+def test_a_size_beyond_the_published_rotary_table(tmp_path, no_weights):
+    with pytest.raises(RequestError, match=r"width=2416: the rotary table of checkpoint='tiny' ends at 2400"):
+        generate(GenerateRequest("a", height=16, width=2416), run_dir=tmp_path / "run")
+    check_request(GenerateRequest("a", height=16, width=2400), read_configs(resolve_checkpoint("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (AttentionOptions(qk_dtype="int8"), "attention: qk_dtype='int8' is the kernel's"),
+        (AttentionOptions(qk_dtype="int8", variant=Variant(qk_dtype="bfloat16")), "attention: .*contradicts"),
+    ],
+)
+def test_attention_that_cannot_run(request_of, tmp_path, no_weights, attention, message):
+    with pytest.raises(RequestError, match=message):
+        generate(request_of(attention=attention), run_dir=tmp_path / "run")
+
+
+def test_no_tokenizer(folder, request_of, tmp_path, no_weights):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer; expected tokenizer.json or spiece.model"):
+        generate(request_of(checkpoint=str(folder)), run_dir=tmp_path / "run")
+
+
+def test_what_a_configuration_leaves_out_is_diffusers_default(folder):
+    _drop(folder, "transformer", "sample_height", "max_text_seq_length", "ofs_embed_dim", "flip_sin_to_cos")
+    _drop(folder, "vae", "act_fn", "temporal_compression_ratio")
+    configs = read_configs(Checkpoint("mine", folder))
+    assert configs["transformer"]["max_text_seq_length"] == 226
+    assert configs["transformer"]["sample_height"] == 60
+    assert configs["vae"]["temporal_compression_ratio"] == 4
+
+
+V1 = {"patch_size_t": None, "patch_bias": True}
+OTHER_KINDS = [
+    (
+        {"transformer": {**V1, "use_rotary_positional_embeddings": False}},
+        "a CogVideoX-2b checkpoint .*not rotary",
+    ),
+    ({"transformer": V1}, r"this is a CogVideoX-5b checkpoint .*CogVideoX 1\.0: no patch_size_t"),
+    (
+        {"transformer": {**V1, "in_channels": 32, "use_learned_positional_embeddings": True}},
+        "this is a CogVideoX-5b-I2V checkpoint .*image to video",
+    ),
+    ({"transformer": {"in_channels": 32, "ofs_embed_dim": 512}}, "this is a CogVideoX1.5-5B-I2V .*image to video"),
+    ({"transformer": {"in_channels": 33}}, "image to video, in_channels=33"),
+    (
+        {"transformer": {"_class_name": "WanTransformer3DModel"}},
+        "is for .WanTransformer3DModel.",
+    ),
+    ({"index": {"_class_name": "WanPipeline"}, "transformer": {"_class_name": "Wan"}}, "this is a WanPipeline"),
+    ({"index": {"_class_name": "StableDiffusionPipeline"}}, "this is a StableDiffusionPipeline"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_KINDS)
+def test_another_model_is_named_before_any_other_complaint(folder, changes, message):
+    for part, values in changes.items():
+        _change(folder, part, **values)
+    _change(folder, "vae", act_fn="relu")
+    with pytest.raises(CheckpointError, match=f"{message}.*; supported here: CogVideoX 1.5, text to video"):
+        read_configs(Checkpoint("mine", folder))
+
+
+def test_the_tiny_model_says_what_it_was_trained_on(caplog):
+    configs = read_configs(resolve_checkpoint("tiny"))
+    with caplog.at_level(logging.WARNING):
+        check_request(GenerateRequest("a"), configs)
+        check_request(GenerateRequest("a", "tiny-random", height=160), configs)
+        assert not caplog.records
+        for _ in range(2):
+            check_request(GenerateRequest("a", height=96, width=160), configs)
+    (record,) = caplog.records
+    assert "160x96, 17 frames: model tiny was trained on 96x64, 17 frames" in record.getMessage()
+    with caplog.at_level(logging.WARNING):
+        check_request(GenerateRequest("a", num_frames=41), configs)
+    assert "41 frames" in caplog.messages[-1]

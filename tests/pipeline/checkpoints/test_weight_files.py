@@ -1,0 +1,116 @@
+"""The files that are read are diffusers' own choice, or one line says why there is none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.weight_files import open_weights, weight_files
+from pipeline.requests.errors import CheckpointError
+
+OWN = "diffusion_pytorch_model"
+
+
+def _names(folder: Path, part: str = "transformer") -> list[str]:
+    return [path.name for path in Checkpoint("mine", folder).weight_files(part)]
+
+
+def _index(path: Path, *shards: str) -> None:
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(shards)}}))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [f"{OWN}_ema.safetensors", f"{OWN}.fp16.safetensors", "model.safetensors", "zz-00001-of-00002.safetensors"],
+)
+def test_what_stands_beside_the_weights_is_left_alone(folder, beside):
+    from diffusers import CogVideoXTransformer3DModel
+
+    part = folder / "transformer"
+    before = Checkpoint("mine", folder).identity("transformer")
+    save_file({name: torch.zeros_like(x) for name, x in load_file(part / f"{OWN}.safetensors").items()}, part / beside)
+    assert _names(folder) == [f"{OWN}.safetensors"]
+    assert Checkpoint("mine", folder).identity("transformer") == before
+    assert CogVideoXTransformer3DModel.from_pretrained(part).proj_out.bias.any()  # as diffusers chooses
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_files_of_macos_are_no_weights(folder, part):
+    (folder / part / "._x.safetensors").write_bytes(b"not weights")
+    (folder / part / f"._{OWN}.safetensors.index.json").write_bytes(b"not JSON")
+    assert len(_names(folder, part)) == 1
+
+
+def test_a_lone_variant_is_taken(folder):
+    (folder / "vae" / f"{OWN}.safetensors").rename(folder / "vae" / f"{OWN}.fp16.safetensors")
+    assert _names(folder, "vae") == [f"{OWN}.fp16.safetensors"]
+
+
+def test_of_several_that_are_not_the_librarys_own_none_is_taken(folder):
+    part = folder / "transformer"
+    (part / f"{OWN}.safetensors").rename(part / f"{OWN}.fp16.safetensors")
+    shutil.copy(part / f"{OWN}.fp16.safetensors", part / f"{OWN}_ema.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"{OWN}.fp16.safetensors and {OWN}_ema.safetensors; expected {OWN}.safe"
+    ):
+        _names(folder)
+
+
+@pytest.mark.parametrize(("part", "stem", "sharded"), [("transformer", OWN, True), ("text_encoder", "model", False)])
+def test_shards_beside_a_single_file_as_the_library_chooses(folder, part, stem, sharded):
+    shards = [f"{stem}-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in shards:
+        (folder / part / name).write_bytes(b"")
+    _index(folder / part / f"{stem}.safetensors.index.json", *shards)
+    assert _names(folder, part) == (shards if sharded else [f"{stem}.safetensors"])
+
+
+def test_shards_of_a_variant(folder):
+    part = folder / "vae"
+    shards = [f"{OWN}.fp16-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (part / f"{OWN}.safetensors").rename(part / shards[0])
+    shutil.copy(part / shards[0], part / shards[1])
+    _index(part / f"{OWN}.safetensors.index.fp16.json", *shards)
+    assert _names(folder, "vae") == shards
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "", "null", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 9999],
+)
+def test_a_broken_index_is_one_line(folder, content):
+    (folder / "transformer" / f"{OWN}.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"transformer/.*index.json is not an index of shards") as error:
+        _names(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_names_only_files_beside_it(folder):
+    _index(folder / "transformer" / f"{OWN}.safetensors.index.json", "../vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="names of files beside it"):
+        _names(folder)
+
+
+def test_an_absent_shard(folder):
+    _index(folder / "transformer" / f"{OWN}.safetensors.index.json", "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002.safetensors"):
+        _names(folder)
+
+
+def test_shards_without_an_index(folder):
+    part = folder / "transformer"
+    (part / f"{OWN}.safetensors").rename(part / f"{OWN}-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="but no index of shards"):
+        _names(folder)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    path = tmp_path / f"{OWN}.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert weight_files(tmp_path, "vae", "") == [path]
+    with pytest.raises(CheckpointError, match="git lfs pull"), open_weights(path, "vae/"):
+        pass
