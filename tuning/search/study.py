@@ -59,9 +59,10 @@ class SearchSettings:
 @contextlib.contextmanager
 def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
     """Raise UserError for what the study's file is to blame for: errors of the storage, and `more` while it is read."""
+    kinds: tuple[type[Exception], ...] = (SQLAlchemyError, optuna.exceptions.OptunaError, *more)
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, *more) as error:
+    except kinds as error:
         cause = error.__cause__ or error  # SQLAlchemy's own text lists the statement and its parameters
         raise UserError(
             f"{path}: this study cannot be read or written ({str(cause).splitlines()[0]}); make room there, or delete "
