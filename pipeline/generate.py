@@ -28,7 +28,7 @@ _multirun_dirs: set[Path] = set()
 
 
 def default_model() -> str:
-    """The model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
+    """Return the model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
     return _BIG_MODEL if _default_backend() == "tpu" else _TINY_MODEL
 
 
@@ -67,7 +67,7 @@ def main(settings: GenerateConfig) -> int:
 
 
 def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
-    """Run what is asked for; the exit code."""
+    """Run what is asked for; return the exit code."""
     from pipeline.console import timing_table
     from pipeline.requests.config import to_request, to_run_options
     from pipeline.requests.request import parse_stages

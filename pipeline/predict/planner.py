@@ -1,4 +1,4 @@
-"""Which programs to compile for a prediction, each in a process of its own, and which plan comes out best."""
+"""Compiles the programs of a prediction, each in a process of its own, and takes the best plan."""
 
 import dataclasses
 import math
@@ -24,8 +24,11 @@ _FRUGAL = ParallelOptions(plan="ulysses", weights="sharded")
 
 @dataclasses.dataclass(frozen=True)
 class VideoPrediction:
-    """plan: of the denoise stage. stages: results of `predict_jobs`. others: of plans not chosen, the step time, or
-    why they cannot be. failures: why a stage cannot be predicted; most often it does not fit."""
+    """Predicted stages of a video.
+
+    plan: of the denoise stage. stages: results of `pipeline.predict.jobs`. others: of plans not chosen, the step time,
+    or why they cannot be. failures: why a stage cannot be predicted; most often it does not fit.
+    """
 
     plan: ParallelPlan
     stages: dict[Stage, dict[str, Any]]
@@ -35,7 +38,7 @@ class VideoPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Predicts stages of one request on one topology. say: told of every program that is compiled."""
+    """Predict stages of one request on one topology. say: told of every program that is compiled."""
 
     topology: str
     request: dict[str, Any]
@@ -101,7 +104,7 @@ class Predictor:
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",
-                job.to_payload(),
+                dataclasses.asdict(job),
                 timeout_s=self.timeout_s,
                 variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
             )

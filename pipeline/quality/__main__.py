@@ -113,7 +113,7 @@ def _generate_config(settings: QualityConfig) -> GenerateConfig:
 
 
 def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchema) -> Any:
-    """A candidate of the configuration: the reference's keys with its own in their place."""
+    """Return a candidate of the configuration: the reference's keys with its own in their place."""
     from pipeline.quality.gate import Budget, QualityVariant
 
     name = fields.get("name")
@@ -133,7 +133,7 @@ _HEADER = f"  {'':<22} {'PSNR dB':>8} {'SSIM':>7} " + " ".join(f"{name:>7}" for 
 
 
 def _row(outcome: Any, failures: list[str]) -> str:
-    """The worst video's PSNR and SSIM, and how many of the videos show what the prompt says."""
+    """Return a line: the worst video's PSNR and SSIM, and the fractions of videos that show what the prompt says."""
     psnr = min(outcome.psnr_db)
     figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
     verdict = "; ".join(failures) or "ok"

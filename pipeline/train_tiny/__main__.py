@@ -91,17 +91,10 @@ def train(settings: TrainTinyConfig) -> None:
     modules = build_modules(spec)
     size = (settings.num_frames, settings.height, settings.width)
 
-    loss = vae_loss(
-        modules["vae"],
-        settings.height,
-        settings.width,
-        settings.num_frames,
-        vae_loop.steps,
-        settings.kl_weight,
-    )
-    vae_history, vae_time_s = optimize(
-        "vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt"
-    )
+    frame = (settings.height, settings.width, settings.num_frames)
+    loss = vae_loss(modules["vae"], *frame, vae_loop.steps, settings.kl_weight)
+    vae = {"vae": modules["vae"]}
+    vae_history, vae_time_s = optimize("vae", vae, vae_loop, loss, settings.seed, work_dir / "vae.pt")
 
     scenes = training_scenes(settings)
     latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
@@ -166,7 +159,7 @@ def _checked(settings: TrainTinyConfig) -> tuple[Loop, Loop]:
 
 
 def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
-    """The scenes that the transformer is trained on: as many of each caption."""
+    """Draw the scenes that the transformer is trained on: as many of each caption."""
     rng = np.random.default_rng([settings.seed, 1])
     wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
     size = (settings.height, settings.width)
@@ -174,7 +167,7 @@ def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
 
 
 def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Path) -> torch.Tensor:
-    """The scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
+    """Return the scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
     if not path.exists():
         latents = torch.stack(list(encode_clips(vae, scenes, *size)))
         with atomic_path(path) as temporary:
