@@ -1,4 +1,4 @@
-"""What `pipeline.generate` shows on a terminal."""
+"""The lines that `pipeline.generate` shows on a terminal."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
 
 
 class ConsoleProgress:
-    """A `Progress` that shows one line a stage: what it is doing, then a bar with seconds a step and the time left.
+    """Show one line a stage, as a `Progress`: what it is doing, then a bar with seconds a step and the time left.
 
     place: where in a batch this is, e.g. "[2 of 3]"; stands before every line.
     """
@@ -22,7 +22,7 @@ class ConsoleProgress:
         self._bar: tqdm | None = None
 
     def say(self, place: str, text: str) -> None:
-        """A line of its own, where there is text; the next ones are of the same place."""
+        """Print a line of its own, where there is text; the next ones are of the same place."""
         self.close()
         self.place = place
         if text:
@@ -58,7 +58,7 @@ class ConsoleProgress:
 
 
 def timing_table(timings: Sequence[StageTimings]) -> str:
-    """A table of seconds a stage."""
+    """Return a table of seconds a stage."""
     lines = [f"  {'stage':<8} {'load s':>8} {'compile s':>10} {'run s':>8} {'steps':>6} {'s a step':>9}"]
     for timing in timings:
         step = f"{timing.step_time_s:>9.3f}" if timing.step_time_s is not None else f"{'':>9}"
@@ -74,7 +74,7 @@ def timing_table(timings: Sequence[StageTimings]) -> str:
 
 
 def batch_table(items: Sequence[Item]) -> str:
-    """A table of what became of every line of a batch, and how many there are of each."""
+    """Return a table of what became of every line of a batch, and how many there are of each."""
     lines = [f"  {'line':>4}  {'result':<15}  {'seconds':>8}  video, folder or error"]
     for item in items:
         where = item.error

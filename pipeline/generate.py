@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
-from splash_workbench.cli import command, require_files_writable
+from splash_workbench.cli import command
 from splash_workbench.files import require_writable
 from splash_workbench.provenance import user_cache_dir
 
@@ -28,7 +28,7 @@ _multirun_dirs: set[Path] = set()
 
 
 def default_model() -> str:
-    """The model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
+    """Return the model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
     return _BIG_MODEL if _default_backend() == "tpu" else _TINY_MODEL
 
 
@@ -67,7 +67,7 @@ def main(settings: GenerateConfig) -> int:
 
 
 def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
-    """Run what is asked for; the exit code."""
+    """Run what is asked for; return the exit code."""
     from pipeline.console import timing_table
     from pipeline.requests.config import to_request, to_run_options
     from pipeline.requests.request import parse_stages
@@ -78,7 +78,6 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     _check_combination(settings)
     stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
-    require_files_writable(results_path=results_path)
     if settings.prompts is not None:
         return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
     request = to_request(settings)

@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptible:
-    """A `Progress` that raises Interrupted at the end of the step in which a signal came.
+    """Raise Interrupted, as a `Progress`, at the end of the step in which a signal came.
 
     Between steps, e.g. while loading or compiling, a signal raises it at once, as the second signal does anywhere.
     """
@@ -47,7 +47,7 @@ class Interruptible:
 
     @property
     def where(self) -> str:
-        """The stage, and the step where there are several, that was reached: "in denoise after step 3 of 50"."""
+        """Say which stage, and step where there are several, was reached: "in denoise after step 3 of 50"."""
         event = self._last
         if event is None:
             return "before the first stage"

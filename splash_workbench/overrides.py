@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,12 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             found |= key_types(typing.cast(type, kind), f"{prefix}{name}.")
     return found
+
+
+def used_keys(schema: type, unused: Collection[str]) -> dict[str, Any]:
+    """Return the `key_types` of a schema without those that match a pattern in `unused`, as "workload.*"."""
+    found = key_types(schema)
+    return {key: found[key] for key in found if not any(fnmatch.fnmatchcase(key, pattern) for pattern in unused)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a worker of `pipeline.predict` does: compile one stage for a topology that is not here, and add up its cost.
+"""The job of a worker of `pipeline.predict`: compile one stage for a topology that is not here, add up its cost.
 
 Runs in a process of its own, started with `offline_tpu.worker_environment`. Payload and result are JSON.
 """
@@ -7,7 +7,7 @@ import dataclasses
 import resource
 import sys
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from splash_attn.types import AttentionShape
 from splash_workbench.status import compile_error
 
 _MAX_OPS = 60
+_OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "bound")
 #: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
 _TERMS = {
     "matmul": "projections",  # and the feed-forward's, with the gates and biases that the compiler fuses with them
@@ -54,17 +55,10 @@ class StageJob:
     request: dict[str, Any]
     configs: dict[str, dict[str, Any]]
 
-    def to_payload(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
-        return cls(**{**payload, "plan": ParallelPlan(**payload["plan"])})
-
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
-    """Predict the stage that the payload names. See `summary` for the result."""
-    job = StageJob.from_payload(payload)
+    """Predict the stage of a `StageJob` as a dict. See `summary` for the result."""
+    job = StageJob(**{**payload, "plan": ParallelPlan(**payload["plan"])})
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except jax.errors.JaxRuntimeError as error:
@@ -168,7 +162,7 @@ def _vae(job: StageJob) -> dict[str, Any]:
 
 
 def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
-    """Summaries of programs that run one after the other, so often each, as one."""
+    """Add up the summaries of programs that run one after the other, each `calls` times."""
     pairs = list(zip(results, calls, strict=False))
     kinds = {kind for result in results for kind in result["breakdown_s"]}
     breakdown = {kind: sum(result["breakdown_s"].get(kind, 0.0) * n for result, n in pairs) for kind in kinds}
@@ -193,7 +187,7 @@ def step_flops(shape: TransformerShape, layout: TokenLayout, batch_size: int) ->
 
 
 def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[str, Any]:
-    """Seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted.
+    """Return seconds, bytes and compile cost of a program on one chip. JSON-able; times are predicted.
 
     terms: what categories are called. The compile cost is this process's: wall and CPU seconds, and memory at its peak.
     """
@@ -216,15 +210,7 @@ def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[s
         "compile_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
         "ops": [
-            {
-                "name": op.name,
-                "scope": op.scope,
-                "category": op.category,
-                "calls": op.calls,
-                "time_s": op.time_s,
-                "hbm_bytes": op.hbm_bytes,
-                "bound": op.bound,
-            }
+            {name: getattr(op, name) for name in _OP_FIELDS}
             for op in sorted(prediction.ops, key=lambda op: -op.time_s)[:_MAX_OPS]
         ],
         "timeline": prediction.to_dict()["ops"],

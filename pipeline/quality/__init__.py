@@ -1,1 +1,1 @@
-"""What a kernel variant or a plan does to videos: `python -m pipeline.quality --help`."""
+"""Judge what a kernel variant or a plan does to videos: `python -m pipeline.quality --help`."""

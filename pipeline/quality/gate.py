@@ -35,11 +35,17 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a variant must keep to. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
+    """Limits of a variant. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
 
     psnr_db: float
     ssim: float
     read_back: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.psnr_db >= 0:
+            raise ValueError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
+        if not 0 <= self.ssim <= 1:
+            raise ValueError(f"budget.ssim={self.ssim}: expected 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Comparison:
 
     @property
     def read_back(self) -> dict[str, float]:
-        """Fractions of the videos that show what their prompts say."""
+        """Return the fractions of the videos that show what their prompts say."""
         return fractions(self.readings, self.captions)
 
     @property
@@ -93,7 +99,7 @@ class Comparison:
 
 
 def compare(variant: QualityVariant, videos: np.ndarray, reference: np.ndarray, captions: Sequence[str]) -> Comparison:
-    """Float videos [videos, frames, height, width, 3] in [0, 1] beside the reference's."""
+    """Compare float videos [videos, frames, height, width, 3] in [0, 1] with the reference's."""
     psnr, ssim = zip(*(_similarity(one, other) for one, other in zip(videos, reference, strict=True)), strict=True)
     readings, reference_readings = (
         tuple(read_video(to_uint8(video)) for video in each) for each in (videos, reference)
@@ -102,12 +108,12 @@ def compare(variant: QualityVariant, videos: np.ndarray, reference: np.ndarray, 
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """As the VAE stage quantizes."""
+    """Quantize float frames in [0, 1] as the VAE stage does."""
     return np.round(frames * 255).astype(np.uint8)
 
 
 def _similarity(video: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB over the video, SSIM as the frames' mean."""
+    """Return PSNR in dB over the video, and SSIM as the frames' mean."""
     if np.array_equal(video, reference):
         return float("inf"), 1.0
     psnr = peak_signal_noise_ratio(reference, video, data_range=1.0)
@@ -124,7 +130,7 @@ def make_videos(
     cache_dir: Path | None = None,
     say: Say = lambda text: None,
 ) -> np.ndarray:
-    """Float32 videos [prompts x seeds, frames, height, width, 3] in [0, 1], seeds running fastest.
+    """Make float32 videos [prompts x seeds, frames, height, width, 3] in [0, 1], seeds running fastest.
 
     The initial noise of a seed is drawn in float32 and then rounded to the request's dtype, so that it is the same for
     all. Raises what the stages raise.
@@ -157,7 +163,7 @@ def variant_videos(
     cache_dir: Path | None = None,
     say: Say = lambda text: None,
 ) -> np.ndarray:
-    """`make_videos` here, or, on a CPU that has too few devices for the plan, in a process that simulates them."""
+    """Call `make_videos` here, or, on a CPU with too few devices for the plan, in a process that simulates them."""
     wanted = variant.parallel.num_devices or 1
     if wanted <= jax.device_count() or jax.default_backend() != "cpu":
         return make_videos(variant.request, variant.parallel, prompts, seeds, cache_dir, say)

@@ -26,7 +26,7 @@ _MIN_GROWTH = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a video shows; None where nothing is seen well enough. overlap: mean IoU with the shape read, 0 to 1."""
+    """Colour, shape and motion seen in a video, None where unclear. overlap: mean IoU with the shape read, 0 to 1."""
 
     colour: str | None
     shape: str | None
@@ -53,7 +53,7 @@ def read_video(frames: np.ndarray) -> Reading:
 
 
 def fractions(readings: Sequence[Reading], captions: Sequence[str]) -> dict[str, float]:
-    """How many of the readings agree with their captions in each attribute and in all, as fractions."""
+    """Return the fractions of readings that agree with their captions, in each attribute and in all."""
     agreed = [reading.agrees(caption) for reading, caption in zip(readings, captions, strict=True)]
     each = {name: float(np.mean([one[name] for one in agreed])) for name in ATTRIBUTES}
     return {**each, "all": float(np.mean([all(one.values()) for one in agreed]))}
@@ -73,7 +73,7 @@ def _region(frame: np.ndarray) -> np.ndarray | None:
 
 
 def _core(mask: np.ndarray) -> np.ndarray:
-    """The mask without its blended edge, where anything is left without it."""
+    """Return the mask without its blended edge, where anything is left without it."""
     inner = ndimage.binary_erosion(mask)
     return inner if inner.any() else mask
 
@@ -104,7 +104,7 @@ def _unit_area(shape: str) -> float:
 
 
 def _motion(seen: Sequence[int], masks: Sequence[np.ndarray], num_frames: int) -> str:
-    """The strongest change, in units of the least that counts; "stands still" where none does."""
+    """Return the strongest change, in units of the least that counts; "stands still" where none does."""
     height, width = masks[0].shape
     centres = np.array([ndimage.center_of_mass(mask) for mask in masks])
     sizes = np.sqrt([mask.sum() for mask in masks])

@@ -82,7 +82,7 @@ def prepare(
 
 
 class Batch:
-    """Runs items. One that fails leaves an error.json in its folder, and the others go on.
+    """Run items. One that fails leaves an error.json in its folder, and the others go on.
 
     say: told "[2 of 3]" and what begins or ended there ("": nothing but the place). progress: told of every step; what
     it raises that is no Exception (KeyboardInterrupt) ends the batch, and another one of the same items resumes it.
@@ -208,7 +208,7 @@ class Batch:
 
 
 def duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 5 min"."""
+    """Return seconds as "45 s", "12 min" or "3 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -51,13 +51,8 @@ def video_tags(record: GenerationRecord, fingerprint: str) -> dict[str, str]:
     fingerprint: of the frames, as in the sidecar.
     """
     request = record.request
-    first = (
-        "checkpoint",
-        "seed",
-        "num_inference_steps",
-        "guidance_scale",
-        "scheduler",
-    )  # some tools cut what they show
+    # First, since some tools cut what they show.
+    first = ("checkpoint", "seed", "num_inference_steps", "guidance_scale", "scheduler")
     said = {name: request[name] for name in first}
     said["environment"] = encode(record.environment)
     said |= {name: value for name, value in request.items() if name not in (*first, "attention")}

@@ -47,7 +47,7 @@ _FREE_BYTES = 2**20  # on the disk of a run's folder; a full one has none
 
 @dataclasses.dataclass(frozen=True)
 class GenerateResult:
-    """What a run left. video_path: None unless the stage "vae" was among those asked for.
+    """Folder, video and timings of a run. video_path: None unless the stage "vae" was among those asked for.
 
     timings: one of every stage asked for; those of a reused stage are from the run that made it.
     """
@@ -155,7 +155,7 @@ class RequestRun:
 
     @property
     def _embedding_names(self) -> list[str]:
-        """Names of the saved arrays of `request.prompts`."""
+        """Return the names of the saved arrays of `request.prompts`."""
         return ["negative_prompt_embeds", "prompt_embeds"][-len(self.request.prompts) :]
 
     def finish(self, results_path: Path | None = None) -> GenerateResult:

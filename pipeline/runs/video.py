@@ -1,4 +1,4 @@
-"""Frames -> mp4 (H.264, yuv420p: plays everywhere)."""
+"""Writes frames as mp4 (H.264, yuv420p: plays everywhere)."""
 
 import subprocess
 from collections.abc import Mapping

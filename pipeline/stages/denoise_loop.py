@@ -21,7 +21,7 @@ from pipeline.stages.resume import DenoiseState, StateFile
 
 
 class DenoiseLoop:
-    """Runs the steps of one request, from the first or from a saved state, with the same bits.
+    """Run the steps of one request, from the first or from a saved state, with the same bits.
 
     latents: initial noise, with padding frames; drawn from the request's seed without it. state_file: where to go on
     from, and to save to, also when `progress` raises.
@@ -64,7 +64,7 @@ class DenoiseLoop:
         embeddings: np.ndarray,
         compile_step: Callable[[tuple[Any, ...]], Any],
     ) -> np.ndarray:
-        """Run the steps that are left. Returns latents [1, frames, channels, height, width] without padding frames.
+        """Run the steps that are left; return latents [1, frames, channels, height, width] without padding frames.
 
         compile_step: from the program's arguments after the weights to the program. Raises NonFiniteError, and whatever
         the progress raises.

@@ -87,7 +87,7 @@ def recorder_of(settings: Any, request: GenerateRequest) -> "Recorder | None":
 
 @dataclasses.dataclass
 class StageTimings:
-    """Seconds a stage took. step_times_s: raw, one a step; their sum is less than run_time_s by what is between.
+    """Time of a stage, in seconds. step_times_s: raw, one a step; their sum is less than run_time_s by what is between.
 
     profiled: whether a profiler ran meanwhile, which takes time of its own.
     """
@@ -126,7 +126,7 @@ class StageTimings:
 
 
 class StepClock:
-    """Times the steps of one stage, names them in a profile, and tells of each."""
+    """Time the steps of one stage, name them in a profile, and tell of each."""
 
     def __init__(self, timings: StageTimings, total_steps: int, progress: Progress):
         self._timings = timings

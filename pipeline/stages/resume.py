@@ -52,7 +52,7 @@ class DenoiseState:
 
 
 class StateFile:
-    """The file in which one denoise stage keeps its state while it runs.
+    """Keep the state of one denoise stage in a file while it runs.
 
     With several processes all call every method alike; the first reads and writes, so that only it need see the folder.
 

@@ -85,7 +85,7 @@ class LoadedStages:
 
 
 class Stages:
-    """Runs the stages of requests. Every method raises DeviceMemoryError besides what its stage raises."""
+    """Run the stages of requests. Every method raises DeviceMemoryError besides what its stage raises."""
 
     def __init__(self, keep_loaded: KeepLoaded):
         self._keep_loaded = keep_loaded

@@ -62,8 +62,7 @@ class TextEncoder:
                 self._compiled[token_ids.shape] = compiled
         with timings.measure("run", progress):
             clock = StepClock(timings, 1, progress)
-            embeddings = compiled(self._loaded.weights, token_ids)
-            embeddings = to_host(embeddings)
+            embeddings = to_host(compiled(self._loaded.weights, token_ids))
             finite = bool(np.isfinite(embeddings.astype(np.float32)).all())
             clock.tick()
         if not finite:

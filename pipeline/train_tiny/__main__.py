@@ -14,11 +14,20 @@ import torch
 
 from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
+from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
-from pipeline.train_tiny.training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
+from pipeline.train_tiny.training import (
+    Loop,
+    check_ranges,
+    diffusion_loss,
+    encode_clips,
+    optimize,
+    rotary_tables,
+    vae_loss,
+)
 from splash_workbench import cli
-from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, write_json
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import atomic_path, require_writable, write_json
 
 PROVENANCE_NAME = "training.json"
 
@@ -71,6 +80,7 @@ def train(settings: TrainTinyConfig) -> None:
     """Train, or go on training, and write the checkpoint. What is done is kept in `work_dir`, tied to the settings."""
     asked_for = dataclasses.asdict(settings)
     work_dir = Path(settings.work_dir)
+    vae_loop, loop = from_config(lambda: _checked(settings))
     _check_same(work_dir / "settings.json", asked_for)
     spec = TinySpec(
         num_layers=settings.num_layers,
@@ -81,18 +91,10 @@ def train(settings: TrainTinyConfig) -> None:
     modules = build_modules(spec)
     size = (settings.num_frames, settings.height, settings.width)
 
-    vae_loop = Loop(**asked_for["vae"])
-    loss = vae_loss(
-        modules["vae"],
-        settings.height,
-        settings.width,
-        settings.num_frames,
-        vae_loop.steps,
-        settings.kl_weight,
-    )
-    vae_history, vae_time_s = optimize(
-        "vae", {"vae": modules["vae"]}, vae_loop, loss, settings.seed, work_dir / "vae.pt"
-    )
+    frame = (settings.height, settings.width, settings.num_frames)
+    loss = vae_loss(modules["vae"], *frame, vae_loop.steps, settings.kl_weight)
+    vae = {"vae": modules["vae"]}
+    vae_history, vae_time_s = optimize("vae", vae, vae_loop, loss, settings.seed, work_dir / "vae.pt")
 
     scenes = training_scenes(settings)
     latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
@@ -107,7 +109,6 @@ def train(settings: TrainTinyConfig) -> None:
         length = settings.max_text_seq_length
         return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")["input_ids"]
 
-    loop = Loop(**asked_for["transformer"])
     loss = diffusion_loss(
         modules["transformer"],
         modules["text_encoder"],
@@ -145,8 +146,20 @@ def train(settings: TrainTinyConfig) -> None:
     print(f"checkpoint: {folder}")
 
 
+def _checked(settings: TrainTinyConfig) -> tuple[Loop, Loop]:
+    """Return the loops of the VAE and the transformer. Raises ValueError, before any work, for what cannot be."""
+    sizes = dict.fromkeys(("num_layers", "num_attention_heads", "max_text_seq_length", "clips_per_caption"), (1, 10**4))
+    fractions = dict.fromkeys(("spread", "kl_weight", "caption_dropout"), (0, 1))
+    check_ranges(settings, seed=(0, 2**63 - 1), **sizes, **fractions)
+    GenerateRequest("any", height=settings.height, width=settings.width, num_frames=settings.num_frames)
+    if settings.start_from is not None and not Path(settings.start_from).is_file():
+        raise ValueError(f"start_from={settings.start_from}: expected transformer.pt of another work_dir.")
+    require_writable(f"folder={settings.folder}", Path(settings.folder))
+    return Loop(**dataclasses.asdict(settings.vae)), Loop(**dataclasses.asdict(settings.transformer))
+
+
 def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
-    """The scenes that the transformer is trained on: as many of each caption."""
+    """Draw the scenes that the transformer is trained on: as many of each caption."""
     rng = np.random.default_rng([settings.seed, 1])
     wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
     size = (settings.height, settings.width)
@@ -154,7 +167,7 @@ def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
 
 
 def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Path) -> torch.Tensor:
-    """The scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
+    """Return the scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
     if not path.exists():
         latents = torch.stack(list(encode_clips(vae, scenes, *size)))
         with atomic_path(path) as temporary:

@@ -24,6 +24,17 @@ from splash_workbench.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+#: The loss of a step, and what to report of it.
+Loss = tuple[torch.Tensor, dict[str, float]]
+LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
+
+
+def check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError for the first field that is not from its least to its greatest value."""
+    for name, (least, greatest) in ranges.items():
+        if not least <= getattr(settings, name) <= greatest:
+            raise ValueError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -42,8 +53,12 @@ class Loop:
     decay_fraction: float = 1.0
     ema_decay: float = 0.99
 
+    def __post_init__(self) -> None:
+        check_ranges(self, steps=(1, 10**9), batch_size=(0, 10**6), warm_up_steps=(1, 10**9))
+        check_ranges(self, matrix_rate=(0, 1), other_rate=(0, 1), decay_fraction=(1e-9, 1), ema_decay=(0, 1))
+
     def rate(self, step: int) -> float:
-        """The factor on the learning rates, 0 to 1."""
+        """Return the factor on the learning rates, 0 to 1."""
         rise, left = (step + 1) / self.warm_up_steps, (1 - step / self.steps) / self.decay_fraction
         return min(1.0, rise) * min(1.0, left)
 
@@ -73,7 +88,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
+    """Return roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).bfloat16()
     x = x / (x.norm() + 1e-7)
@@ -84,7 +99,7 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
-    """uint8 [..., frames, height, width, 3] -> float32 [..., 3, frames, height, width] in [-1, 1]."""
+    """Turn uint8 [..., frames, height, width, 3] into float32 [..., 3, frames, height, width] in [-1, 1]."""
     return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
 
 
@@ -93,7 +108,7 @@ def optimize(
     name: str,
     modules: dict[str, torch.nn.Module],
     loop: Loop,
-    loss_of: Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    loss_of: LossOf,
     seed: int,
     state_path: Path,
     save_every: int = 100,
@@ -163,19 +178,15 @@ def optimize(
 # --- VAE
 
 
-def vae_loss(
-    vae: Any, height: int, width: int, num_frames: int, steps: int, kl_weight: float
-) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
-    """Reconstruction, in which what differs from the background counts five times, and the KL of the latents.
+def vae_loss(vae: Any, height: int, width: int, num_frames: int, steps: int, kl_weight: float) -> LossOf:
+    """Return the loss: reconstruction, the shape counting five times the background, and the KL of the latents.
 
     In the first half of the steps single frames, which teach the picture for a ninth of the time, then videos, half as
     long as the real ones or whole. Mostly windows around the shape, but also whole frames, which the group norms see
     in the end, and more of them towards the end.
     """
 
-    def loss_of(
-        step: int, rng: np.random.Generator, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         whole = rng.random() < (0.25 if step < 0.75 * steps else 0.5)
         if step < steps // 2:
             frames, count = 1, 2 if whole else 8
@@ -205,7 +216,7 @@ def vae_loss(
 def _window(
     rng: np.random.Generator, height: int, width: int, num_frames: int, frames: int, whole: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A video in [-1, 1], [3, frames, h, w], and the weights of its pixels, [1, frames, h, w]."""
+    """Draw a video in [-1, 1], [3, frames, h, w], and the weights of its pixels, [1, frames, h, w]."""
     scene = random_scene(rng, height, width)
     first = int(rng.integers(0, num_frames - frames + 1))
     video = to_video(draw(scene, num_frames, height, width)[first : first + frames])
@@ -228,7 +239,7 @@ def _window(
 def encode_clips(
     vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, batch_size: int = 4
 ) -> Iterator[torch.Tensor]:
-    """Means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
+    """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
     for start in tqdm(range(0, len(scenes), batch_size), desc="latents", mininterval=5):
         batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + batch_size]]
         with torch.autocast("cpu", torch.bfloat16):
@@ -237,7 +248,7 @@ def encode_clips(
 
 
 def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` makes them."""
+    """Return cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` does."""
     *_, frames, channels, height, width = shape
     geometry = LatentGeometry(frames, 0, channels, height, width)
     cos, sin = rotary_embedding(geometry, config)
@@ -254,17 +265,15 @@ def diffusion_loss(
     rotary: tuple[torch.Tensor, torch.Tensor],
     batch_size: int,
     caption_dropout: float,
-) -> Callable[[int, np.random.Generator, torch.Generator], tuple[torch.Tensor, dict[str, float]]]:
-    """Velocity's squared error at random timesteps.
+) -> LossOf:
+    """Return the loss of the velocity: its squared error at random timesteps.
 
     latents: scaled, [clips, latent frames with padding, 16, h, w]. token_ids: [clips, tokens]. empty_ids: of "".
     One example in ten is at the last timestep, where the sample is noise alone: every video starts there.
     """
     last = scheduler.config.num_train_timesteps - 1
 
-    def loss_of(
-        step: int, rng: np.random.Generator, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         chosen = torch.from_numpy(rng.integers(0, len(latents), batch_size))
         clean, ids = latents[chosen], token_ids[chosen].clone()
         ids[torch.from_numpy(rng.random(batch_size) < caption_dropout)] = empty_ids

@@ -12,6 +12,7 @@ from helpers import PLENTY_S
 from pipeline import generate
 from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.errors import RequestError
+from pipeline.runs.request_run import GenerateResult
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 
@@ -40,7 +41,10 @@ def _run(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("prompt", ['it\'s "red", [50%] {x} ${oc.env:HOME}', "日本 — ü", "123", "a,b", "x=y"])
+@pytest.mark.parametrize(
+    "prompt",
+    ['it\'s "red", [50%] {x} ${oc.env:HOME}', "日本 — ü", "123", "a,b", "x=y", '"a cat"', "'tis", '"C:\\"'],
+)
 def test_prompts_are_taken_literally(prompt):
     assert to_request(_compose(f"prompt={prompt}")).prompt == prompt
 
@@ -140,6 +144,52 @@ def test_help_names_every_key_and_starts_nothing(tmp_path):
         assert name in done.stdout, name
     assert 'python -m pipeline.generate prompt="a red circle moves right"' in done.stdout
     assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "ends"),
+    [
+        ("results_path=/proc/nowhere/x.jsonl", "; make room there, or name another folder."),
+        ("results_path=.", "expected a file, got a folder."),
+        ("output_dir=/proc/nowhere", "; make room there, or name another folder."),
+        ("run_dir=/dev/null/x", "(Not a directory); make room there, or name another folder."),
+        ("logdir=/proc/nowhere", "; make room there, or name another folder."),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(argument, ends, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate", "prompt=x", "profile=true", "compilation_cache=false", argument])
+    assert generate.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {argument.partition('=')[0].replace('output_dir', 'run_dir')}=")
+    assert line.endswith(ends)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_a_multirun_have_a_folder_each(monkeypatch, tmp_path, capsys):
+    folders: list[Path] = []
+
+    def run(request, *, run_dir, **options):
+        folders.append(run_dir)
+        return GenerateResult(run_dir, None, ())
+
+    monkeypatch.setattr("pipeline.runs.single.generate", run)
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "-m", "seed=1,2", "prompt=a cat, red", "results_path=null", "compilation_cache=false"]
+    for more, names, message in (
+        ((), ("a-cat-red-96x64x17-seed1-", "a-cat-red-96x64x17-seed2-"), ""),
+        (("name={seed}",), ("1", "2"), ""),
+        (("run_dir=x",), ("x",), "error: run_dir='x': an earlier one of these runs went there; leave run_dir out"),
+        (("name=y",), ("y",), "error: run_dir='videos/y': an earlier one of these runs went there"),
+    ):
+        folders.clear()
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        assert generate.main() == (2 if message else 0)
+        assert [folder.name.startswith(name) for folder, name in zip(folders, names, strict=True)] == [True] * len(
+            names
+        )
+        assert capsys.readouterr().err.startswith(message)
     assert list(tmp_path.iterdir()) == []
 
 

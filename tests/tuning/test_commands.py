@@ -97,10 +97,11 @@ def test_a_mistake_of_peers_is_one_line(run: Run, arguments: tuple[str, ...]) ->
 def test_another_libtpu_is_one_refusal(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: object, version: str | None
 ) -> None:
-    monkeypatch.setattr(libtpu, "installed_version", lambda: version)
+    monkeypatch.setattr(libtpu, "installed_version", lambda package: version)
     code, out, err = run(command)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"{(version and 'libtpu 0.0.99') or 'no libtpu'} is installed, expected {libtpu.SUPPORTED_LIBTPU}" in err
+    there = f"libtpu {version}" if version else "no libtpu"
+    assert f"{there} is installed, and predictions need libtpu {libtpu.SUPPORTED_LIBTPU}" in err
 
 
 @pytest.mark.compile

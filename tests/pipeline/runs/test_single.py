@@ -16,6 +16,7 @@ from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import RequestRun
 from pipeline.runs.single import generate
 from splash_workbench.errors import UserError
+from splash_workbench.files import locked
 from videos import probe, tags
 
 
@@ -158,11 +159,41 @@ def test_damaged_output_is_made_anew(damage, run_dir, same, ran, caplog):
     assert "running it again" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b"\xff\x00", b"[" * 100_000, b'{"request": 1}', b'{"request": [], "fingerprint": ""}'],
+    ids=lambda content: repr(content[:9]),
+)
 def test_damaged_description(content, run_dir, same, ran):
-    (run_dir / "text.json").write_text(content)
+    (run_dir / "text.json").write_bytes(content)
     generate(same(), stages=["text"], run_dir=run_dir)
     assert ran == ["text"]
+
+
+@pytest.mark.parametrize("timings", [None, [], {}, {"stage": "text", "load_time_s": "long"}, {"nope": 1}], ids=repr)
+def test_damaged_timings(timings, run_dir, same, ran):
+    """In a file that is the request's own in all else."""
+    path = run_dir / "text.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "timings": timings}))
+    generate(same(), stages=["text"], run_dir=run_dir)
+    assert ran == ["text"]
+
+
+def test_a_folder_in_which_another_run_is_at_work(run_dir, same, ran):
+    with locked(run_dir / ".lock", ""), pytest.raises(UserError, match=r"^run_dir='.*run': another process is at work"):
+        generate(same(), run_dir=run_dir, run_options=RunOptions(resume=False))
+    assert ran == []
+    generate(same(), stages=["text"], run_dir=run_dir)
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_record_that_cannot_be_written_costs_no_video(run_dir, same, tmp_path):
+    (run_dir / "video.mp4").unlink()
+    (run_dir / "vae.json").unlink()
+    with pytest.raises(IsADirectoryError):
+        generate(same(), run_dir=run_dir, results_path=tmp_path)
+    assert probe(run_dir / "video.mp4")[0]["fps"] == same().fps
 
 
 def test_pallas_tpu_without_a_tpu_is_refused_before_any_work(same, ran, tmp_path):
