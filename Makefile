@@ -7,10 +7,10 @@ TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow lint format hooks docs pictures bench report clean messages
+.PHONY: help demo test test-fast test-slow lint format hooks docs pictures bench report clean messages test-versions
 
 help:  ## show this
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: export COGVIDEOX_SPLASH_TUNED = demo/tuned
 demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
@@ -55,6 +55,7 @@ report: $(VENV)/.installed  ## what is on record as one page: results/report/ind
 	$(BIN)/python -m tuning.report
 
 docs: $(VENV)/.installed-dev  ## the site of README.md and docs/: build/site/index.html; a broken link fails
+	$(BIN)/python docs/make_commands.py
 	$(BIN)/mkdocs build --strict
 
 pictures: $(VENV)/.installed  ## draw the pictures of README.md and docs/ from the records
@@ -65,14 +66,25 @@ clean:  ## delete what tools leave behind; the environment, caches of the user a
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml
+# The two ends of the ranges in pyproject.toml, in environments of their own. On x86-64 each brings a CUDA build of torch:
+# several GB. The offline model is for one jaxlib: what compiles is left out.
+OLDEST := jax==0.10.2 jaxlib==0.10.2 torch==2.11.0
+NEWEST := jax==0.11.2 jaxlib==0.11.2 torch==2.13.0
+# PYTHON: 3.12 or newer, which JAX 0.11 needs.
+test-versions: test-versions-OLDEST test-versions-NEWEST  ## tests with the oldest and newest JAX and torch that are accepted
+test-versions-%:
+	$(PYTHON) -m venv .cache/versions/$*
+	.cache/versions/$*/bin/python -m pip install --quiet --editable '.[test]' $($*)
+	.cache/versions/$*/bin/python -m pytest -q -m 'not slow and not compile' tests/splash_attn tests/splash_workbench tests/pipeline
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[offline]'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.installed $@

@@ -1,4 +1,4 @@
-"""Prints what a JAX function costs on a TPU that is not here.
+"""Print what a JAX function costs on a TPU that is not here.
 
 python -m offline_tpu jax.numpy:matmul bfloat16[4096,4096] bfloat16[4096,4096] --device v6e
 """
@@ -14,24 +14,29 @@ import jax
 
 from offline_tpu.compile import predict
 from offline_tpu.machine.devices import DEVICES
+from splash_workbench import cli
+from splash_workbench.errors import UserError
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the prediction. Returns 2, after one line on stderr, where there is none."""
-    parser = argparse.ArgumentParser(prog="python -m offline_tpu", description=__doc__.partition("\n")[0])
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m offline_tpu", description=__doc__.partition("\n")[0])
     parser.add_argument("function", help="MODULE:FUNCTION, of arrays, jitted or not")
     parser.add_argument("arrays", nargs="*", help="the shapes of its arguments, e.g. bfloat16[4096,4096]")
     parser.add_argument("--device", default="v6e", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
     parser.add_argument("--ops", type=int, default=20, help="ops to show, longest first (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+@cli.flags_command(_parser)
+def main(chosen: argparse.Namespace) -> int:
+    """Print the prediction; return the exit code."""
     try:
         arrays = [_parse_array(text) for text in chosen.arrays]
         print(predict(_import_function(chosen.function), *arrays, device=chosen.device).table(chosen.ops))
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)[:1000]) from error
     return 0
 
 

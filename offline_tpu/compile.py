@@ -1,6 +1,7 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,12 @@ from offline_tpu.machine.links import Grid
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
 
-#: Chips -> shape of the slice, where slices are flat. Source: https://cloud.google.com/tpu/docs/v6e
-SLICE_SHAPES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+#: By number of axes: JAX devices -> shape of the slice of chips. Sources: https://cloud.google.com/tpu/docs/v6e, where
+#: slices are flat, and https://cloud.google.com/tpu/docs/tpu7x, where a chip is two devices.
+SLICE_SHAPES = {
+    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {2: "1x1x1", 8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
+}
 
 
 def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
@@ -50,15 +55,18 @@ def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
       ValueError: it is not known.
     """
     name, separator, size = topology.replace(":", "-").partition("-")
-    device = by_name(name)
+    device = by_name(name, given=f"{topology=}")
+    platform, _, shape = device.topology.partition(":")
     if not separator:
         return device, device.topology
-    if "x" in size:
-        return device, f"{device.topology.partition(':')[0]}:{size}"
-    slices = SLICE_SHAPES if len(device.topology.split("x")) == 2 else {}
+    axes = shape.count("x") + 1
+    slices = SLICE_SHAPES[axes]
+    if re.fullmatch("x".join(["[1-9][0-9]*"] * axes), size):
+        return device, f"{platform}:{size}"
     if not size.isdigit() or int(size) not in slices:
-        raise ValueError(f"{topology=}: expected {name}:AxB, or {name}-N with N one of {', '.join(map(str, slices))}.")
-    return device, f"{device.topology.partition(':')[0]}:{slices[int(size)]}"
+        counts = ", ".join(map(str, slices))
+        raise ValueError(f"{topology=}: expected {name}-N with N one of {counts}, or chips as {name}:{shape}.")
+    return device, f"{platform}:{slices[int(size)]}"
 
 
 def predict(
@@ -112,9 +120,7 @@ def predict(
         )
         time_s = program.walk()
     except UnknownDumpFormatError as error:
-        raise UnknownDumpFormatError(
-            f"{error} (libtpu {libtpu.installed_version()}; this reader knows the dumps of {libtpu.SUPPORTED_LIBTPU})"
-        ) from error
+        raise UnknownDumpFormatError(f"{error} (libtpu {libtpu.SUPPORTED_LIBTPU})") from error
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
     ops = program.ops

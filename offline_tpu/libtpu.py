@@ -13,10 +13,13 @@ import jax
 from jax.experimental import topologies
 
 from offline_tpu.machine.devices import DEVICES, DeviceSpec
+from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_workbench.accelerator import accelerator_visible
 
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
+#: The jaxlib whose parser reads these dumps.
+SUPPORTED_JAXLIB = "0.10.2"
 
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 
@@ -25,7 +28,11 @@ def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
     """Return the variables that a process needs before libtpu loads, to compile for `device` and dump schedules.
 
     Only the passes that are read are dumped: a hundredth of the whole dump's bytes.
+
+    Raises:
+      UnsupportedVersionError: another libtpu or jaxlib is installed.
     """
+    check_versions()
     return {
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": device.accelerator_type,
@@ -45,9 +52,9 @@ def find_dump_dir() -> Path:
     """Return the folder that libtpu dumps to; loads it for that where the process has no `worker_environment`.
 
     Raises:
-      RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or libtpu is another version.
+      RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or another libtpu is installed.
     """
-    check_version()
+    check_versions()
     match = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
     return Path(match[1]) if match else Path(_load().name) / "dump"
 
@@ -82,20 +89,21 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_version() -> None:
-    """Raise RuntimeError unless SUPPORTED_LIBTPU is installed."""
-    found = installed_version()
-    if found != SUPPORTED_LIBTPU:
-        raise RuntimeError(
-            f"{f'libtpu {found}' if found else 'no libtpu'} is installed, expected {SUPPORTED_LIBTPU}: the schedule "
-            "dumps that predictions are read from change between releases. "
-            f"Install libtpu=={SUPPORTED_LIBTPU} (Linux, x86-64)."
-        )
+def check_versions() -> None:
+    """Raise UnsupportedVersionError unless SUPPORTED_LIBTPU and SUPPORTED_JAXLIB are installed."""
+    for name, expected in (("libtpu", SUPPORTED_LIBTPU), ("jaxlib", SUPPORTED_JAXLIB)):
+        found = installed_version(name)
+        if found != expected:
+            raise UnsupportedVersionError(
+                f"{f'{name} {found}' if found else f'no {name}'} is installed, and predictions need {name} {expected}, "
+                "since the dumps that they are read from change between releases; "
+                "pip install 'cogvideox-splash[offline]' (Linux, x86-64), in an environment of its own"
+            )
 
 
-def installed_version() -> str | None:
-    """Return libtpu's version; None where it is not installed."""
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None where it is not installed."""
     try:
-        return version("libtpu")
+        return version(package)
     except PackageNotFoundError:
         return None

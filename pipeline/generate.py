@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
-from splash_workbench.cli import command, require_files_writable
+from splash_workbench.cli import command
 from splash_workbench.files import require_writable
 from splash_workbench.provenance import user_cache_dir
 
@@ -78,7 +78,6 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     _check_combination(settings)
     stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
-    require_files_writable(results_path=results_path)
     if settings.prompts is not None:
         return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
     request = to_request(settings)

@@ -1,4 +1,4 @@
-"""What every command shares: configuration or flags in, an exit code out, one line for a user's error."""
+"""Turns functions into commands: configuration or flags in, an exit code out, one line for a user's error."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable
-from splash_workbench.overrides import Keys, key_types, one_line
+from splash_workbench.overrides import Keys, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
@@ -44,6 +44,7 @@ def command(
     schema: type[S],
     *,
     text_or_list: Collection[str] = (),
+    unused: Collection[str] = (),
     resolvers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[[S], int]], Callable[[], int]]:
     """Make a function of settings the entry point of a command that Hydra configures from sys.argv.
@@ -52,6 +53,7 @@ def command(
       name: of configs/<name>.yaml, whose defaults list begins with <name>_schema.
       schema: a mutable dataclass; the function gets an instance, checked for types.
       text_or_list: see `splash_workbench.overrides.Keys`.
+      unused: keys of the schema, or patterns of them, that the command has no use for, and refuses.
       resolvers: name -> function that the configuration uses as ${name:}.
 
     The entry point returns the function's exit code, EXIT_USER_ERROR for an error of the user (UserError, OSError, or a
@@ -63,10 +65,11 @@ def command(
         def main() -> int:
             return _exit_code(lambda: _compose_and_run(function))
 
+        main.keys = used_keys(schema, unused)  # type: ignore[attr-defined] # for what describes the command
         return main
 
     def _compose_and_run(function: Callable[[S], int]) -> int:
-        keys = Keys(key_types(schema), _groups(name), text_or_list)
+        keys = Keys(used_keys(schema, unused), _groups(name), text_or_list)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         for resolver, resolve in (resolvers or {}).items():
             OmegaConf.register_new_resolver(resolver, resolve, replace=True)
@@ -78,7 +81,9 @@ def command(
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
-                outcomes.append(function(OmegaConf.to_object(config)))  # type: ignore[arg-type]
+                settings: Any = OmegaConf.to_object(config)
+                _check_outputs(settings)
+                outcomes.append(function(settings))
             except Exception as error:  # kept from Hydra, which would add lines of its own
                 outcomes.append(error)
 
@@ -124,15 +129,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def require_files_writable(**paths: str | Path | None) -> None:
-    """Raise UserError, before the work, where writing one of these files would fail after it."""
-    for key, path in paths.items():
+def _check_outputs(settings: Any) -> None:
+    """Raise UserError, before the work, where writing what it leaves behind would fail after it."""
+    for key in ("json", "results_path"):
+        path = getattr(settings, key, None)
         if path is not None:
             if not path or Path(path).is_dir():
                 raise UserError(f"{key}={path}: expected a file, got a folder.")
             if Path(path).exists() and not os.access(path, os.W_OK):
                 raise UserError(f"{key}={path}: may not be written to; expected another file.")
             require_writable(f"{key}={path}", Path(path).parent)
+    if getattr(settings, "profile", False):
+        require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

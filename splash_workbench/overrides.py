@@ -1,7 +1,8 @@
-"""Overrides of a command line, checked against the command's schema before Hydra composes them."""
+"""Checks the overrides of a command line against the command's schema, before Hydra composes them."""
 
 import dataclasses
 import difflib
+import fnmatch
 import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,12 @@ def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             found |= key_types(typing.cast(type, kind), f"{prefix}{name}.")
     return found
+
+
+def used_keys(schema: type, unused: Collection[str]) -> dict[str, Any]:
+    """Return the `key_types` of a schema without those that match a pattern in `unused`, as "workload.*"."""
+    found = key_types(schema)
+    return {key: found[key] for key in found if not any(fnmatch.fnmatchcase(key, pattern) for pattern in unused)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +117,7 @@ class Keys:
             raise UserError(f"{override}: expected {key}=value; +, ~ and @ have no use here")
 
     def _is_known(self, key: str) -> bool:
-        """Whether the schema has the key, or one above it that is free in what it holds."""
+        """Return whether the schema has the key, or one above it that is free in what it holds."""
         above = next((name for name in _and_parents(key) if name in self.types), None)
         return above == key or (above is not None and not dataclasses.is_dataclass(self.types[above]))
 

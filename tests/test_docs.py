@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from commands import HYDRA_COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -98,3 +100,12 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     html = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
     assert "<math" in html
     assert not re.findall(r"<(?:script|img|link)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*", html)
+
+
+def test_the_page_of_commands_is_of_these_commands() -> None:
+    spec = importlib.util.spec_from_file_location("make_commands", ROOT / "docs" / "make_commands.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.COMMANDS) == set(HYDRA_COMMANDS)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run make docs"

@@ -275,10 +275,8 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))
-    cli.require_files_writable(json=config.json)  # before hours of work, not after
     if config.profile:
         sessions.require_tensorboard("profile=true")
-        require_writable(f"logdir={config.logdir}", Path(config.logdir))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
     print(tables.table(result.trials))

@@ -19,6 +19,7 @@ class DeviceSpec:
       ici_link_bytes_per_s: bandwidth of one link between neighbouring chips, in one direction.
       ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
+      devices_per_chip: JAX devices that one chip is.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DeviceSpec:
     ici_link_bytes_per_s: float
     ici_wrap_length: int
     source: str
+    devices_per_chip: int = 1
 
     @property
     def flops_per_cycle(self) -> float:
@@ -90,6 +92,7 @@ DEVICES = {
             ici_wrap_length=4,
             source="https://cloud.google.com/tpu/docs/tpu7x, halved: a chip's two TensorCores are two JAX devices; "
             "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            devices_per_chip=2,
         ),
     )
 }
@@ -101,15 +104,17 @@ UNSUPPORTED = dict.fromkeys(
 )
 
 
-def by_name(name: str) -> DeviceSpec:
+def by_name(name: str, given: str | None = None) -> DeviceSpec:
     """Return the spec for a short name ("v6e") or a JAX device kind ("TPU v6 lite").
+
+    Args:
+      given: what the user gave, as "topology='v6e-8'", for the error; None: name as device.
 
     Raises:
       ValueError: the device is not known, or not supported.
     """
-    if name in UNSUPPORTED:
-        raise ValueError(f"device={name!r}: not supported: {UNSUPPORTED[name]}. Expected one of {sorted(DEVICES)}.")
     for spec in DEVICES.values():
         if name in (spec.name, spec.device_kind):
             return spec
-    raise ValueError(f"device={name!r}: expected one of {sorted(DEVICES)}.")
+    reason = f"not supported: {UNSUPPORTED[name]}; " if name in UNSUPPORTED else ""
+    raise ValueError(f"{given or f'device={name!r}'}: {reason}expected one of {', '.join(DEVICES)}.")

@@ -12,9 +12,10 @@ from pipeline.predict.timelines import write_timelines
 from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
-from splash_workbench.errors import UserError
-from splash_workbench.files import require_writable, write_json
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
+from splash_workbench.workers.room import check_timeout_s
 
 
 @dataclasses.dataclass
@@ -27,9 +28,16 @@ class PredictConfig(GenerateConfig):
     results_path: str | None = None
 
 
-@cli.command("predict", PredictConfig, text_or_list=("stages",))
+_UNUSED = (
+    *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
+    *("compilation_cache", "verbose"),
+)
+
+
+@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED)
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
+    from_config(lambda: check_timeout_s(settings.timeout_s))
     settings.prompt = settings.prompt or "any"  # its length is padded away
     request = to_request(settings)
     stages = parse_stages(settings.stages)
@@ -37,9 +45,6 @@ def main(settings: PredictConfig) -> int:
     configs, source = part_configs(
         request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     )
-    cli.require_files_writable(json=settings.json, results_path=settings.results_path)
-    if settings.profile:
-        require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
     check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offline_tpu import worker_environment
-from offline_tpu.compile import SLICE_SHAPES, parse_topology
-from offline_tpu.machine.devices import DEVICES, UNSUPPORTED
+from offline_tpu import check_versions, worker_environment
+from offline_tpu.compile import parse_topology
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
@@ -52,12 +51,17 @@ class Predictor:
 
         Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits.
         """
-        num_chips = chip_count(self.topology)
+        check_versions()
+        try:
+            device, name = parse_topology(self.topology)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
         num_heads = self.configs["transformer"]["num_attention_heads"]
 
         def plan_of(choice: ParallelOptions) -> ParallelPlan:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(choice, num_chips, guided, num_heads)
+            return resolve_plan(choice, num_devices, guided, num_heads)
 
         choices = _AUTO if parallel.plan == "auto" else (parallel,)
         plans = list(dict.fromkeys(map(plan_of, choices)))
@@ -113,20 +117,3 @@ class Predictor:
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}
-
-
-def chip_count(topology: str) -> int:
-    """Return how many chips a topology has. Raises RequestError where there is none of this name."""
-    try:
-        _, name = parse_topology(topology)
-        lengths = [int(length) for length in name.partition(":")[2].split("x")]
-        if min(lengths) < 1:
-            raise ValueError(f"{name}: an empty shape")
-        return math.prod(lengths)
-    except ValueError as error:
-        reason = UNSUPPORTED.get(topology.replace(":", "-").partition("-")[0])
-        raise RequestError(
-            f"topology={topology!r}: {f'not supported: {reason}; ' if reason else ''}expected a chip "
-            f"({', '.join(DEVICES)}) and a shape, e.g. v6e:2x4 or v7x:2x2x1; of v5e and v6e a number will do, "
-            f"e.g. v6e-8: {', '.join(map(str, SLICE_SHAPES))}"
-        ) from error

@@ -48,10 +48,17 @@ class QualityConfig(GenerateConfig):
     results_path: str | None = None
 
 
-@cli.command("quality", QualityConfig, text_or_list=("stages",))
+#: What the captions, the seeds and the candidates say instead, or what is the same for all of them.
+_UNUSED = (
+    *("prompt", "prompts", "seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
+    *("preview_every", "warm_up", "profile", "profile_run", "logdir", "verbose"),
+)
+
+
+@cli.command("quality", QualityConfig, unused=_UNUSED)
 def main(settings: QualityConfig) -> int:
     """Judge the reference and the candidates: print a table, append records, return the exit code."""
-    from pipeline.checkpoints.loading import use_compilation_cache
+    from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
     from pipeline.checkpoints.shapes import parse_caption
     from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
     from splash_workbench.records import jsonl
@@ -69,7 +76,9 @@ def main(settings: QualityConfig) -> int:
         raise UserError(f"only={sorted(unknown)}: expected some of {names}")
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
-    cli.require_files_writable(results_path=settings.results_path)
+    if not 0 <= settings.follows <= 1:
+        raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
+    resolve_checkpoint(reference.request.checkpoint, reference.request.revision, cache_dir)
     if settings.videos_dir is not None:
         require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
 
@@ -115,7 +124,7 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchem
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
         return QualityVariant.from_config(name, settings, Budget(**limits))
-    except (UserError, OmegaConfBaseException, TypeError) as error:
+    except (UserError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -41,6 +41,12 @@ class Budget:
     ssim: float
     read_back: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.psnr_db >= 0:
+            raise ValueError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
+        if not 0 <= self.ssim <= 1:
+            raise ValueError(f"budget.ssim={self.ssim}: expected 0 to 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class QualityVariant:

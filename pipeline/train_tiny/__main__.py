@@ -14,11 +14,20 @@ import torch
 
 from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
+from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
-from pipeline.train_tiny.training import Loop, diffusion_loss, encode_clips, optimize, rotary_tables, vae_loss
+from pipeline.train_tiny.training import (
+    Loop,
+    check_ranges,
+    diffusion_loss,
+    encode_clips,
+    optimize,
+    rotary_tables,
+    vae_loss,
+)
 from splash_workbench import cli
-from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, write_json
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import atomic_path, require_writable, write_json
 
 PROVENANCE_NAME = "training.json"
 
@@ -71,6 +80,7 @@ def train(settings: TrainTinyConfig) -> None:
     """Train, or go on training, and write the checkpoint. What is done is kept in `work_dir`, tied to the settings."""
     asked_for = dataclasses.asdict(settings)
     work_dir = Path(settings.work_dir)
+    vae_loop, loop = from_config(lambda: _checked(settings))
     _check_same(work_dir / "settings.json", asked_for)
     spec = TinySpec(
         num_layers=settings.num_layers,
@@ -81,7 +91,6 @@ def train(settings: TrainTinyConfig) -> None:
     modules = build_modules(spec)
     size = (settings.num_frames, settings.height, settings.width)
 
-    vae_loop = Loop(**asked_for["vae"])
     frame = (settings.height, settings.width, settings.num_frames)
     loss = vae_loss(modules["vae"], *frame, vae_loop.steps, settings.kl_weight)
     vae = {"vae": modules["vae"]}
@@ -100,7 +109,6 @@ def train(settings: TrainTinyConfig) -> None:
         length = settings.max_text_seq_length
         return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")["input_ids"]
 
-    loop = Loop(**asked_for["transformer"])
     loss = diffusion_loss(
         modules["transformer"],
         modules["text_encoder"],
@@ -136,6 +144,18 @@ def train(settings: TrainTinyConfig) -> None:
     }
     write_json(folder / PROVENANCE_NAME, provenance)
     print(f"checkpoint: {folder}")
+
+
+def _checked(settings: TrainTinyConfig) -> tuple[Loop, Loop]:
+    """Return the loops of the VAE and the transformer. Raises ValueError, before any work, for what cannot be."""
+    sizes = dict.fromkeys(("num_layers", "num_attention_heads", "max_text_seq_length", "clips_per_caption"), (1, 10**4))
+    fractions = dict.fromkeys(("spread", "kl_weight", "caption_dropout"), (0, 1))
+    check_ranges(settings, seed=(0, 2**63 - 1), **sizes, **fractions)
+    GenerateRequest("any", height=settings.height, width=settings.width, num_frames=settings.num_frames)
+    if settings.start_from is not None and not Path(settings.start_from).is_file():
+        raise ValueError(f"start_from={settings.start_from}: expected transformer.pt of another work_dir.")
+    require_writable(f"folder={settings.folder}", Path(settings.folder))
+    return Loop(**dataclasses.asdict(settings.vae)), Loop(**dataclasses.asdict(settings.transformer))
 
 
 def training_scenes(settings: TrainTinyConfig) -> list[Scene]:

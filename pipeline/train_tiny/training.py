@@ -29,6 +29,13 @@ Loss = tuple[torch.Tensor, dict[str, float]]
 LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
 
 
+def check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError for the first field that is not from its least to its greatest value."""
+    for name, (least, greatest) in ranges.items():
+        if not least <= getattr(settings, name) <= greatest:
+            raise ValueError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """An optimization.
@@ -45,6 +52,10 @@ class Loop:
     warm_up_steps: int = 20
     decay_fraction: float = 1.0
     ema_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_ranges(self, steps=(1, 10**9), batch_size=(0, 10**6), warm_up_steps=(1, 10**9))
+        check_ranges(self, matrix_rate=(0, 1), other_rate=(0, 1), decay_fraction=(1e-9, 1), ema_decay=(0, 1))
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rates, 0 to 1."""

@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -9,7 +11,9 @@ from helpers import PLENTY_S
 from offline_tpu import __main__ as command
 from offline_tpu import compile, libtpu
 from offline_tpu.machine import devices
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import REPO_ROOT
+from tuning.backends.offline import OFFLINE
 
 V6E = devices.by_name("v6e")
 
@@ -25,6 +29,8 @@ V6E = devices.by_name("v6e")
         ("v6e:4x8", "v6e:4x8"),
         ("v5e-8", "v5e:2x4"),
         ("v7x", "tpu7x:2x2x1"),
+        ("v7x-8", "tpu7x:2x2x1"),
+        ("v7x:2x2x2", "tpu7x:2x2x2"),
     ],
 )
 def test_names_of_topologies(name: str, expected: str) -> None:
@@ -33,21 +39,42 @@ def test_names_of_topologies(name: str, expected: str) -> None:
     assert device.name == name[:3]
 
 
-@pytest.mark.parametrize("name", ["v6e-7", "v6e-many", "v99-8"])
-def test_an_unknown_topology_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="expected"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v6e-7", "topology='v6e-7': expected v6e-N with N one of 1, 4, 8, 16, 32, 64, 128, 256, or chips as v6e:2x4"),
+        ("v6e-many", "topology='v6e-many': expected v6e-N with N one of 1, 4"),
+        ("v6e:2x2x1", "topology='v6e:2x2x1': expected"),
+        ("v6e:0x4", "topology='v6e:0x4': expected"),
+        ("v6e:2x", "topology='v6e:2x': expected"),
+        ("v7x-4", "topology='v7x-4': expected v7x-N with N one of 2, 8, 16, 32, 64, 128, 256, or chips as v7x:2x2x1"),
+        ("v7x:2x4", "topology='v7x:2x4': expected"),
+        ("banana", "topology='banana': expected one of v6e, v5e, v7x"),
+        ("v99-8", "topology='v99-8': expected one of v6e, v5e, v7x"),
+        ("v5p-8", "topology='v5p-8': not supported: its two TensorCores share a kernel's grid"),
+    ],
+)
+def test_an_unknown_topology_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         compile.parse_topology(name)
 
 
 def test_a_megacore_is_refused_by_name_and_reason() -> None:
     with pytest.raises(ValueError, match="device='v5p': not supported: its two TensorCores share"):
-        compile.parse_topology("v5p")
+        offline_tpu.predict(lambda x: x, device="v5p")
 
 
-def test_another_libtpu_is_refused_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libtpu, "version", lambda package: "9.9.9")
-    with pytest.raises(RuntimeError, match=rf"libtpu 9\.9\.9 is installed, expected {offline_tpu.SUPPORTED_LIBTPU}"):
-        offline_tpu.predict(lambda x: x, device=V6E)
+@pytest.mark.parametrize("package", ["libtpu", "jaxlib"])
+@pytest.mark.parametrize(
+    "work", [lambda: offline_tpu.predict(lambda x: x, device=V6E), lambda: OFFLINE.find_target("v6e")]
+)
+def test_another_version_is_refused_with_both(
+    monkeypatch: pytest.MonkeyPatch, package: str, work: Callable[[], object]
+) -> None:
+    expected = {"libtpu": offline_tpu.SUPPORTED_LIBTPU, "jaxlib": libtpu.SUPPORTED_JAXLIB}
+    monkeypatch.setattr(libtpu, "version", lambda name: "9.9.9" if name == package else expected[name])
+    with pytest.raises(UserError, match=rf"{package} 9\.9\.9 is installed, and .* {package} {expected[package]}"):
+        work()
 
 
 def test_a_process_that_may_use_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +110,10 @@ def test_an_unknown_device_is_refused() -> None:
     ],
 )
 def test_bad_arguments_of_the_command_are_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(arguments) == 2
+    monkeypatch.setattr(sys, "argv", ["offline_tpu", *arguments])
+    assert command.main() == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -1,14 +1,11 @@
 """The command-line layer, and what all commands have in common through it."""
 
 import dataclasses
-import importlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,27 +16,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from commands import COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.overrides import Keys, key_types
-from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
-
-#: Module -> an argument with a value that is wrong. Those that Hydra configures take key=value.
-HYDRA_COMMANDS = {
-    "tuning.sweep": "workers=many",
-    "tuning.results": "top=many",
-    "tuning.choose": "workload.head_dim=wide",
-    "tuning.peers": "timeout_s=long",
-    "tuning.hparams": "workload=nope",
-    "tuning.validate": "cache=perhaps",
-    "tuning.report": "top=0",
-    "pipeline.generate": "height=tall",
-    "pipeline.predict": "timeout_s=long",
-    "pipeline.quality": "seeds=[one]",
-    "pipeline.train_tiny": "vae.steps=many",
-}
-FLAG_COMMANDS = {"tuning.compare": "--depth=deep", "pipeline.predict_table": "no-such-file"}
-COMMANDS = HYDRA_COMMANDS | FLAG_COMMANDS
+from splash_workbench.provenance import REPO_ROOT
 
 MISTAKES = [
     *((module, (wrong,)) for module, wrong in COMMANDS.items()),
@@ -68,13 +49,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return run
 
 
-def main_of(module: str) -> Callable[[], int]:
-    is_folder = (REPO_ROOT / module.replace(".", "/")).is_dir()
-    return importlib.import_module(f"{module}.__main__" if is_folder else module).main
-
-
 def test_every_command_is_here() -> None:
-    paths = [path for package in ("tuning", "pipeline") for path in (REPO_ROOT / package).rglob("*.py")]
+    paths = [path for package in ("offline_tpu", "tuning", "pipeline") for path in (REPO_ROOT / package).rglob("*.py")]
     files = [path.relative_to(REPO_ROOT) for path in paths if "__main__" in path.read_text()]
     found = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files}
     assert found - {"pipeline.quality.gate"} == set(COMMANDS)  # that one is a process of the command's own
@@ -136,9 +112,11 @@ class Schema:
 
     results_dir: str = ""
     top: int | None = None
+    shape: str | None = None
     workload: Any = None
     device: Any = None
     backend: Any = None
+    shape: str | None = None
     kernel: str | None = None
     status: str | None = None
     json: str | None = None
@@ -272,17 +250,3 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         it.stdout.close()
         assert it.stderr.read() == b""
     assert it.returncode == 128 + signal.SIGPIPE
-
-
-def test_a_wheel_holds_the_configuration(tmp_path: Path) -> None:
-    """Built from a copy, since setuptools leaves files of its own."""
-    for name in ("configs", "splash_workbench"):
-        shutil.copytree(REPO_ROOT / name, tmp_path / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO_ROOT / name, tmp_path)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
-    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
-        names = {name.removeprefix("splash_workbench/") for name in wheel.namelist()}
-    assert {path.relative_to(REPO_ROOT).as_posix() for path in (REPO_ROOT / "configs").rglob("*.yaml")} <= names
-    assert Path(cli.__file__).parent / "configs" == CONFIG_DIR

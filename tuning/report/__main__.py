@@ -32,6 +32,8 @@ def main(settings: ReportSchema) -> int:
 
     results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
     tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
+    if tuned_dir is not None and not tuned_dir.is_dir():
+        raise UserError(f"tuned_dir={tuned_dir}: expected a folder of tuned entries, or null for those of attention().")
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
     read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))

@@ -112,6 +112,8 @@ def settings_from(config: SweepSchema) -> SweepSettings:
     for name, values in choices.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
+    if config.profile_top < 1:
+        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
     workload = config.workload.frozen()
     backend = BACKENDS.get(config.backend.name)
     if backend is None:

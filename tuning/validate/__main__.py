@@ -14,11 +14,12 @@ import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench import cli, provenance
 from splash_workbench.errors import from_config
+from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner
-from splash_workbench.workers.room import worker_count
+from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.trials import records
 from tuning.trials.figures import save_png
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
@@ -131,8 +132,12 @@ def _measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
 @cli.command("validate", ValidateSchema)
 def main(settings: ValidateSchema) -> int:
     """Run the command; return its exit code."""
+    offline_tpu.check_versions()
+    workers = from_config(lambda: worker_count(settings.workers))
+    from_config(lambda: check_timeout_s(settings.timeout_s))
     path = Path(settings.measured) if settings.measured else DEFAULT_PATH
     results_dir = Path(settings.results_dir)
+    require_writable(f"results_dir={results_dir}", results_dir)
     reported = from_config(lambda: Reported.read(path))
     from_config(lambda: devices.by_name(reported.device_kind))
     measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
@@ -141,7 +146,7 @@ def main(settings: ValidateSchema) -> int:
             reported,
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
             cache=JobCache.of_user(settings.cache),
-            workers=from_config(lambda: worker_count(settings.workers)),
+            workers=workers,
             timeout_s=settings.timeout_s,
             progress=settings.progress,
         )

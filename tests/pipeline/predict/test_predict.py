@@ -153,14 +153,11 @@ def test_the_built_in_configuration_is_the_published_one(request_of):
     assert set(configs) == set(PUBLISHED_CONFIGS[FULL["checkpoint"]])
 
 
-@pytest.mark.parametrize("topology", ["v6e-7", "v9x-8", "v7x-8", "banana", "v4-8", "v6e:2x", "v6e:axb", "", "v6e:0x4"])
+@pytest.mark.parametrize("topology", ["v6e-7", "v9x-8", "v7x-4", "banana", "v4-8", "v6e:2x", "v6e:axb", "", "v6e:0x4"])
 def test_an_unknown_topology_is_refused(topology):
     configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
     predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
-    expected = (
-        f"^topology='{topology}': (not supported: .*; )?expected a chip .v6e, v5e, v7x. and a shape, e.g. v6e:2x4"
-    )
-    with pytest.raises(RequestError, match=expected):
+    with pytest.raises(RequestError, match=rf"^topology='{topology}': (not supported: .*; )?expected"):
         predictor.predict(["denoise"], ParallelOptions(), True)
 
 

@@ -1,0 +1,79 @@
+"""Every key of every command with a wrong value: one line, exit code 2, and no work before it."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from commands import HYDRA_COMMANDS, main_of
+
+#: What a command does once its values are accepted.
+WORK = (
+    "splash_workbench.workers.pool:Runner.run",
+    "pipeline.stages.text:load_module",
+    "pipeline.stages.denoise:load_module",
+    "pipeline.stages.vae:load_module",
+    "pipeline.quality.gate:variant_videos",
+    "pipeline.train_tiny.__main__:optimize",
+)
+PATHS = re.compile(r"(results|videos|output|run|work|tuned)_dir|results_path|folder|logdir|json|output|validation")
+#: Any text is right for them, or only the Hub can tell, or they are used only together with another key.
+FREE = re.compile(r"prompt|negative_prompt|revision|profile_run|(workload|space)\.name|cache_dir")
+#: Where the kind of key does not say it: keys that take a negative number, keys that need others beside them.
+VALUES = {
+    "seed": "many",
+    "guidance_scale": "nan",
+    "budget.psnr_db": "high",
+    "kernel": "nope",
+    "logdir": "/dev/null/x profile=true",
+    "validation": "/dev/null",
+}
+
+
+def wrong_value(key: str, kind: Any) -> str:
+    """Return the value that is the hardest to refuse: of the right type, where that is possible."""
+    kinds = get_args(kind) or (kind,)
+    if key in VALUES:
+        return VALUES[key]
+    if bool in kinds:
+        return "perhaps"
+    if int in kinds or float in kinds:
+        return "-1"
+    if PATHS.fullmatch(key):
+        return "/dev/null/x"
+    return "{nope}" if key == "name" else "nope"
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    for module in HYDRA_COMMANDS:
+        for key, kind in main_of(module).keys.items():  # type: ignore[attr-defined]
+            if not FREE.fullmatch(key):
+                yield module, f"{key}={wrong_value(key, kind)}"
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def begin(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.chdir(tmp_path)
+    for target in WORK:
+        module, _, name = target.partition(":")
+        owner: Any = importlib.import_module(module)
+        for part in name.split(".")[:-1]:
+            owner = getattr(owner, part)
+        monkeypatch.setattr(owner, name.split(".")[-1], begin)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("module", "arguments"), list(cases()))
+def test_a_wrong_value_is_one_line(
+    module: str, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments.split(" ")])
+    assert main_of(module)() == 2
+    assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
