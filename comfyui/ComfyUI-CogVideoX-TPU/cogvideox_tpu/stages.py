@@ -34,9 +34,11 @@ class Latents:
 @contextlib.contextmanager
 def _running(stage: str) -> Iterator[Any]:
     """Yield the pipeline's Stages, torch set as they need it (ComfyUI runs nodes in inference mode)."""
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.requests.errors import DeviceMemoryError
     from pipeline.stages.stages import Stages
 
+    use_compilation_cache()  # before the first program: after /free or a restart nothing is compiled again
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield Stages(lambda kind, key, load: models.loaded_stage((kind, key), load))
