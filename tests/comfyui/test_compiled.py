@@ -26,10 +26,10 @@ events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
 nodes = sys.modules["pack.cogvideox_tpu.nodes"]
 with torch.inference_mode():
-    (embeds,) = nodes.CogVideoXTextEncoder.execute("a red circle", "", "tiny").args
+    (embeds,) = nodes.CogVideoXTextEncoder.execute(prompt="a red circle", negative_prompt="", model_id="tiny").args
     values = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 5}
     (latents,) = nodes.CogVideoXTPUSampler.execute(embeds, **values, num_devices=1).args
-    images, _ = nodes.CogVideoXTPUVAEDecoder.execute(latents, 8).args
+    images, _ = nodes.CogVideoXTPUVAEDecoder.execute(latents, fps=8).args
 print(json.dumps({**events, "sum": images.sum().item(), "folder": jax.config.values["jax_compilation_cache_dir"]}))
 """
 
