@@ -20,10 +20,10 @@ COMMANDS = (
 _LONGEST = 80  # characters of a default that are shown
 _INTRODUCTION = """# Commands
 
-Each is `python -m NAME key=value ...`, and `--help` says what the keys mean. A key that there is not, or a value that cannot be,
-ends in one line and exit code 2 before any work; `+key=`, `++key=` and `~key` are refused. A group is chosen as `group=name`,
-from `configs/` or a folder of your own given with `--config-dir`; `--multirun` runs once for each value of `key=a,b`.
-This page is made by `python docs/make_commands.py`.
+Each is `python -m NAME key=value ...`, and `--help` says what the keys mean. A key that there is not, or a value that
+cannot be, ends in one line and exit code 2 before any work; `+key=`, `++key=` and `~key` are refused. A group is chosen
+as `group=name`, from `configs/` or a folder of your own given with `--config-dir`; `--multirun` runs once for each
+value of `key=a,b`. This page is made by `python docs/make_commands.py`.
 """
 
 

@@ -99,7 +99,7 @@ class TunedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What to run, the entry it was taken from (None: the default) and why, in one sentence."""
+    """Blocks and variant to run, the entry they are from (None: the default), and the reason in one sentence."""
 
     block_sizes: BlockSizes
     variant: Variant

@@ -1,1 +1,1 @@
-"""What every command stands on: the command line, files, provenance, worker processes, profiles."""
+"""Holds what every command stands on: the command line, files, provenance, worker processes, profiles."""

@@ -1,4 +1,4 @@
-"""Is an accelerator here? Decided from device files and environment, before JAX starts a backend."""
+"""Looks for an accelerator in device files and environment, before JAX starts a backend."""
 
 import glob
 import importlib.util
@@ -11,7 +11,7 @@ _GPU_DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm,
 
 
 def accelerator_visible() -> bool:
-    """Whether device files or environment variables of a TPU or a GPU are seen. Touches no device, imports no JAX."""
+    """Return whether files or variables of a TPU or a GPU are seen, without touching a device or importing JAX."""
     if any(os.environ.get(name) for name in _TPU_VARIABLES):
         return True
     return any(glob.glob(pattern) for pattern in _TPU_DEVICE_FILES + _GPU_DEVICE_FILES)

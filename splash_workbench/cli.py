@@ -1,4 +1,4 @@
-"""What every command shares: configuration or flags in, an exit code out, one line for a user's error."""
+"""Turns functions into commands: configuration or flags in, an exit code out, one line for a user's error."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Errors that the user can put right."""
+"""Defines errors that the user can put right."""
 
 from collections.abc import Callable
 from typing import TypeVar

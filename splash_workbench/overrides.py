@@ -1,4 +1,4 @@
-"""Overrides of a command line, checked against the command's schema before Hydra composes them."""
+"""Checks the overrides of a command line against the command's schema, before Hydra composes them."""
 
 import dataclasses
 import difflib
@@ -117,7 +117,7 @@ class Keys:
             raise UserError(f"{override}: expected {key}=value; +, ~ and @ have no use here")
 
     def _is_known(self, key: str) -> bool:
-        """Whether the schema has the key, or one above it that is free in what it holds."""
+        """Return whether the schema has the key, or one above it that is free in what it holds."""
         above = next((name for name in _and_parents(key) if name in self.types), None)
         return above == key or (above is not None and not dataclasses.is_dataclass(self.types[above]))
 

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
+"""Records what a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
 
 import ast
 import dataclasses
@@ -59,7 +59,7 @@ class Environment:
 
     @property
     def compiler_versions(self) -> dict[str, str]:
-        """The versions of COMPILER_PACKAGES."""
+        """Return the versions of COMPILER_PACKAGES."""
         return {name: self.versions[name] for name in COMPILER_PACKAGES if name in self.versions}
 
 
@@ -79,14 +79,14 @@ def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> En
 
 
 def user_cache_dir() -> Path:
-    """$COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    """Return $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
 
 
 def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
-    """Hash of Python sources as the interpreter sees them: comments, docstrings and layout do not count."""
+    """Hash Python sources as the interpreter sees them: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     with _PARSER_LOCK:
         for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
@@ -96,7 +96,7 @@ def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
 
 
 def stable_hash(text: str) -> str:
-    """A short hash for names of studies and candidates."""
+    """Return a short hash for names of studies and candidates."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -110,7 +110,7 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 @functools.cache
 def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of Python and of those packages, without importing them; one that is absent is left out."""
+    """Return the versions of Python and of packages, without importing them; leave out those that are absent."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -127,7 +127,7 @@ def _flags() -> dict[str, str]:
 
 
 def host() -> str:
-    """Processor architecture and system of this machine, e.g. "x86_64-linux"; not its name."""
+    """Return the processor architecture and system of this machine, e.g. "x86_64-linux"; not its name."""
     return f"{platform.machine()}-{platform.system().lower()}"
 
 

@@ -24,7 +24,7 @@ class Status(enum.StrEnum):
 
     @property
     def conclusive(self) -> bool:
-        """Whether the same candidate would end so again; a crash or a time limit may be the machine's fault."""
+        """Return whether the same candidate would end so again; a crash or a time limit may be the machine's fault."""
         return self not in (Status.TIMEOUT, Status.CRASHED)
 
 

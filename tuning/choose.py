@@ -1,4 +1,4 @@
-"""Which block sizes and variant attention() would use for a shape, and why: `python -m tuning.choose --help`."""
+"""Show which block sizes and variant attention() would use for a shape, and why: `python -m tuning.choose --help`."""
 
 import dataclasses
 import sys

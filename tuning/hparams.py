@@ -24,7 +24,7 @@ class HParamsSchema:
     workload: WorkloadSchema | None = None
 
 
-@cli.command("hparams", HParamsSchema, unused=("workload.*",))
+@cli.command("hparams", HParamsSchema)
 def main(settings: HParamsSchema) -> int:
     """Run the command; return its exit code."""
     results_dir, logdir = Path(settings.results_dir), Path(settings.logdir)

@@ -64,7 +64,7 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
     return sorted(trials, key=rank)
 
 
-@cli.command("results", ResultsSchema, unused=("workload.*", "device.*", "backend.*"))
+@cli.command("results", ResultsSchema, unused=("device.*", "backend.*"))
 def main(settings: ResultsSchema) -> int:
     """Run the command; return its exit code."""
     if settings.top is not None and settings.top < 1:

@@ -1,4 +1,4 @@
-"""What configurations decide about a checkpoint and a request, decided before any weight is read."""
+"""Checks of checkpoint and request that need configurations only, made before any weight is read."""
 
 import functools
 import json

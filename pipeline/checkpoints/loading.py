@@ -115,7 +115,7 @@ class Checkpoint:
         return {stage: self.identity(*_STAGE_PARTS[stage]) for stage in stages}
 
     def identity(self, *parts: str) -> str:
-        """Return what tells these weights from others: the Hub commit, or a digest of a local folder's files.
+        """Return the identity of these weights: the Hub commit, or a digest of a local folder's files.
 
         Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
         change of single values in a large local file can go unnoticed, another training run cannot.

@@ -62,7 +62,7 @@ def captions() -> list[str]:
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """Parse the attributes that a caption names, e.g. "a red circle moves right". ValueError for another form."""
+    """Parse the attributes that a caption names, e.g. "a red circle moves right". Raises ValueError."""
     words = caption.split(maxsplit=3)
     if len(words) == 4 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
         motion = words[3]

@@ -32,7 +32,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 @dataclasses.dataclass(frozen=True)
 class TinySpec:
-    """Sizes of the tiny checkpoint. What makes it CogVideoX 1.5 (patches, rotary, scheduler) is fixed, not here."""
+    """Sizes of the tiny checkpoint. Patches, rotary embedding and scheduler are always those of CogVideoX 1.5."""
 
     num_layers: int = 2
     num_attention_heads: int = 4
@@ -47,7 +47,7 @@ class TinySpec:
 
     @property
     def name(self) -> str:
-        """A folder name that differs wherever the content does."""
+        """Return a folder name that differs wherever the content does."""
         described = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
         return f"tiny-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
@@ -65,7 +65,11 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
     cache_dir.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=cache_dir))
     try:
-        _write(building, spec)
+        with torch.random.fork_rng(devices=[]):
+            modules = build_modules(spec)
+        for offset, part in enumerate(("text_encoder", "transformer", "vae")):
+            _randomize(modules[part], spec.seed + offset)
+        write_checkpoint(building, modules)
         building.chmod(0o755)
         try:
             os.rename(building, folder)
@@ -75,14 +79,6 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def _write(folder: Path, spec: TinySpec) -> None:
-    with torch.random.fork_rng(devices=[]):
-        modules = build_modules(spec)
-    for offset, part in enumerate(("text_encoder", "transformer", "vae")):
-        _randomize(modules[part], spec.seed + offset)
-    write_checkpoint(folder, modules)
 
 
 def build_modules(spec: TinySpec) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which files beside one another hold a part's weights: those that diffusers, or transformers, would take."""
+"""The choice among the files of a part: those whose weights diffusers, or transformers, would read."""
 
 import contextlib
 import json

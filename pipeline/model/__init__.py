@@ -1,1 +1,1 @@
-"""The networks as JAX functions, and what is sharded how."""
+"""The networks as JAX functions, and their sharding."""

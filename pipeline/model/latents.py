@@ -41,7 +41,7 @@ class LatentGeometry:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[batch, frames with padding, channels, height, width], as diffusers' transformer takes it."""
+        """Return [batch, frames with padding, channels, height, width], as diffusers' transformer takes it."""
         return (1, self.num_frames + self.padding_frames, self.num_channels, self.height, self.width)
 
     def patch_grid(self, shape: TransformerShape) -> tuple[int, int, int]:

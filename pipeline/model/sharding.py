@@ -63,22 +63,22 @@ class ParallelPlan:
 
     @property
     def splits_sequence(self) -> bool:
-        """Whether each device of "model" holds a part of the tokens, outside attention."""
+        """Return whether each device of "model" holds a part of the tokens, outside attention."""
         return self.plan == "ulysses"
 
     @property
     def sums_partial_products(self) -> bool:
-        """Whether devices hold parts of a contraction, whose products are summed."""
+        """Return whether devices hold parts of a contraction, whose products are summed."""
         return self.plan == "megatron" and self.model > 1
 
     @property
     def gathers_weights(self) -> bool:
-        """Whether a layer's weights are split at rest, and gathered before use."""
+        """Return whether a layer's weights are split at rest, and gathered before use."""
         return self.weights == "sharded" and self.model > 1
 
     @property
     def uses_stock_block(self) -> bool:
-        """Whether blocks are diffusers' own on whole arrays, split by XLA's partitioner; else ours under shard_map."""
+        """Return whether blocks are diffusers' own on whole arrays, split by XLA's partitioner; else ours."""
         return self.plan == "seed_tp"
 
     @property
@@ -87,7 +87,7 @@ class ParallelPlan:
 
     @property
     def rules(self) -> Rules:
-        """The table behind `weight_spec`: pattern of a name -> mesh axes."""
+        """Return the table behind `weight_spec`: pattern of a name -> mesh axes."""
         sharded = SHARDED_RULES if self.weights == "sharded" else {}
         return {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
 

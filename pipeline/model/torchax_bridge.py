@@ -127,7 +127,7 @@ def _named_scopes(module: torch.nn.Module) -> Iterator[None]:
 
 
 class _Holder(torch.nn.Module):
-    """Lets `functional_call`, which only knows forward, run any function of a module."""
+    """A module whose forward is any function of another, for `functional_call`, which knows no other function."""
 
     def __init__(self, module: torch.nn.Module, method: Callable[..., Any] | None):
         super().__init__()

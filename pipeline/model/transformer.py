@@ -42,7 +42,7 @@ _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels
 
 @dataclasses.dataclass(frozen=True)
 class TransformerShape:
-    """The part of transformer/config.json that the program uses. Raises CheckpointError for another architecture."""
+    """The fields of transformer/config.json that the program uses. Raises CheckpointError for another architecture."""
 
     num_layers: int
     num_heads: int

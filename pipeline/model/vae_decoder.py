@@ -37,7 +37,7 @@ Activations = Float[Array, "frames columns rows strips channels"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """The part of vae/config.json that the program depends on. Raises CheckpointError for another architecture.
+    """The fields of vae/config.json that the program uses. Raises CheckpointError for another architecture.
 
     time_levels: upsamplings, from the first, that double the frames as well.
     """
@@ -50,7 +50,7 @@ class DecoderShape:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent, along height and width."""
+        """Return the pixels a latent, along height and width."""
         return 2 ** (self.num_levels - 1)
 
     @classmethod
@@ -140,7 +140,7 @@ def decode(
 
 
 def num_strips(num_columns: int) -> int:
-    """Return into how many strips a device's columns are cut."""
+    """Return the number of strips that a device's columns are cut into."""
     return math.gcd(num_columns, MAX_STRIPS)
 
 
@@ -177,7 +177,7 @@ class _Layer:
     def causal_conv(
         self, name: str, x: Activations, dtype: Any = None, residual: Activations | None = None
     ) -> Activations:
-        """3x3x3, of each frame and the two before it; before the first batch lies its first frame, twice."""
+        """Convolve 3x3x3, each frame with the two before it; before the first batch lies its first frame, twice."""
         with jax.named_scope(name):
             before = jnp.concatenate([x[:1]] * 2) if self.cache is None else self.cache[name]
             x = jnp.concatenate([before, x])

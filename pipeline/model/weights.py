@@ -62,7 +62,7 @@ def place_weights(
 def abstract_weights(
     shapes: Mapping[str, tuple[int, ...]], dtype: Any, plan: ParallelPlan, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return what `place_weights` does, as shapes without weights."""
+    """Return the shapes of what `place_weights` returns, without weights."""
     abstract = {}
     for key, names in stack_names(shapes).items():
         shape = tuple(shapes[names[0]])

@@ -1,1 +1,1 @@
-"""What is asked for: request, configuration, names, batches, models, parallelism."""
+"""Requests: their fields, checks, configuration, names, batches, models and parallelism."""

@@ -1,4 +1,4 @@
-"""The models that can be asked for by name, each one record: what a request for it is, where nothing else is said.
+"""The models that have names, and the defaults of a request for each.
 
 The command line (`model=`, see configs/model), batch files, the Python API and the ComfyUI nodes all take these.
 """

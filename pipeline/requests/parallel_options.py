@@ -1,4 +1,4 @@
-"""How the user wants the devices shared; `pipeline.model.sharding` turns it into a plan for the devices there are."""
+"""Parallelism as the user asks for it; `pipeline.model.sharding` turns it into a plan for the devices there are."""
 
 import dataclasses
 from typing import Literal, get_args

@@ -61,7 +61,7 @@ def _require_text(name: str, value: Any, expected: str, empty: bool = False) -> 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
-    """How `splash_attn.attention` is called. None leaves a choice to it: by platform, by its tuned entries."""
+    """Arguments of `splash_attn.attention`. None leaves a choice to it: by platform, by its tuned entries."""
 
     implementation: Implementation | None = None
     k_smooth: bool = True
@@ -131,12 +131,12 @@ class GenerateRequest:
 
     @property
     def prompts(self) -> list[str]:
-        """What the text stage encodes: the negative prompt and the prompt with guidance, else the prompt."""
+        """Return what the text stage encodes: the negative prompt and the prompt with guidance, else the prompt."""
         return [self.negative_prompt, self.prompt] if self.do_classifier_free_guidance else [self.prompt]
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the negative prompt is used at all (as diffusers: guidance above 1)."""
+        """Return whether the negative prompt is used at all (as diffusers: guidance above 1)."""
         return self.guidance_scale > 1.0
 
 

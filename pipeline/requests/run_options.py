@@ -1,4 +1,4 @@
-"""How a run is carried out."""
+"""Options of a run that do not change its result."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ MAX_EVERY = 1000  # steps
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How stages are run; nothing of it changes what is computed.
+    """Options of a run that do not change its result.
 
     resume: take saved outputs, and the state of a half-done denoise stage, where they belong to exactly this request.
     parallel: how to lay the work out over the devices. checkpoint_every: denoising steps between two savings of the

@@ -73,7 +73,7 @@ class TextEncoder:
 
     def _token_ids(self, prompt: str) -> np.ndarray:
         limit = self._max_text_seq_length
-        whole = self._tokenizer(prompt)["input_ids"]
+        whole = self._tokenizer(prompt, verbose=False)["input_ids"]
         if len(whole) > limit:
             cut = whole[limit - 1 : -1]
             text = textwrap.shorten(self._tokenizer.decode(cut), _SHOWN_LENGTH, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""What the records of the pipeline have in common: when, where and from which sources, and for which video."""
+"""Fields that all records of the pipeline have: when, where and from which sources, and for which video."""
 
 import datetime
 import uuid

@@ -112,10 +112,18 @@ class Runner:
         """
         with self._lock:
             self._job_count += 1
-        outcome, was_fresh = self._run_once(target, payload, timeout_s, variables, fresh=False)
-        if outcome.status is Status.CRASHED and not was_fresh:
+        for fresh in (False, True):
+            worker = self._take(variables, fresh=fresh)
+            reusable = False
+            try:
+                outcome, reusable = worker.run(target, payload, timeout_s, self._sample)
+            finally:
+                self._give_back(worker, reusable)
+            if self._cancelled:
+                raise CancelledError
             # An earlier job may have done the damage: only a process of its own says what this one is like.
-            outcome, _ = self._run_once(target, payload, timeout_s, variables, fresh=True)
+            if outcome.status is not Status.CRASHED or worker.job_count == 1:
+                break
         return outcome
 
     def cancel(self) -> None:
@@ -132,20 +140,6 @@ class Runner:
         """Return what the jobs took up to now."""
         with self._lock:
             return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
-
-    def _run_once(
-        self, target: str, payload: Mapping[str, Any], timeout_s: float, variables: Variables, *, fresh: bool
-    ) -> tuple[Outcome, bool]:
-        """Return the outcome of a job, and whether its worker had run none before."""
-        worker = self._take(variables, fresh=fresh)
-        reusable = False
-        try:
-            outcome, reusable = worker.run(target, payload, timeout_s, self._sample)
-        finally:
-            self._give_back(worker, reusable)
-        if self._cancelled:
-            raise CancelledError
-        return outcome, worker.job_count == 1
 
     def _take(self, variables: Variables, *, fresh: bool) -> "_Worker":
         """Return an idle worker with the environment that the job wants, or a new one in place of an idle one."""

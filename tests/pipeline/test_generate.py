@@ -49,7 +49,8 @@ def test_prompts_are_taken_literally(prompt):
     assert to_request(_compose(f"prompt={prompt}")).prompt == prompt
 
 
-def test_what_is_meant_for_hydra_is_left_to_hydra():
+def test_quotes_are_text_and_brackets_and_null_are_hydras():
+    assert _compose("prompt='a, b'").prompt == "'a, b'"
     assert _compose("prompt=x", "stages=[text,vae]").stages == ["text", "vae"]
     assert _compose("prompt=x", "run_dir=null").run_dir is None
 

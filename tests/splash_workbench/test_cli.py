@@ -116,6 +116,7 @@ class Schema:
     workload: Any = None
     device: Any = None
     backend: Any = None
+    shape: str | None = None
     kernel: str | None = None
     status: str | None = None
     json: str | None = None

@@ -70,8 +70,7 @@ class Evaluator:
             "measure": dict(self.measure),
         }
 
-        def trial(outcome: Outcome, *notes: str) -> Trial:
-            return self._trial(block_sizes, options, kernel, outcome, *notes)
+        trial = functools.partial(self._trial, block_sizes, options, kernel)
 
         def run_job() -> Outcome:
             outcome = self.runner.run(

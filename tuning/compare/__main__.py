@@ -1,12 +1,13 @@
 """Runs side by side, scope by scope: `python -m tuning.compare RUN_A RUN_B`, see --help."""
 
 import argparse
-import csv
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from offline_tpu.timeline import PREFIX
 from splash_workbench import cli
@@ -84,10 +85,7 @@ def save(
     flat = table.records(columns, rows)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".json", ".md")]
-    with paths[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)
+    pd.DataFrame(flat).to_csv(paths[0], index=False)
     described = [
         {
             "name": column.name,

@@ -1,4 +1,4 @@
-"""What `python -m tuning.compare` can be given: profiles, and records of predictions and measurements."""
+"""Read what `python -m tuning.compare` is given: profiles, and records of predictions and measurements."""
 
 import collections
 import dataclasses

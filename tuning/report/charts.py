@@ -113,15 +113,9 @@ def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
             and max(point.intensity, previous.intensity) < 4 * min(point.intensity, previous.intensity)
         )
         line = line + 1 if near else 0
-        place: dict[str, Any] = {
-            "xytext": (0, -7 - 12 * line),
-            "textcoords": "offset points",
-            "ha": "center",
-            "va": "top",
-        }
         colour = LIGHT[f"c{kernels.index(point.kernel) % 5 + 1}"]
-        place = (point.intensity, point.tflops_per_s)
-        axes.annotate(point.label or "", place, (0, -7 - 12 * line), color=colour, **centred)
+        at = (point.intensity, point.tflops_per_s)
+        axes.annotate(point.label or "", at, (0, -7 - 12 * line), color=colour, **centred)
 
 
 def standalone(svg: str) -> str:

@@ -31,7 +31,7 @@ class TrialFile:
 
     @property
     def source(self) -> tuple[str, ...]:
-        """Equal for files of the same kind whose times can be compared."""
+        """Return a key that is equal for files whose times can be compared."""
         trial = self.newest
         return trial.context, trial.environment.kernel_hash, trial.environment.backend_hash
 

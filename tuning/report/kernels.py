@@ -1,4 +1,4 @@
-"""What is shown of the kernels: winners, sweeps, rooflines, peers."""
+"""Choose what is shown of the kernels: winners, sweeps, rooflines, peers."""
 
 import collections
 import dataclasses

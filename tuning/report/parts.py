@@ -1,8 +1,9 @@
-"""What both templates are given, and how a number is written."""
+"""Pieces that both templates are given, and how a number is written."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from splash_workbench.status import Label
 from tuning.trials.bound import known_device
@@ -122,3 +123,11 @@ def commit(name: str | None, dirty: bool = False) -> str:
 def compiler(versions: Mapping[str, str]) -> str:
     """Return the versions of what compiled, for a caption."""
     return ", ".join(f"{name} {versions[name]}" for name in ("libtpu", "jax") if name in versions)
+
+
+def origin(records: Sequence[Any], how: str, sources: str = "") -> str:
+    """Return how the figures of trials or records were got: `how`, versions, sources, commits and days."""
+    days = sorted({record.created_at[:10] for record in records})
+    commits = listed(commit(record.environment.git_commit, record.environment.git_dirty) for record in records)
+    versions = listed(compiler(record.environment.versions) for record in records)
+    return f"{how}{versions}{sources}; commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"

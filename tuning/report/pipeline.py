@@ -1,14 +1,14 @@
-"""What is shown of whole videos: predictions by kind of work, HBM, timings of runs, quality."""
+"""Choose what is shown of whole videos: predictions by kind of work, HBM, timings of runs, quality."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from splash_workbench.records.base import PipelineRecord, Video
+from splash_workbench.records.base import Video
 from splash_workbench.records.generation import GenerationRecord, StageTimes
 from splash_workbench.records.prediction import GIB, STAGES, PredictionRecord, ReportedVideo, StagePrediction
 from splash_workbench.records.quality import QualityRecord
 from splash_workbench.status import Label
-from tuning.report.parts import BarRow, Stack, commit, compiler, listed, stack
+from tuning.report.parts import BarRow, Stack, origin, stack
 
 _WHOLE = "not broken down"
 _STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
@@ -111,7 +111,7 @@ def _case(topology: str, runs: Sequence[PredictionRecord]) -> Case:
         stacks=tuple(stacks),
         reported=reported,
         notes=tuple(sorted({note for run in used for note in (*run.notes, *_other_outcomes(run))})),
-        provenance=origin_text(used, f"predicted for {topology} with "),
+        provenance=origin(used, f"predicted for {topology} with "),
     )
 
 
@@ -179,19 +179,11 @@ def generated(runs: Sequence[GenerationRecord]) -> list[Generated]:
                 checkpoint=checkpoint,
                 bars=stack("", "s", bars, _PHASE_COLOURS),
                 stages=stages,
-                provenance=origin_text([run], f"{run.label} on {device} with "),
+                provenance=origin([run], f"{run.label} on {device} with "),
                 older=len(members) - 1,
             )
         )
     return shown
-
-
-def origin_text(records: Sequence[PipelineRecord], how: str) -> str:
-    """Return versions, commits and days of records."""
-    days = sorted({record.created_at[:10] for record in records})
-    commits = listed(commit(record.environment.git_commit, record.environment.git_dirty) for record in records)
-    versions = listed(compiler(record.environment.versions) for record in records)
-    return f"{how}{versions}; commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 def quality(runs: Sequence[QualityRecord]) -> list[QualityTable]:
@@ -207,7 +199,7 @@ def quality(runs: Sequence[QualityRecord]) -> list[QualityTable]:
             checkpoint=checkpoint,
             read=tuple(dict.fromkeys(name for run in members.values() for name in run.read_back)),
             rows=tuple(members.values()),
-            provenance=origin_text(list(members.values()), f"{next(iter(members.values())).label} on {device} with "),
+            provenance=origin(list(members.values()), f"{next(iter(members.values())).label} on {device} with "),
         )
         for (checkpoint, video, device), members in groups.items()
     ]

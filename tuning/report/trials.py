@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from splash_workbench import provenance
 from splash_workbench.status import Label, Status
-from tuning.report.parts import commit, compiler, listed, percent, significant
+from tuning.report.parts import listed, origin, percent, significant
 from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.records import Trial, is_exact
 
@@ -36,13 +36,8 @@ def origin_of_trials(trials: Sequence[Trial]) -> str:
         members = [t for t in trials if t.label is label and t.status is Status.OK]
         hashes = sorted({t.environment.kernel_hash for t in members})
         sources = [f"{h[:8]}{'' if h == present else ' (not the present one)'}" for h in hashes]
-        commits = listed(commit(t.environment.git_commit, t.environment.git_dirty) for t in members)
-        days = sorted({t.created_at[:10] for t in members})
-        texts.append(
-            f"{how[label]}{listed(t.device_kind for t in members)} with "
-            f"{listed(compiler(t.environment.versions) for t in members)}; kernel source {', '.join(sources)}; "
-            f"commit {commits}; {' to '.join(dict.fromkeys((days[0], days[-1])))}"
-        )
+        where = f"{how[label]}{listed(t.device_kind for t in members)} with "
+        texts.append(origin(members, where, f"; kernel source {', '.join(sources)}"))
     return "; ".join(texts) or "no candidate ended ok"
 
 

@@ -57,11 +57,12 @@ class SearchSettings:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Raise UserError for what the study's file is to blame for."""
+def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Raise UserError for what the study's file is to blame for: errors of the storage, and `more` while it is read."""
+    kinds: tuple[type[Exception], ...] = (SQLAlchemyError, optuna.exceptions.OptunaError, *more)
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except kinds as error:
         cause = error.__cause__ or error  # SQLAlchemy's own text lists the statement and its parameters
         raise UserError(
             f"{path}: this study cannot be read or written ({str(cause).splitlines()[0]}); make room there, or delete "
@@ -99,16 +100,17 @@ class Search:
         self._distributions: dict[str, BaseDistribution] = {
             name: _distribution(values) for name, values in space.choices.items()
         }
-        self._study = optuna.create_study(
-            storage=f"sqlite:///{storage_path}",
-            study_name=study_name,
-            sampler=_make_sampler(settings),
-            load_if_exists=True,
-        )
         self._asked: dict[str, optuna.trial.Trial] = {}
         self.told: dict[str, Trial] = {}
-        #: Candidates that were running when an earlier run died, and are asked first.
-        self.interrupted = self._resume(on_record)
+        with storage_errors(storage_path, LookupError, ValueError, RuntimeError):
+            self._study = optuna.create_study(
+                storage=f"sqlite:///{storage_path}",
+                study_name=study_name,
+                sampler=_make_sampler(settings),
+                load_if_exists=True,
+            )
+            #: Candidates that were running when an earlier run died, and are asked first.
+            self.interrupted = self._resume(on_record)
         self._proposals = self._propose()
 
     @property

@@ -1,1 +1,1 @@
-"""What sweeps leave for TensorBoard."""
+"""Sweeps, for TensorBoard."""

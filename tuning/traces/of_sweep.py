@@ -1,4 +1,4 @@
-"""What a sweep leaves for TensorBoard: its trials in HParams, and the timelines of its best candidates."""
+"""Show a sweep in TensorBoard: its trials in HParams, and the timelines of its best candidates."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ TRACED_RUNS = 10
 
 
 def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterator[str]:
-    """Writes all trials and the timelines of the best, and yields lines for the user.
+    """Write all trials and the timelines of the best; yield lines for the user.
 
     Args:
       trials: of one sweep, best first.
@@ -43,7 +43,7 @@ def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterat
 
 
 def predicted(trial: Trial, logdir: Path) -> Session:
-    """Writes the timeline that a trial was predicted to have. Replaces that of the same trial."""
+    """Write the timeline that a trial was predicted to have, which replaces that of the same trial."""
     session = Session(
         run=f"{timeline.PREFIX}{_name(trial)}",
         part="",
@@ -59,7 +59,7 @@ def predicted(trial: Trial, logdir: Path) -> Session:
 
 
 def space_of_trial(trial: Trial) -> Any:
-    """The timeline of a trial that was predicted. Raises ValueError for another."""
+    """Return the timeline, an XSpace, of a trial that was predicted. Raises ValueError for another."""
     if trial.label is not Label.PREDICTED or not trial.ops:
         raise ValueError(f"trial {trial.record_id} ({trial.status}, {trial.label}): expected a prediction with ops.")
     program = timeline.Program(f"{trial.workload} {trial.config}", trial.ops)
@@ -67,7 +67,7 @@ def space_of_trial(trial: Trial) -> Any:
 
 
 def measured(trial: Trial, logdir: Path) -> Session:
-    """Runs the candidate of a trial on the device that is here, and records a trace of it."""
+    """Run the candidate of a trial on the device that is here, and record a trace of it."""
     device = jax.devices()[0]
     implementation: Implementation = "pallas_tpu" if device.platform == "tpu" else "pallas_interpret"
     assert trial.block_sizes is not None

@@ -141,7 +141,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Equal for trials of the same block sizes and variant."""
+        """A text that is equal for trials of the same block sizes and variant."""
         return config_key(self.block_sizes, self.variant)
 
     @property
@@ -170,7 +170,7 @@ def read(path: Path) -> list[Trial]:
 
 
 def is_exact(variant: Mapping[str, Any]) -> bool:
-    """Whether a variant computes the same attention as the others."""
+    """Return whether a variant computes the same attention as the others."""
     return variant.get("qk_dtype") != "int8"
 
 

@@ -29,7 +29,7 @@ _HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", 
 
 
 def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """One dict a trial, as the table shows them but whole; what is unknown is None."""
+    """Return one dict a trial, as the table shows them but whole; what is unknown is None."""
     return json.loads(_frame(trials).to_json(orient="records")) if trials else []
 
 
@@ -41,7 +41,7 @@ def table(
     one_variant_column: bool = False,
     units: bool = False,
 ) -> str:
-    """The trials in their order as aligned text.
+    """Return the trials in their order as aligned text.
 
     Columns that are empty or hidden are left out; a variant's field that is the same in all trials is said once, above.
 
@@ -82,20 +82,20 @@ def table(
 
 
 def winner_line(trial: Trial) -> str:
-    """The winner in one sentence."""
+    """Return the winner in one sentence."""
     kernel = f", kernel alone {trial.kernel_time_ms:.3f} ms" if trial.kernel_time_ms is not None else ""
     return f"winner: {trial.config}: {trial.label} {trial.time_ms:.3f} ms{kernel} on {trial.device_kind}"
 
 
 def note_lines(trials: Sequence[Trial]) -> list[str]:
-    """What a reader of the table must know, each thing once, with how many trials it is about."""
+    """Return notes about the figures, each once, with how many trials it is about."""
     counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
     counts.update((trial.kernel, OVER_BOUND) for trial in trials if (kernel_bound_fraction(trial) or 0) > 1)
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
 
 
 def effort_line(effort: Mapping[str, Any]) -> str:
-    """What a sweep took, in one sentence; see SweepResult.effort."""
+    """Return what a sweep took, in one sentence; see SweepResult.effort."""
     parts = [f"{effort['jobs']} candidates evaluated in {effort['wall_time_s']:.0f} s"]
     if effort["candidates_per_minute"] is not None:
         parts.append(f"{effort['candidates_per_minute']:.1f} a minute")
@@ -112,7 +112,7 @@ def effort_line(effort: Mapping[str, Any]) -> str:
 
 
 def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
-    """How many trials ended how."""
+    """Return the number of trials by status."""
     return dict(collections.Counter(trial.status.value for trial in trials))
 
 
@@ -126,7 +126,7 @@ def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
 
 
 def _utilization(trial: Trial, unit: str) -> float | None:
-    """Share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
+    """Return the share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
     kernels = [op for op in trial.ops if op.category == "kernel" and op.time_s > 0]
     if not kernels:
         return None
@@ -134,7 +134,7 @@ def _utilization(trial: Trial, unit: str) -> float | None:
 
 
 def _common_options(trials: Sequence[Trial]) -> dict[str, Any]:
-    """The fields of the variant that all of several trials have alike."""
+    """Return the fields of the variant that all of several trials have alike."""
     if len(trials) < 2:
         return {}
     first, *others = (trial.variant for trial in trials)

@@ -1,4 +1,4 @@
-"""What `python -m tuning.validate json=...` writes, and the report reads."""
+"""The record of `python -m tuning.validate`, which the report reads."""
 
 from pathlib import Path
 from typing import Any, Self

@@ -1,11 +1,14 @@
 """The search as a state machine: what it asks, what it is told, and what it knows after any death."""
 
+import contextlib
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from splash_attn.types import AttentionShape
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from tuning.search.space import Candidate, Candidates, Pruner, Space, candidate_of, enumerate_candidates
 from tuning.search.study import Sampler, Search, SearchSettings
@@ -183,3 +186,28 @@ def test_failures_count_and_are_not_asked_again(make_search, trial_of, sampler):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SearchSettings(**({"sampler": "grid", "max_trials": None, "seed": 0} | change))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE trial_params SET distribution_json = '{'",
+        "UPDATE trial_params SET distribution_json = '{}'",
+        "UPDATE trial_params SET param_value = 'x'",
+        "UPDATE trials SET state = 'UNHEARD OF'",
+        "UPDATE alembic_version SET version_num = 'v0.9.0.a'",
+        "ALTER TABLE studies DROP COLUMN study_name",
+    ],
+)
+def test_a_study_that_cannot_be_read_is_one_refusal(
+    make_search: Callable[..., Search], tmp_path: Path, statement: str
+) -> None:
+    make_search("tpe").ask()
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.sqlite3")) as database, database:
+        for index in database.execute(
+            "SELECT name FROM sqlite_master WHERE type='index' AND sql IS NOT NULL"
+        ).fetchall():
+            database.execute(f"DROP INDEX {index[0]}")  # of a column to drop
+        database.execute(statement)
+    with pytest.raises(UserError, match=r"study\.sqlite3: this study cannot be read or written \(.*delete it"):
+        make_search("tpe")
