@@ -80,7 +80,7 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
     assert len(steps) == 3
     assert steps[0].startswith("1/3, ") and " s a step, " in steps[0] and steps[-1].endswith(", 0 s left")
     assert [bar for bar in comfy.bars if bar[1] == 3] == [(1, 3), (2, 3), (3, 3)]
-    assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
+    assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (96, 64))] * 3, "frames 2 x 2"
 
 
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_preview_any_shows_has_no_path(nodes: dict[str, Any], comfy: Any, _
     (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="fog", model_id="tiny").args
     (latents,) = nodes["CogVideoXTPUSampler"].execute(embeds, **VALUES).args
     assert str(embeds) == f"embeddings [2, 19, 20] float32, prompt={PROMPT!r}, negative_prompt='fog'"
-    assert str(latents) == f"latents [1, 4, 16, 4, 6] float32, prompt={PROMPT!r}"
+    assert str(latents) == f"latents [1, 3, 16, 4, 6] float32, prompt={PROMPT!r}"
     assert str(_tiny) not in repr([embeds, latents])
 
 

@@ -164,7 +164,8 @@ class CogVideoXTPUSampler(io.ComfyNode):
     @in_widget_terms
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
         request, parallel = stages.sampling_request(embeddings, **checked_widgets(cls.define_schema(), values))
-        return io.NodeOutput(stages.denoise(embeddings, request, parallel, NodeProgress(cls.hidden.unique_id)))
+        progress = NodeProgress(cls.hidden.unique_id, embeddings.checkpoint)
+        return io.NodeOutput(stages.denoise(embeddings, request, parallel, progress))
 
 
 class CogVideoXTPUVAEDecoder(io.ComfyNode):

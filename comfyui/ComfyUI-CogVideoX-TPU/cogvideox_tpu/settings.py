@@ -34,9 +34,8 @@ KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
     "interpret": ("pallas_interpret", None, None),
     "xla": ("xla", None, None),
 }
-#: What the pipeline's messages say -> what a user of the nodes knows; later ones see what earlier ones made.
+#: What the pipeline's messages say -> what a user of the nodes knows.
 _WIDGET_TERMS = (
-    (r"\brevision=None: ", ""),
     (r" revision=None\b", ""),
     (r"\bcheckpoint=", "model_id="),
     (r"\btiny, tiny-random, a folder, or a Hub id\b", _MODEL_IDS),
@@ -177,7 +176,7 @@ def attention_options(kernel: str) -> Any:
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:
-    """Return the `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
+    """Return the `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all."""
     from pipeline.requests.parallel_options import ParallelOptions
 
     plan, weights = PARALLEL_PLANS[parallel_plan]

@@ -124,5 +124,5 @@ def decode(latents: Latents, progress: Any) -> torch.Tensor:
         with _running("vae") as stages:
             context = _context("vae", latents.checkpoint, latents.request, progress)
             frames = stages.decode(context, latents.latents, quantize=False)
-        _frames[latents] = torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
+            _frames[latents] = torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
     return _frames[latents]
