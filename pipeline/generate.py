@@ -15,7 +15,6 @@ from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
 from splash_workbench.files import require_writable
-from splash_workbench.provenance import user_cache_dir
 
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
@@ -156,7 +155,8 @@ def _how_to_go_on(settings: GenerateConfig, between_steps: bool) -> str:
 def _use_compilation_cache(settings: GenerateConfig) -> None:
     from pipeline.checkpoints.loading import use_compilation_cache
 
-    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
+    if settings.compilation_cache:
+        use_compilation_cache()
 
 
 def _check_combination(settings: GenerateConfig) -> None:

@@ -1,7 +1,8 @@
 """Draw the pictures of README.md and docs/ from the records: `python docs/pictures/make.py [NAME ...]`.
 
-NAME is one of demo, heatmap, plans, layer (all of these without a NAME), or step. `step` compiles the denoise step of
-the 5B model for a v6e-8 (three minutes of CPU) and keeps the ops of one layer in step.json, which `layer` draws.
+NAME is one of demo, heatmap, plans, layer, thumbnails (all of these without a NAME), or step. `step` compiles the
+denoise step of the 5B model for a v6e-8 (three minutes of CPU) and keeps the ops of one layer in step.json, which
+`layer` draws.
 """
 
 import json
@@ -30,6 +31,7 @@ from matplotlib.patches import Patch, Rectangle
 PICTURES = Path(__file__).parent
 ROOT = PICTURES.parents[1]
 STEP = PICTURES / "step.json"
+TEMPLATES = ROOT / "comfyui/ComfyUI-CogVideoX-TPU/example_workflows"
 #: Kinds of work, with Okabe and Ito's colours, and the names that records give them.
 KINDS = {
     "attention kernel": ("#0072b2", ("attention_kernel", "kernel")),
@@ -51,6 +53,20 @@ def demo() -> None:
     large = [frame.resize((size[0] * 4, size[1] * 4), Image.Resampling.LANCZOS) for frame in frames]
     times = [round(1000 / video["fps"])] * (len(large) - 1) + [1000]
     large[0].save(PICTURES / "demo.webp", save_all=True, append_images=large[1:], duration=times, loop=0, quality=80)
+
+
+def thumbnails() -> None:
+    """Write the ComfyUI templates' .jpg: frames of demo.webp, and the picture of the 720p workflow."""
+    with Image.open(PICTURES / "demo.webp") as video:
+        width, height = video.size
+        sheet = Image.new("RGB", (2 * width, 2 * height))
+        for tile, frame in enumerate(range(0, video.n_frames, video.n_frames // 3)[:4]):  # type: ignore[attr-defined]
+            video.seek(frame)
+            sheet.paste(video.convert("RGB"), (tile % 2 * width, tile // 2 * height))
+    sheet.save(TEMPLATES / "cogvideox_t2v_tiny.jpg", quality=85)
+    Image.open(TEMPLATES / "cogvideox_t2v_720p.png").convert("RGB").save(
+        TEMPLATES / "cogvideox_t2v_720p.jpg", quality=85
+    )
 
 
 def heat_map() -> None:
@@ -211,7 +227,13 @@ def _save(figure: Any, name: str) -> None:
     image.save(PICTURES / name, optimize=True)
 
 
-DRAW: dict[str, Callable[[], None]] = {"demo": demo, "heatmap": heat_map, "plans": plans, "layer": layer}
+DRAW: dict[str, Callable[[], None]] = {
+    "demo": demo,
+    "heatmap": heat_map,
+    "plans": plans,
+    "layer": layer,
+    "thumbnails": thumbnails,
+}
 
 
 def main() -> int:

@@ -37,12 +37,13 @@ _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
 
 
-def use_compilation_cache(folder: Path | None) -> None:
-    """Keep compiled programs in a folder across runs, so that a second start is fast; None: do not.
+def use_compilation_cache(folder: Path | None = None) -> None:
+    """Keep compiled programs in a folder across processes, by default one in the user's cache: a second start is fast.
 
     What the user or the environment has set (JAX_COMPILATION_CACHE_DIR) stays.
     """
-    if folder is not None and jax.config.values["jax_compilation_cache_dir"] is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = folder or user_cache_dir() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -15,7 +15,6 @@ from pipeline.requests.config import GenerateConfig
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import require_writable
-from splash_workbench.provenance import user_cache_dir
 from splash_workbench.status import Label
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ def main(settings: QualityConfig) -> int:
     from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
     from splash_workbench.records import jsonl
 
-    use_compilation_cache(user_cache_dir() / "compiled" if settings.compilation_cache else None)
+    if settings.compilation_cache:
+        use_compilation_cache()
     from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     captions = [caption for caption in settings.captions for _ in settings.seeds]
     if not captions:

@@ -145,7 +145,8 @@ class RequestRun:
         fingerprint = _state_fingerprint(self.keys["denoise"], plan)
         state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
         if every:
-            context = dataclasses.replace(context, progress=PreviewWriter(self.run_dir, every, context.progress))
+            writer = PreviewWriter(self.run_dir, every, context.progress, context.checkpoint)
+            context = dataclasses.replace(context, progress=writer)
         latents = stages.denoise(context, embeddings, state_file=state_file)
         return {"latents": latents}, {
             "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),

@@ -38,6 +38,15 @@ class Slot:
         _check(f"{io_type} {slot_id}", keywords, allowed)
         self.io_type, self.id, self.keywords = io_type, slot_id, keywords
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a keyword, None where it was not given, as ComfyUI's inputs have it."""
+        if name in _KEYWORDS.get(self.io_type, _INPUT):
+            return self.keywords.get(name)
+        raise AttributeError(name)
+
+    def get_io_type(self) -> str:
+        return self.io_type
+
     @property
     def is_widget(self) -> bool:
         return self.io_type in _KEYWORDS

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
-from pipeline.requests.errors import NonFiniteError, RequestError
+from pipeline.requests.errors import NonFiniteError, PipelineError, RequestError
 
 pytestmark = pytest.mark.compile  # models are loaded and compiled
 
@@ -57,10 +58,10 @@ def run(nodes: dict[str, Any], **changes: Any) -> tuple[torch.Tensor, float]:
     sampler = nodes["CogVideoXTPUSampler"]
     with torch.inference_mode():
         assert sampler.check_lazy_status(embeddings=None, **values) == ["embeddings"]
-        (embeds,) = nodes["CogVideoXTextEncoder"].execute(PROMPT, "", "tiny").args
+        (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="", model_id="tiny").args
         assert sampler.check_lazy_status(embeddings=embeds, **values) == []
         (latents,) = sampler.execute(embeds, **values).args
-        images, frame_rate = nodes["CogVideoXTPUVAEDecoder"].execute(latents, 16).args
+        images, frame_rate = nodes["CogVideoXTPUVAEDecoder"].execute(latents, fps=16).args
     return images, frame_rate
 
 
@@ -79,7 +80,7 @@ def test_frames_progress_and_previews(nodes: dict[str, Any], comfy: Any) -> None
     assert len(steps) == 3
     assert steps[0].startswith("1/3, ") and " s a step, " in steps[0] and steps[-1].endswith(", 0 s left")
     assert [bar for bar in comfy.bars if bar[1] == 3] == [(1, 3), (2, 3), (3, 3)]
-    assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (48, 32))] * 3
+    assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (96, 64))] * 3, "frames 2 x 2"
 
 
 def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tmp_path: Path) -> None:
@@ -149,6 +150,12 @@ def test_previews_are_as_comfyui_is_set(nodes: dict[str, Any], comfy: Any, monke
         ({"kernel": "int8"}, "kernel=int8: needs a TPU"),
         ({"scheduler": "euler"}, "scheduler='euler': expected one of checkpoint, ddim, dpm"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": "6"}, "guidance_scale='6': expected a number from 0.0 to 100.0"),
+        ({"kernel": "foo"}, "kernel='foo': expected one of auto, fixed_bound"),
+        ({"kernel": ["auto"]}, "kernel=.* expected one of auto"),
+        ({"parallel_plan": "foo"}, "parallel_plan='foo': expected one of auto, ulysses"),
+        ({"num_devices": -1}, "num_devices=-1: expected a whole number from 0 to 4096"),
+        ({"seed": 1.5}, "seed=1.5: expected a whole number from 0 to"),
     ],
 )
 def test_bad_values_before_any_work(nodes: dict[str, Any], comfy: Any, changes: dict[str, Any], message: str) -> None:
@@ -157,13 +164,96 @@ def test_bad_values_before_any_work(nodes: dict[str, Any], comfy: Any, changes: 
     assert not comfy.texts, "no text was encoded"
 
 
+@pytest.mark.parametrize(
+    ("node", "changes", "message"),
+    [
+        ("CogVideoXTextEncoder", {"dtype": "float16"}, "dtype='float16': expected one of auto, bfloat16, float32"),
+        ("CogVideoXTextEncoder", {"prompt": None}, "prompt=None: expected text"),
+        ("CogVideoXTextEncoder", {"model_id": "/etc"}, "model_id='/etc': expected a Hub id"),
+        ("CogVideoXTPUVAEDecoder", {"fps": 0}, "fps=0: expected a whole number from 1 to 120"),
+        ("CogVideoXTPUInfo", {"device": "foo"}, "device='foo': expected one of TPU v6 lite, TPU v5 lite, TPU7x"),
+        ("CogVideoXTPUInfo", {"predict": "yes"}, "predict='yes': expected true or false"),
+        ("CogVideoXTPUInfo", {"width": 4096}, "width=4096: the rotary table of model_id='tiny' ends at"),
+        (
+            "CogVideoXTPUInfo",
+            {"num_devices": 1, "device": "TPU7x", "predict": True},
+            "num_devices=1: expected one of 2, 8, 16",
+        ),
+    ],
+)
+def test_every_node_checks_its_widgets(
+    nodes: dict[str, Any], comfy: Any, node: str, changes: dict[str, Any], message: str
+) -> None:
+    values = {slot.id: slot.default for slot in nodes[node].define_schema().inputs if slot.is_widget}
+    if "model_id" in values:
+        values |= {"model_id": "tiny"}
+    if "latents" in (slot.id for slot in nodes[node].define_schema().inputs):
+        values["latents"] = None
+    small = {name: value for name, value in VALUES.items() if name in values}
+    with pytest.raises(PipelineError, match=f"^{message}") as caught:
+        nodes[node].execute(**{**values, **small, **changes})
+    assert "\n" not in str(caught.value)
+    assert not {"checkpoint=", "topology=", "parallel.", "attention."} & set(str(caught.value).split())
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("checkpoint='x/y' revision=None: the Hub refused it", "model_id='x/y': the Hub refused it"),
+        ("parallel.num_devices=3: only 2 are here", "num_devices=3: only 2 are here"),
+        (
+            "topology='v6e-3': expected v6e-N with N one of 1, 4, or chips as v6e:2x4.",
+            "num_devices=3: expected one of 1, 4.",
+        ),
+        (
+            "denoise: try more chips, parallel=ulysses_sharded, or",
+            "denoise: try more chips, parallel_plan=ulysses, weights sharded, or",
+        ),
+        (
+            "checkpoint='x': no such folder; expected tiny, tiny-random, an existing folder, or owner/name",
+            "model_id='x'",
+        ),
+    ],
+)
+def test_errors_name_the_widgets(part: Any, message: str, expected: str) -> None:
+    @part("settings").in_widget_terms
+    def fail() -> None:
+        raise RequestError(message)
+
+    with pytest.raises(RequestError) as caught:
+        fail()
+    assert str(caught.value).startswith(expected) and "tiny-random" not in str(caught.value)
+
+
+def test_another_fps_does_not_decode_again(nodes: dict[str, Any], comfy: Any) -> None:
+    (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="", model_id="tiny").args
+    (latents,) = nodes["CogVideoXTPUSampler"].execute(embeds, **VALUES).args
+    decode = nodes["CogVideoXTPUVAEDecoder"].execute
+    images, _ = decode(latents, fps=8).args
+    comfy.texts.clear()
+    again, frame_rate = decode(latents, fps=24).args
+    assert again is images and frame_rate == 24.0 and not comfy.texts
+    frames = weakref.ref(images)
+    del images, again, latents
+    gc.collect()
+    assert frames() is None, "kept no longer than the latents"
+
+
+def test_what_preview_any_shows_has_no_path(nodes: dict[str, Any], comfy: Any, _tiny: Path) -> None:
+    (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="fog", model_id="tiny").args
+    (latents,) = nodes["CogVideoXTPUSampler"].execute(embeds, **VALUES).args
+    assert str(embeds) == f"embeddings [2, 19, 20] float32, prompt={PROMPT!r}, negative_prompt='fog'"
+    assert str(latents) == f"latents [1, 3, 16, 4, 6] float32, prompt={PROMPT!r}"
+    assert str(_tiny) not in repr([embeds, latents])
+
+
 def test_empty_prompt(nodes: dict[str, Any], comfy: Any) -> None:
-    (embeds,) = nodes["CogVideoXTextEncoder"].execute("", "", "tiny").args
+    (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt="", negative_prompt="", model_id="tiny").args
     assert np.array_equal(*embeds.prompts)
 
 
 def test_nan_is_an_error_not_a_black_video(nodes: dict[str, Any], comfy: Any, part: Any) -> None:
-    (embeds,) = nodes["CogVideoXTextEncoder"].execute(PROMPT, "", "tiny").args
+    (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="", model_id="tiny").args
     spoilt = dataclasses.replace(embeds, prompts=np.full_like(embeds.prompts, np.nan))
     with pytest.raises(NonFiniteError, match="denoise: step 1 of 3"):
         nodes["CogVideoXTPUSampler"].execute(spoilt, **VALUES)
@@ -172,7 +262,6 @@ def test_nan_is_an_error_not_a_black_video(nodes: dict[str, Any], comfy: Any, pa
 def test_full_memory_frees_the_models(
     nodes: dict[str, Any], comfy: Any, part: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.requests.errors import PipelineError
     from pipeline.stages.vae import VaeDecoder
 
     def out_of_memory(*_: Any, **__: Any) -> None:

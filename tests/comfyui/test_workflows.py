@@ -1,11 +1,13 @@
 """The example workflows against the schemas: positions of widget values, links, and what they run."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.requests.models import MODEL_FIELDS, MODELS
 
@@ -95,7 +97,22 @@ def test_workflow_fits_the_schemas(pack_dir: Path, schemas: dict[str, Any], name
         "CreateVideo",
         "SaveVideo",
     ]
-    assert (pack_dir / "example_workflows" / f"{name}.png").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail(pack_dir: Path, name: str) -> None:
+    """ComfyUI's frontend asks for the template's name with .jpg."""
+    with Image.open(pack_dir / "example_workflows" / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG" and picture.width >= 384
+        assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 100, "not blank"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_have_room_to_grow(pack_dir: Path, name: str) -> None:
+    """Progress texts, previews and videos make a node longer: nodes stand beside one another, never under."""
+    placed = sorted((*node["pos"], *node["size"]) for node in load(pack_dir, name)["nodes"])
+    for (x, _, width, _), (next_x, *_) in itertools.pairwise(placed):
+        assert x + width + 20 <= next_x
 
 
 def test_no_other_workflows(pack_dir: Path) -> None:

@@ -16,17 +16,17 @@ from server import PromptServer
 
 logger = logging.getLogger(__name__)
 
-MAX_PREVIEW_SIDE = 512
+_PREVIEW = {"max_frames": 4, "max_side": 768}
 _DOING = {"load": "loading weights", "compile": "compiling"}
 
 
 def model_folders() -> list[Path]:
-    """Where checkpoints may lie: ComfyUI's folders for diffusers models, then its models folder."""
+    """Return where checkpoints may lie: ComfyUI's folders for diffusers models, then its models folder."""
     return [Path(folder) for folder in [*folder_paths.get_folder_paths("diffusers"), folder_paths.models_dir]]
 
 
 def interrupt_if_asked() -> None:
-    """Raises ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
+    """Raise ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
@@ -34,11 +34,13 @@ class NodeProgress:
     """A `pipeline.stages.progress.Progress` that shows on a node what it is doing, and stops it when the user asks.
 
     Shown are a bar, seconds a step with the time left, and a picture of every denoising step where ComfyUI has
-    previews turned on.
+    previews turned on. checkpoint: of the latents, a pipeline.checkpoints.loading.Checkpoint.
     """
 
-    def __init__(self, node_id: str):
+    def __init__(self, node_id: str, checkpoint: Any = None):
         self._node_id = node_id
+        self._checkpoint = checkpoint
+        self._previews: Any = None
         self._bar: Any = None
         self._step_times_s: list[float] = []
 
@@ -52,28 +54,29 @@ class NodeProgress:
         else:
             self._step_times_s.append(event.step_time_s)
             self.say(step_text(event.step, event.total_steps, self._step_times_s))
-            self._bar.update_absolute(event.step, event.total_steps, _preview(event))
+            self._bar.update_absolute(event.step, event.total_steps, self._preview(event))
 
     def say(self, text: str) -> None:
         """Show a text on the node."""
         logger.info(text)
         PromptServer.instance.send_progress_text(text, self._node_id)
 
+    def _preview(self, event: Any) -> tuple[str, Any, int] | None:
+        if event.preview is None or args.preview_method == LatentPreviewMethod.NoPreviews:
+            return None
+        from pipeline.runs.preview import Previews
+
+        self._previews = self._previews or Previews(self._checkpoint)
+        picture = self._previews.sheet(event.preview(), **_PREVIEW)
+        return ("JPEG", picture, _PREVIEW["max_side"]) if picture else None
+
 
 def step_text(step: int, total_steps: int, step_times_s: list[float]) -> str:
-    """How far a stage is, seconds a step (median), and the time left."""
+    """Tell how far a stage is, seconds a step (median), and the time left."""
     step_time_s = statistics.median(step_times_s)
     left_s = round(step_time_s * (total_steps - step))
     left = f"{left_s} s" if left_s < 60 else f"{left_s // 60} min {left_s % 60} s"
     return f"{step}/{total_steps}, {step_time_s:.2f} s a step, {left} left"
-
-
-def _preview(event: Any) -> tuple[str, Any, int] | None:
-    if event.preview is None or args.preview_method == LatentPreviewMethod.NoPreviews:
-        return None
-    from pipeline.runs.preview import latent_picture
-
-    return ("JPEG", latent_picture(event.preview(), MAX_PREVIEW_SIDE), MAX_PREVIEW_SIDE)
 
 
 class CogVideoXStages(torch.nn.Module):

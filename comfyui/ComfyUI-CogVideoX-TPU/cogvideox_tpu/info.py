@@ -30,7 +30,6 @@ def report(
     predict: compile the step for that device, in a process of its own. say: told when that begins. fields: more of a
     GenerateRequest.
     """
-    settings.require_packages()
     import torch
 
     from pipeline.checkpoints.checks import check_request, part_configs
@@ -109,10 +108,16 @@ def _predicted_step(
     from offline_tpu.machine.devices import by_name
     from pipeline.predict.planner import Predictor
     from pipeline.requests.config import request_to_dict
+    from pipeline.requests.errors import PipelineError, RequestError
 
     topology = f"{by_name(device).name}-{num_devices}"
     predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
-    prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+    try:
+        prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+    except RequestError:
+        raise
+    except PipelineError as error:  # what is known without it is worth showing
+        return [f"no prediction: {str(error).splitlines()[0]}"]
     denoise = prediction.stages["denoise"]
     total_s = denoise["time_s"] * request.num_inference_steps
     return [

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from . import info, stages
 from .host import NodeProgress
-from .settings import AUTO, DEFAULT_MODEL, DTYPES, KERNELS, PARALLEL_PLANS, SCHEDULERS
+from .settings import AUTO, DEFAULT_MODEL, DTYPES, KERNELS, PARALLEL_PLANS, SCHEDULERS, checked_widgets, in_widget_terms
 
 CATEGORY = "CogVideoX TPU"
 MAX_SIDE, MAX_FRAMES = 4096, 1001  # pipeline.requests.request's; the tests compare them
@@ -106,10 +106,10 @@ class CogVideoXTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, prompt: str, negative_prompt: str, model_id: str, dtype: str = AUTO) -> io.NodeOutput:
-        return io.NodeOutput(
-            stages.encode(prompt, negative_prompt, model_id, dtype, NodeProgress(cls.hidden.unique_id))
-        )
+    @in_widget_terms
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        values = checked_widgets(cls.define_schema(), values)
+        return io.NodeOutput(stages.encode(**values, progress=NodeProgress(cls.hidden.unique_id)))
 
 
 class CogVideoXTPUSampler(io.ComfyNode):
@@ -154,20 +154,18 @@ class CogVideoXTPUSampler(io.ComfyNode):
         )
 
     @classmethod
+    @in_widget_terms
     def check_lazy_status(cls, embeddings: Any = None, **values: Any) -> list[str]:
-        """Asks for the embeddings once all other values are known to be good."""
-        stages.sampling_request(embeddings, **_with_defaults(values))
+        """Ask for the embeddings once all other values are known to be good."""
+        stages.sampling_request(embeddings, **checked_widgets(cls.define_schema(), values))
         return ["embeddings"] if embeddings is None else []
 
     @classmethod
+    @in_widget_terms
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        request, parallel = stages.sampling_request(embeddings, **_with_defaults(values))
-        return io.NodeOutput(stages.denoise(embeddings, request, parallel, NodeProgress(cls.hidden.unique_id)))
-
-
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Optional inputs that a workflow leaves out are not passed at all."""
-    return {"parallel_plan": AUTO, "kernel": AUTO, "scheduler": "checkpoint", **values}
+        request, parallel = stages.sampling_request(embeddings, **checked_widgets(cls.define_schema(), values))
+        progress = NodeProgress(cls.hidden.unique_id, embeddings.checkpoint)
+        return io.NodeOutput(stages.denoise(embeddings, request, parallel, progress))
 
 
 class CogVideoXTPUVAEDecoder(io.ComfyNode):
@@ -192,7 +190,9 @@ class CogVideoXTPUVAEDecoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latents: Any, fps: int) -> io.NodeOutput:
+    @in_widget_terms
+    def execute(cls, latents: Any, **values: Any) -> io.NodeOutput:
+        fps = checked_widgets(cls.define_schema(), values)["fps"]
         return io.NodeOutput(stages.decode(latents, NodeProgress(cls.hidden.unique_id)), float(fps))
 
 
@@ -237,8 +237,10 @@ class CogVideoXTPUInfo(io.ComfyNode):
         return info.tuned_version(device)
 
     @classmethod
+    @in_widget_terms
     def execute(cls, **values: Any) -> io.NodeOutput:
-        report = info.report(**_with_defaults(values), say=NodeProgress(cls.hidden.unique_id).say)
+        values = checked_widgets(cls.define_schema(), values)
+        report = info.report(**values, say=NodeProgress(cls.hidden.unique_id).say)
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 

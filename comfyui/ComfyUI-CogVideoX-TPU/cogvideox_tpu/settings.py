@@ -1,16 +1,19 @@
 """What the widgets say -> the types of `pipeline`. Raises its RequestError and CheckpointError."""
 
+import functools
 import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import host
 
 TINY = "tiny"
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
+_MODEL_IDS = "a Hub id (owner/name), a folder under ComfyUI's models folder, or tiny"
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
@@ -31,12 +34,28 @@ KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
     "interpret": ("pallas_interpret", None, None),
     "xla": ("xla", None, None),
 }
+#: What the pipeline's messages say -> what a user of the nodes knows.
+_WIDGET_TERMS = (
+    (r" revision=None\b", ""),
+    (r"\bcheckpoint=", "model_id="),
+    (r"\btiny, tiny-random, a folder, or a Hub id\b", _MODEL_IDS),
+    (r"\btiny, tiny-random, an existing folder, or owner/name\b", _MODEL_IDS),
+    (r"\bmodel=cogvideox1\.5-5b\b", f"model_id={DEFAULT_MODEL}"),
+    (r"\btopology='[a-z0-9]+-(\d+)'", r"num_devices=\1"),
+    (r"\bexpected [a-z0-9]+-N with N one of ([\d, ]+\d), or chips as [a-z0-9:]+", r"expected one of \1"),
+    (r"\bparallel\.num_devices=", "num_devices="),
+    (r"\bparallel=ulysses_sharded\b", "parallel_plan=ulysses, weights sharded"),
+    (r"\bparallel\.plan=", "parallel_plan="),
+    (r"\battention\.implementation=", "kernel="),
+    (r"\bpallas_interpret\b", "interpret"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _PACKAGES = ("pipeline.requests.request", "splash_attn.types")
 
 
 def require_packages() -> None:
-    """Raises RuntimeError, saying what to do, unless the packages under these nodes are there, and the right ones."""
+    """Raise RuntimeError, saying what to do, unless the packages under these nodes are there, and the right ones."""
     for name in _PACKAGES:
         try:
             importlib.import_module(name)
@@ -49,6 +68,58 @@ def require_packages() -> None:
                 f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install "
                 "cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>), see the pack's README"
             ) from error
+
+
+def in_widget_terms(execute: _Function) -> _Function:
+    """Have the errors of a node name its widgets, not the keys of the command line."""
+
+    @functools.wraps(execute)
+    def translated(*arguments: Any, **values: Any) -> Any:
+        require_packages()
+        from splash_workbench.errors import UserError
+
+        try:
+            return execute(*arguments, **values)
+        except UserError as error:
+            raise type(error)(*map(_in_widget_terms, error.messages)) from error
+
+    return translated  # type: ignore[return-value]
+
+
+def _in_widget_terms(message: str) -> str:
+    for pattern, term in _WIDGET_TERMS:
+        message = re.sub(pattern, term, message)
+    return message
+
+
+def checked_widgets(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a node's widgets, with the defaults of optional ones that a workflow leaves out.
+
+    ComfyUI does not check a value that comes over a link. Raises RequestError.
+    """
+    from pipeline.requests.errors import RequestError
+
+    checked = dict(values)
+    for slot in schema.inputs:
+        if slot.optional:
+            checked.setdefault(slot.id, slot.default)
+        expected = _expected(slot, checked[slot.id]) if slot.id in checked else None
+        if expected is not None:
+            raise RequestError(f"{slot.id}={checked[slot.id]!r}: expected {expected}")
+    return checked
+
+
+def _expected(slot: Any, value: Any) -> str | None:
+    """Return what a widget takes, None if it takes this value."""
+    kind = slot.get_io_type()
+    if kind == "COMBO":
+        return None if value in slot.options else f"one of {', '.join(slot.options)}"
+    if kind in ("INT", "FLOAT"):
+        is_number = isinstance(value, int if kind == "INT" else int | float) and not isinstance(value, bool)
+        what = f"a {'whole ' if kind == 'INT' else ''}number from {slot.min} to {slot.max}"
+        return None if is_number and slot.min <= value <= slot.max else what
+    python, what = {"STRING": (str, "text"), "BOOLEAN": (bool, "true or false")}.get(kind, (object, ""))
+    return None if isinstance(value, python) else what
 
 
 def find_checkpoint(model_id: str) -> Any:
@@ -68,11 +139,7 @@ def find_checkpoint(model_id: str) -> Any:
         return Checkpoint(name=model_id, folder=folder)
     if _HUB_ID.fullmatch(model_id):
         return hub_checkpoint(model_id)
-    folders = " or ".join(str(folder) for folder in host.model_folders())
-    raise CheckpointError(
-        f"model_id={model_id!r}: expected a Hub id (owner/name), a folder under {folders}, or {TINY}; a folder is "
-        "given relative to one of these"
-    )
+    raise CheckpointError(f"model_id={model_id!r}: expected {_MODEL_IDS}; a folder is given relative to that")
 
 
 def _local_folder(model_id: str) -> Path | None:
@@ -96,7 +163,7 @@ def resolve_dtype(dtype: str, model_id: str) -> str:
 
 
 def attention_options(kernel: str) -> Any:
-    """The `pipeline.requests.request.AttentionOptions` of a kernel's name."""
+    """Return the `pipeline.requests.request.AttentionOptions` of a kernel's name."""
     from pipeline.requests.request import AttentionOptions
     from splash_attn.types import Variant
 
@@ -109,7 +176,7 @@ def attention_options(kernel: str) -> Any:
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:
-    """The `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all there are."""
+    """Return the `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all."""
     from pipeline.requests.parallel_options import ParallelOptions
 
     plan, weights = PARALLEL_PLANS[parallel_plan]
@@ -117,7 +184,7 @@ def parallel_options(parallel_plan: str, num_devices: int) -> Any:
 
 
 def check_devices(attention: Any, parallel: Any) -> None:
-    """Raises RequestError where the devices here cannot do what is asked for. Starts JAX."""
+    """Raise RequestError where the devices here cannot do what is asked for. Starts JAX."""
     import jax
 
     from pipeline.requests.errors import RequestError

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from . import models, settings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Embeds:
     """COGVIDEOX_EMBEDS. prompts: embeddings [2, text tokens, text_embed_dim], of the negative prompt and the prompt."""
 
@@ -21,8 +22,12 @@ class Embeds:
     dtype: str
     prompts: np.ndarray
 
+    def __repr__(self) -> str:  # what Preview Any shows: of the checkpoint nothing, whose folder is the server's
+        text = f"prompt={self.prompt!r}, negative_prompt={self.negative_prompt!r}"
+        return f"embeddings {list(self.prompts.shape)} {self.prompts.dtype}, {text}"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
     """COGVIDEOX_LATENTS. latents: [1, frames, channels, height, width] in the request's dtype."""
 
@@ -30,13 +35,23 @@ class Latents:
     request: Any  # pipeline.requests.request.GenerateRequest
     latents: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"latents {list(self.latents.shape)} {self.latents.dtype}, prompt={self.request.prompt!r}"
+
+
+#: Decoded frames, as long as ComfyUI keeps the latents: another fps runs the decoder's node, not the decoder.
+_frames: weakref.WeakKeyDictionary[Latents, torch.Tensor] = weakref.WeakKeyDictionary()
+models.call_when_released(_frames.clear)
+
 
 @contextlib.contextmanager
 def _running(stage: str) -> Iterator[Any]:
     """Yield the pipeline's Stages, torch set as they need it (ComfyUI runs nodes in inference mode)."""
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.requests.errors import DeviceMemoryError
     from pipeline.stages.stages import Stages
 
+    use_compilation_cache()  # before the first program: after /free or a restart nothing is compiled again
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield Stages(lambda kind, key, load: models.loaded_stage((kind, key), load))
@@ -62,7 +77,6 @@ def _context(stage: Any, checkpoint: Any, request: Any, progress: Any, **more: A
 
 def encode(prompt: str, negative_prompt: str, model_id: str, dtype: str, progress: Any) -> Embeds:
     """Run stage "text" on both prompts: whether there is guidance is not known yet."""
-    settings.require_packages()
     from pipeline.requests.request import GenerateRequest
 
     dtype = settings.resolve_dtype(dtype, model_id)
@@ -80,7 +94,6 @@ def sampling_request(
 
     embeds: None while the text is not encoded yet. Raises RequestError.
     """
-    settings.require_packages()
     from pipeline.requests.request import GenerateRequest
 
     of_text: dict[str, Any] = {"prompt": "not known yet"}
@@ -107,8 +120,9 @@ def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Laten
 
 def decode(latents: Latents, progress: Any) -> torch.Tensor:
     """Run stage "vae". Returns frames as ComfyUI's IMAGE: float32 [frames, height, width, 3] in 0 to 1."""
-    settings.require_packages()
-    with _running("vae") as stages:
-        context = _context("vae", latents.checkpoint, latents.request, progress)
-        frames = stages.decode(context, latents.latents, quantize=False)
-        return torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
+    if latents not in _frames:
+        with _running("vae") as stages:
+            context = _context("vae", latents.checkpoint, latents.request, progress)
+            frames = stages.decode(context, latents.latents, quantize=False)
+            _frames[latents] = torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
+    return _frames[latents]
