@@ -30,6 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "tuned").mkdir(exist_ok=True)
         monkeypatch.setattr(sys, "argv", ["report", "tuned_dir=tuned", *arguments])
         code = report.main()
         captured = capsys.readouterr()
