@@ -16,7 +16,7 @@ demo: export COGVIDEOX_SPLASH_TUNED = demo/tuned
 demo: $(VENV)/.installed  ## set up, tune without a TPU, generate a video
 	$(BIN)/python -m tuning.sweep search.max_trials=5 results_dir=demo/results
 	$(BIN)/python -m tuning.choose
-	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)" output_dir=demo/videos results_path=demo/results/generate.jsonl
+	$(BIN)/python -m pipeline.generate prompt="$(PROMPT)" model=tiny output_dir=demo/videos results_path=demo/results/generate.jsonl
 	@echo; echo "Look at:"; ls demo/results/sweeps/*/heatmap.png demo/videos/*/*.mp4
 
 test: $(VENV)/.installed-dev lint  ## set up, then lint, type-check and test: what CI runs

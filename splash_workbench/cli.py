@@ -69,7 +69,9 @@ def command(
         return main
 
     def _compose_and_run(function: Callable[[S], int]) -> int:
-        keys = Keys(used_keys(schema, unused), _groups(name), text_or_list)
+        groups = _groups(name)
+        unset = [group for group, option in groups.items() if option is None]
+        keys = Keys(used_keys(schema, unused), groups, text_or_list, unset)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         for resolver, resolve in (resolvers or {}).items():
             OmegaConf.register_new_resolver(resolver, resolve, replace=True)
@@ -150,11 +152,10 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
             temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _groups(name: str) -> list[str]:
-    """Return the groups in the defaults list of configs/<name>.yaml."""
-    defaults = OmegaConf.select(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"), "defaults")
-    named = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
-    return [key for key in named if not key.startswith("override ")]
+def _groups(name: str) -> dict[str, str | None]:
+    """Return the groups in the defaults list of configs/<name>.yaml, and what is chosen of each."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
+    return {group: option for entry in config["defaults"] if isinstance(entry, dict) for group, option in entry.items()}
 
 
 @contextlib.contextmanager

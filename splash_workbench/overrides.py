@@ -52,12 +52,14 @@ class Keys:
         with --multirun a comma without a space behind it stands between the values of two runs. A group's type may have
         an attribute `unsupported`: option that is left out on purpose -> why.
       groups: names of the configuration groups.
+      unset_groups: those of which none is chosen unless the command line does.
       text_or_list: keys whose value is text, too, unless it begins with a bracket.
     """
 
     types: Mapping[str, Any]
     groups: Collection[str]
     text_or_list: Collection[str] = ()
+    unset_groups: Collection[str] = ()
 
     def checked(self, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
         """Return arguments for Hydra: its flags, then `settings`, then the overrides with their text quoted.
@@ -77,6 +79,9 @@ class Keys:
         overrides = [self._quoted(override, options.multirun) for override in options.overrides]
         for override in overrides:
             self._check(override)
+            group, dot, _ = override.partition("=")[0].partition(".")
+            if dot and group in self.unset_groups and not any(other.startswith(f"{group}=") for other in overrides):
+                raise UserError(f"{override}: expected {group}=name beside it")
         return [*flags, *settings, *overrides]
 
     def explain(self, error: HydraException | OmegaConfBaseException) -> str:

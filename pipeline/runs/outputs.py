@@ -80,7 +80,10 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
     """Write a stage's arrays and what they belong to. details: more for the JSON file, e.g. timings."""
     tensors = {name: numpy_to_torch(array) for name, array in arrays.items()}
     with atomic_path(folder / f"{key.stage}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"fingerprint": key.fingerprint})
+        try:
+            save_file(tensors, temporary, metadata={"fingerprint": key.fingerprint})
+        except SafetensorError as error:  # a full disk
+            raise StageOutputError(f"{key.stage}: cannot be saved in {folder} ({error}); make room there") from error
     described = {
         "schema_version": SCHEMA_VERSION,
         "stage": key.stage,

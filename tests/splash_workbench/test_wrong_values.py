@@ -69,6 +69,14 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(owner, name.split(".")[-1], begin)
 
 
+def test_a_key_of_a_group_that_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "workload.num_heads=24"])
+    assert main_of("tuning.results")() == 2
+    assert capsys.readouterr().err == "error: workload.num_heads=24: expected workload=name beside it\n"
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(("module", "arguments"), list(cases()))
 def test_a_wrong_value_is_one_line(
