@@ -1,5 +1,6 @@
 """Widget values to the pipeline's types: which model ids are opened, and what is refused."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,9 @@ heavy = {{"jax", "jaxlib", "torchax", "diffusers", "transformers", "pipeline", "
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert before[:2] == (torch.get_default_dtype(), torch.is_grad_enabled())
 assert importlib.util.find_spec("pipeline") is None
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.distribution = not_installed
 try:
     sys.modules["pack.cogvideox_tpu.settings"].require_packages()
 except RuntimeError as error:
@@ -134,23 +138,54 @@ def test_import_is_light_and_needs_no_package(pack_dir: Path, tmp_path: Path) ->
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=PLENTY_S
     )
     assert done.returncode == 0, done.stderr
-    assert "cannot import pipeline; install cogvideox-splash" in done.stdout
+    assert "cannot import splash_attn; install cogvideox-splash" in done.stdout
 
 
-def test_another_package_of_the_same_name(part: Any, tmp_path: Path) -> None:
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "__init__.py").write_text("")
-    code = (
-        f"import importlib.util, sys, types\n{_HIDE}\n"
-        "sys.modules['p'] = types.ModuleType('p'); sys.modules['p'].__path__ = []\n"
-        "sys.modules['p.host'] = types.ModuleType('p.host')\n"
-        f"spec = importlib.util.spec_from_file_location('p.settings', {part('settings').__file__!r})\n"
-        "settings = importlib.util.module_from_spec(spec); spec.loader.exec_module(settings)\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "settings.require_packages()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, timeout=PLENTY_S
-    )
+_SHADOWED = """
+import importlib.util, sys, types
+{hide}
+sys.modules["p"] = types.ModuleType("p"); sys.modules["p"].__path__ = []
+sys.modules["p.host"] = types.ModuleType("p.host")
+spec = importlib.util.spec_from_file_location("p.settings", {settings!r})
+settings = importlib.util.module_from_spec(spec); spec.loader.exec_module(settings)
+sys.path.insert(0, {other!r})
+{before}
+settings.require_packages()
+import pipeline.requests.models, splash_attn
+print(pipeline.__file__, splash_attn.__file__)
+"""
+
+
+def _import_beside_another(
+    part: Any, folder: Path, package: str, installed_url: str, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Import ours where a package of its name comes first. installed_url: where our editable install points to."""
+    (folder / "cogvideox_splash-0.dist-info").mkdir()
+    (folder / "cogvideox_splash-0.dist-info" / "METADATA").write_text("Name: cogvideox-splash\nVersion: 0\n")
+    (folder / "cogvideox_splash-0.dist-info" / "direct_url.json").write_text(json.dumps({"url": installed_url}))
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").write_text("")
+    code = _SHADOWED.format(hide=_HIDE, settings=part("settings").__file__, other=str(folder), before=before)
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PLENTY_S)
+
+
+@pytest.mark.parametrize("package", ["pipeline", "splash_attn"])
+def test_ours_is_found_beside_another_of_its_name(part: Any, pack_dir: Path, tmp_path: Path, package: str) -> None:
+    root = pack_dir.parents[1]
+    done = _import_beside_another(part, tmp_path, package, root.as_uri())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(root / name / "__init__.py") for name in ("pipeline", "splash_attn")]
+
+
+@pytest.mark.parametrize("package", ["pipeline", "splash_workbench"])
+def test_another_of_the_name_imported_before_is_named(part: Any, pack_dir: Path, tmp_path: Path, package: str) -> None:
+    done = _import_beside_another(part, tmp_path, package, pack_dir.parents[1].as_uri(), f"import {package}")
+    expected = f"cannot import {package}; another package of the name {package} is at {tmp_path / package}; disable"
+    assert expected in done.stderr.strip().splitlines()[-1], done.stderr
+
+
+def test_another_of_the_name_where_ours_is_not_installed(part: Any, tmp_path: Path) -> None:
+    done = _import_beside_another(part, tmp_path, "splash_attn", "file:///nowhere")
     message = done.stderr.strip().splitlines()[-1]
-    assert "cannot import pipeline.requests.request; another package of the name pipeline is at" in message, done.stderr
+    assert "another package of the name splash_attn is at" in message and "install cogvideox-splash into" in message

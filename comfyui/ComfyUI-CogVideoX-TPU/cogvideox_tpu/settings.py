@@ -1,13 +1,19 @@
 """What the widgets say -> the types of `pipeline`. Raises its RequestError and CheckpointError."""
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlparse
 
 from . import host
 
@@ -51,23 +57,65 @@ _WIDGET_TERMS = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_PACKAGES = ("pipeline.requests.request", "splash_attn.types")
+#: Packages under these nodes, each with a module that no other of its name has; those that others import come first.
+_PACKAGES = {
+    "splash_attn": "types",
+    "splash_workbench": "provenance",
+    "offline_tpu": "machine.devices",
+    "pipeline": "requests.request",
+}
 
 
 def require_packages() -> None:
-    """Raise RuntimeError, saying what to do, unless the packages under these nodes are there, and the right ones."""
-    for name in _PACKAGES:
+    """Make the packages under these nodes importable, whatever else on Python's path has one of their names.
+
+    Raises RuntimeError, which says what to do, where they are not installed or another of their name was imported.
+    """
+    for package, module in _PACKAGES.items():
+        spec = importlib.util.find_spec(package)  # of the imported one, if it is
+        root = None if _is_ours(spec, module) else _installed_root(package, module)
+        if not _is_ours(spec, module) and (root is None or package in sys.modules):
+            there = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+            where = f"; another package of the name {package} is at {there[0]}" if there else ""
+            install = "install cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>)"
+            raise _not_importable(f"{package}{where}; {'disable the pack that brings it' if root else install}")
         try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            package = name.partition(".")[0]
-            is_ours = str(error.name).startswith(f"{package}.")  # not a dependency of the package
-            found = importlib.util.find_spec(package) if is_ours else None
-            where = f"; another package of the name {package} is at {found.origin}" if found else ""
-            raise RuntimeError(
-                f"CogVideoX TPU nodes: cannot import {name if is_ours else error.name}{where}; install "
-                "cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>), see the pack's README"
-            ) from error
+            with _first_on_path(root):
+                importlib.import_module(f"{package}.{module}")
+        except ModuleNotFoundError as error:  # a dependency
+            raise _not_importable(f"{error.name}; install it with the pack's requirements.txt") from error
+
+
+def _not_importable(what: str) -> RuntimeError:
+    return RuntimeError(f"CogVideoX TPU nodes: cannot import {what}, see the pack's README")
+
+
+def _is_ours(spec: ModuleSpec | None, module: str) -> bool:
+    """Return whether a package has the module that tells ours from others of its name."""
+    folders = (spec and spec.submodule_search_locations) or ()
+    return any(Path(folder, *module.split(".")).with_suffix(".py").is_file() for folder in folders)
+
+
+def _installed_root(package: str, module: str) -> str | None:
+    """Return where the distribution that holds one of our packages is installed, or its editable install points to."""
+    try:
+        distribution = importlib.metadata.distribution("cogvideox-splash")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
+    roots = (str(distribution.locate_file("")), unquote(urlparse(url).path))
+    return next((root for root in roots if _is_ours(PathFinder.find_spec(package, [root]), module)), None)
+
+
+@contextlib.contextmanager
+def _first_on_path(root: str | None) -> Iterator[None]:
+    """Have imports in the block look into a folder first, and leave the path as it was."""
+    before = list(sys.path)
+    sys.path[:0] = [root] if root else []
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def in_widget_terms(execute: _Function) -> _Function:
