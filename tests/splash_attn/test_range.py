@@ -71,6 +71,7 @@ def errors(q: jax.Array, k: jax.Array, v: jax.Array, way: str, scale: float) -> 
     return np.abs(actual - exact(q, k, v, scale)).max(axis=(0, 2, 3)) / np.where(largest > 0, largest, 1)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_finite_input_has_a_finite_and_right_result(dtype: str, way: str) -> None:
@@ -83,6 +84,7 @@ def test_every_finite_input_has_a_finite_and_right_result(dtype: str, way: str) 
     assert {name: error for name, error in found.items() if error > TOLERANCE[way]} == {}
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("way", ["xla", "online", "fixed_bound"])
 @pytest.mark.parametrize(
     ("scale", "size"),

@@ -47,6 +47,7 @@ CASES: dict[str, Callable[[Attention], Any]] = {
 }
 
 
+@pytest.mark.compile
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("name", CASES)
 def test_some_arrays_closed_over(name: str, implementation: str) -> None:
