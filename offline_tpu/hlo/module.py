@@ -140,11 +140,20 @@ def _bits(element_type: int) -> int:
     return _BITS[name] if match is None else int(match[1])
 
 
+#: A custom call that a SparseCore runs beside the core, as on v7x. libtpu writes its phases as XLA's own parser does
+#: not take them: as calls of these targets they can be read.
+_SPARSE_CORE_TARGET = "sparsecore-"
+_SPARSE_CORE_PHASE = re.compile(r" custom-call-(start|update|done)(\([^()]*\))((?:, metadata=\{[^}]*\})?).*$", re.M)
+
+
 def _parse(text: str) -> HloModuleProto:
     try:
         from jaxlib._hlo import hlo_module_from_text  # type: ignore[import-not-found]
 
-        return HloModuleProto.FromString(hlo_module_from_text(text).as_serialized_hlo_module_proto())
+        module = hlo_module_from_text(
+            _SPARSE_CORE_PHASE.sub(rf' custom-call\2, custom_call_target="{_SPARSE_CORE_TARGET}\1"\3', text)
+        )
+        return HloModuleProto.FromString(module.as_serialized_hlo_module_proto())
     except (ImportError, AttributeError) as error:
         raise UnknownDumpFormatError(f"this jaxlib does not read HLO as the pinned one does ({error}).") from error
     except RuntimeError as error:  # XlaRuntimeError
@@ -177,6 +186,8 @@ def _opcode(
     siblings: dict[int, HloInstructionProto],
     computations: dict[int, HloComputationProto],
 ) -> str:
+    if proto.custom_call_target.startswith(_SPARSE_CORE_TARGET):
+        return f"custom-call-{proto.custom_call_target.removeprefix(_SPARSE_CORE_TARGET)}"
     prefix, _, phase = proto.opcode.partition("-")
     if prefix != "async":
         return proto.opcode

@@ -186,3 +186,24 @@ def test_collective_permute_counts_the_busiest_link() -> None:
     pairs = "{{0,4},{2,6}}"  # two chips up the longer axis, from rows 0 and 1: both cross the link between rows 1 and 2
     actual = _collective(f"%c = bf16[1024]{{0}} collective-permute(%x), source_target_pairs={pairs}")
     assert actual.link_bytes == 2 * 2048
+
+
+def test_a_call_on_a_sparse_core_is_read_phase_by_phase():
+    text = """HloModule m, is_scheduled=true, entry_computation_layout={(bf16[8,128]{1,0})->bf16[8,128]{1,0}}
+
+%called (p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %p = bf16[8,128]{1,0} parameter(0)
+}
+
+ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  %c.start = ((), (), (s32[4]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="x", \
+called_computations={%called}, metadata={op_name="a/b"}, backend_config={"core_ids":["0","1"]}
+  %c.update = ((bf16[8,128]{1,0}), bf16[8,128]{1,0}, (s32[4]{0})) custom-call-update(%c.start, %p0), \
+output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  ROOT %c.done = bf16[8,128]{1,0} custom-call-done(%c.update), metadata={op_name="a/b"}
+}
+"""
+    ops = HloModule.parse(text).computations["main"]
+    assert [op.opcode for op in ops] == ["parameter", "custom-call-start", "custom-call-update", "custom-call-done"]
+    assert (ops[-1].scope, ops[-1].operands, ops[-1].is_root) == ("a/b", ("c.update",), True)
