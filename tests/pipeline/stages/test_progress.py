@@ -57,8 +57,7 @@ def test_steps_are_numbered_and_their_ops_have_scopes(traced):
         scopes = {op.scope for op in ops}
         for part in ("blocks/attention", "blocks/qkv", "blocks/norm1", "blocks/feed_forward", "embed", "project_out"):
             assert any(scope.startswith(f"denoise/{part}") for scope in scopes), (part, scopes)
-    seconds = denoise.seconds_by_scope()
-    assert seconds.get("", 0.0) < 0.1 * sum(seconds.values())
+        assert sum(bool(op.scope) for op in ops) > 0.8 * len(ops)  # counted: their times are the machine's
     assert any(scope.startswith("vae/level_0") for scope in profiles["vae"][1].seconds_by_scope())
     assert any(scope.startswith("text/encoder/block.0") for scope in profiles["text"][1].seconds_by_scope())
 
