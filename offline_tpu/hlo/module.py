@@ -143,7 +143,8 @@ def _bits(element_type: int) -> int:
 #: A custom call that a SparseCore runs beside the core, as on v7x. libtpu writes its phases as XLA's own parser does
 #: not take them: as calls of these targets they can be read.
 _SPARSE_CORE_TARGET = "sparsecore-"
-_SPARSE_CORE_PHASE = re.compile(r" custom-call-(start|update|done)(\([^()]*\))((?:, metadata=\{[^}]*\})?).*$", re.M)
+_METADATA = r", metadata=\{(?:\"(?:\\.|[^\"\\])*\"|[^\"}])*\}"  # a name may itself hold braces, in quotes
+_SPARSE_CORE_PHASE = re.compile(rf" custom-call-(start|update|done)(\([^()]*\))((?:{_METADATA})?).*$", re.M)
 
 
 def _parse(text: str) -> HloModuleProto:
