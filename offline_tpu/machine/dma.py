@@ -71,7 +71,7 @@ class DmaClock:
             left -= possible
             self.now = end
 
-    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...], pieces: int = 1) -> None:
         """Start a DMA; `flag` is told when it ends (None: nobody can be waiting for it)."""
         in_hbm = spaces.count("hbm") or spaces.count(None)  # a pointer that the dump does not explain: to HBM
         begin = max(self.now + self._timing.latency_cycles, self._free_at)

@@ -16,11 +16,13 @@ _MEMORY = re.compile(r"\[smem:\[(#allocation\d+|%\w+)(?: \+ (%\w+|\$0x[0-9a-f]+)
 _OPERAND = re.compile(r"\s*(%s\w+) = inlined_call_operand\.(<no memory space>|\w+) \[shape: (\S+), index: (\d+),")
 _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|general))\b(.*)", re.DOTALL)
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
+#: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
+_CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[#allocation\d+\]\](?: \([^)]*\))? /\* megacore core id")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 
 BRANCH, DMA, WAIT = "sbr.rel", "dma", "dma.done.wait"
-LOAD, MOVE, PHI, OPERAND = "sld", "smov.u32", "sphi", "inlined_call_operand"
+LOAD, STORE, MOVE, PHI, OPERAND = "sld", "sst", "smov.u32", "sphi", "inlined_call_operand"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Instruction:
     """One instruction of the scalar slice: `result = name operands`, executed where `predicate` holds.
 
     Attributes:
-      operands: registers and constants; of a DMA (size in granules, flag, from, to), of a wait (flag, size in
-        granules), of an operand of the op (its index).
+      operands: registers and constants; of a DMA (size in granules, flag, granules of each contiguous piece or None, from,
+        to), of a wait (flag, size in granules), of an operand of the op (its index).
       otherwise: value of the result where the predicate does not hold.
       target: region that a branch jumps to.
       spaces: memory spaces of a DMA, (from, to), or of a pointer, (its own,); None where its operand must tell.
@@ -120,6 +122,8 @@ def _parse_bundle(body: str) -> list[Instruction]:
             instruction: Instruction | None = _parse_dma(dma[1], dma[2])
         elif "dma.done.wait" in raw and (wait := _WAIT.match(raw)):
             instruction = _parse_wait(_COMMENT.sub("", wait[1]))
+        elif "megacore core id" in raw and (core := _CORE_ID.match(raw)):
+            instruction = Instruction(MOVE, core[1], (0,))
         elif OPERAND in raw and (operand := _OPERAND.match(raw)):
             space = operand[2] if operand[2].isidentifier() else None
             instruction = Instruction(OPERAND, operand[1], (int(operand[4]),), spaces=(space,))
@@ -144,7 +148,7 @@ def _parse_scalar(raw: str) -> Instruction | None:
             predicate_negated=bool(guard and guard[1]),
             target=target[1] if target else None,
         )
-    if name in ("sst", LOAD):
+    if name in (STORE, LOAD):
         return _parse_memory(name, result, rest)
     if result is None or not result.startswith(("%s", "%p")):
         return None
@@ -163,21 +167,33 @@ def _parse_scalar(raw: str) -> Instruction | None:
 
 
 def _parse_memory(name: str, result: str | None, rest: str) -> Instruction | None:
-    """Parse a load or store: scalars spilled to SMEM keep their value; for the rest of SMEM see `scalar.Scalars`."""
+    """Parse a load or store. What is spilled to SMEM keeps its value; a store's result is the allocation it writes to."""
     spill = _SPILL.search(rest)
     memory = _MEMORY.search(rest)
-    if name == LOAD:
-        if spill is not None:
-            return Instruction(MOVE, result, (spill[1],))
-        if memory is None:
-            return None
-        base = memory[1] if memory[1].startswith("%") else f"[{memory[1]}]"
-        index = memory[2] or "$0x0"
-        return Instruction(LOAD, result, (base, index if index.startswith("%") else int(index[1:], 16)))
-    if spill is None:
+    if name == LOAD and spill is not None:
+        return Instruction(MOVE, result, (spill[1],))
+    if spill is None and memory is None:
         return None
-    stored = rest[spill.end() :].split(",")[0].strip()
-    return Instruction(MOVE, spill[1], (_operand(stored.split()[0]),))
+    if spill is None:
+        base = memory[1] if memory[1].startswith("%") else f"[{memory[1]}]"
+        offset = memory[2] or "$0x0"
+        index = offset if offset.startswith("%") else int(offset[1:], 16)
+        if name == LOAD:
+            return Instruction(LOAD, result, (base, index))
+        if base.startswith("%"):
+            return None
+        result = base
+    guard = _PREDICATE.match(rest)
+    stored = _operand(rest[(spill or memory).end() :].strip(" ,").split(",")[0].split()[0])
+    if spill is not None:
+        return Instruction(MOVE, spill[1], (stored,))
+    return Instruction(
+        STORE,
+        result,
+        (stored, index),
+        predicate=guard[2] if guard else None,
+        predicate_negated=bool(guard and guard[1]),
+    )
 
 
 def _parse_dma(name: str, rest: str) -> Instruction:
@@ -194,7 +210,12 @@ def _parse_dma(name: str, rest: str) -> Instruction:
     ends = () if explained else tuple(_operand(fields.get(name, "0")) for name in names)
     return Instruction(
         DMA,
-        operands=(_operand(fields["size_in_granules"]), _operand(fields["dst_syncflagno"]), *ends),
+        operands=(
+            _operand(fields["size_in_granules"]),
+            _operand(fields["dst_syncflagno"]),
+            _operand(fields.get("steps_per_stride", "0")),
+            *ends,
+        ),
         predicate=guard[2] if guard else None,
         predicate_negated=bool(guard and guard[1]),
         spaces=(None, None) if general else (source, destination),

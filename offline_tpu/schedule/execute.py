@@ -134,7 +134,8 @@ class _Run:
         if not isinstance(size, int):
             self._unresolved[f"size of the DMA at {address:#x}"] = None
             return
-        ends = [self._scalars.value(operand) for operand in instruction.operands[2:]]
+        piece = self._scalars.value(instruction.operands[2])
+        ends = [self._scalars.value(operand) for operand in instruction.operands[3:]]
         spaces = instruction.spaces
         if ends:
             if spaces[1] == "smem":
@@ -146,7 +147,12 @@ class _Run:
         if None in spaces:
             self._unresolved[f"memories of the DMA at {address:#x}"] = None
         self._run_clock_to(address)
-        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces)
+        self._clock.start(
+            self._scalars.flag(instruction.operands[1]),
+            size * HBM_GRANULE_BYTES,
+            spaces,
+            pieces=-(-size // piece) if isinstance(piece, int) and piece > 0 else 1,
+        )
 
     def _wait(self, instruction: Instruction, address: int) -> None:
         if self._scalars.holds(instruction) is False:

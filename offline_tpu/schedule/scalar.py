@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from offline_tpu.schedule.bundles import LOAD, OPERAND, PHI, Instruction
+from offline_tpu.schedule.bundles import LOAD, OPERAND, PHI, STORE, Instruction
 
 _INT32 = 2**32
 _HALF = 2**31
@@ -113,7 +113,7 @@ class Scalars:
     def __init__(self, operands: Mapping[int, Sequence[int]]) -> None:
         self._operands = operands
         self._values: dict[str, Scalar] = {}
-        self._memory: dict[str, Sequence[int]] = {}
+        self._memory: dict[str, dict[int, Scalar]] = {}
 
     def value(self, operand: str | int) -> Scalar:
         """Return the value of a register, a spill slot, a constant, or an allocation named directly."""
@@ -202,11 +202,14 @@ class Scalars:
             if isinstance(source, Pointer) and source.name is not None:
                 words = self._operands.get(_operand_index(source.name))
                 if words is not None:
-                    self._memory[destination.name] = words
+                    self._memory[destination.name] = dict(enumerate(words))
 
     def assign(self, instruction: Instruction, from_back_edge: bool) -> None:
-        """Run one instruction that makes a scalar or a predicate."""
+        """Run one instruction that makes a scalar or a predicate, or stores one."""
         if instruction.result is None:
+            return
+        if instruction.name == STORE:
+            self._store(instruction)
             return
         runs = self.holds(instruction)
         if runs is None:
@@ -254,9 +257,19 @@ class Scalars:
         if not isinstance(index, int) or not isinstance(base, Pointer):
             return None
         words = self._memory.get(base.name) if base.name is not None else None
-        if words is None:
-            return Loaded(base.name, index)
-        return words[index] if 0 <= index < len(words) else None
+        return Loaded(base.name, index) if words is None else words.get(index)
+
+    def _store(self, instruction: Instruction) -> None:
+        """Write a word to an allocation; where it is not known which, forget what was there."""
+        runs = self.holds(instruction)
+        if runs is False:
+            return
+        value, index = map(self.value, instruction.operands)
+        name = str(instruction.result)[1:-1]
+        if runs is None or not isinstance(index, int):
+            self._memory.pop(name, None)
+        else:
+            self._memory.setdefault(name, {})[index] = value
 
     def _flag_at(self, instruction: Instruction, args: list[Scalar]) -> Flag | None:
         base = self.flag(instruction.operands[0])
