@@ -36,14 +36,9 @@ def main(settings: ReportSchema) -> int:
         raise UserError(f"tuned_dir={tuned_dir}: expected a folder of tuned entries, or null for those of attention().")
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
-    read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
+    read = from_config(lambda: inputs.Inputs(results_dir, validation, tuned_dir))
     files = page.make(
-        read,
-        results_dir=results_dir,
-        validation_path=validation,
-        tuned_dir=tuned_dir,
-        output=output,
-        top=settings.top,
+        read, results_dir=results_dir, validation_path=validation, tuned_dir=tuned_dir, output=output, top=settings.top
     )
     for pattern in _PICTURE_PATTERNS:
         for path in output.glob(pattern):  # of a workload that is no longer on record

@@ -23,14 +23,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A kernel on a roofline.
+    """A kernel on a roofline: FLOPs of the attention a byte of the kernel's HBM traffic, and in the kernel's time.
 
-    Attributes:
-      kernel: its name, which gives colour and marker.
-      text: for the reader who points at it.
-      intensity: FLOPs of the attention a byte of HBM traffic of the kernel.
-      tflops_per_s: FLOPs of the attention in the kernel's time.
-      label: written beside it; None for one of many.
+    kernel: gives colour and marker; text: for the reader who points at it; label: beside it, None for one of many.
     """
 
     kernel: str
@@ -48,14 +43,10 @@ def roofline(
     mxu_tflops_per_s: float | None,
     mxu_label: str,
 ) -> str:
-    """Return an SVG.
+    """Return an SVG of the points under the roofs of a device.
 
-    Args:
-      name: makes its ids differ from those of another.
-      points: the kernels' rates.
-      kernels: in the order of their colours.
-      device: gives peak and HBM bandwidth.
-      mxu_tflops_per_s, mxu_label: the bound of the matrix units for this head_dim, None where unknown.
+    name: makes its ids differ from those of another; kernels: in the order of their colours; mxu_tflops_per_s,
+    mxu_label: the bound of the matrix units for this head_dim, None where unknown.
     """
     peak, hbm = device.peak_bf16_flops_per_s / 1e12, device.hbm_bytes_per_s / 1e12
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
@@ -135,22 +126,15 @@ def css(mode: int) -> str:
 
 
 def to_svg(figure: Figure, name: str, titles: dict[str, str]) -> str:
-    """Return a figure as an SVG element without date and fixed size, its colours as CSS variables.
+    """Return a figure in the colours of LIGHT as an SVG element, its colours as CSS variables, without date and size.
 
-    Args:
-      figure: drawn in the colours of LIGHT.
-      name: makes its ids differ from those of another.
-      titles: id of an element -> text for the reader who points at it.
+    name: makes its ids differ from those of another; titles: id of an element -> text for the reader who points at it.
     """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        )
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
