@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
-from splash_workbench.errors import UserError
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
@@ -83,7 +83,7 @@ def command(
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
-                settings: Any = OmegaConf.to_object(config)
+                settings: Any = from_config(lambda: OmegaConf.to_object(config))
                 _check_outputs(settings)
                 outcomes.append(function(settings))
             except Exception as error:  # kept from Hydra, which would add lines of its own

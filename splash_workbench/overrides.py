@@ -23,7 +23,7 @@ _SWEEP = re.compile(r"(choice|glob|shuffle|sort)\(.*\)", re.DOTALL)
 
 
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key of a schema, e.g. {"search": SearchSchema, "search.seed": int}.
+    """Return the type of every key of a schema, e.g. {"search": SearchSettings, "search.seed": int}.
 
     Of `T | None` the type is T, except of text: there null is no text.
     """

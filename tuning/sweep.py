@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import shutil
 import signal
 import sys
@@ -16,7 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from splash_attn import tuned
-from splash_attn.kernel import vmem_bytes_estimate
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
@@ -30,7 +28,7 @@ from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
-from tuning.search.space import Candidate, Candidates, Pruner, enumerate_candidates
+from tuning.search.space import Candidate, Candidates, enumerate_candidates
 from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
@@ -97,7 +95,9 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     if settings.promote and target.device_kind.startswith("TPU"):
         require_writable(f"promote={settings.promote}", settings.promotion_dir or tuned.user_dir())
     directory = sweeps_dir / f"{settings.workload.name}-{target.name}-{settings.backend.name}-{context[:8]}"
-    candidates = enumerate_candidates(settings.space, _pruner(settings, target))
+    vmem_limit_bytes = target.spec.vmem_bytes if settings.vmem_pruning and target.spec else None
+    workload = settings.workload
+    candidates = enumerate_candidates(settings.space, workload.shape, vmem_limit_bytes, workload.itemsize)
     if not candidates.valid:
         raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
@@ -225,22 +225,13 @@ def _todays_candidate(settings: SweepSettings, best: Trial, known: Collection[st
     return choice
 
 
-def _pruner(settings: SweepSettings, target: Target) -> Pruner:
-    return Pruner(
-        settings.workload.shape,
-        settings.space.max_block_scores,
-        vmem_limit_bytes=target.spec.vmem_bytes if settings.vmem_pruning and target.spec else None,
-        vmem_estimate=functools.partial(vmem_bytes_estimate, itemsize=settings.workload.itemsize),
-    )
-
-
 def _introduction(
     settings: SweepSettings, target: Target, candidates: Candidates, search: Search, directory: Path
 ) -> Iterator[str]:
     workload = settings.workload
     yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
     reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
-    pruned = f"{candidates.pruned_count} pruned without compiling{reasons and f': {reasons}'}"
+    pruned = f"{sum(candidates.pruned.values())} pruned without compiling{reasons and f': {reasons}'}"
     yield f"{len(candidates.valid)} candidates, {pruned}"
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:

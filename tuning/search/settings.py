@@ -21,15 +21,6 @@ from tuning.trials.workloads import Workload
 
 
 @dataclasses.dataclass
-class SearchSchema:
-    """Fields of configs/search/*.yaml; becomes a tuning.search.study.SearchSettings."""
-
-    sampler: str = MISSING
-    max_trials: int | None = None
-    seed: int = 0
-
-
-@dataclasses.dataclass
 class SpaceSchema:
     """Fields of configs/space/*.yaml; becomes a tuning.search.space.Space."""
 
@@ -49,7 +40,7 @@ class SweepSchema:
     workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
     device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
-    search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
+    search: SearchSettings = MISSING
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
     workers: int | None = None
     timeout_s: float = MISSING
@@ -106,9 +97,9 @@ class SweepSettings:
 
 def settings_from(config: SweepSchema) -> SweepSettings:
     """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    space = dataclasses.asdict(config.space)
-    choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
-    choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
+    space = config.space
+    choices: dict[str, Any] = {name: getattr(space, name) for name in ("block_q", "block_kv", "block_kv_compute")}
+    choices |= {VARIANT_PREFIX + name: values for name, values in space.variant.items()}
     for name, values in choices.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
@@ -123,12 +114,12 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         device=config.device.name,
         backend=backend,
         measure=config.backend.measure,
-        search=SearchSettings(**dataclasses.asdict(config.search)),
+        search=config.search,
         space=Space(
-            name=space["name"],
+            name=space.name,
             choices={name: tuple(values) for name, values in choices.items()},
-            first=tuple(_flat(parameters) for parameters in space["first"]),
-            max_block_scores=space["max_block_scores"],
+            first=tuple(_flat(parameters) for parameters in space.first),
+            max_block_scores=space.max_block_scores,
         ).fitted_to(workload.shape),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
