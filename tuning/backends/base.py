@@ -42,12 +42,6 @@ def named_device(device: str) -> Target:
     return Target(spec.name, spec.device_kind, spec)
 
 
-def no_variables(target: Target, worker_dir: Path) -> Mapping[str, str]:
-    """Add nothing to a worker's environment."""
-    del target, worker_dir
-    return {}
-
-
 def probe(trouble: str, **variables: str) -> dict[str, Any]:
     """Return the platform and device_kind that JAX finds in a worker with these environment variables.
 
@@ -81,7 +75,7 @@ class Backend:
     job: str
     sources: tuple[str, ...]
     find_target: Callable[[str], Target] = named_device
-    worker_env: Callable[[Target, Path], Mapping[str, str]] = no_variables
+    worker_env: Callable[[Target, Path], Mapping[str, str]] = lambda target, worker_dir: {}
     cacheable: bool = True
     exclusive: bool = False
     timed: bool = True

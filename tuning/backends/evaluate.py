@@ -30,7 +30,7 @@ class Evaluator:
       runner: where the jobs run.
       context: hash that all trials carry; see Trial.
       timeout_s: limit of one trial.
-      measure: fields of tuning.backends.timing.MeasureSettings.
+      measure: fields of tuning.backends.device_times.MeasureSettings.
       cache_dir: where numerics checks are shared between candidates.
       cache: of whole outcomes, for backends that time nothing; None: compile anew.
     """

@@ -1,9 +1,8 @@
 """Check numerics in interpret mode on the CPU. Gives no time."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from splash_workbench.records.jsonl import decode
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
 
@@ -12,21 +11,16 @@ def _find_target(device: str) -> Target:
     return Target("cpu", "cpu", None) if device == "local" else named_device(device)
 
 
-def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
-    del target, worker_dir
-    return {"JAX_PLATFORMS": "cpu"}
-
-
 INTERPRET = Backend(
     name="interpret",
     job="tuning.backends.interpret:check_candidate",
     sources=("tuning/backends/numerics.py",),
     find_target=_find_target,
-    worker_env=_worker_env,
+    worker_env=lambda target, worker_dir: {"JAX_PLATFORMS": "cpu"},
     timed=False,
 )
 
 
 def check_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics in interpret mode."""
-    return check_numerics(Request.from_payload(payload), "pallas_interpret")
+    return check_numerics(decode(payload, Request), "pallas_interpret")

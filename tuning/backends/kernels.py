@@ -24,19 +24,6 @@ _UNMASKED = "padded keys take part in the softmax: inexact unless the blocks div
 
 
 @dataclasses.dataclass(frozen=True)
-class Assumption:
-    """Grid sizes by Pallas kernel name, for `offline_tpu.predict`, and the assumption in words."""
-
-    grid_sizes: dict[str, int]
-    notes: tuple[str, ...]
-
-
-def _no_assumption(shape: AttentionShape, options: Options) -> Assumption:
-    del shape, options
-    return Assumption({}, ())
-
-
-@dataclasses.dataclass(frozen=True)
 class Kernel:
     """A kernel by name.
 
@@ -48,7 +35,7 @@ class Kernel:
       exact_at_any_length: False for a kernel that is only right where the blocks divide the sequences.
       notes: what a reader of its figures must know.
       compile_only: options that change nothing in interpret mode.
-      assume: (shape, options) -> what to assume for grid sizes that depend on the data.
+      assume: (shape, options) -> grid sizes that depend on the data, by Pallas kernel name, and notes that say so.
     """
 
     build: Callable[[BlockSizes, Options, Implementation], Attention]
@@ -58,7 +45,10 @@ class Kernel:
     exact_at_any_length: bool = True
     notes: tuple[str, ...] = ()
     compile_only: frozenset[str] = frozenset()
-    assume: Callable[[AttentionShape, Options], Assumption] = _no_assumption
+    assume: Callable[[AttentionShape, Options], tuple[dict[str, int], tuple[str, ...]]] = lambda shape, options: (
+        {},
+        (),
+    )
 
     @property
     def installed(self) -> bool:
@@ -83,10 +73,6 @@ def from_projections(attention: Attention, num_heads: int) -> Attention:
         return attention(*heads).swapaxes(1, 2).reshape(q.shape)
 
     return layer
-
-
-def _assume_splash_attn(shape: AttentionShape, options: Options) -> Assumption:
-    return Assumption(*assumed_grid_sizes(shape, Variant.from_dict(dict(options))))
 
 
 def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
@@ -117,8 +103,7 @@ def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: I
 
     layout = splash.QKVLayout[options["layout"]]
 
-    def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
-        del num_heads
+    def make(_: int, q_seq_len: int, kv_seq_len: int) -> Attention:
         return splash.make_splash_mha_single_device(
             mask=masks.FullMask((q_seq_len, kv_seq_len)),
             config=splash.SplashConfig(
@@ -157,7 +142,7 @@ KERNELS = {
         op_name="splash_attention",
         requires="splash_attn",
         compile_only=frozenset(f.name for f in dataclasses.fields(Variant) if f.metadata.get("compile_only")),
-        assume=_assume_splash_attn,
+        assume=lambda shape, options: assumed_grid_sizes(shape, Variant.from_dict(dict(options))),
     ),
     "jax_splash": Kernel(
         build=_jax_splash, op_name="splash_mha", requires="jax", exact_at_any_length=False, notes=(_UNMASKED,)

@@ -63,10 +63,8 @@ def _checker() -> str:
     return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
 
 
-def check_once(key: CheckKey, attention: Attention, cache_dir: Path | None) -> Numerics:
+def check_once(key: CheckKey, attention: Attention, cache_dir: Path) -> Numerics:
     """Return the check of that key from the cache, or made now and put there if that can be written."""
-    if cache_dir is None:
-        return check(key, attention)
     path = cache_dir / f"{key.name}.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
         found = decode(json.loads(path.read_bytes()), Numerics)

@@ -11,8 +11,8 @@ from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
 from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
+from tuning.backends.device_times import MeasureSettings
 from tuning.backends.registry import BACKENDS
-from tuning.backends.timing import MeasureSettings
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
