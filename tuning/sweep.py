@@ -279,7 +279,9 @@ def main(config: SweepSchema) -> int:
     picture, drawn = _draw(result)
     promotion: Promotion | None = None
     if result.winner is not None:
-        print(tables.winner_line(result.winner))
+        best, kernel_ms = result.winner, result.winner.kernel_time_ms
+        kernel = "" if kernel_ms is None else f", kernel alone {kernel_ms:.3f} ms"
+        print(f"winner: {best.config}: {best.label} {best.time_ms:.3f} ms{kernel} on {best.device_kind}")
         if drawn:
             print(f"heat map: {picture}")
         if settings.promote:

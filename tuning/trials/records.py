@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes
@@ -13,9 +13,6 @@ from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id, utc_now
 from splash_workbench.status import Label, Status
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"
@@ -182,44 +179,3 @@ def reusable(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
 def read_all(results_dir: Path) -> list[Trial]:
     """Return every trial under a results folder."""
     return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]
-
-
-def frame(trials: Iterable[Trial]) -> "pd.DataFrame":
-    """Return one row a trial. Times of each label have a column of their own."""
-    import pandas as pd  # here: worker processes have no use for it
-
-    return pd.DataFrame([_row(trial) for trial in trials])
-
-
-def _row(trial: Trial) -> dict[str, Any]:
-    blocks = trial.block_sizes
-    return {
-        "workload": trial.workload,
-        "shape": str(trial.shape),
-        "device": trial.device,
-        "backend": trial.backend,
-        "kernel": trial.kernel,
-        "dtype": trial.dtype,
-        "block_q": blocks.block_q if blocks else None,
-        "block_kv": blocks.block_kv if blocks else None,
-        "block_kv_compute": blocks.block_kv_compute if blocks else None,
-        **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
-        "status": trial.status.value,
-        **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
-        "kernel_ms": trial.kernel_time_ms,
-        "mcycles": _scaled(trial.cycles, 1e6),
-        "vmem_mib": _scaled(trial.vmem_bytes, 2**20),
-        "spills": trial.spill_count,
-        "fills": trial.fill_count,
-        "peak_hbm_mib": _scaled(trial.peak_hbm_bytes, 2**20),
-        "compile_s": trial.compile_time_s,
-        "wall_s": trial.wall_time_s,
-        "rms_error": trial.numerics.rms_error if trial.numerics else None,
-        "error": trial.error,
-        "record_id": trial.record_id,
-        "created_at": trial.created_at,
-    }
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
