@@ -82,7 +82,7 @@ def measured(trial: Trial, logdir: Path) -> Session:
     ]
     compiled = jax.jit(attention).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
-    recorder = Recorder.start(logdir, _name(trial), _config(trial))
+    recorder = Recorder(logdir, _name(trial), _config(trial))
     with recorder.record() as session:
         for number in range(1, TRACED_RUNS + 1):
             with jax.profiler.StepTraceAnnotation("attention", step_num=number):

@@ -69,17 +69,17 @@ def test_names_of_runs_are_checked(name):
 
 
 def test_repeats_are_numbered(tmp_path):
-    recorder = sessions.Recorder.start(tmp_path, "run", {})
+    recorder = sessions.Recorder(tmp_path, "run", {})
     with recorder.record("denoise"):
         pass
     with recorder.record("vae"):
         pass
-    with sessions.Recorder.start(tmp_path, "run", {}).record("denoise"):
+    with sessions.Recorder(tmp_path, "run", {}).record("denoise"):
         pass
     assert [folder.name for folder, _ in sessions.sessions(tmp_path)] == ["run-denoise", "run-denoise.2", "run-vae"]
-    with pytest.raises(RuntimeError, match="stop"), sessions.Recorder.start(tmp_path, "broken", {}).record():
+    with pytest.raises(RuntimeError, match="stop"), sessions.Recorder(tmp_path, "broken", {}).record():
         raise RuntimeError("stop")
-    assert sessions.next_repeat(tmp_path, "broken") == 1  # a session that did not end is none
+    assert sessions.Recorder(tmp_path, "broken", {}).repeat == 1  # a session that did not end is none
 
 
 def test_only_a_prediction_has_a_predicted_timeline(make_trial):
