@@ -40,8 +40,7 @@ def remove_leftovers(*paths: Path) -> None:
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock file in the block; remove it then, and its folder if empty. A process that dies holds it no longer.
 
-    Raises:
-      UserError: another process, or thread, holds it; its message is `busy`.
+    Raises UserError with the message `busy` where another process, or thread, holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -70,8 +69,7 @@ def write_json(path: Path, content: Any) -> None:
 def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
     """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
-    Raises:
-      UserError: they cannot; the message begins with `option`.
+    Raises UserError where they cannot; its message begins with `option`.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -64,8 +64,7 @@ class Keys:
     def checked(self, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
         """Return arguments for Hydra: its flags, then `settings`, then the overrides with their text quoted.
 
-        Raises:
-          UserError: an argument is neither a flag of Hydra nor key=value, or there is no such key.
+        Raises UserError for an argument that is neither a flag of Hydra nor the key=value of a key that there is.
         """
         parser = get_args_parser()
         parser.error, parser.allow_abbrev = _refuse, False  # type: ignore[method-assign]

@@ -40,12 +40,9 @@ class Environment:
     Attributes:
       versions: of Python and of the packages that decide the figure; a package that is absent is left out.
       flags: environment variables that JAX, XLA and libtpu read, where set.
-      git_commit: of this repository, None outside a checkout.
-      git_dirty: whether tracked files differed from that commit.
-      kernel_hash: of KERNEL_SOURCES, blind to comments, docstrings and layout.
-      backend_hash: the same of the sources that make the figure.
+      git_commit, git_dirty: see `git_state`.
+      kernel_hash, backend_hash: see `source_hash`; of KERNEL_SOURCES, and of the sources that make the figure.
       host: processor architecture and system.
-      cpu_count: processors that the host reports.
     """
 
     versions: dict[str, str]

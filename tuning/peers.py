@@ -70,8 +70,7 @@ class Entrant:
 def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
     """Return ours and the installed peers, and a line for the user about each that is missing or changed.
 
-    Raises:
-      ValueError: a kernel is unknown or its block sizes are invalid.
+    Raises ValueError for an unknown kernel or invalid block sizes.
     """
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()

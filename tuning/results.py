@@ -35,10 +35,8 @@ class ResultsSchema:
 def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: str | None) -> list[Trial]:
     """Return the trials with the workload's shape and dtype and the wanted values, best first.
 
-    Trials of one shape, dtype, device and backend stand together, whatever names their workloads have.
-
-    Raises:
-      ValueError: no trial at all has a wanted value; the message lists those there are.
+    Trials of one shape, dtype, device and backend stand together, whatever names their workloads have. Raises
+    ValueError where no trial at all has a wanted value, with those there are.
     """
     if workload is not None:
         on_record = sorted({f"{trial.workload} ({trial.shape} {trial.dtype})" for trial in trials})

@@ -48,9 +48,7 @@ class SweepResult:
       directory: where its records are.
       trials: one for each candidate of the study, best first.
       winner: the best ok trial with a time; None where there is none.
-      candidates: those that could be searched, and how many were pruned why.
       evaluated_count: trials made by this run, from the compile cache or by a job; the others were on record.
-      wall_time_s, usage: what this run took.
     """
 
     directory: Path
@@ -76,11 +74,7 @@ class SweepResult:
 
 
 def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> SweepResult:
-    """Run or resume a sweep.
-
-    Args:
-      settings: what to sweep.
-      report: called with each line for the user.
+    """Run or resume a sweep; call `report` with each line for the user.
 
     Raises:
       UserError: the device does not fit the backend or is not there, no candidate can be valid, a folder or file

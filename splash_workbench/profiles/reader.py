@@ -142,12 +142,7 @@ def read(path: Path) -> Profile:
 
 
 def parse(path: Path) -> XSpace:
-    """Return the message of an .xplane.pb.
-
-    Raises:
-      OSError: there is no such file.
-      ValueError: it is not an xplane.
-    """
+    """Return the message of an .xplane.pb. Raises OSError without such a file, ValueError where it is not an xplane."""
     try:
         return XSpace.FromString(path.read_bytes())
     except DecodeError as error:

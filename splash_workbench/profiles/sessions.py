@@ -41,7 +41,6 @@ class Session:
     Attributes:
       part: a stage of the pipeline; "" for a run of one part.
       repeat: from 1; repeats of a run are taken together as samples of the same thing.
-      device: on which device, or for which.
       made_by: of a prediction, what made it: "libtpu 0.0.52".
       config: what ran: a request, or a workload with block sizes.
     """
@@ -64,11 +63,7 @@ class Session:
 
 
 class Recorder:
-    """Records the parts of the next repeat of a run on the device that is here.
-
-    Raises:
-      UserError: the run's name cannot be a folder's.
-    """
+    """Records the parts of the next repeat of a run on the device that is here. Raises as `check_name`."""
 
     def __init__(self, logdir: Path, run: str, config: Mapping[str, Any]) -> None:
         self.logdir, self.run, self.config = logdir, check_name(run), config
@@ -129,11 +124,7 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
 
 
 def sessions(logdir: Path) -> list[tuple[Path, Session]]:
-    """Return the sessions with a SESSION_FILE, in the order of their names.
-
-    Raises:
-      UserError: such a file is not readable.
-    """
+    """Return the sessions with a SESSION_FILE by their names. Raises UserError where such a file cannot be read."""
     found = []
     for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
         try:

@@ -8,13 +8,10 @@ from splash_workbench.records.base import Devices, PipelineRecord, new_id
 
 
 class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
-    """A candidate's videos beside the reference's.
+    """A candidate's videos beside the reference's, each prompt with each seed.
 
     Attributes:
       candidate: its name; "reference" for the reference beside itself.
-      parallel: the parallel plan that was asked for.
-      prompts, seeds: of the videos, each prompt with each seed.
-      budget: what the candidate may lose.
       psnr_db, ssim: one a video; no PSNR where it is the reference's very own.
       readings: what was read from the frames of each video.
       read_back: share of the videos that show what their prompt says, by what was read.

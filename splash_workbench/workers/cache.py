@@ -29,10 +29,8 @@ class _Entry:
 class JobCache:
     """One JSON file an outcome, named by a hash of everything that it depends on.
 
-    It never fails its caller: an entry that cannot be read is made again, and one that cannot be written is left out.
-
-    Attributes:
-      trouble: why it could not write, in a line for the user; None where it could.
+    It never fails its caller: an entry that cannot be read is made again, and one that cannot be written is left out;
+    `trouble` then says why, in a line for the user.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,10 +58,7 @@ class JobCache:
     ) -> tuple[Outcome, bool]:
         """Return the stored outcome, or that of `run`, stored if it is conclusive; and whether it was there.
 
-        Args:
-          key: see `key`.
-          run: makes the outcome.
-          accept: raises ValueError for a stored outcome that cannot be one of this job; it is made again.
+        accept: raises ValueError for a stored outcome that cannot be one of this job; it is made again.
         """
         path = self._directory / f"{key}.json"
         try:

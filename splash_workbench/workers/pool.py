@@ -55,12 +55,12 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """The resources that the jobs of a runner took.
+    """The resources that the jobs of a runner took. Memory and disk are looked at twice a second.
 
     Attributes:
       job_count, worker_count: jobs run, and processes started for them.
       peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); None where /proc
-        does not say. Looked at twice a second, as the disk is.
+        does not say.
       peak_disk_bytes: most that the jobs' scratch folders held at once.
     """
 
@@ -99,16 +99,9 @@ class Runner:
         timeout_s: float,
         variables: Variables = lambda worker_dir: {},
     ) -> Outcome:
-        """Run "package.module:function" on the payload, again in a fresh process if it crashes in a used one.
+        """Run "package.module:function" on a JSON payload, again in a fresh process if it crashes in a used one.
 
-        Args:
-          target: the job.
-          payload: its argument, JSON.
-          timeout_s: its whole process group is killed after this.
-          variables: of the worker.
-
-        Raises:
-          CancelledError: `cancel` was called.
+        After `timeout_s` its whole process group is killed. Raises CancelledError once `cancel` was called.
         """
         with self._lock:
             self._job_count += 1

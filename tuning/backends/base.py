@@ -21,12 +21,9 @@ _PROBE_TIMEOUT_S = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device that a trial is about.
+    """The device that a trial is about: as on the command line ("v6e", "local"), as JAX says it, and its figures.
 
-    Attributes:
-      name: as on the command line, e.g. "v6e" or "local".
-      device_kind: as JAX says it.
-      spec: its figures; None for a device that is only measured.
+    spec: None for a device that is only measured.
     """
 
     name: str
@@ -45,8 +42,7 @@ def named_device(device: str) -> Target:
 def probe(trouble: str, **variables: str) -> dict[str, Any]:
     """Return the platform and device_kind that JAX finds in a worker with these environment variables.
 
-    Raises:
-      UserError: it does not start, so that no candidate can run; the message begins with `trouble`.
+    Raises UserError, which begins with `trouble`, where it does not start, so that no candidate can run.
     """
     with tempfile.TemporaryDirectory() as work_dir:
         job = "tuning.backends.jobs:probe"
@@ -61,7 +57,6 @@ class Backend:
     """One way to get the figures of a candidate.
 
     Attributes:
-      name: as on the command line.
       job: what a worker runs for one candidate, "package.module:function".
       sources: patterns of the files that make the figure; see `provenance.source_hash`.
       find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.

@@ -49,10 +49,7 @@ class Evaluator:
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
         """Return the Trial of a candidate, whatever becomes of it.
 
-        Args:
-          block_sizes: of the kernel.
-          options: fields of Variant, or a peer's own.
-          kernel: one of tuning.backends.kernels.KERNELS.
+        options: fields of Variant, or a peer's own; kernel: one of tuning.backends.kernels.KERNELS.
 
         Raises:
           CancelledError: the runner was cancelled.

@@ -23,8 +23,7 @@ from tuning.compare.table import Row, Run
 def pair_sessions(runs: Sequence[Run], logdir: Path) -> list[tuple[str, list[str]]]:
     """Write sessions that have each run as a host, so that TensorBoard shows their timelines in one view.
 
-    Returns:
-      Names of the sessions, one a part that all runs have a trace of, with their hosts.
+    Returns their names, one a part that all runs have a trace of, with their hosts.
     """
     hosts = []
     for run in runs:

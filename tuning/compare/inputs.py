@@ -26,11 +26,7 @@ _LEAST_ID = 6
 
 
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
-    """Find a run by what the user calls it, see `HELP`.
-
-    Raises:
-      UserError: there is no such run; the message says which there are.
-    """
+    """Find a run by what the user calls it, see `HELP`. Raises UserError where there is none, with those there are."""
     name, _, source = argument.rpartition("=")
     path = Path(source)
     file, colon, selector = source.rpartition(":")

@@ -21,7 +21,6 @@ class Run:
     Attributes:
       made_by: of a prediction, what made it.
       sessions: for each repeat, scope -> seconds of each step. A prediction has one session of one step.
-      notes: what a reader must know of it.
       spaces: by part, an XSpace of it for TensorBoard; of the last repeat.
       paths: by part, the file that it is from, where it is from one.
       config: what ran, as far as is known.

@@ -28,11 +28,7 @@ def make(
 ) -> dict[str, str]:
     """Return the content of each file of the page: index.html, report.md and the pictures that Markdown shows.
 
-    Args:
-      inputs: the records.
-      results_dir, validation_path, tuned_dir: where they are from.
-      output: the page's folder, from which Markdown finds the pictures of sweeps.
-      top: rows of each ranking.
+    Markdown finds the pictures of sweeps from `output`, the page's folder; top: rows of each ranking.
     """
     swept, superseded = kernels.sweeps(inputs.sweeps, results_dir, top)
     validated = _validated(inputs.validation)

@@ -16,12 +16,8 @@ BarRow = tuple[str, Label, Mapping[str, float], str]
 def stack(title: str, unit: str, rows: Sequence[BarRow], colours: Mapping[str, str], digits: int = 3) -> dict[str, Any]:
     """Return bars of stacked pieces on one scale, for `stacked`; widths of pieces are in percent of the longest bar.
 
-    Args:
-      title: above the bars.
-      unit, digits: of the values, and how many digits are significant.
-      rows: the bars.
-      colours: CSS variable of `figures.COLOURS` by piece, in the order in which they are stacked; pieces without one
-        come last, in the last colour.
+    colours: CSS variable of `figures.COLOURS` by piece, in the order in which they are stacked; pieces without one come
+    last, in the last colour.
     """
     found = {piece for _, _, values, _ in rows for piece, value in values.items() if value > 0}
     paint = {piece: colours[piece] for piece in colours if piece in found}

@@ -57,11 +57,7 @@ class SweepSchema:
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """One sweep; see configs/sweep.yaml for what each field means.
-
-    Raises:
-      ValueError: a value is out of range.
-    """
+    """One sweep; see configs/sweep.yaml for what each field means. Raises ValueError for a value out of range."""
 
     workload: Workload
     device: str

@@ -31,12 +31,10 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Listed values of every parameter, and which candidates to try before any other.
+    """Listed values of every parameter ("block_q", "variant.softmax", ...), and which candidates to try first.
 
     Attributes:
-      name: for tables and study names.
-      choices: parameter ("block_q", "variant.softmax", ...) -> values.
-      first: parameters of the candidates to try first; what they leave out has its default.
+      first: parameters of the candidates to try before any other; what they leave out has its default.
       max_block_scores: largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
 
     Raises:
@@ -79,8 +77,7 @@ class Space:
     def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters with what they leave out: the default of Variant where listed, else the first value.
 
-        Raises:
-          ValueError: a parameter is not one of this space.
+        Raises ValueError for a parameter that is not one of this space.
         """
         if unknown := set(parameters) - set(self.choices):
             raise ValueError(f"space.first {', '.join(sorted(unknown))}: expected {', '.join(self.choices)}.")

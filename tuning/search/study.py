@@ -32,15 +32,10 @@ _STARTUP_TRIALS = 6
 
 @dataclasses.dataclass
 class SearchSettings:
-    """How to search, and when to stop: fields of configs/search/*.yaml.
+    """How to search, and when to stop: fields of configs/search/*.yaml. Raises ValueError for a value out of range.
 
-    Attributes:
-      sampler: grid (the space's order), random (each candidate once, in shuffled order) or tpe.
-      max_trials: candidates of this study, those of earlier runs included; None for all of them.
-      seed: of random and tpe.
-
-    Raises:
-      ValueError: a value is out of range.
+    sampler: grid (the space's order), random (each candidate once, in shuffled order) or tpe; max_trials: candidates of
+    this study, those of earlier runs included, None for all of them.
     """
 
     sampler: str = MISSING
@@ -73,13 +68,7 @@ def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
 class Search:
     """Ask candidates one by one, never one twice, and be told their trials.
 
-    Args:
-      storage_path: SQLite file.
-      study_name: of the study in it, made if absent.
-      space: the parameters.
-      candidates: the valid ones of the space.
-      settings: how to search.
-      on_record: candidate key -> Trial, from the records of the same context.
+    The study is made if absent. on_record: candidate key -> Trial, from the records of the same context.
     """
 
     def __init__(

@@ -45,11 +45,7 @@ def metrics(trial: Trial) -> dict[str, float]:
 
 
 def write(trials: Sequence[Trial], logdir: Path, sweep: str) -> Path:
-    """Write the trials of a sweep, in place of what an earlier call wrote of it. Returns their folder.
-
-    Raises:
-      UserError: TensorBoard is not installed.
-    """
+    """Write the trials of a sweep, in place of what an earlier call wrote of it. Returns their folder."""
     sessions.require_tensorboard("HParams")
     folder = logdir / FOLDER / sweep
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,16 +23,7 @@ TRACED_RUNS = 10
 
 
 def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterator[str]:
-    """Write all trials and the timelines of the best; yield lines for the user.
-
-    Args:
-      trials: of one sweep, best first.
-      sweep: its name.
-      top: how many timelines.
-
-    Raises:
-      UserError: TensorBoard is not installed.
-    """
+    """Write all trials of a sweep, best first, and the timelines of the `top` best; yield lines for the user."""
     if top < 0:
         raise UserError(f"profile_top={top}: expected 0 or more.")
     yield f"hparams: {hparams.write(trials, logdir, sweep)}"

@@ -14,11 +14,7 @@ from tuning.trials.records import Trial, config_key
 
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:
-    """Return the tuned entry that a trial makes.
-
-    Raises:
-      ValueError: the trial is not one to run by: not ok, without a time, unchecked, or of a peer's kernel.
-    """
+    """Return the tuned entry of a trial. Raises ValueError for one not to run by: not ok, untimed, unchecked, a peer's."""
     if trial.status is not Status.OK or trial.time_ms is None or trial.label is None or trial.block_sizes is None:
         raise ValueError(f"status={trial.status}, time_ms={trial.time_ms}: expected an ok trial with a time.")
     if trial.kernel != "splash_attn" or trial.numerics is None:
@@ -69,13 +65,10 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
     that of the same shape, dtype, softmax, qk_dtype and label, and of those of other sources for the same call.
 
     Args:
-      winner: an ok trial.
+      winner: an ok trial, which `entry_of` takes.
       trials: of the winner's context, among them one of `todays_choice`.
       directory: of the tuned entries, which are read and written; None: today's choice is from the user's and the
         shipped ones, and the winner goes to the user's.
-
-    Raises:
-      ValueError: see `entry_of`.
     """
     new = entry_of(winner)
     path = tuned.path_for(winner.device_kind, directory or tuned.user_dir())

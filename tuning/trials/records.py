@@ -22,14 +22,11 @@ VARIANT_PREFIX = "variant."
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The candidate kernel against the reference in float32, on a small odd shape.
+    """The candidate kernel against the reference in float32, on a small odd shape, with the candidate's own blocks.
 
     Attributes:
       implementation: what ran: "pallas_interpret", or "pallas_tpu" on a TPU.
-      q_seq_len, kv_seq_len, num_heads: the small shape.
-      block_sizes: the blocks that ran, which are the candidate's own.
-      rms_error: ||actual - expected|| / ||expected||.
-      max_row_error: the same for the worst query row.
+      rms_error: ||actual - expected|| / ||expected||; max_row_error: the same for the worst query row.
       max_abs_error: largest difference of one element.
       tolerance, row_tolerance: limits of rms_error and max_row_error.
     """
@@ -56,22 +53,13 @@ class Trial:
     """One candidate and what became of it.
 
     Attributes:
-      record_id: unique.
-      created_at: UTC, ISO 8601.
       context: hash of what makes times comparable: workload, device, backend, sources, versions.
       kernel: "splash_attn" or a peer's name.
-      workload, shape, dtype: the attention call.
-      device, device_kind, backend: what it was compiled for or run on, and how.
       block_sizes: of the kernel, None for a kernel without.
-      variant: of the kernel, as a dict.
-      status: how it ended.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
-      kernel_time_ms: of the Pallas kernel alone.
-      cycles: predicted cycles of the kernel.
-      vmem_bytes, spill_count, fill_count: of the kernel, as compiled.
-      peak_hbm_bytes: of the whole op.
-      compile_time_s: of the whole op.
+      kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count: of the Pallas kernel alone.
+      peak_hbm_bytes, compile_time_s: of the whole op.
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
       ops: parts of a prediction, one for each HLO op.
       numerics: the check, None where the trial did not get that far.
@@ -79,7 +67,6 @@ class Trial:
       error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
       conclusive: whether the same candidate would end so again; if not, it is tried again. None stands for what its
         status says, as in older records.
-      environment: where it ran.
     """
 
     context: str

@@ -41,16 +41,12 @@ def table(
     one_variant_column: bool = False,
     units: bool = False,
 ) -> str:
-    """Return the trials in their order as aligned text.
+    """Return the trials in their order as aligned text, the first `limit` of them.
 
     Columns that are empty or hidden are left out; a variant's field that is the same in all trials is said once, above.
 
-    Args:
-      trials: what to show.
-      limit: show the first so many; None shows all.
-      hide: columns to leave out.
-      units: show how busy each unit of the core is in the kernel.
-      one_variant_column: put the fields of the variant in one column, for trials of different kernels.
+    units: show how busy each unit of the core is in the kernel; one_variant_column: put the fields of the variant in
+    one column, for trials of different kernels.
     """
     if not trials:
         return "no trials"

@@ -25,8 +25,7 @@ _MAX_NAME_LENGTH = 100  # with device, backend and hash it is the name of a fold
 class Workload:
     """One attention call of a model on one chip.
 
-    Raises:
-      ValueError: a size is out of range, the dtype is not one of DTYPES, or the name is not one for a folder.
+    Raises ValueError for a dtype that is not one of DTYPES, or a name that is not one for a folder.
     """
 
     name: str
@@ -54,14 +53,10 @@ class Workload:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], overridden: Collection[str] = ()) -> Self:
-        """Return the workload of a file's fields.
+        """Return the workload of a file's fields, with seq_len or both of q_seq_len and kv_seq_len.
 
-        Args:
-          fields: name, batch_size, num_heads, head_dim, dtype, and seq_len or both of q_seq_len and kv_seq_len.
-          overridden: names of the fields that are not the file's own. Where a length is, the file's do not count.
-
-        Raises:
-          ValueError: see Workload; or one of two lengths is missing.
+        overridden: names of the fields that are not the file's own. Where a length is, the file's do not count. Raises
+        ValueError where one of two lengths is missing.
         """
         sizes = {name: fields[name] for name in ("batch_size", "num_heads", "head_dim")} | _lengths(fields, overridden)
         return cls(name=fields["name"], shape=AttentionShape(**sizes), dtype=fields["dtype"])
@@ -85,11 +80,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Workload:
-    """Return the workload of that name.
-
-    Raises:
-      ValueError: there is none; the message lists those there are.
-    """
+    """Return the workload of that name. Raises ValueError where there is none, with those there are."""
     if name not in names():
         raise ValueError(f"workload={name!r}: expected one of {', '.join(names())}.")
     return Workload.from_dict(dict(OmegaConf.to_container(OmegaConf.load(_WORKLOAD_DIR / f"{name}.yaml"))))  # type: ignore[arg-type]
