@@ -1,6 +1,7 @@
 """Records what a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -63,9 +64,11 @@ class Environment:
 def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
+    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
     return Environment(
         versions=package_versions(packages),
-        flags=_flags(),
+        # Where a dump goes changes nothing, and the path is nobody's business.
+        flags={name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()},
         git_commit=commit,
         git_dirty=dirty,
         kernel_hash=source_hash(KERNEL_SOURCES),
@@ -110,17 +113,9 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of Python and of packages, without importing them; leave out those that are absent."""
     versions = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def _flags() -> dict[str, str]:
-    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
-    # Where a dump goes changes nothing, and the path is nobody's business.
-    return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()}
 
 
 def host() -> str:

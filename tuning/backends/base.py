@@ -39,6 +39,11 @@ def named_device(device: str) -> Target:
     return Target(spec.name, spec.device_kind, spec)
 
 
+def no_variables(*_: object) -> dict[str, str]:
+    """Add nothing to a worker's environment."""
+    return {}
+
+
 def probe(trouble: str, **variables: str) -> dict[str, Any]:
     """Return the platform and device_kind that JAX finds in a worker with these environment variables.
 
@@ -70,7 +75,7 @@ class Backend:
     job: str
     sources: tuple[str, ...]
     find_target: Callable[[str], Target] = named_device
-    worker_env: Callable[[Target, Path], Mapping[str, str]] = lambda target, worker_dir: {}
+    worker_env: Callable[[Target, Path], Mapping[str, str]] = no_variables
     cacheable: bool = True
     exclusive: bool = False
     timed: bool = True

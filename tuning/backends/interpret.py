@@ -11,12 +11,16 @@ def _find_target(device: str) -> Target:
     return Target("cpu", "cpu", None) if device == "local" else named_device(device)
 
 
+def _worker_env(*_: object) -> dict[str, str]:
+    return {"JAX_PLATFORMS": "cpu"}
+
+
 INTERPRET = Backend(
     name="interpret",
     job="tuning.backends.interpret:check_candidate",
     sources=("tuning/backends/numerics.py",),
     find_target=_find_target,
-    worker_env=lambda target, worker_dir: {"JAX_PLATFORMS": "cpu"},
+    worker_env=_worker_env,
     timed=False,
 )
 

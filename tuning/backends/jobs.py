@@ -4,10 +4,12 @@ A job runs in `splash_workbench.workers.worker`, takes the payload that `evaluat
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
@@ -42,6 +44,12 @@ class Request:
         lengths = (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
         channels = shape.num_heads * shape.head_dim
         return tuple(jax.ShapeDtypeStruct((shape.batch_size, length, channels), self.dtype) for length in lengths)
+
+
+def normal_arguments(specs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """Return arrays of these shapes and dtypes, of the standard normal distribution, always the same."""
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    return [jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, specs, strict=True)]
 
 
 def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
@@ -12,7 +11,7 @@ from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Status, compile_error
 from tuning.backends import device_times, kernels
 from tuning.backends.base import Backend, Target, probe
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request, check_numerics, normal_arguments
 from tuning.trials.bound import known_device
 
 
@@ -48,11 +47,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     checked = check_numerics(request, implementation)
     if checked["status"] != Status.OK:
         return checked
-    keys = jax.random.split(jax.random.key(0), 3)
-    arguments = [
-        jax.device_put(jax.random.normal(key, spec.shape, jnp.float32).astype(spec.dtype), device)
-        for key, spec in zip(keys, request.abstract_args(), strict=True)
-    ]
+    arguments = normal_arguments(request.abstract_args())
     start = time.perf_counter()
     try:
         compiled = jax.jit(request.timed(implementation)).lower(*arguments).compile()

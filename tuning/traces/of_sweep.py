@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from offline_tpu import timeline
 from offline_tpu.machine.devices import by_name
@@ -15,6 +14,7 @@ from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Recorder, Session
 from splash_workbench.status import Label, Status
 from tuning.backends import kernels
+from tuning.backends.jobs import normal_arguments
 from tuning.traces import hparams
 from tuning.trials.records import Trial
 
@@ -65,12 +65,8 @@ def measured(trial: Trial, logdir: Path) -> Session:
     attention = kernels.KERNELS[trial.kernel].build(trial.block_sizes, trial.variant, implementation)
     shape = trial.shape
     lengths = (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
-    arguments = [
-        jax.random.normal(key, (shape.batch_size, shape.num_heads, length, shape.head_dim), jnp.float32).astype(
-            trial.dtype
-        )
-        for key, length in zip(jax.random.split(jax.random.key(0), 3), lengths, strict=True)
-    ]
+    sizes = [(shape.batch_size, shape.num_heads, length, shape.head_dim) for length in lengths]
+    arguments = normal_arguments([jax.ShapeDtypeStruct(size, trial.dtype) for size in sizes])
     compiled = jax.jit(attention).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     recorder = Recorder(logdir, _name(trial), _config(trial))
