@@ -68,7 +68,7 @@ class SweepResult:
             "from_cache": self.evaluated_count - jobs,
             "candidates_per_minute": 60 * jobs / self.wall_time_s if jobs else None,
             "workers_started": self.usage.worker_count,
-            "peak_memory_bytes": self.usage.peak_memory_bytes,
+            "peak_memory_bytes": self.usage.peak_memory_bytes or None,
             "peak_disk_bytes": self.usage.peak_disk_bytes,
         }
 
@@ -128,8 +128,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     winner = _best(trials)
-    usage = runner.usage()
-    return SweepResult(directory, tuple(trials), winner, candidates, evaluated_count, wall_time_s, usage)
+    return SweepResult(directory, tuple(trials), winner, candidates, evaluated_count, wall_time_s, runner.usage)
 
 
 def _evaluate_all(

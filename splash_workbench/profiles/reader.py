@@ -78,10 +78,6 @@ class Step:
     start_ps: int
     duration_ps: int
 
-    def contains(self, op: Op) -> bool:
-        """Return whether an op of the same plane starts within the step."""
-        return self.start_ps <= op.start_ps < self.start_ps + self.duration_ps
-
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -130,7 +126,8 @@ class Profile:
             planes[step.name, step.number].append(step)
         found = []
         for steps in planes.values():
-            inside = [op for step in steps for op in self.ops if op.plane == step.plane and step.contains(op)]
+            spans = [(step.plane, range(step.start_ps, step.start_ps + step.duration_ps)) for step in steps]
+            inside = [op for plane, span in spans for op in self.ops if op.plane == plane and op.start_ps in span]
             mean_ps = round(statistics.mean(step.duration_ps for step in steps))
             found.append((dataclasses.replace(steps[0], duration_ps=mean_ps), tuple(inside)))
         return found

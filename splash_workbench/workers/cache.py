@@ -3,7 +3,6 @@
 Kept are the conclusive ones, of jobs that time nothing: a time that was measured is never taken from a cache.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,17 +12,7 @@ from typing import Any, Self
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import CACHE_VARIABLE, user_cache_dir
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """The content of a file."""
-
-    status: Status
-    result: dict[str, Any]
-    error: str | None
 
 
 class JobCache:
@@ -62,10 +51,9 @@ class JobCache:
         """
         path = self._directory / f"{key}.json"
         try:
-            entry = decode(json.loads(path.read_bytes()), _Entry)
-            outcome = Outcome(entry.status, entry.result, entry.error, "", 0.0)
+            outcome = decode(json.loads(path.read_bytes()), Outcome)
             accept(outcome)
-            if entry.status.conclusive:
+            if outcome.status.conclusive:
                 return outcome, True
         except (OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
             pass

@@ -49,25 +49,25 @@ class Outcome:
     status: Status
     result: dict[str, Any]
     error: str | None
-    log_tail: str
-    wall_time_s: float
+    log_tail: str = ""
+    wall_time_s: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Usage:
     """The resources that the jobs of a runner took. Memory and disk are looked at twice a second.
 
     Attributes:
       job_count, worker_count: jobs run, and processes started for them.
-      peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); None where /proc
-        does not say.
+      peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); 0 where /proc does
+        not say.
       peak_disk_bytes: most that the jobs' scratch folders held at once.
     """
 
-    job_count: int
-    worker_count: int
-    peak_memory_bytes: int | None
-    peak_disk_bytes: int
+    job_count: int = 0
+    worker_count: int = 0
+    peak_memory_bytes: int = 0
+    peak_disk_bytes: int = 0
 
 
 class Runner:
@@ -89,7 +89,7 @@ class Runner:
         self._running: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._cancelled = False
-        self._job_count = self._worker_count = self._peak_memory = self._peak_disk = 0
+        self.usage = Usage()
 
     def run(
         self,
@@ -104,7 +104,7 @@ class Runner:
         After `timeout_s` its whole process group is killed. Raises CancelledError once `cancel` was called.
         """
         with self._lock:
-            self._job_count += 1
+            self.usage.job_count += 1
         for fresh in (False, True):
             worker = self._take(variables, fresh=fresh)
             reusable = False
@@ -129,11 +129,6 @@ class Runner:
         for worker in idle:
             worker.end()
 
-    def usage(self) -> Usage:
-        """Return what the jobs took up to now."""
-        with self._lock:
-            return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
-
     def _take(self, variables: Variables, *, fresh: bool) -> "_Worker":
         """Return an idle worker with the environment that the job wants, or a new one in place of an idle one."""
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -154,7 +149,7 @@ class Runner:
                 self._work_dir.mkdir(parents=True, exist_ok=True)
                 directory = Path(tempfile.mkdtemp(dir=self._work_dir))
                 worker = _Worker(directory, kind, common | dict(variables(directory)))
-                self._worker_count += 1
+                self.usage.worker_count += 1
                 self._running.add(worker)
                 return worker
         finally:
@@ -174,7 +169,8 @@ class Runner:
             workers = [*self._running, *self._idle]
         memory, disk = sum(worker.rss_bytes() for worker in workers), _size_bytes(self._work_dir)
         with self._lock:
-            self._peak_memory, self._peak_disk = max(self._peak_memory, memory), max(self._peak_disk, disk)
+            self.usage.peak_memory_bytes = max(self.usage.peak_memory_bytes, memory)
+            self.usage.peak_disk_bytes = max(self.usage.peak_disk_bytes, disk)
 
 
 class _Worker:

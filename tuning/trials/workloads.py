@@ -58,8 +58,16 @@ class Workload:
         overridden: names of the fields that are not the file's own. Where a length is, the file's do not count. Raises
         ValueError where one of two lengths is missing.
         """
-        sizes = {name: fields[name] for name in ("batch_size", "num_heads", "head_dim")} | _lengths(fields, overridden)
-        return cls(name=fields["name"], shape=AttentionShape(**sizes), dtype=fields["dtype"])
+        count = set(_LENGTHS) & set(overridden) or set(_LENGTHS)
+        given = {name: fields[name] for name in _LENGTHS if name in count and fields.get(name) is not None}
+        lengths = dict.fromkeys(("q_seq_len", "kv_seq_len"), given["seq_len"]) if set(given) == {"seq_len"} else given
+        if set(lengths) != {"q_seq_len", "kv_seq_len"}:
+            raise ValueError(
+                f"{', '.join(f'workload.{name}={value}' for name, value in given.items()) or 'no length'}: "
+                "expected workload.seq_len for self-attention, or both of workload.q_seq_len and workload.kv_seq_len."
+            )
+        shape = AttentionShape(**{name: fields[name] for name in ("batch_size", "num_heads", "head_dim")}, **lengths)
+        return cls(name=fields["name"], shape=shape, dtype=fields["dtype"])
 
     def under_its_own_name(self, overridden: Collection[str]) -> Self:
         """Return the workload, under a derived name if its own is that of another shape or dtype.
@@ -110,16 +118,3 @@ def _derived(name: str, shape: AttentionShape, dtype: str) -> str:
     """Return e.g. "tiny+1x24x4680x64", with "-float32" where it is not bfloat16."""
     suffix = f"+{shape}".replace(":", "-") + ("" if dtype == "bfloat16" else f"-{dtype}")
     return name if name.endswith(suffix) else name[: _MAX_NAME_LENGTH - len(suffix)] + suffix
-
-
-def _lengths(fields: Mapping[str, Any], overridden: Collection[str]) -> dict[str, int]:
-    count = set(_LENGTHS) & set(overridden) or set(_LENGTHS)
-    given = {name: fields[name] for name in _LENGTHS if name in count and fields.get(name) is not None}
-    if given.keys() == {"seq_len"}:
-        return dict.fromkeys(("q_seq_len", "kv_seq_len"), given["seq_len"])
-    if given.keys() == {"q_seq_len", "kv_seq_len"}:
-        return given
-    raise ValueError(
-        f"{', '.join(f'workload.{name}={value}' for name, value in given.items()) or 'no length'}: "
-        "expected workload.seq_len for self-attention, or both of workload.q_seq_len and workload.kv_seq_len."
-    )
