@@ -116,8 +116,7 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
     folder = profile_dir(logdir) / session.name
     if space is not None:
         shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
-    folder.mkdir(parents=True, exist_ok=True)
-    if space is not None:
+        folder.mkdir(parents=True)
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
     write_json(folder / SESSION_FILE, encode(session))
     return folder

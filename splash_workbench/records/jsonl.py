@@ -75,5 +75,7 @@ def read(path: Path, kind: type[T]) -> list[T]:
         try:
             records.append(decode(fields, kind))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a {kind.__name__} that this version reads ({error}).") from error
+            remedy = "delete this line, or move the file away"
+            line_is = f"{path}:{number}: not a {kind.__name__} that this version reads"
+            raise ValueError(f"{line_is} ({error}); {remedy}.") from error
     return records

@@ -134,27 +134,22 @@ class Runner:
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         common = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)}
         kind = frozenset((common | dict(variables(Path("worker")))).items())
-        superfluous: _Worker | None = None
-        try:
-            with self._lock:
-                if self._cancelled:
-                    raise CancelledError
-                for worker in self._idle if not fresh else ():
-                    if worker.kind == kind:
-                        self._idle.remove(worker)
-                        self._running.add(worker)
-                        return worker
-                if self._idle:
-                    superfluous = self._idle.pop(0)
-                self._work_dir.mkdir(parents=True, exist_ok=True)
-                directory = Path(tempfile.mkdtemp(dir=self._work_dir))
-                worker = _Worker(directory, kind, common | dict(variables(directory)))
-                self.usage.worker_count += 1
-                self._running.add(worker)
-                return worker
-        finally:
-            if superfluous is not None:
-                superfluous.end()
+        with contextlib.ExitStack() as after, self._lock:
+            if self._cancelled:
+                raise CancelledError
+            for worker in self._idle if not fresh else ():
+                if worker.kind == kind:
+                    self._idle.remove(worker)
+                    self._running.add(worker)
+                    return worker
+            if self._idle:
+                after.callback(self._idle.pop(0).end)  # once the lock is free
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            directory = Path(tempfile.mkdtemp(dir=self._work_dir))
+            worker = _Worker(directory, kind, common | dict(variables(directory)))
+            self.usage.worker_count += 1
+            self._running.add(worker)
+            return worker
 
     def _give_back(self, worker: "_Worker", reusable: bool) -> None:
         with self._lock:
@@ -226,14 +221,9 @@ class _Worker:
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:
             self.kill()
-        outcome = Outcome(
-            status=status,
-            result=result,
-            error=_scrub(error, self._directory) if error else None,
-            log_tail=_scrub(self._log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], self._directory),
-            wall_time_s=time.monotonic() - start,
-        )
-        return outcome, reusable
+        cause = _scrub(error, self._directory) if error else None
+        log_tail = _scrub(self._log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], self._directory)
+        return Outcome(status, result, cause, log_tail, time.monotonic() - start), reusable
 
     def rss_bytes(self) -> int:
         """Return the resident memory of the process; 0 if it is dead, or the system does not say."""

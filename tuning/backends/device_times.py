@@ -123,9 +123,12 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
     notes = []
     if (known_to := median_ci_fraction(samples)) > target_ci_fraction:
         notes.append(f"noisy: median known to {known_to:.1%} after {len(samples)} samples")
-    if drift := _drift(samples):
-        cause = "the device throttles, or something else came to run on it" if drift > 0 else "too little warm-up"
-        notes.append(f"drift: {drift:+.1%} from the first to the last third of the samples ({cause}?)")
+    third = len(samples) // 3
+    if third >= 2 and min(samples) != max(samples):
+        drift = (statistics.median(samples[-third:]) - statistics.median(samples[:third])) / median
+        if abs(drift) > _WORTH_SAYING and stats.kendalltau(range(len(samples)), samples).pvalue < _TREND_P:
+            cause = "the device throttles, or something else came to run on it" if drift > 0 else "too little warm-up"
+            notes.append(f"drift: {drift:+.1%} from the first to the last third of the samples ({cause}?)")
     if modes := _two_modes(samples):
         (fast, fast_count), (slow, slow_count) = modes
         notes.append(
@@ -142,17 +145,6 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
                 "median (contention?)"
             )
     return notes
-
-
-def _drift(samples: Sequence[float]) -> float | None:
-    """Return the change from the first third to the last as a part of the median; None without a clear trend."""
-    third = len(samples) // 3
-    if third < 2 or min(samples) == max(samples):
-        return None
-    change = statistics.median(samples[-third:]) - statistics.median(samples[:third])
-    change /= statistics.median(samples)
-    trend = stats.kendalltau(range(len(samples)), samples)
-    return change if trend.pvalue < _TREND_P and abs(change) > _WORTH_SAYING else None
 
 
 def _two_modes(samples: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]] | None:

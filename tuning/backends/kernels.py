@@ -4,6 +4,7 @@ Each takes q, k, v `[batch, heads, seq, head_dim]` and does everything that its 
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 #: What a kernel is given besides block sizes: for ours the fields of Variant, for a peer its own.
 Options = Mapping[str, Any]
 
+_LAYOUTS = ("q_layout", "k_layout", "v_layout")
 _UNMASKED = "padded keys take part in the softmax: inexact unless the blocks divide the sequence"
 
 
@@ -59,10 +61,9 @@ def build_splash_attn(block_sizes: BlockSizes, options: Options, implementation:
     """Return `splash_attn.attention` with these block sizes, and `options` as its variant."""
     variant = Variant.from_dict(dict(options))
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return splash_attn.attention(q, k, v, block_sizes=block_sizes, variant=variant, implementation=implementation)
-
-    return attention
+    return functools.partial(
+        splash_attn.attention, block_sizes=block_sizes, variant=variant, implementation=implementation
+    )
 
 
 def from_projections(attention: Attention, num_heads: int) -> Attention:
@@ -80,14 +81,13 @@ def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Imple
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    layout = splash.QKVLayout[options["layout"]]
+    blocks = dataclasses.asdict(block_sizes) | dict.fromkeys(_LAYOUTS, splash.QKVLayout[options["layout"]])
 
     def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
+        mask = masks.MultiHeadMask([masks.FullMask((q_seq_len, kv_seq_len))] * num_heads)
         return splash.make_splash_mha(
-            mask=masks.MultiHeadMask([masks.FullMask((q_seq_len, kv_seq_len))] * num_heads),
-            block_sizes=splash.BlockSizes(
-                **dataclasses.asdict(block_sizes), q_layout=layout, k_layout=layout, v_layout=layout
-            ),
+            mask,
+            block_sizes=splash.BlockSizes(**blocks),
             head_shards=1,
             q_seq_shards=1,
             interpret=implementation == "pallas_interpret",
@@ -101,20 +101,15 @@ def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: I
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
-    layout = splash.QKVLayout[options["layout"]]
+    config = splash.SplashConfig(
+        **dataclasses.asdict(block_sizes),
+        **dict.fromkeys(_LAYOUTS, splash.QKVLayout[options["layout"]]),
+        use_experimental_scheduler=options["use_experimental_scheduler"],
+        interpret=implementation == "pallas_interpret",
+    )
 
     def make(_: int, q_seq_len: int, kv_seq_len: int) -> Attention:
-        return splash.make_splash_mha_single_device(
-            mask=masks.FullMask((q_seq_len, kv_seq_len)),
-            config=splash.SplashConfig(
-                **dataclasses.asdict(block_sizes),
-                q_layout=layout,
-                k_layout=layout,
-                v_layout=layout,
-                use_experimental_scheduler=options["use_experimental_scheduler"],
-                interpret=implementation == "pallas_interpret",
-            ),
-        )
+        return splash.make_splash_mha_single_device(mask=masks.FullMask((q_seq_len, kv_seq_len)), config=config)
 
     return _padded(block_sizes, make)
 

@@ -30,7 +30,7 @@ _ABSENT = object()
 def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path | None) -> list[dict[str, Any]]:
     """Return all entries by device, workload and shape; `chosen` is what attention() runs for exactly that shape."""
     present = provenance.source_hash(provenance.KERNEL_SOURCES)
-    found = []
+    found: list[dict[str, Any]] = []
     for kind, entry in entries:
         bound_ms = bf16_bound_ms(entry.shape, entry.dtype, kind)
         found.append(
@@ -43,13 +43,8 @@ def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path | N
                 "stale": entry.provenance.kernel_hash != present,
             }
         )
-    return sorted(
-        found,
-        key=lambda w: (
-            *(w["device"], w["workload"], str(w["entry"].shape)),
-            *(not w["chosen"], w["entry"].provenance.time_ms),
-        ),
-    )
+    found.sort(key=lambda w: (not w["chosen"], w["entry"].provenance.time_ms))
+    return sorted(found, key=lambda w: (w["device"], w["workload"], str(w["entry"].shape)))
 
 
 def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[list[dict[str, Any]], list[TrialFile]]:

@@ -93,34 +93,33 @@ class SweepSettings:
 
 def settings_from(config: SweepSchema) -> SweepSettings:
     """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    space = config.space
-    choices: dict[str, Any] = {name: getattr(space, name) for name in ("block_q", "block_kv", "block_kv_compute")}
-    choices |= {VARIANT_PREFIX + name: values for name, values in space.variant.items()}
-    for name, values in choices.items():
-        if not isinstance(values, list):
-            raise ValueError(f"space.{name}={values!r}: expected a list.")
-    if config.profile_top < 1:
-        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
-    workload = config.workload.frozen()
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
+    if config.profile_top < 1:
+        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
+    workload = config.workload.frozen()
     return SweepSettings(
         workload=workload,
         device=config.device.name,
         backend=backend,
         measure=config.backend.measure,
         search=config.search,
-        space=Space(
-            name=space.name,
-            choices={name: tuple(values) for name, values in choices.items()},
-            first=tuple(_flat(parameters) for parameters in space.first),
-            max_block_scores=space.max_block_scores,
-        ).fitted_to(workload.shape),
+        space=_space(config.space).fitted_to(workload.shape),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
         **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},
     )
+
+
+def _space(config: SpaceSchema) -> Space:
+    choices: dict[str, Any] = {name: getattr(config, name) for name in ("block_q", "block_kv", "block_kv_compute")}
+    choices |= {VARIANT_PREFIX + name: values for name, values in config.variant.items()}
+    for name, values in choices.items():
+        if not isinstance(values, list):
+            raise ValueError(f"space.{name}={values!r}: expected a list.")
+    choices = {name: tuple(values) for name, values in choices.items()}
+    return Space(config.name, choices, tuple(map(_flat, config.first)), config.max_block_scores)
 
 
 def _flat(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -61,12 +61,9 @@ class Space:
                     raise ValueError(f"space.{parameter}={value!r}: expected a positive multiple of {LANES}.")
         if self.max_block_scores is not None and self.max_block_scores < 1:
             raise ValueError(f"space.max_block_scores={self.max_block_scores}: expected a positive number, or null.")
-        for parameters in self.first:
-            for parameter, value in self.complete(parameters).items():
-                if value not in self.choices[parameter]:
-                    raise ValueError(
-                        f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}."
-                    )
+        for parameter, value in (named for parameters in self.first for named in self.complete(parameters).items()):
+            if value not in self.choices[parameter]:
+                raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
 
     @property
     def fingerprint(self) -> str:

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from splash_workbench.profiles import sessions
 from splash_workbench.status import Status
@@ -67,22 +66,16 @@ def _write_trial(trial: Trial, folder: Path) -> None:
     end = plugin_data_pb2.HParamsPluginData(
         session_end_info=plugin_data_pb2.SessionEndInfo(status=outcome, end_time_secs=ended_s)
     )
-    summaries: list[Any] = [
-        summary_v2.hparams_pb(parameters(trial), trial_id=trial.record_id, start_time_secs=started_s),
-        Summary(
-            value=[
-                *(Summary.Value(tag=name, simple_value=value) for name, value in metrics(trial).items()),
-                Summary.Value(
-                    tag=metadata.SESSION_END_INFO_TAG,
-                    metadata=metadata.create_summary_metadata(end),
-                    tensor=metadata.NULL_TENSOR,
-                ),
-            ]
-        ),
-    ]
+    ended = Summary.Value(
+        tag=metadata.SESSION_END_INFO_TAG,
+        metadata=metadata.create_summary_metadata(end),
+        tensor=metadata.NULL_TENSOR,
+    )
+    figures = [Summary.Value(tag=name, simple_value=value) for name, value in metrics(trial).items()]
+    start = summary_v2.hparams_pb(parameters(trial), trial_id=trial.record_id, start_time_secs=started_s)
     writer = EventFileWriter(str(folder))
     try:
-        for summary in summaries:
+        for summary in (start, Summary(value=[*figures, ended])):
             writer.add_event(Event(wall_time=ended_s, step=0, summary=summary))
     finally:
         writer.close()
