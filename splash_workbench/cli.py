@@ -56,8 +56,8 @@ def command(
       unused: keys of the schema, or patterns of them, that the command has no use for, and refuses.
       resolvers: name -> function that the configuration uses as ${name:}.
 
-    The entry point returns the function's exit code, EXIT_USER_ERROR for an error of the user (UserError, OSError, or a
-    value that does not fit the schema), EXIT_INTERRUPTED after Ctrl-C, EXIT_BROKEN_PIPE where nobody reads on.
+    The entry point returns the function's exit code, or one of those above for an error of the user (UserError,
+    OSError, or a value that does not fit the schema), after Ctrl-C, and where nobody reads on.
     """
 
     def decorate(function: Callable[[S], int]) -> Callable[[], int]:

@@ -24,6 +24,7 @@ from splash_workbench.status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
 from splash_workbench.workers.room import room_line
+from tuning import hparams
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
@@ -259,7 +260,9 @@ def main(config: SweepSchema) -> int:
         },
     )
     if config.profile:
-        for line in of_sweep.write(result.trials, result.directory.name, Path(config.logdir), config.profile_top):
+        logdir = Path(config.logdir)
+        print(f"hparams: {hparams.write(result.trials, logdir, result.directory.name)}")
+        for line in of_sweep.write(result.trials, logdir, config.profile_top):
             print(line)
     if not any(trial.status is Status.OK for trial in result.trials):
         print("no candidate was ok", file=sys.stderr)

@@ -32,16 +32,13 @@ _GPU_PLANE, _GPU_STREAM = "/device:GPU:", "Stream"
 
 @dataclasses.dataclass(frozen=True)
 class MeasureSettings:
-    """When to stop measuring.
+    """When to stop measuring. Raises ValueError for a number out of range.
 
     Attributes:
       warm_up_count: runs that are not kept.
       min_samples, max_samples: bounds of the number of runs kept.
       target_ci_fraction: stop once the half width of the median's 95% confidence interval is this part of the median.
       max_time_s: take no more than min_samples after this; a slow or noisy device must not use up a trial's time limit.
-
-    Raises:
-      ValueError: a number is out of range.
     """
 
     warm_up_count: int = 2
@@ -85,7 +82,6 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
 
     Args:
       run: starts the compiled program once, and returns its arrays.
-      settings: when enough has been measured.
       platform: of the device, as JAX says it.
       kernel: text in the names of the ops whose time is told apart.
     """

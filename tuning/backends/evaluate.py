@@ -27,7 +27,6 @@ class Evaluator:
     """Make Trials of one workload on one device with one backend.
 
     Attributes:
-      runner: where the jobs run.
       context: hash that all trials carry; see Trial.
       timeout_s: limit of one trial.
       measure: fields of tuning.backends.device_times.MeasureSettings.

@@ -4,7 +4,8 @@ from typing import Any
 
 from splash_workbench.records.jsonl import decode
 from tuning.backends.base import Backend, Target, named_device
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request
+from tuning.backends.numerics import check_numerics
 
 
 def _find_target(device: str) -> Target:

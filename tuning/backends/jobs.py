@@ -5,7 +5,6 @@ A job runs in `splash_workbench.workers.worker`, takes the payload that `evaluat
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +12,7 @@ import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
-from splash_workbench.status import Status
-from tuning.backends import device_times, kernels, numerics
+from tuning.backends import device_times, kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +48,6 @@ def normal_arguments(specs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
     """Return arrays of these shapes and dtypes, of the standard normal distribution, always the same."""
     keys = jax.random.split(jax.random.key(0), len(specs))
     return [jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, specs, strict=True)]
-
-
-def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:
-    """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error."""
-    key = numerics.CheckKey(
-        kernel=request.kernel,
-        kernel_hash=request.kernel_hash,
-        head_dim=request.shape.head_dim,
-        dtype=request.dtype,
-        block_sizes=request.block_sizes,
-        options=request.options,
-        implementation=implementation,
-    )
-    found = numerics.check_once(key, request.attention(implementation), Path(request.cache_dir))
-    fields = {"numerics": dataclasses.asdict(found)}
-    if found.passed:
-        return fields | {"status": Status.OK}
-    error = (
-        f"rms_error={found.rms_error:.2e} (limit {found.tolerance:.2e}), "
-        f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})"
-    )
-    return fields | {"status": Status.WRONG, "error": error}
 
 
 def probe(payload: dict[str, Any]) -> dict[str, Any]:

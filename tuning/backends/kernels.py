@@ -32,8 +32,7 @@ class Kernel:
     Attributes:
       build: (block_sizes, options, implementation) -> the callable.
       op_name: what the names of its Pallas ops contain.
-      requires: module that must be importable.
-      extra: the optional extra of this project that installs it, None where it comes with the project.
+      requires, extra: module that must be importable, and the optional extra of this project that installs it, if any.
       exact_at_any_length: False for a kernel that is only right where the blocks divide the sequences.
       notes: what a reader of its figures must know.
       compile_only: options that change nothing in interpret mode.

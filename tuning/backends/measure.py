@@ -11,7 +11,8 @@ from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Status, compile_error
 from tuning.backends import device_times, kernels
 from tuning.backends.base import Backend, Target, probe
-from tuning.backends.jobs import Request, check_numerics, normal_arguments
+from tuning.backends.jobs import Request, normal_arguments
+from tuning.backends.numerics import check_numerics
 from tuning.trials.bound import known_device
 
 

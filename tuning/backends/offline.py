@@ -16,7 +16,8 @@ from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request
+from tuning.backends.numerics import check_numerics
 
 #: More than the dumps of one candidate take: two together took 93 MiB.
 DUMP_BYTES = 64 * 2**20

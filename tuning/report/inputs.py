@@ -37,7 +37,7 @@ class TrialFile:
 
 
 class Inputs:
-    """Everything that is on record, read at once.
+    """Everything that is on record, read at once. Raises ValueError for a malformed file, with the line and the field.
 
     Attributes:
       entries: (device kind, tuned entry); of `tuned_dir`, or without one the user's and the shipped ones.
@@ -46,9 +46,6 @@ class Inputs:
       predicted, generated, quality: the lines of the pipeline's files.
       files: (file, what it holds) of each file that was read.
       torn: a line about each that a crash tore, and that is left out.
-
-    Raises:
-      ValueError: a file is malformed; the message names it and the field, and the line where it has lines.
     """
 
     def __init__(self, results_dir: Path, validation_path: Path, tuned_dir: Path | None = None) -> None:

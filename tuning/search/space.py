@@ -33,12 +33,10 @@ class Candidate:
 class Space:
     """Listed values of every parameter ("block_q", "variant.softmax", ...), and which candidates to try first.
 
-    Attributes:
-      first: parameters of the candidates to try before any other; what they leave out has its default.
-      max_block_scores: largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
+    first: parameters of the candidates to try before any other; what they leave out has its default. max_block_scores:
+    largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
 
-    Raises:
-      ValueError: a parameter is unknown, a list is empty or repeats itself, or `first` names a value not listed.
+    Raises ValueError for a parameter that is unknown, a list that is empty or repeats itself, or a value not listed.
     """
 
     name: str

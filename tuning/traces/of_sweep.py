@@ -1,4 +1,4 @@
-"""Show a sweep in TensorBoard: its trials in HParams, and the timelines of its best candidates."""
+"""Show the timelines of a sweep's best candidates in TensorBoard."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,18 +15,16 @@ from splash_workbench.profiles.sessions import Recorder, Session
 from splash_workbench.status import Label, Status
 from tuning.backends import kernels
 from tuning.backends.jobs import normal_arguments
-from tuning.traces import hparams
 from tuning.trials.records import Trial
 
 #: Runs in the trace of a candidate, each a step.
 TRACED_RUNS = 10
 
 
-def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterator[str]:
-    """Write all trials of a sweep, best first, and the timelines of the `top` best; yield lines for the user."""
+def write(trials: Sequence[Trial], logdir: Path, top: int) -> Iterator[str]:
+    """Write the timelines of the `top` first trials that are timed; yield lines for the user."""
     if top < 0:
         raise UserError(f"profile_top={top}: expected 0 or more.")
-    yield f"hparams: {hparams.write(trials, logdir, sweep)}"
     for trial in [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None][:top]:
         session = predicted(trial, logdir) if trial.label is Label.PREDICTED else measured(trial, logdir)
         yield f"{trial.label} timeline: {sessions.profile_dir(logdir) / session.name}"

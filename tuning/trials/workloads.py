@@ -72,8 +72,7 @@ class Workload:
     def under_its_own_name(self, overridden: Collection[str]) -> Self:
         """Return the workload, under a derived name if its own is that of another shape or dtype.
 
-        overridden: names of the fields that were changed. A name that was given with them is kept, unless it is one of
-        configs/workload/.
+        A name among the `overridden` fields is kept, unless it is one of configs/workload/.
         """
         if self.name in names():
             right = self.identity == load(self.name).identity

@@ -19,7 +19,7 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
     blocks = [BlockSizes(128 * n, 512, 128) for n in (1, 2, 3)]
     trials = [make_trial(ops=OPS, block_sizes=block, time_samples_ms=(12.5 + n,)) for n, block in enumerate(blocks)]
     failed = make_trial(status=Status.WRONG)
-    lines = list(of_sweep.write([*trials, failed], "sweep-1", tmp_path, top=2))
+    lines = list(of_sweep.write([*trials, failed], tmp_path, top=2))
     found = sessions.sessions(tmp_path)
     assert [session.run for _, session in found] == [
         "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4",
@@ -30,9 +30,8 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
         assert session.config["record_id"] in {trial.record_id for trial in trials[:2]}
         profile = reader.read(folder / "predicted.xplane.pb")
         assert profile.predicted and [step.duration_ps for step in profile.steps] == [12_500_000_000]
-    assert len(list((tmp_path / "hparams" / "sweep-1").iterdir())) == 4
     assert any("--host 127.0.0.1" in line for line in lines)
-    list(of_sweep.write(trials, "sweep-1", tmp_path, top=2))
+    list(of_sweep.write(trials, tmp_path, top=2))
     assert len(sessions.sessions(tmp_path)) == 2  # the same prediction is no repeat
 
 
@@ -47,7 +46,7 @@ def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
         shape=shape,
         block_sizes=BlockSizes(128, 256, 128),
     )
-    list(of_sweep.write([trial], "sweep-1", tmp_path, top=1))
+    list(of_sweep.write([trial], tmp_path, top=1))
     ((folder, session),) = sessions.sessions(tmp_path)
     assert (session.run, session.label) == ("tiny-cpu-128-256-128-fixed_bound-bfloat16-256-4", Label.MEASURED)
     assert session.device == jax.devices()[0].device_kind
@@ -59,7 +58,7 @@ def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
 
 def test_top_is_checked(make_trial, tmp_path):
     with pytest.raises(UserError, match="profile_top=-1: expected 0 or more"):
-        list(of_sweep.write([make_trial()], "s", tmp_path, top=-1))
+        list(of_sweep.write([make_trial()], tmp_path, top=-1))
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x"])
