@@ -69,7 +69,10 @@ def command(
         return main
 
     def _compose_and_run(function: Callable[[S], int]) -> int:
-        groups = _groups(name)
+        config_file: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
+        groups = {
+            group: entry[group] for entry in config_file["defaults"] if isinstance(entry, dict) for group in entry
+        }
         unset = [group for group, option in groups.items() if option is None]
         keys = Keys(used_keys(schema, unused), groups, text_or_list, unset)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -150,12 +153,6 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         with atomic_path(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def _groups(name: str) -> dict[str, str | None]:
-    """Return the groups in the defaults list of configs/<name>.yaml, and what is chosen of each."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
-    return {group: option for entry in config["defaults"] if isinstance(entry, dict) for group, option in entry.items()}
 
 
 @contextlib.contextmanager

@@ -51,8 +51,7 @@ class Keys:
       types: see `key_types`. The values of text keys are taken literally, whatever characters they hold, except that
         with --multirun a comma without a space behind it stands between the values of two runs. A group's type may have
         an attribute `unsupported`: option that is left out on purpose -> why.
-      groups: names of the configuration groups.
-      unset_groups: those of which none is chosen unless the command line does.
+      groups: the configuration groups; unset_groups: those of which none is chosen unless the command line does.
       text_or_list: keys whose value is text, too, unless it begins with a bracket.
     """
 

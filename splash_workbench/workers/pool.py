@@ -74,12 +74,11 @@ class Runner:
     """A pool of worker processes that any number of threads give jobs, until it is cancelled.
 
     A worker that crashes, is killed for its time limit, raises what its job did not foresee, or has grown past 2.5 GiB
-    is replaced. It serves only jobs that ask for the environment that it was started with.
+    is replaced. It serves only jobs that ask for the environment that it was started with. Its folder in `work_dir` is
+    gone with it.
 
-    Args:
-      work_dir: scratch folder; each worker has its own folder in it, gone with the worker.
-      jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
-        More: call `cancel` in the end.
+    jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
+    More: call `cancel` in the end.
     """
 
     def __init__(self, work_dir: Path, *, jobs_per_worker: int = 1) -> None:

@@ -49,7 +49,7 @@ class Inputs:
     """
 
     def __init__(self, results_dir: Path, validation_path: Path, tuned_dir: Path | None = None) -> None:
-        self._results_dir = results_dir
+        self.results_dir, self.validation_path, self.tuned_dir = results_dir, validation_path, tuned_dir
         self.files: list[tuple[str, str]] = []
         self.torn: list[str] = []
         self.entries = self._tuned_entries(tuned_dir)
@@ -63,8 +63,8 @@ class Inputs:
 
     def _shown(self, path: Path) -> str:
         """Return a path as the page names it."""
-        inside = path.is_relative_to(self._results_dir)
-        return f"{self._results_dir.name}/{path.relative_to(self._results_dir).as_posix()}" if inside else path.name
+        inside = path.is_relative_to(self.results_dir)
+        return f"{self.results_dir.name}/{path.relative_to(self.results_dir).as_posix()}" if inside else path.name
 
     def _count(self, path: str, number: int, one: str, several: str | None = None) -> None:
         """Note how many records a file had, where it had any."""
@@ -84,7 +84,7 @@ class Inputs:
         read = [
             (folder, self._shown(path), trial)
             for folder in ("sweeps", "peers")
-            for path in sorted((self._results_dir / folder).glob(f"*/{TRIALS_FILE}"))
+            for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
             for trial in self._lines(path, Trial, "trial")
         ]
         groups: dict[tuple[object, ...], list[Trial]] = {}

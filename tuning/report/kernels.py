@@ -201,16 +201,14 @@ def origin_of_trials(trials: Sequence[Trial]) -> str:
 
 def describe(trial: Trial) -> str:
     """Return a trial in words, for the reader who points at it."""
+    known = {
+        f"kernel {significant(trial.kernel_time_ms)} ms": trial.kernel_time_ms,
+        f"{percent(fraction := kernel_bound_fraction(trial))} of the MXU bound": fraction,
+        f"VMEM {(trial.vmem_bytes or 0) / 2**20:.1f} MiB": trial.vmem_bytes,
+        f"{trial.spill_count or 0:,} spills": trial.spill_count,
+    }
     texts = [f"{trial.kernel} {trial.config}", f"{trial.label} {significant(trial.time_ms)} ms"]
-    if trial.kernel_time_ms is not None:
-        texts.append(f"kernel {significant(trial.kernel_time_ms)} ms")
-    if (fraction := kernel_bound_fraction(trial)) is not None:
-        texts.append(f"{percent(fraction)} of the MXU bound")
-    if trial.vmem_bytes is not None:
-        texts.append(f"VMEM {trial.vmem_bytes / 2**20:.1f} MiB")
-    if trial.spill_count is not None:
-        texts.append(f"{trial.spill_count:,} spills")
-    return ", ".join(texts)
+    return ", ".join([*texts, *(text for text, value in known.items() if value is not None)])
 
 
 def options(trial: Trial, among: Sequence[Trial]) -> str:

@@ -23,19 +23,16 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _LEAST_SCALE = 0.05
 
 
-def make(
-    inputs: Inputs, *, results_dir: Path, validation_path: Path, tuned_dir: Path | None, output: Path, top: int
-) -> dict[str, str]:
+def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
     """Return the content of each file of the page: index.html, report.md and the pictures that Markdown shows.
 
     Markdown finds the pictures of sweeps from `output`, the page's folder; top: rows of each ranking.
     """
-    swept, superseded = kernels.sweeps(inputs.sweeps, results_dir, top)
-    validated = _validated(inputs.validation)
+    swept, superseded = kernels.sweeps(inputs.sweeps, inputs.results_dir, top)
     measured = pairs_of(trial for file in (*inputs.sweeps, *inputs.peers) for trial in file.trials)
     page = {
-        **validated,
-        "winners": kernels.winners(inputs.entries, tuned_dir),
+        **_validated(inputs.validation),
+        "winners": kernels.winners(inputs.entries, inputs.tuned_dir),
         "sweeps": swept,
         "superseded": superseded,
         "rooflines": kernels.rooflines(inputs.sweeps, inputs.peers),
@@ -51,14 +48,13 @@ def make(
         "page": page | {"tiles": _tiles(page)},
         "missing": parts.MISSING,
         "band": BAND,
-        "results_dir": results_dir.as_posix(),
-        "validation_path": validation_path.as_posix(),
+        "results_dir": inputs.results_dir.as_posix(),
+        "validation_path": inputs.validation_path.as_posix(),
         "light": charts.css(0),
         "dark": charts.css(1),
         "kernel_bound_fraction": kernel_bound_fraction,
     }
-    environment = _environment(output)
-    html, markdown = (environment.get_template(name).render(context) for name in ("report.html", "report.md"))
+    html, markdown = (_environment(output).get_template(name).render(context) for name in ("report.html", "report.md"))
     pictures = {f"{roofline['name']}.svg": roofline["svg"] for roofline in page["rooflines"]}
     if page["parity"] is not None:
         pictures["parity.svg"] = page["parity"]

@@ -16,10 +16,7 @@ R = TypeVar("R", bound=PipelineRecord)
 _WHOLE = {"not broken down": "c6"}
 _STAGE_COLOURS = {"text": "c4", "denoise": "c1", "vae": "c3"}
 _STAGE_TITLES = {"denoise": "A denoising step", "vae": "VAE decoder", "text": "Text encoder"}
-_KIND_COLOURS = {
-    **{"attention_kernel": "c1", "matmul": "c3", "elementwise": "c4"},
-    **{"layout": "c5", "collective": "c2", "other": "c6"},
-}
+_KIND_COLOURS = dict(attention_kernel="c1", matmul="c3", elementwise="c4", layout="c5", collective="c2", other="c6")
 _PHASE_COLOURS = {"load": "c4", "compile": "c5", "run": "c1"}
 
 

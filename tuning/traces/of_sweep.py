@@ -82,11 +82,5 @@ def _name(trial: Trial) -> str:
 
 
 def _config(trial: Trial) -> dict[str, str]:
-    return {
-        "kernel": trial.kernel,
-        "workload": trial.workload,
-        "shape": str(trial.shape),
-        "dtype": trial.dtype,
-        "candidate": trial.config,
-        "record_id": trial.record_id,
-    }
+    names = ("kernel", "workload", "shape", "dtype", "record_id")
+    return {"candidate": trial.config} | {name: str(getattr(trial, name)) for name in names}

@@ -67,8 +67,8 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
     Args:
       winner: an ok trial, which `entry_of` takes.
       trials: of the winner's context, among them one of `todays_choice`.
-      directory: of the tuned entries, which are read and written; None: today's choice is from the user's and the
-        shipped ones, and the winner goes to the user's.
+      directory: of the tuned entries; None: today's choice is from the user's and the shipped ones, the winner goes to
+        the user's.
     """
     new = entry_of(winner)
     path = tuned.path_for(winner.device_kind, directory or tuned.user_dir())

@@ -24,11 +24,8 @@ VARIANT_PREFIX = "variant."
 class Numerics:
     """The candidate kernel against the reference in float32, on a small odd shape, with the candidate's own blocks.
 
-    Attributes:
-      implementation: what ran: "pallas_interpret", or "pallas_tpu" on a TPU.
-      rms_error: ||actual - expected|| / ||expected||; max_row_error: the same for the worst query row.
-      max_abs_error: largest difference of one element.
-      tolerance, row_tolerance: limits of rms_error and max_row_error.
+    implementation: what ran, "pallas_interpret", or "pallas_tpu" on a TPU; rms_error: ||actual - expected|| /
+    ||expected||; max_row_error: the same for the worst query row; tolerance, row_tolerance: their limits.
     """
 
     implementation: str
@@ -54,8 +51,7 @@ class Trial:
 
     Attributes:
       context: hash of what makes times comparable: workload, device, backend, sources, versions.
-      kernel: "splash_attn" or a peer's name.
-      block_sizes: of the kernel, None for a kernel without.
+      kernel: "splash_attn" or a peer's name; block_sizes: None for a kernel without.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
       kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count: of the Pallas kernel alone.
@@ -63,7 +59,6 @@ class Trial:
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
       ops: parts of a prediction, one for each HLO op.
       numerics: the check, None where the trial did not get that far.
-      notes: what a reader of the figures must know.
       error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
       conclusive: whether the same candidate would end so again; if not, it is tried again. None stands for what its
         status says, as in older records.
