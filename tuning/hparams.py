@@ -1,8 +1,7 @@
 """Show trials in TensorBoard's HParams tab: `python -m tuning.hparams`, see --help.
 
-A trial is a folder `<logdir>/hparams/<sweep>/<block sizes and variant>` with its parameters and, where it is ok, its
-figures. No experiment is declared: TensorBoard then takes parameters and metrics from the trials, and sweeps can
-share a logdir.
+A trial is a folder `<logdir>/hparams/<sweep>/<block sizes and variant>`. No experiment is declared: TensorBoard then
+takes parameters and metrics from the trials, and sweeps can share a logdir.
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         environment=captured,
         timeout_s=settings.timeout_s,
         measure=settings.measure,
-        cache_dir=cache.numerics_dir if cache else sweeps_dir / ".numerics",
+        cache_dir=cache.directory / "numerics" if cache else sweeps_dir / ".numerics",
         cache=cache,
     )
     busy = f"{directory}: another sweep is writing here; wait for it or stop it."

@@ -13,8 +13,7 @@ class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
     Attributes:
       candidate: its name; "reference" for the reference beside itself.
       psnr_db, ssim: one a video; no PSNR where it is the reference's very own.
-      readings: what was read from the frames of each video.
-      read_back: share of the videos that show what their prompt says, by what was read.
+      readings, read_back: what was read from the frames of each video, and the share that shows what its prompt says.
       failures: why it is over budget; empty where it is not.
     """
 

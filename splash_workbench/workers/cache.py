@@ -23,18 +23,13 @@ class JobCache:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self.trouble: str | None = None
 
     @classmethod
     def of_user(cls, enabled: bool) -> Self | None:
         """Return the cache in $COGVIDEOX_SPLASH_CACHE or the user's cache folder; None where it is switched off."""
         return cls(user_cache_dir() / "tuning") if enabled else None
-
-    @property
-    def numerics_dir(self) -> Path:
-        """Return the folder for the outcomes of numerics checks, which several jobs can share."""
-        return self._directory / "numerics"
 
     @staticmethod
     def key(target: str, payload: Mapping[str, Any], dependencies: Mapping[str, Any]) -> str:
@@ -49,7 +44,7 @@ class JobCache:
 
         accept: raises ValueError for a stored outcome that cannot be one of this job; it is made again.
         """
-        path = self._directory / f"{key}.json"
+        path = self.directory / f"{key}.json"
         try:
             outcome = decode(json.loads(path.read_bytes()), Outcome)
             accept(outcome)
@@ -65,7 +60,7 @@ class JobCache:
                     temporary.write_text(json.dumps(stored))
             except OSError as error:
                 self.trouble = (
-                    f"cache: cannot write to {self._directory} ({error.strerror}): what is compiled is not kept; "
+                    f"cache: cannot write to {self.directory} ({error.strerror}): what is compiled is not kept; "
                     f"set ${CACHE_VARIABLE} to a folder with space, or cache=false"
                 )
         return outcome, False

@@ -21,10 +21,7 @@ _PROBE_TIMEOUT_S = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device that a trial is about: as on the command line ("v6e", "local"), as JAX says it, and its figures.
-
-    spec: None for a device that is only measured.
-    """
+    """The device that a trial is about, by its name on the command line; spec: None where it is only measured."""
 
     name: str
     device_kind: str
@@ -84,6 +81,6 @@ class Backend:
 def context_of(workload: Workload, target: Target, backend: Backend, captured: provenance.Environment) -> str:
     """Return a hash of everything that makes the times of two trials comparable, the candidate apart."""
     flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
-    sources = (captured.kernel_hash, captured.backend_hash)
-    parts = [str(workload.shape), workload.dtype, target.device_kind, backend.name, *sources]
+    parts = [str(workload.shape), workload.dtype, target.device_kind, backend.name]
+    parts += [captured.kernel_hash, captured.backend_hash]
     return provenance.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))

@@ -142,9 +142,8 @@ def _differences(sessions: Sequence[Session]) -> list[str]:
     for name in ("kernel_hash", "git_commit"):
         if len({getattr(session.environment, name) for session in sessions}) > 1:
             notes.append(f"its sessions differ in {name}: not repeats of the same code")
-    configs = [session.config for session in sessions]
-    changed = [key for key in (configs[0] if configs else ()) if any(c.get(key) != configs[0][key] for c in configs)]
-    if changed:
+    first, *others = [session.config for session in sessions] or [{}]
+    if changed := [key for key in first if any(other.get(key) != first[key] for other in others)]:
         notes.append(f"its sessions differ in {', '.join(sorted(changed))}")
     return notes
 

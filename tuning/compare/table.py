@@ -48,9 +48,9 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A scope in a run: median and number of all steps of all sessions.
+    """A scope in a run: median of all steps of all sessions, and the range where a repeat may well fall.
 
-    low_s, high_s: the least 10th and the greatest 90th percentile of its sessions: where a repeat may well fall.
+    low_s, high_s: the least 10th and the greatest 90th percentile of its sessions; count: steps.
     """
 
     median_s: float

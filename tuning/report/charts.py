@@ -43,10 +43,9 @@ def roofline(
     mxu_tflops_per_s: float | None,
     mxu_label: str,
 ) -> str:
-    """Return an SVG of the points under the roofs of a device.
+    """Return an SVG of the points under the roofs of a device; kernels: in the order of their colours.
 
-    name: makes its ids differ from those of another; kernels: in the order of their colours; mxu_tflops_per_s,
-    mxu_label: the bound of the matrix units for this head_dim, None where unknown.
+    name: makes its ids differ from those of another; mxu_tflops_per_s: of this head_dim, None where unknown.
     """
     peak, hbm = device.peak_bf16_flops_per_s / 1e12, device.hbm_bytes_per_s / 1e12
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
@@ -111,11 +110,10 @@ def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
 
 def standalone(svg: str) -> str:
     """Return the picture as a file of its own, with its colours in light and in dark."""
-    light, dark = (";".join(f"--{name}:{pair[mode]}" for name, pair in COLOURS.items()) for mode in (0, 1))
     style = (
-        f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
+        f"<style>svg{{{css(0)} background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
         "paint-order:stroke;stroke:var(--paper);stroke-width:3px}"
-        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+        f"@media (prefers-color-scheme:dark){{svg{{{css(1)}}}}}</style>"
     )
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, svg, count=1) + "\n"
 

@@ -34,8 +34,8 @@ _STARTUP_TRIALS = 6
 class SearchSettings:
     """How to search, and when to stop: fields of configs/search/*.yaml. Raises ValueError for a value out of range.
 
-    sampler: grid (the space's order), random (each candidate once, in shuffled order) or tpe; max_trials: candidates of
-    this study, those of earlier runs included, None for all of them.
+    sampler: grid (the space's order), random (shuffled) or tpe; max_trials: of all runs of the study, None for all
+    there are.
     """
 
     sampler: str = MISSING
@@ -66,10 +66,7 @@ def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 
 class Search:
-    """Ask candidates one by one, never one twice, and be told their trials.
-
-    The study is made if absent. on_record: candidate key -> Trial, from the records of the same context.
-    """
+    """Ask candidates one by one, never one twice, and be told their trials; on_record: by the candidate's key."""
 
     def __init__(
         self,

@@ -48,10 +48,7 @@ class Promotion:
 
 
 def todays_choice(winner: Trial, directory: Path | None = None) -> tuned.Choice | None:
-    """Return what `attention()` would run today for the winner's call; None where that is not our kernel.
-
-    directory: of the tuned entries; None: the user's and the shipped ones.
-    """
+    """Return what `attention()` would run today for the winner's call; None where that is not our kernel."""
     if not winner.device_kind.startswith("TPU"):
         return None
     qk_dtype = Variant.from_dict(winner.variant).qk_dtype
