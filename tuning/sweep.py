@@ -148,7 +148,6 @@ def _evaluate_all(
     def make(candidate: Candidate | tuned.Choice) -> Trial:
         trial = evaluator.evaluate(candidate.block_sizes, candidate.variant.to_dict())
         jsonl.append(path, trial)  # on disk first: the study can be put right from it, not the other way
-        bar.update()
         return trial
 
     def ask() -> None:
@@ -159,10 +158,10 @@ def _evaluate_all(
         if candidate.key in on_record:  # another study of this context has evaluated it
             future: concurrent.futures.Future[Trial] = concurrent.futures.Future()
             future.set_result(on_record[candidate.key])
-            bar.update()
         else:
             future = pool.submit(make, candidate)
             evaluated_count += 1
+        future.add_done_callback(lambda _: bar.update())
         untold.append((candidate, future))
 
     try:
