@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.schemas import WorkloadSchema
 from tuning.trials import records
 from tuning.trials.records import TRIALS_FILE, Trial

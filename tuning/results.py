@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables, workloads
 from tuning.trials.records import Trial, objective

@@ -20,7 +20,7 @@ from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
 from splash_workbench.workers.room import room_line

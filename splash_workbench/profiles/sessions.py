@@ -24,7 +24,7 @@ from splash_workbench.files import write_json
 from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.records.base import utc_now
 from splash_workbench.records.jsonl import decode, encode
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 SESSION_FILE = "session.json"
 PORT = 6006

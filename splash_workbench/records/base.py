@@ -9,7 +9,7 @@ import msgspec
 
 from splash_workbench.provenance import Environment
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 
 def utc_now() -> str:

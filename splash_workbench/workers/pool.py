@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.provenance import REPO_ROOT
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 
 #: Folder of a worker -> environment variables to add to this process's own.
 Variables = Callable[[Path], Mapping[str, str]]

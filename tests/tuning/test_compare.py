@@ -16,7 +16,7 @@ from splash_workbench.profiles.xla_pb2 import XSpace
 from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import Plan, PredictionRecord, StagePrediction
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.compare import __main__ as compare
 from tuning.compare.inputs import resolve
 from tuning.compare.table import MIN_STEPS, Run, notes_of, rows_of

@@ -8,7 +8,7 @@ import pytest
 from helpers import PLENTY_S
 from splash_workbench import provenance
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Outcome, Runner
 from sweeps import job_count, quiet, with_job
 from tuning.backends import evaluate

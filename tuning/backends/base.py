@@ -12,7 +12,7 @@ from offline_tpu.machine import devices
 from offline_tpu.machine.devices import DeviceSpec
 from splash_workbench import provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 from tuning.trials.workloads import Workload
 

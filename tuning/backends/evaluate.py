@@ -10,7 +10,7 @@ from splash_attn.types import BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
 from tuning.backends.base import Backend, Target

@@ -8,7 +8,7 @@ import jax
 from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status, compile_error
+from splash_workbench.trial_status import Status, compile_error
 from tuning.backends import device_times, kernels
 from tuning.backends.base import Backend, Target, probe
 from tuning.backends.jobs import Request, normal_arguments

@@ -15,7 +15,7 @@ from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.backends.jobs import Request
 from tuning.backends.kernels import KERNELS, Attention
 from tuning.trials.records import Numerics

@@ -13,7 +13,7 @@ from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
 from splash_workbench.files import require_writable
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status, compile_error
+from splash_workbench.trial_status import Status, compile_error
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request

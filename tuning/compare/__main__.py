@@ -14,7 +14,7 @@ from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.reader import SUFFIX
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.compare import table
 from tuning.compare.inputs import HELP, resolve
 from tuning.compare.table import Row, Run

@@ -14,7 +14,7 @@ from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Run
 from tuning.traces import of_sweep
 from tuning.trials import records

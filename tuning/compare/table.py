@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 #: Rows that are no scope's, after the part of the run that they are of: "denoise (step)".
 NO_SCOPE, STEP, ALL_OPS = "(no scope)", "(step)", "(all ops)"

@@ -8,7 +8,7 @@ from typing import Any
 from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import device_title, listed, origin, percent, significant, stack

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.report import charts, kernels, parts, pipeline
 from tuning.report.inputs import Inputs
 from tuning.trials.bound import kernel_bound_fraction

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.bound import known_device
 
 MISSING = "–"  # noqa: RUF001

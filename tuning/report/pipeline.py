@@ -8,7 +8,7 @@ from splash_workbench.records.base import PipelineRecord, Video
 from splash_workbench.records.generation import GenerationRecord
 from splash_workbench.records.prediction import GIB, STAGES, PredictionRecord
 from splash_workbench.records.quality import QualityRecord
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.report.parts import BarRow, origin, stack
 
 R = TypeVar("R", bound=PipelineRecord)

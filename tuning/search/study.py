@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
 from tuning.trials.records import Trial, objective
 

@@ -12,7 +12,7 @@ from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Recorder, Session
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.backends import kernels
 from tuning.backends.jobs import normal_arguments
 from tuning.trials.records import Trial

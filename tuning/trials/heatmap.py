@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from splash_attn import tuned
 from splash_attn.types import Variant
 from splash_workbench.files import atomic_path
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.trials.records import Trial, config_key
 
 

@@ -12,7 +12,7 @@ from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id, utc_now
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 
 SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"

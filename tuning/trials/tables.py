@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
 from tuning.trials.records import VARIANT_PREFIX, Trial
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S, environment_with_repo, is_alive, wait_until, wait_until_dead
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers import pool as module
 from splash_workbench.workers.pool import CancelledError, Runner
 

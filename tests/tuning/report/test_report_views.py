@@ -10,7 +10,7 @@ from splash_attn.types import BlockSizes
 from splash_workbench.records.jsonl import decode
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.report import charts, kernels, parts, pipeline
 from tuning.report.inputs import TrialFile
 from tuning.trials.bound import bf16_bound_ms

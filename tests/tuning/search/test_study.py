@@ -9,7 +9,7 @@ import pytest
 
 from splash_attn.types import AttentionShape
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.space import Candidate, Candidates, Space, candidate_of, enumerate_candidates
 from tuning.search.study import Search, SearchSettings
 from tuning.trials.records import Trial

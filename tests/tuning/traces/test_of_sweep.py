@@ -6,7 +6,7 @@ import pytest
 from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader, sessions
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.traces import of_sweep
 
 OPS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.records import jsonl
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.trials import records, tables
 from tuning.trials.records import Trial
 
