@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoints.loading import Checkpoint, build_module, with_defaults
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
-from pipeline.model.schedule import build_scheduler, step_table
+from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae_decoder import DecoderShape
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError

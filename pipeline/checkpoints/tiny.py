@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
-from pipeline.model import schedule
+from pipeline.model import noise_schedule
 
 _DIFFUSERS_NAME = "diffusion_pytorch_model"
 _FORMAT = 1  # counts up when the files written for one TinySpec change
@@ -110,7 +110,7 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
 
 def build_scheduler() -> Any:
     """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    return schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
+    return noise_schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
 
 
 def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:

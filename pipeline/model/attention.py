@@ -105,11 +105,8 @@ def resolve_attention(
     return resolution
 
 
-def describe_attention(
-    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
-) -> dict[str, Any]:
+def describe_attention(options: AttentionOptions, shape: AttentionShape, dtype: str) -> dict[str, Any]:
     """Describe what `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
-    shape = AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
     resolution = resolve_attention(options, shape, dtype)
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
     described["tuned_entry"] = None

@@ -28,7 +28,7 @@ from pipeline.requests.config import GenerateConfig, request_from_dict, request_
 from pipeline.requests.errors import PipelineError
 from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import STAGES, GenerateRequest
-from pipeline.stages.stages import LoadedStages, StageContext, Stages
+from pipeline.stages.stages import StageContext, Stages
 
 Say = Callable[[str], None]
 
@@ -138,7 +138,7 @@ def make_videos(
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     configs = read_configs(checkpoint)
     check_request(request, configs)
-    stages = Stages(LoadedStages().get)
+    stages = Stages()
     base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
     base.loaded_key("denoise")  # raises for a plan that does not fit, before the text is encoded
     geometry = LatentGeometry.from_request(request, configs["transformer"], configs["vae"])

@@ -25,7 +25,7 @@ from pipeline.requests.request import Stage
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
-from pipeline.stages.stages import LoadedStages, Stages
+from pipeline.stages.stages import Stages
 from splash_workbench.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class Batch:
         self._results_path = results_path
         self._progress = progress
         self._say = say
-        self._loaded = LoadedStages()
-        self._stages = Stages(self._loaded.get)
+        self._stages = Stages()
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
@@ -125,21 +124,21 @@ class Batch:
             for item in self._in_order("text"):
                 self._tell(item, "")
                 self._attempt(item, "text")
-            self._loaded.drop("text")
+            self._stages.drop("text")
         if "denoise" in stages:
             todo = self._in_order("denoise")
             for index, item in enumerate(todo):
                 self._tell(item, f"{item.entry.name}{self._time_left(len(todo) - index)}")
                 self._attempt(item, "denoise")
                 if index == len(todo) - 1:
-                    self._loaded.drop("denoise")
+                    self._stages.drop("denoise")
                 if "vae" in stages and not self._apart:
                     self._attempt(item, "vae")
         if "vae" in stages:
             for item in self._waiting():
                 self._tell(item, f"decoding: {item.entry.name}")
                 self._attempt(item, "vae")
-        self._loaded.drop("vae")
+        self._stages.drop("vae")
 
     def _waiting(self) -> list[Item]:
         return [item for item in self.items if item.status == "waiting"]
@@ -159,11 +158,11 @@ class Batch:
             try:
                 run.run_stage(stage, self._stages, self._progress)
             except DeviceMemoryError:
-                if not (self._loaded.holds("denoise") and self._loaded.holds("vae")):
+                if not (self._stages.holds("denoise") and self._stages.holds("vae")):
                     raise
                 logger.warning("%s: not enough device memory beside the other stage; from now on one by one", stage)
                 self._apart = True
-                self._loaded.drop("vae")
+                self._stages.drop("vae")
                 if stage == "vae":
                     return  # its turn comes when all are denoised
                 run.run_stage(stage, self._stages, self._progress)

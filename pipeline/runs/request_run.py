@@ -29,7 +29,7 @@ from pipeline.runs.outputs import (
 )
 from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
-from pipeline.stages.progress import Progress, StageTimings, no_progress
+from pipeline.stages.progress import Progress, StageClock, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_attn.types import AttentionShape
@@ -118,11 +118,12 @@ class RequestRun:
             self.details[stage] = saved
             self.timings.append(saved["timings"])
         else:
-            inputs, timings = self._inputs(stage), StageTimings(stage)
-            context = dataclasses.replace(self.context, timings=timings, progress=progress)
+            inputs, clock = self._inputs(stage), StageClock(stage, progress)
+            context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
-            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
-            self.timings.append(timings)
+            timings = dataclasses.asdict(clock.timings)
+            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings})
+            self.timings.append(clock.timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
 
@@ -144,9 +145,8 @@ class RequestRun:
         plan, every = context.plan.to_dict(), self.run_options.preview_every
         fingerprint = _state_fingerprint(self.keys["denoise"], plan)
         state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
-        if every:
-            writer = PreviewWriter(self.run_dir, every, context.progress, context.checkpoint)
-            context = dataclasses.replace(context, progress=writer)
+        if every and (clock := context.clock):
+            clock.progress = PreviewWriter(self.run_dir, every, clock.progress, context.checkpoint)
         latents = stages.denoise(context, embeddings, state_file=state_file)
         return {"latents": latents}, {
             "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
@@ -220,7 +220,7 @@ class RequestRun:
             "video_bytes": path.stat().st_size,
             "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},
             "options": dataclasses.asdict(self.run_options),
-            "stages": [timing.to_dict() for timing in self.timings],
+            "stages": [dataclasses.asdict(timing) for timing in self.timings],
         }
         write_json(self.run_dir / SIDECAR_NAME, sidecar)
         return path

@@ -13,7 +13,7 @@ from pipeline.requests.run_names import run_name
 from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, StageTimings, no_progress
-from pipeline.stages.stages import LoadedStages, Stages
+from pipeline.stages.stages import Stages
 
 
 def generate(
@@ -43,9 +43,9 @@ def generate(
     identities = checkpoint.identities(*needed_stages(stages))
     run = RequestRun.prepare(request, stages, run_dir, checkpoint, identities, run_options)
     with run.locked():
+        loaded = Stages()
         for stage in stages:
-            loaded = LoadedStages()
-            run.run_stage(stage, Stages(loaded.get), progress)
+            run.run_stage(stage, loaded, progress)
             loaded.drop(stage)
         return run.finish(results_path)
 

@@ -1,26 +1,27 @@
 """Stage "denoise": T5 embeddings -> latents, with classifier-free guidance and the checkpoint's scheduler."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, LoadedModule, load_module
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry
-from pipeline.model.schedule import build_scheduler, step_table
+from pipeline.model.latents import LatentGeometry, rotary_embedding
+from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.weights import place_weights
 from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.denoise_loop import DenoiseLoop
-from pipeline.stages.progress import Progress, StageTimings, no_progress
+from pipeline.stages.progress import StageClock
 from pipeline.stages.resume import StateFile
+from splash_attn.types import AttentionShape
 
 
 def build_step(
@@ -50,52 +51,33 @@ class Denoiser:
 
     def __init__(
         self,
-        loaded: LoadedModule,
-        transformer_config: Mapping[str, Any],
-        vae_config: Mapping[str, Any],
-        scheduler_config: Mapping[str, Any],
-        attention: AttentionOptions,
-        plan: ParallelPlan,
-        devices: Sequence[jax.Device],
-    ):
-        self._module: Any = loaded.module
-        self._attention = attention
-        self.plan = plan
-        self._devices = devices
-        head_dim = transformer_config["attention_head_dim"]
-        self._weights = place_weights(loaded.weights, head_dim, plan, plan.mesh(devices))
-        self._transformer_config = transformer_config
-        self._vae_config = vae_config
-        self._scheduler_config = scheduler_config
-        self._compiled: dict[Any, Any] = {}
-
-    @classmethod
-    def load(
-        cls,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         attention: AttentionOptions,
         parallel: ParallelOptions | None = None,
         guided: bool = True,
-    ) -> Self:
+    ):
         """Load transformer/ and the configurations of scheduler/ and vae/.
 
         guided: whether requests will use guidance; decides over dp where `parallel` leaves it open.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
-        config = checkpoint.config("transformer")
-        devices = jax.devices()
-        plan = resolve_plan(parallel or ParallelOptions(), len(devices), guided, config["num_attention_heads"])
+        self._configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
+        config = self._configs["transformer"]
+        self._attention, self._devices = attention, jax.devices()
+        num_devices = len(self._devices)
+        self._plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
         loaded = load_module(checkpoint, "transformer", dtype, place=lambda name, value: value)
-        configs = checkpoint.config("vae"), checkpoint.config("scheduler")
-        return cls(loaded, config, *configs, attention, plan, devices)
+        self._module: Any = loaded.module
+        mesh = self._plan.mesh(self._devices)
+        self._weights = place_weights(loaded.weights, config["attention_head_dim"], self._plan, mesh)
+        self._compiled: dict[Any, Any] = {}
 
     def denoise(
         self,
         request: GenerateRequest,
         embeddings: np.ndarray,
-        timings: StageTimings | None = None,
-        progress: Progress = no_progress,
+        clock: StageClock | None = None,
         latents: np.ndarray | None = None,
         state_file: StateFile | None = None,
     ) -> np.ndarray:
@@ -104,47 +86,39 @@ class Denoiser:
         embeddings: [2 or 1, text tokens, text_embed_dim]: negative and positive, or positive alone without guidance.
         latents: initial noise, with padding frames; drawn from the request's seed without it.
         state_file: where to go on from, and to save to, also when `progress` raises. The caller removes it.
-        Raises NonFiniteError, and whatever `progress` raises, which is called once a step.
+        Raises NonFiniteError, and whatever the clock's `progress` raises, which is called once a step.
         """
-        timings = timings or StageTimings("denoise")
-        geometry = LatentGeometry.from_request(request, self._transformer_config, self._vae_config)
-        scheduler = build_scheduler(self._scheduler_config, request.scheduler)
+        clock, geometry = clock or StageClock("denoise"), self._geometry(request)
+        scheduler = build_scheduler(self._configs["scheduler"], request.scheduler)
         table = step_table(scheduler, request.num_inference_steps)
         step = build_step(
             self._module,
             geometry,
             embeddings.shape[1],
-            self.plan,
+            self._plan,
             self._devices,
             attention=self._attention,
             guided=request.do_classifier_free_guidance,
             noisy=table.needs_noise,
         )
-        loop = DenoiseLoop(request, step, geometry, table, timings, progress, state_file, latents)
-        return loop.run(
-            self._weights,
-            self._transformer_config,
-            embeddings,
-            lambda arguments: self._compile(step, arguments, timings, progress),
-        )
+        loop = DenoiseLoop(request, step, geometry, table, clock, state_file, latents)
+        rotary = rotary_embedding(geometry, self._configs["transformer"])
+        return loop.run(self._weights, embeddings, rotary, lambda arguments: self._compile(step, arguments, clock))
 
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
-        shape = TransformerShape.from_config(self._module.config)
-        geometry = LatentGeometry.from_request(request, self._transformer_config, self._vae_config)
-        return describe_attention(
-            self._attention,
-            batch_size=len(request.prompts),
-            num_heads=shape.num_heads,
-            seq_len=text_seq_len + geometry.num_patches(shape),
-            head_dim=shape.head_dim,
-            dtype=request.dtype,
-        )
+        sizes = TransformerShape.from_config(self._module.config)
+        seq_len = text_seq_len + self._geometry(request).num_patches(sizes)
+        shape = AttentionShape(len(request.prompts), sizes.num_heads, seq_len, seq_len, sizes.head_dim)
+        return describe_attention(self._attention, shape, request.dtype)
 
-    def _compile(self, step: DenoiseStep, arguments: tuple[Any, ...], timings: StageTimings, progress: Progress) -> Any:
+    def _geometry(self, request: GenerateRequest) -> LatentGeometry:
+        return LatentGeometry.from_request(request, self._configs["transformer"], self._configs["vae"])
+
+    def _compile(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
         key = (step.layout, step.guided, step.noisy, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self._compiled:
-            with timings.measure("compile", progress):
+            with clock.measure("compile"):
                 self._compiled[key] = step.compile(self._weights, *arguments)
         return self._compiled[key]
 

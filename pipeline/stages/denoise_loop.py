@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry, from_rows, initial_noise, rotary_embedding, rotary_rows, to_rows
+from pipeline.model.latents import LatentGeometry, from_rows, initial_noise, rotary_rows, to_rows
+from pipeline.model.noise_schedule import StepTable, guidance_scales
 from pipeline.model.placement import put, to_host
-from pipeline.model.schedule import StepTable, guidance_scales
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import GenerateRequest
-from pipeline.stages.progress import Progress, StageEvent, StageTimings, StepClock
+from pipeline.stages.progress import StageClock, StageEvent
 from pipeline.stages.resume import DenoiseState, StateFile
 
 
@@ -33,8 +33,7 @@ class DenoiseLoop:
         step: DenoiseStep,
         geometry: LatentGeometry,
         table: StepTable,
-        timings: StageTimings,
-        progress: Progress,
+        clock: StageClock,
         state_file: StateFile | None = None,
         latents: np.ndarray | None = None,
     ):
@@ -42,12 +41,12 @@ class DenoiseLoop:
         self._guidance = guidance_scales(request.guidance_scale, table.timesteps, request.use_dynamic_cfg)
         self._dtype = getattr(torch, request.dtype)
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._timings, self._progress, self._state_file = timings, progress, state_file
+        self._clock, self._state_file = clock, state_file
         saved = state_file.load() if state_file is not None else None
         if saved is not None:
             self._generator.set_state(torch.from_numpy(saved.generator))
-            timings.step_times_s[:] = saved.step_times_s
-            timings.run_time_s += sum(saved.step_times_s)
+            clock.timings.step_times_s[:] = saved.step_times_s
+            clock.timings.run_time_s += sum(saved.step_times_s)
             self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
         else:
             if latents is None:
@@ -60,26 +59,24 @@ class DenoiseLoop:
     def run(
         self,
         weights: Mapping[str, jax.Array],
-        transformer_config: Mapping[str, Any],
         embeddings: np.ndarray,
+        rotary: tuple[np.ndarray, np.ndarray],
         compile_step: Callable[[tuple[Any, ...]], Any],
     ) -> np.ndarray:
         """Run the steps that are left; return latents [1, frames, channels, height, width] without padding frames.
 
-        compile_step: from the program's arguments after the weights to the program. Raises NonFiniteError, and whatever
-        the progress raises.
+        rotary: of `rotary_embedding`. compile_step: from the program's arguments after the weights to the program.
+        Raises NonFiniteError, and whatever the clock's progress raises.
         """
         step, total = self._step, len(self._table.timesteps)
-        tables = rotary_embedding(self._geometry, transformer_config)
-        if not step.plan.uses_stock_block:
-            tables = rotary_rows(tables, step.layout)
-        rotary = tuple(put(table, step.sharding("rotary")) for table in tables)
-        fixed = (put(embeddings, step.sharding("embeddings")), rotary)
+        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
+        placed = tuple(put(table, step.sharding("rotary")) for table in tables)
+        fixed = (put(embeddings, step.sharding("embeddings")), placed)
         # start == total: interrupted when all was done but this call
         arguments = self._arguments(min(self._start, total - 1), fixed)
         program = compile_step(arguments)
-        with self._timings.measure("run", self._progress):
-            clock = StepClock(self._timings, total, self._tell)
+        with self._clock.measure("run"):
+            self._clock.start(total, self._tell)
             for index in range(self._start, total):
                 if index > self._start:
                     arguments = self._arguments(index, fixed)
@@ -90,7 +87,7 @@ class DenoiseLoop:
                         f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
                         "try dtype=float32 or a lower guidance_scale"
                     )
-                clock.tick(functools.partial(self._video_latents, self._state[1]))
+                self._clock.tick(functools.partial(self._video_latents, self._state[1]))
         return self._video_latents(self._state[0])
 
     def _arguments(self, index: int, fixed: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -120,11 +117,11 @@ class DenoiseLoop:
     def _tell(self, event: StageEvent) -> None:
         """Pass on a step's event, and save its state. Called within the clock's tick, which counts none of it."""
         file, new = self._state_file, event.step > self._start
-        due = new and file is not None and file.due(event.step, self._timings.step_times_s)
+        due = new and file is not None and file.due(event.step, self._clock.timings.step_times_s)
         if due:
             self._save(event.step)
         try:
-            self._progress(event if event.step else dataclasses.replace(event, step=self._start))
+            self._clock.progress(event if event.step else dataclasses.replace(event, step=self._start))
         except BaseException:
             # Other processes may not be interrupted, or at another step, and fetching takes all of them.
             if new and file is not None and not due and jax.process_count() == 1:
@@ -135,7 +132,7 @@ class DenoiseLoop:
         assert self._state_file is not None
         sample, x0 = map(self._latents, self._state)
         generator = self._generator.get_state().numpy().copy()
-        self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._timings.step_times_s))
+        self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._clock.timings.step_times_s))
 
     def _to_rows(self, latents: np.ndarray) -> np.ndarray:
         return to_rows(latents, self._geometry, self._step.shape, self._step.layout)
