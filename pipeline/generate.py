@@ -19,8 +19,8 @@ from splash_workbench.files import require_writable
 if TYPE_CHECKING:
     from pipeline.console import ConsoleProgress
     from pipeline.interrupt import Interruptible
+    from pipeline.requests.options import RunOptions
     from pipeline.requests.request import Stage
-    from pipeline.requests.run_options import RunOptions
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
@@ -68,14 +68,16 @@ def main(settings: GenerateConfig) -> int:
 def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
     """Run what is asked for; return the exit code."""
     from pipeline.console import timing_table
-    from pipeline.requests.config import to_request, to_run_options
+    from pipeline.requests.config import to_parallel, to_request
+    from pipeline.requests.options import RunOptions
     from pipeline.requests.request import parse_stages
     from pipeline.requests.run_names import run_name
     from pipeline.runs.single import generate, warm_up
     from pipeline.stages.progress import recorder_of, tracing
 
     _check_combination(settings)
-    stages, run_options = parse_stages(settings.stages), to_run_options(settings)
+    every = settings.checkpoint_every, settings.preview_every
+    stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
         return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from pipeline.requests.errors import RequestError
-from pipeline.requests.parallel_options import ParallelOptions, Plan, WeightsAtRest
+from pipeline.requests.options import ParallelOptions, Plan, WeightsAtRest
 
 DP, MODEL = "dp", "model"
 Rules = Mapping[str, tuple[str | None, ...]]

@@ -12,8 +12,8 @@ from offline_tpu.compile import parse_topology
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.parallel_options import ParallelOptions
-from pipeline.requests.request import Stage
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import GenerateRequest, Stage
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Runner
 
@@ -41,12 +41,12 @@ class Predictor:
     """Predict stages of one request on one topology. say: told of every program that is compiled."""
 
     topology: str
-    request: dict[str, Any]
+    request: GenerateRequest
     configs: Mapping[str, Any]
     timeout_s: float
     say: Callable[[str], None]
 
-    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
+    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
 
         Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits.
@@ -61,7 +61,7 @@ class Predictor:
 
         def plan_of(choice: ParallelOptions) -> ParallelPlan:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(choice, num_devices, guided, num_heads)
+            return resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
 
         choices = _AUTO if parallel.plan == "auto" else (parallel,)
         plans = list(dict.fromkeys(map(plan_of, choices)))
@@ -99,8 +99,9 @@ class Predictor:
 
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
-        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if stage == "denoise" else ""))
-        job = StageJob(stage, self.topology, plan, self.request, dict(self.configs))
+        denoise = stage == "denoise"
+        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if denoise else ""))
+        job = StageJob(stage, self.topology, plan, self.request, self.configs)
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",
@@ -108,11 +109,11 @@ class Predictor:
                 timeout_s=self.timeout_s,
                 variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
             )
-        where = f"{stage} on {self.topology}" + (f" with {plan}" if stage == "denoise" else "")
+        where = f"{stage} on {self.topology}" + (f" with {plan}" if denoise else "")
         if outcome.status == Status.OUT_OF_MEMORY:
             raise PipelineError(
                 f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
-                f"{'parallel=ulysses_sharded, ' if stage == 'denoise' else ''}or a smaller video ({outcome.error})"
+                f"{'parallel=ulysses_sharded, ' if denoise else ''}or a smaller video ({outcome.error})"
             )
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")

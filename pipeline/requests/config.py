@@ -6,9 +6,8 @@ from typing import Any
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.requests.run_options import RunOptions
 from splash_attn.types import BlockSizes, Variant
 
 
@@ -102,21 +101,11 @@ def request_field(name: str, *, _root_: Any) -> Any:
     return fill_in_defaults(fields, _root_.model)[name]
 
 
-def request_to_dict(request: GenerateRequest) -> dict[str, Any]:
-    """Return a request as JSON-able fields."""
-    return dataclasses.asdict(request)
-
-
 def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
-    """Invert `request_to_dict`."""
+    """Return the request of which these are `dataclasses.asdict`."""
     return GenerateRequest(**{**fields, "attention": _attention_options(fields["attention"])})
 
 
 def to_parallel(config: GenerateConfig) -> ParallelOptions:
     """Return the checked parallel options of a resolved configuration. Raises RequestError."""
     return ParallelOptions(**dataclasses.asdict(config.parallel))
-
-
-def to_run_options(config: GenerateConfig) -> RunOptions:
-    """Return the checked run options of a resolved configuration. Raises RequestError."""
-    return RunOptions(config.resume, to_parallel(config), config.checkpoint_every, config.preview_every)

@@ -21,8 +21,8 @@ from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import Stage
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
 from pipeline.stages.stages import Stages

@@ -15,8 +15,8 @@ import numpy as np
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs import records
 from pipeline.runs.outputs import (
     UNREADABLE,

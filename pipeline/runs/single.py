@@ -8,9 +8,9 @@ from pathlib import Path
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.requests.errors import RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_names import run_name
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.stages import Stages

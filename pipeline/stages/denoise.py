@@ -16,7 +16,7 @@ from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.weights import place_weights
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.denoise_loop import DenoiseLoop
 from pipeline.stages.progress import StageClock

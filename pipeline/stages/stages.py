@@ -13,7 +13,7 @@ import torch
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.progress import StageClock

@@ -107,13 +107,12 @@ def _predicted_step(
 ) -> list[str]:
     from offline_tpu.machine.devices import by_name
     from pipeline.predict.planner import Predictor
-    from pipeline.requests.config import request_to_dict
     from pipeline.requests.errors import PipelineError, RequestError
 
     topology = f"{by_name(device).name}-{num_devices}"
-    predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
+    predictor = Predictor(topology, request, configs, _TIMEOUT_S, say)
     try:
-        prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+        prediction = predictor.predict(("denoise",), parallel)
     except RequestError:
         raise
     except PipelineError as error:  # what is known without it is worth showing

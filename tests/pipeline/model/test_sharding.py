@@ -19,7 +19,7 @@ from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
 from pipeline.requests.errors import RequestError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -38,7 +38,7 @@ import numpy as np, torch
 from pathlib import Path
 from pipeline.stages.denoise import Denoiser
 from pipeline.checkpoints.loading import Checkpoint
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder

@@ -19,8 +19,8 @@ from pipeline.console import batch_table
 from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun

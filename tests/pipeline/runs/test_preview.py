@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
-from pipeline.requests.run_options import RunOptions
+from pipeline.requests.options import RunOptions
 from pipeline.runs import preview
 from pipeline.runs.single import generate
 

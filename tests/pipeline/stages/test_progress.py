@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs.single import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageClock, recorder_of, tracing
