@@ -5,7 +5,6 @@ checkpoint is ever run: classes are the ones named here.
 """
 
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -127,20 +126,16 @@ class Checkpoint:
             weights = self.weight_files(part) if part in STEMS else []
             others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
             for path in sorted([*weights, *others]):
-                digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
-                _digest_file(path, digest)
+                size = path.stat().st_size
+                digest.update(f"{part}/{path.name}:{size}\n".encode())
+                with path.open("rb") as file:
+                    if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
+                        digest.update(file.read())
+                        continue
+                    for block in range(_SAMPLED_BLOCKS):
+                        file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+                        digest.update(file.read(_BLOCK_BYTES))
         return f"sha256:{digest.hexdigest()[:32]}"
-
-
-def _digest_file(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
-            digest.update(file.read())
-            return
-        for block in range(_SAMPLED_BLOCKS):
-            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
 
 
 def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
@@ -178,14 +173,9 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
 
 def with_defaults(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration, with diffusers' defaults for what one of transformer/ or vae/ leaves out."""
-    return {**_defaults(part), **config}
-
-
-@functools.cache
-def _defaults(part: str) -> dict[str, Any]:
     cls = _diffusers_classes().get(part)
     parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**{each.name: each.default for each in parameters if each.default is not each.empty}, **config}
 
 
 def _diffusers_classes() -> dict[str, Any]:
@@ -253,8 +243,11 @@ def load_module(
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
     module = build_module(part, checkpoint.config(part), dtype)
-    wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
-    aliases = _aliases(module)
+    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = {name: value.shape for name, value in named.items() if keep(name)}
+    first = {id(value): name for name, value in named.items()}
+    aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, Any] = {}
@@ -280,15 +273,3 @@ def load_module(
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
         raise CheckpointError(f"{where} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)")
     return LoadedModule(module, jax.block_until_ready(weights))
-
-
-def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Map other names of tied weights to the name that `named_parameters` gives them."""
-    first = {id(value): name for name, value in module.named_parameters()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(value)] for name, value in every if first[id(value)] != name}

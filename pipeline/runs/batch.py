@@ -59,21 +59,20 @@ def prepare(
     cache_dir: Path | None = None,
 ) -> list[Item]:
     """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
-    checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
-    configs: dict[Any, Configs] = {}
+    found: dict[Any, tuple[Configs, Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
         request = entry.request
         which = (request.checkpoint, request.revision)
         try:
-            if which not in checkpoints:
+            if which not in found:
                 checkpoint = resolve_checkpoint(*which, cache_dir)
-                configs[which] = read_configs(checkpoint)
-                checkpoints[which] = checkpoint, checkpoint.identities(*needed_stages(stages))
-            check_request(request, configs[which])
-            run = RequestRun.prepare(request, stages, output_dir / entry.name, *checkpoints[which], run_options)
-            items.append(Item(entry, run))
+                found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed_stages(stages))
+            configs, checkpoint, identities = found[which]
+            check_request(request, configs)
+            run_dir = output_dir / entry.name
+            items.append(Item(entry, RequestRun(request, stages, run_dir, checkpoint, identities, run_options)))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:

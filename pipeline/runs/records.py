@@ -12,7 +12,7 @@ from pipeline.stages.progress import StageTimings
 from splash_workbench import provenance
 from splash_workbench.records.base import Devices
 from splash_workbench.records.generation import GenerationRecord, StageTimes
-from splash_workbench.records.jsonl import encode
+from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.status import Label
 
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
@@ -36,11 +36,7 @@ def make_record(
         attention=denoise.get("attention"),
         parallel=denoise.get("parallel"),
         resumed_at_step=denoise.get("resumed_at_step"),
-        stages={
-            t.stage: StageTimes(t.load_time_s, t.compile_time_s, t.run_time_s, tuple(t.step_times_s))
-            for t in timings
-            if not t.reused
-        },
+        stages={timing.stage: decode(encode(timing), StageTimes) for timing in timings if not timing.reused},
         reused_stages=tuple(timing.stage for timing in timings if timing.reused),
     )
 

@@ -5,9 +5,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,7 +57,6 @@ class GenerateResult:
     timings: tuple[StageTimings, ...]
 
 
-@dataclasses.dataclass
 class RequestRun:
     """One request in a folder of its own.
 
@@ -65,36 +64,28 @@ class RequestRun:
     equal ones share what is loaded. timings, details: of the stages that are done.
     """
 
-    context: StageContext
-    stages: tuple[Stage, ...]
-    run_dir: Path
-    run_options: RunOptions
-    keys: Mapping[Stage, StageKey]
-    loaded_keys: Mapping[Stage, Hashable]
-    timings: list[StageTimings] = dataclasses.field(default_factory=list)
-    details: dict[Stage, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def prepare(
-        cls,
+    def __init__(
+        self,
         request: GenerateRequest,
         stages: Sequence[Stage],
         run_dir: Path,
         checkpoint: Checkpoint,
         identities: Mapping[Stage, str],
         run_options: RunOptions,
-    ) -> Self:
+    ):
         """Check a request against what is here, without any work. Raises RequestError and CheckpointError.
 
         identities: of the checkpoint's `needed_stages`.
         """
         require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
-        context = StageContext(checkpoint, request, identities, run_options.parallel)
-        keys = {stage: stage_key(request, stage, identities) for stage in identities}
+        self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
+        self.context = StageContext(checkpoint, request, identities, run_options.parallel)
+        self.keys = {stage: stage_key(request, stage, identities) for stage in identities}
         if "denoise" in stages:
             _check_attention_device(request)
-        loaded_keys = {stage: context.loaded_key(stage) for stage in stages}
-        return cls(context, tuple(stages), run_dir, run_options, keys, loaded_keys)
+        self.loaded_keys = {stage: self.context.loaded_key(stage) for stage in stages}
+        self.timings: list[StageTimings] = []
+        self.details: dict[Stage, dict[str, Any]] = {}
 
     @property
     def request(self) -> GenerateRequest:
@@ -134,21 +125,15 @@ class RequestRun:
         if stage == "text":
             embeddings = stages.encode(context, self.request.prompts)
             return dict(zip(self._embedding_names, np.split(embeddings, len(embeddings)), strict=True)), {}
-        if stage == "denoise":
-            return self._denoise(context, inputs, stages)
-        return {"frames": stages.decode(context, inputs["latents"])}, {}
-
-    def _denoise(
-        self, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if stage == "vae":
+            return {"frames": stages.decode(context, inputs["latents"])}, {}
         embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
-        plan, every = context.plan.to_dict(), self.run_options.preview_every
+        plan, options, clock = context.plan.to_dict(), self.run_options, context.clock
         fingerprint = _state_fingerprint(self.keys["denoise"], plan)
-        state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
-        if every and (clock := context.clock):
-            clock.progress = PreviewWriter(self.run_dir, every, clock.progress, context.checkpoint)
-        latents = stages.denoise(context, embeddings, state_file=state_file)
-        return {"latents": latents}, {
+        state_file = StateFile(self.run_dir, fingerprint, options.checkpoint_every, options.resume)
+        if options.preview_every and clock:
+            clock.progress = PreviewWriter(self.run_dir, options.preview_every, clock.progress, context.checkpoint)
+        return {"latents": stages.denoise(context, embeddings, state_file=state_file)}, {
             "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,

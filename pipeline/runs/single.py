@@ -41,7 +41,7 @@ def generate(
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages))
-    run = RequestRun.prepare(request, stages, run_dir, checkpoint, identities, run_options)
+    run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
     with run.locked():
         loaded = Stages()
         for stage in stages:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints.shapes import Scene, draw, random_scene
 from pipeline.model.latents import LatentGeometry, rotary_embedding
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
 
 
 def check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
-    """Raise ValueError for the first field that is not from its least to its greatest value."""
+    """Raise UserError for the first field that is not from its least to its greatest value."""
     for name, (least, greatest) in ranges.items():
         if not least <= getattr(settings, name) <= greatest:
-            raise ValueError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
+            raise UserError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Loop:
     """An optimization.
 
@@ -45,10 +46,10 @@ class Loop:
     averaged weights, which are what comes out.
     """
 
-    steps: int
-    batch_size: int
-    matrix_rate: float
-    other_rate: float
+    steps: int = 1
+    batch_size: int = 16
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
     warm_up_steps: int = 20
     decay_fraction: float = 1.0
     ema_decay: float = 0.99
@@ -69,8 +70,10 @@ class Muon(torch.optim.Optimizer):
     Not torch.optim.Muon, which takes no convolutions; a convolution is a matrix here of [out, in x kernel].
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    MOMENTUM = 0.95
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -81,8 +84,8 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                state["momentum"].lerp_(weight.grad, 1 - self.MOMENTUM)
+                update = weight.grad.lerp(state["momentum"], self.MOMENTUM).flatten(1)
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
                 weight.add_(_orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
 
@@ -194,16 +197,12 @@ def vae_loss(vae: Any, height: int, width: int, num_frames: int, steps: int, kl_
             frames, count = num_frames // 16 * 8 + 1, 1 if whole else 2  # 8k + 1, as the VAE wants
         else:
             frames, count = num_frames, 1
-        video, weight = zip(
-            *(_window(rng, height, width, num_frames, frames, whole) for _ in range(count)), strict=True
-        )
-        target, weights = torch.stack(video), torch.stack(weight)
+        windows = [_window(rng, height, width, num_frames, frames, whole) for _ in range(count)]
+        target, weights = map(torch.stack, zip(*windows, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist
-            latents = posterior.mean.float() + posterior.std.float() * torch.randn(
-                posterior.mean.shape, generator=generator
-            )
-            decoded = vae.decode(latents).sample.float()
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            decoded = vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample.float()
         error = decoded - target
         squared = (weights * error.square()).mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
@@ -236,12 +235,10 @@ def _window(
 
 
 @torch.no_grad()
-def encode_clips(
-    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, batch_size: int = 4
-) -> Iterator[torch.Tensor]:
+def encode_clips(vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int) -> Iterator[torch.Tensor]:
     """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
-    for start in tqdm(range(0, len(scenes), batch_size), desc="latents", mininterval=5):
-        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + batch_size]]
+    for start in tqdm(range(0, len(scenes), 4), desc="latents", mininterval=5):
+        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + 4]]
         with torch.autocast("cpu", torch.bfloat16):
             means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
         yield from means.float().transpose(1, 2)
@@ -251,8 +248,8 @@ def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, to
     """Return cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` does."""
     *_, frames, channels, height, width = shape
     geometry = LatentGeometry(frames, 0, channels, height, width)
-    cos, sin = rotary_embedding(geometry, config)
-    return torch.from_numpy(cos), torch.from_numpy(sin)
+    cos, sin = map(torch.from_numpy, rotary_embedding(geometry, config))
+    return cos, sin
 
 
 def diffusion_loss(
