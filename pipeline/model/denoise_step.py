@@ -110,15 +110,10 @@ class DenoiseStep:
 
     def _spec(self, argument: str) -> PartitionSpec:
         split = MODEL if self.plan.splits_sequence else None
-        specs = {
-            "sample": PartitionSpec(split),
-            "x0": PartitionSpec(split),
-            "noise": PartitionSpec(split) if self.noisy else _REPLICATED,
-            "embeddings": PartitionSpec(DP),
-            "rotary": PartitionSpec(None, split),
-            "scalar": _REPLICATED,
-        }
-        return specs[argument]
+        rows, scalar = PartitionSpec(split), _REPLICATED
+        columns, prompts = PartitionSpec(None, split), PartitionSpec(DP)
+        specs = {"sample": rows, "x0": rows, "embeddings": prompts, "rotary": columns, "scalar": scalar}
+        return {**specs, "noise": rows if self.noisy else scalar}[argument]
 
     @jax.named_scope("denoise")
     def _step(

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.transformer import TokenLayout, TransformerShape
@@ -76,11 +75,6 @@ def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShap
     return patches.transpose(0, 4, 3, 1, 5, 2, 6).reshape(geometry.shape)
 
 
-def initial_noise(request: GenerateRequest, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Draw the noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
-    return torch.randn(shape, generator=generator, dtype=getattr(torch, request.dtype))
-
-
 def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice")."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -99,9 +93,10 @@ def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -
 
 def rotary_rows(tables: tuple[np.ndarray, np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
     """Return tables of `rotary_embedding`, one value a pair: float32 [head_dim / 2, rows]; 1 and 0 off the video."""
-    halves = []
-    for table, elsewhere in zip(tables, (1.0, 0.0), strict=True):
+
+    def rows(table: np.ndarray, elsewhere: float) -> np.ndarray:
         half = np.full((table.shape[1] // 2, layout.rows), elsewhere, np.float32)
         half[:, layout.text : layout.tokens] = table[:, ::2].T
-        halves.append(half)
-    return halves[0], halves[1]
+        return half
+
+    return rows(tables[0], 1.0), rows(tables[1], 0.0)

@@ -13,7 +13,6 @@ The negative and the positive prompt (classifier-free guidance) go to the "dp" a
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -93,10 +92,7 @@ class ParallelPlan:
 
     def weight_spec(self, name: str) -> tuple[str | None, ...]:
         """Return the mesh axes of the leading dimensions of one stock weight, by its name in the checkpoint."""
-        for pattern, axes in self.rules.items():
-            if re.match(pattern, name):
-                return axes
-        return ()
+        return next((axes for pattern, axes in self.rules.items() if re.match(pattern, name)), ())
 
     def stacked_weight_spec(self, name: str) -> PartitionSpec:
         """Return the PartitionSpec of a weight of `model.weights`, where blocks' have a leading axis of layers."""
@@ -106,9 +102,6 @@ class ParallelPlan:
     def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
         """Return the mesh ("dp", "model") over the first devices, each half of "dp" on neighbouring chips."""
         return Mesh(np.array(devices[: self.num_devices]).reshape(self.dp, self.model), (DP, MODEL))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         at_rest = f", weights {self.weights}" if self.splits_sequence else ""

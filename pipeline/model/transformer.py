@@ -31,11 +31,7 @@ Weights = Mapping[str, jax.Array]
 #: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_EXPECTED = {
-    "activation_fn": "gelu-approximate",
-    "timestep_activation_fn": "silu",
-    "norm_elementwise_affine": True,
-}
+_EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
 #: Names of sizes in transformer/config.json.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels|length)")
 
@@ -70,17 +66,8 @@ class TransformerShape:
         if wrong:
             name, expected = wrong[0]
             raise CheckpointError(f"transformer/config.json: {name}={config.get(name)!r}, expected {expected}")
-        return cls(
-            num_layers=config["num_layers"],
-            num_heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            in_channels=config["in_channels"],
-            patch_size=config["patch_size"],
-            patch_size_t=config["patch_size_t"],
-            norm_eps=config["norm_eps"],
-            flip_sin_to_cos=config["flip_sin_to_cos"],
-            freq_shift=config["freq_shift"],
-        )
+        renamed = {"num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}
+        return cls(**{each.name: config[renamed.get(each.name, each.name)] for each in dataclasses.fields(cls)})
 
     @property
     def patch_channels(self) -> int:
@@ -130,7 +117,7 @@ class DeviceShare:
     def row_ids(self) -> Int[Array, " rows"]:
         """Return where this device's rows lie in the joint sequence."""
         start = lax.axis_index(MODEL) * self.layout.rows_per_shard if self._splits else 0
-        return start + jnp.arange(self.layout.rows_per_shard if self._splits else self.layout.rows)
+        return start + jnp.arange(self.layout.rows_per_shard)
 
     def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
         """Put text tokens at their rows; other rows are arbitrary."""
@@ -168,11 +155,11 @@ class DeviceShare:
         return self.plan.sequence_shards > 1
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Normalize over the last axis in float32, whatever the dtypes. Returns float32."""
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float, axis: int = -1) -> jax.Array:
+    """Normalize over an axis in float32, whatever the dtypes. Returns float32."""
     x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    mean = x.mean(axis, keepdims=True)
+    variance = jnp.square(x - mean).mean(axis, keepdims=True)
     return (x - mean) * lax.rsqrt(variance + eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
@@ -217,11 +204,8 @@ def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Arra
 
 def _norm_rotary(x: jax.Array, weights: Weights, name: str, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
-    normed = x.astype(jnp.float32)
-    mean = normed.mean(2, keepdims=True)
-    variance = jnp.square(normed - mean).mean(2, keepdims=True)
-    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
-    normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
+    weight, bias = (weights[f"{name}.{part}"][:, None] for part in ("weight", "bias"))
+    normed = layer_norm(x, weight, bias, QK_NORM_EPS, axis=2)
     even, odd = jnp.split(normed, 2, axis=2)
     return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=2).astype(x.dtype)
 

@@ -22,14 +22,9 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 _PERMUTED = re.compile(r"attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)$")
 
 
-def halves_order(head_dim: int) -> np.ndarray:
-    """Return the indices of the even elements of a head, then of the odd ones."""
-    return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
-
-
 def _to_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
     heads = value.reshape(-1, head_dim, *value.shape[1:])
-    return heads[:, halves_order(head_dim)].reshape(value.shape)
+    return np.concatenate([heads[:, ::2], heads[:, 1::2]], axis=1).reshape(value.shape)
 
 
 def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -57,7 +57,7 @@ def make_report(
         topology=topology,
         request=dataclasses.asdict(request),
         config_source=config_source,
-        plan=decode(prediction.plan.to_dict(), Plan),
+        plan=decode(encode(prediction.plan), Plan),
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,

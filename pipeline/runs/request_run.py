@@ -128,7 +128,7 @@ class RequestRun:
         if stage == "vae":
             return {"frames": stages.decode(context, inputs["latents"])}, {}
         embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
-        plan, options, clock = context.plan.to_dict(), self.run_options, context.clock
+        plan, options, clock = dataclasses.asdict(context.plan), self.run_options, context.clock
         fingerprint = _state_fingerprint(self.keys["denoise"], plan)
         state_file = StateFile(self.run_dir, fingerprint, options.checkpoint_every, options.resume)
         if options.preview_every and clock:

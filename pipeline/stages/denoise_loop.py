@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry, from_rows, initial_noise, rotary_rows, to_rows
+from pipeline.model.latents import LatentGeometry, from_rows, rotary_rows, to_rows
 from pipeline.model.noise_schedule import StepTable, guidance_scales
 from pipeline.model.placement import put, to_host
 from pipeline.model.torchax_bridge import torch_to_numpy
@@ -50,7 +50,8 @@ class DenoiseLoop:
             self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
         else:
             if latents is None:
-                noise = initial_noise(request, geometry.shape, self._generator)
+                # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
+                noise = torch.randn(geometry.shape, generator=self._generator, dtype=self._dtype)
                 latents = torch_to_numpy(noise * table.init_noise_sigma)
             self._start, sample = 0, self._to_rows(latents)
             x0 = np.zeros(sample.shape, np.float32)
