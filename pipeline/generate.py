@@ -14,13 +14,11 @@ from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
-from splash_workbench.files import require_writable
 
 if TYPE_CHECKING:
-    from pipeline.console import ConsoleProgress
-    from pipeline.interrupt import Interruptible
     from pipeline.requests.options import RunOptions
     from pipeline.requests.request import Stage
+    from pipeline.terminal import ConsoleProgress, Interruptible
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
@@ -47,8 +45,7 @@ def _default_backend() -> str:
 )
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
-    from pipeline.console import ConsoleProgress
-    from pipeline.interrupt import Interrupted, Interruptible
+    from pipeline.terminal import ConsoleProgress, Interrupted, Interruptible
 
     _set_up_logging(settings.verbose)
     console = ConsoleProgress()
@@ -58,8 +55,11 @@ def main(settings: GenerateConfig) -> int:
             return _generate(settings, console, progress)
     except Interrupted as error:
         console.close()
-        where = " ".join(filter(None, ("interrupted", console.place, progress.where)))
-        print(f"{where}{_how_to_go_on(settings, error.between_steps)}", file=sys.stderr)
+        said = " ".join(filter(None, ("interrupted", console.place, progress.where)))
+        if not settings.warm_up:
+            command = "the same command" if settings.resume else "the same command without resume=false"
+            said += f"; {command} goes on from {'there' if error.between_steps else 'what is saved'}"
+        print(said, file=sys.stderr)
         return 128 + error.signal_number
     finally:
         console.close()
@@ -67,13 +67,14 @@ def main(settings: GenerateConfig) -> int:
 
 def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
     """Run what is asked for; return the exit code."""
-    from pipeline.console import timing_table
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.requests.config import to_parallel, to_request
     from pipeline.requests.options import RunOptions
     from pipeline.requests.request import parse_stages
     from pipeline.requests.run_names import run_name
     from pipeline.runs.single import generate, warm_up
     from pipeline.stages.progress import recorder_of, tracing
+    from pipeline.terminal import timing_table
 
     _check_combination(settings)
     every = settings.checkpoint_every, settings.preview_every
@@ -82,12 +83,10 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     if settings.prompts is not None:
         return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
     request = to_request(settings)
-    output_dir = Path(settings.output_dir).expanduser()
-    run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    run_dir = _path(settings.run_dir) or Path(settings.output_dir).expanduser() / run_name(request, settings.name)
     _check_apart(run_dir)
-    if settings.profile:
-        require_writable(f"logdir={settings.logdir}", Path(settings.logdir).expanduser())
-    _use_compilation_cache(settings)
+    if settings.compilation_cache:
+        use_compilation_cache()
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
         timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=progress)
@@ -95,9 +94,8 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
         print(timing_table(timings))
         return 0
     recorder = recorder_of(settings, request)
-    if recorder is not None:
-        run_options = dataclasses.replace(run_options, resume=False)  # what is not run leaves no trace
-        results_path = None  # the profiler takes time
+    if recorder is not None:  # what is not run leaves no trace, and the profiler takes time
+        run_options, results_path = dataclasses.replace(run_options, resume=False), None
     with tracing(recorder):
         result = generate(
             request,
@@ -110,10 +108,7 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
         )
     console.close()
     print(timing_table(result.timings))
-    if result.video_path is not None:
-        print(f"video: {result.video_path}")
-    else:
-        print(f"stage outputs: {result.run_dir}")
+    print(f"video: {result.video_path}" if result.video_path else f"stage outputs: {result.run_dir}")
     if recorder is not None:
         print("\n".join(recorder.how_to_look()))
     elif results_path is not None and not all(timing.reused for timing in result.timings):
@@ -129,14 +124,16 @@ def _run_batch(
     console: "ConsoleProgress",
     progress: "Interruptible",
 ) -> int:
-    from pipeline.console import batch_table
+    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.requests.batch_file import read_entries
     from pipeline.runs.batch import Batch, prepare
+    from pipeline.terminal import batch_table
 
     entries = read_entries(path, settings)
     output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
-    _use_compilation_cache(settings)
+    if settings.compilation_cache:
+        use_compilation_cache()
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
     batch = Batch(items, _path(settings.results_path), progress, console.say)
     try:
@@ -145,20 +142,6 @@ def _run_batch(
         console.close()
         print(batch_table(items), flush=True)
     return 1 if any(item.status == "failed" for item in items) else 0
-
-
-def _how_to_go_on(settings: GenerateConfig, between_steps: bool) -> str:
-    if settings.warm_up:
-        return ""
-    command = "the same command" if settings.resume else "the same command without resume=false"
-    return f"; {command} goes on from {'there' if between_steps else 'what is saved'}"
-
-
-def _use_compilation_cache(settings: GenerateConfig) -> None:
-    from pipeline.checkpoints.loading import use_compilation_cache
-
-    if settings.compilation_cache:
-        use_compilation_cache()
 
 
 def _check_combination(settings: GenerateConfig) -> None:
@@ -214,10 +197,9 @@ def _set_up_logging(verbose: bool) -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("splash_attn").setLevel(logging.INFO)  # which implementation runs, and why
     # Of libraries, about things that are theirs: optional packages that are not here, deprecations.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for library, warning in (("transformers", FutureWarning), ("diffusers", DeprecationWarning)):
+        logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=warning)
 
 
 def _path(value: str | None) -> Path | None:

@@ -1,6 +1,8 @@
 """Stage "denoise": T5 embeddings -> latents, with classifier-free guidance and the checkpoint's scheduler."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +13,18 @@ import torch
 from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry, rotary_embedding
-from pipeline.model.noise_schedule import build_scheduler, step_table
+from pipeline.model.latents import LatentGeometry, from_rows, rotary_embedding, rotary_rows, to_rows
+from pipeline.model.noise_schedule import StepTable, build_scheduler, guidance_scales, step_table
+from pipeline.model.placement import put, to_host
 from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.weights import place_weights
+from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.stages.denoise_loop import DenoiseLoop
-from pipeline.stages.progress import StageClock
-from pipeline.stages.resume import StateFile
+from pipeline.stages.progress import StageClock, StageEvent
+from pipeline.stages.resume import DenoiseState, StateFile
 from splash_attn.types import AttentionShape
 
 
@@ -44,6 +48,131 @@ def build_step(
     layout = TokenLayout(text_seq_len, geometry.num_patches(shape), plan.sequence_shards, padded=not stock)
     stock_block = module.transformer_blocks[0] if stock else None
     return DenoiseStep(shape, layout, plan, plan.mesh(devices), attention, guided, noisy, stock_block)
+
+
+class DenoiseLoop:
+    """Run the steps of one request, from the first or from a saved state, with the same bits.
+
+    latents: initial noise, with padding frames; drawn from the request's seed without it. state_file: where to go on
+    from, and to save to, also when `progress` raises.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        step: DenoiseStep,
+        geometry: LatentGeometry,
+        table: StepTable,
+        clock: StageClock,
+        state_file: StateFile | None = None,
+        latents: np.ndarray | None = None,
+    ):
+        self._step, self._geometry, self._table = step, geometry, table
+        self._guidance = guidance_scales(request.guidance_scale, table.timesteps, request.use_dynamic_cfg)
+        self._dtype = getattr(torch, request.dtype)
+        self._generator = torch.Generator().manual_seed(request.seed)
+        self._clock, self._state_file = clock, state_file
+        saved = state_file.load() if state_file is not None else None
+        if saved is not None:
+            self._generator.set_state(torch.from_numpy(saved.generator))
+            clock.timings.step_times_s[:] = saved.step_times_s
+            clock.timings.run_time_s += sum(saved.step_times_s)
+            self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
+        else:
+            if latents is None:
+                # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
+                noise = torch.randn(geometry.shape, generator=self._generator, dtype=self._dtype)
+                latents = torch_to_numpy(noise * table.init_noise_sigma)
+            self._start, sample = 0, self._to_rows(latents)
+            x0 = np.zeros(sample.shape, np.float32)
+        self._state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
+
+    def run(
+        self,
+        weights: Mapping[str, jax.Array],
+        embeddings: np.ndarray,
+        rotary: tuple[np.ndarray, np.ndarray],
+        compile_step: Callable[[tuple[Any, ...]], Any],
+    ) -> np.ndarray:
+        """Run the steps that are left; return latents [1, frames, channels, height, width] without padding frames.
+
+        rotary: of `rotary_embedding`. compile_step: from the program's arguments after the weights to the program.
+        Raises NonFiniteError, and whatever the clock's progress raises.
+        """
+        step, total = self._step, len(self._table.timesteps)
+        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
+        placed = tuple(put(table, step.sharding("rotary")) for table in tables)
+        fixed = (put(embeddings, step.sharding("embeddings")), placed)
+        # start == total: interrupted when all was done but this call
+        arguments = self._arguments(min(self._start, total - 1), fixed)
+        program = compile_step(arguments)
+        with self._clock.measure("run"):
+            self._clock.start(total, self._tell)
+            for index in range(self._start, total):
+                if index > self._start:
+                    arguments = self._arguments(index, fixed)
+                *self._state, finite = program(weights, *arguments)
+                del arguments  # donated
+                if not bool(finite):
+                    raise NonFiniteError(
+                        f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
+                        "try dtype=float32 or a lower guidance_scale"
+                    )
+                self._clock.tick(functools.partial(self._video_latents, self._state[1]))
+        return self._video_latents(self._state[0])
+
+    def _arguments(self, index: int, fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what the program takes after the weights; draws the step's noise."""
+        step, table = self._step, self._table
+        noise = self._noise(index)
+        scalars = (
+            np.asarray(table.timesteps[index], np.int32),
+            np.asarray(self._guidance[index], np.float32),
+            table.coefficients[index].astype(np.float32),
+        )
+        return (
+            *self._state,
+            put(self._to_rows(noise) if noise.ndim else noise, step.sharding("noise")),
+            *fixed,
+            *(put(scalar, step.sharding("scalar")) for scalar in scalars),
+        )
+
+    def _noise(self, index: int) -> np.ndarray:
+        if not self._table.needs_noise:
+            return np.zeros((), np.float32)
+        noise = torch.zeros(self._geometry.shape, dtype=self._dtype)
+        for _ in range(self._table.noise_draws[index]):
+            noise = torch.randn(self._geometry.shape, generator=self._generator, dtype=self._dtype)
+        return torch_to_numpy(noise)
+
+    def _tell(self, event: StageEvent) -> None:
+        """Pass on a step's event, and save its state. Called within the clock's tick, which counts none of it."""
+        file, new = self._state_file, event.step > self._start
+        due = new and file is not None and file.due(event.step, self._clock.timings.step_times_s)
+        if due:
+            self._save(event.step)
+        try:
+            self._clock.progress(event if event.step else dataclasses.replace(event, step=self._start))
+        except BaseException:
+            # Other processes may not be interrupted, or at another step, and fetching takes all of them.
+            if new and file is not None and not due and jax.process_count() == 1:
+                self._save(event.step)
+            raise
+
+    def _save(self, steps_done: int) -> None:
+        assert self._state_file is not None
+        sample, x0 = map(self._latents, self._state)
+        generator = self._generator.get_state().numpy().copy()
+        self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._clock.timings.step_times_s))
+
+    def _to_rows(self, latents: np.ndarray) -> np.ndarray:
+        return to_rows(latents, self._geometry, self._step.shape, self._step.layout)
+
+    def _latents(self, rows: jax.Array) -> np.ndarray:
+        return from_rows(to_host(rows), self._geometry, self._step.shape, self._step.layout)
+
+    def _video_latents(self, rows: jax.Array) -> np.ndarray:
+        return self._latents(rows)[:, self._geometry.padding_frames :]
 
 
 class Denoiser:

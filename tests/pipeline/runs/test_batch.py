@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
-from pipeline.console import batch_table
 from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
@@ -26,6 +25,7 @@ from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
+from pipeline.terminal import batch_table
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from pipeline.interrupt import Interrupted, Interruptible
 from pipeline.stages.progress import StageEvent, no_progress
+from pipeline.terminal import Interrupted, Interruptible
 
 
 def _send(number: int) -> None:

@@ -1,11 +1,16 @@
-"""The lines that `pipeline.generate` shows on a terminal."""
+"""What `pipeline.generate` shows on a terminal; and Ctrl-C, which ends a run between two steps: nothing is lost."""
 
-from collections.abc import Sequence
+import collections
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from tqdm import tqdm
 
 from pipeline.runs.batch import Item
-from pipeline.stages.progress import StageEvent, StageTimings
+from pipeline.stages.progress import Progress, StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
 _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
@@ -57,6 +62,62 @@ class ConsoleProgress:
             self._bar = None
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. signal_number: which. between_steps: whether the step it came in was ended first."""
+
+    def __init__(self, signal_number: int, between_steps: bool):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+        self.between_steps = between_steps
+
+
+class Interruptible:
+    """Raise Interrupted, as a `Progress`, at the end of the step in which a signal came.
+
+    Between steps, e.g. while loading or compiling, a signal raises it at once, as the second signal does anywhere.
+    """
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._last: StageEvent | None = None
+        self._pending: int | None = None
+
+    def __call__(self, event: StageEvent) -> None:
+        self._last = event
+        self._progress(event)
+        if self._pending is not None:
+            raise Interrupted(self._pending, between_steps=True)
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM so in the block; in the main thread only."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def where(self) -> str:
+        """Say which stage, and step where there are several, was reached: "in denoise after step 3 of 50"."""
+        event = self._last
+        if event is None:
+            return "before the first stage"
+        if event.phase != "run" or event.total_steps < 2:
+            return f"in {event.stage}"
+        return f"in {event.stage} after step {event.step} of {event.total_steps}"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        event = self._last
+        # After the last step, too, until the next stage begins: its output is being saved.
+        in_step = event is not None and event.phase == "run" and event.total_steps > 0
+        if not in_step or self._pending is not None:
+            raise Interrupted(number, between_steps=False)
+        self._pending = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
 def timing_table(timings: Sequence[StageTimings]) -> str:
     """Return a table of seconds a stage."""
     lines = [f"  {'stage':<8} {'load s':>8} {'compile s':>10} {'run s':>8} {'steps':>6} {'s a step':>9}"]
@@ -77,11 +138,9 @@ def batch_table(items: Sequence[Item]) -> str:
     """Return a table of what became of every line of a batch, and how many there are of each."""
     lines = [f"  {'line':>4}  {'result':<15}  {'seconds':>8}  video, folder or error"]
     for item in items:
-        where = item.error
-        if item.result is not None:
-            where = str(item.result.video_path or item.result.run_dir)
+        where = (item.result.video_path or item.result.run_dir) if item.result is not None else item.error
         time_s = f"{item.time_s:.2f}" if item.time_s else ""
         lines.append(f"  {item.entry.line:>4}  {item.status:<15}  {time_s:>8}  {where or ''}".rstrip())
-    counts = {status: sum(item.status == status for item in items) for status in dict.fromkeys(i.status for i in items)}
+    counts = collections.Counter(item.status for item in items)
     lines.append("  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return "\n".join(lines)
