@@ -25,13 +25,13 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.vae_decoder import DecoderShape, arrange
 from pipeline.model.weights import abstract_weights
-from pipeline.requests.config import request_from_dict
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
+from splash_workbench.records.jsonl import decode
 from splash_workbench.status import compile_error
 
 _MAX_OPS = 60
@@ -78,8 +78,7 @@ class StageJob:
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict the stage of a `StageJob` as a dict. See `summary` for the result."""
-    typed = {"plan": ParallelPlan(**payload["plan"]), "request": request_from_dict(payload["request"])}
-    job = StageJob(**{**payload, **typed})
+    job = decode(payload, StageJob)
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except jax.errors.JaxRuntimeError as error:

@@ -21,11 +21,11 @@ from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.quality.read_back import Reading, fractions, read_video
-from pipeline.requests.config import request_from_dict
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.stages.stages import StageContext, Stages
+from splash_workbench.records.jsonl import decode
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Runner
 
@@ -188,6 +188,6 @@ def save_videos(job: Mapping[str, Any]) -> dict[str, Any]:
     """Call `make_videos`, in a worker, with the arguments that a job names; write them to its "output"."""
     jax.config.update("jax_compilation_cache_dir", job["compilation_cache_dir"])
     cache_dir = Path(job["cache_dir"]) if job["cache_dir"] else None
-    request, parallel = request_from_dict(job["request"]), ParallelOptions(**job["parallel"])
+    request, parallel = decode(job["request"], GenerateRequest), decode(job["parallel"], ParallelOptions)
     np.save(job["output"], make_videos(request, parallel, job["prompts"], job["seeds"], cache_dir))
     return {}

@@ -1,5 +1,6 @@
 """The JSON-lines file of a batch: one request a line, all checked before any work."""
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -86,9 +87,7 @@ def _attention(fields: Any, defaults: AttentionConfig) -> AttentionConfig:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"{repeated!r}: twice in one line; expected each key once")
-    return fields
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise RequestError(f"{name!r}: twice in one line; expected each key once")
+    return dict(pairs)

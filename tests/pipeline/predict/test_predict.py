@@ -14,10 +14,9 @@ from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.report import make_report, markdown_table, print_report
-from pipeline.requests.config import request_from_dict
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions
+from pipeline.requests.request import AttentionOptions, GenerateRequest
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import PredictionRecord
@@ -136,7 +135,7 @@ def test_records_hold_no_list_of_ops(request_of):
 def test_a_request_survives_json(request_of):
     options = AttentionOptions(block_sizes=BlockSizes(256, 512, 128), variant=Variant(softmax="online"))
     request = request_of(attention=options)
-    assert request_from_dict(json.loads(json.dumps(dataclasses.asdict(request)))) == request
+    assert decode(json.loads(json.dumps(dataclasses.asdict(request))), GenerateRequest) == request
 
 
 def test_flops_of_the_full_step():
