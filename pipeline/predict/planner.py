@@ -67,35 +67,31 @@ class Predictor:
         plans = list(dict.fromkeys(map(plan_of, choices)))
         if plans[0].model == 1:
             plans = plans[:1]  # with one device a prompt the plans are the same
-        results: dict[Stage, dict[str, Any]] = {}
-        others: dict[str, float | str] = {}
-        failures: dict[Stage, str] = {}
-        best = plans[0]
-        if "denoise" in stages:
-            tried: dict[ParallelPlan, dict[str, Any]] = {}
-            refused: dict[str, str] = {}
-            for plan in plans + ([plan_of(_FRUGAL)] if parallel.plan == "auto" and plans[0].model > 1 else []):
-                if plan.gathers_weights and tried:
-                    continue
+        elif parallel.plan == "auto":
+            plans.append(plan_of(_FRUGAL))
+        tried: dict[ParallelPlan, dict[str, Any]] = {}
+        refused: dict[str, str] = {}
+        for plan in plans if "denoise" in stages else ():
+            if not (tried and plan.gathers_weights):
                 try:
                     tried[plan] = self._run("denoise", plan)
                 except PipelineError as error:
                     refused[str(plan)] = str(error)
-            if tried:
-                best = min(tried, key=lambda plan: tried[plan]["time_s"])
-                others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
-                results["denoise"] = tried[best]
-            else:
-                failures["denoise"] = "; ".join(refused.values())
+        best = min(tried, key=lambda plan: tried[plan]["time_s"], default=plans[0])
+        results: dict[Stage, dict[str, Any]] = {}
+        failures: dict[Stage, str] = {}
         for stage in stages:
-            if stage != "denoise":
-                try:
-                    results[stage] = self._run(stage, best)
-                except PipelineError as error:
-                    failures[stage] = str(error)
+            if stage == "denoise" and not tried:
+                failures[stage], refused = "; ".join(refused.values()), {}
+                continue
+            try:
+                results[stage] = tried[best] if stage == "denoise" else self._run(stage, best)
+            except PipelineError as error:
+                failures[stage] = str(error)
         if not results:
             raise PipelineError("; ".join(failures.values()))
-        return VideoPrediction(best, {stage: results[stage] for stage in stages if stage in results}, others, failures)
+        others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
+        return VideoPrediction(best, results, others, failures)
 
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)

@@ -7,7 +7,6 @@ Where the two do not fit into memory together, the rest of the batch is denoised
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import resource
 import statistics
@@ -27,6 +26,7 @@ from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
 from pipeline.stages.stages import Stages
 from splash_workbench.files import write_json
+from splash_workbench.records.base import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,8 @@ class Batch:
         progress: Progress = no_progress,
         say: Callable[[str, str], None] = lambda place, text: None,
     ):
-        self.items = list(items)
-        self._results_path = results_path
-        self._progress = progress
-        self._say = say
-        self._stages = Stages()
+        self.items, self._stages = list(items), Stages()
+        self._results_path, self._progress, self._say = results_path, progress, say
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
@@ -119,24 +116,21 @@ class Batch:
             self._run_waiting(self.items[0].run.stages)
 
     def _run_waiting(self, stages: Sequence[Stage]) -> None:
-        if "text" in stages:
-            for item in self._in_order("text"):
-                self._tell(item, "")
-                self._attempt(item, "text")
-            self._stages.drop("text")
-        if "denoise" in stages:
-            todo = self._in_order("denoise")
-            for index, item in enumerate(todo):
-                self._tell(item, f"{item.entry.name}{self._time_left(len(todo) - index)}")
-                self._attempt(item, "denoise")
-                if index == len(todo) - 1:
-                    self._stages.drop("denoise")
-                if "vae" in stages and not self._apart:
-                    self._attempt(item, "vae")
-        if "vae" in stages:
-            for item in self._waiting():
-                self._tell(item, f"decoding: {item.entry.name}")
+        for item in self._in_order("text") if "text" in stages else ():
+            self._tell(item, "")
+            self._attempt(item, "text")
+        self._stages.drop("text")
+        todo = self._in_order("denoise") if "denoise" in stages else []
+        for videos_left, item in zip(range(len(todo), 0, -1), todo, strict=True):
+            self._tell(item, f"{item.entry.name}{self._time_left(videos_left)}")
+            self._attempt(item, "denoise")
+            if videos_left == 1:
+                self._stages.drop("denoise")
+            if "vae" in stages and not self._apart:
                 self._attempt(item, "vae")
+        for item in self._waiting() if "vae" in stages else ():
+            self._tell(item, f"decoding: {item.entry.name}")
+            self._attempt(item, "vae")
         self._stages.drop("vae")
 
     def _waiting(self) -> list[Item]:
@@ -183,7 +177,7 @@ class Batch:
         self._tell(item, f"failed: {item.error}")
         record = {
             "schema_version": SCHEMA_VERSION,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created_at": utc_now(),
             "line": item.entry.line,
             "stage": stage,
             "error": str(error),

@@ -1,7 +1,7 @@
 """Command line: `python -m pipeline.train_tiny`. Makes the trained tiny checkpoint from nothing, on one CPU core."""
 
 import dataclasses
-import datetime
+import functools
 import json
 import logging
 import shutil
@@ -28,6 +28,7 @@ from pipeline.train_tiny.training import (
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
+from splash_workbench.records.base import utc_now
 
 PROVENANCE_NAME = "training.json"
 
@@ -69,14 +70,12 @@ def train(settings: TrainTinyConfig) -> None:
     work_dir = Path(settings.work_dir)
     asked_for = dataclasses.asdict(settings)
     del asked_for["folder"], asked_for["work_dir"]
-    _check_same(work_dir / "settings.json", asked_for)
-    spec = TinySpec(
-        num_layers=settings.num_layers,
-        num_attention_heads=settings.num_attention_heads,
-        max_text_seq_length=settings.max_text_seq_length,
-    )
+    if (work_dir / "settings.json").exists() and json.loads((work_dir / "settings.json").read_text()) != asked_for:
+        raise UserError(f"work_dir={str(work_dir)!r}: holds a run with other settings; expected another folder")
+    write_json(work_dir / "settings.json", asked_for)
     torch.manual_seed(settings.seed)
-    modules = build_modules(spec)
+    sizes = ("num_layers", "num_attention_heads", "max_text_seq_length")
+    modules = build_modules(TinySpec(**{name: getattr(settings, name) for name in sizes}))
     frame, vae = (settings.height, settings.width, settings.num_frames), modules["vae"]
     loss = vae_loss(vae, *frame, settings.vae.steps, settings.kl_weight)
     vae_history, vae_time_s = optimize("vae", {"vae": vae}, settings.vae, loss, settings.seed, work_dir / "vae.pt")
@@ -121,7 +120,7 @@ def train(settings: TrainTinyConfig) -> None:
     provenance = {
         "made_by": "python -m pipeline.train_tiny",
         "settings": asked_for,
-        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished_at": utc_now(),
         "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
         "environment": dataclasses.asdict(environment()),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
@@ -146,10 +145,9 @@ def _check(settings: TrainTinyConfig) -> None:
 
 def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
     """Draw the scenes that the transformer is trained on: as many of each caption."""
-    rng = np.random.default_rng([settings.seed, 1])
+    draw = functools.partial(random_scene, np.random.default_rng([settings.seed, 1]), settings.height, settings.width)
     wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
-    size = (settings.height, settings.width)
-    return [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
+    return [draw(spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
 
 
 def _latents(vae: Any, scenes: list[Scene], settings: TrainTinyConfig, path: Path) -> torch.Tensor:
@@ -160,12 +158,6 @@ def _latents(vae: Any, scenes: list[Scene], settings: TrainTinyConfig, path: Pat
         with atomic_path(path) as temporary:
             np.save(temporary, latents.numpy())
     return torch.from_numpy(np.load(path))
-
-
-def _check_same(path: Path, settings: dict[str, Any]) -> None:
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise UserError(f"work_dir={str(path.parent)!r}: holds a run with other settings; expected another folder")
-    write_json(path, settings)
 
 
 if __name__ == "__main__":

@@ -125,11 +125,10 @@ def optimize(
     average = copy.deepcopy(trained)
     named = list(trained.named_parameters())
     is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention", name) for name, p in named}
+    matrices, others = ([p for _, p in named if is_matrix[id(p)] == wanted] for wanted in (True, False))
     optimizers = {
-        "matrices": Muon([p for _, p in named if is_matrix[id(p)]], loop.matrix_rate),
-        "others": torch.optim.AdamW(
-            [p for _, p in named if not is_matrix[id(p)]], loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0
-        ),
+        "matrices": Muon(matrices, loop.matrix_rate),
+        "others": torch.optim.AdamW(others, loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     }
     rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
     first, history, recent = 0, [], []
@@ -191,12 +190,11 @@ def vae_loss(vae: Any, height: int, width: int, num_frames: int, steps: int, kl_
 
     def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         whole = rng.random() < (0.25 if step < 0.75 * steps else 0.5)
+        frames, count = num_frames, 1
         if step < steps // 2:
             frames, count = 1, 2 if whole else 8
         elif rng.random() < 0.5:
             frames, count = num_frames // 16 * 8 + 1, 1 if whole else 2  # 8k + 1, as the VAE wants
-        else:
-            frames, count = num_frames, 1
         windows = [_window(rng, height, width, num_frames, frames, whole) for _ in range(count)]
         target, weights = map(torch.stack, zip(*windows, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
