@@ -5,20 +5,24 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from pipeline.requests.config import GenerateConfig, request_field
+from pipeline.checkpoints.loading import use_compilation_cache
+from pipeline.requests.batch_file import read_entries
+from pipeline.requests.config import GenerateConfig, request_field, to_parallel, to_request
 from pipeline.requests.errors import RequestError
+from pipeline.requests.options import RunOptions
+from pipeline.requests.request import Stage, parse_stages
+from pipeline.requests.run_names import run_name
+from pipeline.runs.batch import Batch, prepare
+from pipeline.runs.single import generate, warm_up
+from pipeline.stages.progress import recorder_of, tracing
+from pipeline.terminal import ConsoleProgress, Interrupted, Interruptible, batch_table, timing_table
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
-
-if TYPE_CHECKING:
-    from pipeline.requests.options import RunOptions
-    from pipeline.requests.request import Stage
-    from pipeline.terminal import ConsoleProgress, Interruptible
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
@@ -32,8 +36,6 @@ def default_model() -> str:
 def _default_backend() -> str:
     if not accelerator_visible():
         return "cpu"  # known without starting JAX, which a mere --help should not do
-    import jax
-
     return jax.default_backend()
 
 
@@ -45,8 +47,6 @@ def _default_backend() -> str:
 )
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
-    from pipeline.terminal import ConsoleProgress, Interrupted, Interruptible
-
     _set_up_logging(settings.verbose)
     console = ConsoleProgress()
     progress = Interruptible(console)
@@ -65,17 +65,8 @@ def main(settings: GenerateConfig) -> int:
         console.close()
 
 
-def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
+def _generate(settings: GenerateConfig, console: ConsoleProgress, progress: Interruptible) -> int:
     """Run what is asked for; return the exit code."""
-    from pipeline.checkpoints.loading import use_compilation_cache
-    from pipeline.requests.config import to_parallel, to_request
-    from pipeline.requests.options import RunOptions
-    from pipeline.requests.request import parse_stages
-    from pipeline.requests.run_names import run_name
-    from pipeline.runs.single import generate, warm_up
-    from pipeline.stages.progress import recorder_of, tracing
-    from pipeline.terminal import timing_table
-
     _check_combination(settings)
     every = settings.checkpoint_every, settings.preview_every
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
@@ -119,16 +110,11 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
 def _run_batch(
     path: Path,
     settings: GenerateConfig,
-    stages: tuple["Stage", ...],
-    run_options: "RunOptions",
-    console: "ConsoleProgress",
-    progress: "Interruptible",
+    stages: tuple[Stage, ...],
+    run_options: RunOptions,
+    console: ConsoleProgress,
+    progress: Interruptible,
 ) -> int:
-    from pipeline.checkpoints.loading import use_compilation_cache
-    from pipeline.requests.batch_file import read_entries
-    from pipeline.runs.batch import Batch, prepare
-    from pipeline.terminal import batch_table
-
     entries = read_entries(path, settings)
     output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
@@ -177,8 +163,6 @@ def _check_apart(run_dir: Path) -> None:
 
 
 def _what_runs(checkpoint: str) -> str:
-    import jax
-
     device = jax.devices()[0]
     kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
     where = f"{jax.device_count()} x {kind}"

@@ -82,7 +82,10 @@ def main(settings: QualityConfig) -> int:
         return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
 
     expected = videos_of(reference)
-    _write_videos(settings, expected, reference.request.fps)
+    if settings.videos_dir is not None:
+        for caption, seed, video in zip(captions, settings.seeds * len(settings.captions), expected, strict=True):
+            path = Path(settings.videos_dir) / f"{caption.replace(' ', '-')}-seed{seed}.mp4"
+            write_mp4(path, to_uint8(video), reference.request.fps)
     failed = False
     print(_HEADER, flush=True)
     for candidate in (reference, *chosen):
@@ -128,8 +131,6 @@ def _row(outcome: Comparison, failures: list[str]) -> str:
 
 def _record(outcome: Comparison, failures: list[str], settings: QualityConfig) -> QualityRecord:
     """Return the record of a candidate; PSNR is None where a video is the reference's very own."""
-    from splash_workbench.records.quality import QualityRecord
-
     candidate = outcome.variant
     is_reference = candidate.name == "reference"
     return QualityRecord(
@@ -148,15 +149,6 @@ def _record(outcome: Comparison, failures: list[str], settings: QualityConfig) -
         read_back=outcome.read_back,
         failures=tuple(failures),
     )
-
-
-def _write_videos(settings: QualityConfig, videos: np.ndarray, fps: float) -> None:
-    if settings.videos_dir is None:
-        return
-    pairs = [(prompt, seed) for prompt in settings.captions for seed in settings.seeds]
-    for (prompt, seed), video in zip(pairs, videos, strict=True):
-        name = f"{prompt.replace(' ', '-')}-seed{seed}.mp4"
-        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), fps)
 
 
 if __name__ == "__main__":
