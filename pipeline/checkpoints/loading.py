@@ -235,7 +235,7 @@ def load_module(
     part: str,
     dtype: torch.dtype,
     keep: Callable[[str], bool] = lambda name: True,
-    place: Callable[[str, np.ndarray], Any] = lambda name, value: jax.device_put(value),
+    place: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> LoadedModule:
     """Load one part ("text_encoder", "transformer" or "vae").
 
@@ -267,7 +267,7 @@ def load_module(
                     )
                 # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
                 value = value.to(dtype) if value.is_floating_point() else value
-                weights[name] = place(name, torch_to_numpy(value))
+                weights[name] = place(torch_to_numpy(value))
     missing = sorted(set(wanted) - set(weights))
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"

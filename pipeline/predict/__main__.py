@@ -7,8 +7,7 @@ from pathlib import Path
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
-from pipeline.predict.report import make_report, print_report
-from pipeline.predict.timelines import write_timelines
+from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig, to_parallel, to_request
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli

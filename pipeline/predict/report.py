@@ -1,15 +1,21 @@
-"""A prediction as a record and on a terminal, next to what was reported for the published pipeline."""
+"""A prediction as a record, on a terminal, for TensorBoard, and beside what was reported for the published pipeline."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
 import offline_tpu
+from offline_tpu.compile import parse_topology
+from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
+from splash_workbench import provenance
+from splash_workbench.profiles import sessions
+from splash_workbench.profiles.sessions import Session
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import (
     GIB,
@@ -138,6 +144,40 @@ def _print_stage(report: PredictionRecord, stage: str, result: StagePrediction) 
     )
     if result.mfu_fraction is not None and result.attention is not None:
         print(f"    MFU {result.mfu_fraction:.1%}; attention {result.attention.resolution}")
+
+
+def write_timelines(report: PredictionRecord, logdir: Path, run: str | None) -> Sequence[str]:
+    """Write a session for each stage of a report, with its ops still in it: a denoise step, a batch of latent frames.
+
+    Replaces those of the same run. run: its name; None: made from topology, size and plan. Returns lines for the user.
+    """
+    video, topology = report.video, report.topology
+    size = f"{video.size}-{report.request['dtype']}"
+    name = run or sessions.safe_name(f"{Path(video.checkpoint).name}-{size}-{topology}-{report.plan.plan}")
+    name = PREFIX + sessions.check_name(name).removeprefix(PREFIX)
+    device, _ = parse_topology(topology)
+    captured = provenance.capture(offline_tpu.SOURCES)
+    made_by = predicted_by(captured.versions)
+    for stage, result in report.stages.items():
+        programs = [
+            Program(
+                f"{stage}-{number}" if number else stage,
+                tuple(decode(op, offline_tpu.OpCost) for op in program.timeline),
+            )
+            for number, program in enumerate(result.programs or (result,))
+        ]
+        session = Session(
+            run=name,
+            part=stage,
+            repeat=1,
+            label=Label.PREDICTED,
+            device=f"{device.device_kind} ({topology}, one chip)",
+            made_by=made_by,
+            config={**report.request, "plan": encode(report.plan)},
+            environment=captured,
+        )
+        sessions.write_session(logdir, session, space_of(programs, device, made_by))
+    return sessions.how_to_look(logdir, name)
 
 
 def markdown_table(reports: Sequence[PredictionRecord]) -> str:

@@ -1,9 +1,10 @@
 """Options of a run that do not change its result."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from pipeline.requests.errors import RequestError
+from pipeline.requests.request import require_choice
 
 Plan = Literal["ulysses", "megatron", "seed_tp"]
 PlanChoice = Literal["auto", "ulysses", "megatron", "seed_tp"]
@@ -27,10 +28,7 @@ class ParallelOptions:
 
     def __post_init__(self) -> None:
         for name, choices in (("plan", PlanChoice), ("weights", WeightsAtRest)):
-            if getattr(self, name) not in get_args(choices):
-                raise RequestError(
-                    f"parallel.{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}"
-                )
+            require_choice(f"parallel.{name}", getattr(self, name), choices)
         if self.dp not in (None, 1, 2):
             raise RequestError(f"parallel.dp={self.dp!r}: expected 1, or 2 (one for each prompt of guidance), or null")
         if self.num_devices is not None and self.num_devices < 1:

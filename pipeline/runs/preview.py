@@ -42,7 +42,7 @@ def latent_rgb(checkpoint: Checkpoint) -> np.ndarray:
 
 
 def _fit(checkpoint: Checkpoint) -> np.ndarray:
-    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda name, value: torch.from_numpy(value.copy()))
+    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda value: torch.from_numpy(value.copy()))
     vae: Any = loaded.module
     vae.load_state_dict(loaded.weights, assign=True, strict=False)  # load_module has checked the names
     rng = np.random.default_rng(0)

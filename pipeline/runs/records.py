@@ -16,7 +16,8 @@ from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.status import Label
 
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
-_PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
+#: What a stage's result and time depend on.
+PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 _SOURCES = ("pipeline/model/*.py", "pipeline/stages/*.py")
 
 
@@ -68,9 +69,4 @@ def devices() -> Devices:
 
 def environment(sources: Iterable[str] = _SOURCES) -> provenance.Environment:
     """Describe this process, for a figure that the files matching `sources` make."""
-    return provenance.capture(sources, _PACKAGES)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a stage's result and time depend on."""
-    return provenance.package_versions(_PACKAGES)
+    return provenance.capture(sources, PACKAGES)

@@ -34,6 +34,7 @@ from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_attn.types import AttentionShape
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
+from splash_workbench.provenance import package_versions
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 
@@ -219,7 +220,8 @@ def needed_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     """Digest everything that the bits depend on: another plan, device or compiler sums in another order."""
     device = jax.devices()[0]
-    described = [key.fingerprint, plan, device.platform, device.device_kind, records.package_versions()]
+    versions = package_versions(records.PACKAGES)
+    described = [key.fingerprint, plan, device.platform, device.device_kind, versions]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

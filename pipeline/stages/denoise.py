@@ -45,17 +45,13 @@ def build_step(
     """
     shape = TransformerShape.from_config(module.config)
     stock = plan.uses_stock_block
-    layout = TokenLayout(text_seq_len, geometry.num_patches(shape), plan.sequence_shards, padded=not stock)
+    layout = TokenLayout(text_seq_len, geometry.num_patches, plan.sequence_shards, padded=not stock)
     stock_block = module.transformer_blocks[0] if stock else None
     return DenoiseStep(shape, layout, plan, plan.mesh(devices), attention, guided, noisy, stock_block)
 
 
 class DenoiseLoop:
-    """Run the steps of one request, from the first or from a saved state, with the same bits.
-
-    latents: initial noise, with padding frames; drawn from the request's seed without it. state_file: where to go on
-    from, and to save to, also when `progress` raises.
-    """
+    """Run the steps of one request, from the first or from a saved state, with the same bits; see `Denoiser`."""
 
     def __init__(
         self,
@@ -166,10 +162,10 @@ class DenoiseLoop:
         self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._clock.timings.step_times_s))
 
     def _to_rows(self, latents: np.ndarray) -> np.ndarray:
-        return to_rows(latents, self._geometry, self._step.shape, self._step.layout)
+        return to_rows(latents, self._geometry, self._step.layout)
 
     def _latents(self, rows: jax.Array) -> np.ndarray:
-        return from_rows(to_host(rows), self._geometry, self._step.shape, self._step.layout)
+        return from_rows(to_host(rows), self._geometry, self._step.layout)
 
     def _video_latents(self, rows: jax.Array) -> np.ndarray:
         return self._latents(rows)[:, self._geometry.padding_frames :]
@@ -196,7 +192,7 @@ class Denoiser:
         self._attention, self._devices = attention, jax.devices()
         num_devices = len(self._devices)
         self._plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
-        loaded = load_module(checkpoint, "transformer", dtype, place=lambda name, value: value)
+        loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
         self._module: Any = loaded.module
         mesh = self._plan.mesh(self._devices)
         self._weights = place_weights(loaded.weights, config["attention_head_dim"], self._plan, mesh)
@@ -237,7 +233,7 @@ class Denoiser:
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
         sizes = TransformerShape.from_config(self._module.config)
-        seq_len = text_seq_len + self._geometry(request).num_patches(sizes)
+        seq_len = text_seq_len + self._geometry(request).num_patches
         shape = AttentionShape(len(request.prompts), sizes.num_heads, seq_len, seq_len, sizes.head_dim)
         return describe_attention(self._attention, shape, request.dtype)
 

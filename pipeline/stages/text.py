@@ -30,10 +30,7 @@ class TextEncoder:
         self._max_text_seq_length = checkpoint.config("transformer")["max_text_seq_length"]
         self._tokenizer = load_tokenizer(checkpoint)  # first: T5 is 9 GB
         self._loaded = load_module(
-            checkpoint,
-            "text_encoder",
-            dtype,
-            place=lambda name, value: put(value, weight_sharding(value.shape, devices)),
+            checkpoint, "text_encoder", dtype, place=lambda value: put(value, weight_sharding(value.shape, devices))
         )
         self._everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
         self._program = encode_program(self._loaded.module, self._everywhere)

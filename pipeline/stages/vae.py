@@ -41,7 +41,7 @@ class VaeDecoder:
             "vae",
             dtype,
             keep=lambda name: name.startswith(DECODER_PREFIXES),
-            place=lambda name, value: put(arrange(value), everywhere),
+            place=lambda value: put(arrange(value), everywhere),
         )
         module: Any = loaded.module
         self._weights = loaded.weights

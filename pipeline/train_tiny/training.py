@@ -245,7 +245,8 @@ def encode_clips(vae: Any, scenes: list[Scene], num_frames: int, height: int, wi
 def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` does."""
     *_, frames, channels, height, width = shape
-    geometry = LatentGeometry(frames, 0, channels, height, width)
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    geometry = LatentGeometry(frames, 0, channels, height, width, patch)
     cos, sin = map(torch.from_numpy, rotary_embedding(geometry, config))
     return cos, sin
 

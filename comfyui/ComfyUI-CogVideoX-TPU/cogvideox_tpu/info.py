@@ -51,7 +51,7 @@ def report(
     transformer = module.config
     sizes = TransformerShape.from_config(transformer)
     plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
-    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(sizes)
+    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches
     seq_len = transformer["max_text_seq_length"] + patches
     heads_a_device = sizes.num_heads // plan.model
     shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
