@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import LatentGeometry, from_rows, rotary_embedding, rotary_rows, to_rows
-from pipeline.model.noise_schedule import StepTable, build_scheduler, guidance_scales, step_table
+from pipeline.model.noise_schedule import build_scheduler, guidance_scales, step_table
 from pipeline.model.placement import put, to_host
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.torchax_bridge import torch_to_numpy
@@ -51,23 +51,41 @@ def build_step(
 
 
 class DenoiseLoop:
-    """Run the steps of one request, from the first or from a saved state, with the same bits; see `Denoiser`."""
+    """Run the steps of one request, from the first or from a saved state, with the same bits.
+
+    Arguments and errors are those of `Denoiser.denoise`.
+    """
 
     def __init__(
         self,
+        denoiser: "Denoiser",
         request: GenerateRequest,
-        step: DenoiseStep,
-        geometry: LatentGeometry,
-        table: StepTable,
+        embeddings: np.ndarray,
         clock: StageClock,
-        state_file: StateFile | None = None,
-        latents: np.ndarray | None = None,
+        latents: np.ndarray | None,
+        state_file: StateFile | None,
     ):
-        self._step, self._geometry, self._table = step, geometry, table
+        self._denoiser, self._clock, self._state_file = denoiser, clock, state_file
+        self._geometry = denoiser.geometry(request)
+        scheduler = build_scheduler(denoiser.configs["scheduler"], request.scheduler)
+        self._table = table = step_table(scheduler, request.num_inference_steps)
+        self._step = step = build_step(
+            denoiser.module,
+            self._geometry,
+            embeddings.shape[1],
+            denoiser.plan,
+            denoiser.devices,
+            attention=denoiser.attention,
+            guided=request.do_classifier_free_guidance,
+            noisy=table.needs_noise,
+        )
+        rotary = rotary_embedding(self._geometry, denoiser.configs["transformer"])
+        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
+        placed = tuple(put(each, step.sharding("rotary")) for each in tables)
+        self._fixed = put(embeddings, step.sharding("embeddings")), placed
         self._guidance = guidance_scales(request.guidance_scale, table.timesteps, request.use_dynamic_cfg)
         self._dtype = getattr(torch, request.dtype)
         self._generator = torch.Generator().manual_seed(request.seed)
-        self._clock, self._state_file = clock, state_file
         saved = state_file.load() if state_file is not None else None
         if saved is not None:
             self._generator.set_state(torch.from_numpy(saved.generator))
@@ -77,37 +95,24 @@ class DenoiseLoop:
         else:
             if latents is None:
                 # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
-                noise = torch.randn(geometry.shape, generator=self._generator, dtype=self._dtype)
+                noise = torch.randn(self._geometry.shape, generator=self._generator, dtype=self._dtype)
                 latents = torch_to_numpy(noise * table.init_noise_sigma)
             self._start, sample = 0, self._to_rows(latents)
             x0 = np.zeros(sample.shape, np.float32)
         self._state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
 
-    def run(
-        self,
-        weights: Mapping[str, jax.Array],
-        embeddings: np.ndarray,
-        rotary: tuple[np.ndarray, np.ndarray],
-        compile_step: Callable[[tuple[Any, ...]], Any],
-    ) -> np.ndarray:
-        """Run the steps that are left; return latents [1, frames, channels, height, width] without padding frames.
-
-        rotary: of `rotary_embedding`. compile_step: from the program's arguments after the weights to the program.
-        Raises NonFiniteError, and whatever the clock's progress raises.
-        """
-        step, total = self._step, len(self._table.timesteps)
-        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
-        placed = tuple(put(table, step.sharding("rotary")) for table in tables)
-        fixed = (put(embeddings, step.sharding("embeddings")), placed)
+    def run(self) -> np.ndarray:
+        """Run the steps that are left; return latents without padding frames."""
+        total = len(self._table.timesteps)
         # start == total: interrupted when all was done but this call
-        arguments = self._arguments(min(self._start, total - 1), fixed)
-        program = compile_step(arguments)
+        arguments = self._arguments(min(self._start, total - 1))
+        program = self._denoiser.program(self._step, arguments, self._clock)
         with self._clock.measure("run"):
             self._clock.start(total, self._tell)
             for index in range(self._start, total):
                 if index > self._start:
-                    arguments = self._arguments(index, fixed)
-                *self._state, finite = program(weights, *arguments)
+                    arguments = self._arguments(index)
+                *self._state, finite = program(self._denoiser.weights, *arguments)
                 del arguments  # donated
                 if not bool(finite):
                     raise NonFiniteError(
@@ -117,7 +122,7 @@ class DenoiseLoop:
                 self._clock.tick(functools.partial(self._video_latents, self._state[1]))
         return self._video_latents(self._state[0])
 
-    def _arguments(self, index: int, fixed: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _arguments(self, index: int) -> tuple[Any, ...]:
         """Return what the program takes after the weights; draws the step's noise."""
         step, table = self._step, self._table
         noise = self._noise(index)
@@ -129,7 +134,7 @@ class DenoiseLoop:
         return (
             *self._state,
             put(self._to_rows(noise) if noise.ndim else noise, step.sharding("noise")),
-            *fixed,
+            *self._fixed,
             *(put(scalar, step.sharding("scalar")) for scalar in scalars),
         )
 
@@ -187,15 +192,14 @@ class Denoiser:
         guided: whether requests will use guidance; decides over dp where `parallel` leaves it open.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
-        self._configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
-        config = self._configs["transformer"]
-        self._attention, self._devices = attention, jax.devices()
-        num_devices = len(self._devices)
-        self._plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
+        self.attention, self.devices = attention, jax.devices()
+        self.configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
+        config, num_devices = self.configs["transformer"], len(self.devices)
+        self.plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
         loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
-        self._module: Any = loaded.module
-        mesh = self._plan.mesh(self._devices)
-        self._weights = place_weights(loaded.weights, config["attention_head_dim"], self._plan, mesh)
+        self.module: Any = loaded.module
+        mesh = self.plan.mesh(self.devices)
+        self.weights = place_weights(loaded.weights, config["attention_head_dim"], self.plan, mesh)
         self._compiled: dict[Any, Any] = {}
 
     def denoise(
@@ -213,38 +217,25 @@ class Denoiser:
         state_file: where to go on from, and to save to, also when `progress` raises. The caller removes it.
         Raises NonFiniteError, and whatever the clock's `progress` raises, which is called once a step.
         """
-        clock, geometry = clock or StageClock("denoise"), self._geometry(request)
-        scheduler = build_scheduler(self._configs["scheduler"], request.scheduler)
-        table = step_table(scheduler, request.num_inference_steps)
-        step = build_step(
-            self._module,
-            geometry,
-            embeddings.shape[1],
-            self._plan,
-            self._devices,
-            attention=self._attention,
-            guided=request.do_classifier_free_guidance,
-            noisy=table.needs_noise,
-        )
-        loop = DenoiseLoop(request, step, geometry, table, clock, state_file, latents)
-        rotary = rotary_embedding(geometry, self._configs["transformer"])
-        return loop.run(self._weights, embeddings, rotary, lambda arguments: self._compile(step, arguments, clock))
+        return DenoiseLoop(self, request, embeddings, clock or StageClock("denoise"), latents, state_file).run()
 
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
-        sizes = TransformerShape.from_config(self._module.config)
-        seq_len = text_seq_len + self._geometry(request).num_patches
+        sizes = TransformerShape.from_config(self.module.config)
+        seq_len = text_seq_len + self.geometry(request).num_patches
         shape = AttentionShape(len(request.prompts), sizes.num_heads, seq_len, seq_len, sizes.head_dim)
-        return describe_attention(self._attention, shape, request.dtype)
+        return describe_attention(self.attention, shape, request.dtype)
 
-    def _geometry(self, request: GenerateRequest) -> LatentGeometry:
-        return LatentGeometry.from_request(request, self._configs["transformer"], self._configs["vae"])
+    def geometry(self, request: GenerateRequest) -> LatentGeometry:
+        """Return the sizes of a request's latents."""
+        return LatentGeometry.from_request(request, self.configs["transformer"], self.configs["vae"])
 
-    def _compile(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
+    def program(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
+        """Return the step compiled for arguments after the weights, from before where there is one."""
         key = (step.layout, step.guided, step.noisy, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self._compiled:
             with clock.measure("compile"):
-                self._compiled[key] = step.compile(self._weights, *arguments)
+                self._compiled[key] = step.compile(self.weights, *arguments)
         return self._compiled[key]
 
 

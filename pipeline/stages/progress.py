@@ -114,10 +114,8 @@ class StageClock:
         timings, recorder = self.timings, _recorder.get() if phase == "run" else None
         if phase != "run":  # whose steps are told of
             self.progress(StageEvent(timings.stage, phase))
-        with contextlib.ExitStack() as stack:
-            if recorder is not None:
-                timings.profiled = True
-                stack.enter_context(recorder.record(timings.stage))
+        timings.profiled |= recorder is not None
+        with recorder.record(timings.stage) if recorder is not None else contextlib.nullcontext():
             start = time.perf_counter()
             try:
                 yield
