@@ -159,10 +159,8 @@ def _entries(path: Path) -> tuple[TunedEntry, ...]:
     return _read(path, stat.st_mtime_ns, stat.st_size).entries
 
 
-@functools.lru_cache(maxsize=32)
-def _read(path: Path, mtime_ns: int, size: int) -> TunedFile:
-    del mtime_ns, size  # part of the cache key only
-    return read_file(path)
+#: The other arguments are part of the cache's key only.
+_read = functools.lru_cache(maxsize=32)(lambda path, mtime_ns, size: read_file(path))
 
 
 def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
@@ -210,8 +208,7 @@ def choose(
 
     Args:
       device_kind: what `jax.Device.device_kind` says.
-      shape: of the call.
-      dtype: name of q's dtype, e.g. "bfloat16".
+      dtype: of q, k and v, e.g. "bfloat16".
       variant: what to run, whatever qk_dtype says; only its block sizes are chosen.
       qk_dtype: only consider variants with it.
       directory: of the JSON files; None: the user's and the shipped ones.
@@ -240,10 +237,10 @@ def choose(
     origin = f"{provenance.label} {provenance.time_ms:.3f} ms at {entry.shape} ({provenance.workload})"
     if variant not in (None, entry.variant):
         origin += f", there with {entry.variant}"
+    blocks, reason = fit(entry.block_sizes, shape), f"nearest tuned shape by sequence lengths: {origin}."
     if entry.shape == shape:
-        return Choice(entry.block_sizes, variant or entry.variant, entry, f"tuned for this shape: {origin}.")
-    reason = f"nearest tuned shape by sequence lengths: {origin}."
-    return Choice(fit(entry.block_sizes, shape), variant or entry.variant, entry, reason)
+        blocks, reason = entry.block_sizes, f"tuned for this shape: {origin}."
+    return Choice(blocks, variant or entry.variant, entry, reason)
 
 
 def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
@@ -260,16 +257,13 @@ def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
 
 def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:
     heads = entry.shape.batch_size * entry.shape.num_heads
+    ratios = entry.shape.q_seq_len / shape.q_seq_len, entry.shape.kv_seq_len / shape.kv_seq_len
     return (
-        _distance(entry.shape, shape),
+        sum(abs(math.log(ratio)) for ratio in ratios),
         heads != shape.batch_size * shape.num_heads,
         LABELS.index(entry.provenance.label),
         entry.provenance.time_ms / heads,
     )
-
-
-def _distance(a: AttentionShape, b: AttentionShape) -> float:
-    return abs(math.log(a.q_seq_len / b.q_seq_len)) + abs(math.log(a.kv_seq_len / b.kv_seq_len))
 
 
 def _round_up(value: int, multiple: int) -> int:

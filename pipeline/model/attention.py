@@ -69,11 +69,7 @@ class SplashAttentionProcessor:
         def heads(tokens: torch.Tensor) -> torch.Tensor:
             return tokens.reshape(batch_size, seq_len, attn.heads, -1).transpose(1, 2)
 
-        q, k, v = heads(attn.to_q(joint)), heads(attn.to_k(joint)), heads(attn.to_v(joint))
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
+        q, k, v = attn.norm_q(heads(attn.to_q(joint))), attn.norm_k(heads(attn.to_k(joint))), heads(attn.to_v(joint))
         if image_rotary_emb is not None:
             # Joined anew rather than assigned in place as stock does: JAX arrays do not change.
             q, k = (

@@ -55,6 +55,8 @@ def make_report(
     if denoise is not None and prediction.plan.uses_stock_block:
         step_time_s, note = _with_seed_kernel(denoise)
         notes.append(note)
+    size = (request.width, request.height, request.num_frames, request.num_inference_steps)
+    is_reported = size == (1280, 720, 81, 50) and topology in ("v6e-8", "v6e:2x4")
     stage_times = {stage: result.time_s for stage, result in stages.items()}
     if step_time_s is not None:
         stage_times["denoise"] = step_time_s * request.num_inference_steps
@@ -74,7 +76,7 @@ def make_report(
         stages=stages,
         other_plans=prediction.others,
         failures={str(stage): reason for stage, reason in prediction.failures.items()},
-        reported=REPORTED_SEED if _is_reported_case(request, topology) else None,
+        reported=REPORTED_SEED if is_reported else None,
         notes=tuple(notes),
         environment=environment(_SOURCES),
     )
@@ -92,11 +94,6 @@ def _with_seed_kernel(denoise: StagePrediction) -> tuple[float, str]:
         f"seed_tp: this project's kernel ({ours_s:.3f} s a step) replaced by the seed's, {seed_ms} ms a layer "
         f"({theirs_s:.3f} s), as predicted for it separately"
     )
-
-
-def _is_reported_case(request: GenerateRequest, topology: str) -> bool:
-    size = (request.width, request.height, request.num_frames, request.num_inference_steps)
-    return size == (1280, 720, 81, 50) and topology in ("v6e-8", "v6e:2x4")
 
 
 def print_report(report: PredictionRecord) -> None:

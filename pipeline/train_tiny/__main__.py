@@ -1,18 +1,16 @@
 """Command line: `python -m pipeline.train_tiny`. Makes the trained tiny checkpoint from nothing, on one CPU core."""
 
 import dataclasses
-import functools
 import json
 import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
+from pipeline.checkpoints.shapes import captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
@@ -80,8 +78,14 @@ def train(settings: TrainTinyConfig) -> None:
     loss = vae_loss(vae, *frame, settings.vae.steps, settings.kl_weight)
     vae_history, vae_time_s = optimize("vae", {"vae": vae}, settings.vae, loss, settings.seed, work_dir / "vae.pt")
 
-    scenes = training_scenes(settings)
-    latents = _latents(vae, scenes, settings, work_dir / "latents.npy")
+    rng, size = np.random.default_rng([settings.seed, 1]), (settings.height, settings.width)
+    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
+    scenes = [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
+    if not (work_dir / "latents.npy").exists():
+        clips = encode_clips(vae, scenes, settings.num_frames, settings.height, settings.width)
+        with atomic_path(work_dir / "latents.npy") as temporary:
+            np.save(temporary, torch.stack(list(clips)).numpy())
+    latents = torch.from_numpy(np.load(work_dir / "latents.npy"))  # [clips, latent frames, 16, h, w]
     scaling_factor = round(float(1 / latents.std()), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
     padding = -latents.shape[1] % modules["transformer"].config.patch_size_t
@@ -141,23 +145,6 @@ def _check(settings: TrainTinyConfig) -> None:
     if settings.start_from is not None and not Path(settings.start_from).is_file():
         raise UserError(f"start_from={settings.start_from}: expected transformer.pt of another work_dir.")
     require_writable(f"folder={settings.folder}", Path(settings.folder))
-
-
-def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
-    """Draw the scenes that the transformer is trained on: as many of each caption."""
-    draw = functools.partial(random_scene, np.random.default_rng([settings.seed, 1]), settings.height, settings.width)
-    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
-    return [draw(spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
-
-
-def _latents(vae: Any, scenes: list[Scene], settings: TrainTinyConfig, path: Path) -> torch.Tensor:
-    """Return the scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
-    if not path.exists():
-        clips = encode_clips(vae, scenes, settings.num_frames, settings.height, settings.width)
-        latents = torch.stack(list(clips))
-        with atomic_path(path) as temporary:
-            np.save(temporary, latents.numpy())
-    return torch.from_numpy(np.load(path))
 
 
 if __name__ == "__main__":

@@ -64,41 +64,18 @@ class Loop:
         return min(1.0, rise) * min(1.0, left)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each weight is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    Not torch.optim.Muon, which takes no convolutions; a convolution is a matrix here of [out, in x kernel].
-    """
-
-    MOMENTUM = 0.95
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), of convolutions as matrices [out, in x kernel]."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float):
-        super().__init__(parameters, {"lr": lr})
+        self._weights = list(parameters)
+        self._matrices = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in self._weights]  # the same memory
+        super().__init__(self._matrices, lr, weight_decay=0.0)
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - self.MOMENTUM)
-                update = weight.grad.lerp(state["momentum"], self.MOMENTUM).flatten(1)
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(_orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
-
-
-def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Return roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        super().step()
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
