@@ -37,10 +37,7 @@ def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[Confi
 
 
 def read_configs(checkpoint: Checkpoint) -> Configs:
-    """Read the configurations of all parts and check that they make a model that runs here.
-
-    Raises CheckpointError, which first of all says what another model is.
-    """
+    """Read the configurations of all parts. Raises CheckpointError unless they make a model that runs here."""
     pipeline = checkpoint.pipeline_class()
     if pipeline is not None and not str(pipeline).startswith("CogVideoX"):
         raise checkpoint.error(f"this is a {pipeline}; {_SUPPORTED}")

@@ -74,10 +74,7 @@ class Checkpoint:
         return weight_files(self.part(part), part, f"checkpoint={self.name!r}: {part}/")
 
     def config(self, part: str) -> dict[str, Any]:
-        """Read the config.json (scheduler_config.json) of a part, with the library's defaults for what it leaves out.
-
-        Raises CheckpointError where it cannot be read.
-        """
+        """Read a part's configuration, with the library's defaults for what it leaves out. Raises CheckpointError."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return with_defaults(part, self._read_json(f"{part}/{name}"))
 
@@ -139,11 +136,9 @@ class Checkpoint:
 
 
 def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
-    """Find a checkpoint: "tiny", "tiny-random", a local folder, or a Hub id "owner/name".
+    """Find a checkpoint: "tiny" of this package, "tiny-random", a local folder, or a Hub id "owner/name".
 
-    "tiny" is trained, and comes with this package; "tiny-random" is made in the cache folder.
-
-    Raises CheckpointError when it is none of these or cannot be reached.
+    "tiny-random" is made in the cache folder. Raises CheckpointError when it is none of these or cannot be reached.
     """
     if revision is not None and (name in (TINY, RANDOM) or Path(name).expanduser().is_dir()):
         raise CheckpointError(

@@ -1,8 +1,7 @@
 """Small checkpoints of CogVideoX 1.5's shape in diffusers' layout.
 
-The trained one comes with the package (`TRAINED_FOLDER`, made by `pipeline.train_tiny`): it follows captions of drawn
-shapes. The random one is made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask
-nothing of the picture.
+The trained one (`TRAINED_FOLDER`, made by `pipeline.train_tiny`) follows captions of drawn shapes. The random one is
+made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask nothing of the picture.
 """
 
 import dataclasses
@@ -51,8 +50,7 @@ class TinySpec:
 def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Path:
     """Return the folder of the tiny checkpoint under `cache_dir`, made if it is not there.
 
-    It is made under a temporary name and renamed when complete, so that a folder of its name is always whole, also
-    with several processes at it.
+    Renamed when complete, so that a folder of its name is always whole, also with several processes at it.
     """
     spec = spec or TinySpec()
     folder = cache_dir / spec.name

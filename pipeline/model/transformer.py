@@ -76,10 +76,7 @@ class TransformerShape:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """Rows of the joint sequence: text, video, padding; `num_shards` runs of `rows_per_shard`.
-
-    padded: whether rows are rounded up to whole tiles; needed where they are split.
-    """
+    """Rows of the joint sequence: text, video, padding. padded: up to whole tiles, needed where rows are split."""
 
     text: int
     video: int

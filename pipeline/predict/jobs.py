@@ -1,7 +1,4 @@
-"""The job of a worker of `pipeline.predict`: compile one stage for a topology that is not here, add up its cost.
-
-Runs in a process of its own, started with `offline_tpu.worker_environment`. Payload and result are JSON.
-"""
+"""The job of a worker: compile one stage for a topology that is not here, add up its cost. Payload, result: JSON."""
 
 import dataclasses
 import resource

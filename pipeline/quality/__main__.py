@@ -1,7 +1,4 @@
-"""Command line: `python -m pipeline.quality`. Do the videos follow their prompts, and does a faster way keep them?
-
-Exits with 1 where a candidate is over its budget, or the reference follows its prompts less often than it should.
-"""
+"""Command line: `python -m pipeline.quality`. Do the videos follow their prompts, and does a faster way keep them?"""
 
 import dataclasses
 import sys
@@ -52,7 +49,7 @@ _UNUSED = (
 
 @cli.command("quality", QualityConfig, unused=_UNUSED)
 def main(settings: QualityConfig) -> int:
-    """Judge the reference and the candidates: print a table, append records, return the exit code."""
+    """Print a table, append records; return 1 where one is over its budget or prompts are not followed enough."""
     if settings.compilation_cache:
         use_compilation_cache()
     from_config(lambda: [parse_caption(caption) for caption in settings.captions])

@@ -24,10 +24,7 @@ class Entry:
 
 
 def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
-    """Read and check the lines of a JSON-lines file; keys that a line leaves out are those of `config`.
-
-    Raises RequestError, with a message for each line that is wrong.
-    """
+    """Read a file's lines; `config` has the keys they leave out. Raises RequestError, a message for each wrong line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other breaks, which a string may hold
     except OSError as error:

@@ -99,10 +99,7 @@ class Batch:
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item to its end; the module's docstring tells in which order.
-
-        Raises UserError, before any work, where another process is at work on one of them.
-        """
+        """Run every item. Raises UserError, before any work, where another process is at work on one of them."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:

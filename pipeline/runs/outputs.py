@@ -88,10 +88,7 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
 
 
 def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
-    """Return the JSON file of a stage's saved output, its timings marked as reused.
-
-    Raises StageOutputError where the output is not whole, or does not belong to `key`.
-    """
+    """Return a saved output's JSON, timings marked as reused. Raises StageOutputError unless it is whole and of `key`."""
     stage, path = key.stage, folder / f"{key.stage}.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
