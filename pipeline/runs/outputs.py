@@ -88,7 +88,7 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
 
 
 def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
-    """Return a saved output's JSON, timings marked as reused. Raises StageOutputError unless it is whole and of `key`."""
+    """Return a saved output's JSON, timings marked reused. Raises StageOutputError unless it is whole and of `key`."""
     stage, path = key.stage, folder / f"{key.stage}.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
@@ -55,13 +56,12 @@ def warm_up(
     *,
     stages: Sequence[Stage] = STAGES,
     run_options: RunOptions | None = None,
-    cache_dir: Path | None = None,
-    progress: Progress = no_progress,
+    **options: Any,
 ) -> tuple[StageTimings, ...]:
     """Compile every stage of a request and try it on a single denoising step; keeps no output.
 
     With a persistent compilation cache the next run, of any number of steps, starts without compiling. `stages` must
-    begin with "text". Raises as `generate` does.
+    begin with "text". options: others of `generate`, which also says what is raised.
     """
     if stages[0] != "text":
         raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
@@ -71,7 +71,6 @@ def warm_up(
             stages=stages,
             run_dir=Path(folder),
             run_options=dataclasses.replace(run_options or RunOptions(), resume=False),
-            cache_dir=cache_dir,
-            progress=progress,
+            **options,
         )
     return result.timings

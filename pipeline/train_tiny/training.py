@@ -107,7 +107,6 @@ def optimize(
         "matrices": Muon(matrices, loop.matrix_rate),
         "others": torch.optim.AdamW(others, loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     }
-    rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
     first, history, recent = 0, [], []
     cpu_time_s, started = 0.0, time.process_time()
     if state_path.exists():
@@ -121,8 +120,8 @@ def optimize(
     trained.train()
     bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
     for step in bar:
-        for key, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[key] * loop.rate(step)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * loop.rate(step)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         loss, report = loss_of(step, np.random.default_rng([seed, step]), generator)
         trained.zero_grad(set_to_none=True)
