@@ -20,7 +20,7 @@ from pipeline.requests.run_names import run_name
 from pipeline.runs.batch import Batch, prepare
 from pipeline.runs.single import generate, warm_up
 from pipeline.stages.progress import recorder_of, tracing
-from pipeline.terminal import ConsoleProgress, Interrupted, Interruptible, batch_table, timing_table
+from pipeline.terminal import Interrupted, Terminal, batch_table, timing_table
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
 
@@ -48,31 +48,30 @@ def _default_backend() -> str:
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
     _set_up_logging(settings.verbose)
-    console = ConsoleProgress()
-    progress = Interruptible(console)
+    terminal = Terminal()
     try:
-        with progress.handling_signals():
-            return _generate(settings, console, progress)
+        with terminal.handling_signals():
+            return _generate(settings, terminal)
     except Interrupted as error:
-        console.close()
-        said = " ".join(filter(None, ("interrupted", console.place, progress.where)))
+        terminal.close()
+        said = f"interrupted {terminal.where}"
         if not settings.warm_up:
             command = "the same command" if settings.resume else "the same command without resume=false"
             said += f"; {command} goes on from {'there' if error.between_steps else 'what is saved'}"
         print(said, file=sys.stderr)
         return 128 + error.signal_number
     finally:
-        console.close()
+        terminal.close()
 
 
-def _generate(settings: GenerateConfig, console: ConsoleProgress, progress: Interruptible) -> int:
+def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
     """Run what is asked for; return the exit code."""
     _check_combination(settings)
     every = settings.checkpoint_every, settings.preview_every
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
+        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, terminal)
     request = to_request(settings)
     run_dir = _path(settings.run_dir) or Path(settings.output_dir).expanduser() / run_name(request, settings.name)
     _check_apart(run_dir)
@@ -80,8 +79,8 @@ def _generate(settings: GenerateConfig, console: ConsoleProgress, progress: Inte
         use_compilation_cache()
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
-        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=progress)
-        console.close()
+        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=terminal)
+        terminal.close()
         print(timing_table(timings))
         return 0
     recorder = recorder_of(settings, request)
@@ -95,9 +94,9 @@ def _generate(settings: GenerateConfig, console: ConsoleProgress, progress: Inte
             run_options=run_options,
             cache_dir=cache_dir,
             results_path=results_path,
-            progress=progress,
+            progress=terminal,
         )
-    console.close()
+    terminal.close()
     print(timing_table(result.timings))
     print(f"video: {result.video_path}" if result.video_path else f"stage outputs: {result.run_dir}")
     if recorder is not None:
@@ -112,8 +111,7 @@ def _run_batch(
     settings: GenerateConfig,
     stages: tuple[Stage, ...],
     run_options: RunOptions,
-    console: ConsoleProgress,
-    progress: Interruptible,
+    terminal: Terminal,
 ) -> int:
     entries = read_entries(path, settings)
     output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
@@ -121,11 +119,11 @@ def _run_batch(
     if settings.compilation_cache:
         use_compilation_cache()
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
-    batch = Batch(items, _path(settings.results_path), progress, console.say)
+    batch = Batch(items, _path(settings.results_path), terminal, terminal.say)
     try:
         batch.run_all()
     finally:
-        console.close()
+        terminal.close()
         print(batch_table(items), flush=True)
     return 1 if any(item.status == "failed" for item in items) else 0
 

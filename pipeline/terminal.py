@@ -10,56 +10,10 @@ from types import FrameType
 from tqdm import tqdm
 
 from pipeline.runs.batch import Item
-from pipeline.stages.progress import Progress, StageEvent, StageTimings
+from pipeline.stages.progress import StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
 _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
-
-
-class ConsoleProgress:
-    """Show one line a stage, as a `Progress`: what it is doing, then a bar with seconds a step and the time left.
-
-    place: where in a batch this is, e.g. "[2 of 3]"; stands before every line.
-    """
-
-    def __init__(self) -> None:
-        self.place = ""
-        self._bar: tqdm | None = None
-
-    def say(self, place: str, text: str) -> None:
-        """Print a line of its own, where there is text; the next ones are of the same place."""
-        self.close()
-        self.place = place
-        if text:
-            tqdm.write(f"{place} {text}")
-
-    def __call__(self, event: StageEvent) -> None:
-        if event.phase != "run":
-            self.close()
-            tqdm.write(f"  {self._name(event)} {event.phase} ...")
-        elif event.total_steps and event.step_time_s is None:
-            self.close()
-            self._bar = tqdm(
-                total=event.total_steps,
-                initial=event.step,  # not 0 where a stage is resumed
-                desc=self._name(event),
-                unit=_UNITS[event.stage],
-                bar_format=_BAR_FORMAT,
-            )
-        elif self._bar is not None and event.step_time_s is not None:
-            self._bar.set_postfix_str(f"{event.step_time_s:.2f} s each", refresh=False)
-            self._bar.update(event.step - self._bar.n)
-            if event.step == event.total_steps:
-                self.close()
-
-    def _name(self, event: StageEvent) -> str:
-        return f"{self.place} {event.stage:<8}".lstrip()
-
-    def close(self) -> None:
-        """Leave the last line on the screen."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,26 +21,56 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signal_number: int, between_steps: bool):
         super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-        self.between_steps = between_steps
+        self.signal_number, self.between_steps = signal_number, between_steps
 
 
-class Interruptible:
-    """Raise Interrupted, as a `Progress`, at the end of the step in which a signal came.
+class Terminal:
+    """Show one line a stage, as a `Progress`: what it is doing, then a bar with seconds a step and the time left.
 
-    Between steps, e.g. while loading or compiling, a signal raises it at once, as the second signal does anywhere.
+    A signal raises Interrupted at the end of the step in which it comes; between steps, e.g. while loading or
+    compiling, at once, as the second signal does anywhere.
     """
 
-    def __init__(self, progress: Progress):
-        self._progress = progress
+    def __init__(self) -> None:
+        self._place = ""  # where in a batch this is, e.g. "[2 of 3]"; stands before every line
+        self._bar: tqdm | None = None
         self._last: StageEvent | None = None
         self._pending: int | None = None
 
+    def say(self, place: str, text: str) -> None:
+        """Print a line of its own, where there is text; the next ones are of the same place."""
+        self.close()
+        self._place = place
+        if text:
+            tqdm.write(f"{place} {text}")
+
     def __call__(self, event: StageEvent) -> None:
-        self._last = event
-        self._progress(event)
+        self._last, name = event, f"{self._place} {event.stage:<8}".lstrip()
+        if event.phase != "run":
+            self.close()
+            tqdm.write(f"  {name} {event.phase} ...")
+        elif event.step_time_s is None:
+            self.close()
+            self._bar = tqdm(
+                total=event.total_steps,
+                initial=event.step,  # not 0 where a stage is resumed
+                desc=name,
+                unit=_UNITS[event.stage],
+                bar_format=_BAR_FORMAT,
+            )
+        elif self._bar is not None:
+            self._bar.set_postfix_str(f"{event.step_time_s:.2f} s each", refresh=False)
+            self._bar.update(event.step - self._bar.n)
+            if event.step == event.total_steps:
+                self.close()
         if self._pending is not None:
             raise Interrupted(self._pending, between_steps=True)
+
+    def close(self) -> None:
+        """Leave the last line on the screen."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     @contextlib.contextmanager
     def handling_signals(self) -> Iterator[None]:
@@ -100,18 +84,16 @@ class Interruptible:
 
     @property
     def where(self) -> str:
-        """Say which stage, and step where there are several, was reached: "in denoise after step 3 of 50"."""
-        event = self._last
-        if event is None:
-            return "before the first stage"
-        if event.phase != "run" or event.total_steps < 2:
-            return f"in {event.stage}"
-        return f"in {event.stage} after step {event.step} of {event.total_steps}"
+        """Say where in a batch, and in which stage and step, this is: "[2 of 3] in denoise after step 3 of 50"."""
+        event, where = self._last, "before the first stage"
+        if event is not None:
+            steps = f" after step {event.step} of {event.total_steps}" if event.total_steps > 1 else ""
+            where = f"in {event.stage}{steps}"
+        return f"{self._place} {where}".lstrip()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        event = self._last
         # After the last step, too, until the next stage begins: its output is being saved.
-        in_step = event is not None and event.phase == "run" and event.total_steps > 0
+        in_step = self._last is not None and self._last.phase == "run"
         if not in_step or self._pending is not None:
             raise Interrupted(number, between_steps=False)
         self._pending = number

@@ -36,15 +36,9 @@ LABELS = ("measured", "predicted", "reported")
 class Provenance:
     """Where an entry comes from.
 
-    Attributes:
-      label: how its time was got, one of LABELS.
-      time_ms: one call of the whole op at the entry's shape.
-      workload: the named workload that was swept.
-      record_id: the Trial in results/ that won.
-      kernel_hash: hash of the kernel's source.
-      git_commit: commit of this repository, None outside a checkout.
-      versions: compiler and library versions.
-      created_at: UTC, ISO 8601.
+    label: how its time was got, one of LABELS. time_ms: one call of the whole op at the entry's shape. workload: the
+    one that was swept, by name. record_id: the Trial in results/ that won. kernel_hash: of the kernel's source.
+    git_commit: None outside a checkout. versions: of compiler and libraries. created_at: UTC, ISO 8601.
     """
 
     label: str
