@@ -84,15 +84,11 @@ class ParallelPlan:
     def sequence_shards(self) -> int:
         return self.model if self.splits_sequence else 1
 
-    @property
-    def rules(self) -> Rules:
-        """Return the table behind `weight_spec`: pattern of a name -> mesh axes."""
-        sharded = SHARDED_RULES if self.weights == "sharded" else {}
-        return {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
-
     def weight_spec(self, name: str) -> tuple[str | None, ...]:
         """Return the mesh axes of the leading dimensions of one stock weight, by its name in the checkpoint."""
-        return next((axes for pattern, axes in self.rules.items() if re.match(pattern, name)), ())
+        sharded = SHARDED_RULES if self.weights == "sharded" else {}
+        rules = {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
+        return next((axes for pattern, axes in rules.items() if re.match(pattern, name)), ())
 
     def stacked_weight_spec(self, name: str) -> PartitionSpec:
         """Return the PartitionSpec of a weight of `model.weights`, where blocks' have a leading axis of layers."""

@@ -104,7 +104,9 @@ def print_report(report: PredictionRecord) -> None:
         f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
         "nothing was run"
     )
-    print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
+    shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
+    others = "".join(f"; {name}: {value}" for name, value in shown)
+    print(f"  plan {_plan(report)}" + others)
     for stage, result in report.stages.items():
         _print_stage(report, stage, result)
     for stage, reason in report.failures.items():
@@ -192,10 +194,9 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, plan), report in sorted(newest.items()):
-        cells = [case, plan, _cell(report.step_time_s)]
         refused = {stage: "does not fit" for stage, text in report.failures.items() if "not fit" in text}
-        cells += [_cell(report.stage_times_s.get(stage)) or refused.get(stage, "") for stage in ("text", "vae")]
-        cells += [_cell(report.total_time_s, 1)]
+        stages = [_cell(report.stage_times_s.get(stage)) or refused.get(stage, "") for stage in ("text", "vae")]
+        cells = [case, plan, _cell(report.step_time_s), *stages, _cell(report.total_time_s, 1)]
         cells += [_cell(report.peak_hbm_gib, 1), _cell(report.mfu_fraction, 2), report.label]
         lines.append(f"| {' | '.join(cells)} |")
         lines += [
@@ -233,7 +234,3 @@ def _plan(report: PredictionRecord) -> ParallelPlan:
 
 def _cell(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _other(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3f} s a step"

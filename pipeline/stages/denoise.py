@@ -51,10 +51,7 @@ def build_step(
 
 
 class DenoiseLoop:
-    """Run the steps of one request, from the first or from a saved state, with the same bits.
-
-    Arguments and errors are those of `Denoiser.denoise`.
-    """
+    """Run the steps of one request, from the first or a saved state, with the same bits; see `Denoiser.denoise`."""
 
     def __init__(
         self,
@@ -234,8 +231,8 @@ class Denoiser:
         """Return the step compiled for arguments after the weights, from before where there is one."""
         key = (step.layout, step.guided, step.noisy, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self._compiled:
-            with clock.measure("compile"):
-                self._compiled[key] = step.compile(self.weights, *arguments)
+            with clock.measure("compile"), jax.set_mesh(step.mesh):
+                self._compiled[key] = step.jitted(self.weights).lower(self.weights, *arguments).compile()
         return self._compiled[key]
 
 

@@ -37,11 +37,6 @@ class DenoiseState:
     generator: np.ndarray
     step_times_s: list[float]
 
-    def to_bytes(self, fingerprint: str) -> bytes:
-        """Encode as safetensors, with what it belongs to."""
-        arrays = {**vars(self), "fingerprint": np.frombuffer(fingerprint.encode(), np.uint8)}
-        return safetensors.torch.save({name: numpy_to_torch(np.asarray(array)) for name, array in arrays.items()})
-
 
 class StateFile:
     """Keep the state of one denoise stage in a file while it runs.
@@ -79,9 +74,11 @@ class StateFile:
         """Replace the saved state. A failure (a full disk) is a warning: the run matters more."""
         if jax.process_index() != 0:
             return
+        arrays = {**vars(state), "fingerprint": np.frombuffer(self._fingerprint.encode(), np.uint8)}
+        data = safetensors.torch.save({name: numpy_to_torch(np.asarray(array)) for name, array in arrays.items()})
         try:
             with atomic_path(self._path) as temporary:
-                temporary.write_bytes(state.to_bytes(self._fingerprint))
+                temporary.write_bytes(data)
         except OSError as error:
             logger.warning("denoise: step %d could not be saved in %s (%s)", state.step, self._path, error.strerror)
 
