@@ -192,20 +192,15 @@ def choose(
 ) -> Choice:
     """Return block sizes and variant for a shape on a device.
 
-    Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked
-    for) count, so that int8 is never chosen unless asked for. Nor does an entry count whose own sequences are too short
-    to say anything about the shape's: an entry serves shorter sequences, and up to eight times longer ones if it had
-    room for the default's blocks. Among them the least |log(q/q')| + |log(kv/kv')| wins;
-    then the same batch * heads; then measured before predicted before reported; then the least time per head. For
-    another shape than the entry's its blocks are fitted to it. With no such entry the choice is SEED_BLOCK_SIZES,
-    fitted, with the asked or the default variant, and `entry` is None.
+    Entries count with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked for), so that int8
+    is never chosen unless asked for, whose own sequences are long enough to say anything about the shape's: an entry
+    serves shorter sequences, and up to eight times longer ones if it had room for the default's blocks. Of them the
+    least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted before reported;
+    then the least time per head. For another shape than the entry's its blocks are fitted to it. Without one the choice
+    is SEED_BLOCK_SIZES, fitted, with the asked or the default variant, and `entry` is None.
 
-    Args:
-      device_kind: what `jax.Device.device_kind` says.
-      dtype: of q, k and v, e.g. "bfloat16".
-      variant: what to run, whatever qk_dtype says; only its block sizes are chosen.
-      qk_dtype: only consider variants with it.
-      directory: of the JSON files; None: the user's and the shipped ones.
+    device_kind: of `jax.Device`. dtype: of q, k and v, e.g. "bfloat16". variant: what to run, whatever qk_dtype says;
+    only its block sizes are chosen. directory: of the JSON files; None: the user's and the shipped ones.
     """
     entries = load(device_kind, directory)
     qk_dtype = qk_dtype if variant is None else variant.qk_dtype

@@ -120,6 +120,7 @@ class StageClock:
             try:
                 yield
             finally:
+                self._tell = self.progress  # whoever was told instead may be freed
                 field = f"{phase}_time_s"
                 setattr(timings, field, getattr(timings, field) + time.perf_counter() - start)
 

@@ -66,7 +66,7 @@ class Stages:
     """
 
     def __init__(self, keep_loaded: KeepLoaded | None = None):
-        self._keep_loaded = keep_loaded or self._hold
+        self._keep_loaded = keep_loaded
         self._held: dict[Stage, tuple[Hashable, Any]] = {}
 
     def holds(self, stage: Stage) -> bool:
@@ -114,7 +114,7 @@ class Stages:
             with (context.clock or StageClock(stage)).measure("load"):
                 return _CLASSES[stage](context.checkpoint, getattr(torch, request.dtype), *options)
 
-        return self._keep_loaded(stage, context.loaded_key(stage), load)
+        return (self._keep_loaded or self._hold)(stage, context.loaded_key(stage), load)
 
     def _run(self, stage: Stage, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
         import_libraries()
