@@ -18,7 +18,7 @@ from pipeline.requests.options import RunOptions
 from pipeline.requests.request import Stage, parse_stages
 from pipeline.requests.run_names import run_name
 from pipeline.runs.batch import Batch, prepare
-from pipeline.runs.single import generate, warm_up
+from pipeline.runs.request_run import generate, warm_up
 from pipeline.stages.progress import recorder_of, tracing
 from pipeline.terminal import Interrupted, Terminal, batch_table, timing_table
 from splash_workbench.accelerator import accelerator_visible

@@ -1,10 +1,14 @@
-"""One request on its way through its stages: what is there of it is reused, what is made is saved, then the video."""
+"""One request on its way through its stages: what is there of it is reused, what is made is saved, then the video.
+
+The Python API: `generate` makes a video, `warm_up` compiles its stages ahead of time.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
+from pipeline.requests.run_names import run_name
 from pipeline.runs import records
 from pipeline.runs.outputs import (
     UNREADABLE,
@@ -233,3 +239,62 @@ def _check_attention_device(request: GenerateRequest) -> None:
             "leave it out, or take xla or pallas_interpret"
         )
     resolve_attention(request.attention, AttentionShape(1, 1, 128, 128, 64), request.dtype)  # for any shape the same
+
+
+def generate(
+    request: GenerateRequest,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    run_dir: Path | None = None,
+    output_dir: Path = Path("videos"),
+    run_options: RunOptions | None = None,
+    cache_dir: Path | None = None,
+    results_path: Path | None = None,
+    progress: Progress = no_progress,
+) -> GenerateResult:
+    """Run stages of one request, each with only its own weights in memory, and write the video.
+
+    run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
+    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the timings.
+    progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
+    in the stage "denoise", else at the beginning of the stage.
+
+    Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError, and
+    UserError where the folder cannot be written to or another process is at work there.
+    """
+    run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    check_request(request, read_configs(checkpoint))
+    identities = checkpoint.identities(*needed_stages(stages))
+    run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+    with run.locked():
+        loaded = Stages()
+        for stage in stages:
+            run.run_stage(stage, loaded, progress)
+            loaded.drop(stage)
+        return run.finish(results_path)
+
+
+def warm_up(
+    request: GenerateRequest,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    run_options: RunOptions | None = None,
+    **options: Any,
+) -> tuple[StageTimings, ...]:
+    """Compile every stage of a request and try it on a single denoising step; keeps no output.
+
+    With a persistent compilation cache the next run, of any number of steps, starts without compiling. `stages` must
+    begin with "text". options: others of `generate`, which also says what is raised.
+    """
+    if stages[0] != "text":
+        raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
+    with tempfile.TemporaryDirectory() as folder:
+        result = generate(
+            dataclasses.replace(request, num_inference_steps=1),
+            stages=stages,
+            run_dir=Path(folder),
+            run_options=dataclasses.replace(run_options or RunOptions(), resume=False),
+            **options,
+        )
+    return result.timings

@@ -88,7 +88,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.single import generate
+    from pipeline.runs.request_run import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}

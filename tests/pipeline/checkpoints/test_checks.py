@@ -14,7 +14,7 @@ from pipeline.requests.errors import CheckpointError, PipelineError, RequestErro
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.runs.batch import prepare
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 from splash_attn.types import Variant
 
 CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}

@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
 from pipeline.requests.options import RunOptions
 from pipeline.runs import preview
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 
 
 def test_preview_pictures(request_of, tmp_path, monkeypatch, caplog):

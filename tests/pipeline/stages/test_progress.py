@@ -11,7 +11,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageClock, recorder_of, tracing
 from splash_attn.types import BlockSizes

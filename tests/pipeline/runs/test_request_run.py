@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.options import ParallelOptions, RunOptions
 from pipeline.requests.request import STAGES, AttentionOptions
-from pipeline.runs.request_run import RequestRun
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import RequestRun, generate
 from splash_workbench.errors import UserError
 from splash_workbench.files import locked
 from videos import probe, tags
