@@ -129,15 +129,12 @@ def _run_batch(
 
 
 def _check_combination(settings: GenerateConfig) -> None:
-    if settings.prompts is not None:
-        if not settings.prompts.strip():
+    if (path := settings.prompts) is not None:
+        if not path.strip():
             raise RequestError("prompts='': expected a file of JSON lines")
-        for name in ("prompt", "run_dir"):
+        for name, instead in (("prompt", "put every prompt into the file"), ("run_dir", "use output_dir and name")):
             if (value := getattr(settings, name)) is not None:
-                instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"
-                raise RequestError(
-                    f"prompts={settings.prompts!r} and {name}={value!r}: expected one of them; {instead}"
-                )
+                raise RequestError(f"prompts={path!r} and {name}={value!r}: expected one of them; {instead}")
         for name, what in (("warm_up", "warming up"), ("profile", "a trace")):
             if getattr(settings, name):
                 raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")

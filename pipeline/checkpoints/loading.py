@@ -140,17 +140,13 @@ def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path |
 
     "tiny-random" is made in the cache folder. Raises CheckpointError when it is none of these or cannot be reached.
     """
-    if revision is not None and (name in (TINY, RANDOM) or Path(name).expanduser().is_dir()):
-        raise CheckpointError(
-            f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
-        )
-    if name == TINY:
-        return Checkpoint(name=name, folder=TRAINED_FOLDER)
-    if name == RANDOM:
-        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or user_cache_dir()))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Checkpoint(name=name, folder=folder)
+    folder = TRAINED_FOLDER if name == TINY else Path(name).expanduser()
+    if name == RANDOM or folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+            )
+        return Checkpoint(name, ensure_tiny_checkpoint(cache_dir or user_cache_dir()) if name == RANDOM else folder)
     if folder.is_file():
         raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):

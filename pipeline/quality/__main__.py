@@ -59,11 +59,11 @@ def main(settings: QualityConfig) -> int:
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
     base = GenerateConfig(**{**fields, "prompt": settings.captions[0]})
     reference = QualityVariant("reference", to_request(base), to_parallel(base), Budget(float("inf"), 1.0))
-    chosen = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
-    if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
-        names = ", ".join(candidate.name for candidate in chosen)
-        raise UserError(f"only={sorted(unknown)}: expected some of {names}")
-    chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
+    candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
+    names = [candidate.name for candidate in candidates]
+    if unknown := set(settings.only) - set(names):
+        raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
+    chosen = [candidate for candidate in candidates if candidate.name in (settings.only or names)]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")

@@ -148,7 +148,7 @@ class Batch:
             try:
                 run.run_stage(stage, self._stages, self._progress)
             except DeviceMemoryError:
-                if not (self._stages.holds("denoise") and self._stages.holds("vae")):
+                if not self._stages.holds("denoise", "vae"):
                     raise
                 logger.warning("%s: not enough device memory beside the other stage; from now on one by one", stage)
                 self._apart = True

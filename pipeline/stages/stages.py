@@ -69,8 +69,8 @@ class Stages:
         self._keep_loaded = keep_loaded
         self._held: dict[Stage, tuple[Hashable, Any]] = {}
 
-    def holds(self, stage: Stage) -> bool:
-        return stage in self._held
+    def holds(self, *stages: Stage) -> bool:
+        return self._held.keys() >= set(stages)
 
     def drop(self, stage: Stage) -> None:
         """Free the memory of a stage."""

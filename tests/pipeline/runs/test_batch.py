@@ -207,7 +207,7 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     def compute(self, stage, context, inputs, stages):
         stages._hold(stage, 0, lambda: 0)
         ran.append(f"{stage} {self.run_dir.name}")
-        if stage == full and stages.holds("denoise") and stages.holds("vae"):
+        if stage == full and stages.holds("denoise", "vae"):
             raise DeviceMemoryError("full")
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 
