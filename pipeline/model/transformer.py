@@ -152,11 +152,11 @@ class DeviceShare:
         return self.plan.sequence_shards > 1
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float, axis: int = -1) -> jax.Array:
-    """Normalize over an axis in float32, whatever the dtypes. Returns float32."""
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Normalize over the last axis in float32, whatever the dtypes. Returns float32."""
     x = x.astype(jnp.float32)
-    mean = x.mean(axis, keepdims=True)
-    variance = jnp.square(x - mean).mean(axis, keepdims=True)
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
     return (x - mean) * lax.rsqrt(variance + eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
@@ -201,8 +201,11 @@ def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Arra
 
 def _norm_rotary(x: jax.Array, weights: Weights, name: str, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
-    weight, bias = (weights[f"{name}.{part}"][:, None] for part in ("weight", "bias"))
-    normed = layer_norm(x, weight, bias, QK_NORM_EPS, axis=2)
+    normed = x.astype(jnp.float32)
+    mean = normed.mean(2, keepdims=True)
+    variance = jnp.square(normed - mean).mean(2, keepdims=True)
+    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
+    normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
     even, odd = jnp.split(normed, 2, axis=2)
     return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=2).astype(x.dtype)
 
