@@ -105,6 +105,7 @@ class Prediction:
       peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
       compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
         threads, which tells more where the machine does other things.
+      compiler_options: flags of libtpu that were given for this program.
     """
 
     device: str
@@ -118,6 +119,7 @@ class Prediction:
     peak_hbm_bytes: int
     compile_time_s: float
     compile_cpu_s: float
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

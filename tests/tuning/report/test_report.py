@@ -67,7 +67,7 @@ def fill(tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial, samples: Simp
         samples.write_lines(results / "predict.jsonl", samples.predicted())
         samples.write_lines(results / "generate.jsonl", samples.generated())
         samples.write_lines(results / "quality.jsonl", samples.judged())
-        (results / "validate.json").write_text(json.dumps(samples.validated()))
+        samples.write_lines(results / "validate" / "quick.json", samples.validated(name="quick"))
         return results
 
     return fill
@@ -80,7 +80,7 @@ def _outputs(folder: Path) -> dict[str, bytes]:
 def test_without_records_the_page_says_what_to_run(run: Run, tmp_path: Path) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
-    assert "python -m tuning.validate json=results/validate.json" in out
+    assert "python -m tuning.validate" in out
     for name in ("index.html", "report.md"):
         text = (tmp_path / "results" / "report" / name).read_text()
         for command in ("tuning.sweep", "tuning.peers", "tuning.validate", "pipeline.predict", "pipeline.generate"):
@@ -221,11 +221,11 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
             "3 PSNR and 1 SSIM figures: expected one of each",
         ),
         ("quality.jsonl", lambda samples: [_without(samples.judged(), "label")], "missing required field `label`"),
-        ("validate.json", lambda samples: ["{}"], "validate.json: Object missing required field `source`"),
+        ("validate/quick.json", lambda samples: ["{}"], "quick.json: Object missing required field `name`"),
         (
-            "validate.json",
+            "validate/quick.json",
             lambda samples: ["nothing"],
-            "write it with `python -m tuning.validate json=",
+            "write it again with `python -m tuning.validate`",
         ),
         ("sweeps/x/trials.jsonl", lambda samples: ["{}"], "trials.jsonl:1: not a Trial"),
         ("../tuned/x.json", lambda samples: ["{}"], "x.json: unreadable tuned entries"),
