@@ -51,7 +51,8 @@ def option_error(error: jax.errors.JaxRuntimeError) -> ValueError | None:
             "xla_tpu_scoped_vmem_limit_kib. Flags of the process go into LIBTPU_INIT_ARGS."
         )
     if refused := re.search(r"Failed to parse '(.*)' into flag (\w+): *([^\n]*)", str(error)):
-        return ValueError(
-            f"compiler_options.{refused[2]}={refused[1]}: libtpu cannot read the value. {refused[3]}".strip()
-        )
+        value, name, reason = refused.groups()
+        return ValueError(f"compiler_options.{name}={value}: libtpu cannot read the value. {reason}".strip())
+    if refused := re.search(r"While setting option (\w+), ([^\n]*)", str(error)):
+        return ValueError(f"compiler_options.{refused[1]}: {refused[2]}")
     return None

@@ -154,10 +154,11 @@ class Prediction:
         shares = ", ".join(
             f"{name} {time_s / self.time_s:.0%}" for name, time_s in self.by_bottleneck().items() if time_s
         )
+        options = "".join(f"; {name}={value}" for name, value in self.compiler_options.items())
         return (
             f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted), bound by {shares or 'nothing'}; HBM: "
             f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "
-            f"{self.vmem_bytes / 2**20:.1f} MiB"
+            f"{self.vmem_bytes / 2**20:.1f} MiB{options}"
         )
 
     def table(self, limit: int = 20) -> str:

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import topology_mesh
 from offline_tpu.machine.devices import DeviceSpec
-from tuning.trials.reported import ReportedRow
 from tuning.validate import plain, splash
 from tuning.validate.rows import SPLASH, MeasuredRow
 
@@ -114,8 +113,7 @@ def _array(text: str) -> jax.ShapeDtypeStruct:
 
 def _splash(row: MeasuredRow, device: DeviceSpec) -> Program:
     del device
-    reported = ReportedRow(**row.arguments, median_time_ms=1.0)
-    return Program(splash.build(reported), splash.abstract_args(reported))
+    return Program(splash.build(row.splash), splash.abstract_args(row.splash))
 
 
 def _factors(row: MeasuredRow) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -165,7 +165,7 @@ class Validation(Summary, frozen=True, kw_only=True):
     name: str
     sources: tuple[str, ...]
     rows: tuple[Comparison, ...]
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
     groups: tuple[Group, ...] = ()
     measured: dict[str, Any] | None = None
     picture: str | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tuning.trials.reported import DEFAULT_PATH, Reported, Text
+from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow, Text
 
 #: The public rows that come with the project.
 SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
@@ -62,13 +62,22 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def shape(self) -> str:
         """Arrays and sizes in one string for tables; what is at its default says nothing."""
+        if self.op == SPLASH:
+            return self.splash.shape
         return " ".join(_described(name, value) for name, value in self.arguments.items() if _says(value))
 
     @property
     def settings(self) -> str:
         """Configuration and compiler options in one string for tables."""
+        if self.op == SPLASH:
+            return self.splash.config
         both = [f"{name}={value}" for name, value in (self.config | self.compiler_options).items()]
         return " ".join([*both, *([f"p_state={self.p_state}"] if self.p_state is not None else [])])
+
+    @property
+    def splash(self) -> ReportedRow:
+        """Return the call of a row of SPLASH, without its time."""
+        return ReportedRow(**self.arguments, median_time_ms=1.0)
 
 
 def _says(value: Any) -> bool:

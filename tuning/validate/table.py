@@ -88,7 +88,7 @@ def row_lines(rows: Sequence[Comparison]) -> list[str]:
 
 
 def _names(row: Comparison) -> tuple[str, str]:
-    return row.shape, row.config
+    return f"{row.op} {row.shape}", row.config
 
 
 def measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:

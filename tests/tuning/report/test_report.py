@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -176,7 +175,7 @@ def test_every_figure_of_the_sample_is_there_with_its_label(run: Run, fill: Call
     # 2.0 ms of a kernel of 1.5; the peer's kernel takes 3.0.
     assert "**2.00** times as fast as the best other kernel, kernel alone: tiny on TPU v6e (predicted)" in text
     assert "| jax_splash | 256/512/128 | – | 3.000 | 4.500 | predicted |" in text  # noqa: RUF001
-    assert "| 1x16384x32x64 | 2048/2048/512 sss lp | 10.000 | 9.500 | −5.0 % |" in text  # noqa: RUF001
+    assert "| splash_attention 1x16384x32x64 | 2048/2048/512 sss lp | 10.000 | 9.500 | −5.0 % |" in text  # noqa: RUF001
     # 50 steps of 0.5 s, and two stages of 0.5 s.
     assert "| predicted | 0.500 | 0.500 | 25.0 | 0.500 | 26.0 | 8.00 | 32 | 38 % |" in text
     assert "| denoise | 0.250 | 2.00 | 1.50 | 3 | 0.500 | 0.250 | 0.750 |" in text
