@@ -30,6 +30,11 @@ def checked_options(options: Mapping[str, Value] | None) -> dict[str, str]:
     return found
 
 
+def options_text(options: Mapping[str, str]) -> str:
+    """Return options as on a command line, "" for none."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
 def parse_options(texts: Sequence[str]) -> dict[str, str]:
     """Return the options of "name=value" texts, as they are on command lines.
 

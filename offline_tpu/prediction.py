@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
+from offline_tpu.options import options_text
 from splash_workbench.profiles.scopes import named_scope
 
 Bound = Literal["compute", "hbm", "link"]
@@ -154,7 +155,7 @@ class Prediction:
         shares = ", ".join(
             f"{name} {time_s / self.time_s:.0%}" for name, time_s in self.by_bottleneck().items() if time_s
         )
-        options = "".join(f"; {name}={value}" for name, value in self.compiler_options.items())
+        options = f"; {options_text(self.compiler_options)}" if self.compiler_options else ""
         return (
             f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted), bound by {shares or 'nothing'}; HBM: "
             f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "

@@ -163,7 +163,7 @@ def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFi
 
 
 def _kind(trial: Trial) -> tuple[object, ...]:
-    return trial.shape, trial.dtype, trial.device_kind, trial.backend
+    return trial.shape, trial.dtype, trial.device_kind, trial.backend, str(trial.compiler_options)
 
 
 def _title(file: TrialFile) -> tuple[str, ...]:

@@ -110,14 +110,15 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
 def pairs_of(trials: Iterable[Trial]) -> list[Pair]:
     """Return the candidates that have been both predicted and measured.
 
-    Joined are ok trials of the same kernel source, call (shape and dtype), device kind and candidate: the newest of
+    Joined are ok trials of the same kernel source, call (shape and dtype), device kind, compiler options and candidate: the newest of
     each label.
     """
     newest: dict[Label, dict[tuple[str, ...], Trial]] = {Label.PREDICTED: {}, Label.MEASURED: {}}
     for trial in sorted(trials, key=lambda trial: trial.created_at):
         if trial.status is Status.OK and trial.time_ms is not None and trial.label in newest:
             source = trial.environment.kernel_hash
-            key: tuple[str, ...] = (trial.kernel, source, str(trial.shape), trial.dtype, trial.device_kind, trial.key)
+            call = (str(trial.shape), trial.dtype, trial.device_kind, str(trial.compiler_options))
+            key: tuple[str, ...] = (trial.kernel, source, *call, trial.key)
             newest[trial.label][key] = trial
     found = []
     for joined_by, measured in newest[Label.MEASURED].items():
