@@ -277,7 +277,7 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
     return picture, figure is not None
 
 
-@cli.command("sweep", SweepSchema)
+@cli.command("sweep", SweepSchema, free=("compiler_options",))
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))

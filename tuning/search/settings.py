@@ -97,9 +97,7 @@ class SweepSettings:
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
         if self.compiler_options and not self.backend.timed:
-            raise ValueError(
-                f"compiler_options: expected none with backend={self.backend.name}, which compiles for no TPU."
-            )
+            raise ValueError(f"compiler_options: expected none with backend={self.backend.name}: it times nothing.")
         check_timeout_s(self.timeout_s)
         if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")

@@ -110,8 +110,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
 def pairs_of(trials: Iterable[Trial]) -> list[Pair]:
     """Return the candidates that have been both predicted and measured.
 
-    Joined are ok trials of the same kernel source, call (shape and dtype), device kind, compiler options and candidate: the newest of
-    each label.
+    Joined are ok trials of the same kernel source, call (shape and dtype), device kind, compiler options and candidate:
+    the newest of each label.
     """
     newest: dict[Label, dict[tuple[str, ...], Trial]] = {Label.PREDICTED: {}, Label.MEASURED: {}}
     for trial in sorted(trials, key=lambda trial: trial.created_at):
