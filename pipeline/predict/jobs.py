@@ -15,7 +15,7 @@ import torch
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from offline_tpu import Prediction, predict
+from offline_tpu import CompilerOptionError, Prediction, predict
 from offline_tpu.compile import parse_topology
 from pipeline.checkpoints.loading import build_module
 from pipeline.model.attention import resolve_attention
@@ -47,13 +47,17 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict. request: see `request_from_dict`. configs: of the checkpoint's parts."""
+    """One stage to predict.
+
+    request: see `request_from_dict`. configs: of the checkpoint's parts. compiler_options: flags of libtpu.
+    """
 
     stage: str
     topology: str
     plan: ParallelPlan
     request: dict[str, Any]
     configs: dict[str, dict[str, Any]]
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     job = StageJob(**{**payload, "plan": ParallelPlan(**payload["plan"])})
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, CompilerOptionError) as error:
         raise compile_error(error) from error
 
 
@@ -104,6 +108,7 @@ def _denoise(job: StageJob) -> dict[str, Any]:
         topology=job.topology,
         mesh=step.mesh,
         grid_sizes=grid_sizes,
+        compiler_options=job.compiler_options,
     )
     flops = step_flops(step.shape, step.layout, 2 if guided else 1)
     return summary(prediction) | {
@@ -129,7 +134,8 @@ def _text(job: StageJob) -> dict[str, Any]:
     text_seq_len = job.configs["transformer"]["max_text_seq_length"]
     token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
     program = encode_program(module, everywhere)
-    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
+    mesh, options = cast(Mesh, everywhere.mesh), job.compiler_options
+    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=mesh, compiler_options=options))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
@@ -154,7 +160,15 @@ def _vae(job: StageJob) -> dict[str, Any]:
     results, cache = [], None
     for start, stop in batches[:2]:
         latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
-        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
+        prediction = predict(
+            program,
+            weights,
+            latents,
+            cache,
+            topology=job.topology,
+            mesh=mesh,
+            compiler_options=job.compiler_options,
+        )
         results.append(summary(prediction, _VAE_TERMS))
         with jax.set_mesh(mesh):
             cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
