@@ -279,30 +279,36 @@ def test_rows_of_one_reason_are_one_line() -> None:
 
 
 @pytest.mark.compile
-def test_the_command_on_a_file_of_ones_own(
+def test_the_command_on_a_folder_of_ones_own(
     tmp_path: Path, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One row that compiles, one that tokamax refuses, and a measured candidate on record."""
+    """Two rows that compile, one that tokamax refuses, and a measured candidate on record."""
     pytest.importorskip("tokamax")
     trials_path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
     jsonl.append(trials_path, make_trial(time_samples_ms=(11.0,)))
     jsonl.append(trials_path, make_trial(label=Label.MEASURED, backend="measure", time_samples_ms=(10.0,)))
-    _file(tmp_path / "mine.json", ROW | {"head_dim": 72}, ROW | {"seq_len": 500})
+    (tmp_path / "mine").mkdir()
+    _file(tmp_path / "mine" / "a.json", ROW | {"head_dim": 72}, ROW | {"seq_len": 500})
+    arguments = {"x": "bf16[384,64]", "scale": "f32[64]", "offset": "f32[64]", "axis": -1, "epsilon": 1e-6}
+    options = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    row = {"op": "normalization", "arguments": arguments, "times_ms": [0.01], "compiler_options": options}
+    _file(tmp_path / "mine" / "b.json", row)
     monkeypatch.chdir(tmp_path)
 
     def run() -> tuple[dict[str, Any], str]:
-        arguments = ["measured=mine.json", "json=out.json", "progress=false", "workers=1"]
+        arguments = ["measured=mine", "json=out.json", "progress=false", "workers=1"]
         monkeypatch.setattr(sys, "argv", ["validate", *arguments])
         assert validate.main() == 1  # one row could not be predicted
         return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
 
     content, out = run()
-    assert (content["row_count"], content["failed_count"]) == (1, 1)
-    assert content["median_abs_error"] == content["max_abs_error"] == abs(content["rows"][0]["ratio"] - 1)
-    assert content["spearman"] is None
+    assert (content["row_count"], content["failed_count"]) == (2, 1)
+    assert [row["id"] for row in content["rows"]] == ["a-0000", "a-0001", "b-0000"]
     assert content["rows"][0]["predicted_ms"] > 0
     assert content["rows"][1]["error"].startswith("compile_error: ")
     assert "500" in content["rows"][1]["error"]
+    assert content["rows"][2]["predicted_ms"] > 0
+    assert content["rows"][2]["compiler_options"] == options
     assert content["measured"]["rows"][0]["ratio"] == pytest.approx(1.1)
     assert "measured on TPU v6 lite: 1 row: median error 10.0%" in out
     assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
