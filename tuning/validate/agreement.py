@@ -17,7 +17,8 @@ from tuning.trials.figures import LIGHT, log_axes
 from tuning.trials.records import Trial
 
 _COLUMNS = 2
-#: Of a chip with more pairs than this, points are small and have no names; with so many groups, the legend is beside them.
+#: Of a chip with more pairs than this, points are small and have no names; with so many groups the legend is beside
+#: them.
 _NAMED_PAIRS, _MANY_GROUPS = 15, 4
 #: Of times that span more than this only powers of ten are marked.
 _MANY_TICKS = 1e4

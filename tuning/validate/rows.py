@@ -181,13 +181,14 @@ class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
     def arguments(self) -> dict[str, Any]:
         """Return the sizes that the program has; where only its name says the slice, from there."""
         slice_name = re.search(r"\b(v\w+-\d+)", self.program)
-        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "shape", "input", "output")}
+        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "input", "output")}
         found["topology"] = self.topology or (slice_name[1] if slice_name else None)
         if self.op == "pallas_matmul":
             found["blocks"] = self.blocks_m_k_n
         if self.op in ("matmul", "pallas_matmul", "psum"):
             found["dtype"] = self.dtype
-        return {name: msgspec.to_builtins(value) for name, value in found.items() if value is not None}
+        found["shape"] = list(self.shape) if self.shape else None
+        return {name: value for name, value in found.items() if value is not None}
 
     def found_time_ms(self) -> float:
         """Return the time, from the rate where only that is published: each source says what it counts."""
