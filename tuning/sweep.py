@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from offline_tpu.options import options_text
 from splash_attn import tuned
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
@@ -84,7 +85,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     workload, backend = settings.workload, settings.backend
     target = backend.find_target(settings.device)
     captured = provenance.capture(backend.sources)
-    context = context_of(workload, target, backend, captured)
+    context = context_of(workload, target, backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
     if settings.promote and target.device_kind.startswith("TPU"):
@@ -108,7 +109,10 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         measure=settings.measure,
         cache_dir=cache.directory / "numerics" if cache else sweeps_dir / ".numerics",
         cache=cache,
+        compiler_options=settings.compiler_options,
     )
+    if settings.compiler_options:
+        backend.check_options(target, settings.compiler_options)
     busy = f"{directory}: another sweep is writing here; wait for it or stop it."
     with locked(state / "lock", busy), contextlib.ExitStack() as stack:
         shutil.rmtree(state / "work", ignore_errors=True)  # of a sweep that is dead
@@ -173,7 +177,7 @@ def _evaluate_all(
             if (found := _best(search.told.values())) is not None:
                 bar.set_postfix_str(f"best {found.time_ms:.3f} ms {found.label} {found.block_sizes}", refresh=False)
             ask()
-        if settings.promote and (winner := _best(search.told.values())) is not None:
+        if settings.promote and not settings.compiler_options and (winner := _best(search.told.values())) is not None:
             choice = todays_choice(winner, settings.promotion_dir)  # what it must beat to be promoted
             known = on_record.keys() | {trial.key for trial in search.told.values()}
             if choice is not None and records.config_key(choice.block_sizes, choice.variant.to_dict()) not in known:
@@ -197,6 +201,8 @@ def _introduction(
 ) -> Iterator[str]:
     workload = settings.workload
     yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
+    if settings.compiler_options:
+        yield f"compiler options: {options_text(settings.compiler_options)}"
     reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
     pruned = f"{sum(candidates.pruned.values())} pruned without compiling{reasons and f': {reasons}'}"
     yield f"{len(candidates.valid)} candidates, {pruned}"
@@ -218,7 +224,7 @@ def _draw(result: SweepResult, on_record: Sequence[Trial]) -> Path | None:
     return result.directory / heatmap.file_name(exact)
 
 
-@cli.command("sweep", SweepSchema)
+@cli.command("sweep", SweepSchema, free=("compiler_options",))
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))

@@ -12,7 +12,7 @@ import torch
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from offline_tpu import Prediction, predict
+from offline_tpu import CompilerOptionError, Prediction, predict
 from offline_tpu.compile import parse_topology
 from pipeline.checkpoints.loading import build_module
 from pipeline.model.attention import resolve_attention
@@ -45,13 +45,14 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict. configs: of the checkpoint's parts."""
+    """One stage to predict. configs: of the checkpoint's parts. compiler_options: flags of libtpu."""
 
     stage: Stage
     topology: str
     plan: ParallelPlan
     request: GenerateRequest
     configs: Mapping[str, Mapping[str, Any]]
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> Any:
@@ -78,7 +79,7 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     job = decode(payload, StageJob)
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, CompilerOptionError) as error:
         raise compile_error(error) from error
 
 
@@ -109,6 +110,7 @@ def _denoise(job: StageJob) -> dict[str, Any]:
         topology=job.topology,
         mesh=step.mesh,
         grid_sizes=grid_sizes,
+        compiler_options=job.compiler_options,
     )
     flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {
@@ -130,7 +132,8 @@ def _text(job: StageJob) -> dict[str, Any]:
     tokens = len(job.request.prompts), job.configs["transformer"]["max_text_seq_length"]
     token_ids = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=everywhere)
     program = encode_program(module, everywhere)
-    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
+    mesh, options = cast(Mesh, everywhere.mesh), job.compiler_options
+    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=mesh, compiler_options=options))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
@@ -149,7 +152,8 @@ def _vae(job: StageJob) -> dict[str, Any]:
     results, cache = [], None
     for start, stop in batches[:2]:
         latents = jax.ShapeDtypeStruct((1, stop - start, *geometry.shape[2:]), job.dtype, sharding=sharding)
-        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
+        args = (weights, latents, cache)
+        prediction = predict(program, *args, topology=job.topology, mesh=mesh, compiler_options=job.compiler_options)
         results.append(summary(prediction, _VAE_TERMS))
         with jax.set_mesh(mesh):
             cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)

@@ -14,6 +14,7 @@ from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
+from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 
@@ -38,18 +39,23 @@ class VideoPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Predict stages of one request on one topology. say: told of every program that is compiled."""
+    """Predict stages of one request on one topology.
+
+    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them.
+    """
 
     topology: str
     request: GenerateRequest
     configs: Mapping[str, Any]
     timeout_s: float
     say: Callable[[str], None]
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
 
-        Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits.
+        Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits, UserError for
+        compiler options that libtpu refuses.
         """
         check_versions()
         try:
@@ -97,7 +103,7 @@ class Predictor:
         device, _ = parse_topology(self.topology)
         denoise = stage == "denoise"
         self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if denoise else ""))
-        job = StageJob(stage, self.topology, plan, self.request, self.configs)
+        job = StageJob(stage, self.topology, plan, self.request, self.configs, dict(self.compiler_options))
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",
@@ -111,6 +117,8 @@ class Predictor:
                 f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
                 f"{'parallel=ulysses_sharded, ' if denoise else ''}or a smaller video ({outcome.error})"
             )
+        if outcome.error and outcome.error.startswith("compiler_options"):
+            raise UserError(outcome.error)
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}

@@ -1,14 +1,22 @@
 """A prediction as a record, on a terminal, for TensorBoard, and beside what was reported for the published pipeline."""
 
 import dataclasses
+<<<<<<< HEAD
 from collections.abc import Sequence
 from pathlib import Path
+=======
+from collections.abc import Mapping, Sequence
+>>>>>>> sets
 
 import msgspec
 
 import offline_tpu
+<<<<<<< HEAD
 from offline_tpu.compile import parse_topology
 from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
+=======
+from offline_tpu.options import options_text
+>>>>>>> sets
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
@@ -43,7 +51,11 @@ SEED_KERNEL_MS = {"1x12x39826x64": 24.0}
 
 
 def make_report(
-    request: GenerateRequest, topology: str, prediction: VideoPrediction, config_source: str
+    request: GenerateRequest,
+    topology: str,
+    prediction: VideoPrediction,
+    config_source: str,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> PredictionRecord:
     """Return the record of a prediction. All times and bytes are predicted, but for the field `reported`."""
     stages: dict[str, StagePrediction] = {
@@ -65,7 +77,12 @@ def make_report(
         topology=topology,
         request=dataclasses.asdict(request),
         config_source=config_source,
+<<<<<<< HEAD
         plan=decode(encode(prediction.plan), Plan),
+=======
+        compiler_options=dict(compiler_options or {}),
+        plan=decode(prediction.plan.to_dict(), Plan),
+>>>>>>> sets
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,
@@ -104,9 +121,15 @@ def print_report(report: PredictionRecord) -> None:
         f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
         "nothing was run"
     )
+<<<<<<< HEAD
     shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
     others = "".join(f"; {name}: {value}" for name, value in shown)
     print(f"  plan {_plan(report)}" + others)
+=======
+    print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
+    if report.compiler_options:
+        print(f"  compiler options {options_text(report.compiler_options)}")
+>>>>>>> sets
     for stage, result in report.stages.items():
         _print_stage(report, stage, result)
     for stage, reason in report.failures.items():
@@ -187,6 +210,7 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     newest: dict[tuple[str, str], PredictionRecord] = {}
     for report in reports:
         case = f"{report.video.size}, {report.video.num_inference_steps} steps on {report.topology}"
+        case += f", {options_text(report.compiler_options)}" if report.compiler_options else ""
         key = (case, str(_plan(report)))
         newest[key] = _joined(newest[key], report) if key in newest else report
     lines = [

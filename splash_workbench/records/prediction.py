@@ -87,6 +87,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     """A video on chips that are not here, e.g. on the topology "v6e-8".
 
     Attributes:
+      compiler_options: flags of libtpu that were given; empty: its defaults.
       step_time_s, step_time_own_kernel_s: of a denoising step, with the plan's attention kernel and with this
         project's.
       total_time_s: of all stages, None where one is not predicted; stage_times_s: seconds by stage, of all steps.
@@ -98,6 +99,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     schema_version: int = 3
     topology: str
     config_source: str = ""
+    compiler_options: dict[str, str] = msgspec.field(default_factory=dict)
     plan: Plan
     step_time_s: float | None
     step_time_own_kernel_s: float | None = None

@@ -28,6 +28,7 @@ class Request:
     device: str
     cache_dir: str
     measure: device_times.MeasureSettings
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def attention(self, implementation: Implementation) -> kernels.Attention:
         return kernels.KERNELS[self.kernel].build(self.block_sizes, self.options, implementation)

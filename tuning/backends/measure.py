@@ -51,7 +51,8 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     arguments = normal_arguments(request.abstract_args())
     start = time.perf_counter()
     try:
-        compiled = jax.jit(request.timed(implementation)).lower(*arguments).compile()
+        lowered = jax.jit(request.timed(implementation)).lower(*arguments)
+        compiled = lowered.compile(compiler_options={**request.compiler_options} or None)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start

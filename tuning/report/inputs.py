@@ -13,7 +13,7 @@ from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
 from tuning.trials.records import TRIALS_FILE, Trial
 from tuning.trials.workloads import named_apart
-from tuning.validate.record import Validation
+from tuning.validate.record import Validation, on_record
 
 T = TypeVar("T")
 
@@ -54,9 +54,7 @@ class Inputs:
         self.torn: list[str] = []
         self.entries = self._tuned_entries(tuned_dir)
         self.sweeps, self.peers = self._trial_files()
-        self.validation = Validation.read(validation_path)
-        if self.validation.libtpu is not None:
-            self._count(self._shown(validation_path), len(self.validation.rows), "comparison")
+        self.validation = self._validation(validation_path)
         self.predicted = self._lines(results_dir / "predict.jsonl", PredictionRecord, "prediction")
         self.generated = self._lines(results_dir / "generate.jsonl", GenerationRecord, "run")
         self.quality = self._lines(results_dir / "quality.jsonl", QualityRecord, "comparison")
@@ -95,6 +93,15 @@ class Inputs:
             found[where].append(TrialFile(str(name), tuple(trials)))
         return found["sweeps"], found["peers"]
 
+    def _validation(self, path: Path) -> Validation:
+        """Read what `tuning.validate` wrote: a file, or of a folder the widest set."""
+        file = on_record(path)
+        if file is None:
+            return Validation.reported_alone()
+        validation = Validation.read(file)
+        self._count(self._shown(file), len(validation.rows), "comparison")
+        return validation
+
     def _tuned_entries(self, directory: Path | None) -> list[tuple[str, tuned.TunedEntry]]:
         entries = []
         for folder in [directory] if directory else [tuned.user_dir(), tuned.TUNED_DIR]:
@@ -124,7 +131,7 @@ def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFi
 
 
 def _kind(trial: Trial) -> tuple[object, ...]:
-    return trial.shape, trial.dtype, trial.device_kind, trial.backend
+    return trial.shape, trial.dtype, trial.device_kind, trial.backend, str(trial.compiler_options)
 
 
 def _title(file: TrialFile) -> tuple[str, ...]:

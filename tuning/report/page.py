@@ -16,11 +16,13 @@ from tuning.report.inputs import Inputs
 from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate.agreement import BAND, pairs_of, parity
-from tuning.validate.record import Validation, pair_of
+from tuning.validate.record import LISTED_ERROR, Validation
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Half of the error bars' width is at least this error.
 _LEAST_SCALE = 0.05
+#: Of more comparisons only those far off are listed.
+_MOST_ROWS = 40
 
 
 def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
@@ -48,6 +50,7 @@ def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
         "page": page | {"tiles": _tiles(page)},
         "missing": parts.MISSING,
         "band": BAND,
+        "listed_error": LISTED_ERROR,
         "results_dir": inputs.results_dir.as_posix(),
         "validation_path": inputs.validation_path.as_posix(),
         "light": charts.css(0),
@@ -66,10 +69,15 @@ def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
 
 
 def _validated(validation: Validation) -> dict[str, Any]:
-    """Return predictions beside reported times; fitted: whether the time model's constants are fitted on these."""
-    rows = sorted(validation.rows, key=lambda row: (-row.reported_ms, row.shape, row.config))
+    """Return predictions beside reported times.
+
+    validation_rows: all, or of many those that are off by more than LISTED_ERROR; fitted: whether the time model's
+    constants are fitted on these.
+    """
+    many = len(validation.rows) > _MOST_ROWS
+    rows = validation.listed if many else sorted(validation.rows, key=lambda row: (-row.reported_ms, row.id))
     errors = [(row, None if row.ratio is None else row.ratio - 1) for row in rows]
-    points = [pair for row in rows if (pair := pair_of(row, "reported")) is not None]
+    points = [pair for row in validation.rows if (pair := row.pair) is not None]
     titles = {
         f"pair-{n}": f"{p.name}: {p.actual_ms:g} ms reported, {p.predicted_ms:.3f} ms predicted"
         for n, p in enumerate(points)
@@ -77,9 +85,10 @@ def _validated(validation: Validation) -> dict[str, Any]:
     return {
         "validation": validation,
         "validation_rows": errors,
+        "only_listed": many,
         "scale": max([_LEAST_SCALE, *(abs(error) for _, error in errors if error is not None)]),
         "parity": charts.to_svg(parity(points), "parity", titles) if points else None,
-        "fitted": validation.source == Reported.read(DEFAULT_PATH).source,
+        "fitted": validation.sources == (Reported.read(DEFAULT_PATH).source,),
     }
 
 
@@ -98,8 +107,8 @@ def _tiles(page: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append({"value": value, "text": text, "label": label})
     validation = page["validation"]
     if validation.median_abs_error is not None:
-        device = parts.device_title(validation.device_kind)
-        text = f"median error of {len(validation.rows)} predictions beside times reported on a real {device}"
+        chips = ", ".join(map(parts.device_title, validation.device_kinds))
+        text = f"median error of {validation.row_count} predictions beside times reported on a real {chips}"
         text += ", on which three constants are fitted" if page["fitted"] else ""
         value = parts.percent(validation.median_abs_error, 1)
         found.append({"value": value, "text": text, "label": Label.PREDICTED})

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from offline_tpu.options import checked_options
 from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
 from splash_workbench.workers.room import check_timeout_s, worker_count
@@ -42,6 +43,7 @@ class SweepSchema:
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSettings = MISSING
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
     timeout_s: float = MISSING
     vmem_pruning: bool = MISSING
@@ -72,6 +74,7 @@ class SweepSettings:
     cache: bool
     promote: bool | str
     progress: bool
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.promote not in (True, False, "shipped"):
@@ -80,6 +83,8 @@ class SweepSettings:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
+        if self.compiler_options and not self.backend.timed:
+            raise ValueError(f"compiler_options: expected none with backend={self.backend.name}: it times nothing.")
         check_timeout_s(self.timeout_s)
         if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
@@ -106,6 +111,7 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         measure=config.backend.measure,
         search=config.search,
         space=_space(config.space).fitted_to(workload.shape),
+        compiler_options=checked_options(config.compiler_options),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
         **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},

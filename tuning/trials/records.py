@@ -52,6 +52,7 @@ class Trial:
     Attributes:
       context: hash of what makes times comparable: workload, device, backend, sources, versions.
       kernel: "splash_attn" or a peer's name; block_sizes: None for a kernel without.
+      compiler_options: flags of libtpu that were given for this program; empty: its defaults.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
       kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count: of the Pallas kernel alone.
@@ -87,6 +88,7 @@ class Trial:
     compile_time_s: float | None = None
     wall_time_s: float | None = None
     ops: tuple[OpCost, ...] = ()
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     numerics: Numerics | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -125,8 +127,8 @@ class Trial:
 
     @property
     def config(self) -> str:
-        """Block sizes and variant in one short string."""
-        variant = [f"{name}={value}" for name, value in self.variant.items()]
+        """Block sizes, variant and compiler options in one short string."""
+        variant = [f"{name}={value}" for name, value in (self.variant | self.compiler_options).items()]
         return " ".join([*([str(self.block_sizes)] if self.block_sizes else []), *variant])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from offline_tpu.options import options_text
 from splash_workbench.trial_status import Label
 from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
 from tuning.trials.records import VARIANT_PREFIX, Trial
@@ -126,6 +127,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "dtype": trial.dtype,
         **{name: getattr(trial.block_sizes, name, None) for name in ("block_q", "block_kv", "block_kv_compute")},
         **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
+        "compiler_options": options_text(trial.compiler_options) or None,
         "status": trial.status.value,
         **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
         "kernel_ms": trial.kernel_time_ms,
