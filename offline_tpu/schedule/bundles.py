@@ -30,7 +30,7 @@ class Instruction:
     """One instruction of the scalar slice: `result = name operands`, executed where `predicate` holds.
 
     Attributes:
-      operands: registers and constants; of a DMA (size in granules, flag, granules of each contiguous piece or None, from,
+      operands: registers and constants; of a DMA (size in granules, flag, granules of each piece, from,
         to), of a wait (flag, size in granules), of an operand of the op (its index).
       otherwise: value of the result where the predicate does not hold.
       target: region that a branch jumps to.
@@ -167,7 +167,7 @@ def _parse_scalar(raw: str) -> Instruction | None:
 
 
 def _parse_memory(name: str, result: str | None, rest: str) -> Instruction | None:
-    """Parse a load or store. What is spilled to SMEM keeps its value; a store's result is the allocation it writes to."""
+    """Parse a load or store: what is spilled keeps its value, and a store's result is the allocation that it writes."""
     spill = _SPILL.search(rest)
     memory = _MEMORY.search(rest)
     if name == LOAD and spill is not None:

@@ -1,22 +1,15 @@
 """A prediction as a record, on a terminal, for TensorBoard, and beside what was reported for the published pipeline."""
 
 import dataclasses
-<<<<<<< HEAD
-from collections.abc import Sequence
-from pathlib import Path
-=======
 from collections.abc import Mapping, Sequence
->>>>>>> sets
+from pathlib import Path
 
 import msgspec
 
 import offline_tpu
-<<<<<<< HEAD
 from offline_tpu.compile import parse_topology
-from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
-=======
 from offline_tpu.options import options_text
->>>>>>> sets
+from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
@@ -77,12 +70,8 @@ def make_report(
         topology=topology,
         request=dataclasses.asdict(request),
         config_source=config_source,
-<<<<<<< HEAD
-        plan=decode(encode(prediction.plan), Plan),
-=======
         compiler_options=dict(compiler_options or {}),
-        plan=decode(prediction.plan.to_dict(), Plan),
->>>>>>> sets
+        plan=decode(encode(prediction.plan), Plan),
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,
@@ -121,15 +110,11 @@ def print_report(report: PredictionRecord) -> None:
         f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
         "nothing was run"
     )
-<<<<<<< HEAD
     shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
     others = "".join(f"; {name}: {value}" for name, value in shown)
     print(f"  plan {_plan(report)}" + others)
-=======
-    print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
     if report.compiler_options:
         print(f"  compiler options {options_text(report.compiler_options)}")
->>>>>>> sets
     for stage, result in report.stages.items():
         _print_stage(report, stage, result)
     for stage, reason in report.failures.items():
