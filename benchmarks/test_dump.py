@@ -12,7 +12,7 @@ import pytest
 from offline_tpu import worker_environment
 from offline_tpu.dump import Dump
 from offline_tpu.machine import devices
-from offline_tpu.machine.constants import dma_timing
+from offline_tpu.machine.constants import core_timing
 from splash_workbench.provenance import REPO_ROOT
 
 DEVICE = devices.by_name("v6e")
@@ -54,7 +54,7 @@ def split_lines(folder: Path) -> int:
 
 def read_schedules(folder: Path) -> float:
     """Reads the module and the schedule of each of its ops, and runs them: cycles of one call of each."""
-    dump = Dump(folder, timing=dma_timing(DEVICE), grid_sizes={})
+    dump = Dump(folder, timing=core_timing(DEVICE), grid_sizes={})
     found = (dump.schedule(name, op) for name, ops in dump.module.computations.items() for op in ops)
     return sum(schedule.cycles + schedule.stall_cycles for schedule in found if schedule is not None)
 

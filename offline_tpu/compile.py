@@ -3,8 +3,10 @@
 import math
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +14,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from offline_tpu import libtpu
+from offline_tpu import archive, libtpu
 from offline_tpu.dump import Dump
-from offline_tpu.machine.constants import dma_timing
+from offline_tpu.machine.constants import core_timing
 from offline_tpu.machine.devices import DeviceSpec, by_name
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
@@ -79,6 +81,7 @@ def predict(
     grid_sizes: Mapping[str, int] | None = None,
     trip_counts: Mapping[str, int] | None = None,
     compiler_options: Mapping[str, Value] | None = None,
+    kept: Path | None = None,
 ) -> Prediction:
     """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. One call at a time in a process.
 
@@ -91,6 +94,8 @@ def predict(
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
       compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
+      kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled: the
+        caller knows that it is of the same program, device and libtpu.
 
     Raises:
       ValueError: neither or both of device and topology are given, or what is given is not known, compiler options
@@ -102,35 +107,57 @@ def predict(
     """
     spec = _find_device(device, topology)
     options = checked_options(compiler_options)
+    if kept is not None and kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            return _prediction(spec, archive.unpack(kept, Path(folder)), Path(folder), grid_sizes, trip_counts, options)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
         start, cpu_start = time.perf_counter(), time.process_time()
         compiled, mesh = _compile(fn, args, spec, mesh, options)
-        compile_time_s, compile_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+        facts = archive.Facts(
+            coords=[list(chip.coords) for chip in mesh.devices.flat],
+            peak_hbm_bytes=_peak_hbm_bytes(compiled),
+            compile_time_s=time.perf_counter() - start,
+            compile_cpu_s=time.process_time() - cpu_start,
+        )
         if not any(dump_dir.iterdir()):
             raise RuntimeError(
                 "libtpu was loaded in this process before, without the flags that make it dump schedules: expected "
                 "JAX_PLATFORMS=cpu in the environment, or `predict` before JAX's first array."
             )
-        dump = Dump(dump_dir, timing=dma_timing(spec), grid_sizes=grid_sizes or {})
+        if kept is not None:
+            archive.pack(dump_dir, facts, kept)
+        return _prediction(spec, facts, dump_dir, grid_sizes, trip_counts, options)
+    finally:
+        shutil.rmtree(dump_dir, ignore_errors=True)
+
+
+def _prediction(
+    device: DeviceSpec,
+    facts: archive.Facts,
+    folder: Path,
+    grid_sizes: Mapping[str, int] | None,
+    trip_counts: Mapping[str, int] | None,
+    options: dict[str, str],
+) -> Prediction:
+    try:
+        dump = Dump(folder, timing=core_timing(device), grid_sizes=grid_sizes or {})
         program = ProgramCost(
             dump.module,
             dump.schedule,
             vmem_bytes=dump.vmem_bytes,
-            device=spec,
-            grid=Grid.around([chip.coords for chip in mesh.devices.flat], spec.ici_wrap_length),
+            device=device,
+            grid=Grid.around(facts.coords, device.ici_wrap_length),
             trip_counts=trip_counts or {},
         )
         time_s = program.walk()
     except UnknownDumpFormatError as error:
         raise UnknownDumpFormatError(f"{error} (libtpu {libtpu.SUPPORTED_LIBTPU})") from error
-    finally:
-        shutil.rmtree(dump_dir, ignore_errors=True)
     ops = program.ops
     return Prediction(
-        device=spec.name,
+        device=device.name,
         time_s=time_s,
         cycles=sum(op.cycles * op.calls for op in ops),
         ops=tuple(ops),
@@ -138,9 +165,9 @@ def predict(
         spill_count=sum(op.spill_count * op.calls for op in ops),
         fill_count=sum(op.fill_count * op.calls for op in ops),
         hbm_bytes=sum(op.hbm_bytes * op.calls for op in ops),
-        peak_hbm_bytes=_peak_hbm_bytes(compiled),
-        compile_time_s=compile_time_s,
-        compile_cpu_s=compile_cpu_s,
+        peak_hbm_bytes=facts.peak_hbm_bytes,
+        compile_time_s=facts.compile_time_s,
+        compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
     )
 

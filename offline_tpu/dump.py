@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
-from offline_tpu.machine.dma import DmaTiming
+from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
 
@@ -34,7 +34,7 @@ class Dump:
       UnknownDumpFormatError: the module or all schedules are missing, or not in the known form.
     """
 
-    def __init__(self, directory: Path, *, timing: DmaTiming, grid_sizes: Mapping[str, int]) -> None:
+    def __init__(self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int]) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
         self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))

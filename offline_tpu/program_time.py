@@ -16,7 +16,7 @@ from offline_tpu import collectives
 from offline_tpu.collectives import Collective
 from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
-from offline_tpu.machine.constants import DMA_LATENCY_S, HBM_EFFICIENCY, dma_timing
+from offline_tpu.machine.constants import DMA_LATENCY_S, OP_OVERHEAD_S, VMEM_BYTES_PER_STOLEN_CYCLE, hbm_bytes_per_s
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
@@ -87,8 +87,9 @@ class ProgramCost:
         self._device = device
         self._grid = grid
         self._trip_counts = trip_counts
-        self._hbm_bytes_per_s = HBM_EFFICIENCY * device.hbm_bytes_per_s
-        self._slowdown = dma_timing(device).slowdown
+        self._hbm_bytes_per_s = hbm_bytes_per_s(device)
+        #: Of the time that a transfer fills VMEM, the part that the ops beside it lose.
+        self._slowdown = self._hbm_bytes_per_s / (VMEM_BYTES_PER_STOLEN_CYCLE * device.clock_hz)
         self.ops: list[OpCost] = []
 
     def walk(self) -> float:
@@ -224,7 +225,7 @@ class ProgramCost:
                 self._add(op, context, now, 0.0, "other", "compute", unresolved=(note,))
             return 0.0
         clock_hz = self._device.clock_hz
-        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz
+        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + OP_OVERHEAD_S
         hbm_s = schedule.hbm_bytes / self._hbm_bytes_per_s
         time_s += self._let_others_go_on(beside, time_s, hbm_s, 0.0)
         self._add(

@@ -1,25 +1,29 @@
 """Lists what each TPU generation offers, with the source of each figure."""
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSpec:
-    """One TPU chip as XLA sees it (one JAX device).
+    """One TPU chip as XLA sees it (one JAX device); of a chip whose two cores share every op, one core's half.
 
     Attributes:
       name: the short name used on command lines, e.g. "v6e".
       device_kind: what `jax.Device.device_kind` says.
       topology: a single-host topology that libtpu compiles for, e.g. "v6e:2x4".
       accelerator_type: value of TPU_ACCELERATOR_TYPE for that topology.
-      clock_hz: TensorCore clock, peak FLOP/s divided by the MXU's FLOPs a cycle.
+      clock_hz: TensorCore clock: peak FLOP/s divided by the MXU's FLOPs a cycle, unless `source` says otherwise.
       peak_bf16_flops_per_s: dense bf16 peak of one JAX device.
       hbm_bytes_per_s, hbm_bytes: HBM bandwidth and size of one JAX device.
       vmem_bytes: on-chip vector memory of one TensorCore.
+      matmul_cycles: cycles from one matmul of a packed register (16 rows of bfloat16) to the next, over all of a core's
+        matrix units: 2 * 16 * K * N FLOPs over the FLOPs of a cycle, with K x N the size of a unit.
       ici_link_bytes_per_s: bandwidth of one link between neighbouring chips, in one direction.
       ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
       devices_per_chip: JAX devices that one chip is.
+      p_states: clocks by libtpu's DVFS p_state; empty: it has none. `clock_hz` is that of the default.
     """
 
     name: str
@@ -34,7 +38,9 @@ class DeviceSpec:
     ici_link_bytes_per_s: float
     ici_wrap_length: int
     source: str
+    matmul_cycles: float
     devices_per_chip: int = 1
+    p_states: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def flops_per_cycle(self) -> float:
@@ -62,6 +68,7 @@ DEVICES = {
             ici_wrap_length=16,
             source="https://cloud.google.com/tpu/docs/v6e; 918 TFLOP/s over two 256x256 MXUs is 1.75 GHz; 800 GB/s of "
             "bidirectional ICI a chip over 4 ports; a 2D torus at its full 16 x 16, a mesh below",
+            matmul_cycles=4,
         ),
         DeviceSpec(
             name="v5e",
@@ -77,13 +84,31 @@ DEVICES = {
             ici_wrap_length=16,
             source="https://cloud.google.com/tpu/docs/v5e; 197 TFLOP/s over four 128x128 MXUs is 1.5 GHz; 400 GB/s of "
             "bidirectional ICI a chip over 4 ports; a 2D torus at its full 16 x 16, a mesh below",
+            matmul_cycles=4,
+        ),
+        DeviceSpec(
+            name="v5p",
+            device_kind="TPU v5",
+            topology="v5p:2x2x1",
+            accelerator_type="v5p-8",
+            clock_hz=1.75e9,
+            peak_bf16_flops_per_s=229.5e12,
+            hbm_bytes_per_s=1382.5 * _GB,
+            hbm_bytes=95 * _GIB,
+            vmem_bytes=64 * _MIB,
+            ici_link_bytes_per_s=100 * _GB,
+            ici_wrap_length=4,
+            source="https://cloud.google.com/tpu/docs/v5p, FLOP/s and HBM bandwidth halved: an op is split over the two "
+            "cores of a chip, and each core's schedule is that of its half; 459 TFLOP/s over 2 x four 128x128 MXUs is "
+            "1.75 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            matmul_cycles=4,
         ),
         DeviceSpec(
             name="v7x",
             device_kind="TPU7x",
             topology="tpu7x:2x2x1",
             accelerator_type="tpu7x-8",
-            clock_hz=2.2e9,
+            clock_hz=1.9e9,
             peak_bf16_flops_per_s=1153.5e12,
             hbm_bytes_per_s=3690 * _GB,
             hbm_bytes=96 * _GIB,
@@ -91,16 +116,19 @@ DEVICES = {
             ici_link_bytes_per_s=100 * _GB,
             ici_wrap_length=4,
             source="https://cloud.google.com/tpu/docs/tpu7x, halved: a chip's two TensorCores are two JAX devices; "
-            "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz, the clock of p_state 7; by default it runs slower: "
+            "1.9 GHz is fitted (docs/predictions.md); 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            matmul_cycles=4,
             devices_per_chip=2,
+            p_states={3: 1.9e9, 7: 2.2e9},
         ),
     )
 }
 
 #: Generations that libtpu compiles for, and why no figure is given for them.
 UNSUPPORTED = dict.fromkeys(
-    ("v4", "v5p", "TPU v4", "TPU v5", "TPU v5p"),
-    "its two TensorCores share a kernel's grid (megacore), and the compiler's schedule is that of one",
+    ("v4", "TPU v4"),
+    "libtpu compiles for its two TensorCores as two devices, and not as the one that share every op on the chip",
 )
 
 

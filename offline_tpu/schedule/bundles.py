@@ -18,6 +18,7 @@ _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|ge
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
 #: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
 _CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[#allocation\d+\]\](?: \([^)]*\))? /\* megacore core id")
+_MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 
@@ -30,8 +31,8 @@ class Instruction:
     """One instruction of the scalar slice: `result = name operands`, executed where `predicate` holds.
 
     Attributes:
-      operands: registers and constants; of a DMA (size in granules, flag, granules of each piece, from,
-        to), of a wait (flag, size in granules), of an operand of the op (its index).
+      operands: registers and constants; of a DMA (size in granules, flag, from, to), of a wait (flag, size in
+        granules), of an operand of the op (its index), of a store (value, index).
       otherwise: value of the result where the predicate does not hold.
       target: region that a branch jumps to.
       spaces: memory spaces of a DMA, (from, to), or of a pointer, (its own,); None where its operand must tell.
@@ -58,6 +59,8 @@ class Program:
       length: bundles.
       labels: bundle that each region starts at.
       events: instructions by bundle, in the order of execution.
+      matmuls: how many matmuls of a whole register start before each bundle; one in float32 counts half, since its
+        register holds half as many rows as one of packed bfloat16, int8 or float8.
 
     Raises:
       UnknownDumpFormatError: the text is not in the known form.
@@ -70,6 +73,7 @@ class Program:
         self.length = len(starts)
         self.labels: dict[str, int] = {}
         parsed: list[tuple[int, Instruction]] = []
+        started = [0.0]
         for index, match in enumerate(starts):
             if int(match[1], 16) != index:
                 raise UnknownDumpFormatError(f"bundle {match[1]}: expected address {index:#x}.")
@@ -79,8 +83,11 @@ class Program:
                 for comment in _COMMENT.findall(body):
                     for label in _LABEL.findall(comment):
                         self.labels.setdefault(label, index)
+            kinds = _MATMUL.findall(body) if "vmatmul" in body else ()
+            started.append(started[-1] + sum(0.5 if ".f32" in kind else 1.0 for kind in kinds))
             parsed.extend((index, instruction) for instruction in _parse_bundle(body))
         self.events = _slice(parsed)
+        self.matmuls = started
         targets = {i.target for bundle in self.events.values() for i in bundle if i.name == BRANCH}
         missing = sorted(str(target) for target in targets - self.labels.keys())
         if len(missing) > 1 and "PF:  {} /* exit bundle" not in text:
@@ -169,31 +176,30 @@ def _parse_scalar(raw: str) -> Instruction | None:
 def _parse_memory(name: str, result: str | None, rest: str) -> Instruction | None:
     """Parse a load or store: what is spilled keeps its value, and a store's result is the allocation that it writes."""
     spill = _SPILL.search(rest)
-    memory = _MEMORY.search(rest)
-    if name == LOAD and spill is not None:
-        return Instruction(MOVE, result, (spill[1],))
-    if spill is None and memory is None:
-        return None
-    if spill is None:
-        base = memory[1] if memory[1].startswith("%") else f"[{memory[1]}]"
-        offset = memory[2] or "$0x0"
-        index = offset if offset.startswith("%") else int(offset[1:], 16)
-        if name == LOAD:
-            return Instruction(LOAD, result, (base, index))
-        if base.startswith("%"):
-            return None
-        result = base
-    guard = _PREDICATE.match(rest)
-    stored = _operand(rest[(spill or memory).end() :].strip(" ,").split(",")[0].split()[0])
     if spill is not None:
-        return Instruction(MOVE, spill[1], (stored,))
+        if name == LOAD:
+            return Instruction(MOVE, result, (spill[1],))
+        return Instruction(MOVE, spill[1], (_stored(rest[spill.end() :]),))
+    memory = _MEMORY.search(rest)
+    if memory is None or (name == STORE and memory[1].startswith("%")):
+        return None
+    base = memory[1] if memory[1].startswith("%") else f"[{memory[1]}]"
+    offset = memory[2] or "$0x0"
+    index = offset if offset.startswith("%") else int(offset[1:], 16)
+    if name == LOAD:
+        return Instruction(LOAD, result, (base, index))
+    guard = _PREDICATE.match(rest)
     return Instruction(
         STORE,
-        result,
-        (stored, index),
+        base,
+        (_stored(rest[memory.end() :]), index),
         predicate=guard[2] if guard else None,
         predicate_negated=bool(guard and guard[1]),
     )
+
+
+def _stored(rest: str) -> str | int:
+    return _operand(rest.strip(" ,").split(",")[0].split()[0])
 
 
 def _parse_dma(name: str, rest: str) -> Instruction:
@@ -213,7 +219,6 @@ def _parse_dma(name: str, rest: str) -> Instruction:
         operands=(
             _operand(fields["size_in_granules"]),
             _operand(fields["dst_syncflagno"]),
-            _operand(fields.get("steps_per_stride", "0")),
             *ends,
         ),
         predicate=guard[2] if guard else None,

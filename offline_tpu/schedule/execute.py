@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from offline_tpu.machine.dma import HBM_GRANULE_BYTES, DmaClock, DmaTiming
+from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
 from offline_tpu.schedule.scalar import Pointer, Scalars
@@ -26,7 +26,7 @@ class Execution:
 
     Attributes:
       counts: how often each bundle runs.
-      stall_cycles: cycles beyond those of the bundles: waits for DMAs, and VMEM time that they take.
+      stall_cycles: cycles beyond those of the bundles: waits for DMAs and matrix units, and VMEM time of the DMAs.
       hbm_bytes: bytes that its DMAs move to and from HBM.
       unresolved: branches and DMAs that depend on data, and waits that match no DMA.
     """
@@ -37,7 +37,7 @@ class Execution:
     unresolved: tuple[str, ...]
 
 
-def execute(program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
+def execute(program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
     """Run the program.
 
     Args:
@@ -50,7 +50,7 @@ def execute(program: Program, timing: DmaTiming, operands: Mapping[int, Sequence
 
 
 class _Run:
-    def __init__(self, program: Program, timing: DmaTiming, operands: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]]) -> None:
         self._program = program
         self._addresses = sorted(program.events)
         self._scalars = Scalars(operands)
@@ -114,7 +114,8 @@ class _Run:
         return jump, branch_at, steps
 
     def _run_clock_to(self, address: int) -> None:
-        self._clock.advance(address - self._clocked_to)
+        matmuls = self._program.matmuls[address] - self._program.matmuls[self._clocked_to]
+        self._clock.advance(address - self._clocked_to, matmuls)
         self._clocked_to = address
 
     def _taken(self, instruction: Instruction, address: int) -> bool:
@@ -134,8 +135,7 @@ class _Run:
         if not isinstance(size, int):
             self._unresolved[f"size of the DMA at {address:#x}"] = None
             return
-        piece = self._scalars.value(instruction.operands[2])
-        ends = [self._scalars.value(operand) for operand in instruction.operands[3:]]
+        ends = [self._scalars.value(operand) for operand in instruction.operands[2:]]
         spaces = instruction.spaces
         if ends:
             if spaces[1] == "smem":
@@ -147,12 +147,7 @@ class _Run:
         if None in spaces:
             self._unresolved[f"memories of the DMA at {address:#x}"] = None
         self._run_clock_to(address)
-        self._clock.start(
-            self._scalars.flag(instruction.operands[1]),
-            size * HBM_GRANULE_BYTES,
-            spaces,
-            pieces=-(-size // piece) if isinstance(piece, int) and piece > 0 else 1,
-        )
+        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces)
 
     def _wait(self, instruction: Instruction, address: int) -> None:
         if self._scalars.holds(instruction) is False:

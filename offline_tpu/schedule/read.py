@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from offline_tpu.machine.dma import DmaTiming
+from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
@@ -20,7 +20,7 @@ class Schedule:
       name: the HLO op's name.
       bundles: static length of the op, in VLIW bundles.
       cycles: bundles executed; one bundle is one cycle.
-      stall_cycles: cycles beyond these, waiting for DMAs or for VMEM.
+      stall_cycles: cycles beyond these, waiting for DMAs, VMEM or matrix units.
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
@@ -50,7 +50,7 @@ def read_schedule(
     bundles_path: Path,
     utilization_path: Path,
     *,
-    timing: DmaTiming,
+    timing: CoreTiming,
     operands: Mapping[int, Sequence[int]] | None = None,
 ) -> Schedule:
     """Read the two dump files of one op, and run its scalar slice.
@@ -58,7 +58,7 @@ def read_schedule(
     Args:
       name: the HLO op's.
       bundles_path, utilization_path: the files, *-final_bundles.txt and *-per-bundle-utilization.txt.
-      timing: of the chip's DMAs.
+      timing: of the chip's core.
       operands: by index, the words of the op's operands that are known: constants, a traced grid size.
 
     Raises:

@@ -37,6 +37,7 @@ class ValidateSchema:
     timeout_s: float = MISSING
     results_dir: str = MISSING
     cache: bool = MISSING
+    dumps: str | None = None
     json: str | None = None
     progress: bool = MISSING
 
@@ -83,6 +84,9 @@ def main(settings: ValidateSchema) -> int:
     directory = results_dir / "validate"
     require_writable(f"results_dir={results_dir}", directory)
     name, rows = from_config(lambda: _chosen(settings))
+    dumps = Path(settings.dumps) if settings.dumps else None
+    if dumps:
+        require_writable(f"dumps={dumps}", dumps)
     measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         cache = JobCache.of_user(settings.cache)
@@ -93,6 +97,7 @@ def main(settings: ValidateSchema) -> int:
             workers=workers,
             timeout_s=settings.timeout_s,
             progress=settings.progress,
+            dumps=dumps,
         )
     pairs = [*(pair for row in comparisons if (pair := row.pair)), *measured]
     validation = Validation.of(

@@ -1,5 +1,6 @@
 """The worker's job that predicts the time of a measured row."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from tuning.validate.rows import MeasuredRow
 
 
 def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
-    """Predict a row's time. Payload: `call`, see MeasuredRow.call, and `device`, a known name.
+    """Predict a row's time. Payload: `call`, see MeasuredRow.call, `device`, a known name, and `kept`, see
+    `offline_tpu.predict` (None: nothing is kept).
 
     Returns fields of a RowPrediction, or why the row's program cannot be made, as `unmade`.
     """
@@ -34,6 +36,7 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
             topology=program.topology,
             mesh=program.mesh,
             compiler_options=program.compiler_options,
+            kept=Path(payload["kept"]) if payload["kept"] else None,
         )
     except offline_tpu.UnknownDumpFormatError:
         raise

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -28,9 +29,11 @@ def compare(
     workers: int,
     timeout_s: float,
     progress: bool = False,
+    dumps: Path | None = None,
 ) -> list[Comparison]:
     """Predict every row. A row without a prediction is in the list too, and says why.
 
+    dumps: folder to keep the compiler's dumps in, and to read them from: a change of the model needs no compiling then.
     Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
     """
     captured = provenance.capture(offline_tpu.SOURCES)
@@ -43,6 +46,7 @@ def compare(
             return Comparison.without(row, "unmade", str(error))
         payload = {"call": row.call, "device": device.name}  # no time: the job must not know it
         key = JobCache.key(_JOB, payload, dependencies)
+        payload["kept"] = str(dumps / f"{JobCache.key(_JOB, payload, captured.versions)}.tar.gz") if dumps else None
 
         def run_job() -> Outcome:
             return runner.run(
