@@ -94,8 +94,8 @@ def predict(
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
       compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
-      kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled: the
-        caller knows that it is of the same program, device and libtpu.
+      kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled:
+        the caller knows that it is of the same program, device and libtpu.
 
     Raises:
       ValueError: neither or both of device and topology are given, or what is given is not known, compiler options

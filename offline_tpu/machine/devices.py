@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSpec:
-    """One TPU chip as XLA sees it (one JAX device); of a chip whose two cores share every op, one core's half.
+    """One TPU chip as XLA sees it (one JAX device); one core's half of a chip whose two cores share every op.
 
     Attributes:
       name: the short name used on command lines, e.g. "v6e".
@@ -98,8 +98,8 @@ DEVICES = {
             vmem_bytes=64 * _MIB,
             ici_link_bytes_per_s=100 * _GB,
             ici_wrap_length=4,
-            source="https://cloud.google.com/tpu/docs/v5p, FLOP/s and HBM bandwidth halved: an op is split over the two "
-            "cores of a chip, and each core's schedule is that of its half; 459 TFLOP/s over 2 x four 128x128 MXUs is "
+            source="https://cloud.google.com/tpu/docs/v5p, FLOP/s and HBM bandwidth halved: an op is split over two "
+            "cores, and the schedule is that of one, for its half; 459 TFLOP/s over 2 x four 128x128 MXUs is "
             "1.75 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
             matmul_cycles=4,
         ),

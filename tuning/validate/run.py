@@ -3,6 +3,7 @@
 import concurrent.futures
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -44,7 +45,7 @@ def compare(
             device = devices.by_name(row.device_kind)
         except ValueError as error:
             return Comparison.without(row, "unmade", str(error))
-        payload = {"call": row.call, "device": device.name}  # no time: the job must not know it
+        payload: dict[str, Any] = {"call": row.call, "device": device.name}  # no time: the job must not know it
         key = JobCache.key(_JOB, payload, dependencies)
         payload["kept"] = str(dumps / f"{JobCache.key(_JOB, payload, captured.versions)}.tar.gz") if dumps else None
 
