@@ -78,13 +78,13 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
     stages, run_options = parse_stages(settings.stages), to_run_options(settings)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
+        return _run_batch(Path(settings.prompts), settings, stages, run_options, console, progress)
     request = to_request(settings)
-    output_dir = Path(settings.output_dir).expanduser()
+    output_dir = Path(settings.output_dir)
     run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
     _check_apart(run_dir)
     if settings.profile:
-        require_writable(f"logdir={settings.logdir}", Path(settings.logdir).expanduser())
+        require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
     _use_compilation_cache(settings)
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
@@ -132,7 +132,7 @@ def _run_batch(
     from pipeline.runs.batch import Batch, prepare
 
     entries = read_entries(path, settings)
-    output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
+    output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _use_compilation_cache(settings)
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
@@ -219,7 +219,7 @@ def _set_up_logging(verbose: bool) -> None:
 
 
 def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else Path(value)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main(settings: QualityConfig) -> int:
         names = ", ".join(candidate.name for candidate in chosen)
         raise UserError(f"only={sorted(unknown)}: expected some of {names}")
     chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
-    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
     resolve_checkpoint(reference.request.checkpoint, reference.request.revision, cache_dir)

@@ -55,8 +55,8 @@ def resolve(argument: str, logdir: Path, results_dir: Path) -> Input:
       UserError: there is no such run; the message says which there are.
     """
     name, _, source = argument.rpartition("=")
-    path = Path(source)
-    jsonl, colon, selector = source.rpartition(":")
+    path = Path(source).expanduser()
+    jsonl, colon, selector = str(path).rpartition(":")
     if colon and jsonl.endswith(".jsonl"):
         return _of_record(name, Path(jsonl), selector)
     if path.name.endswith(reader.SUFFIX) and path.is_file():
