@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -162,6 +162,7 @@ def test_text_is_taken_literally(run: Run, text: str) -> None:
     assert taken[2:] == [text, text]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="\\${}'\"[](), =:~?\nax日", min_size=1))
 def test_any_text_is_quoted_so_that_it_comes_back(text: str) -> None:
     (argument,) = Keys(key_types(Schema), ()).checked([f"results_dir={text}"])

@@ -70,7 +70,15 @@ def test_lines_take_what_they_leave_out_from_the_command_line(tmp_path, config):
     assert second.request.height == first.request.height == 48
 
 
-PROMPTS = ['it\'s a "red" cat ${oc.env:HOME}', "C:\\temp\\new ${price} $5 \\", "${", "???", "null", "\\${x} {a: b}, [c]", "~"]
+PROMPTS = [
+    'it\'s a "red" cat ${oc.env:HOME}',
+    "C:\\temp\\new ${price} $5 \\",
+    "${",
+    "???",
+    "null",
+    "\\${x} {a: b}, [c]",
+    "~",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
