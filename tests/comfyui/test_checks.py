@@ -122,8 +122,8 @@ def test_info_predicts_when_asked(
     asked: list[Any] = []
     kind: list[str] = []
 
-    def predict(self: Any, stages: Any, parallel: Any, guided: bool) -> Any:
-        asked.append((self.topology, stages, parallel.num_devices, guided))
+    def predict(self: Any, stages: Any, parallel: Any) -> Any:
+        asked.append((self.topology, stages, parallel.num_devices, self.request.do_classifier_free_guidance))
         kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}

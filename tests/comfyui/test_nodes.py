@@ -44,7 +44,7 @@ def test_same_as_the_pipeline(
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.single import generate
+    from pipeline.runs.request_run import generate
 
     images, _ = run()
     fields = {name: value for name, value in values.items() if name != "num_devices"}

@@ -16,7 +16,7 @@ from splash_workbench import cli, provenance
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count

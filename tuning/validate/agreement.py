@@ -8,7 +8,7 @@ import msgspec
 from matplotlib.figure import Figure
 from scipy import stats
 
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.trials.figures import LIGHT, log_axes
 from tuning.trials.records import Trial
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 import msgspec
 
 from offline_tpu import Prediction
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
 from tuning.validate.agreement import Pair, Summary
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from splash_workbench.status import compile_error
+from splash_workbench.trial_status import compile_error
 from tuning.trials.reported import ReportedRow
 
 
