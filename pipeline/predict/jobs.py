@@ -4,31 +4,22 @@ Runs in a process of its own, started with `offline_tpu.worker_environment`. Pay
 """
 
 import dataclasses
+import math
 import resource
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import torch
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import Prediction, predict
 from offline_tpu.compile import parse_topology
-from pipeline.checkpoints.loading import build_module
 from pipeline.model.attention import resolve_attention
-from pipeline.model.latents import LatentGeometry
-from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.model.vae_decoder import DecoderShape, arrange
-from pipeline.model.weights import abstract_weights
-from pipeline.requests.config import request_from_dict
-from pipeline.stages.denoise import abstract_arguments, build_step
-from pipeline.stages.text import encode_program, weight_sharding
-from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from pipeline.requests.config import request_from_dict, request_to_dict
+from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.status import compile_error
@@ -53,7 +44,7 @@ class StageJob:
     topology: str
     plan: ParallelPlan
     request: dict[str, Any]
-    configs: dict[str, dict[str, Any]]
+    configs: dict[str, Any]
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +56,20 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
         raise compile_error(error) from error
 
 
+def predict_model(payload: dict[str, Any]) -> dict[str, Any]:
+    """Predict one call of a stage of a named model, as `pipeline.stages.programs.model_program` makes it.
+
+    Payload: model, stage, topology, hbm_bytes. Returns time_s, and interval_s where the prediction has one.
+    """
+    device, name = parse_topology(payload["topology"])
+    num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
+    request, configs, plan = model_request(payload["model"], num_devices, payload["hbm_bytes"])
+    job = StageJob(payload["stage"], payload["topology"], plan, request_to_dict(request), dict(configs))
+    result = predict_stage(dataclasses.asdict(job))
+    program = result["programs"][-1] if job.stage == "vae" else result
+    return {"time_s": program["time_s"], "interval_s": program.get("interval_s")}
+
+
 def _devices(job: StageJob) -> list[jax.Device]:
     _, name = parse_topology(job.topology)
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
@@ -72,24 +77,11 @@ def _devices(job: StageJob) -> list[jax.Device]:
 
 def _denoise(job: StageJob) -> dict[str, Any]:
     request = request_from_dict(job.request)
-    config = job.configs["transformer"]
-    dtype = jnp.dtype(request.dtype)
-    module: Any = build_module("transformer", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.from_request(request, module.config, job.configs["vae"])
-    guided = request.do_classifier_free_guidance
-    step = build_step(
-        module,
-        geometry,
-        module.config["max_text_seq_length"],
-        job.plan,
-        _devices(job),
-        attention=dataclasses.replace(request.attention, implementation="pallas_tpu"),
-        guided=guided,
-        noisy=False,
+    attention = dataclasses.replace(request.attention, implementation="pallas_tpu")
+    program, step = denoise_program(
+        dataclasses.replace(request, attention=attention), job.configs, job.plan, _devices(job)
     )
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    weights = abstract_weights(shapes, dtype, job.plan, step.mesh)
-    batch_size = (2 if guided else 1) // job.plan.dp
+    batch_size = (2 if step.guided else 1) // job.plan.dp
     heads = step.shape.num_heads // job.plan.model
     tokens = step.layout.tokens
     shape = AttentionShape(batch_size, heads, tokens, tokens, step.shape.head_dim)
@@ -98,14 +90,9 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
     prediction = predict(
-        step.jitted(weights),
-        weights,
-        *abstract_arguments(step, module.config, dtype),
-        topology=job.topology,
-        mesh=step.mesh,
-        grid_sizes=grid_sizes,
+        program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh, grid_sizes=grid_sizes
     )
-    flops = step_flops(step.shape, step.layout, 2 if guided else 1)
+    flops = step_flops(step.shape, step.layout, 2 if step.guided else 1)
     return summary(prediction) | {
         "flops": flops,
         "mfu_fraction": flops / (job.plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
@@ -116,49 +103,17 @@ def _denoise(job: StageJob) -> dict[str, Any]:
 
 
 def _text(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    dtype = jnp.dtype(request.dtype)
-    module = build_module("text_encoder", job.configs["text_encoder"], getattr(torch, request.dtype))
-    devices = _devices(job)
-    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
-    weights = {
-        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=weight_sharding(value.shape, devices))
-        for name, value in module.named_parameters()
-    }
-    num_prompts = 2 if request.do_classifier_free_guidance else 1
-    text_seq_len = job.configs["transformer"]["max_text_seq_length"]
-    token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
-    program = encode_program(module, everywhere)
-    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=cast(Mesh, everywhere.mesh)))
+    program = text_program(request_from_dict(job.request), job.configs, _devices(job))
+    return summary(predict(program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    config = job.configs["vae"]
-    dtype = jnp.dtype(request.dtype)
-    module: Any = build_module("vae", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.from_request(request, job.configs["transformer"], config)
-    channels, height, width = geometry.shape[2:]
-    sharding = latent_sharding(geometry.shape, _devices(job))
-    mesh = cast(Mesh, sharding.mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    weights = {
-        name: jax.ShapeDtypeStruct(
-            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
-        )
-        for name, value in module.named_parameters()
-        if name.startswith(DECODER_PREFIXES)
-    }
-    program = decode_program(DecoderShape.from_config(module.config), True, sharding)
-    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
-    results, cache = [], None
-    for start, stop in batches[:2]:
-        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
-        prediction = predict(program, weights, latents, cache, topology=job.topology, mesh=mesh)
+    results, calls = [], []
+    for program, count in vae_programs(request_from_dict(job.request), job.configs, _devices(job)):
+        prediction = predict(program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh)
         results.append(summary(prediction, _VAE_TERMS))
-        with jax.set_mesh(mesh):
-            cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
-    return together(results, [1, len(batches) - 1])
+        calls.append(count)
+    return together(results, calls)
 
 
 def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
