@@ -106,9 +106,11 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
         notes: tuple[str, ...] = ("wall time of the host: a CPU has no device plane in the profile",)
     else:
         try:
-            runs = _until_known(lambda count: _by_profiler(run, count, kernel), settings, batch=settings.min_samples)
+            runs = _until_known(
+                lambda count: runs_of(record_profile(run, count), count, kernel), settings, batch=settings.min_samples
+            )
             notes = ()
-        except _NoDeviceTimesError as error:
+        except NoDeviceTimesError as error:
             runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
             notes = (f"wall time, dispatch included: {error}",)
     times = [run.time_ms for run in runs]
@@ -200,11 +202,16 @@ def _by_wall_clock(run: Callable[[], object], count: int, clock: Callable[[], fl
     return runs
 
 
-class _NoDeviceTimesError(Exception):
+class NoDeviceTimesError(Exception):
     """The profiler did not record each run on the device; the text says what it did."""
 
 
-def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run]:
+def record_profile(run: Callable[[], object], count: int) -> Any:
+    """Return the XSpace of so many runs, each waited for.
+
+    Raises:
+      NoDeviceTimesError: the profiler wrote none.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
@@ -214,8 +221,8 @@ def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run
                 jax.block_until_ready(run())
         paths = list(Path(folder).rglob(f"*{reader.SUFFIX}"))
         if len(paths) != 1:
-            raise _NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")
-        return runs_of(XSpace.FromString(paths[0].read_bytes()), count, kernel)
+            raise NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")
+        return XSpace.FromString(paths[0].read_bytes())
 
 
 def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
@@ -229,7 +236,7 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
       count, kernel: see `measure`.
 
     Raises:
-      _NoDeviceTimesError: it has not as many runs.
+      NoDeviceTimesError: it has not as many runs.
     """
     profile = reader.from_space(space, "here")
     plane = next(iter(profile.planes), "")
@@ -243,10 +250,10 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
             runs.append(Run(module.duration_ps / 1e9, sum(inside) / 1e9 if inside else None))
         return runs
     if modules:
-        raise _NoDeviceTimesError(f"the profile has {len(modules)} runs of programs, expected {count}")
+        raise NoDeviceTimesError(f"the profile has {len(modules)} runs of programs, expected {count}")
     spans = sorted(_gpu_spans_ps(space))
     if not spans or len(spans) % count:
-        raise _NoDeviceTimesError(f"the profile has no runs of programs, and {len(spans)} kernels for {count} runs")
+        raise NoDeviceTimesError(f"the profile has no runs of programs, and {len(spans)} kernels for {count} runs")
     each = len(spans) // count
     chunks = [spans[i : i + each] for i in range(0, len(spans), each)]
     return [Run((max(end for _, end in chunk) - chunk[0][0]) / 1e9) for chunk in chunks]
