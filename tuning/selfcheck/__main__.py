@@ -26,7 +26,6 @@ class SelfcheckSchema:
     parts: Any = MISSING
     timeout_s: float = MISSING
     output_dir: str = MISSING
-    results_dir: str = MISSING
     resume: bool = MISSING
 
 
@@ -43,13 +42,12 @@ def parse_parts(parts: Any) -> list[str]:
 def main(settings: SelfcheckSchema) -> int:
     """Run the command; return its exit code: 1 where something failed."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    output_dir, results_dir = Path(settings.output_dir), Path(settings.results_dir)
+    output_dir = Path(settings.output_dir)
     require_writable(f"output_dir={output_dir}", output_dir)
     session = Session(
         parts=parse_parts(settings.parts),
         timeout_s=settings.timeout_s,
         output_dir=output_dir,
-        results_dir=results_dir,
         resume=settings.resume,
         chip=CHIP,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),

@@ -57,7 +57,7 @@ class Chip:
         leaves, tree = jax.tree.flatten(program.arguments)
         data = [random_like(leaf, program.scale, seed) for seed, leaf in enumerate(leaves)]
         with jax.set_mesh(program.mesh) if program.mesh is not None else contextlib.nullcontext():
-            arguments = list(tree.unflatten(data))
+            arguments = list(jax.tree.unflatten(tree, data))
             return Prepared(program, arguments, program.jitted.lower(*arguments).compile())
 
     def profile(self, run: Callable[[], object], count: int) -> Any:

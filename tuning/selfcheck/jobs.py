@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 
@@ -138,20 +139,20 @@ def _timed(chip: Chip, program: Program, kernel: str = "", check: Any = None) ->
 def _rows_error(prepared: Prepared, shape: AttentionShape) -> float:
     """Return ||actual - expected|| / ||expected|| over some rows of q, of all heads."""
     length = shape.q_seq_len
-    rows = np.unique([*np.linspace(0, length - 1, _SPREAD_ROWS, dtype=int), *range(length - _LAST_ROWS, length)])
-    q, k, v = (np.asarray(x) for x in prepared.arguments)
+    last = range(max(0, length - _LAST_ROWS), length)
+    rows = np.unique([*np.linspace(0, length - 1, _SPREAD_ROWS, dtype=int), *last])
 
-    def by_head(x: np.ndarray) -> np.ndarray:
+    def by_head(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], shape.num_heads, -1).swapaxes(1, 2)
 
-    actual = by_head(np.asarray(prepared.run()[:, rows])).astype(np.float64)
+    q, k, v = prepared.arguments
+    actual = np.asarray(by_head(prepared.run()[:, rows])).astype(np.float64)
     expected = splash_attn.attention_reference(by_head(q[:, rows]), by_head(k), by_head(v), dtype=np.float64)
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(actual - np.asarray(expected)) / np.linalg.norm(expected))
 
 
 def _check_finite(prepared: Prepared) -> None:
     """Raise TrialError where a result has NaN or infinity."""
-    finite = jax.jit(lambda tree: jax.tree.reduce(lambda so_far, x: so_far & jax.numpy.isfinite(x).all(), tree, True))
-    floats = [x for x in jax.tree.leaves(prepared.run()) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
-    if not bool(finite(floats)):
+    results = jax.tree.leaves(prepared.run())
+    if not all(bool(jnp.isfinite(x).all()) for x in results if jnp.issubdtype(x.dtype, jnp.floating)):
         raise TrialError(Status.WRONG, "the result has NaN or infinity")

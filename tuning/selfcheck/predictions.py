@@ -18,6 +18,7 @@ from offline_tpu.machine import devices
 from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_attn import tuned
 from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.status import Status, compile_error
@@ -25,10 +26,12 @@ from splash_workbench.workers.pool import JOBS_PER_WORKER, CancelledError, Runne
 from tuning.backends import kernels
 from tuning.selfcheck.records import Predicted, failure_text
 from tuning.selfcheck.tasks import Task, topology_of
-from tuning.validate import programs
 from tuning.validate.rows import MeasuredRow
 
-_HERE = "tuning.selfcheck.predictions"
+#: Predictions of whole videos on record; where the package is installed there are none.
+SHIPPED = REPO_ROOT / "results" / "predict.jsonl"
+_KERNEL_JOB = "tuning.selfcheck.predictions:predict_kernel"
+_ROW_JOB = "tuning.validate.job:predict_row"
 _STAGE_JOB = "pipeline.predict.jobs:predict_model"
 _STAGES = ("text", "denoise", "vae")
 
@@ -36,8 +39,8 @@ _STAGES = ("text", "denoise", "vae")
 class Predictions:
     """Predictions of tasks, made in worker processes while the tasks run. Close it in the end."""
 
-    def __init__(self, found: Mapping[str, Any], results_dir: Path, work_dir: Path, workers: int, timeout_s: float):
-        self._found, self._results_dir, self._timeout_s = found, results_dir, timeout_s
+    def __init__(self, found: Mapping[str, Any], work_dir: Path, workers: int, timeout_s: float):
+        self._found, self._timeout_s = found, timeout_s
         self._why_not = _why_not(found)
         self._runner = Runner(work_dir, jobs_per_worker=JOBS_PER_WORKER)
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -84,7 +87,12 @@ class Predictions:
             return Predicted(says="not ready in the time that there was")
         if outcome.status is not Status.OK:
             return Predicted(says=failure_text(f"{outcome.status}: {outcome.error}"))
-        return _predicted(outcome.result, f"here, libtpu {offline_tpu.SUPPORTED_LIBTPU}")
+        says, result = f"here, libtpu {offline_tpu.SUPPORTED_LIBTPU}", outcome.result
+        if "unmade" in result:
+            return Predicted(says=failure_text(result["unmade"]))
+        if "predicted_ms" in result:
+            return Predicted(time_ms=result["predicted_ms"], interval_ms=result["interval_ms"], says=says)
+        return _predicted(result, says)
 
     def _shipped(self, task: Task) -> Predicted | None:
         """Return the prediction on record for the libtpu that is installed, None without one."""
@@ -97,7 +105,7 @@ class Predictions:
                     if (origin.label, origin.versions.get("libtpu")) == ("predicted", version):
                         return Predicted(time_ms=origin.time_ms, says=f"tuned entry of {origin.created_at[:10]}")
         if task.part in _STAGES:
-            return _recorded(self._results_dir / "predict.jsonl", task, topology_of(self._found), version)
+            return _recorded(SHIPPED, task, topology_of(self._found), version)
         return None
 
 
@@ -112,19 +120,9 @@ def predict_kernel(payload: dict[str, Any]) -> dict[str, Any]:
     ]
     assumed = kernels.KERNELS["splash_attn"].assume(shape, variant.to_dict())
     layer = kernels.from_projections(attention, shape.num_heads)
-    return _predict(layer, *arguments, device=devices.by_name(payload["device"]), grid_sizes=assumed.grid_sizes)
-
-
-def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
-    """Predict what `jobs.time_row` times on the chip. Payload: the same, and device."""
     device = devices.by_name(payload["device"])
-    made = programs.build(msgspec.convert(payload["row"], MeasuredRow), device)
-    return _predict(made.fn, *made.args, device=device)
-
-
-def _predict(fn: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
     try:
-        prediction = offline_tpu.predict(fn, *arguments, **options)
+        prediction = offline_tpu.predict(layer, *arguments, device=device, grid_sizes=assumed.grid_sizes)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     return {"time_s": prediction.time_s, "interval_s": getattr(prediction, "interval_s", None)}
@@ -134,8 +132,10 @@ def _job_of(task: Task, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if task.part in _STAGES:
         wanted = {name: task.payload[name] for name in ("model", "stage")}
         return _STAGE_JOB, wanted | {"topology": topology_of(found), "hbm_bytes": found["hbm_bytes"]}
-    job = "predict_kernel" if task.part == "kernels" else "predict_row"
-    return f"{_HERE}:{job}", task.payload | {"device": found["device_kind"]}
+    if task.part == "kernels":
+        return _KERNEL_JOB, task.payload | {"device": found["device_kind"]}
+    row = msgspec.convert(task.payload["row"], MeasuredRow)
+    return _ROW_JOB, {"call": row.call, "device": found["device_kind"]}
 
 
 def _variant_of(payload: Mapping[str, Any]) -> tuple[BlockSizes, Variant]:

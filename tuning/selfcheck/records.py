@@ -130,7 +130,7 @@ class SelfCheck(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def done(self) -> set[str]:
         """Ids of what need not be done again."""
-        return {each.id for each in (*self.checks, *self.rows)}
+        return {check.id for check in self.checks} | {row.id for row in self.rows}
 
     def same_place(self, environment: Mapping[str, Any]) -> bool:
         """Return whether its times are of these chips, compilers, flags and kernel."""

@@ -42,7 +42,6 @@ class Session:
       parts: names of those asked for; the environment is always looked at.
       timeout_s: for all of them together.
       output_dir: of the file.
-      results_dir: shipped predictions are read from it.
       resume: take over what today's file of these chips has.
       chip: what finds the chip in a worker, "package.module:function".
       say: told of each task when it begins.
@@ -51,7 +50,6 @@ class Session:
     parts: Sequence[str]
     timeout_s: float
     output_dir: Path
-    results_dir: Path
     resume: bool
     chip: str
     say: Callable[[str], None]
@@ -84,7 +82,6 @@ class Session:
         ready = [(part, tasks) for part in wanted if (tasks := self._tasks_of(part))]
         predictions = Predictions(
             self.found.environment,
-            self.results_dir,
             Path(self._work.name) / "predictions",
             max(1, worker_count(None) - 1),
             self.timeout_s,

@@ -109,7 +109,7 @@ def kernel_tasks(found: Mapping[str, Any]) -> list[Task]:
             entries.append((workload.name, workload.shape, workload.dtype, choice.block_sizes, choice.variant))
     tasks = []
     for name, shape, dtype, blocks, variant in entries:
-        payload = {
+        payload: dict[str, Any] = {
             "shape": dataclasses.asdict(shape),
             "dtype": dtype,
             "block_sizes": dataclasses.asdict(blocks),
@@ -136,30 +136,28 @@ def row_tasks(found: Mapping[str, Any]) -> list[Task]:
             row.config,
             row.time_ms,
         )
-        for row in choose_rows(measured_rows.read_shipped(), found["device_kind"])
+        for row in choose_rows(measured_rows.read_shipped(), found["device_kind"], ROW_COUNT)
     ]
 
 
-def choose_rows(rows: Iterable[MeasuredRow], device_kind: str, count: int = ROW_COUNT) -> list[MeasuredRow]:
+def choose_rows(rows: Iterable[MeasuredRow], device_kind: str, count: int) -> list[MeasuredRow]:
     """Return short rows of one chip of that kind, of every op in turn, spread over each op's times."""
     by_op: dict[str, list[MeasuredRow]] = {}
     for row in rows:
-        usual = not row.compiler_options and row.p_state is None and row.op not in _COLLECTIVES
-        if row.device_kind == device_kind and usual and row.time_ms <= _LONGEST_MS:
+        usual = row.p_state is None and row.op not in _COLLECTIVES and row.time_ms <= _LONGEST_MS
+        if row.device_kind == device_kind and usual:
             by_op.setdefault(row.op, []).append(row)
-    spread = [_spread(sorted(each, key=lambda row: row.time_ms), count) for _, each in sorted(by_op.items())]
+    places = -(-count // max(len(by_op), 1))
+    spread = [_spread(by_op[op], places) for op in sorted(by_op)]
     in_turn = [row for turn in itertools.zip_longest(*spread) for row in turn if row is not None]
     return in_turn[:count]
 
 
-def _spread(rows: list[MeasuredRow], count: int) -> list[MeasuredRow]:
-    """Return up to `count` of them: the one in the middle first, then those that halve what lies between."""
-    order: dict[int, None] = {}
-    parts = 2
-    while len(order) < min(count, len(rows)):
-        order |= dict.fromkeys(len(rows) * part // parts for part in range(1, parts, 2))
-        parts *= 2
-    return [rows[index] for index in list(order)[:count]]
+def _spread(rows: list[MeasuredRow], places: int) -> list[MeasuredRow]:
+    """Return the middle ones of so many parts of the rows in the order of their times."""
+    by_time = sorted(rows, key=lambda row: (row.time_ms, row.id))
+    middles = ((2 * part + 1) * len(by_time) // (2 * places) for part in range(places))
+    return [by_time[middle] for middle in dict.fromkeys(middles)]
 
 
 def stage_tasks(stage: str) -> Callable[[Mapping[str, Any]], list[Task]]:
