@@ -7,6 +7,7 @@ from offline_tpu.libtpu import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
 from offline_tpu.libtpu import check_versions as check_versions
 from offline_tpu.libtpu import worker_environment as worker_environment
 from offline_tpu.machine.errors import UnknownDumpFormatError as UnknownDumpFormatError
+from offline_tpu.options import CompilerOptionError as CompilerOptionError
 from offline_tpu.prediction import Loop as Loop
 from offline_tpu.prediction import OpCost as OpCost
 from offline_tpu.prediction import Prediction as Prediction

@@ -14,6 +14,7 @@ import jax
 
 from offline_tpu.compile import predict
 from offline_tpu.machine.devices import DEVICES
+from offline_tpu.options import parse_options
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 
@@ -25,6 +26,14 @@ def _parser() -> cli.Parser:
     parser.add_argument("function", help="MODULE:FUNCTION, of arrays, jitted or not")
     parser.add_argument("arrays", nargs="*", help="the shapes of its arguments, e.g. bfloat16[4096,4096]")
     parser.add_argument("--device", default="v6e", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
+    parser.add_argument(
+        "--compiler-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="flags of libtpu for this program",
+    )
     parser.add_argument("--ops", type=int, default=20, help="ops to show, longest first (default: %(default)s)")
     return parser
 
@@ -34,7 +43,9 @@ def main(chosen: argparse.Namespace) -> int:
     """Print the prediction; return the exit code."""
     try:
         arrays = [_parse_array(text) for text in chosen.arrays]
-        print(predict(_import_function(chosen.function), *arrays, device=chosen.device).table(chosen.ops))
+        options = parse_options(chosen.compiler_options)
+        function = _import_function(chosen.function)
+        print(predict(function, *arrays, device=chosen.device, compiler_options=options).table(chosen.ops))
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(str(error)[:1000]) from error
     return 0

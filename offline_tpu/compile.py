@@ -18,6 +18,7 @@ from offline_tpu.machine.constants import dma_timing
 from offline_tpu.machine.devices import DeviceSpec, by_name
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
+from offline_tpu.options import Value, checked_options, option_error
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
 
@@ -77,6 +78,7 @@ def predict(
     mesh: Mesh | None = None,
     grid_sizes: Mapping[str, int] | None = None,
     trip_counts: Mapping[str, int] | None = None,
+    compiler_options: Mapping[str, Value] | None = None,
 ) -> Prediction:
     """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. One call at a time in a process.
 
@@ -88,21 +90,24 @@ def predict(
       grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
+      compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
 
     Raises:
-      ValueError: neither or both of device and topology are given, or what is given is not known.
+      ValueError: neither or both of device and topology are given, or what is given is not known, compiler options
+        among it.
       RuntimeError: libtpu was loaded before, for something else, or it is another version; or an accelerator is here
         and JAX_PLATFORMS is not "cpu".
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
     spec = _find_device(device, topology)
+    options = checked_options(compiler_options)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
         start, cpu_start = time.perf_counter(), time.process_time()
-        compiled, mesh = _compile(fn, args, spec, mesh)
+        compiled, mesh = _compile(fn, args, spec, mesh, options)
         compile_time_s, compile_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
         if not any(dump_dir.iterdir()):
             raise RuntimeError(
@@ -136,6 +141,7 @@ def predict(
         peak_hbm_bytes=_peak_hbm_bytes(compiled),
         compile_time_s=compile_time_s,
         compile_cpu_s=compile_cpu_s,
+        compiler_options=options,
     )
 
 
@@ -160,7 +166,7 @@ def _peak_hbm_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _compile(
-    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None
+    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None, options: dict[str, str]
 ) -> tuple[jax.stages.Compiled, Mesh]:
     if mesh is None:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
@@ -170,5 +176,10 @@ def _compile(
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
         fn = jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     with jax.set_mesh(mesh):
-        jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-        return jitted.lower(*args).compile(), mesh
+        lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
+        try:
+            return lowered.compile(compiler_options=options or None), mesh
+        except jax.errors.JaxRuntimeError as error:
+            if (refused := option_error(error)) is not None:
+                raise refused from error
+            raise

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
+from offline_tpu.options import options_text
 from splash_workbench.profiles.scopes import named_scope
 
 Bound = Literal["compute", "hbm", "link"]
@@ -105,6 +106,7 @@ class Prediction:
       peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
       compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
         threads, which tells more where the machine does other things.
+      compiler_options: flags of libtpu that were given for this program.
     """
 
     device: str
@@ -118,6 +120,7 @@ class Prediction:
     peak_hbm_bytes: int
     compile_time_s: float
     compile_cpu_s: float
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -152,10 +155,11 @@ class Prediction:
         shares = ", ".join(
             f"{name} {time_s / self.time_s:.0%}" for name, time_s in self.by_bottleneck().items() if time_s
         )
+        options = f"; {options_text(self.compiler_options)}" if self.compiler_options else ""
         return (
             f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted), bound by {shares or 'nothing'}; HBM: "
             f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "
-            f"{self.vmem_bytes / 2**20:.1f} MiB"
+            f"{self.vmem_bytes / 2**20:.1f} MiB{options}"
         )
 
     def table(self, limit: int = 20) -> str:

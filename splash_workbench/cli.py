@@ -45,6 +45,7 @@ def command(
     *,
     text_or_list: Collection[str] = (),
     unused: Collection[str] = (),
+    free: Collection[str] = (),
     resolvers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Callable[[S], int]], Callable[[], int]]:
     """Make a function of settings the entry point of a command that Hydra configures from sys.argv.
@@ -53,6 +54,7 @@ def command(
       name: of configs/<name>.yaml, whose defaults list begins with <name>_schema.
       schema: a mutable dataclass; the function gets an instance, checked for types.
       text_or_list: see `splash_workbench.overrides.Keys`.
+      free: see `splash_workbench.overrides.Keys`.
       unused: keys of the schema, or patterns of them, that the command has no use for, and refuses.
       resolvers: name -> function that the configuration uses as ${name:}.
 
@@ -71,7 +73,7 @@ def command(
     def _compose_and_run(function: Callable[[S], int]) -> int:
         groups = _groups(name)
         unset = [group for group, option in groups.items() if option is None]
-        keys = Keys(used_keys(schema, unused), groups, text_or_list, unset)
+        keys = Keys(used_keys(schema, unused), groups, text_or_list, unset, free)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         for resolver, resolve in (resolvers or {}).items():
             OmegaConf.register_new_resolver(resolver, resolve, replace=True)

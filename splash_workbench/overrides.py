@@ -52,6 +52,7 @@ class Keys:
         with --multirun a comma without a space behind it stands between the values of two runs. A group's type may have
         an attribute `unsupported`: option that is left out on purpose -> why.
       groups: names of the configuration groups.
+      free: keys of mappings that take any name below them, as compiler_options.NAME=value.
       unset_groups: those of which none is chosen unless the command line does.
       text_or_list: keys whose value is text, too, unless it begins with a bracket.
     """
@@ -60,6 +61,7 @@ class Keys:
     groups: Collection[str]
     text_or_list: Collection[str] = ()
     unset_groups: Collection[str] = ()
+    free: Collection[str] = ()
 
     def checked(self, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
         """Return arguments for Hydra: its flags, then `settings`, then the overrides with their text quoted.
@@ -95,6 +97,8 @@ class Keys:
     def _quoted(self, override: str, multirun: bool) -> str:
         name, _, value = override.partition("=")
         key = name.lstrip("+")
+        if name == key and key.rpartition(".")[0] in self.free:
+            return f"++{override}"
         kind = self.types.get(key)
         if key in self.groups or not value:
             return override

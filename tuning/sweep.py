@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from offline_tpu.options import options_text
 from splash_attn import tuned
 from splash_attn.kernel import vmem_bytes_estimate
 from splash_workbench import cli, provenance
@@ -91,7 +92,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     """
     target = settings.backend.find_target(settings.device)
     captured = provenance.capture(settings.backend.sources)
-    context = context_of(settings.workload, target, settings.backend, captured)
+    context = context_of(settings.workload, target, settings.backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
     if settings.promote and target.device_kind.startswith("TPU"):
@@ -101,6 +102,8 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     if not candidates.valid:
         raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
+    if settings.compiler_options:
+        settings.backend.check_options(target, settings.compiler_options)
     with _locked(directory / "state"):
         runner = Runner(directory / "state" / "work", jobs_per_worker=JOBS_PER_WORKER)
         evaluator = Evaluator(
@@ -114,6 +117,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
             measure=settings.measure,
             cache_dir=cache.numerics_dir if cache else sweeps_dir / ".numerics",
             cache=cache,
+            compiler_options=settings.compiler_options,
         )
         path = directory / records.TRIALS_FILE
         recorded = from_config(lambda: records.read(path))
@@ -217,7 +221,7 @@ def _evaluate_all(
 
 def _todays_candidate(settings: SweepSettings, best: Trial, known: Collection[str]) -> tuned.Choice | None:
     """Return what the winner must beat to be promoted, None where that is known or nothing is to be promoted."""
-    if not settings.promote or best.time_ms is None:
+    if not settings.promote or best.time_ms is None or best.compiler_options:
         return None
     choice = todays_choice(best, settings.promotion_dir)
     if choice is None or records.config_key(choice.block_sizes, choice.variant.to_dict()) in known:
@@ -239,6 +243,8 @@ def _introduction(
 ) -> Iterator[str]:
     workload = settings.workload
     yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
+    if settings.compiler_options:
+        yield f"compiler options: {options_text(settings.compiler_options)}"
     reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
     pruned = f"{candidates.pruned_count} pruned without compiling{reasons and f': {reasons}'}"
     yield f"{len(candidates.valid)} candidates, {pruned}"
@@ -271,7 +277,7 @@ def _draw(result: SweepResult) -> tuple[Path, bool]:
     return picture, figure is not None
 
 
-@cli.command("sweep", SweepSchema)
+@cli.command("sweep", SweepSchema, free=("compiler_options",))
 def main(config: SweepSchema) -> int:
     """Run the command; return its exit code."""
     settings = from_config(lambda: settings_from(config))

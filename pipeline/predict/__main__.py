@@ -3,7 +3,9 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
+from offline_tpu.options import checked_options
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
@@ -25,6 +27,7 @@ class PredictConfig(GenerateConfig):
     topology: str = "v6e-8"
     json: str | None = None
     timeout_s: float = 1200.0
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     results_path: str | None = None
 
 
@@ -34,11 +37,12 @@ _UNUSED = (
 )
 
 
-@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED)
+@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED, free=("compiler_options",))
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
     settings.prompt = settings.prompt or "any"  # its length is padded away
+    options = from_config(lambda: checked_options(settings.compiler_options))
     request = to_request(settings)
     stages = parse_stages(settings.stages)
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
@@ -52,9 +56,10 @@ def main(settings: PredictConfig) -> int:
         configs=configs,
         timeout_s=settings.timeout_s,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        compiler_options=options,
     )
     prediction = predictor.predict(stages, to_parallel(settings), request.do_classifier_free_guidance)
-    report = make_report(request, settings.topology, prediction, source)
+    report = make_report(request, settings.topology, prediction, source, options)
     print_report(report)
     if settings.json is not None:
         write_json(Path(settings.json), jsonl.encode(report))

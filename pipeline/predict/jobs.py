@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from offline_tpu import Prediction, predict
+from offline_tpu import CompilerOptionError, Prediction, predict
 from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.sharding import ParallelPlan
@@ -22,6 +22,7 @@ from pipeline.requests.config import request_from_dict, request_to_dict
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
+from splash_workbench.program import Program
 from splash_workbench.status import compile_error
 
 _MAX_OPS = 60
@@ -38,13 +39,17 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict. request: see `request_from_dict`. configs: of the checkpoint's parts."""
+    """One stage to predict.
+
+    request: see `request_from_dict`. configs: of the checkpoint's parts. compiler_options: flags of libtpu.
+    """
 
     stage: str
     topology: str
     plan: ParallelPlan
     request: dict[str, Any]
     configs: dict[str, Any]
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     job = StageJob(**{**payload, "plan": ParallelPlan(**payload["plan"])})
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, CompilerOptionError) as error:
         raise compile_error(error) from error
 
 
@@ -89,9 +94,7 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
-    prediction = predict(
-        program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh, grid_sizes=grid_sizes
-    )
+    prediction = _predict(job, program, grid_sizes)
     flops = step_flops(step.shape, step.layout, 2 if step.guided else 1)
     return summary(prediction) | {
         "flops": flops,
@@ -104,16 +107,26 @@ def _denoise(job: StageJob) -> dict[str, Any]:
 
 def _text(job: StageJob) -> dict[str, Any]:
     program = text_program(request_from_dict(job.request), job.configs, _devices(job))
-    return summary(predict(program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh))
+    return summary(_predict(job, program))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
     results, calls = [], []
     for program, count in vae_programs(request_from_dict(job.request), job.configs, _devices(job)):
-        prediction = predict(program.jitted, *program.arguments, topology=job.topology, mesh=program.mesh)
-        results.append(summary(prediction, _VAE_TERMS))
+        results.append(summary(_predict(job, program), _VAE_TERMS))
         calls.append(count)
     return together(results, calls)
+
+
+def _predict(job: StageJob, program: Program, grid_sizes: Mapping[str, int] | None = None) -> Prediction:
+    return predict(
+        program.jitted,
+        *program.arguments,
+        topology=job.topology,
+        mesh=program.mesh,
+        grid_sizes=grid_sizes,
+        compiler_options=job.compiler_options,
+    )
 
 
 def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import Stage
+from splash_workbench.errors import UserError
 from splash_workbench.status import Status
 from splash_workbench.workers.pool import Runner
 
@@ -38,18 +39,23 @@ class VideoPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Predict stages of one request on one topology. say: told of every program that is compiled."""
+    """Predict stages of one request on one topology.
+
+    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them.
+    """
 
     topology: str
     request: dict[str, Any]
     configs: Mapping[str, Any]
     timeout_s: float
     say: Callable[[str], None]
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
 
-        Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits.
+        Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits, UserError for
+        compiler options that libtpu refuses.
         """
         check_versions()
         try:
@@ -100,7 +106,7 @@ class Predictor:
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
         self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if stage == "denoise" else ""))
-        job = StageJob(stage, self.topology, plan, self.request, dict(self.configs))
+        job = StageJob(stage, self.topology, plan, self.request, dict(self.configs), dict(self.compiler_options))
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",
@@ -114,6 +120,8 @@ class Predictor:
                 f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
                 f"{'parallel=ulysses_sharded, ' if stage == 'denoise' else ''}or a smaller video ({outcome.error})"
             )
+        if outcome.error and outcome.error.startswith("compiler_options"):
+            raise UserError(outcome.error)
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}

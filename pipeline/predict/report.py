@@ -1,11 +1,12 @@
 """A prediction as a record and on a terminal, next to what was reported for the published pipeline."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 import offline_tpu
+from offline_tpu.options import options_text
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
@@ -37,7 +38,11 @@ SEED_KERNEL_MS = {"1x12x39826x64": 24.0}
 
 
 def make_report(
-    request: GenerateRequest, topology: str, prediction: VideoPrediction, config_source: str
+    request: GenerateRequest,
+    topology: str,
+    prediction: VideoPrediction,
+    config_source: str,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> PredictionRecord:
     """Return the record of a prediction. All times and bytes are predicted, but for the field `reported`."""
     stages: dict[str, StagePrediction] = {
@@ -57,6 +62,7 @@ def make_report(
         topology=topology,
         request=dataclasses.asdict(request),
         config_source=config_source,
+        compiler_options=dict(compiler_options or {}),
         plan=decode(prediction.plan.to_dict(), Plan),
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
@@ -102,6 +108,8 @@ def print_report(report: PredictionRecord) -> None:
         "nothing was run"
     )
     print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
+    if report.compiler_options:
+        print(f"  compiler options {options_text(report.compiler_options)}")
     for stage, result in report.stages.items():
         _print_stage(report, stage, result)
     for stage, reason in report.failures.items():
@@ -148,6 +156,7 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     newest: dict[tuple[str, str], PredictionRecord] = {}
     for report in reports:
         case = f"{report.video.size}, {report.video.num_inference_steps} steps on {report.topology}"
+        case += f", {options_text(report.compiler_options)}" if report.compiler_options else ""
         key = (case, str(_plan(report)))
         newest[key] = _joined(newest[key], report) if key in newest else report
     lines = [

@@ -91,6 +91,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
 
     Attributes:
       topology: of the chips, e.g. "v6e-8".
+      compiler_options: flags of libtpu that were given; empty: its defaults.
       config_source: where the checkpoint's configurations are from.
       step_time_s: of a denoising step, with the attention kernel that the plan is about.
       step_time_own_kernel_s: the same with this project's kernel.
@@ -105,6 +106,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     schema_version: int = 3
     topology: str
     config_source: str = ""
+    compiler_options: dict[str, str] = msgspec.field(default_factory=dict)
     plan: Plan
     step_time_s: float | None
     step_time_own_kernel_s: float | None = None

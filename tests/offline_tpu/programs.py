@@ -33,6 +33,10 @@ def matmul() -> Program:
     return lambda a, b: a @ b, (_array(4096, 4096), _array(4096, 4096)), {}
 
 
+def matmul_with_more_vmem() -> Program:
+    return *matmul()[:2], {"compiler_options": {"xla_tpu_scoped_vmem_limit_kib": 65536}}
+
+
 def copy() -> Program:
     import jax.numpy as jnp
 

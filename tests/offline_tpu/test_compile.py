@@ -107,6 +107,7 @@ def test_an_unknown_device_is_refused() -> None:
         (["no_such_module:f"], "No module named 'no_such_module'"),
         (["jax.numpy:sin", "bfloat16"], "'bfloat16': expected an array as DTYPE[SIZE,SIZE]"),
         (["jax.numpy:sin", "float32[8]", "--device", "v4"], "device='v4': not supported"),
+        (["jax.numpy:sin", "float32[8]", "--compiler-options", "xla_a"], "compiler_options=xla_a: expected name=value"),
     ],
 )
 def test_bad_arguments_of_the_command_are_one_line(

@@ -19,9 +19,9 @@ from splash_workbench.records import jsonl
 pytestmark = pytest.mark.compile
 
 NAMES = (
-    "matmul copy repeated scan data_dependent_loop named_loop conditional one_matmul two_matmuls two_branches "  # noqa: SIM905
-    "nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid named_traced_grid all_reduce all_to_all "
-    "all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
+    "matmul matmul_with_more_vmem copy repeated scan data_dependent_loop named_loop conditional one_matmul "  # noqa: SIM905
+    "two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid "
+    "named_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
 )
 STEPS, HEAVY_STEPS, TRIPS = 8, 3, 42
 HBM_BYTES_PER_S, LINK_BYTES_PER_S = 1638e9, 100e9
@@ -52,6 +52,12 @@ def op(predictions: dict[str, Any]) -> Any:
 def executed_matmuls(op: dict[str, Any]) -> float:
     """Executed slots of the matrix unit, in the unit of `one_matmul`."""
     return op["utilization"]["MATMUL"] * op["cycles"]
+
+
+def test_compiler_options_reach_the_compiler_and_are_kept(predictions: dict[str, Any], op: Any) -> None:
+    assert predictions["matmul"]["compiler_options"] == {}
+    assert predictions["matmul_with_more_vmem"]["compiler_options"] == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    assert op("matmul_with_more_vmem", "fusion")["vmem_bytes"] != op("matmul", "fusion")["vmem_bytes"]
 
 
 def test_a_big_matmul_takes_the_cycles_of_its_flops(op: Any) -> None:

@@ -84,6 +84,8 @@ def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...]
         ("max_trials=2", "max_trials: no such key; did you mean search.max_trials? See --help"),
         ("space.blok_q=[128]", "space.blok_q: no such key; did you mean space.block_q"),
         ("--max-trials", "--max-trials: no such option; expected key=value; did you mean search.max_trials?"),
+        ("compiler_options.xla_a=[1]", "compiler_options.xla_a=[1]: expected a number, a string, true or false."),
+        ("compiler_option.xla_a=1", "compiler_option.xla_a: no such key"),
         ("backend.measure.nope.too=1", "Could not override 'backend.measure.nope.too'"),
         ("device=v4", "device=v4: its two TensorCores share a kernel's grid"),
         ("device=v9", "device=v9: no such option; expected one of local, v5e, v6e, v7x"),

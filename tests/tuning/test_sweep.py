@@ -235,6 +235,20 @@ def test_every_fate_is_recorded_and_only_ok_can_win(make_settings: MakeSettings,
     assert heatmap.draw(result.trials) is not None
 
 
+def test_compiler_options_are_on_record_and_make_a_context_of_their_own(make_settings: MakeSettings) -> None:
+    without = sweep(with_job("bowl", make_settings()), report=quiet)
+    options = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    settings = with_job("bowl", make_settings())
+    timed = dataclasses.replace(settings.backend, timed=True)
+    said: list[str] = []
+    result = sweep(dataclasses.replace(settings, backend=timed, compiler_options=options), report=said.append)
+    assert {tuple(trial.compiler_options.items()) for trial in result.trials} == {tuple(options.items())}
+    assert result.directory != without.directory
+    assert "compiler options: xla_tpu_scoped_vmem_limit_kib=65536" in said
+    with pytest.raises(ValueError, match="compiler_options: expected none with backend=interpret"):
+        dataclasses.replace(settings, compiler_options=options)
+
+
 def test_two_sweeps_of_one_context_do_not_mix(make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = with_job("bowl", make_settings(search=SearchSettings(sampler="grid", max_trials=1, seed=0)))
     with pytest.raises(UserError, match="another sweep"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from offline_tpu.machine import devices
 from offline_tpu.machine.devices import DeviceSpec
+from offline_tpu.options import options_text
 from splash_workbench import provenance
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.status import Status
@@ -48,6 +49,11 @@ def no_variables(target: Target, worker_dir: Path) -> Mapping[str, str]:
     return {}
 
 
+def any_options(target: Target, options: Mapping[str, str]) -> None:
+    """Leave it to the candidates what becomes of compiler options."""
+    del target, options
+
+
 def probe(trouble: str, **variables: str) -> dict[str, Any]:
     """Return the platform and device_kind that JAX finds in a worker with these environment variables.
 
@@ -72,6 +78,7 @@ class Backend:
       sources: patterns of the files that make the figure; see `provenance.source_hash`.
       find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.
       worker_env: (device, folder of the worker) -> environment variables that the worker starts with.
+      check_options: (device, compiler options) -> None. Raises UserError where the compiler refuses them.
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.
       timed: whether an ok trial has a time.
@@ -82,14 +89,22 @@ class Backend:
     sources: tuple[str, ...]
     find_target: Callable[[str], Target] = named_device
     worker_env: Callable[[Target, Path], Mapping[str, str]] = no_variables
+    check_options: Callable[[Target, Mapping[str, str]], None] = any_options
     cacheable: bool = True
     exclusive: bool = False
     timed: bool = True
 
 
-def context_of(workload: Workload, target: Target, backend: Backend, captured: provenance.Environment) -> str:
+def context_of(
+    workload: Workload,
+    target: Target,
+    backend: Backend,
+    captured: provenance.Environment,
+    compiler_options: Mapping[str, str] | None = None,
+) -> str:
     """Return a hash of everything that makes the times of two trials comparable, the candidate apart."""
     flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
     sources = (captured.kernel_hash, captured.backend_hash)
-    parts = [str(workload.shape), workload.dtype, target.device_kind, backend.name, *sources]
+    options = [options_text(compiler_options)] if compiler_options else []
+    parts = [*options, str(workload.shape), workload.dtype, target.device_kind, backend.name, *sources]
     return provenance.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))

@@ -32,6 +32,7 @@ class Evaluator:
       timeout_s: limit of one trial.
       measure: fields of tuning.backends.timing.MeasureSettings.
       cache_dir: where numerics checks are shared between candidates.
+      compiler_options: flags of libtpu for every candidate.
       cache: of whole outcomes, for backends that time nothing; None: compile anew.
     """
 
@@ -45,6 +46,7 @@ class Evaluator:
     measure: Mapping[str, Any]
     cache_dir: Path
     cache: JobCache | None = None
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
         """Return the Trial of a candidate, whatever becomes of it.
@@ -68,6 +70,7 @@ class Evaluator:
             "device": self.target.name,
             "cache_dir": str(self.cache_dir.absolute()),
             "measure": dict(self.measure),
+            "compiler_options": dict(self.compiler_options),
         }
 
         trial = functools.partial(self._trial, block_sizes, options, kernel)
@@ -118,6 +121,7 @@ class Evaluator:
             "backend": self.backend.name,
             "block_sizes": block_sizes,
             "variant": dict(options),
+            "compiler_options": dict(self.compiler_options),
             "status": outcome.status,
             "environment": self.environment,
             "wall_time_s": outcome.wall_time_s,

@@ -29,6 +29,7 @@ class Request:
     device: str
     cache_dir: Path | None
     measure: timing.MeasureSettings
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> "Request":

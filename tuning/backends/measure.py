@@ -54,7 +54,8 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     ]
     start = time.perf_counter()
     try:
-        compiled = jax.jit(request.timed(implementation)).lower(*arguments).compile()
+        lowered = jax.jit(request.timed(implementation)).lower(*arguments)
+        compiled = lowered.compile(compiler_options={**request.compiler_options} or None)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start

@@ -1,24 +1,30 @@
 """Compile for a device that is not here, and read the compiler's schedule."""
 
+import functools
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 import offline_tpu
 from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
+from splash_workbench.errors import UserError
 from splash_workbench.files import require_writable
 from splash_workbench.status import Status, compile_error
+from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request, check_numerics
 
 #: More than the dumps of one candidate take: two together took 93 MiB.
 DUMP_BYTES = 64 * 2**20
+_TRY_TIMEOUT_S = 300.0
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
@@ -31,12 +37,36 @@ def _find_target(device: str) -> Target:
     return named_device(device)
 
 
+def _check_options(target: Target, options: Mapping[str, str]) -> None:
+    payload = {"device": target.name, "compiler_options": dict(options)}
+    with tempfile.TemporaryDirectory() as work_dir:
+        outcome = Runner(Path(work_dir)).run(
+            "tuning.backends.offline:try_options",
+            payload,
+            timeout_s=_TRY_TIMEOUT_S,
+            variables=functools.partial(_worker_env, target),
+        )
+    if outcome.status is not Status.OK:
+        raise UserError(f"{outcome.error}")
+
+
+def try_options(payload: dict[str, Any]) -> dict[str, Any]:
+    """Compile the smallest program with the compiler options of the payload, for its device."""
+    x = jax.ShapeDtypeStruct((8, 128), "float32")
+    try:
+        offline_tpu.predict(jnp.exp, x, device=payload["device"], compiler_options=payload["compiler_options"])
+    except ValueError as error:
+        raise compile_error(error) from error
+    return {}
+
+
 OFFLINE = Backend(
     name="offline",
     job="tuning.backends.offline:predict_candidate",
     sources=(*offline_tpu.SOURCES, "tuning/backends/kernels.py"),
     find_target=_find_target,
     worker_env=_worker_env,
+    check_options=_check_options,
 )
 
 
@@ -51,7 +81,13 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     try:
         timed = request.timed("pallas_tpu")
-        prediction = offline_tpu.predict(timed, *request.abstract_args(), device=device, grid_sizes=assumed.grid_sizes)
+        prediction = offline_tpu.predict(
+            timed,
+            *request.abstract_args(),
+            device=device,
+            grid_sizes=assumed.grid_sizes,
+            compiler_options=request.compiler_options,
+        )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         if any(frame.f_globals["__name__"] == dump.__name__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # a dump that a full disk tore

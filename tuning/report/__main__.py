@@ -29,6 +29,7 @@ _PICTURE_PATTERNS = ("roofline-*.svg", "parity.svg")
 def main(settings: ReportSchema) -> int:
     """Run the command; return its exit code."""
     from tuning.report import inputs, page
+    from tuning.validate.record import on_record
 
     results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
     tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
@@ -54,8 +55,8 @@ def main(settings: ReportSchema) -> int:
             temporary.write_text(content, encoding="utf-8")
     for line in read.torn:
         print(f"warning: {line}", file=sys.stderr)
-    if not validation.exists():
-        print(f"no predictions beside the reported times: python -m tuning.validate json={validation}")
+    if on_record(validation) is None:
+        print("no predictions beside the reported times: python -m tuning.validate")
     print(f"{output / 'index.html'} ({len(files['index.html'].encode()) / 1000:.0f} kB), {output / 'report.md'}")
     return 0
 

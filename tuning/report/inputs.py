@@ -13,7 +13,7 @@ from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
 from tuning.trials.records import TRIALS_FILE, Trial
 from tuning.trials.workloads import named_apart
-from tuning.validate.record import Validation
+from tuning.validate.record import Validation, on_record
 
 T = TypeVar("T")
 
@@ -115,10 +115,12 @@ class _Reader:
         return tuple(entries)
 
     def validation(self, path: Path) -> Validation:
-        """Read what `tuning.validate` wrote."""
-        validation = Validation.read(path)
-        if validation.libtpu is not None:
-            self.count(self.shown(path), len(validation.rows), "comparison")
+        """Read what `tuning.validate` wrote: a file, or of a folder the widest set."""
+        file = on_record(path)
+        if file is None:
+            return Validation.reported_alone()
+        validation = Validation.read(file)
+        self.count(self.shown(file), len(validation.rows), "comparison")
         return validation
 
 
@@ -161,7 +163,7 @@ def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFi
 
 
 def _kind(trial: Trial) -> tuple[object, ...]:
-    return trial.shape, trial.dtype, trial.device_kind, trial.backend
+    return trial.shape, trial.dtype, trial.device_kind, trial.backend, str(trial.compiler_options)
 
 
 def _title(file: TrialFile) -> tuple[str, ...]:

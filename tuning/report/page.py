@@ -17,11 +17,13 @@ from tuning.report.parts import Tile
 from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate.agreement import BAND, pairs_of, parity
-from tuning.validate.record import Validation, pair_of
+from tuning.validate.record import LISTED_ERROR, Validation
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Half of the error bars' width is at least this error.
 _LEAST_SCALE = 0.05
+#: Of more comparisons only those far off are listed.
+_MOST_ROWS = 40
 
 
 def make(
@@ -60,6 +62,7 @@ def make(
         "page": page,
         "missing": parts.MISSING,
         "band": BAND,
+        "listed_error": LISTED_ERROR,
         "results_dir": results_dir.as_posix(),
         "validation_path": validation_path.as_posix(),
         "light": charts.css(0),
@@ -79,10 +82,15 @@ def make(
 
 
 def _validated(validation: Validation) -> dict[str, Any]:
-    """Return predictions beside reported times; fitted: whether the time model's constants are fitted on these."""
-    rows = sorted(validation.rows, key=lambda row: (-row.reported_ms, row.shape, row.config))
+    """Return predictions beside reported times.
+
+    validation_rows: all, or of many those that are off by more than LISTED_ERROR; fitted: whether the time model's
+    constants are fitted on these.
+    """
+    many = len(validation.rows) > _MOST_ROWS
+    rows = validation.listed if many else sorted(validation.rows, key=lambda row: (-row.reported_ms, row.id))
     errors = [(row, None if row.ratio is None else row.ratio - 1) for row in rows]
-    points = [pair for row in rows if (pair := pair_of(row, "reported")) is not None]
+    points = [pair for row in validation.rows if (pair := row.pair) is not None]
     titles = {
         f"pair-{n}": f"{p.name}: {p.actual_ms:g} ms reported, {p.predicted_ms:.3f} ms predicted"
         for n, p in enumerate(points)
@@ -90,9 +98,10 @@ def _validated(validation: Validation) -> dict[str, Any]:
     return {
         "validation": validation,
         "validation_rows": errors,
+        "only_listed": many,
         "scale": max([_LEAST_SCALE, *(abs(error) for _, error in errors if error is not None)]),
         "parity": charts.to_svg(parity(points), "parity", titles) if points else None,
-        "fitted": validation.source == Reported.read(DEFAULT_PATH).source,
+        "fitted": validation.sources == (Reported.read(DEFAULT_PATH).source,),
     }
 
 
@@ -110,10 +119,9 @@ def _tiles(
         where = pairs[0][1] if len(pairs) == 1 else f"{len(pairs)} workloads and devices"
         found.append(Tile(value, f"times as fast as the best other kernel, kernel alone: {where}", label))
     if validation.median_abs_error is not None:
-        text = (
-            f"median error of {len(validation.rows)} predictions beside times reported on a real "
-            f"{parts.device_title(validation.device_kind)}"
-            + (", on which three constants are fitted" if fitted else "")
+        chips = ", ".join(map(parts.device_title, validation.device_kinds))
+        text = f"median error of {validation.row_count} predictions beside times reported on a real {chips}" + (
+            ", on which three constants are fitted" if fitted else ""
         )
         found.append(Tile(parts.percent(validation.median_abs_error, 1), text, Label.PREDICTED))
     for case in [case for case in cases if case.reported] or cases[:1]:

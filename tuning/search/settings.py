@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from offline_tpu.options import checked_options
 from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
 from splash_workbench.workers.room import check_timeout_s, worker_count
@@ -51,6 +52,7 @@ class SweepSchema:
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
     timeout_s: float = MISSING
     vmem_pruning: bool = MISSING
@@ -85,6 +87,7 @@ class SweepSettings:
     cache: bool
     promote: bool | str
     progress: bool
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.promote not in (True, False, "shipped"):
@@ -93,6 +96,8 @@ class SweepSettings:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
+        if self.compiler_options and not self.backend.timed:
+            raise ValueError(f"compiler_options: expected none with backend={self.backend.name}: it times nothing.")
         check_timeout_s(self.timeout_s)
         if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
@@ -130,6 +135,7 @@ def settings_from(config: SweepSchema) -> SweepSettings:
             first=tuple(_flat(parameters) for parameters in space["first"]),
             max_block_scores=space["max_block_scores"],
         ).fitted_to(workload.shape),
+        compiler_options=checked_options(config.compiler_options),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
         **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},

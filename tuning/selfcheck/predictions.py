@@ -170,7 +170,8 @@ def _recorded(path: Path, task: Task, topology: str | None, version: str | None)
         plan = msgspec.to_builtins(record.plan)
         stage = record.stages.get(task.part)
         same_plan = task.part != "denoise" or all(task.config.get(name) == value for name, value in plan.items())
-        if stage is None or (record.topology, sizes) != (topology, task.arguments) or not same_plan:
+        same_call = (record.topology, sizes, record.compiler_options) == (topology, task.arguments, {})
+        if stage is None or not (same_call and same_plan):
             continue
         if record.environment.versions.get("libtpu") == version:
             program = stage.programs[-1] if task.part == "vae" else stage

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from offline_tpu.options import options_text
 from splash_attn import tuned
 from splash_attn.types import Variant
 from splash_workbench.files import atomic_path
@@ -81,6 +82,8 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
     path = tuned.path_for(winner.device_kind, directory or tuned.user_dir())
     if not winner.device_kind.startswith("TPU"):
         return Promotion(False, f"{winner.device_kind!r} is not a TPU", path)
+    if winner.compiler_options:
+        return Promotion(False, f"attention() runs without {options_text(winner.compiler_options)}", path)
     better, reason = _compare(winner, new, trials, directory)
     if not better:
         return Promotion(False, reason, path)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offline_tpu.options import options_text
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.provenance import Environment
@@ -67,6 +68,7 @@ class Trial:
       device, device_kind, backend: what it was compiled for or run on, and how.
       block_sizes: of the kernel, None for a kernel without.
       variant: of the kernel, as a dict.
+      compiler_options: flags of libtpu that were given for this program; empty: its defaults.
       status: how it ended.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
@@ -108,6 +110,7 @@ class Trial:
     compile_time_s: float | None = None
     wall_time_s: float | None = None
     ops: tuple[OpCost, ...] = ()
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     numerics: Numerics | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -146,8 +149,8 @@ class Trial:
 
     @property
     def config(self) -> str:
-        """Block sizes and variant in one short string."""
-        variant = [f"{name}={value}" for name, value in self.variant.items()]
+        """Block sizes, variant and compiler options in one short string."""
+        variant = [f"{name}={value}" for name, value in (self.variant | self.compiler_options).items()]
         return " ".join([*([str(self.block_sizes)] if self.block_sizes else []), *variant])
 
 
@@ -204,6 +207,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "block_kv": blocks.block_kv if blocks else None,
         "block_kv_compute": blocks.block_kv_compute if blocks else None,
         **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
+        "compiler_options": options_text(trial.compiler_options) or None,
         "status": trial.status.value,
         **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
         "kernel_ms": trial.kernel_time_ms,

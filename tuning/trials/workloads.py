@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from omegaconf import OmegaConf
 
 from splash_attn.types import AttentionShape
-from splash_workbench.provenance import CONFIG_DIR
+from splash_workbench.provenance import CONFIG_DIR, stable_hash
 
 if TYPE_CHECKING:
     from tuning.trials.records import Trial
@@ -106,13 +106,22 @@ def named_apart(trials: Sequence["Trial"]) -> list["Trial"]:
     for name, trial in named:
         identity = (trial.shape, trial.dtype)
         right = len(meanings[name]) == 1 or published.get(name) == identity
-        found.append(dataclasses.replace(trial, workload=name if right else _derived(name, *identity)))
+        name = name if right else _derived(name, *identity)
+        found.append(dataclasses.replace(trial, workload=_with_options(name, trial.compiler_options)))
     return found
 
 
 def _clean(name: str) -> str:
     """Return a name with "x" in place of each character that does not belong in one, and cut to length."""
     return re.sub(r"[^A-Za-z0-9_.+-]|\.(?=\.)|^[^A-Za-z0-9]", "x", name)[:_MAX_NAME_LENGTH] or "x"
+
+
+def _with_options(name: str, options: Mapping[str, str]) -> str:
+    """Return a name that trials with other compiler options do not have."""
+    suffix = "".join(f"+{option}-{_clean(value)}" for option, value in options.items())
+    if name.endswith(suffix):
+        return name
+    return name + suffix if len(name + suffix) <= _MAX_NAME_LENGTH else f"{name}+options-{stable_hash(suffix)[:8]}"
 
 
 def _derived(name: str, shape: AttentionShape, dtype: str) -> str:

@@ -1,14 +1,22 @@
 """The record of `python -m tuning.validate`, which the report reads."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
 from offline_tpu import Prediction
 from splash_workbench.status import Label
-from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow
-from tuning.validate.agreement import Pair, Summary
+from tuning.trials.reported import DEFAULT_PATH
+from tuning.validate.agreement import Pair, Summary, summarize
+from tuning.validate.rows import MeasuredRow, read
+from tuning.validate.sets import SIZES
+
+#: A row's error beyond which it is listed with what bounds it.
+LISTED_ERROR = 0.15
+_OPS_KEPT = 5
+_UNRESOLVED_KEPT = 5
 
 
 class OpTime(msgspec.Struct, frozen=True):
@@ -20,84 +28,199 @@ class OpTime(msgspec.Struct, frozen=True):
     bound: str
 
 
-class Comparison(ReportedRow, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """One reported time and the prediction for the same call.
+class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
+    """The predicted time of a row's program.
 
     Attributes:
-      reported_ms: the row's median_time_ms.
-      predicted_ms: None where the call could not be predicted; `error` then says why.
-      ratio: predicted over reported.
-      bound: what limits the op that takes longest: compute, hbm or link.
-      ops: the parts of the prediction, longest first.
-      unresolved: what the prediction had to assume.
+      predicted_ms: of the whole program.
+      bound: what limits the op that takes longest: compute, hbm or link; bottleneck: the unit that does.
+      shares: of the time, by the ops' categories, the largest first.
+      ops: the longest, the longest first.
+      unresolved: what the prediction had to assume, the first few; unresolved_count: all.
+      interval_ms: in which four fifths of the measured times are expected; None where the prediction says none.
     """
 
-    reported_ms: float
-    predicted_ms: float | None = None
-    ratio: float | None = None
-    bound: str | None = None
-    ops: tuple[OpTime, ...] = ()
+    predicted_ms: float
+    bound: str
+    bottleneck: str
+    shares: dict[str, float]
+    ops: tuple[OpTime, ...]
     unresolved: tuple[str, ...] = ()
-    error: str | None = None
+    unresolved_count: int = 0
+    interval_ms: tuple[float, float] | None = None
 
     @classmethod
-    def failed(cls, row: ReportedRow, error: str | None) -> Self:
-        """Return the comparison of a row that could not be predicted; without an error, of one that was not."""
-        return cls(**row.to_dict(), reported_ms=row.median_time_ms, error=error)
-
-    @classmethod
-    def predicted(cls, row: ReportedRow, prediction: Prediction) -> Self:
-        """Return the comparison of a row with its prediction."""
+    def of(cls, prediction: Prediction) -> Self:
+        """Return what a record keeps of a prediction."""
         ops = sorted(prediction.ops, key=lambda op: -op.time_s)
-        predicted_ms = prediction.time_s * 1e3
+        sums: dict[str, float] = {}
+        for op in ops:
+            sums[op.category] = sums.get(op.category, 0.0) + op.time_s
+        interval_s: tuple[float, float] | None = getattr(prediction, "interval_s", None)
         return cls(
-            **row.to_dict(),
-            reported_ms=row.median_time_ms,
-            predicted_ms=predicted_ms,
-            ratio=predicted_ms / row.median_time_ms,
-            bound=ops[0].bound,
-            ops=tuple(OpTime(op.name, op.time_s, op.cycles, op.bound) for op in ops),
-            unresolved=tuple(f"{op.name}: {text}" for op in ops for text in op.unresolved),
+            predicted_ms=prediction.time_s * 1e3,
+            bound=ops[0].bound if ops else "compute",
+            bottleneck=ops[0].bottleneck if ops else "scalar unit",
+            shares={
+                name: time_s / prediction.time_s
+                for name, time_s in sorted(sums.items(), key=lambda item: -item[1])
+                if time_s
+            },
+            ops=tuple(OpTime(op.name, op.time_s, op.cycles, op.bound) for op in ops[:_OPS_KEPT]),
+            unresolved=tuple(text[:200] for text in prediction.unresolved[:_UNRESOLVED_KEPT]),
+            unresolved_count=len(prediction.unresolved),
+            interval_ms=(interval_s[0] * 1e3, interval_s[1] * 1e3) if interval_s else None,
         )
 
 
-def pair_of(comparison: Comparison, group: str) -> Pair | None:
-    """Return both times of a comparison; None where the call could not be predicted."""
-    if comparison.predicted_ms is None:
-        return None
-    name, times = f"{comparison.shape} {comparison.config}", (comparison.reported_ms, comparison.predicted_ms)
-    return Pair(group, name, Label.REPORTED, *times, comparison.unresolved)
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One row beside the prediction for the same call.
+
+    Attributes:
+      id, device_kind, op, compiler_options, p_state: of the row; shape, config: in words.
+      reported_ms: median of its times.
+      status: predicted; failed: its program does not compile, or cannot be read; unmade: it cannot be made again;
+        reported: it was not tried.
+      ratio: predicted over reported; abs_error: |ratio - 1|.
+      error: why there is no prediction.
+      The others: see RowPrediction.
+    """
+
+    id: str
+    device_kind: str
+    op: str
+    shape: str
+    config: str
+    reported_ms: float
+    status: Literal["predicted", "failed", "unmade", "reported"]
+    predicted_ms: float | None = None
+    ratio: float | None = None
+    abs_error: float | None = None
+    error: str | None = None
+    interval_ms: tuple[float, float] | None = None
+    bound: str | None = None
+    bottleneck: str | None = None
+    shares: dict[str, float] = {}
+    ops: tuple[OpTime, ...] = ()
+    unresolved: tuple[str, ...] = ()
+    unresolved_count: int = 0
+    compiler_options: dict[str, str] = {}
+    p_state: int | None = None
+
+    @classmethod
+    def predicted(cls, row: MeasuredRow, prediction: RowPrediction) -> Self:
+        """Return the comparison of a row with its prediction."""
+        ratio = prediction.predicted_ms / row.time_ms
+        fields = msgspec.structs.asdict(prediction)
+        return cls(**_fields(row), **fields, status="predicted", ratio=ratio, abs_error=abs(ratio - 1))
+
+    @classmethod
+    def without(
+        cls, row: MeasuredRow, status: Literal["failed", "unmade", "reported"], error: str | None = None
+    ) -> Self:
+        """Return the comparison of a row that is not predicted."""
+        return cls(**_fields(row), status=status, error=error)
+
+    @property
+    def pair(self) -> Pair | None:
+        """Return both times; None where the row could not be predicted."""
+        if self.predicted_ms is None:
+            return None
+        return Pair(
+            group=self.op,
+            name=f"{self.shape} {self.config}".strip(),
+            label=Label.REPORTED,
+            actual_ms=self.reported_ms,
+            predicted_ms=self.predicted_ms,
+            notes=self.unresolved,
+            device_kind=self.device_kind,
+            interval_ms=self.interval_ms,
+        )
+
+
+def _fields(row: MeasuredRow) -> dict[str, Any]:
+    names = ("id", "device_kind", "op", "compiler_options", "p_state", "shape")
+    return {name: getattr(row, name) for name in names} | {"config": row.settings, "reported_ms": row.time_ms}
+
+
+class Group(Summary, frozen=True, kw_only=True):
+    """How good the predictions of one program on one chip are."""
+
+    op: str
+    device_kind: str
 
 
 class Validation(Summary, frozen=True, kw_only=True):
-    """All comparisons and what they come to.
+    """All comparisons of a set and what they come to.
 
     Attributes:
-      source, device_kind: of the reported times.
-      libtpu: what predicted; None where only the reported times are known.
+      name: of the set, or of the file or folder of rows.
+      sources: of the reported times.
+      versions: of Python and of the packages that predicted; empty where only the reported times are known.
+      groups: by program and chip.
       measured: the same of trials that were both measured and predicted: a summary, and its pairs.
       picture: path of the parity plot.
     """
 
-    source: str
-    device_kind: str
-    libtpu: str | None
+    name: str
+    sources: tuple[str, ...]
     rows: tuple[Comparison, ...]
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
     measured: dict[str, Any] | None = None
     picture: str | None = None
 
+    @property
+    def device_kinds(self) -> tuple[str, ...]:
+        """Return the chips of the rows, in their order."""
+        return tuple(dict.fromkeys(row.device_kind for row in self.rows))
+
+    @property
+    def listed(self) -> tuple[Comparison, ...]:
+        """Return the rows that are off by more than LISTED_ERROR, the worst first."""
+        off = [row for row in self.rows if row.abs_error is not None and row.abs_error > LISTED_ERROR]
+        return tuple(sorted(off, key=lambda row: -(row.abs_error or 0.0)))
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Comparison], **fields: Any) -> Self:
+        """Return the comparisons with their figures."""
+        pairs = dict.fromkeys((row.op, row.device_kind) for row in rows)
+        groups = [
+            Group(op=op, device_kind=kind, **_summary(row for row in rows if (row.op, row.device_kind) == (op, kind)))
+            for op, kind in sorted(pairs)
+        ]
+        return cls(name=name, rows=tuple(rows), groups=tuple(groups), **_summary(rows), **fields)
+
+    @classmethod
+    def reported_alone(cls) -> Self:
+        """Return the rows of the set "splash" without predictions."""
+        rows = read(DEFAULT_PATH)
+        return cls.of("splash", [Comparison.without(row, "reported") for row in rows], sources=(rows[0].source,))
+
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `python -m tuning.validate` wrote; where there is no file, return the reported times alone.
+        """Read what `python -m tuning.validate` wrote.
 
         Raises:
           ValueError: the file is not of that form; the message gives the path of the field.
         """
-        if not path.exists():
-            reported = Reported.read(DEFAULT_PATH)
-            rows = tuple(Comparison.failed(row, None) for row in reported.rows)
-            return cls(source=reported.source, device_kind=reported.device_kind, libtpu=None, rows=rows)
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except msgspec.DecodeError as error:
-            raise ValueError(f"{path}: {error}; write it with `python -m tuning.validate json={path}`.") from error
+            raise ValueError(f"{path}: {error}; write it again with `python -m tuning.validate`.") from error
+
+
+def on_record(path: Path) -> Path | None:
+    """Return the file of the widest set in a folder, or the path itself if it is a file; None where there is none."""
+    if not path.is_dir():
+        return path if path.exists() else None
+    return next((file for name in reversed(SIZES) if (file := path / f"{name}.json").exists()), None)
+
+
+def _summary(rows: Iterable[Comparison]) -> dict[str, Any]:
+    rows = list(rows)
+    statuses = [row.status for row in rows]
+    summary = summarize(
+        [pair for row in rows if (pair := row.pair)], statuses.count("failed"), statuses.count("unmade")
+    )
+    return msgspec.structs.asdict(summary)

@@ -81,6 +81,20 @@ def test_the_table_has_one_line_a_case_and_says_what_was_reported(request_of):
     assert "reported" in table.splitlines()[-1]
 
 
+def test_compiler_options_are_in_the_record_and_in_the_table(request_of, capsys):
+    request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
+    prediction = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, {})
+    report = make_report(request, "v6e-8", prediction, "built in", {"xla_a": "1"})
+    print_report(report)
+    assert "compiler options xla_a=1" in capsys.readouterr().out
+    plain = _report(request_of, denoise=_denoise(0.8))
+    lines = [line for line in markdown_table([report, plain]).splitlines() if "ulysses" in line]
+    assert len(lines) == 2 and sum("on v6e-8, xla_a=1 |" in line for line in lines) == 1
+    older = encode(plain.without_ops())
+    del older["compiler_options"]
+    assert decode(older, PredictionRecord).compiler_options == {}
+
+
 def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}

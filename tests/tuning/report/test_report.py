@@ -2,7 +2,6 @@
 
 import dataclasses
 import html.parser
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def fill(tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial, samples: Simp
         samples.write_lines(results / "predict.jsonl", samples.predicted())
         samples.write_lines(results / "generate.jsonl", samples.generated())
         samples.write_lines(results / "quality.jsonl", samples.judged())
-        (results / "validate.json").write_text(json.dumps(samples.validated()))
+        samples.write_lines(results / "validate" / "quick.json", samples.validated(name="quick"))
         return results
 
     return fill
@@ -80,7 +79,7 @@ def _outputs(folder: Path) -> dict[str, bytes]:
 def test_without_records_the_page_says_what_to_run(run: Run, tmp_path: Path) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
-    assert "python -m tuning.validate json=results/validate.json" in out
+    assert "python -m tuning.validate" in out
     for name in ("index.html", "report.md"):
         text = (tmp_path / "results" / "report" / name).read_text()
         for command in ("tuning.sweep", "tuning.peers", "tuning.validate", "pipeline.predict", "pipeline.generate"):
@@ -176,7 +175,7 @@ def test_every_figure_of_the_sample_is_there_with_its_label(run: Run, fill: Call
     # 2.0 ms of a kernel of 1.5; the peer's kernel takes 3.0.
     assert "**2.00** times as fast as the best other kernel, kernel alone: tiny on TPU v6e (predicted)" in text
     assert "| jax_splash | 256/512/128 | – | 3.000 | 4.500 | predicted |" in text  # noqa: RUF001
-    assert "| 1x16384x32x64 | 2048/2048/512 sss lp | 10.000 | 9.500 | −5.0 % |" in text  # noqa: RUF001
+    assert "| splash_attention 1x16384x32x64 | 2048/2048/512 sss lp | 10.000 | 9.500 | −5.0 % |" in text  # noqa: RUF001
     # 50 steps of 0.5 s, and two stages of 0.5 s.
     assert "| predicted | 0.500 | 0.500 | 25.0 | 0.500 | 26.0 | 8.00 | 32 | 38 % |" in text
     assert "| denoise | 0.250 | 2.00 | 1.50 | 3 | 0.500 | 0.250 | 0.750 |" in text
@@ -221,11 +220,11 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
             "3 PSNR and 1 SSIM figures: expected one of each",
         ),
         ("quality.jsonl", lambda samples: [_without(samples.judged(), "label")], "missing required field `label`"),
-        ("validate.json", lambda samples: ["{}"], "validate.json: Object missing required field `source`"),
+        ("validate/quick.json", lambda samples: ["{}"], "quick.json: Object missing required field `name`"),
         (
-            "validate.json",
+            "validate/quick.json",
             lambda samples: ["nothing"],
-            "write it with `python -m tuning.validate json=",
+            "write it again with `python -m tuning.validate`",
         ),
         ("sweeps/x/trials.jsonl", lambda samples: ["{}"], "trials.jsonl:1: not a Trial"),
         ("../tuned/x.json", lambda samples: ["{}"], "x.json: unreadable tuned entries"),

@@ -157,6 +157,12 @@ def test_a_folder_that_cannot_be_written_is_said(win: Callable[..., Promotion], 
     assert tuned.USER_VARIABLE in promotion.reason
 
 
+def test_what_attention_would_run_without_is_not_promoted(win: Callable[..., Promotion], tmp_path: Path) -> None:
+    promotion = win(compiler_options={"xla_a": "1"})
+    assert not promotion.written and promotion.reason == "attention() runs without xla_a=1"
+    assert entries(tmp_path) == []
+
+
 def test_only_a_tpu_has_entries(make_trial: MakeTrial, tmp_path: Path) -> None:
     promotion = promote(make_trial(device="cpu", device_kind="cpu", label=Label.MEASURED), [], tmp_path)
     assert not promotion.written

@@ -17,12 +17,20 @@ def test_a_trial_survives_the_disk(make_trial: MakeTrial, tmp_path: Path) -> Non
     trials = [
         make_trial(ops=({"name": "splash", "cycles": 7},), notes=("note",)),
         make_trial(status=Status.TIMEOUT, error="killed", log_tail="...", numerics=None),
+        make_trial(compiler_options={"xla_a": "1"}),
         make_trial(block_sizes=None, label=Label.REPORTED, numerics=None),
     ]
     for trial in trials:
         jsonl.append(tmp_path / "new" / "trials.jsonl", trial)
     assert records.read(tmp_path / "new" / "trials.jsonl") == trials
     assert records.read_all(tmp_path) == trials
+
+
+def test_a_record_from_before_there_were_compiler_options_is_read(make_trial: MakeTrial) -> None:
+    fields = jsonl.encode(make_trial())
+    del fields["compiler_options"]
+    assert jsonl.decode(fields, Trial).compiler_options == {}
+    assert make_trial(compiler_options={"xla_a": "1"}).config.endswith(" xla_a=1")
 
 
 @pytest.mark.parametrize("status", [status for status in Status if status is not Status.OK])

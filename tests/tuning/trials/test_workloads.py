@@ -72,3 +72,13 @@ def test_names_on_record_are_told_apart(make_trial: Callable[..., Trial]) -> Non
     suffix = "+1x24x1021x64"
     assert names == ["tiny", f"tiny{suffix}", "x.xx", f"mine{suffix}", f"mine{suffix}-float32"]
     Workload(names[2], other, "bfloat16")  # a name that can be one
+
+
+def test_trials_with_compiler_options_have_names_of_their_own(make_trial: Callable[..., Trial]) -> None:
+    options = {"xla_a": "1", "xla_b": "x/y"}
+    trials = [make_trial(workload="mine"), make_trial(workload="mine", compiler_options=options)]
+    trials.append(make_trial(workload="mine", compiler_options={f"xla_{'long' * 30}": "1"}))
+    named = workloads.named_apart(trials)
+    assert [trial.workload for trial in named[:2]] == ["mine", "mine+xla_a-1+xla_b-xxy"]
+    assert named[2].workload.startswith("mine+options-")
+    assert workloads.named_apart(named[:2])[1].workload == named[1].workload

@@ -1,4 +1,4 @@
-"""Tokamax's splash attention as a reported row called it, and the worker's job that predicts its time.
+"""Tokamax's splash attention as the rows of `tuning.trials.reported` called it.
 
 The op takes q, k, v `[batch, seq, heads, head_dim]` and transposes them itself: what was timed includes that.
 """
@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from splash_workbench.status import compile_error
 from tuning.trials.reported import ReportedRow
 
 
@@ -51,21 +50,3 @@ def abstract_args(row: ReportedRow) -> tuple[jax.ShapeDtypeStruct, ...]:
     kv_seq_len, num_kv_heads = row.kv_seq_len or row.seq_len, row.num_kv_heads or row.num_heads
     kv = jax.ShapeDtypeStruct((row.batch_size, kv_seq_len, num_kv_heads, row.head_dim), row.dtype)
     return q, kv, kv
-
-
-def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
-    """Predict a row's time, as a job. Payload: `row`, the fields of a ReportedRow, and `device`, a known name."""
-    from jax.experimental import topologies
-
-    import offline_tpu
-    from offline_tpu.machine import devices
-
-    row = ReportedRow(**payload["row"])
-    device = devices.by_name(payload["device"])
-    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)  # its errors are not the row's
-    try:
-        return offline_tpu.predict(build(row), *abstract_args(row), device=device).to_dict()
-    except offline_tpu.UnknownDumpFormatError:
-        raise
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise compile_error(error) from error

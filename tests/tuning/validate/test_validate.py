@@ -3,20 +3,24 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from splash_attn.types import Variant
 from splash_workbench.records import jsonl
 from splash_workbench.status import Label, Status
+from splash_workbench.workers.pool import Outcome
 from tuning.trials import records
 from tuning.trials.figures import save_png
 from tuning.trials.records import Trial
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate import __main__ as validate
-from tuning.validate import agreement
+from tuning.validate import agreement, table
 from tuning.validate.agreement import Pair, pairs_of, spearman, summarize
+from tuning.validate.record import Comparison, Validation
+from tuning.validate.rows import MeasuredRow
 
 ROW = {
     "batch_size": 1,
@@ -145,31 +149,166 @@ def test_the_picture_is_drawn_for_one_pair_and_for_many(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+class _FakeRunner:
+    """Predicts 1.1 times 10 ms for what can be predicted."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def cancel(self) -> None: ...
+
+    def run(self, job: str, payload: dict[str, Any], **_: Any) -> Outcome:
+        self.calls.append(payload)
+        op = payload["call"]["op"]
+        if op == "broken":
+            return Outcome(Status.COMPILE_ERROR, {}, "does not fit", "", 1.0)
+        result: dict[str, Any] = {"unmade": "no such op"} if op == "unknown" else PREDICTED
+        return Outcome(Status.OK, result, None, "", 1.0)
+
+
+PREDICTED = {
+    "predicted_ms": 12.5,
+    "bound": "hbm",
+    "bottleneck": "HBM",
+    "shares": {"kernel": 0.75, "layout": 0.25},
+    "ops": [{"name": "fusion", "time_s": 0.009, "cycles": 7, "bound": "hbm"}],
+    "interval_ms": [9.0, 11.0],
+}
+
+
+@pytest.fixture
+def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Run the command with a runner that compiles nothing: (exit code, what json= has)."""
+    _FakeRunner.calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(validate, "Runner", _FakeRunner)
+    monkeypatch.setattr(validate.offline_tpu, "check_versions", lambda: None)
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["validate", "json=out.json", "progress=false", "workers=1", *arguments])
+        code = validate.main()
+        return code, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def _ops_file(path: Path, *ops: str, device_kind: str = "TPU v6 lite") -> Path:
+    rows = [{"op": op, "arguments": {"n": n}, "times_ms": [10.0]} for n, op in enumerate(ops)]
+    return _file(path, *rows, device_kind=device_kind)
+
+
+Validated = Callable[..., tuple[int, dict[str, Any]]]
+
+
+def test_every_row_is_listed_and_counted(
+    validated: Validated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", "copy", "unknown", "broken")
+    code, content = validated("measured=mine.json")
+    assert code == 1  # one that should have been predicted was not
+    assert [row["status"] for row in content["rows"]] == ["predicted", "predicted", "unmade", "failed"]
+    row = content["rows"][0]
+    assert (row["id"], row["device_kind"], row["op"]) == ("mine-0000", "TPU v6 lite", "copy")
+    assert (row["reported_ms"], row["predicted_ms"], row["ratio"]) == (10.0, 12.5, 1.25)
+    assert (row["error"], row["abs_error"], row["bound"], row["interval_ms"]) == (None, 0.25, "hbm", [9.0, 11.0])
+    assert content["rows"][2]["error"] == "no such op"
+    assert content["rows"][3]["error"] == "compile_error: does not fit"
+    figures = [content[name] for name in ("row_count", "failed_count", "unmade_count", "within_interval")]
+    assert figures == [2, 1, 1, 1.0]
+    assert {"libtpu", "jax", "tokamax"} <= content["versions"].keys()
+    out = capsys.readouterr().out
+    assert "10 -> 12.5, ratio 1.250; bound by HBM: fusion 9 (hbm); kernel 75%, layout 25%" in out
+    assert "mine-0002 on TPU v6 lite cannot be made: no such op" in out
+    assert "mine-0003 on TPU v6 lite failed: compile_error: does not fit" in out
+    assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "results" / "validate" / "mine.json").read_text())["name"] == "mine"
+
+
+def test_what_cannot_be_made_again_is_no_failure(validated: Validated, tmp_path: Path) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", device_kind="TPU v1")
+    code, content = validated("measured=mine.json")
+    assert (code, content["unmade_count"]) == (0, 1)
+    assert "expected one of v6e" in content["rows"][0]["error"]
+    assert _FakeRunner.calls == []
+
+
+def test_the_default_is_the_quick_set_and_the_job_sees_no_times(validated: Validated, tmp_path: Path) -> None:
+    code, content = validated("results_dir=kept")
+    assert (code, content["name"], len(content["rows"])) == (0, "quick", 60)
+    assert json.loads((tmp_path / "kept" / "validate" / "quick.json").read_text()) == content
+    assert all("times_ms" not in json.dumps(call) and "source" not in call["call"] for call in _FakeRunner.calls)
+
+
+def test_what_is_finished_is_not_predicted_again(validated: Validated, tmp_path: Path) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", "broken", "unknown")
+    first = validated("measured=mine.json")
+    count = len(_FakeRunner.calls)
+    _file(tmp_path / "mine.json", {"op": "copy", "arguments": {"n": 0}, "times_ms": [25.0]})  # a new time, no new call
+    _, content = validated("measured=mine.json")
+    assert (count, len(_FakeRunner.calls)) == (3, 3)
+    assert content["rows"][0]["ratio"] == 0.5
+    assert first[1]["rows"][0]["ratio"] == 1.25
+
+
+def test_a_set_of_ones_own_rows_and_an_unknown_set(
+    validated: Validated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ops_file(tmp_path / "mine.json", *["copy"] * 90)
+    assert len(validated("measured=mine.json", "set=quick")[1]["rows"]) == 60
+    assert len(validated("measured=mine.json")[1]["rows"]) == 90
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / "out.json").unlink()
+        validated("set=most")
+    assert "error: set=most: expected one of splash, quick, wide, all." in capsys.readouterr().err
+
+
+def test_the_picture_has_a_panel_for_each_chip() -> None:
+    pairs = [Pair("copy", "n", Label.REPORTED, 1.0, 1.1, device_kind=kind) for kind in ("TPU7x", "TPU v5", "TPU7x")]
+    assert [axes.get_title() for axes in agreement.parity(pairs).axes] == ["TPU7x", "TPU v5"]
+
+
+def test_rows_of_one_reason_are_one_line() -> None:
+    row = MeasuredRow(id="a", source="s", device_kind="TPU v5", op="copy", arguments={}, times_ms=(1.0,))
+    other = msgspec.structs.replace(row, id="b")
+    validation = Validation.of(
+        "x", [Comparison.without(each, "unmade", "why") for each in (row, other)], sources=("s",)
+    )
+    assert table.missing_lines(validation) == ["2 rows, a to b, on TPU v5 cannot be made: why"]
+    assert table.group_lines(validation)[-1].split() == ["all", "0", "-", "-", "-", "-", "-", "2"]
+
+
 @pytest.mark.compile
-def test_the_command_on_a_file_of_ones_own(
+def test_the_command_on_a_folder_of_ones_own(
     tmp_path: Path, make_trial: MakeTrial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One row that compiles, one that tokamax refuses, and a measured candidate on record."""
+    """Two rows that compile, one that tokamax refuses, and a measured candidate on record."""
     pytest.importorskip("tokamax")
     trials_path = tmp_path / "results" / "sweeps" / "x" / records.TRIALS_FILE
     jsonl.append(trials_path, make_trial(time_samples_ms=(11.0,)))
     jsonl.append(trials_path, make_trial(label=Label.MEASURED, backend="measure", time_samples_ms=(10.0,)))
-    _file(tmp_path / "mine.json", ROW | {"head_dim": 72}, ROW | {"seq_len": 500})
+    (tmp_path / "mine").mkdir()
+    _file(tmp_path / "mine" / "a.json", ROW | {"head_dim": 72}, ROW | {"seq_len": 500})
+    arguments = {"x": "bf16[384,64]", "scale": "f32[64]", "offset": "f32[64]", "axis": -1, "epsilon": 1e-6}
+    options = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    row = {"op": "normalization", "arguments": arguments, "times_ms": [0.01], "compiler_options": options}
+    _file(tmp_path / "mine" / "b.json", row)
     monkeypatch.chdir(tmp_path)
 
     def run() -> tuple[dict[str, Any], str]:
-        arguments = ["measured=mine.json", "json=out.json", "progress=false", "workers=1"]
+        arguments = ["measured=mine", "json=out.json", "progress=false", "workers=1"]
         monkeypatch.setattr(sys, "argv", ["validate", *arguments])
         assert validate.main() == 1  # one row could not be predicted
         return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
 
     content, out = run()
-    assert (content["row_count"], content["failed_count"]) == (1, 1)
-    assert content["median_abs_error"] == content["max_abs_error"] == abs(content["rows"][0]["ratio"] - 1)
-    assert content["spearman"] is None
+    assert (content["row_count"], content["failed_count"]) == (2, 1)
+    assert [row["id"] for row in content["rows"]] == ["a-0000", "a-0001", "b-0000"]
     assert content["rows"][0]["predicted_ms"] > 0
     assert content["rows"][1]["error"].startswith("compile_error: ")
     assert "500" in content["rows"][1]["error"]
+    assert content["rows"][2]["predicted_ms"] > 0
+    assert content["rows"][2]["compiler_options"] == options
     assert content["measured"]["rows"][0]["ratio"] == pytest.approx(1.1)
     assert "measured on TPU v6 lite: 1 row: median error 10.0%" in out
     assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,18 @@
+#loc1 = loc("x")
+module @jit__lambda attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
+  sdy.mesh @mesh = <["chip"=1]> {stablehlo.mesh = {axes = [{name = "chip", size = 1 : i64}]}} loc(#loc)
+  func.func public @main(%arg0: tensor<8x128xf32> {sdy.sharding = #sdy.sharding<@mesh, [{}, {}]>} loc("x")) -> (tensor<8x128xf32> {jax.result_info = "result"}) {
+    %cst = stablehlo.constant dense<1.000000e+00> : tensor<f32> loc(#loc6)
+    %0 = stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f32>) -> tensor<8x128xf32> loc(#loc8)
+    %1 = stablehlo.add %arg0, %0 : tensor<8x128xf32> loc(#loc8)
+    return %1 : tensor<8x128xf32> loc(#loc6)
+  } loc(#loc)
+} loc(#loc)
+#loc = loc(unknown)
+#loc2 = loc("/tmp/sets/flags.py":16:29 to :112)
+#loc3 = loc("/tmp/sets/flags.py":16:46 to :49)
+#loc4 = loc("<module>"(#loc2))
+#loc5 = loc("<lambda>"(#loc3))
+#loc6 = loc("jit(<lambda>)"(#loc4))
+#loc7 = loc(callsite(#loc5 at #loc4))
+#loc8 = loc("jit(<lambda>)/add"(#loc7))

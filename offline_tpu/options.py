@@ -1,0 +1,69 @@
+"""Options of libtpu's compiler that are given for one program, in place of flags for the whole process."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+
+Value = str | int | float | bool
+
+_NAME = re.compile(r"[a-z]\w+")
+
+
+class CompilerOptionError(ValueError):
+    """Compiler options that libtpu does not take; the message is one line."""
+
+
+def checked_options(options: Mapping[str, Value] | None) -> dict[str, str]:
+    """Return options by name, sorted, with their values as libtpu reads them: True is "true".
+
+    Whether libtpu has them shows when it compiles; see `option_error`.
+
+    Raises:
+      CompilerOptionError: a name or a value cannot be one of a flag.
+    """
+    found = {}
+    for name, value in sorted((options or {}).items()):
+        if not _NAME.fullmatch(name):
+            raise CompilerOptionError(
+                f"compiler_options: got {name!r}; expected a flag's name, e.g. xla_tpu_scoped_vmem_limit_kib."
+            )
+        if not isinstance(value, Value):
+            raise CompilerOptionError(f"compiler_options.{name}={value!r}: expected a number, a string, true or false.")
+        found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
+def options_text(options: Mapping[str, str]) -> str:
+    """Return options as on a command line, "" for none."""
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, str]:
+    """Return the options of "name=value" texts, as they are on command lines.
+
+    Raises:
+      CompilerOptionError: one is not of that form.
+    """
+    pairs = [text.removeprefix("--").partition("=") for text in texts]
+    for text, (name, equals, value) in zip(texts, pairs, strict=True):
+        if not (name and equals and value):
+            raise CompilerOptionError(
+                f"compiler_options={text}: expected name=value, e.g. xla_tpu_scoped_vmem_limit_kib=65536."
+            )
+    return checked_options({name: value for name, _, value in pairs})
+
+
+def option_error(error: jax.errors.JaxRuntimeError) -> CompilerOptionError | None:
+    """Return the one-line error for options that libtpu refuses; None for another error."""
+    if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
+        return CompilerOptionError(
+            f"compiler_options.{unknown[1]}: libtpu takes no such option for one program; expected one as "
+            "xla_tpu_scoped_vmem_limit_kib. Flags of the process go into LIBTPU_INIT_ARGS."
+        )
+    if refused := re.search(r"Failed to parse '(.*)' into flag (\w+): *([^\n]*)", str(error)):
+        value, name, reason = refused.groups()
+        return CompilerOptionError(f"compiler_options.{name}={value}: libtpu cannot read the value. {reason}".strip())
+    if refused := re.search(r"While setting option (\w+), ([^\n]*)", str(error)):
+        return CompilerOptionError(f"compiler_options.{refused[1]}: {refused[2]}")
+    return None

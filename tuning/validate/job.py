@@ -1,0 +1,42 @@
+"""The worker's job that predicts the time of a measured row."""
+
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+import offline_tpu
+from offline_tpu.machine import devices
+from splash_workbench.records import jsonl
+from splash_workbench.status import compile_error
+from tuning.validate.programs import CannotMakeError, build
+from tuning.validate.record import RowPrediction
+from tuning.validate.rows import MeasuredRow
+
+
+def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
+    """Predict a row's time. Payload: `call`, see MeasuredRow.call, and `device`, a known name.
+
+    Returns fields of a RowPrediction, or why the row's program cannot be made, as `unmade`.
+    """
+    device = devices.by_name(payload["device"])
+    row = MeasuredRow(id="", source="", times_ms=(), **payload["call"])
+    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)  # its errors are not the row's
+    try:
+        program = build(row, device)
+    except CannotMakeError as error:
+        return {"unmade": str(error)}
+    try:
+        prediction = offline_tpu.predict(
+            program.fn,
+            *program.args,
+            device=None if program.topology else device,
+            topology=program.topology,
+            mesh=program.mesh,
+            compiler_options=program.compiler_options,
+        )
+    except offline_tpu.UnknownDumpFormatError:
+        raise
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise compile_error(error) from error
+    return jsonl.encode(RowPrediction.of(prediction))

@@ -1,0 +1,224 @@
+"""Makes the program of a measured row again, as it was timed."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from offline_tpu import topology_mesh
+from offline_tpu.machine.devices import DeviceSpec
+from tuning.validate import plain, splash
+from tuning.validate.rows import SPLASH, MeasuredRow
+
+#: Modules of tokamax whose ops have rows. The GPU's need packages that are not here.
+_TOKAMAX_MODULES = (
+    "attention.base",
+    "attention.xla_chunked",
+    "attention.pallas_mosaic_tpu",
+    "attention.pallas_mosaic_tpu_vjp",
+    "ragged_dot.base",
+    "ragged_dot.pallas_mosaic_tpu",
+    "linear_softmax_cross_entropy_loss.base",
+    "linear_softmax_cross_entropy_loss.pallas_mosaic_tpu",
+    "linear_softmax_cross_entropy_loss.reference",
+    "normalization.base",
+    "gated_linear_unit.base",
+    "triangle_multiplication.base",
+)
+#: Arguments that tokamax has since 0.0.12, and what they are where they change nothing
+#: (openxla/tokamax, tokamax/_src/ops/ragged_dot/base.py).
+_LATER_DEFAULTS = {"maybe_quantize_lhs": False, "zero_initialize": True}
+#: How rows of earlier versions write attention's default precision, and what the op takes for it on a TPU.
+_DEFAULT_PRECISIONS = [["DEFAULT", "DEFAULT"], ["DEFAULT", "DEFAULT"]]
+_CANONICAL_PRECISIONS = ["BF16_BF16_F32", "BF16_BF16_F32"]
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32"}
+
+
+class CannotMakeError(Exception):
+    """A row whose program cannot be made again; the message says why, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What was timed.
+
+    Attributes:
+      fn: a function of arrays, for `offline_tpu.predict`.
+      args: its abstract arguments; with a mesh they carry their shardings.
+      mesh, topology: of a program of several chips; None: one chip.
+      compiler_options: flags of libtpu.
+      values: of integer arrays that decide how much is computed, by the op's name for them. They are constants of the
+        program, as they were where it was timed.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    mesh: Mesh | None = None
+    topology: str | None = None
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def build(row: MeasuredRow, device: DeviceSpec) -> Program:
+    """Return the program of a row.
+
+    Raises:
+      CannotMakeError: the installed tokamax has no such op, or the op does not take the row's arguments.
+    """
+    makers: dict[str, Callable[[MeasuredRow, DeviceSpec], Program]] = {
+        SPLASH: _splash,
+        "matmul": _matmul,
+        "pallas_matmul": _pallas_matmul,
+        "copy": _copy,
+        "all_gather": _all_gather,
+        "psum": _psum,
+        "chunked_xla_linear_softmax_cross_entropy_loss": _chunked_cross_entropy,
+    }
+    try:
+        program = makers.get(row.op, _tokamax)(row, device)
+    except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+        reason = f"no argument {error}" if isinstance(error, KeyError) else _one_line(error)
+        raise CannotMakeError(f"{row.op}: {reason}") from error
+    return dataclasses.replace(program, compiler_options=row.compiler_options)
+
+
+def tokamax_version() -> str | None:
+    """Return the version of tokamax; None where it is not installed."""
+    try:
+        return version("tokamax")
+    except PackageNotFoundError:
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _array(text: str) -> jax.ShapeDtypeStruct:
+    match = _ARRAY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r}: expected an array as bf16[1024,64].")
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, match[2].split(",")))), _DTYPES.get(match[1], match[1]))
+
+
+def _splash(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    return Program(splash.build(row.splash), splash.abstract_args(row.splash))
+
+
+def _factors(row: MeasuredRow) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    m, k, n, dtype = (row.arguments[name] for name in ("m", "k", "n", "dtype"))
+    return jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((k, n), dtype)
+
+
+def _matmul(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    return Program(plain.matmul, _factors(row))
+
+
+def _pallas_matmul(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    block_m, block_k, block_n = map(int, row.arguments["blocks"].split("/"))
+    return Program(plain.pallas_matmul(block_m, block_k, block_n), _factors(row))
+
+
+def _copy(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    return Program(plain.copy, (jax.ShapeDtypeStruct((row.arguments["bytes"] // 2,), jnp.bfloat16),))
+
+
+def _all_gather(row: MeasuredRow, device: DeviceSpec) -> Program:
+    """Return the gathering over every other device of a slice: on v7x, over its chips, on both cores at once."""
+    arguments = row.arguments
+    given, made = _array(arguments["input"]), _array(arguments["output"])
+    topology = f"{device.name}:{arguments['topology']}"
+    group = made.shape[0] // given.shape[0]
+    chips = int(np.prod([int(length) for length in arguments["topology"].split("x")]))
+    mesh = topology_mesh(topology, (group, chips * device.devices_per_chip // group), ("gathered", "beside"))
+    return Program(plain.all_gather(mesh), (_everywhere(given, mesh),), mesh, topology)
+
+
+def _psum(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    topology = row.arguments["topology"]
+    mesh = topology_mesh(topology, (int(topology.rpartition("-")[2]),), ("chips",))
+    matrix = jax.ShapeDtypeStruct(tuple(row.arguments["shape"]), row.arguments["dtype"])
+    return Program(plain.psum(mesh), (_everywhere(matrix, mesh),), mesh, topology)
+
+
+def _everywhere(array: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _chunked_cross_entropy(row: MeasuredRow, device: DeviceSpec) -> Program:
+    del device
+    arguments, config = row.arguments, row.config
+    loss = plain.chunked_cross_entropy(
+        config["b_block_size"], config["v_block_size"], arguments["reduction"], arguments["return_residuals"]
+    )
+    return Program(loss, tuple(_array(arguments[name]) for name in ("x", "labels", "w")))
+
+
+def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
+    """Return one of tokamax's ops, bound to the row's arguments as tokamax's own benchmarks bind it."""
+    del device
+    if tokamax_version() is None:
+        raise ValueError("tokamax is not installed; pip install 'cogvideox-splash[peers]'")
+    import pydantic
+    from tokamax._src import benchmarking
+    from tokamax._src import pydantic as tokamax_pydantic
+
+    kind = _op_classes().get(row.op)
+    if kind is None:
+        raise ValueError(f"tokamax {tokamax_version()} has no such op")
+    # Asked of the default device, which is the CPU of this machine: the TPU is not here.
+    supported = {"supported_on": lambda self, device: True, "__module__": kind.__module__}
+    op: Any = type(kind.__name__, (kind,), supported)()
+    arguments = _known_arguments(row.arguments, op._fwd_signature.parameters)
+    spec = tokamax_pydantic.get_arg_spec_model(f"{kind.__name__}Spec", op._fwd_signature)
+    checked = pydantic.TypeAdapter(spec).validate_json(json.dumps(arguments))
+    if row.config:
+        op = op.replace(config=pydantic.TypeAdapter(op.config_cls).validate_python(row.config))
+    bound = op.bind(**checked)
+    fn, arrays = benchmarking.standardize_function(op, *bound.args, kwargs=bound.kwargs, seed=None)
+    abstract = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    return Program(fn, (abstract,), values=_values(bound.arguments))
+
+
+@functools.cache
+def _op_classes() -> dict[str, type]:
+    """Return tokamax's ops by the names that its records have: of the class, in snake case."""
+    for name in _TOKAMAX_MODULES:
+        importlib.import_module(f"tokamax._src.ops.{name}")
+    found: list[type] = []
+    unseen = [importlib.import_module("tokamax._src.ops.op").Op]
+    while unseen:
+        found.append(unseen.pop())
+        unseen += found[-1].__subclasses__()
+    return {re.sub(r"(?!^)([A-Z])", r"_\1", kind.__name__).lower(): kind for kind in found}
+
+
+def _known_arguments(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the op takes. Raises ValueError where one that it does not take changes something."""
+    for name in arguments.keys() - parameters.keys():
+        if arguments[name] is not None and arguments[name] != _LATER_DEFAULTS.get(name):
+            raise ValueError(f"tokamax {tokamax_version()} has no argument {name}={arguments[name]!r}")
+    known = {name: value for name, value in arguments.items() if name in parameters}
+    if known.get("precision") == _DEFAULT_PRECISIONS:
+        known["precision"] = _CANONICAL_PRECISIONS
+    return known
+
+
+def _values(arguments: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    sizes = arguments.get("group_sizes")
+    return {} if sizes is None else {"group_sizes": np.asarray(sizes.value)}

@@ -1,0 +1,276 @@
+"""Rows of times that others measured: a call of a named program on a chip, and how long it took."""
+
+import collections
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow, Text
+
+#: The public rows that come with the project.
+SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
+#: The program of the rows that Reported.read reads.
+SPLASH = "splash_attention"
+
+Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
+Size = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One call and its times.
+
+    Attributes:
+      id: unique within a set, e.g. "tpu7x-ragged_dot-0034": the file and the row's number in it.
+      source: who measured, where it is published, and how.
+      device_kind: of the chip, as JAX says it.
+      op: the program; one of tokamax's ops, or of `tuning.validate.plain`.
+      arguments, config: of the op; arrays as "bf16[1024,64]".
+      times_ms: each run; one where only a median is published.
+      compiler_options: flags of libtpu that it was compiled with.
+      p_state: the power state that the chip's clock was set to; None: the default.
+      notes: what a reader of the time must know.
+    """
+
+    id: str
+    source: str
+    device_kind: str
+    op: str
+    arguments: dict[str, Any]
+    times_ms: tuple[Milliseconds, ...]
+    config: dict[str, Any] = {}
+    compiler_options: dict[str, str] = {}
+    p_state: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def time_ms(self) -> float:
+        """Median of the times."""
+        return statistics.median(self.times_ms)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Return what the prediction depends on: neither the times nor where they are from."""
+        names = ("device_kind", "op", "arguments", "config", "compiler_options", "p_state")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def shape(self) -> str:
+        """Arrays and sizes in one string for tables; what is at its default says nothing."""
+        if self.op == SPLASH:
+            return self.splash.shape
+        return " ".join(_described(name, value) for name, value in self.arguments.items() if _says(value))
+
+    @property
+    def settings(self) -> str:
+        """Configuration and compiler options in one string for tables."""
+        if self.op == SPLASH:
+            return self.splash.config
+        both = [f"{name}={value}" for name, value in (self.config | self.compiler_options).items()]
+        return " ".join([*both, *([f"p_state={self.p_state}"] if self.p_state is not None else [])])
+
+    @property
+    def splash(self) -> ReportedRow:
+        """Return the call of a row of SPLASH, without its time."""
+        return ReportedRow(**self.arguments, median_time_ms=1.0)
+
+
+def _says(value: Any) -> bool:
+    return value is not None and value is not False and value not in (0.0, "", [], {})
+
+
+def _described(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        inside = [_described(key, item) for key, item in value.items() if _says(item)]
+        return f"{name}({' '.join(inside)})"
+    if isinstance(value, list) and len(value) > 4:
+        return f"{name}=[{len(value)}]"
+    return name if value is True else f"{name}={value}".replace(" ", "").replace("'", "")
+
+
+class _OpRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of a file of one op; what it says of itself goes before what the file says."""
+
+    arguments: dict[str, Any]
+    times_ms: Annotated[tuple[Milliseconds, ...], msgspec.Meta(min_length=1)]
+    config: dict[str, Any] | None = None
+    id: Text | None = None
+    op: Text | None = None
+    device_kind: Text | None = None
+    source: Text | None = None
+    compiler_options: dict[str, str] = {}
+    p_state: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class _OpFile(msgspec.Struct, frozen=True):
+    """The form of tokamax's rows: source, device_kind, op, and rows of arguments, config and times_ms."""
+
+    rows: Annotated[tuple[_OpRow, ...], msgspec.Meta(min_length=1)]
+    source: Text | None = None
+    device_kind: Text | None = None
+    op: Text | None = None
+
+    def measured(self, stem: str) -> Iterator[MeasuredRow]:
+        for number, row in enumerate(self.rows):
+            fields = msgspec.structs.asdict(row)
+            for name in ("op", "device_kind", "source"):
+                if not (value := fields[name] or getattr(self, name)):
+                    raise ValueError(f"expected `{name}`, of the file or of the row - at `$.rows[{number}]`")
+                fields[name] = value
+            yield MeasuredRow(**fields | {"id": row.id or f"{stem}-{number:04d}", "config": row.config or {}})
+
+
+class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of a file of single figures, in the units of their authors."""
+
+    device_kind: Text
+    program: Text
+    source: Text
+    m: Size | None = None
+    k: Size | None = None
+    n: Size | None = None
+    dtype: str = "bfloat16"
+    blocks_m_k_n: str | None = None
+    libtpu_args: str = ""
+    bytes: Size | None = None
+    shape: tuple[Size, ...] | None = None
+    topology: str | None = None
+    input: str | None = None
+    output: str | None = None
+    transferred_gb: float | None = None
+    time_ms: Milliseconds | None = None
+    tflops_per_device: float | None = None
+    bandwidth_gb_s: float | None = None
+    bandwidth_gb_s_per_core: float | None = None
+    method: str | None = None
+    note: str | None = None
+
+    def measured(self, identifier: str) -> MeasuredRow:
+        p_state = re.search(r"p_state (\d+)", self.note or "")
+        return MeasuredRow(
+            id=identifier,
+            source=self.source,
+            device_kind=self.device_kind,
+            op=self.op,
+            arguments=self.arguments,
+            times_ms=(self.found_time_ms(),),
+            compiler_options=dict(re.findall(r"--(\w+)=(\S+)", self.libtpu_args)),
+            p_state=int(p_state[1]) if p_state else None,
+            notes=tuple(text for text in (self.method, self.note) if text),
+        )
+
+    @property
+    def op(self) -> str:
+        if self.program.startswith("pallas matmul"):
+            return "pallas_matmul"
+        return "psum" if self.program.startswith("psum") else self.program
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the sizes that the program has; where only its name says the slice, from there."""
+        slice_name = re.search(r"\b(v\w+-\d+)", self.program)
+        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "shape", "input", "output")}
+        found["topology"] = self.topology or (slice_name[1] if slice_name else None)
+        if self.op == "pallas_matmul":
+            found["blocks"] = self.blocks_m_k_n
+        if self.op in ("matmul", "pallas_matmul", "psum"):
+            found["dtype"] = self.dtype
+        return {name: msgspec.to_builtins(value) for name, value in found.items() if value is not None}
+
+    def found_time_ms(self) -> float:
+        """Return the time, from the rate where only that is published: each source says what it counts."""
+        if self.time_ms is not None:
+            return self.time_ms
+        if self.tflops_per_device and self.m and self.k and self.n:
+            return 2 * self.m * self.k * self.n / self.tflops_per_device / 1e9
+        bandwidth = self.bandwidth_gb_s_per_core or self.bandwidth_gb_s
+        if bandwidth and (moved := self._moved_bytes()):
+            return moved / bandwidth / 1e6
+        raise ValueError("expected time_ms, tflops_per_device with m, k and n, or a bandwidth with what was moved")
+
+    def _moved_bytes(self) -> float | None:
+        if self.transferred_gb:
+            return self.transferred_gb * 1e9
+        if self.op == "copy" and self.bytes:
+            return 2 * self.bytes  # read and written
+        if self.op == "psum" and self.shape and (chips := re.search(r"-(\d+)\b", self.program)):
+            # As a reduce-scatter and an all-gather: all but one's own part, twice.
+            size = math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+            return 2 * size * (int(chips[1]) - 1) / int(chips[1])
+        return None
+
+
+class _MicrobenchmarkFile(msgspec.Struct, frozen=True):
+    rows: Annotated[tuple[_Microbenchmark, ...], msgspec.Meta(min_length=1)]
+
+    def measured(self, stem: str) -> Iterator[MeasuredRow]:
+        for number, row in enumerate(self.rows):
+            try:
+                yield row.measured(f"{stem}-{number:04d}")
+            except ValueError as error:
+                raise ValueError(f"{error} - at `$.rows[{number}]`") from error
+
+
+def read(path: Path) -> list[MeasuredRow]:
+    """Return the rows of a file, or of every JSON file of a folder, in the order of their names.
+
+    A file has one of three forms: that of `SHIPPED_DIR`'s files of an op, that of its microbenchmarks.json, and that of
+    `tuning.trials.reported.DEFAULT_PATH`.
+
+    Raises:
+      ValueError: there is no such file, none in the folder, or one is of none of these forms; the message is one line
+        that names the file and the field.
+    """
+    if not path.exists():
+        raise ValueError(f"measured={path}: there is no such file or folder.")
+    paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not paths:
+        raise ValueError(f"measured={path}: expected files of rows, *.json, in the folder.")
+    rows = [row for each in paths for row in _read_file(each)]
+    counts = collections.Counter(row.id for row in rows)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"measured={path}: more than one row has the id {twice[0]!r}; expected one each.")
+    return rows
+
+
+def read_shipped() -> list[MeasuredRow]:
+    """Return the public rows that come with the project."""
+    return [*read(SHIPPED_DIR), *read(DEFAULT_PATH)]
+
+
+def _read_file(path: Path) -> list[MeasuredRow]:
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+            raise ValueError("expected an object with `rows`")
+        keys = set().union(*(row for row in content["rows"] if isinstance(row, dict)))
+        if "program" in keys:
+            return list(msgspec.convert(content, _MicrobenchmarkFile).measured(path.stem))
+        if "op" in content or keys & {"arguments", "times_ms", "op"}:
+            return list(msgspec.convert(content, _OpFile).measured(path.stem))
+    except OSError as error:
+        raise ValueError(f"measured={path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"measured={path}: {error}; expected the form of the files in tuning/data.") from error
+    return _splash_rows(path)
+
+
+def _splash_rows(path: Path) -> list[MeasuredRow]:
+    reported = Reported.read(path)
+    return [
+        MeasuredRow(
+            id=f"{path.stem}-{number:04d}",
+            source=reported.source,
+            device_kind=reported.device_kind,
+            op=SPLASH,
+            arguments={name: value for name, value in row.to_dict().items() if name != "median_time_ms"},
+            times_ms=(row.median_time_ms,),
+        )
+        for number, row in enumerate(reported.rows)
+    ]

@@ -1,0 +1,72 @@
+"""Predicts measured rows in worker processes, each kept as soon as it is made."""
+
+import concurrent.futures
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+import offline_tpu
+from offline_tpu.machine import devices
+from splash_workbench import provenance
+from splash_workbench.records import jsonl
+from splash_workbench.status import Status
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import Outcome, Runner
+from tuning.validate.record import Comparison, RowPrediction
+from tuning.validate.rows import MeasuredRow
+
+_JOB = "tuning.validate.job:predict_row"
+#: The sources that make a prediction.
+SOURCES = (*offline_tpu.SOURCES, *(f"tuning/validate/{name}.py" for name in ("job", "plain", "programs", "splash")))
+
+
+def compare(
+    rows: Sequence[MeasuredRow],
+    *,
+    runner: Runner,
+    cache: JobCache | None,
+    workers: int,
+    timeout_s: float,
+    progress: bool = False,
+) -> list[Comparison]:
+    """Predict every row. A row without a prediction is in the list too, and says why.
+
+    Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
+    """
+    captured = provenance.capture(offline_tpu.SOURCES)
+    dependencies = {"versions": captured.versions, "sources": provenance.source_hash(SOURCES)}
+
+    def compare_one(row: MeasuredRow) -> Comparison:
+        try:
+            device = devices.by_name(row.device_kind)
+        except ValueError as error:
+            return Comparison.without(row, "unmade", str(error))
+        payload = {"call": row.call, "device": device.name}  # no time: the job must not know it
+        key = JobCache.key(_JOB, payload, dependencies)
+
+        def run_job() -> Outcome:
+            return runner.run(
+                _JOB,
+                payload,
+                timeout_s=timeout_s,
+                variables=lambda worker_dir: offline_tpu.worker_environment(device, worker_dir / "dump"),
+            )
+
+        outcome = cache.outcome(key, run_job)[0] if cache else run_job()
+        if outcome.status is not Status.OK:
+            return Comparison.without(row, "failed", f"{outcome.status}: {outcome.error}")
+        if unmade := outcome.result.get("unmade"):
+            return Comparison.without(row, "unmade", unmade)
+        return Comparison.predicted(row, jsonl.decode(outcome.result, RowPrediction))
+
+    # Chip by chip: a worker is started for one.
+    ordered = sorted(range(len(rows)), key=lambda number: rows[number].device_kind)
+    bar = tqdm(total=len(rows), disable=not progress, unit="row", leave=False, smoothing=0)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool, bar:
+        futures = {number: pool.submit(compare_one, rows[number]) for number in ordered}
+        try:
+            for _ in concurrent.futures.as_completed(futures.values()):
+                bar.update()
+            return [futures[number].result() for number in range(len(rows))]
+        finally:
+            runner.cancel()

@@ -1,0 +1,106 @@
+"""Lines that `python -m tuning.validate` prints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuning.validate.agreement import Pair, Summary, summarize
+from tuning.validate.record import LISTED_ERROR, Comparison, Validation
+
+_LISTED_OPS = 3
+_HEAD = ("program", "chip", "rows", "median", "95 %", "worst", "Spearman", "in interval", "failed", "not made")
+
+
+def group_lines(validation: Validation) -> list[str]:
+    """Return the table by program and chip, its last line for all rows."""
+    rows = [_HEAD, *((group.op, group.device_kind, *_figures(group)) for group in validation.groups)]
+    rows.append(("all", "", *_figures(validation)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < 2 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _figures(summary: Summary) -> tuple[str, ...]:
+    errors = (summary.median_abs_error, summary.p95_abs_error, summary.max_abs_error)
+    return (
+        str(summary.row_count),
+        *("-" if error is None else f"{error:.1%}" for error in errors),
+        "-" if summary.spearman is None else f"{summary.spearman:.3f}",
+        "-" if summary.within_interval is None else f"{summary.within_interval:.0%}",
+        str(summary.failed_count or ""),
+        str(summary.unmade_count or ""),
+    )
+
+
+def listed_lines(validation: Validation) -> list[str]:
+    """Return the rows that are off by more than LISTED_ERROR, and what bounds each."""
+    if not validation.listed:
+        return []
+    lines = [f"off by more than {LISTED_ERROR:.0%}, milliseconds reported and predicted:"]
+    for row in validation.listed:
+        lines.append(f"{row.id} on {row.device_kind}: {row.shape} {row.config}".rstrip())
+        lines.append(f"  {row.reported_ms:.4g} -> {row.predicted_ms:.4g}, ratio {row.ratio:.3f}; {_bound(row)}")
+        lines.extend(f"  not known: {text}" for text in row.unresolved)
+        if more := row.unresolved_count - len(row.unresolved):
+            lines.append(f"  ... and {more} more that are not known")
+    return lines
+
+
+def _bound(row: Comparison) -> str:
+    ops = ", ".join(f"{op.name} {op.time_s * 1e3:.3g} ({op.bound})" for op in row.ops[:_LISTED_OPS])
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row.shares.items() if share >= 0.01)
+    return f"bound by {row.bottleneck}: {ops}; {shares}"
+
+
+def missing_lines(validation: Validation) -> list[str]:
+    """Return the rows without a prediction, those of one reason in one line."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in validation.rows:
+        if row.status in ("failed", "unmade"):
+            reasons.setdefault((row.status, row.device_kind, row.error or ""), []).append(row.id)
+    words = {"failed": "failed", "unmade": "cannot be made"}
+    return [
+        f"{_several(ids)} on {kind} {words[status]}: {error}" for (status, kind, error), ids in sorted(reasons.items())
+    ]
+
+
+def _several(ids: Sequence[str]) -> str:
+    return ids[0] if len(ids) == 1 else f"{len(ids)} rows, {ids[0]} to {ids[-1]},"
+
+
+def row_lines(rows: Sequence[Comparison]) -> list[str]:
+    """Return a line for every row."""
+    width, config_width = (max(len(text) for text in texts) for texts in zip(*map(_names, rows), strict=True))
+    lines = [f"{'':<{width}}  {'':<{config_width}}  {'reported':>9}  {'predicted':>9}  {'ratio':>6}  longest ops, ms"]
+    for row in rows:
+        name, config = _names(row)
+        head = f"{name:<{width}}  {config:<{config_width}}  {row.reported_ms:>9.3f}  "
+        if row.predicted_ms is None:
+            lines.append(f"{head}{'-':>9}  {'-':>6}  {row.error}")
+            continue
+        ops = ", ".join(f"{op.name} {op.time_s * 1e3:.3f}" for op in row.ops[:_LISTED_OPS])
+        lines.append(f"{head}{row.predicted_ms:>9.3f}  {row.ratio:>6.3f}  {ops}")
+    return lines
+
+
+def _names(row: Comparison) -> tuple[str, str]:
+    return f"{row.op} {row.shape}", row.config
+
+
+def measured_lines(pairs: Sequence[Pair], results_dir: Path) -> list[str]:
+    """Return the candidates that have been both measured and predicted."""
+    if not pairs:
+        return [f"measured: no candidate in {results_dir} has been both measured and predicted"]
+    width = max(len(pair.name) for pair in pairs)
+    lines = [f"measured: records in {results_dir}, joined with the predictions of the same candidates"]
+    lines.append(f"{'':<{width}}  {'measured':>9}  {'predicted':>9}  {'ratio':>6}")
+    for pair in sorted(pairs, key=lambda pair: pair.name):
+        lines.append(f"{pair.name:<{width}}  {pair.actual_ms:>9.3f}  {pair.predicted_ms:>9.3f}  {pair.ratio:>6.3f}")
+        lines.extend(f"  {note}" for note in pair.notes)
+    for group in dict.fromkeys(pair.group for pair in pairs):
+        lines.append(f"{group}: {summarize([pair for pair in pairs if pair.group == group]).line}")
+    return lines
