@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pkgutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from splash_attn.api import Implementation
+from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.program import Program
 from tuning.backends import timing
 from tuning.backends.timing import Measurement, NoDeviceTimesError, Run
@@ -23,6 +25,8 @@ _ENOUGH_S, _FEWEST, _MOST = 5.0, 2, 20
 #: Fewer samples do not say how they are spread.
 _TELLING = 6
 _TARGET_CI_FRACTION = 0.01
+#: How often devices are asked for again, and the seconds between.
+_ATTEMPTS, _PAUSE_S = 4, 5.0
 
 
 class Chip:
@@ -101,8 +105,25 @@ class Prepared:
 
 
 def find_chip() -> Chip:
-    """Return the devices of this machine."""
-    return Chip(jax.devices())
+    """Return the devices of this machine; wait some seconds for those that a process before has not yet given back.
+
+    Raises:
+      RuntimeError: there are none; or there are, and JAX has only the CPU.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            devices = jax.devices()
+            break
+        except RuntimeError:
+            if attempt == _ATTEMPTS:
+                raise
+            time.sleep(_PAUSE_S)
+    if devices[0].platform == "cpu" and accelerator_visible() and not os.environ.get("JAX_PLATFORMS"):
+        raise RuntimeError(
+            "an accelerator is here, and JAX has only the CPU: end the process that uses it, or pip install 'jax[tpu]' "
+            "(for a GPU 'jax[cuda13]'); JAX_PLATFORMS=cpu checks the CPU."
+        )
+    return Chip(devices)
 
 
 def chip_named(name: str) -> Chip:

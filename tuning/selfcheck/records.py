@@ -58,6 +58,11 @@ class TimedRow(msgspec.Struct, frozen=True, kw_only=True):
     predicted: Predicted = Predicted()
 
     @property
+    def task(self) -> str:
+        """Id of the task that it came of; its own is unique among the files of other days and chips."""
+        return f"{self.part}: {self.name}"
+
+    @property
     def time_ms(self) -> float:
         """Median of the times."""
         return statistics.median(self.times_ms)
@@ -130,7 +135,7 @@ class SelfCheck(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def done(self) -> set[str]:
         """Ids of what need not be done again."""
-        return {check.id for check in self.checks} | {row.id for row in self.rows}
+        return {check.id for check in self.checks} | {row.task for row in self.rows}
 
     def same_place(self, environment: Mapping[str, Any]) -> bool:
         """Return whether its times are of these chips, compilers, flags and kernel."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +128,14 @@ class Session:
     def _outcome(self, runner: Runner, task: Task, limit_s: float, share_s: float) -> Outcome:
         if limit_s <= 0:
             return Outcome(Status.TIMEOUT, {}, f"the {share_s:.0f} s of this part were over before it began", "", 0.0)
-        return runner.run(task.job, task.payload | {"chip": self.chip}, timeout_s=limit_s)
+        # JAX goes on with the CPU where it cannot have the chips, unless it is told that it must.
+        must = {"JAX_PLATFORMS": "tpu,cpu"} if self._on_tpu and not os.environ.get("JAX_PLATFORMS") else {}
+        payload = task.payload | {"chip": self.chip}
+        return runner.run(task.job, payload, timeout_s=limit_s, variables=lambda folder: must)
+
+    @property
+    def _on_tpu(self) -> bool:
+        return self.found.environment.get("platform") == "tpu"
 
     @property
     def _left_s(self) -> float:
@@ -159,7 +167,7 @@ class Session:
 
     def _row(self, task: Task, result: Mapping[str, Any]) -> TimedRow:
         return TimedRow(
-            id=task.id,
+            id=f"{self.path.stem}, {task.id}",
             source=self.found.source,
             device_kind=self.found.device_kind,
             op=task.op or "",
@@ -175,7 +183,7 @@ class Session:
         )
 
     def _with_prediction(self, row: TimedRow, predictions: Predictions) -> TimedRow:
-        task = self._tasks.get(row.id)
+        task = self._tasks.get(row.task)
         if task is None:  # of an earlier session, and not asked for in this one
             return row
         task = dataclasses.replace(task, arguments=row.arguments, config=row.config)

@@ -18,7 +18,7 @@ def lines(found: SelfCheck) -> Iterator[str]:
     if found.rows:
         yield ""
         yield from _table(found)
-        yield from (f"  {row.id}: {note}" for row in found.rows for note in row.notes)
+        yield from (f"  {row.task}: {note}" for row in found.rows for note in row.notes)
     if found.failures:
         yield "\nfailed:"
         yield from (f"  {each.id}: {each.status}: {each.error}" for each in found.failures)

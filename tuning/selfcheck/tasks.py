@@ -184,7 +184,7 @@ def _no_programs(found: Mapping[str, Any]) -> str | None:
 
 
 PARTS = (
-    Part("environment", 30, environment_tasks),
+    Part("environment", 60, environment_tasks),
     Part("numerics", 80, numerics_tasks),
     Part("kernels", 100, kernel_tasks, _no_kernels),
     Part("programs", 130, row_tasks, _no_programs),
