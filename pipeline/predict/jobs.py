@@ -31,7 +31,7 @@ from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
-from splash_workbench.status import compile_error
+from splash_workbench.trial_status import compile_error
 
 _MAX_OPS = 60
 _OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "bound")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.trials.figures import LIGHT, log_axes
 from tuning.trials.records import Trial
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from offline_tpu import Prediction
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.reported import DEFAULT_PATH
 from tuning.validate.agreement import Pair, Summary, summarize
 from tuning.validate.rows import SPLASH, MeasuredRow, read
