@@ -18,13 +18,10 @@ def accelerator_visible() -> bool:
 
 
 def quiet_jax_without_accelerator() -> bool:
-    """Choose JAX's CPU backend where libtpu is installed but there is no accelerator for it to find.
+    """Choose JAX's CPU backend where libtpu is installed but there is no accelerator for it to find. Returns whether.
 
     Otherwise JAX, when it starts its backends, loads libtpu, which searches for chips and prints errors. Entry points
-    call this before they use JAX; child processes inherit it. A choice that the user made (JAX_PLATFORMS) is
-    respected, and nothing changes on a host with a TPU or a GPU, or without libtpu.
-
-    Returns whether the CPU backend was chosen.
+    call this before they use JAX; child processes inherit it. What the user chose (JAX_PLATFORMS) is respected.
     """
     jax = sys.modules.get("jax")
     if os.environ.get("JAX_PLATFORMS") or (jax is not None and jax.config.jax_platforms):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
-from splash_workbench.errors import UserError
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
@@ -58,8 +58,8 @@ def command(
       unused: keys of the schema, or patterns of them, that the command has no use for, and refuses.
       resolvers: name -> function that the configuration uses as ${name:}.
 
-    The entry point returns the function's exit code, EXIT_USER_ERROR for an error of the user (UserError, OSError, or a
-    value that does not fit the schema), EXIT_INTERRUPTED after Ctrl-C, EXIT_BROKEN_PIPE where nobody reads on.
+    The entry point returns the function's exit code, or one of those above for an error of the user (UserError,
+    OSError, or a value that does not fit the schema), after Ctrl-C, and where nobody reads on.
     """
 
     def decorate(function: Callable[[S], int]) -> Callable[[], int]:
@@ -71,7 +71,10 @@ def command(
         return main
 
     def _compose_and_run(function: Callable[[S], int]) -> int:
-        groups = _groups(name)
+        config_file: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
+        groups = {
+            group: entry[group] for entry in config_file["defaults"] if isinstance(entry, dict) for group in entry
+        }
         unset = [group for group, option in groups.items() if option is None]
         keys = Keys(used_keys(schema, unused), groups, text_or_list, unset, free)
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -85,7 +88,7 @@ def command(
             try:
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
-                settings: Any = OmegaConf.to_object(config)
+                settings: Any = from_config(lambda: OmegaConf.to_object(config))
                 _check_outputs(settings)
                 outcomes.append(function(settings))
             except Exception as error:  # kept from Hydra, which would add lines of its own
@@ -152,12 +155,6 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         with atomic_path(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def _groups(name: str) -> dict[str, str | None]:
-    """Return the groups in the defaults list of configs/<name>.yaml, and what is chosen of each."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
-    return {group: option for entry in config["defaults"] if isinstance(entry, dict) for group, option in entry.items()}
 
 
 @contextlib.contextmanager

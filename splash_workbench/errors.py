@@ -7,11 +7,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something that the user can put right: a command shows it as one line, without a traceback.
-
-    Attributes:
-      messages: one for each mistake, where several were found at once.
-    """
+    """Something that the user can put right: a command shows each of its messages as one line, without a traceback."""
 
     def __init__(self, *messages: str) -> None:
         super().__init__("; ".join(messages))

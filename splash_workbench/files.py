@@ -25,6 +25,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,8 +43,7 @@ def remove_leftovers(*paths: Path) -> None:
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock file in the block; remove it then, and its folder if empty. A process that dies holds it no longer.
 
-    Raises:
-      UserError: another process, or thread, holds it; its message is `busy`.
+    Raises UserError with the message `busy` where another process, or thread, holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -70,8 +72,7 @@ def write_json(path: Path, content: Any) -> None:
 def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
     """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
-    Raises:
-      UserError: they cannot; the message begins with `option`.
+    Raises UserError where they cannot; its message begins with `option`.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -5,7 +5,7 @@ import difflib
 import fnmatch
 import re
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ _SWEEP = re.compile(r"(choice|glob|shuffle|sort)\(.*\)", re.DOTALL)
 
 
 def key_types(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key of a schema, e.g. {"search": SearchSchema, "search.seed": int}.
+    """Return the type of every key of a schema, e.g. {"search": SearchSettings, "search.seed": int}.
 
     Of `T | None` the type is T, except of text: there null is no text.
     """
@@ -51,9 +51,8 @@ class Keys:
       types: see `key_types`. The values of text keys are taken literally, whatever characters they hold, except that
         with --multirun a comma without a space behind it stands between the values of two runs. A group's type may have
         an attribute `unsupported`: option that is left out on purpose -> why.
-      groups: names of the configuration groups.
+      groups: the configuration groups; unset_groups: those of which none is chosen unless the command line does.
       free: keys of mappings that take any name below them, as compiler_options.NAME=value.
-      unset_groups: those of which none is chosen unless the command line does.
       text_or_list: keys whose value is text, too, unless it begins with a bracket.
     """
 
@@ -66,8 +65,7 @@ class Keys:
     def checked(self, arguments: Sequence[str], settings: Sequence[str] = ()) -> list[str]:
         """Return arguments for Hydra: its flags, then `settings`, then the overrides with their text quoted.
 
-        Raises:
-          UserError: an argument is neither a flag of Hydra nor key=value, or there is no such key.
+        Raises UserError for an argument that is neither a flag of Hydra nor the key=value of a key that there is.
         """
         parser = get_args_parser()
         parser.error, parser.allow_abbrev = _refuse, False  # type: ignore[method-assign]
@@ -127,13 +125,17 @@ class Keys:
 
     def _is_known(self, key: str) -> bool:
         """Return whether the schema has the key, or one above it that is free in what it holds."""
-        above = next((name for name in _and_parents(key) if name in self.types), None)
-        return above == key or (above is not None and not dataclasses.is_dataclass(self.types[above]))
+        above = key
+        while above and above not in self.types:
+            above = above.rpartition(".")[0]
+        return bool(above) and (above == key or not dataclasses.is_dataclass(self.types[above]))
 
     def _nearest(self, key: str) -> str:
-        keys = list(dict.fromkeys([*self.types, *self.groups]))
-        last_parts = difflib.get_close_matches(_last(key), map(_last, keys), _MAX_SUGGESTIONS, cutoff=0.7)
-        found = sorted((name for name in keys if _last(name) in last_parts), key=lambda n: last_parts.index(_last(n)))
+        by_last: dict[str, list[str]] = {}
+        for name in dict.fromkeys([*self.types, *self.groups]):
+            by_last.setdefault(name.rpartition(".")[2], []).append(name)
+        last_parts = difflib.get_close_matches(key.rpartition(".")[2], by_last, _MAX_SUGGESTIONS, cutoff=0.7)
+        found = [name for last in last_parts for name in by_last[last]]
         return f"; did you mean {' or '.join(found[:_MAX_SUGGESTIONS])}? See --help" if found else "; see --help"
 
 
@@ -154,16 +156,6 @@ def _reason(error: HydraException | OmegaConfBaseException) -> str:
 def _literal(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf, which would look for a key of that name
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _and_parents(key: str) -> Iterator[str]:
-    while key:
-        yield key
-        key = key.rpartition(".")[0]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Records what a figure depends on besides the candidate: versions, flags, commit, and hashes of the sources."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,12 +41,9 @@ class Environment:
     Attributes:
       versions: of Python and of the packages that decide the figure; a package that is absent is left out.
       flags: environment variables that JAX, XLA and libtpu read, where set.
-      git_commit: of this repository, None outside a checkout.
-      git_dirty: whether tracked files differed from that commit.
-      kernel_hash: of KERNEL_SOURCES, blind to comments, docstrings and layout.
-      backend_hash: the same of the sources that make the figure.
+      git_commit, git_dirty: see `git_state`.
+      kernel_hash, backend_hash: see `source_hash`; of KERNEL_SOURCES, and of the sources that make the figure.
       host: processor architecture and system.
-      cpu_count: processors that the host reports.
     """
 
     versions: dict[str, str]
@@ -66,9 +64,11 @@ class Environment:
 def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
+    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
     return Environment(
         versions=package_versions(packages),
-        flags=_flags(),
+        # Where a dump goes changes nothing, and the path is nobody's business.
+        flags={name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()},
         git_commit=commit,
         git_dirty=dirty,
         kernel_hash=source_hash(KERNEL_SOURCES),
@@ -113,17 +113,9 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of Python and of packages, without importing them; leave out those that are absent."""
     versions = {"python": platform.python_version()}
     for package in packages:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def _flags() -> dict[str, str]:
-    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
-    # Where a dump goes changes nothing, and the path is nobody's business.
-    return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()}
 
 
 def host() -> str:

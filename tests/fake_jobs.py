@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.files import atomic_path
-from splash_workbench.status import Status, TrialError, compile_error
+from splash_workbench.trial_status import Status, TrialError, compile_error
 
 
 def _passed(error: float = 0.004) -> dict[str, Any]:

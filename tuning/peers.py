@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from splash_workbench import cli, provenance
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
@@ -35,7 +35,7 @@ _HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", 
 
 @dataclasses.dataclass
 class PeerSchema:
-    """One configuration of a peer; becomes an Entrant."""
+    """One configuration of a peer."""
 
     kernel: str = MISSING
     block_q: int = MISSING
@@ -58,42 +58,40 @@ class PeersSchema:
     json: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Entrant:
-    """A kernel in one configuration."""
+class Entrant(NamedTuple):
+    """A kernel in one configuration, as `Evaluator.evaluate` takes it."""
 
-    kernel: str
     block_sizes: BlockSizes
     options: dict[str, Any]
+    kernel: str = "splash_attn"
 
 
 def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) -> tuple[list[Entrant], list[str]]:
     """Return ours and the installed peers, and a line for the user about each that is missing or changed.
 
-    Raises:
-      ValueError: a kernel is unknown or its block sizes are invalid.
+    Raises ValueError for an unknown kernel or invalid block sizes.
     """
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()
     ours = (choice.block_sizes, tuned.clamp(SEED_BLOCK_SIZES, workload.shape))
-    found = [Entrant("splash_attn", block_sizes, options) for block_sizes in dict.fromkeys(ours)]
+    found = [Entrant(block_sizes, options) for block_sizes in dict.fromkeys(ours)]
     quantized = tuned.choose(device_kind, workload.shape, workload.dtype, qk_dtype="int8")
     if quantized.entry is not None:
-        found.append(Entrant("splash_attn", quantized.block_sizes, quantized.variant.to_dict()))
+        found.append(Entrant(quantized.block_sizes, quantized.variant.to_dict()))
     lines = [f"splash_attn runs {choice.reason}"]
     for peer in peers:
         if peer.kernel not in KERNELS:
             raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(KERNELS)}.")
         kernel = KERNELS[peer.kernel]
-        if kernel.installed:
-            listed = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
-            entrant = Entrant(peer.kernel, tuned.clamp(listed, workload.shape), peer.options)
-            if entrant.block_sizes != listed:
-                lines.append(f"{peer.kernel}: {listed} is shortened to the sequences, {entrant.block_sizes}")
-            if entrant not in found:
-                found.append(entrant)
-        else:
+        if not kernel.installed:
             lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
+            continue
+        listed = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
+        entrant = Entrant(tuned.clamp(listed, workload.shape), peer.options, peer.kernel)
+        if entrant.block_sizes != listed:
+            lines.append(f"{peer.kernel}: {listed} is shortened to the sequences, {entrant.block_sizes}")
+        if entrant not in found:
+            found.append(entrant)
     return found, list(dict.fromkeys(lines))
 
 
@@ -113,8 +111,7 @@ def main(settings: PeersSchema) -> int:
     context = context_of(workload, target, OFFLINE, captured)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []
-    reused = records.reusable(recorded, settings.timeout_s)
-    on_record = {(trial.kernel, trial.key): trial for trial in reused}
+    on_record = {(trial.kernel, trial.key): trial for trial in records.reusable(recorded, settings.timeout_s)}
     with tempfile.TemporaryDirectory() as work_dir:
         evaluator = Evaluator(
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
@@ -128,34 +125,27 @@ def main(settings: PeersSchema) -> int:
             measure={},
             cache_dir=results_dir / "sweeps" / ".numerics",
         )
-        trials = _evaluate(entered, evaluator, on_record, path, workers)
+
+        def trial_of(entrant: Entrant) -> Trial:
+            key = (entrant.kernel, records.config_key(entrant.block_sizes, entrant.options))
+            if key in on_record:
+                return on_record[key]
+            trial = evaluator.evaluate(*entrant)
+            jsonl.append(path, trial)
+            return trial
+
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+        try:
+            trials = list(tqdm(pool.map(trial_of, entered), total=len(entered), unit="kernel", leave=False))
+        finally:
+            evaluator.runner.cancel()
+            pool.shutdown(cancel_futures=True)
     trials.sort(key=lambda trial: (trial.status is not Status.OK, objective(trial)))
     print(tables.table(trials, hide=_HIDDEN, one_variant_column=True, units=True))
     for line in tables.note_lines(trials):
         print(line)
     cli.write_json(settings.json, {"workload": workload.name, "device": target.name, "trials": tables.rows(trials)})
     return 0 if all(trial.status is Status.OK for trial in trials) else 1
-
-
-def _evaluate(
-    entered: list[Entrant], evaluator: Evaluator, on_record: dict[tuple[str, str], Trial], path: Path, workers: int
-) -> list[Trial]:
-    """Return one trial for each entrant: those on record, and the others made and recorded now."""
-
-    def trial_of(entrant: Entrant) -> Trial:
-        reused = on_record.get((entrant.kernel, records.config_key(entrant.block_sizes, entrant.options)))
-        if reused is not None:
-            return reused
-        trial = evaluator.evaluate(entrant.block_sizes, entrant.options, entrant.kernel)
-        jsonl.append(path, trial)
-        return trial
-
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        return list(tqdm(pool.map(trial_of, entered), total=len(entered), unit="kernel", leave=False))
-    finally:
-        evaluator.runner.cancel()
-        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables, workloads
 from tuning.trials.records import Trial, objective
@@ -35,17 +35,15 @@ class ResultsSchema:
 def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: str | None) -> list[Trial]:
     """Return the trials with the workload's shape and dtype and the wanted values, best first.
 
-    Trials of one shape, dtype, device and backend stand together, whatever names their workloads have.
-
-    Raises:
-      ValueError: no trial at all has a wanted value; the message lists those there are.
+    Trials of one shape, dtype, device and backend stand together, whatever names their workloads have. Raises
+    ValueError where no trial at all has a wanted value, with those there are.
     """
     if workload is not None:
-        on_record = sorted({f"{trial.workload} ({trial.shape} {trial.dtype})" for trial in trials})
+        there = sorted({f"{trial.workload} ({trial.shape} {trial.dtype})" for trial in trials})
         trials = [trial for trial in trials if (trial.shape, trial.dtype) == workload.identity]
         if not trials:
             name = f"workload={workload.name} ({workload.shape} {workload.dtype})"
-            raise ValueError(f"{name}: on record are {', '.join(on_record)}.")
+            raise ValueError(f"{name}: on record are {', '.join(there)}.")
     for name, value in wanted.items():
         if value is None:
             continue
@@ -71,9 +69,8 @@ def main(settings: ResultsSchema) -> int:
         raise UserError(f"top={settings.top}: expected at least 1, or null for all.")
     results_dir = Path(settings.results_dir)
     workload = settings.workload.frozen() if settings.workload else None
-    groups = {"device": settings.device, "backend": settings.backend}
-    wanted = {name: group.name if group else None for name, group in groups.items()}
-    wanted |= {"shape": settings.shape, "kernel": settings.kernel, "status": settings.status}
+    wanted = {name: getattr(settings, name) for name in ("shape", "kernel", "status")}
+    wanted |= {name: getattr(getattr(settings, name), "name", None) for name in ("device", "backend")}
     on_record = workloads.named_apart(from_config(lambda: records.read_all(results_dir)))
     if not on_record:
         raise UserError(

@@ -23,7 +23,7 @@ from pipeline.stages.programs import denoise_program, model_request, text_progra
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.program import Program
-from splash_workbench.status import compile_error
+from splash_workbench.trial_status import compile_error
 
 _MAX_OPS = 60
 _OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "bound")

@@ -15,7 +15,7 @@ from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.parallel_options import ParallelOptions
 from pipeline.requests.request import Stage
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 
 _AUTO = (ParallelOptions(plan="ulysses"), ParallelOptions(plan="megatron"))

@@ -22,7 +22,7 @@ from splash_workbench.records.prediction import (
     StagePrediction,
     hbm_fields,
 )
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 _SOURCES = (*offline_tpu.SOURCES, "pipeline/model/*.py", "pipeline/stages/*.py")
 #: Of the published CogVideoX TPU nodes (yangwhale/ComfyUI-CogVideoX-TPU) on a v6e-8 at 1280x720, 81 frames, 50 steps.

@@ -11,7 +11,7 @@ from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 
 def write_timelines(report: PredictionRecord, logdir: Path, run: str | None) -> Sequence[str]:

@@ -15,7 +15,7 @@ from pipeline.requests.config import GenerateConfig
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import require_writable
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 if TYPE_CHECKING:
     from splash_workbench.records.quality import QualityRecord

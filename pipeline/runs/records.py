@@ -13,7 +13,7 @@ from splash_workbench import provenance
 from splash_workbench.records.base import Devices
 from splash_workbench.records.generation import GenerationRecord, StageTimes
 from splash_workbench.records.jsonl import encode
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
 _PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")

@@ -20,7 +20,7 @@ from pipeline.stages.progress import Progress, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
-from splash_workbench.status import is_out_of_memory
+from splash_workbench.trial_status import is_out_of_memory
 
 #: (stage, key, load) -> the loaded stage of this key, from before or by calling `load`.
 KeepLoaded = Callable[[Stage, Hashable, Callable[[], Any]], Any]

@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -42,7 +42,7 @@ class Op:
       opcode: of HLO ("fusion"), or the profiler's category on a device plane; "" where neither is known.
       program: the HLO module, "jit_step".
       plane: where it ran: "/device:TPU:0", or "/host:CPU".
-      start_ps, duration_ps: picoseconds; the start counts from the plane's own zero.
+      start_ps: from the plane's own zero.
       self_ps: duration without the ops within it (on the host: its share where ops overlap); 0 for control flow, whose
         ops have the time.
     """
@@ -56,15 +56,20 @@ class Op:
     duration_ps: int
     self_ps: int
 
+    @property
+    def end_ps(self) -> int:
+        return self.start_ps + self.duration_ps
+
+    @property
+    def is_control_flow(self) -> bool:
+        return self.opcode in _CONTROL_FLOW or (not self.opcode and _NUMBER.sub("", self.name) in _CONTROL_FLOW)
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One step: what `jax.profiler.StepTraceAnnotation` enclosed on the host, or the device's own for it.
 
-    Attributes:
-      name: of the annotation; the step's number on a device plane.
-      number: `step_num`.
-      plane, start_ps, duration_ps: as of an Op.
+    name: of the annotation; the step's number on a device plane. number: `step_num`.
     """
 
     name: str
@@ -72,13 +77,6 @@ class Step:
     plane: str
     start_ps: int
     duration_ps: int
-
-    def contains(self, op: Op) -> bool:
-        """Return whether an op of the same plane starts within the step."""
-        return self.start_ps <= op.start_ps < self.start_ps + self.duration_ps
-
-
-_Timed = TypeVar("_Timed", Op, Step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +126,8 @@ class Profile:
             planes[step.name, step.number].append(step)
         found = []
         for steps in planes.values():
-            inside = [op for step in steps for op in self.ops if op.plane == step.plane and step.contains(op)]
+            spans = [(step.plane, range(step.start_ps, step.start_ps + step.duration_ps)) for step in steps]
+            inside = [op for plane, span in spans for op in self.ops if op.plane == plane and op.start_ps in span]
             mean_ps = round(statistics.mean(step.duration_ps for step in steps))
             found.append((dataclasses.replace(steps[0], duration_ps=mean_ps), tuple(inside)))
         return found
@@ -140,12 +139,7 @@ def read(path: Path) -> Profile:
 
 
 def parse(path: Path) -> XSpace:
-    """Return the message of an .xplane.pb.
-
-    Raises:
-      OSError: there is no such file.
-      ValueError: it is not an xplane.
-    """
+    """Return the message of an .xplane.pb. Raises OSError without such a file, ValueError where it is not an xplane."""
     try:
         return XSpace.FromString(path.read_bytes())
     except DecodeError as error:
@@ -155,33 +149,26 @@ def parse(path: Path) -> XSpace:
 def from_space(space: XSpace, host: str) -> Profile:
     """Return the Profile of a message. The host's ops count only where there is no device plane."""
     programs = Programs(space)
+    found: dict[str, list[Any]] = {_OPS_LINE: [], _STEPS_LINE: [], _MODULES_LINE: []}
     cores = [
         plane
         for plane in space.planes
         if _CORE_PLANE.match(plane.name) and any(line.name == _OPS_LINE for line in plane.lines)
     ]
-    ops: list[Op] = []
-    steps: list[Step] = []
-    modules: list[Op] = []
     for plane in cores:
         for line in plane.lines:
             if line.name == _OPS_LINE:
-                ops += _nested(_device_op(plane, line, event, programs) for event in line.events)
-            elif line.name == _STEPS_LINE:
-                steps += _device_steps(plane, line)
-            elif line.name == _MODULES_LINE:
-                modules += [_module(plane, line, event) for event in line.events]
+                found[_OPS_LINE] += _nested(_device_op(plane, line, event, programs) for event in line.events)
+            elif line.name in found:
+                make = _device_step if line.name == _STEPS_LINE else _module
+                found[line.name] += filter(None, (make(plane, line, event) for event in line.events))
     for plane in space.planes if not cores else ():
         if plane.name == _HOST_PLANE:
-            ops += _shared(_host_ops(plane, programs))
-            steps += [step for line in plane.lines for step in _host_steps(plane, line)]
-    return Profile(
-        host=host,
-        ops=_by_start(ops),
-        steps=_by_start(steps),
-        modules=_by_start(modules),
-        predicted=any(PREDICTED_STAT in read_stats(plane, plane.stats) for plane in cores),
-    )
+            found[_OPS_LINE] += _shared(_host_ops(plane, programs))
+            found[_STEPS_LINE] += _host_steps(plane)
+    ops, steps, modules = (tuple(sorted(x, key=lambda item: (item.plane, item.start_ps))) for x in found.values())
+    predicted = any(PREDICTED_STAT in read_stats(plane, plane.stats) for plane in cores)
+    return Profile(host, ops, steps, modules, predicted)
 
 
 def _nested(ops: Iterable[Op]) -> list[Op]:
@@ -190,23 +177,15 @@ def _nested(ops: Iterable[Op]) -> list[Op]:
     self_ps = [op.duration_ps for op in ordered]
     open_ops: list[int] = []
     for index, op in enumerate(ordered):
-        while open_ops and _end_ps(ordered[open_ops[-1]]) < max(_end_ps(op), op.start_ps + 1):
+        while open_ops and ordered[open_ops[-1]].end_ps < max(op.end_ps, op.start_ps + 1):
             open_ops.pop()  # over, or only overlapping by what clocks are off
         if open_ops:
             self_ps[open_ops[-1]] -= op.duration_ps
         open_ops.append(index)
     return [
-        dataclasses.replace(op, self_ps=0 if _is_control_flow(op) else max(left, 0))
+        dataclasses.replace(op, self_ps=0 if op.is_control_flow else max(left, 0))
         for op, left in zip(ordered, self_ps, strict=True)
     ]
-
-
-def _end_ps(op: Op) -> int:
-    return op.start_ps + op.duration_ps
-
-
-def _is_control_flow(op: Op) -> bool:
-    return op.opcode in _CONTROL_FLOW or (not op.opcode and _NUMBER.sub("", op.name) in _CONTROL_FLOW)
 
 
 def _shared(ops: Sequence[Op]) -> list[Op]:
@@ -216,8 +195,8 @@ def _shared(ops: Sequence[Op]) -> list[Op]:
     moments = sorted(
         (moment, begins, index)
         for index, op in enumerate(ops)
-        if not _is_control_flow(op)
-        for moment, begins in ((op.start_ps, True), (_end_ps(op), False))
+        if not op.is_control_flow
+        for moment, begins in ((op.start_ps, True), (op.end_ps, False))
     )
     before = 0
     for moment, begins, index in moments:
@@ -275,24 +254,19 @@ def _op(plane: XPlane, line: XLine, event: XEvent, **fields: str) -> Op:
     return Op(plane=plane.name, start_ps=start, duration_ps=event.duration_ps, self_ps=event.duration_ps, **fields)
 
 
-def _device_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
-    for event in line.events:
-        name = plane.event_metadata[event.metadata_id].name
-        if name.isdigit():
-            yield Step(name, int(name), plane.name, _start_ps(line, event), event.duration_ps)
+def _device_step(plane: XPlane, line: XLine, event: XEvent) -> Step | None:
+    name = plane.event_metadata[event.metadata_id].name
+    return Step(name, int(name), plane.name, _start_ps(line, event), event.duration_ps) if name.isdigit() else None
 
 
-def _host_steps(plane: XPlane, line: XLine) -> Iterator[Step]:
-    for event in line.events:
-        number = read_stats(plane, event.stats).get("step_num")
-        if number is not None:
-            name = plane.event_metadata[event.metadata_id].name
-            yield Step(name, int(number), plane.name, _start_ps(line, event), event.duration_ps)
+def _host_steps(plane: XPlane) -> Iterator[Step]:
+    for line in plane.lines:
+        for event in line.events:
+            number = read_stats(plane, event.stats).get("step_num")
+            if number is not None:
+                name = plane.event_metadata[event.metadata_id].name
+                yield Step(name, int(number), plane.name, _start_ps(line, event), event.duration_ps)
 
 
 def _start_ps(line: XLine, event: XEvent) -> int:
     return line.timestamp_ns * 1000 + event.offset_ps
-
-
-def _by_start(items: Iterable[_Timed]) -> tuple[_Timed, ...]:
-    return tuple(sorted(items, key=lambda item: (item.plane, item.start_ps)))

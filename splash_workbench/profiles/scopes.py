@@ -1,10 +1,9 @@
 """Finds the named scopes of ops, in what JAX calls them and in the HLO that a profile holds."""
 
 import collections
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from splash_workbench.profiles.xla_pb2 import HloModuleProto, HloProto, XPlane, XSpace, XStat
 
@@ -26,15 +25,11 @@ def named_scope(op_name: str) -> str:
     return "/".join(part for part in parts if part not in _ADDED and not _NO_SCOPE.search(part))
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """Opcode and named scopes of an HLO op; "" where not known."""
 
-    opcode: str
-    scope: str
-
-
-_UNKNOWN = Instruction("", "")
+    opcode: str = ""
+    scope: str = ""
 
 
 class Programs:
@@ -59,10 +54,10 @@ class Programs:
         module = str(stats.get("hlo_module", ""))
         program = self._by_id.get(f"({stats.get('program_id')})")
         if program in self._by_name.get(module, ()) or (program and not module):
-            return program.get(op, _UNKNOWN) if program else _UNKNOWN
+            return (program or {}).get(op, Instruction())
         # A program out of the compilation cache runs under the number that it had when it was compiled.
         found = {program[op] for program in self._by_name.get(module, ()) if op in program}
-        return found.pop() if len(found) == 1 else _UNKNOWN
+        return found.pop() if len(found) == 1 else Instruction()
 
 
 def _instructions(module: HloModuleProto) -> dict[str, Instruction]:

@@ -7,7 +7,6 @@ what ran.
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import json
 import re
@@ -15,7 +14,7 @@ import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -23,8 +22,9 @@ from splash_workbench import provenance
 from splash_workbench.errors import UserError
 from splash_workbench.files import write_json
 from splash_workbench.profiles.reader import SUFFIX
+from splash_workbench.records.base import utc_now
 from splash_workbench.records.jsonl import decode, encode
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 SESSION_FILE = "session.json"
 PORT = 6006
@@ -39,15 +39,10 @@ class Session:
     """Description of a session.
 
     Attributes:
-      run: its name, the same for all parts and repeats.
       part: a stage of the pipeline; "" for a run of one part.
       repeat: from 1; repeats of a run are taken together as samples of the same thing.
-      label: whether it was measured or predicted.
-      device: on which device, or for which.
       made_by: of a prediction, what made it: "libtpu 0.0.52".
       config: what ran: a request, or a workload with block sizes.
-      environment: where it was made.
-      created_at: UTC, ISO 8601.
     """
 
     run: str
@@ -58,9 +53,7 @@ class Session:
     made_by: str | None
     config: dict[str, Any]
     environment: provenance.Environment
-    created_at: str = dataclasses.field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    )
+    created_at: str = dataclasses.field(default_factory=utc_now)
 
     @property
     def name(self) -> str:
@@ -69,27 +62,13 @@ class Session:
         return f"{self.run}{part}" + (f".{self.repeat}" if self.repeat > 1 else "")
 
 
-@dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Records the parts of one run on the device that is here.
+    """Records the parts of the next repeat of a run on the device that is here. Raises as `check_name`."""
 
-    Attributes:
-      logdir, run, repeat, config: see Session.
-    """
-
-    logdir: Path
-    run: str
-    repeat: int
-    config: Mapping[str, Any]
-
-    @classmethod
-    def start(cls, logdir: Path, run: str, config: Mapping[str, Any]) -> Self:
-        """Return a recorder of the next repeat of a run.
-
-        Raises:
-          UserError: the name cannot be a folder's.
-        """
-        return cls(logdir, check_name(run), next_repeat(logdir, run), config)
+    def __init__(self, logdir: Path, run: str, config: Mapping[str, Any]) -> None:
+        self.logdir, self.run, self.config = logdir, check_name(run), config
+        repeats = [session.repeat for _, session in sessions(logdir) if session.run == run]
+        self.repeat = max(repeats, default=0) + 1
 
     @contextlib.contextmanager
     def record(self, part: str = "") -> Iterator[Session]:
@@ -137,19 +116,14 @@ def write_session(logdir: Path, session: Session, space: Any = None) -> Path:
     folder = profile_dir(logdir) / session.name
     if space is not None:
         shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard keeps there of an older one
-    folder.mkdir(parents=True, exist_ok=True)
-    if space is not None:
+        folder.mkdir(parents=True)
         (folder / f"{space.hostnames[0]}{SUFFIX}").write_bytes(space.SerializeToString())
     write_json(folder / SESSION_FILE, encode(session))
     return folder
 
 
 def sessions(logdir: Path) -> list[tuple[Path, Session]]:
-    """Return the sessions with a SESSION_FILE, in the order of their names.
-
-    Raises:
-      UserError: such a file is not readable.
-    """
+    """Return the sessions with a SESSION_FILE by their names. Raises UserError where such a file cannot be read."""
     found = []
     for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
         try:
@@ -157,11 +131,6 @@ def sessions(logdir: Path) -> list[tuple[Path, Session]]:
         except ValueError as error:
             raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
     return found
-
-
-def next_repeat(logdir: Path, run: str) -> int:
-    """Return one more than the repeats of a run that are there."""
-    return 1 + max((session.repeat for _, session in sessions(logdir) if session.run == run), default=0)
 
 
 def check_name(name: str) -> str:
@@ -193,12 +162,8 @@ def tensorboard_command(logdir: Path, port: int = PORT) -> str:
 def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:
     """Return the address of a page of TensorBoard's profile tab.
 
-    Args:
-      session: which.
-      tool: "overview_page", "trace_viewer@", "op_profile" ...
-      hosts: of the session, one or several side by side.
-      base: a session to show differences to, where the tool can.
-      port: of TensorBoard.
+    tool: "overview_page", "trace_viewer@", "op_profile" ...; hosts: of the session, one or several side by side; base:
+    a session to show differences to, where the tool can.
     """
     query = {"run": session, "tag": tool, "hosts" if len(hosts) > 1 else "host": ",".join(hosts)}
     if base is not None:

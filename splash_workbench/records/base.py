@@ -9,7 +9,7 @@ import msgspec
 
 from splash_workbench.provenance import Environment
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 
 def utc_now() -> str:
@@ -53,14 +53,7 @@ class Devices(msgspec.Struct, frozen=True):
 
 
 class PipelineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields of every record of the pipeline.
-
-    Attributes:
-      created_at: UTC, ISO 8601.
-      label: how its figures were got.
-      environment: where it was made.
-      request: the whole pipeline request, as its own dataclass writes it.
-    """
+    """Fields of every record of the pipeline; `request` is the whole request, as its own dataclass writes it."""
 
     created_at: str = msgspec.field(default_factory=utc_now)
     label: Label

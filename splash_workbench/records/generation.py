@@ -20,7 +20,6 @@ class GenerationRecord(PipelineRecord, frozen=True, kw_only=True):
     """One run: where it ran, what was asked for, and how long each stage took.
 
     Attributes:
-      device: what it ran on.
       attention, parallel: of the denoise stage, None where there is no output of it.
       resumed_at_step: the denoising step after which this run resumed; its step times are those of all runs.
       stages: by name; without those that were reused.

@@ -16,8 +16,7 @@ T = TypeVar("T")
 def decode(fields: Any, kind: type[T]) -> T:
     """Return `fields`, as JSON gives them, as a `kind`; keys that it does not know are ignored.
 
-    Raises:
-      ValueError: they do not fit; the message gives the path of the field, as in "$.environment.versions".
+    Raises ValueError where they do not fit, with the path of the field, as in "$.environment.versions".
     """
     upgrade = getattr(kind, "upgrade", None)  # of records whose earlier schemas had other keys
     try:
@@ -34,10 +33,8 @@ def encode(record: Any) -> Any:
 def append(path: Path, record: Any) -> None:
     """Append one record as a whole line, and wait for the disk.
 
-    A line that a crash tore stays apart from it, and so does the line of another process that appends meanwhile.
-
-    Raises:
-      OSError: the line could not be written whole, as on a full disk; the file is left as it was.
+    A line that a crash tore stays apart from it, and so does the line of another process that appends meanwhile. Raises
+    OSError, and leaves the file as it was, where the line could not be written whole, as on a full disk.
     """
     line = json.dumps(encode(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +59,7 @@ def append(path: Path, record: Any) -> None:
 def read(path: Path, kind: type[T]) -> list[T]:
     """Return every record of a file, none where there is no file. A line that a crash tore is skipped with a warning.
 
-    Raises:
-      ValueError: a whole line is not a `kind`; the message names the file, the line and the field.
+    Raises ValueError for a whole line that is not a `kind`, with the file, the line, the field and what to do.
     """
     if not path.exists():
         return []
@@ -79,5 +75,7 @@ def read(path: Path, kind: type[T]) -> list[T]:
         try:
             records.append(decode(fields, kind))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a {kind.__name__} that this version reads ({error}).") from error
+            remedy = "delete this line, or move the file away"
+            line_is = f"{path}:{number}: not a {kind.__name__} that this version reads"
+            raise ValueError(f"{line_is} ({error}); {remedy}.") from error
     return records

@@ -38,15 +38,12 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """One stage, or one of its programs, on one chip. Times and bytes are predicted.
 
     Attributes:
-      time_s: of a denoising step; of the other stages, of all of it.
-      breakdown_s: seconds by kind of work.
+      time_s: of a denoising step; of the other stages, of all of it. breakdown_s: seconds by kind of work.
       peak_hbm_bytes, hbm_bytes: the most that is in use, and what the chip has.
       hbm_traffic_bytes, link_bytes: moved through HBM, and over the busiest link.
-      compile_time_s, compile_cpu_s, compile_peak_rss_bytes: what compiling took here.
-      wall_time_s: of the worker.
+      compile_time_s, compile_cpu_s, compile_peak_rss_bytes, wall_time_s: what compiling took here, and its worker.
       flops, mfu_fraction, num_layers, attention: of a denoising step.
       calls: how often the stage runs this program.
-      programs: of a stage that runs several.
       ops, collectives, timeline: parts of the prediction; not kept in predict.jsonl.
     """
 
@@ -87,17 +84,13 @@ class ReportedVideo(msgspec.Struct, frozen=True):
 
 
 class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
-    """A video on chips that are not here.
+    """A video on chips that are not here, e.g. on the topology "v6e-8".
 
     Attributes:
-      topology: of the chips, e.g. "v6e-8".
       compiler_options: flags of libtpu that were given; empty: its defaults.
-      config_source: where the checkpoint's configurations are from.
-      step_time_s: of a denoising step, with the attention kernel that the plan is about.
-      step_time_own_kernel_s: the same with this project's kernel.
-      total_time_s: of all stages, None where one is not predicted.
-      stage_times_s: seconds by stage, of all steps.
-      stages: the stages that were predicted.
+      step_time_s, step_time_own_kernel_s: of a denoising step, with the plan's attention kernel and with this
+        project's.
+      total_time_s: of all stages, None where one is not predicted; stage_times_s: seconds by stage, of all steps.
       other_plans: of each plan not taken, its step time, or why it cannot be.
       failures: why a stage cannot be predicted.
       reported: by others for the same video on the same chips.

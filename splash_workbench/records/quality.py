@@ -8,16 +8,12 @@ from splash_workbench.records.base import Devices, PipelineRecord, new_id
 
 
 class QualityRecord(PipelineRecord, frozen=True, kw_only=True):
-    """A candidate's videos beside the reference's.
+    """A candidate's videos beside the reference's, each prompt with each seed.
 
     Attributes:
       candidate: its name; "reference" for the reference beside itself.
-      parallel: the parallel plan that was asked for.
-      prompts, seeds: of the videos, each prompt with each seed.
-      budget: what the candidate may lose.
       psnr_db, ssim: one a video; no PSNR where it is the reference's very own.
-      readings: what was read from the frames of each video.
-      read_back: share of the videos that show what their prompt says, by what was read.
+      readings, read_back: what was read from the frames of each video, and the share that shows what its prompt says.
       failures: why it is over budget; empty where it is not.
     """
 

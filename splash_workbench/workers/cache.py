@@ -3,7 +3,6 @@
 Kept are the conclusive ones, of jobs that time nothing: a time that was measured is never taken from a cache.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,41 +12,24 @@ from typing import Any, Self
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import CACHE_VARIABLE, user_cache_dir
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
 from splash_workbench.workers.pool import Outcome
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """The content of a file."""
-
-    status: Status
-    result: dict[str, Any]
-    error: str | None
 
 
 class JobCache:
     """One JSON file an outcome, named by a hash of everything that it depends on.
 
-    It never fails its caller: an entry that cannot be read is made again, and one that cannot be written is left out.
-
-    Attributes:
-      trouble: why it could not write, in a line for the user; None where it could.
+    It never fails its caller: an entry that cannot be read is made again, and one that cannot be written is left out;
+    `trouble` then says why, in a line for the user.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self.trouble: str | None = None
 
     @classmethod
     def of_user(cls, enabled: bool) -> Self | None:
         """Return the cache in $COGVIDEOX_SPLASH_CACHE or the user's cache folder; None where it is switched off."""
         return cls(user_cache_dir() / "tuning") if enabled else None
-
-    @property
-    def numerics_dir(self) -> Path:
-        """Return the folder for the outcomes of numerics checks, which several jobs can share."""
-        return self._directory / "numerics"
 
     @staticmethod
     def key(target: str, payload: Mapping[str, Any], dependencies: Mapping[str, Any]) -> str:
@@ -60,17 +42,13 @@ class JobCache:
     ) -> tuple[Outcome, bool]:
         """Return the stored outcome, or that of `run`, stored if it is conclusive; and whether it was there.
 
-        Args:
-          key: see `key`.
-          run: makes the outcome.
-          accept: raises ValueError for a stored outcome that cannot be one of this job; it is made again.
+        accept: raises ValueError for a stored outcome that cannot be one of this job; it is made again.
         """
-        path = self._directory / f"{key}.json"
+        path = self.directory / f"{key}.json"
         try:
-            entry = decode(json.loads(path.read_bytes()), _Entry)
-            outcome = Outcome(entry.status, entry.result, entry.error, "", 0.0)
+            outcome = decode(json.loads(path.read_bytes()), Outcome)
             accept(outcome)
-            if entry.status.conclusive:
+            if outcome.status.conclusive:
                 return outcome, True
         except (OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
             pass
@@ -82,7 +60,7 @@ class JobCache:
                     temporary.write_text(json.dumps(stored))
             except OSError as error:
                 self.trouble = (
-                    f"cache: cannot write to {self._directory} ({error.strerror}): what is compiled is not kept; "
+                    f"cache: cannot write to {self.directory} ({error.strerror}): what is compiled is not kept; "
                     f"set ${CACHE_VARIABLE} to a folder with space, or cache=false"
                 )
         return outcome, False

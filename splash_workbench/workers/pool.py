@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.provenance import REPO_ROOT
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 
 #: Folder of a worker -> environment variables to add to this process's own.
 Variables = Callable[[Path], Mapping[str, str]]
@@ -49,37 +49,36 @@ class Outcome:
     status: Status
     result: dict[str, Any]
     error: str | None
-    log_tail: str
-    wall_time_s: float
+    log_tail: str = ""
+    wall_time_s: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Usage:
-    """The resources that the jobs of a runner took.
+    """The resources that the jobs of a runner took. Memory and disk are looked at twice a second.
 
     Attributes:
       job_count, worker_count: jobs run, and processes started for them.
-      peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); None where /proc
-        does not say. Looked at twice a second, as the disk is.
+      peak_memory_bytes: most that all workers held at once (resident, shared pages counted in each); 0 where /proc does
+        not say.
       peak_disk_bytes: most that the jobs' scratch folders held at once.
     """
 
-    job_count: int
-    worker_count: int
-    peak_memory_bytes: int | None
-    peak_disk_bytes: int
+    job_count: int = 0
+    worker_count: int = 0
+    peak_memory_bytes: int = 0
+    peak_disk_bytes: int = 0
 
 
 class Runner:
     """A pool of worker processes that any number of threads give jobs, until it is cancelled.
 
     A worker that crashes, is killed for its time limit, raises what its job did not foresee, or has grown past 2.5 GiB
-    is replaced. It serves only jobs that ask for the environment that it was started with.
+    is replaced. It serves only jobs that ask for the environment that it was started with. Its folder in `work_dir` is
+    gone with it.
 
-    Args:
-      work_dir: scratch folder; each worker has its own folder in it, gone with the worker.
-      jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
-        More: call `cancel` in the end.
+    jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
+    More: call `cancel` in the end.
     """
 
     def __init__(self, work_dir: Path, *, jobs_per_worker: int = 1) -> None:
@@ -89,7 +88,7 @@ class Runner:
         self._running: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._cancelled = False
-        self._job_count = self._worker_count = self._peak_memory = self._peak_disk = 0
+        self.usage = Usage()
 
     def run(
         self,
@@ -99,19 +98,12 @@ class Runner:
         timeout_s: float,
         variables: Variables = lambda worker_dir: {},
     ) -> Outcome:
-        """Run "package.module:function" on the payload, again in a fresh process if it crashes in a used one.
+        """Run "package.module:function" on a JSON payload, again in a fresh process if it crashes in a used one.
 
-        Args:
-          target: the job.
-          payload: its argument, JSON.
-          timeout_s: its whole process group is killed after this.
-          variables: of the worker.
-
-        Raises:
-          CancelledError: `cancel` was called.
+        After `timeout_s` its whole process group is killed. Raises CancelledError once `cancel` was called.
         """
         with self._lock:
-            self._job_count += 1
+            self.usage.job_count += 1
         for fresh in (False, True):
             worker = self._take(variables, fresh=fresh)
             reusable = False
@@ -136,37 +128,27 @@ class Runner:
         for worker in idle:
             worker.end()
 
-    def usage(self) -> Usage:
-        """Return what the jobs took up to now."""
-        with self._lock:
-            return Usage(self._job_count, self._worker_count, self._peak_memory or None, self._peak_disk)
-
     def _take(self, variables: Variables, *, fresh: bool) -> "_Worker":
         """Return an idle worker with the environment that the job wants, or a new one in place of an idle one."""
         search_path = [str(REPO_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         common = os.environ | {"PYTHONPATH": os.pathsep.join(search_path)}
         kind = frozenset((common | dict(variables(Path("worker")))).items())
-        superfluous: _Worker | None = None
-        try:
-            with self._lock:
-                if self._cancelled:
-                    raise CancelledError
-                for worker in self._idle if not fresh else ():
-                    if worker.kind == kind:
-                        self._idle.remove(worker)
-                        self._running.add(worker)
-                        return worker
-                if self._idle:
-                    superfluous = self._idle.pop(0)
-                self._work_dir.mkdir(parents=True, exist_ok=True)
-                directory = Path(tempfile.mkdtemp(dir=self._work_dir))
-                worker = _Worker(directory, kind, common | dict(variables(directory)))
-                self._worker_count += 1
-                self._running.add(worker)
-                return worker
-        finally:
-            if superfluous is not None:
-                superfluous.end()
+        with contextlib.ExitStack() as after, self._lock:
+            if self._cancelled:
+                raise CancelledError
+            for worker in self._idle if not fresh else ():
+                if worker.kind == kind:
+                    self._idle.remove(worker)
+                    self._running.add(worker)
+                    return worker
+            if self._idle:
+                after.callback(self._idle.pop(0).end)  # once the lock is free
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            directory = Path(tempfile.mkdtemp(dir=self._work_dir))
+            worker = _Worker(directory, kind, common | dict(variables(directory)))
+            self.usage.worker_count += 1
+            self._running.add(worker)
+            return worker
 
     def _give_back(self, worker: "_Worker", reusable: bool) -> None:
         with self._lock:
@@ -181,7 +163,8 @@ class Runner:
             workers = [*self._running, *self._idle]
         memory, disk = sum(worker.rss_bytes() for worker in workers), _size_bytes(self._work_dir)
         with self._lock:
-            self._peak_memory, self._peak_disk = max(self._peak_memory, memory), max(self._peak_disk, disk)
+            self.usage.peak_memory_bytes = max(self.usage.peak_memory_bytes, memory)
+            self.usage.peak_disk_bytes = max(self.usage.peak_disk_bytes, disk)
 
 
 class _Worker:
@@ -237,14 +220,9 @@ class _Worker:
         reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
         if not reusable:
             self.kill()
-        outcome = Outcome(
-            status=status,
-            result=result,
-            error=_scrub(error, self._directory) if error else None,
-            log_tail=_scrub(self._log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], self._directory),
-            wall_time_s=time.monotonic() - start,
-        )
-        return outcome, reusable
+        cause = _scrub(error, self._directory) if error else None
+        log_tail = _scrub(self._log_path.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:], self._directory)
+        return Outcome(status, result, cause, log_tail, time.monotonic() - start), reusable
 
     def rss_bytes(self) -> int:
         """Return the resident memory of the process; 0 if it is dead, or the system does not say."""

@@ -16,11 +16,7 @@ _CGROUP_FILES = (
 
 
 def worker_count(requested: int | None) -> int:
-    """Return the workers requested, or for None as many as the cores and the free memory allow.
-
-    Raises:
-      ValueError: less than 1 is requested.
-    """
+    """Return the workers requested, at least 1, or for None as many as the cores and the free memory allow."""
     if requested is None:
         free = available_memory_bytes()
         return core_count() if free is None else max(1, min(core_count(), free // WORKER_BYTES))

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from splash_workbench.status import Status, TrialError
+from splash_workbench.trial_status import Status, TrialError
 
 #: Past the parent's own limit, for the case that the parent is gone and this process no longer runs Python code.
 _ALARM_GRACE_S = 30

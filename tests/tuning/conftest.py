@@ -11,7 +11,7 @@ from helpers import PLENTY_S
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from splash_workbench.workers.pool import Runner
 from tuning.backends.base import Target
 from tuning.backends.evaluate import Evaluator

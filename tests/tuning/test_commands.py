@@ -13,7 +13,7 @@ import pytest
 from offline_tpu import libtpu
 from splash_attn import tuned
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning import choose, peers, results, sweep
 from tuning.trials import records, workloads
 from tuning.trials.records import Trial

@@ -16,10 +16,10 @@ from splash_workbench.profiles.xla_pb2 import XSpace
 from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import Plan, PredictionRecord, StagePrediction
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.compare import __main__ as compare
 from tuning.compare.inputs import resolve
-from tuning.compare.table import MIN_STEPS, Column, notes_of, rows_of
+from tuning.compare.table import MIN_STEPS, Run, notes_of, rows_of
 from tuning.trials import records
 
 ENVIRONMENT = Environment({}, {}, None, False, "k", "b", "x86_64-linux", 2)
@@ -66,8 +66,8 @@ def write(tmp_path: Path) -> Callable[..., None]:
     return write
 
 
-def column(tmp_path: Path, run: str) -> Column:
-    return resolve(run, tmp_path / "runs", tmp_path / "results").column
+def column(tmp_path: Path, run: str) -> Run:
+    return resolve(run, tmp_path / "runs", tmp_path / "results")
 
 
 def verdicts(tmp_path: Path, *runs: str) -> dict[str, str]:
@@ -127,13 +127,12 @@ def test_depth_sums_the_scopes_below(write, tmp_path):
 
 
 def test_few_steps_say_nothing():
-    short = Column("a", Label.MEASURED, "cpu", None, ({"x": [1.0]},))
-    other = Column("b", Label.MEASURED, "cpu", None, ({"x": [9.0, 9.0]},))
+    short = Run("a", Label.MEASURED, "cpu", None, ({"x": [1.0]},))
+    other = Run("b", Label.MEASURED, "cpu", None, ({"x": [9.0, 9.0]},))
     assert rows_of([short, other])[0].verdicts == ("?",)
     assert any("too few to tell" in note for note in notes_of([short, other]))
     enough = (
-        Column(name, Label.MEASURED, "cpu", None, ({"x": [time] * MIN_STEPS},))
-        for name, time in (("a", 1.0), ("b", 9.0))
+        Run(name, Label.MEASURED, "cpu", None, ({"x": [time] * MIN_STEPS},)) for name, time in (("a", 1.0), ("b", 9.0))
     )
     assert rows_of(list(enough))[0].verdicts == ("slower",)
 
@@ -146,7 +145,7 @@ def test_measured_and_predicted_are_kept_apart(write, make_trial, tmp_path):
     path = tmp_path / "results" / "sweeps" / "s" / records.TRIALS_FILE
     jsonl.append(path, trial)
     for source in (trial.record_id[:8], f"{path}:{trial.record_id}", f"{path}:1", f"{path}:-1"):
-        predicted = resolve(f"p={source}", tmp_path / "runs", tmp_path / "results").column
+        predicted = resolve(f"p={source}", tmp_path / "runs", tmp_path / "results")
         assert (predicted.name, predicted.label) == ("p", Label.PREDICTED)
         assert predicted.sessions[0]["denoise/blocks/attention"] == [550e-6]
     columns = [column(tmp_path, "a"), predicted]
@@ -237,7 +236,7 @@ def test_a_record_of_the_pipelines_prediction(tmp_path):
         notes=(),
     )
     jsonl.append(path, record)
-    found = resolve(f"{path}:-1", tmp_path / "runs", tmp_path).column
+    found = resolve(f"{path}:-1", tmp_path / "runs", tmp_path)
     assert found.name == "v6e-8-ulysses" and found.label is Label.PREDICTED
     assert found.sessions[0] == {
         "denoise (step)": [0.8],

@@ -8,7 +8,7 @@ import pytest
 from helpers import PLENTY_S
 from splash_workbench import provenance
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Outcome, Runner
 from sweeps import job_count, quiet, with_job
 from tuning.backends import evaluate
@@ -44,7 +44,7 @@ def test_search_repeats_nothing_and_goes_on_where_it_was(
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
 
     def run(max_trials: int | None) -> int:
-        settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=1))  # type: ignore[arg-type]
+        settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=1))
         result = sweep(with_job("bowl", settings), report=quiet)
         assert len({trial.key for trial in result.trials}) == len(result.trials) == (max_trials or 12)
         return result.evaluated_count
@@ -69,7 +69,7 @@ def test_a_second_sweep_elsewhere_costs_nothing(
 ) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
-    search = SearchSettings(sampler=sampler, max_trials=9, seed=1)  # type: ignore[arg-type]
+    search = SearchSettings(sampler=sampler, max_trials=9, seed=1)
     first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, cache=True)), report=quiet)
     assert (first.evaluated_count, first.usage.job_count, job_count(log)) == (9, 9, 9)
     elsewhere = make_settings(search=search, cache=True, results_dir=tmp_path / "elsewhere")

@@ -38,7 +38,7 @@ def test_kill_9_loses_nothing_and_repeats_nothing(
     make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
-    settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))  # type: ignore[arg-type]
+    settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))
     settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     monkeypatch.setenv("FAKE_JOBS_HANG_AFTER", "5")

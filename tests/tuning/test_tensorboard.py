@@ -16,6 +16,7 @@ import pytest
 from helpers import PLENTY_S, wait_until
 from splash_attn.types import BlockSizes
 from splash_workbench.records import jsonl
+from tuning import hparams
 from tuning.compare import __main__ as compare
 from tuning.traces import of_sweep
 from tuning.trials import records
@@ -50,7 +51,8 @@ def trials(make_trial: Callable[..., Trial]) -> list[Trial]:
 @pytest.fixture
 def ask(logdir: Path, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Asks a TensorBoard on a sweep's traces and a pair of its candidates: (path, query) -> the answer as JSON."""
-    list(of_sweep.write(trials, "sweep-1", logdir, top=2))
+    hparams.write(trials, logdir, "sweep-1")
+    list(of_sweep.write(trials, logdir, top=2))
     for trial in trials:
         jsonl.append(tmp_path / records.TRIALS_FILE, trial)
     names = [f"{name}={trial.record_id}" for name, trial in zip("ab", trials, strict=False)]

@@ -13,7 +13,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.options import options_text
 from splash_workbench import provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 from tuning.trials.workloads import Workload
 
@@ -22,13 +22,7 @@ _PROBE_TIMEOUT_S = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The device that a trial is about.
-
-    Attributes:
-      name: as on the command line, e.g. "v6e" or "local".
-      device_kind: as JAX says it.
-      spec: its figures; None for a device that is only measured.
-    """
+    """The device that a trial is about, by its name on the command line; spec: None where it is only measured."""
 
     name: str
     device_kind: str
@@ -43,22 +37,19 @@ def named_device(device: str) -> Target:
     return Target(spec.name, spec.device_kind, spec)
 
 
-def no_variables(target: Target, worker_dir: Path) -> Mapping[str, str]:
+def no_variables(*_: object) -> dict[str, str]:
     """Add nothing to a worker's environment."""
-    del target, worker_dir
     return {}
 
 
-def any_options(target: Target, options: Mapping[str, str]) -> None:
+def any_options(*_: object) -> None:
     """Leave it to the candidates what becomes of compiler options."""
-    del target, options
 
 
 def probe(trouble: str, **variables: str) -> dict[str, Any]:
     """Return the platform and device_kind that JAX finds in a worker with these environment variables.
 
-    Raises:
-      UserError: it does not start, so that no candidate can run; the message begins with `trouble`.
+    Raises UserError, which begins with `trouble`, where it does not start, so that no candidate can run.
     """
     with tempfile.TemporaryDirectory() as work_dir:
         job = "tuning.backends.jobs:probe"
@@ -73,7 +64,6 @@ class Backend:
     """One way to get the figures of a candidate.
 
     Attributes:
-      name: as on the command line.
       job: what a worker runs for one candidate, "package.module:function".
       sources: patterns of the files that make the figure; see `provenance.source_hash`.
       find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.
@@ -104,7 +94,7 @@ def context_of(
 ) -> str:
     """Return a hash of everything that makes the times of two trials comparable, the candidate apart."""
     flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
-    sources = (captured.kernel_hash, captured.backend_hash)
     options = [options_text(compiler_options)] if compiler_options else []
-    parts = [*options, str(workload.shape), workload.dtype, target.device_kind, backend.name, *sources]
+    parts = [*options, str(workload.shape), workload.dtype, target.device_kind, backend.name]
+    parts += [captured.kernel_hash, captured.backend_hash]
     return provenance.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))

@@ -10,7 +10,7 @@ from splash_attn.types import BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import KERNEL_SOURCES, Environment, source_hash
 from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
 from tuning.backends.base import Backend, Target
@@ -27,10 +27,9 @@ class Evaluator:
     """Make Trials of one workload on one device with one backend.
 
     Attributes:
-      runner: where the jobs run.
       context: hash that all trials carry; see Trial.
       timeout_s: limit of one trial.
-      measure: fields of tuning.backends.timing.MeasureSettings.
+      measure: fields of tuning.backends.device_times.MeasureSettings.
       cache_dir: where numerics checks are shared between candidates.
       compiler_options: flags of libtpu for every candidate.
       cache: of whole outcomes, for backends that time nothing; None: compile anew.
@@ -51,10 +50,7 @@ class Evaluator:
     def evaluate(self, block_sizes: BlockSizes, options: Mapping[str, Any], kernel: str = "splash_attn") -> Trial:
         """Return the Trial of a candidate, whatever becomes of it.
 
-        Args:
-          block_sizes: of the kernel.
-          options: fields of Variant, or a peer's own.
-          kernel: one of tuning.backends.kernels.KERNELS.
+        options: fields of Variant, or a peer's own; kernel: one of tuning.backends.kernels.KERNELS.
 
         Raises:
           CancelledError: the runner was cancelled.

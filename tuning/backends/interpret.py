@@ -1,19 +1,18 @@
 """Check numerics in interpret mode on the CPU. Gives no time."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from splash_workbench.records.jsonl import decode
 from tuning.backends.base import Backend, Target, named_device
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request
+from tuning.backends.numerics import check_numerics
 
 
 def _find_target(device: str) -> Target:
     return Target("cpu", "cpu", None) if device == "local" else named_device(device)
 
 
-def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
-    del target, worker_dir
+def _worker_env(*_: object) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu"}
 
 
@@ -29,4 +28,4 @@ INTERPRET = Backend(
 
 def check_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics in interpret mode."""
-    return check_numerics(Request.from_payload(payload), "pallas_interpret")
+    return check_numerics(decode(payload, Request), "pallas_interpret")

@@ -4,16 +4,15 @@ A job runs in `splash_workbench.workers.worker`, takes the payload that `evaluat
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
-from splash_workbench.records.jsonl import decode
-from splash_workbench.status import Status
-from tuning.backends import kernels, numerics, timing
+from tuning.backends import device_times, kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +26,9 @@ class Request:
     block_sizes: BlockSizes
     options: dict[str, Any]
     device: str
-    cache_dir: Path | None
-    measure: timing.MeasureSettings
+    cache_dir: str
+    measure: device_times.MeasureSettings
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> "Request":
-        cache_dir = Path(payload["cache_dir"]) if payload["cache_dir"] else None
-        return dataclasses.replace(decode(payload | {"cache_dir": None}, cls), cache_dir=cache_dir)
 
     def attention(self, implementation: Implementation) -> kernels.Attention:
         return kernels.KERNELS[self.kernel].build(self.block_sizes, self.options, implementation)
@@ -46,32 +40,15 @@ class Request:
     def abstract_args(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Return the arguments of `timed`: [batch, seq, heads * head_dim] three times."""
         shape = self.shape
+        lengths = (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
         channels = shape.num_heads * shape.head_dim
-        q = jax.ShapeDtypeStruct((shape.batch_size, shape.q_seq_len, channels), self.dtype)
-        kv = jax.ShapeDtypeStruct((shape.batch_size, shape.kv_seq_len, channels), self.dtype)
-        return q, kv, kv
+        return tuple(jax.ShapeDtypeStruct((shape.batch_size, length, channels), self.dtype) for length in lengths)
 
 
-def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:
-    """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error."""
-    key = numerics.CheckKey(
-        kernel=request.kernel,
-        kernel_hash=request.kernel_hash,
-        head_dim=request.shape.head_dim,
-        dtype=request.dtype,
-        block_sizes=request.block_sizes,
-        options=request.options,
-        implementation=implementation,
-    )
-    found = numerics.check_once(key, request.attention(implementation), request.cache_dir)
-    fields = dataclasses.asdict(found)
-    if found.passed:
-        return {"status": Status.OK, "numerics": fields}
-    error = (
-        f"rms_error={found.rms_error:.2e} (limit {found.tolerance:.2e}), "
-        f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})"
-    )
-    return {"status": Status.WRONG, "numerics": fields, "error": error}
+def normal_arguments(specs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """Return arrays of these shapes and dtypes, of the standard normal distribution, always the same."""
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    return [jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, specs, strict=True)]
 
 
 def probe(payload: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Each takes q, k, v `[batch, heads, seq, head_dim]` and does everything that its 
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,20 +21,8 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 #: What a kernel is given besides block sizes: for ours the fields of Variant, for a peer its own.
 Options = Mapping[str, Any]
 
+_LAYOUTS = ("q_layout", "k_layout", "v_layout")
 _UNMASKED = "padded keys take part in the softmax: inexact unless the blocks divide the sequence"
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumption:
-    """Grid sizes by Pallas kernel name, for `offline_tpu.predict`, and the assumption in words."""
-
-    grid_sizes: dict[str, int]
-    notes: tuple[str, ...]
-
-
-def _no_assumption(shape: AttentionShape, options: Options) -> Assumption:
-    del shape, options
-    return Assumption({}, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +32,11 @@ class Kernel:
     Attributes:
       build: (block_sizes, options, implementation) -> the callable.
       op_name: what the names of its Pallas ops contain.
-      requires: module that must be importable.
-      extra: the optional extra of this project that installs it, None where it comes with the project.
+      requires, extra: module that must be importable, and the optional extra of this project that installs it, if any.
       exact_at_any_length: False for a kernel that is only right where the blocks divide the sequences.
       notes: what a reader of its figures must know.
       compile_only: options that change nothing in interpret mode.
-      assume: (shape, options) -> what to assume for grid sizes that depend on the data.
+      assume: (shape, options) -> grid sizes that depend on the data, by Pallas kernel name, and notes that say so.
     """
 
     build: Callable[[BlockSizes, Options, Implementation], Attention]
@@ -58,7 +46,10 @@ class Kernel:
     exact_at_any_length: bool = True
     notes: tuple[str, ...] = ()
     compile_only: frozenset[str] = frozenset()
-    assume: Callable[[AttentionShape, Options], Assumption] = _no_assumption
+    assume: Callable[[AttentionShape, Options], tuple[dict[str, int], tuple[str, ...]]] = lambda shape, options: (
+        {},
+        (),
+    )
 
     @property
     def installed(self) -> bool:
@@ -69,10 +60,9 @@ def build_splash_attn(block_sizes: BlockSizes, options: Options, implementation:
     """Return `splash_attn.attention` with these block sizes, and `options` as its variant."""
     variant = Variant.from_dict(dict(options))
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return splash_attn.attention(q, k, v, block_sizes=block_sizes, variant=variant, implementation=implementation)
-
-    return attention
+    return functools.partial(
+        splash_attn.attention, block_sizes=block_sizes, variant=variant, implementation=implementation
+    )
 
 
 def from_projections(attention: Attention, num_heads: int) -> Attention:
@@ -85,23 +75,18 @@ def from_projections(attention: Attention, num_heads: int) -> Attention:
     return layer
 
 
-def _assume_splash_attn(shape: AttentionShape, options: Options) -> Assumption:
-    return Assumption(*assumed_grid_sizes(shape, Variant.from_dict(dict(options))))
-
-
 def _jax_splash(block_sizes: BlockSizes, options: Options, implementation: Implementation) -> Attention:
     """Return JAX's own splash attention, with block sizes and `layout` for q, k and v."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    layout = splash.QKVLayout[options["layout"]]
+    blocks = dataclasses.asdict(block_sizes) | dict.fromkeys(_LAYOUTS, splash.QKVLayout[options["layout"]])
 
     def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
+        mask = masks.MultiHeadMask([masks.FullMask((q_seq_len, kv_seq_len))] * num_heads)
         return splash.make_splash_mha(
-            mask=masks.MultiHeadMask([masks.FullMask((q_seq_len, kv_seq_len))] * num_heads),
-            block_sizes=splash.BlockSizes(
-                **dataclasses.asdict(block_sizes), q_layout=layout, k_layout=layout, v_layout=layout
-            ),
+            mask,
+            block_sizes=splash.BlockSizes(**blocks),
             head_shards=1,
             q_seq_shards=1,
             interpret=implementation == "pallas_interpret",
@@ -115,21 +100,15 @@ def _tokamax_splash(block_sizes: BlockSizes, options: Options, implementation: I
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
-    layout = splash.QKVLayout[options["layout"]]
+    config = splash.SplashConfig(
+        **dataclasses.asdict(block_sizes),
+        **dict.fromkeys(_LAYOUTS, splash.QKVLayout[options["layout"]]),
+        use_experimental_scheduler=options["use_experimental_scheduler"],
+        interpret=implementation == "pallas_interpret",
+    )
 
-    def make(num_heads: int, q_seq_len: int, kv_seq_len: int) -> Attention:
-        del num_heads
-        return splash.make_splash_mha_single_device(
-            mask=masks.FullMask((q_seq_len, kv_seq_len)),
-            config=splash.SplashConfig(
-                **dataclasses.asdict(block_sizes),
-                q_layout=layout,
-                k_layout=layout,
-                v_layout=layout,
-                use_experimental_scheduler=options["use_experimental_scheduler"],
-                interpret=implementation == "pallas_interpret",
-            ),
-        )
+    def make(_: int, q_seq_len: int, kv_seq_len: int) -> Attention:
+        return splash.make_splash_mha_single_device(mask=masks.FullMask((q_seq_len, kv_seq_len)), config=config)
 
     return _padded(block_sizes, make)
 
@@ -157,7 +136,7 @@ KERNELS = {
         op_name="splash_attention",
         requires="splash_attn",
         compile_only=frozenset(f.name for f in dataclasses.fields(Variant) if f.metadata.get("compile_only")),
-        assume=_assume_splash_attn,
+        assume=lambda shape, options: assumed_grid_sizes(shape, Variant.from_dict(dict(options))),
     ),
     "jax_splash": Kernel(
         build=_jax_splash, op_name="splash_mha", requires="jax", exact_at_any_length=False, notes=(_UNMASKED,)

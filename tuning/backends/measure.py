@@ -4,14 +4,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status, compile_error
-from tuning.backends import kernels, timing
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status, compile_error
+from tuning.backends import device_times, kernels
 from tuning.backends.base import Backend, Target, probe
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request, normal_arguments
+from tuning.backends.numerics import check_numerics
 from tuning.trials.bound import known_device
 
 
@@ -30,7 +31,7 @@ def _find_target(device: str) -> Target:
 MEASURE = Backend(
     name="measure",
     job="tuning.backends.measure:measure_candidate",
-    sources=("tuning/backends/timing.py", "splash_workbench/profiles/reader.py", "tuning/backends/kernels.py"),
+    sources=("tuning/backends/device_times.py", "splash_workbench/profiles/reader.py", "tuning/backends/kernels.py"),
     find_target=_find_target,
     cacheable=False,
     exclusive=True,
@@ -39,7 +40,7 @@ MEASURE = Backend(
 
 def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics and time the op on the first device that JAX finds here."""
-    request = Request.from_payload(payload)
+    request = decode(payload, Request)
     device = jax.devices()[0]
     on_tpu = device.platform == "tpu"
     kernel = kernels.KERNELS[request.kernel]
@@ -47,11 +48,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     checked = check_numerics(request, implementation)
     if checked["status"] != Status.OK:
         return checked
-    keys = jax.random.split(jax.random.key(0), 3)
-    arguments = [
-        jax.device_put(jax.random.normal(key, spec.shape, jnp.float32).astype(spec.dtype), device)
-        for key, spec in zip(keys, request.abstract_args(), strict=True)
-    ]
+    arguments = normal_arguments(request.abstract_args())
     start = time.perf_counter()
     try:
         lowered = jax.jit(request.timed(implementation)).lower(*arguments)
@@ -60,7 +57,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
     try:
-        timed = timing.measure(
+        timed = device_times.measure(
             lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
         )
     except jax.errors.JaxRuntimeError as error:

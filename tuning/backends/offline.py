@@ -16,11 +16,13 @@ from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
 from splash_workbench.errors import UserError
 from splash_workbench.files import require_writable
-from splash_workbench.status import Status, compile_error
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status, compile_error
 from splash_workbench.workers.pool import Runner
 from tuning.backends import kernels
 from tuning.backends.base import Backend, Target, named_device
-from tuning.backends.jobs import Request, check_numerics
+from tuning.backends.jobs import Request
+from tuning.backends.numerics import check_numerics
 
 #: More than the dumps of one candidate take: two together took 93 MiB.
 DUMP_BYTES = 64 * 2**20
@@ -72,9 +74,9 @@ OFFLINE = Backend(
 
 def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Compile for the device that is not here, read the schedule, then check the numerics in interpret mode."""
-    request = Request.from_payload(payload)
+    request = decode(payload, Request)
     kernel = kernels.KERNELS[request.kernel]
-    assumed = kernel.assume(request.shape, request.options)
+    grid_sizes, assumptions = kernel.assume(request.shape, request.options)
     device = devices.by_name(request.device)
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
     topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
@@ -85,7 +87,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
             timed,
             *request.abstract_args(),
             device=device,
-            grid_sizes=assumed.grid_sizes,
+            grid_sizes=grid_sizes,
             compiler_options=request.compiler_options,
         )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
@@ -97,7 +99,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         return checked
     kernel_ops = prediction.matching(kernel.op_name)
     assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
-    notes = [*kernel.notes, *assumed.notes]
+    notes = [*kernel.notes, *assumptions]
     if unresolved_count := sum(len(op.unresolved) for op in kernel_ops):
         notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return checked | {

@@ -14,37 +14,38 @@ from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.reader import SUFFIX
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.compare import table
-from tuning.compare.inputs import HELP, Input, resolve
-from tuning.compare.table import Row
+from tuning.compare.inputs import HELP, resolve
+from tuning.compare.table import Row, Run
 
 
-def pair_sessions(inputs: Sequence[Input], logdir: Path) -> list[tuple[str, list[str]]]:
+def pair_sessions(runs: Sequence[Run], logdir: Path) -> list[tuple[str, list[str]]]:
     """Write sessions that have each run as a host, so that TensorBoard shows their timelines in one view.
 
-    Returns:
-      Names of the sessions, one a part that all runs have a trace of, with their hosts.
+    Returns their names, one a part that all runs have a trace of, with their hosts.
     """
-    hosts = [_host(given) for given in inputs]
+    hosts = []
+    for run in runs:
+        name = sessions.safe_name(run.name)
+        hosts.append(name if run.label is not Label.PREDICTED or name.startswith(PREFIX) else f"{PREFIX}{name}")
     written = []
-    for part in inputs[0].spaces:
-        if not all(part in given.spaces for given in inputs):
+    for part in runs[0].spaces:
+        if not all(part in run.spaces for run in runs):
             continue
         name = "_vs_".join(hosts) + (f"-{part}" if part else "")
         folder = sessions.profile_dir(logdir) / name
         shutil.rmtree(folder, ignore_errors=True)  # with what TensorBoard made of an older pair
         folder.mkdir(parents=True)
-        for host, given in zip(hosts, inputs, strict=True):
-            space = given.spaces[part]
-            del space.hostnames[:]
-            space.hostnames.append(host)
+        for host, run in zip(hosts, runs, strict=True):
+            space = run.spaces[part]
+            space.hostnames[:] = [host]
             (folder / f"{host}{SUFFIX}").write_bytes(space.SerializeToString())
         written.append((name, hosts))
     return written
 
 
-def _links(inputs: Sequence[Input], pairs: Sequence[tuple[str, list[str]]], logdir: Path, port: int) -> dict[str, str]:
+def _links(runs: Sequence[Run], pairs: Sequence[tuple[str, list[str]]], logdir: Path, port: int) -> dict[str, str]:
     """Return title -> address: timelines of a pair; overviews, and ops of a device, of a run against the first.
 
     The overview of a pair would show the mean of its runs.
@@ -52,54 +53,41 @@ def _links(inputs: Sequence[Input], pairs: Sequence[tuple[str, list[str]]], logd
     links = {
         f"timelines of {name}, aligned": sessions.link(name, "trace_viewer@", hosts, port=port) for name, hosts in pairs
     }
-    first = inputs[0].paths
-    for given in inputs[1:]:
-        for part, path in given.paths.items():
-            folders = [path.parent, first[part].parent] if part in first else []
-            if not folders or any(folder.parent != sessions.profile_dir(logdir) for folder in folders):
+    for run in runs[1:]:
+        tools = {"overview_page": "overview"}
+        if _has_device(run) and _has_device(runs[0]):
+            tools["op_profile"] = "ops"
+        for part, path in run.paths.items():
+            base = runs[0].paths.get(part)
+            if base is None or {base.parent.parent, path.parent.parent} != {sessions.profile_dir(logdir)}:
                 continue
-            tools = {"overview_page": "overview"}
-            if given.on_device and inputs[0].on_device:
-                tools["op_profile"] = "ops"
+            host, base_name = [path.name.removesuffix(SUFFIX)], base.parent.name
             for tool, what in tools.items():
-                host = [path.name.removesuffix(SUFFIX)]
-                address = sessions.link(folders[0].name, tool, host, base=folders[1].name, port=port)
-                links[f"{what} of {folders[0].name}, against {folders[1].name}"] = address
+                address = sessions.link(path.parent.name, tool, host, base=base_name, port=port)
+                links[f"{what} of {path.parent.name}, against {base_name}"] = address
     return links
 
 
-def _host(given: Input) -> str:
-    """Return the run's name; of a prediction it says so."""
-    name = sessions.safe_name(given.column.name)
-    if given.column.label is Label.PREDICTED and not name.startswith(PREFIX):
-        return f"{PREFIX}{name}"
-    return name
+def _has_device(run: Run) -> bool:
+    """Return whether TensorBoard's pages about a device's ops have something to show."""
+    return any(plane.name.startswith("/device:TPU") for space in run.spaces.values() for plane in space.planes)
 
 
-def save(
-    inputs: Sequence[Input], rows: Sequence[Row], shown: Sequence[Row], folder: Path, more: dict[str, Any]
-) -> list[Path]:
+def save(runs: Sequence[Run], rows: Sequence[Row], shown: Sequence[Row], folder: Path, links: Any) -> list[Path]:
     """Write all rows as CSV and JSON, and those that are shown as Markdown. Returns the files."""
-    columns = [given.column for given in inputs]
-    stem = folder / "_vs_".join(sessions.safe_name(column.name) for column in columns)
-    flat = table.records(columns, rows)
+    stem = "_vs_".join(sessions.safe_name(run.name) for run in runs)
+    paths = [folder / f"{stem}{suffix}" for suffix in (".csv", ".json", ".md")]
+    flat = table.records(runs, rows)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".json", ".md")]
     pd.DataFrame(flat).to_csv(paths[0], index=False)
     described = [
-        {
-            "name": column.name,
-            "label": column.label,
-            "device": column.device,
-            "made_by": column.made_by,
-            "sessions": len(column.sessions),
-            "config": given.config,
-        }
-        for given, column in zip(inputs, columns, strict=True)
+        {name: getattr(run, name) for name in ("name", "label", "device", "made_by")}
+        | {"sessions": len(run.sessions), "config": run.config}
+        for run in runs
     ]
-    content = {"runs": described, "rows": flat, "notes": table.notes_of(columns), **more}
+    content = {"runs": described, "rows": flat, "notes": table.notes_of(runs), "tensorboard": links}
     cli.write_json(str(paths[1]), content)
-    paths[2].write_text(table.markdown(columns, shown), encoding="utf-8")
+    paths[2].write_text(table.markdown(runs, shown), encoding="utf-8")
     return paths
 
 
@@ -144,24 +132,21 @@ def main(arguments: argparse.Namespace) -> int:
     if len(arguments.runs) < 2:
         raise UserError(f"{' '.join(arguments.runs)}: expected at least two runs")
     output = arguments.output or arguments.results_dir / "compare"
-    inputs = [resolve(argument, arguments.logdir, arguments.results_dir) for argument in arguments.runs]
-    columns = [given.column for given in inputs]
-    names = [column.name for column in columns]
+    runs = [resolve(argument, arguments.logdir, arguments.results_dir) for argument in arguments.runs]
+    names = [run.name for run in runs]
     if len(names) != len(set(names)):
         raise UserError(f"{', '.join(names)}: expected different names; name one: other={arguments.runs[-1]}")
-    rows = table.rows_of(columns)
-    shown = table.rows_of(columns, arguments.depth or None)
-    for column in columns:
-        steps = sum(max((len(steps) for steps in session.values()), default=0) for session in column.sessions)
-        print(f"{column.title}; sessions: {len(column.sessions)}, steps: {steps}")
-    print()
-    print(table.text(columns, shown, arguments.top or None))
-    print()
-    for note in table.notes_of(columns):
+    rows = table.rows_of(runs)
+    shown = table.rows_of(runs, arguments.depth or None)
+    for run in runs:
+        steps = sum(max((len(steps) for steps in session.values()), default=0) for session in run.sessions)
+        print(f"{run.title}; sessions: {len(run.sessions)}, steps: {steps}")
+    print(f"\n{table.text(runs, shown, arguments.top or None)}\n")
+    for note in table.notes_of(runs):
         print(f"note: {note}")
-    pairs = [] if arguments.no_session else pair_sessions(inputs, arguments.logdir)
-    links = _links(inputs, pairs, arguments.logdir, arguments.port)
-    paths = save(inputs, rows, shown, output, {"tensorboard": links})
+    pairs = [] if arguments.no_session else pair_sessions(runs, arguments.logdir)
+    links = _links(runs, pairs, arguments.logdir, arguments.port)
+    paths = save(runs, rows, shown, output, links)
     print(f"table: {', '.join(map(str, paths))}")
     if pairs:
         print(f"look:  {sessions.tensorboard_command(arguments.logdir, arguments.port)}")

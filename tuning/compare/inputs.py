@@ -1,9 +1,8 @@
 """Read what `python -m tuning.compare` is given: profiles, and records of predictions and measurements."""
 
 import collections
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from splash_workbench.profiles.scopes import named_scope
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
-from splash_workbench.status import Label, Status
-from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Column
+from splash_workbench.trial_status import Label, Status
+from tuning.compare.table import ALL_OPS, NO_SCOPE, STEP, Run
 from tuning.traces import of_sweep
 from tuning.trials import records
 from tuning.trials.records import Trial
@@ -26,51 +25,27 @@ _STEPS_TO_SKIP_ONE = 3
 _LEAST_ID = 6
 
 
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """A run to compare.
-
-    Attributes:
-      column: its times.
-      spaces: by part, an XSpace of it for TensorBoard; of the last repeat.
-      paths: by part, the file that it is from, where it is from one.
-      config: what ran, as far as is known.
-    """
-
-    column: Column
-    spaces: Mapping[str, Any]
-    paths: Mapping[str, Path]
-    config: Mapping[str, Any]
-
-    @property
-    def on_device(self) -> bool:
-        """Whether TensorBoard's pages about a device's ops have something to show."""
-        return any(plane.name.startswith("/device:TPU") for space in self.spaces.values() for plane in space.planes)
-
-
-def resolve(argument: str, logdir: Path, results_dir: Path) -> Input:
-    """Find a run by what the user calls it, see `HELP`.
-
-    Raises:
-      UserError: there is no such run; the message says which there are.
-    """
+def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
+    """Find a run by what the user calls it, see `HELP`. Raises UserError where there is none, with those there are."""
     name, _, source = argument.rpartition("=")
     path = Path(source)
-    jsonl, colon, selector = source.rpartition(":")
-    if colon and jsonl.endswith(".jsonl"):
-        return _of_record(name, Path(jsonl), selector)
+    file, colon, selector = source.rpartition(":")
+    if colon and file.endswith(".jsonl"):
+        return _of_record(name, Path(file), selector)
     if path.name.endswith(reader.SUFFIX) and path.is_file():
         return _of_profiles(name or path.name.removesuffix(reader.SUFFIX), [(path, None)])
-    if path.is_dir() and _xplanes(path):
-        return _of_profiles(name or path.name, [(_xplanes(path)[0], _session(path))])
+    if found := _of_folder(path):
+        return _of_profiles(name or path.name, found)
     known = trace.sessions(logdir)
-    if found := [(_xplanes(folder)[0], s) for folder, s in known if s.run == source and _xplanes(folder)]:
+    found = [profile for folder, session in known if session.run == source for profile in _of_folder(folder)]
+    if found := found or _of_folder(trace.profile_dir(logdir) / source):
         return _of_profiles(name or source, found)
-    folder = trace.profile_dir(logdir) / source
-    if source and folder.is_dir() and _xplanes(folder):
-        return _of_profiles(name or source, [(_xplanes(folder)[0], _session(folder))])
-    if len(source) >= _LEAST_ID and (trial := _trial(source, results_dir)) is not None:
-        return _of_trial(name or source[:8], trial)
+    if len(source) >= _LEAST_ID:
+        trials = [trial for trial in records.read_all(results_dir) if trial.record_id.startswith(source)]
+        if len(trials) > 1:
+            raise UserError(f"{source!r}: {len(trials)} trials begin so; expected more of the record_id.")
+        if trials:
+            return _of_trial(name or source[:8], trials[0])
     runs = ", ".join(sorted({session.run for _, session in known})) or "none"
     raise UserError(
         f"{source!r}: expected a run in {logdir} (there are: {runs}), a folder or file of a profile, the record_id of "
@@ -91,12 +66,14 @@ def _xplanes(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{reader.SUFFIX}"))
 
 
-def _session(folder: Path) -> Session | None:
+def _of_folder(folder: Path) -> list[tuple[Path, Session | None]]:
+    """Return the first profile of a folder with its description; [] where it holds no profile."""
     path = folder / trace.SESSION_FILE
-    return jsonl.decode(json.loads(path.read_text(encoding="utf-8")), Session) if path.exists() else None
+    session = jsonl.decode(json.loads(path.read_text(encoding="utf-8")), Session) if path.exists() else None
+    return [(file, session) for file in _xplanes(folder)[:1]]
 
 
-def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Input:
+def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Run:
     repeats: dict[int, dict[str, list[float]]] = collections.defaultdict(dict)
     spaces: dict[str, Any] = {}
     paths: dict[str, Path] = {}
@@ -123,10 +100,17 @@ def _of_profiles(name: str, found: Sequence[tuple[Path, Session | None]]) -> Inp
             notes.append(f"{path.parent.name}: {path.name} of {others + 1} hosts")
     described = [session for _, session in found if session is not None]
     notes += _differences(described)
-    column = Column(
-        name, label, device, made_by, tuple(repeats[n] for n in sorted(repeats)), tuple(dict.fromkeys(notes))
+    return Run(
+        name=name,
+        label=label,
+        device=device,
+        made_by=made_by,
+        sessions=tuple(repeats[number] for number in sorted(repeats)),
+        notes=tuple(dict.fromkeys(notes)),
+        spaces=spaces,
+        paths=paths,
+        config=described[-1].config if described else {},
     )
-    return Input(column, spaces, paths, described[-1].config if described else {})
 
 
 def samples_of(profile: reader.Profile, part: str, notes: list[str]) -> dict[str, list[float]]:
@@ -135,15 +119,14 @@ def samples_of(profile: reader.Profile, part: str, notes: list[str]) -> dict[str
     if len(steps) >= _STEPS_TO_SKIP_ONE:
         notes.append(f"the first of {len(steps)} steps of each session is left out")
         steps = steps[1:]
-    times = [step.duration_ps / 1e12 for step, _ in steps]
     seconds = [profile.seconds_by_scope(ops) for _, ops in steps] or [profile.seconds_by_scope()]
     samples = {
         scope or _special(part, NO_SCOPE): [step.get(scope, 0.0) for step in seconds]
         for scope in {scope for step in seconds for scope in step}
     }
     samples[_special(part, ALL_OPS)] = [sum(step.values()) for step in seconds]
-    if times:
-        samples[_special(part, STEP)] = times
+    if steps:
+        samples[_special(part, STEP)] = [step.duration_ps / 1e12 for step, _ in steps]
     return samples
 
 
@@ -159,21 +142,13 @@ def _differences(sessions: Sequence[Session]) -> list[str]:
     for name in ("kernel_hash", "git_commit"):
         if len({getattr(session.environment, name) for session in sessions}) > 1:
             notes.append(f"its sessions differ in {name}: not repeats of the same code")
-    configs = [session.config for session in sessions]
-    changed = [key for key in (configs[0] if configs else ()) if any(c.get(key) != configs[0][key] for c in configs)]
-    if changed:
+    first, *others = [session.config for session in sessions] or [{}]
+    if changed := [key for key in first if any(other.get(key) != first[key] for other in others)]:
         notes.append(f"its sessions differ in {', '.join(sorted(changed))}")
     return notes
 
 
-def _trial(record_id: str, results_dir: Path) -> Trial | None:
-    found = [trial for trial in records.read_all(results_dir) if trial.record_id.startswith(record_id)]
-    if len(found) > 1:
-        raise UserError(f"{record_id!r}: {len(found)} trials begin so; expected more of the record_id.")
-    return found[0] if found else None
-
-
-def _of_record(name: str, path: Path, selector: str) -> Input:
+def _of_record(name: str, path: Path, selector: str) -> Run:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -195,7 +170,7 @@ def _of_record(name: str, path: Path, selector: str) -> Input:
         raise UserError(f"{path}:{selector}: neither a trial nor a prediction of the pipeline ({error}).") from error
 
 
-def _of_trial(name: str, trial: Trial) -> Input:
+def _of_trial(name: str, trial: Trial) -> Run:
     if trial.status is not Status.OK or trial.label is None or not trial.time_samples_ms:
         raise UserError(f"trial {trial.record_id}: ended as {trial.status} and has no time to compare.")
     samples: dict[str, list[float]] = {STEP: [time_ms / 1e3 for time_ms in trial.time_samples_ms]}
@@ -208,11 +183,10 @@ def _of_trial(name: str, trial: Trial) -> Input:
         samples[ALL_OPS] = [sum(op.time_s for op in trial.ops)]
         spaces[""] = of_sweep.space_of_trial(trial)
     config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
-    column = Column(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes)
-    return Input(column, spaces, {}, config)
+    return Run(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes, spaces, config=config)
 
 
-def _of_pipeline_prediction(name: str, record: PredictionRecord) -> Input:
+def _of_pipeline_prediction(name: str, record: PredictionRecord) -> Run:
     samples: dict[str, list[float]] = {}
     for stage, result in record.stages.items():
         samples[_special(stage, STEP)] = [result.time_s]
@@ -220,5 +194,5 @@ def _of_pipeline_prediction(name: str, record: PredictionRecord) -> Input:
     made_by = timeline.predicted_by(record.environment.versions)
     name = name or f"{record.topology}-{record.plan.plan}"
     note = "a record without ops: by kind of work instead of by scope; predict again with profile=true for scopes"
-    column = Column(name, Label.PREDICTED, record.topology, made_by, (samples,), (note,))
-    return Input(column, {}, {}, record.request | {"plan": jsonl.encode(record.plan)})
+    config = record.request | {"plan": jsonl.encode(record.plan)}
+    return Run(name, Label.PREDICTED, record.topology, made_by, (samples,), (note,), config=config)

@@ -2,27 +2,28 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 
 #: Rows that are no scope's, after the part of the run that they are of: "denoise (step)".
 NO_SCOPE, STEP, ALL_OPS = "(no scope)", "(step)", "(all ops)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
-    """One run.
+class Run:
+    """A run to compare.
 
     Attributes:
-      name: of the run.
-      label, device: of its times.
       made_by: of a prediction, what made it.
       sessions: for each repeat, scope -> seconds of each step. A prediction has one session of one step.
-      notes: what a reader must know of it.
+      spaces: by part, an XSpace of it for TensorBoard; of the last repeat.
+      paths: by part, the file that it is from, where it is from one.
+      config: what ran, as far as is known.
     """
 
     name: str
@@ -31,6 +32,9 @@ class Column:
     made_by: str | None
     sessions: tuple[Mapping[str, Sequence[float]], ...]
     notes: tuple[str, ...] = ()
+    spaces: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    paths: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -44,12 +48,9 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A scope in a run.
+    """A scope in a run: median of all steps of all sessions, and the range where a repeat may well fall.
 
-    Attributes:
-      median_s: over all steps of all sessions.
-      low_s, high_s: the least 10th and the greatest 90th percentile of its sessions: where a repeat may well fall.
-      count: steps.
+    low_s, high_s: the least 10th and the greatest 90th percentile of its sessions; count: steps.
     """
 
     median_s: float
@@ -58,16 +59,19 @@ class Cell:
     count: int
 
     @classmethod
-    def from_sessions(cls, sessions: Iterable[Sequence[float]]) -> "Cell":
-        samples = [list(session) for session in sessions if session]
-        everything = [time_s for session in samples for time_s in session]
+    def of(cls, run: Run, scope: str) -> Self | None:
+        """Return the cell, None where the run lacks the scope."""
+        samples = [list(session[scope]) for session in run.sessions if session.get(scope)]
+        if not samples:
+            return None
         low_s, high_s = (edge(float(np.percentile(s, q)) for s in samples) for edge, q in ((min, 10), (max, 90)))
+        everything = [time_s for session in samples for time_s in session]
         return cls(statistics.median(everything), low_s, high_s, len(everything))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A scope in all runs. cells: None where the run lacks it.
+    """A scope in all runs. cells: None where the run lacks it; ratios: median of each run after the first, over its.
 
     verdicts: for each run after the first: "slower" or "faster" than it where the ranges lie apart, "noise" where they
       overlap ("same" of predictions, which have none), "?" where a run has too few steps to say, "only here", "gone",
@@ -76,41 +80,27 @@ class Row:
 
     scope: str
     cells: tuple[Cell | None, ...]
+    ratios: tuple[float | None, ...]
     verdicts: tuple[str, ...]
-
-    @property
-    def ratios(self) -> tuple[float | None, ...]:
-        """Median of each run after the first, over the first's."""
-        first = self.cells[0]
-        return tuple(
-            cell.median_s / first.median_s if cell is not None and first is not None and first.median_s else None
-            for cell in self.cells[1:]
-        )
 
 
 #: With so many steps of each of two equal runs their ranges lie apart in 1 of 300 rows; with 8 in 1 of 700.
 MIN_STEPS = 7
 
 
-def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
+def rows_of(runs: Sequence[Run], depth: int | None = None) -> list[Row]:
     """Return the union of the runs' scopes: steps first, sums next, then by the time of the run that spends most on it.
 
     depth: join on so many parts of the scope only.
     """
     if depth is not None:
-        columns = [_cut(column, depth) for column in columns]
+        runs = [_cut(run, depth) for run in runs]
     rows = []
-    for scope in {scope for column in columns for scope in column.scopes}:
-        cells = tuple(
-            Cell.from_sessions(session.get(scope, ()) for session in column.sessions)
-            if scope in column.scopes
-            else None
-            for column in columns
-        )
-        verdicts = tuple(
-            _verdict(columns[0], cells[0], column, cell) for column, cell in zip(columns[1:], cells[1:], strict=True)
-        )
-        rows.append(Row(scope, cells, verdicts))
+    for scope in {scope for run in runs for scope in run.scopes}:
+        before, *others = cells = [Cell.of(run, scope) for run in runs]
+        ratios = (cell.median_s / before.median_s if cell and before and before.median_s else None for cell in others)
+        verdicts = (_verdict(runs[0], before, run, cell) for run, cell in zip(runs[1:], others, strict=True))
+        rows.append(Row(scope, tuple(cells), tuple(ratios), tuple(verdicts)))
 
     def order(row: Row) -> tuple[int, float, str]:
         rank = next((rank for rank, kind in enumerate((STEP, ALL_OPS)) if row.scope.endswith(kind)), 2)
@@ -119,26 +109,21 @@ def rows_of(columns: Sequence[Column], depth: int | None = None) -> list[Row]:
     return sorted(rows, key=order)
 
 
-def notes_of(columns: Sequence[Column]) -> list[str]:
+def notes_of(runs: Sequence[Run]) -> list[str]:
     """Return notes about the figures, for below the table."""
-    notes = [f"{column.name}: {note}" for column in columns for note in column.notes]
-    labels = {column.label for column in columns}
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    labels = {run.label for run in runs}
     if len(labels) > 1:
         notes.append("measured beside predicted: a ratio between them is the prediction's error, not a speed-up")
-    if len({column.device for column in columns}) > 1:
-        notes.append(f"different devices: {', '.join(sorted({column.device for column in columns}))}")
-    single = [column.name for column in columns if column.label is Label.MEASURED and len(column.sessions) == 1]
-    if single:
+    if len({run.device for run in runs}) > 1:
+        notes.append(f"different devices: {', '.join(sorted({run.device for run in runs}))}")
+    if single := [run.name for run in runs if run.label is Label.MEASURED and len(run.sessions) == 1]:
         notes.append(
             f"one session of {', '.join(single)}: what changes between sessions (load, clocks, memory) is not in the "
             "noise; run the same command again, twice or more, alternating the runs"
         )
-    counts = [
-        sum(len(session.get(scope, ())) for session in column.sessions)
-        for column in columns
-        if column.label is Label.MEASURED
-        for scope in column.scopes
-    ]
+    measured = [run for run in runs if run.label is Label.MEASURED]
+    counts = [sum(len(session.get(scope, ())) for session in run.sessions) for run in measured for scope in run.scopes]
     if any(count < MIN_STEPS for count in counts):
         notes.append(f'"?": fewer than {MIN_STEPS} steps of it, too few to tell a difference from noise')
     if Label.PREDICTED in labels:
@@ -146,55 +131,48 @@ def notes_of(columns: Sequence[Column]) -> list[str]:
     return notes
 
 
-def records(columns: Sequence[Column], rows: Sequence[Row]) -> list[dict[str, Any]]:
+def records(runs: Sequence[Run], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the table as flat rows, for CSV and JSON. Seconds."""
     found = []
     for row in rows:
         fields: dict[str, Any] = {"scope": row.scope}
-        for index, (column, cell) in enumerate(zip(columns, row.cells, strict=True)):
-            unit = f"{column.name}.{column.label}"
-            fields |= {
-                f"{unit}_s": cell.median_s if cell else None,
-                f"{unit}_low_s": cell.low_s if cell else None,
-                f"{unit}_high_s": cell.high_s if cell else None,
-                f"{column.name}.steps": cell.count if cell else 0,
-            }
+        for index, (run, cell) in enumerate(zip(runs, row.cells, strict=True)):
+            for name in ("median_s", "low_s", "high_s"):
+                fields[f"{run.name}.{run.label}_{name.removeprefix('median_')}"] = getattr(cell, name, None)
+            fields[f"{run.name}.steps"] = cell.count if cell else 0
             if index:
-                fields |= {
-                    f"{column.name}.ratio": row.ratios[index - 1],
-                    f"{column.name}.verdict": row.verdicts[index - 1],
-                }
+                fields[f"{run.name}.ratio"] = row.ratios[index - 1]
+                fields[f"{run.name}.verdict"] = row.verdicts[index - 1]
         found.append(fields)
     return found
 
 
-def text(columns: Sequence[Column], rows: Sequence[Row], limit: int | None = None) -> str:
+def text(runs: Sequence[Run], rows: Sequence[Row], limit: int | None = None) -> str:
     """Return the table for a terminal: milliseconds, half the range as +-, ratios and verdicts."""
-    lines = _lines(columns, rows[:limit], "")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = _lines(runs, rows[:limit], "")
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     shown = [
-        "  ".join(
-            [f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))]
-        ).rstrip()
+        "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip()  # figures to the right
         for line in lines
     ]
-    left_out = len(rows) - len(rows[:limit])
-    return "\n".join([*shown, *([f"... {left_out} more scopes, all in the files"] if left_out else [])])
+    if left_out := len(rows) - len(rows[:limit]):
+        shown.append(f"... {left_out} more scopes, all in the files")
+    return "\n".join(shown)
 
 
-def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+def markdown(runs: Sequence[Run], rows: Sequence[Row]) -> str:
     """Return the table as Markdown, with titles and notes."""
-    header, *lines = [f"| {' | '.join(line)} |" for line in _lines(columns, rows, "verdict")]
-    table = [header, f"|{' --- |' * (3 * len(columns) - 1)}", *lines]
-    titles = [f"- {column.title}" for column in columns]
-    return "\n".join([*titles, "", *table, "", *(f"- {note}" for note in notes_of(columns))]) + "\n"
+    header, *lines = [f"| {' | '.join(line)} |" for line in _lines(runs, rows, "verdict")]
+    table = [header, f"|{' --- |' * (3 * len(runs) - 1)}", *lines]
+    titles = [f"- {run.title}" for run in runs]
+    return "\n".join([*titles, "", *table, "", *(f"- {note}" for note in notes_of(runs))]) + "\n"
 
 
-def _lines(columns: Sequence[Column], rows: Sequence[Row], verdict_title: str) -> list[list[str]]:
+def _lines(runs: Sequence[Run], rows: Sequence[Row], verdict_title: str) -> list[list[str]]:
     """Return the cells of the table, its header first."""
-    header = ["scope", f"{columns[0].name} ms"]
-    for column in columns[1:]:
-        header += [f"{column.name} ms", "ratio", verdict_title]
+    header = ["scope", f"{runs[0].name} ms"]
+    for run in runs[1:]:
+        header += [f"{run.name} ms", "ratio", verdict_title]
     lines = [header]
     for row in rows:
         line = [row.scope, _figure(row.cells[0])]
@@ -204,10 +182,10 @@ def _lines(columns: Sequence[Column], rows: Sequence[Row], verdict_title: str) -
     return lines
 
 
-def _verdict(first: Column, before: Cell | None, column: Column, cell: Cell | None) -> str:
+def _verdict(first: Run, before: Cell | None, run: Run, cell: Cell | None) -> str:
     if before is None or cell is None:
         return "only here" if cell is not None else ("gone" if before is not None else "")
-    measured = [c for owner, c in ((first, before), (column, cell)) if owner.label is Label.MEASURED]
+    measured = [c for owner, c in ((first, before), (run, cell)) if owner.label is Label.MEASURED]
     if any(c.count < MIN_STEPS for c in measured):
         return "?"
     if cell.low_s > before.high_s:
@@ -217,18 +195,18 @@ def _verdict(first: Column, before: Cell | None, column: Column, cell: Cell | No
     return "noise" if measured else "same"
 
 
-def _cut(column: Column, depth: int) -> Column:
-    """Return the column with scopes that agree in the first parts summed, step by step."""
+def _cut(run: Run, depth: int) -> Run:
+    """Return the run with scopes that agree in the first parts summed, step by step."""
     sessions = []
-    for session in column.sessions:
+    for session in run.sessions:
         summed: dict[str, list[float]] = {}
         for scope, steps in session.items():
             special = scope.endswith((NO_SCOPE, STEP, ALL_OPS))
             name = scope if special else "/".join(scope.split("/")[:depth])
-            before = summed.get(name)
-            summed[name] = list(steps) if before is None else [a + b for a, b in zip(before, steps, strict=True)]
+            before = summed.get(name, [0.0] * len(steps))
+            summed[name] = [a + b for a, b in zip(before, steps, strict=True)]
         sessions.append(summed)
-    return dataclasses.replace(column, sessions=tuple(sessions))
+    return dataclasses.replace(run, sessions=tuple(sessions))
 
 
 def _figure(cell: Cell | None) -> str:

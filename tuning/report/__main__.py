@@ -22,34 +22,23 @@ class ReportSchema:
     top: int = MISSING
 
 
-_PICTURE_PATTERNS = ("roofline-*.svg", "parity.svg")
-
-
 @cli.command("report", ReportSchema)
 def main(settings: ReportSchema) -> int:
     """Run the command; return its exit code."""
     from tuning.report import inputs, page
     from tuning.validate.record import on_record
 
-    results_dir, output, validation = Path(settings.results_dir), Path(settings.output), Path(settings.validation)
+    output, validation = Path(settings.output), Path(settings.validation)
     tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
     if tuned_dir is not None and not tuned_dir.is_dir():
         raise UserError(f"tuned_dir={tuned_dir}: expected a folder of tuned entries, or null for those of attention().")
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
-    read = from_config(lambda: inputs.read(results_dir, validation, tuned_dir))
-    files = page.make(
-        read,
-        results_dir=results_dir,
-        validation_path=validation,
-        tuned_dir=tuned_dir,
-        output=output,
-        top=settings.top,
-    )
-    for pattern in _PICTURE_PATTERNS:
-        for path in output.glob(pattern):  # of a workload that is no longer on record
-            if path.name not in files:
-                path.unlink()
+    read = from_config(lambda: inputs.Inputs(Path(settings.results_dir), validation, tuned_dir))
+    files = page.make(read, output, settings.top)
+    for path in (*output.glob("roofline-*.svg"), *output.glob("parity.svg")):
+        if path.name not in files:  # of a workload that is no longer on record
+            path.unlink()
     for name, content in files.items():
         with atomic_path(output / name) as temporary:
             temporary.write_text(content, encoding="utf-8")

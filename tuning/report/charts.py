@@ -23,14 +23,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A kernel on a roofline.
+    """A kernel on a roofline: FLOPs of the attention a byte of the kernel's HBM traffic, and in the kernel's time.
 
-    Attributes:
-      kernel: its name, which gives colour and marker.
-      text: for the reader who points at it.
-      intensity: FLOPs of the attention a byte of HBM traffic of the kernel.
-      tflops_per_s: FLOPs of the attention in the kernel's time.
-      label: written beside it; None for one of many.
+    kernel: gives colour and marker; text: for the reader who points at it; label: beside it, None for one of many.
     """
 
     kernel: str
@@ -48,14 +43,9 @@ def roofline(
     mxu_tflops_per_s: float | None,
     mxu_label: str,
 ) -> str:
-    """Return an SVG.
+    """Return an SVG of the points under the roofs of a device; kernels: in the order of their colours.
 
-    Args:
-      name: makes its ids differ from those of another.
-      points: the kernels' rates.
-      kernels: in the order of their colours.
-      device: gives peak and HBM bandwidth.
-      mxu_tflops_per_s, mxu_label: the bound of the matrix units for this head_dim, None where unknown.
+    name: makes its ids differ from those of another; mxu_tflops_per_s: of this head_dim, None where unknown.
     """
     peak, hbm = device.peak_bf16_flops_per_s / 1e12, device.hbm_bytes_per_s / 1e12
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
@@ -120,11 +110,10 @@ def _label(points: Sequence[Point], axes: Axes, kernels: Sequence[str]) -> None:
 
 def standalone(svg: str) -> str:
     """Return the picture as a file of its own, with its colours in light and in dark."""
-    light, dark = (";".join(f"--{name}:{pair[mode]}" for name, pair in COLOURS.items()) for mode in (0, 1))
     style = (
-        f"<style>svg{{{light};background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
+        f"<style>svg{{{css(0)} background:var(--paper)}}text{{font-family:system-ui,sans-serif;"
         "paint-order:stroke;stroke:var(--paper);stroke-width:3px}"
-        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+        f"@media (prefers-color-scheme:dark){{svg{{{css(1)}}}}}</style>"
     )
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, svg, count=1) + "\n"
 
@@ -135,22 +124,15 @@ def css(mode: int) -> str:
 
 
 def to_svg(figure: Figure, name: str, titles: dict[str, str]) -> str:
-    """Return a figure as an SVG element without date and fixed size, its colours as CSS variables.
+    """Return a figure in the colours of LIGHT as an SVG element, its colours as CSS variables, without date and size.
 
-    Args:
-      figure: drawn in the colours of LIGHT.
-      name: makes its ids differ from those of another.
-      titles: id of an element -> text for the reader who points at it.
+    name: makes its ids differ from those of another; titles: id of an element -> text for the reader who points at it.
     """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        )
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)

@@ -36,12 +36,11 @@ class TrialFile:
         return trial.context, trial.environment.kernel_hash, trial.environment.backend_hash
 
 
-@dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything that is on record.
+    """Everything that is on record, read at once. Raises ValueError for a malformed file, with the line and the field.
 
     Attributes:
-      entries: (device kind, tuned entry).
+      entries: (device kind, tuned entry); of `tuned_dir`, or without one the user's and the shipped ones.
       sweeps, peers: one for each folder.
       validation: of `tuning.validate`, or the reported rows alone.
       predicted, generated, quality: the lines of the pipeline's files.
@@ -49,100 +48,69 @@ class Inputs:
       torn: a line about each that a crash tore, and that is left out.
     """
 
-    entries: tuple[tuple[str, tuned.TunedEntry], ...]
-    sweeps: tuple[TrialFile, ...]
-    peers: tuple[TrialFile, ...]
-    validation: Validation
-    predicted: tuple[PredictionRecord, ...]
-    generated: tuple[GenerationRecord, ...]
-    quality: tuple[QualityRecord, ...]
-    files: tuple[tuple[str, str], ...]
-    torn: tuple[str, ...]
-
-
-class _Reader:
-    """Reads files of a results folder, and keeps account of what was read and what was torn."""
-
-    def __init__(self, results_dir: Path) -> None:
-        self.results_dir = results_dir
+    def __init__(self, results_dir: Path, validation_path: Path, tuned_dir: Path | None = None) -> None:
+        self.results_dir, self.validation_path, self.tuned_dir = results_dir, validation_path, tuned_dir
         self.files: list[tuple[str, str]] = []
         self.torn: list[str] = []
+        self.entries = self._tuned_entries(tuned_dir)
+        self.sweeps, self.peers = self._trial_files()
+        self.validation = self._validation(validation_path)
+        self.predicted = self._lines(results_dir / "predict.jsonl", PredictionRecord, "prediction")
+        self.generated = self._lines(results_dir / "generate.jsonl", GenerationRecord, "run")
+        self.quality = self._lines(results_dir / "quality.jsonl", QualityRecord, "comparison")
 
-    def shown(self, path: Path) -> str:
+    def _shown(self, path: Path) -> str:
         """Return a path as the page names it."""
         inside = path.is_relative_to(self.results_dir)
         return f"{self.results_dir.name}/{path.relative_to(self.results_dir).as_posix()}" if inside else path.name
 
-    def count(self, path: str, number: int, one: str, several: str | None = None) -> None:
+    def _count(self, path: str, number: int, one: str, several: str | None = None) -> None:
         """Note how many records a file had, where it had any."""
         if number:
             self.files.append((path, f"{number} {one if number == 1 else several or one + 's'}"))
 
-    def lines(self, path: Path, kind: type[T], what: str) -> tuple[T, ...]:
-        """Read JSON lines."""
+    def _lines(self, path: Path, kind: type[T], what: str) -> list[T]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = jsonl.read(path, kind)
-        self.torn += [str(warning.message).replace(str(path), self.shown(path)) for warning in caught]
-        self.count(self.shown(path), len(found), what)
-        return tuple(found)
-
-    def trial_files(self) -> dict[str, list[TrialFile]]:
-        """Read the trials of every folder in sweeps and in peers, one name for each shape."""
-        read = [
-            ((folder, self.shown(path)), trial)
-            for folder in ("sweeps", "peers")
-            for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
-            for trial in self.lines(path, Trial, "trial")
-        ]
-        groups: dict[tuple[object, ...], list[Trial]] = {}
-        for (place, _), trial in zip(read, named_apart([trial for _, trial in read]), strict=True):
-            groups.setdefault((*place, *_kind(trial)), []).append(trial)
-        found: dict[str, list[TrialFile]] = {"sweeps": [], "peers": []}
-        for (folder, path, *_), trials in groups.items():
-            found[str(folder)].append(TrialFile(str(path), tuple(trials)))
+        self.torn += [str(warning.message).replace(str(path), self._shown(path)) for warning in caught]
+        self._count(self._shown(path), len(found), what)
         return found
 
-    def tuned_entries(self, directory: Path | None) -> tuple[tuple[str, tuned.TunedEntry], ...]:
-        """Read the tuned entries of every device kind: of a folder, or without one the user's and the shipped ones."""
+    def _trial_files(self) -> tuple[list[TrialFile], list[TrialFile]]:
+        """Read the trials of every folder in sweeps and in peers, one name for each shape."""
+        read = [
+            (folder, self._shown(path), trial)
+            for folder in ("sweeps", "peers")
+            for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
+            for trial in self._lines(path, Trial, "trial")
+        ]
+        groups: dict[tuple[object, ...], list[Trial]] = {}
+        for (folder, path, _), trial in zip(read, named_apart([trial for *_, trial in read]), strict=True):
+            groups.setdefault((folder, path, *_kind(trial)), []).append(trial)
+        found: dict[object, list[TrialFile]] = {"sweeps": [], "peers": []}
+        for (where, name, *_), trials in groups.items():
+            found[where].append(TrialFile(str(name), tuple(trials)))
+        return found["sweeps"], found["peers"]
+
+    def _validation(self, path: Path) -> Validation:
+        """Read what `tuning.validate` wrote: a file, or of a folder the widest set."""
+        file = on_record(path)
+        if file is None:
+            return Validation.reported_alone()
+        validation = Validation.read(file)
+        self._count(self._shown(file), len(validation.rows), "comparison")
+        return validation
+
+    def _tuned_entries(self, directory: Path | None) -> list[tuple[str, tuned.TunedEntry]]:
         entries = []
         for folder in [directory] if directory else [tuned.user_dir(), tuned.TUNED_DIR]:
             name = "splash_attn/tuned" if folder == tuned.TUNED_DIR else "own tuned entries"
             for path in sorted(folder.glob("*.json")):
                 file = tuned.read_file(path)
                 entries += [(file.device_kind, entry) for entry in file.entries]
-                self.count(f"{name}/{path.name}", len(file.entries), "tuned entry", "tuned entries")
-        return tuple(entries)
-
-    def validation(self, path: Path) -> Validation:
-        """Read what `tuning.validate` wrote: a file, or of a folder the widest set."""
-        file = on_record(path)
-        if file is None:
-            return Validation.reported_alone()
-        validation = Validation.read(file)
-        self.count(self.shown(file), len(validation.rows), "comparison")
-        return validation
-
-
-def read(results_dir: Path, validation_path: Path, tuned_dir: Path | None = None) -> Inputs:
-    """Read all of it.
-
-    Raises:
-      ValueError: a file is malformed; the message names it and the field, and the line where it has lines.
-    """
-    reader = _Reader(results_dir)
-    entries, files = reader.tuned_entries(tuned_dir), reader.trial_files()
-    return Inputs(
-        entries=entries,
-        sweeps=tuple(files["sweeps"]),
-        peers=tuple(files["peers"]),
-        validation=reader.validation(validation_path),
-        predicted=reader.lines(results_dir / "predict.jsonl", PredictionRecord, "prediction"),
-        generated=reader.lines(results_dir / "generate.jsonl", GenerationRecord, "run"),
-        quality=reader.lines(results_dir / "quality.jsonl", QualityRecord, "comparison"),
-        files=tuple(reader.files),
-        torn=tuple(reader.torn),
-    )
+                self._count(f"{name}/{path.name}", len(file.entries), "tuned entry", "tuned entries")
+        return entries
 
 
 def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFile]]:

@@ -4,16 +4,15 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from splash_workbench.status import Label
-from tuning.report import charts, kernels, parts, pipeline, trials
+from splash_workbench.trial_status import Label
+from tuning.report import charts, kernels, parts, pipeline
 from tuning.report.inputs import Inputs
-from tuning.report.parts import Tile
 from tuning.trials.bound import kernel_bound_fraction
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate.agreement import BAND, pairs_of, parity
@@ -26,58 +25,46 @@ _LEAST_SCALE = 0.05
 _MOST_ROWS = 40
 
 
-def make(
-    inputs: Inputs, *, results_dir: Path, validation_path: Path, tuned_dir: Path | None, output: Path, top: int
-) -> dict[str, str]:
+def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
     """Return the content of each file of the page: index.html, report.md and the pictures that Markdown shows.
 
-    Args:
-      inputs: the records.
-      results_dir, validation_path, tuned_dir: where they are from.
-      output: the page's folder, from which Markdown finds the pictures of sweeps.
-      top: rows of each ranking.
+    Markdown finds the pictures of sweeps from `output`, the page's folder; top: rows of each ranking.
     """
-    swept, superseded = kernels.sweeps(inputs.sweeps, results_dir, top)
-    rooflines = kernels.rooflines(inputs.sweeps, inputs.peers)
-    compared = kernels.peers(inputs.peers)
-    cases = pipeline.cases(inputs.predicted)
-    validated = _validated(inputs.validation)
+    swept, superseded = kernels.sweeps(inputs.sweeps, inputs.results_dir, top)
     measured = pairs_of(trial for file in (*inputs.sweeps, *inputs.peers) for trial in file.trials)
     page = {
-        "tiles": _tiles(compared, inputs.validation, cases, validated["fitted"]),
-        "winners": kernels.winners(inputs.entries, tuned_dir),
+        **_validated(inputs.validation),
+        "winners": kernels.winners(inputs.entries, inputs.tuned_dir),
         "sweeps": swept,
         "superseded": superseded,
-        "rooflines": rooflines,
-        **validated,
+        "rooflines": kernels.rooflines(inputs.sweeps, inputs.peers),
         "pairs": sorted(measured, key=lambda pair: pair.name),
-        "peers": compared,
-        "cases": cases,
+        "peers": kernels.peers(inputs.peers),
+        "cases": pipeline.cases(inputs.predicted),
         "generated": pipeline.generated(inputs.generated),
         "quality": pipeline.quality(inputs.quality),
         "files": inputs.files,
         "torn": inputs.torn,
     }
     context = {
-        "page": page,
+        "page": page | {"tiles": _tiles(page)},
         "missing": parts.MISSING,
         "band": BAND,
         "listed_error": LISTED_ERROR,
-        "results_dir": results_dir.as_posix(),
-        "validation_path": validation_path.as_posix(),
+        "results_dir": inputs.results_dir.as_posix(),
+        "validation_path": inputs.validation_path.as_posix(),
         "light": charts.css(0),
         "dark": charts.css(1),
         "kernel_bound_fraction": kernel_bound_fraction,
     }
-    environment = _environment(output)
-    html, markdown = (environment.get_template(name).render(context) for name in ("report.html", "report.md"))
-    pictures = {f"{roofline.name}.svg": roofline.svg for roofline in rooflines}
+    html, markdown = (_environment(output).get_template(name).render(context) for name in ("report.html", "report.md"))
+    pictures = {f"{roofline['name']}.svg": roofline["svg"] for roofline in page["rooflines"]}
     if page["parity"] is not None:
         pictures["parity.svg"] = page["parity"]
-    markdown = re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
-    return {name: charts.standalone(svg) for name, svg in pictures.items()} | {
+    return {
+        **{name: charts.standalone(svg) for name, svg in pictures.items()},
         "index.html": html,
-        "report.md": markdown,
+        "report.md": re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n",
     }
 
 
@@ -105,32 +92,34 @@ def _validated(validation: Validation) -> dict[str, Any]:
     }
 
 
-def _tiles(
-    compared: Sequence[kernels.Peers], validation: Validation, cases: Sequence[pipeline.Case], fitted: bool
-) -> list[Tile]:
+def _tiles(page: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the findings at the top of the page."""
     found = []
     ratios: dict[Label, list[tuple[float, str]]] = {}
-    for peers in compared:
-        labels = {trial.label for trial, _, _ in peers.rows if trial.label is not None}
-        if peers.best_ratio is not None and len(labels) == 1:
-            ratios.setdefault(labels.pop(), []).append((peers.best_ratio, peers.title))
+    for peers in page["peers"]:
+        labels = {trial.label for trial, _, _ in peers["rows"] if trial.label is not None}
+        if peers["best_ratio"] is not None and len(labels) == 1:
+            ratios.setdefault(labels.pop(), []).append((peers["best_ratio"], peers["title"]))
     for label, pairs in sorted(ratios.items()):
         value = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(pairs)[0], max(pairs)[0])))
         where = pairs[0][1] if len(pairs) == 1 else f"{len(pairs)} workloads and devices"
-        found.append(Tile(value, f"times as fast as the best other kernel, kernel alone: {where}", label))
+        text = f"times as fast as the best other kernel, kernel alone: {where}"
+        found.append({"value": value, "text": text, "label": label})
+    validation = page["validation"]
     if validation.median_abs_error is not None:
         chips = ", ".join(map(parts.device_title, validation.device_kinds))
-        text = f"median error of {validation.row_count} predictions beside times reported on a real {chips}" + (
-            ", on which three constants are fitted" if fitted else ""
-        )
-        found.append(Tile(parts.percent(validation.median_abs_error, 1), text, Label.PREDICTED))
-    for case in [case for case in cases if case.reported] or cases[:1]:
-        total = min((row.total_s for row in case.plans if row.total_s is not None), default=None)
+        text = f"median error of {validation.row_count} predictions beside times reported on a real {chips}"
+        text += ", on which three constants are fitted" if page["fitted"] else ""
+        value = parts.percent(validation.median_abs_error, 1)
+        found.append({"value": value, "text": text, "label": Label.PREDICTED})
+    for case in [case for case in page["cases"] if case["reported"]] or page["cases"][:1]:
+        total = min((row["total_s"] for row in case["plans"] if row["total_s"] is not None), default=None)
         if total is not None:
-            text = f"for a whole video: {case.title}"
-            if case.reported:
-                text += f"; reported for the published nodes: {parts.significant(case.reported.total_time_s, 3)} s"
-            found.append(Tile(f"{parts.significant(total, 3)} s", text, Label.PREDICTED))
+            text = f"for a whole video: {case['title']}"
+            if case["reported"]:
+                total_s = parts.significant(case["reported"].total_time_s, 3)
+                text += f"; reported for the published nodes: {total_s} s"
+            found.append({"value": f"{parts.significant(total, 3)} s", "text": text, "label": Label.PREDICTED})
     return found
 
 
@@ -149,7 +138,7 @@ def _environment(output: Path) -> jinja2.Environment:
         "signed": parts.signed_percent,
         "device": parts.device_title,
         "commit": parts.commit,
-        "series": trials.series,
+        "series": kernels.series,
         "cell": lambda text: str(text).replace("|", "\\|"),
         "median": lambda values: statistics.median(values) if values else None,
         "least": lambda values: min(values, default=None),

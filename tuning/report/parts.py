@@ -1,86 +1,55 @@
 """Pieces that both templates are given, and how a number is written."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.bound import known_device
 
 MISSING = "–"  # noqa: RUF001
-
 
 #: (name, label, value by piece, note)
 BarRow = tuple[str, Label, Mapping[str, float], str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A piece of a bar. colour: a CSS variable of `charts.COLOURS`; width: percent of the widest bar."""
+def stack(title: str, unit: str, rows: Sequence[BarRow], colours: Mapping[str, str], digits: int = 3) -> dict[str, Any]:
+    """Return bars of stacked pieces on one scale, for `stacked`; widths of pieces are in percent of the longest bar.
 
-    name: str
-    value: float
-    width: float
-    colour: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A row of stacked pieces. total: of all of them; note: small, below the name."""
-
-    name: str
-    label: Label
-    total: float
-    segments: tuple[Segment, ...]
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """Bars on one scale. legend: (name, colour) of the pieces; unit: of their values; digits: significant ones."""
-
-    title: str
-    unit: str
-    bars: tuple[Bar, ...]
-    legend: tuple[tuple[str, str], ...]
-    digits: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """One finding at the top of the page."""
-
-    value: str
-    text: str
-    label: Label
-
-
-def stack(
-    title: str,
-    unit: str,
-    rows: Sequence[BarRow],
-    colours: Mapping[str, str],
-    digits: int = 3,
-) -> Stack:
-    """Return bars scaled to the longest.
-
-    colours: of the pieces, in the order in which they are stacked; pieces without one come last, in the last colour.
+    colours: CSS variable of `figures.COLOURS` by piece, in the order in which they are stacked; pieces without one come
+    last, in the last colour.
     """
     found = {piece for _, _, values, _ in rows for piece, value in values.items() if value > 0}
-    order = [piece for piece in colours if piece in found] + sorted(found - set(colours))
-    paint = {piece: colours.get(piece, "c6") for piece in order}
+    paint = {piece: colours[piece] for piece in colours if piece in found}
+    paint |= dict.fromkeys(sorted(found - set(colours)), "c6")
     longest = max((sum(values.values()) for _, _, values, _ in rows), default=0.0) or 1.0
-    bars = []
-    for name, label, values, note in rows:
-        pieces = [
-            Segment(piece.replace("_", " "), values[piece], values[piece] / longest * 100, paint[piece])
-            for piece in order
-            if values.get(piece, 0) > 0
-        ]
-        bars.append(Bar(name, label, sum(values.values()), tuple(pieces), note))
-    legend = tuple((piece.replace("_", " "), paint[piece]) for piece in order)
-    return Stack(title, unit, tuple(bars), legend if len(legend) > 1 else (), digits)
+    bars = [
+        {
+            "name": name,
+            "label": label,
+            "total": sum(values.values()),
+            "note": note,
+            "segments": [
+                {
+                    "name": piece.replace("_", " "),
+                    "value": values[piece],
+                    "width": values[piece] / longest * 100,
+                    "colour": colour,
+                }
+                for piece, colour in paint.items()
+                if values.get(piece, 0) > 0
+            ],
+        }
+        for name, label, values, note in rows
+    ]
+    legend = [(piece.replace("_", " "), colour) for piece, colour in paint.items()]
+    return {
+        "title": title,
+        "unit": unit,
+        "digits": digits,
+        "bars": bars,
+        "legend": legend if len(legend) > 1 else [],
+    }
 
 
 def significant(value: float | None, digits: int = 4) -> str:

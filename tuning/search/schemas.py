@@ -44,7 +44,7 @@ class DeviceSchema:
 
 @dataclasses.dataclass
 class BackendSchema:
-    """Fields of configs/backend/*.yaml; `measure` becomes a tuning.backends.timing.MeasureSettings."""
+    """Fields of configs/backend/*.yaml; `measure` becomes a tuning.backends.device_times.MeasureSettings."""
 
     name: str = MISSING
     measure: dict[str, Any] = dataclasses.field(default_factory=dict)

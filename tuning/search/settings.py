@@ -12,22 +12,13 @@ from splash_attn import tuned
 from splash_workbench.records.jsonl import decode
 from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
+from tuning.backends.device_times import MeasureSettings
 from tuning.backends.registry import BACKENDS
-from tuning.backends.timing import MeasureSettings
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.trials.records import VARIANT_PREFIX
 from tuning.trials.workloads import Workload
-
-
-@dataclasses.dataclass
-class SearchSchema:
-    """Fields of configs/search/*.yaml; becomes a tuning.search.study.SearchSettings."""
-
-    sampler: str = MISSING
-    max_trials: int | None = None
-    seed: int = 0
 
 
 @dataclasses.dataclass
@@ -50,7 +41,7 @@ class SweepSchema:
     workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
     device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
-    search: SearchSchema = dataclasses.field(default_factory=SearchSchema)
+    search: SearchSettings = MISSING
     space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
@@ -68,11 +59,7 @@ class SweepSchema:
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """One sweep; see configs/sweep.yaml for what each field means.
-
-    Raises:
-      ValueError: a value is out of range.
-    """
+    """One sweep; see configs/sweep.yaml for what each field means. Raises ValueError for a value out of range."""
 
     workload: Workload
     device: str
@@ -111,35 +98,34 @@ class SweepSettings:
 
 def settings_from(config: SweepSchema) -> SweepSettings:
     """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    space = dataclasses.asdict(config.space)
-    choices = {name: space[name] for name in ("block_q", "block_kv", "block_kv_compute")}
-    choices |= {VARIANT_PREFIX + name: values for name, values in space["variant"].items()}
-    for name, values in choices.items():
-        if not isinstance(values, list):
-            raise ValueError(f"space.{name}={values!r}: expected a list.")
-    if config.profile_top < 1:
-        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
-    workload = config.workload.frozen()
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
+    if config.profile_top < 1:
+        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
+    workload = config.workload.frozen()
     return SweepSettings(
         workload=workload,
         device=config.device.name,
         backend=backend,
         measure=config.backend.measure,
-        search=SearchSettings(**dataclasses.asdict(config.search)),
-        space=Space(
-            name=space["name"],
-            choices={name: tuple(values) for name, values in choices.items()},
-            first=tuple(_flat(parameters) for parameters in space["first"]),
-            max_block_scores=space["max_block_scores"],
-        ).fitted_to(workload.shape),
+        search=config.search,
+        space=_space(config.space).fitted_to(workload.shape),
         compiler_options=checked_options(config.compiler_options),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
         **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},
     )
+
+
+def _space(config: SpaceSchema) -> Space:
+    choices: dict[str, Any] = {name: getattr(config, name) for name in ("block_q", "block_kv", "block_kv_compute")}
+    choices |= {VARIANT_PREFIX + name: values for name, values in config.variant.items()}
+    for name, values in choices.items():
+        if not isinstance(values, list):
+            raise ValueError(f"space.{name}={values!r}: expected a list.")
+    choices = {name: tuple(values) for name, values in choices.items()}
+    return Space(config.name, choices, tuple(map(_flat, config.first)), config.max_block_scores)
 
 
 def _flat(parameters: dict[str, Any]) -> dict[str, Any]:

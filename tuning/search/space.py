@@ -5,17 +5,15 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
+from splash_attn.kernel import vmem_bytes_estimate
 from splash_attn.tuned import fit_block_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 from tuning.trials.records import VARIANT_PREFIX, config_key
 
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockSizes))
-
-#: (shape, block_sizes, variant) -> bytes of VMEM that the kernel will need.
-VmemEstimate = Callable[[AttentionShape, BlockSizes, Variant], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +31,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Listed values of every parameter, and which candidates to try before any other.
+    """Listed values of every parameter ("block_q", "variant.softmax", ...), and which candidates to try first.
 
-    Attributes:
-      name: for tables and study names.
-      choices: parameter ("block_q", "variant.softmax", ...) -> values.
-      first: parameters of the candidates to try first; what they leave out has its default.
-      max_block_scores: see Pruner.
+    first: parameters of the candidates to try before any other; what they leave out has its default. max_block_scores:
+    largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
 
-    Raises:
-      ValueError: a parameter is unknown, a list is empty or repeats itself, or `first` names a value not listed.
+    Raises ValueError for a parameter that is unknown, a list that is empty or repeats itself, or a value not listed.
     """
 
     name: str
@@ -65,12 +59,9 @@ class Space:
                     raise ValueError(f"space.{parameter}={value!r}: expected a positive multiple of {LANES}.")
         if self.max_block_scores is not None and self.max_block_scores < 1:
             raise ValueError(f"space.max_block_scores={self.max_block_scores}: expected a positive number, or null.")
-        for parameters in self.first:
-            for parameter, value in self.complete(parameters).items():
-                if value not in self.choices[parameter]:
-                    raise ValueError(
-                        f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}."
-                    )
+        for parameter, value in (named for parameters in self.first for named in self.complete(parameters).items()):
+            if value not in self.choices[parameter]:
+                raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
 
     @property
     def fingerprint(self) -> str:
@@ -81,11 +72,9 @@ class Space:
     def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return the parameters with what they leave out: the default of Variant where listed, else the first value.
 
-        Raises:
-          ValueError: a parameter is not one of this space.
+        Raises ValueError for a parameter that is not one of this space.
         """
-        unknown = set(parameters) - set(self.choices)
-        if unknown:
+        if unknown := set(parameters) - set(self.choices):
             raise ValueError(f"space.first {', '.join(sorted(unknown))}: expected {', '.join(self.choices)}.")
         defaults = {VARIANT_PREFIX + name: value for name, value in Variant().to_dict().items()}
         return {
@@ -105,23 +94,20 @@ class Space:
             self, choices={**self.choices, "block_q": tuple(block_q)}, first=tuple(map(fitted, self.first))
         )
 
-    def all_parameters(self) -> list[dict[str, Any]]:
-        """Return the whole product, valid or not."""
-        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The candidates of a space to search for one workload, and how many were left out by reason."""
+
+    valid: tuple[Candidate, ...]
+    pruned: dict[str, int]
 
 
 def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
     """Return the candidate of parameters. Raises ValueError where BlockSizes or Variant refuses them."""
-    return Candidate(
-        block_sizes=BlockSizes(**{name: parameters[name] for name in _BLOCK_FIELDS}),
-        variant=Variant.from_dict(
-            {
-                name.removeprefix(VARIANT_PREFIX): value
-                for name, value in parameters.items()
-                if name.startswith(VARIANT_PREFIX)
-            }
-        ),
-    )
+    blocks = {name: parameters[name] for name in _BLOCK_FIELDS}
+    variant = {name.removeprefix(VARIANT_PREFIX): parameters[name] for name in parameters if name not in blocks}
+    return Candidate(BlockSizes(**blocks), Variant.from_dict(variant))
 
 
 def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
@@ -131,67 +117,49 @@ def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
     return {name: values[name] for name in space.choices}
 
 
-@dataclasses.dataclass(frozen=True)
-class Pruner:
-    """Say why a candidate is not worth compiling.
+def enumerate_candidates(
+    space: Space, shape: AttentionShape, vmem_limit_bytes: int | None = None, itemsize: int = 2
+) -> Candidates:
+    """Return every candidate of a space that is worth compiling for a shape, in the space's order.
 
-    Attributes:
-      shape: the attention call.
-      max_block_scores: largest min(unroll_q, block_q) * block_kv, which is unrolled: more takes minutes to compile.
-      vmem_limit_bytes: VMEM of one core; None leaves the estimate out.
-      vmem_estimate: bytes that a candidate will need.
+    vmem_limit_bytes: VMEM of one core; None leaves out the estimate, which is for elements of `itemsize` bytes.
     """
-
-    shape: AttentionShape
-    max_block_scores: int | None = None
-    vmem_limit_bytes: int | None = None
-    vmem_estimate: VmemEstimate | None = None
-
-    def reason(self, parameters: Mapping[str, Any]) -> str | None:
-        """Return why these parameters are left out, in words that group; None for those to keep."""
-        if parameters["block_kv"] % parameters["block_kv_compute"]:
-            return "block_kv_compute does not divide block_kv"
-        try:
-            candidate = candidate_of(parameters)
-        except (ValueError, NotImplementedError) as error:
-            return f"not a kernel: {error}"
-        # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
-        if candidate.block_sizes.block_kv >= self.shape.kv_seq_len + candidate.block_sizes.block_kv_compute:
-            return "block_kv longer than the padded kv sequence"
-        block_q, unroll_q = candidate.block_sizes.block_q, candidate.variant.unroll_q
-        if unroll_q is not None and unroll_q >= block_q:
-            return "unroll_q is all of block_q, as with null"
-        scores = (unroll_q or block_q) * candidate.block_sizes.block_kv
-        if self.max_block_scores is not None and scores > self.max_block_scores:
-            return "more scores unrolled than space.max_block_scores"
-        if self.vmem_estimate is not None and self.vmem_limit_bytes is not None:
-            needed = self.vmem_estimate(self.shape, candidate.block_sizes, candidate.variant)
-            if needed > self.vmem_limit_bytes:
-                return "VMEM estimate over the device's"
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The candidates of a space to search for one workload, and how many were left out by reason."""
-
-    valid: tuple[Candidate, ...]
-    pruned: dict[str, int]
-
-    @property
-    def pruned_count(self) -> int:
-        return sum(self.pruned.values())
-
-
-def enumerate_candidates(space: Space, pruner: Pruner) -> Candidates:
-    """Return every candidate of a space that the pruner keeps, in the space's order."""
     valid: dict[str, Candidate] = {}
     pruned: collections.Counter[str] = collections.Counter()
-    for parameters in space.all_parameters():
-        reason = pruner.reason(parameters)
-        if reason is not None:
-            pruned[reason] += 1
-            continue
-        candidate = candidate_of(parameters)
-        valid.setdefault(candidate.key, candidate)
+    for values in itertools.product(*space.choices.values()):
+        found = _candidate_or_reason(
+            dict(zip(space.choices, values, strict=True)), shape, space.max_block_scores, vmem_limit_bytes, itemsize
+        )
+        if isinstance(found, str):
+            pruned[found] += 1
+        else:
+            valid.setdefault(found.key, found)
     return Candidates(tuple(valid.values()), dict(pruned.most_common()))
+
+
+def _candidate_or_reason(
+    parameters: Mapping[str, Any],
+    shape: AttentionShape,
+    max_block_scores: int | None,
+    vmem_limit_bytes: int | None,
+    itemsize: int,
+) -> Candidate | str:
+    """Return the candidate of parameters, or why it is left out, in words that group."""
+    if parameters["block_kv"] % parameters["block_kv_compute"]:
+        return "block_kv_compute does not divide block_kv"
+    try:
+        candidate = candidate_of(parameters)
+    except (ValueError, NotImplementedError) as error:
+        return f"not a kernel: {error}"
+    blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
+    # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
+    if blocks.block_kv >= shape.kv_seq_len + blocks.block_kv_compute:
+        return "block_kv longer than the padded kv sequence"
+    if unroll_q is not None and unroll_q >= blocks.block_q:
+        return "unroll_q is all of block_q, as with null"
+    if max_block_scores is not None and (unroll_q or blocks.block_q) * blocks.block_kv > max_block_scores:
+        return "more scores unrolled than space.max_block_scores"
+    vmem_bytes = vmem_bytes_estimate(shape, blocks, candidate.variant, itemsize)
+    if vmem_limit_bytes is not None and vmem_bytes > vmem_limit_bytes:
+        return "VMEM estimate over the device's"
+    return candidate

@@ -8,48 +8,43 @@ import contextlib
 import dataclasses
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import optuna
+from omegaconf import MISSING
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
 from tuning.trials.records import Trial, objective
 
-Sampler = Literal["grid", "random", "tpe"]
-
+_SAMPLERS = ("grid", "random", "tpe")
 #: Suggestions in a row that were seen or cannot be valid, after which TPE is given an unseen candidate at random.
 _MAX_REJECTIONS = 15
 #: Trials after which TPE follows what it has learnt; the candidates that a space names first count.
 _STARTUP_TRIALS = 6
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class SearchSettings:
-    """How to search, and when to stop.
+    """How to search, and when to stop: fields of configs/search/*.yaml. Raises ValueError for a value out of range.
 
-    Attributes:
-      sampler: grid (the space's order), random (each candidate once, in shuffled order) or tpe.
-      max_trials: candidates of this study, those of earlier runs included; None for all of them.
-      seed: of random and tpe.
-
-    Raises:
-      ValueError: a value is out of range.
+    sampler: grid (the space's order), random (shuffled) or tpe; max_trials: of all runs of the study, None for all
+    there are.
     """
 
-    sampler: Sampler
-    max_trials: int | None
-    seed: int
+    sampler: str = MISSING
+    max_trials: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in get_args(Sampler):
-            raise ValueError(f"search.sampler={self.sampler!r}: expected one of {get_args(Sampler)}.")
+        if self.sampler not in _SAMPLERS:
+            raise ValueError(f"search.sampler={self.sampler!r}: expected one of {_SAMPLERS}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"search.seed={self.seed}: expected 0 to {2**32 - 1}.")
         if self.max_trials is not None and self.max_trials < 1:
@@ -71,16 +66,7 @@ def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 
 class Search:
-    """Ask candidates one by one, never one twice, and be told their trials.
-
-    Args:
-      storage_path: SQLite file.
-      study_name: of the study in it, made if absent.
-      space: the parameters.
-      candidates: the valid ones of the space.
-      settings: how to search.
-      on_record: candidate key -> Trial, from the records of the same context.
-    """
+    """Ask candidates one by one, never one twice, and be told their trials; on_record: by the candidate's key."""
 
     def __init__(
         self,
@@ -97,8 +83,11 @@ class Search:
         self._valid = {candidate.key: candidate for candidate in candidates.valid}
         self._settings = settings
         self._rng = random.Random(settings.seed)
+        #: Values of the parameters that Optuna knows by their positions, so that TPE knows which are neighbours.
+        self._numbers = {name: values for name, values in space.choices.items() if all(type(v) is int for v in values)}
         self._distributions: dict[str, BaseDistribution] = {
-            name: _distribution(values) for name, values in space.choices.items()
+            name: IntDistribution(0, len(values) - 1) if name in self._numbers else CategoricalDistribution(values)
+            for name, values in space.choices.items()
         }
         self._asked: dict[str, optuna.trial.Trial] = {}
         self.told: dict[str, Trial] = {}
@@ -142,8 +131,7 @@ class Search:
 
     def tell(self, candidate: Candidate, record: Trial) -> None:
         """Take what became of a candidate that `ask` gave. Its record is on disk by now."""
-        trial = self._asked.pop(candidate.key)
-        self._tell(trial.number, record)
+        self._tell(self._asked.pop(candidate.key).number, record)
         self.told[candidate.key] = record
 
     def _seen(self, key: str) -> bool:
@@ -159,11 +147,8 @@ class Search:
         """Return the valid candidate of these parameters, None where there is none."""
         if set(parameters) != set(self._space.choices):
             return None  # the sweep died while Optuna wrote them
-        choices = self._space.choices
-        values = {
-            name: choices[name][value] if isinstance(self._distributions[name], IntDistribution) else value
-            for name, value in parameters.items()
-        }
+        numbers = self._numbers
+        values = {name: numbers[name][value] if name in numbers else value for name, value in parameters.items()}
         try:
             return self._valid.get(candidate_of(values).key)
         except ValueError:
@@ -171,12 +156,8 @@ class Search:
 
     def _encode(self, candidate: Candidate) -> dict[str, Any]:
         """Return a candidate as Optuna's parameters."""
-        return {
-            name: self._space.choices[name].index(value)
-            if isinstance(self._distributions[name], IntDistribution)
-            else value
-            for name, value in parameters_of(candidate, self._space).items()
-        }
+        numbers, parameters = self._numbers, parameters_of(candidate, self._space)
+        return {name: numbers[name].index(value) if name in numbers else value for name, value in parameters.items()}
 
     def _resume(self, on_record: Mapping[str, Trial]) -> tuple[Candidate, ...]:
         """Read the study: fill `told`, and return the candidates that were asked but have no record."""
@@ -209,13 +190,6 @@ class Search:
         for candidate in proposals:
             if candidate.key in self._valid and not self._seen(candidate.key):
                 yield candidate
-
-
-def _distribution(values: Sequence[Any]) -> BaseDistribution:
-    """Return numbers as positions in their list, so that TPE knows which are neighbours."""
-    if all(type(value) is int for value in values):
-        return IntDistribution(0, len(values) - 1)
-    return CategoricalDistribution(values)
 
 
 def _make_sampler(settings: SearchSettings) -> optuna.samplers.BaseSampler:

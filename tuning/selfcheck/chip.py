@@ -17,8 +17,8 @@ from jax import lax
 from splash_attn.api import Implementation
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.program import Program
-from tuning.backends import timing
-from tuning.backends.timing import Measurement, NoDeviceTimesError, Run
+from tuning.backends import device_times
+from tuning.backends.device_times import Measurement, NoDeviceTimesError, Run
 
 #: Seconds of runs that are enough of one program, and the fewest and the most of them.
 _ENOUGH_S, _FEWEST, _MOST = 5.0, 2, 20
@@ -66,7 +66,7 @@ class Chip:
 
     def profile(self, run: Callable[[], object], count: int) -> Any:
         """Return the profile, an XSpace, of so many runs."""
-        return timing.record_profile(run, count)
+        return device_times.record_profile(run, count)
 
     def time(self, run: Callable[[], object], kernel: str = "") -> Measurement:
         """Time what runs a program once by the profiler; by the clock, and say so, where the profile has no runs.
@@ -75,17 +75,17 @@ class Chip:
         """
         (warm_up,) = _by_clock(run, 1)
         count = min(_MOST, max(_FEWEST, math.ceil(_ENOUGH_S * 1e3 / max(warm_up.time_ms, 1e-3))))
-        notes: tuple[str, ...] = ()
+        notes: list[str] = []
         try:
             if self.platform == "cpu":
                 raise NoDeviceTimesError("a CPU has no device plane in the profile")
-            runs = timing.runs_of(self.profile(run, count), count, kernel)
+            runs = device_times.runs_of(self.profile(run, count), count, kernel)
         except NoDeviceTimesError as error:
             runs = _by_clock(run, count)
-            notes = (f"wall time, dispatch included: {error}",)
+            notes.append(f"wall time, dispatch included: {error}")
         if len(runs) >= _TELLING:
-            notes += tuple(timing.quality_notes([each.time_ms for each in runs], _TARGET_CI_FRACTION))
-        return Measurement(tuple(runs), notes)
+            notes += device_times.quality_notes([each.time_ms for each in runs], _TARGET_CI_FRACTION)
+        return device_times.measurement_of(runs, notes)
 
 
 @dataclasses.dataclass

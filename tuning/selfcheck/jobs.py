@@ -12,13 +12,14 @@ import numpy as np
 
 import splash_attn
 from offline_tpu.machine import devices
-from splash_attn.types import AttentionShape, BlockSizes
+from splash_attn.types import AttentionShape
 from splash_workbench import provenance
 from splash_workbench.program import Program
-from splash_workbench.status import Status, TrialError, compile_error
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status, TrialError, compile_error
 from splash_workbench.workers.room import available_memory_bytes
 from tuning.backends import kernels, numerics
-from tuning.backends.timing import Measurement
+from tuning.backends.jobs import Request
 from tuning.selfcheck.chip import Chip, Prepared, chip_named
 from tuning.validate import programs
 from tuning.validate.rows import MeasuredRow
@@ -51,54 +52,32 @@ def environment(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_kernel(payload: dict[str, Any]) -> dict[str, Any]:
-    """Compare the kernel with the reference in float64, at lengths that no block divides.
-
-    Payload: chip, dtype, head_dim, block_sizes, and the variant as `options`.
-    """
-    chip = chip_named(payload["chip"])
-    key = numerics.CheckKey(
-        kernel="splash_attn",
-        kernel_hash=provenance.source_hash(provenance.KERNEL_SOURCES),
-        head_dim=payload["head_dim"],
-        dtype=payload["dtype"],
-        block_sizes=BlockSizes(**payload["block_sizes"]),
-        options=payload["options"],
-        implementation=chip.checked,
-    )
-    attention = kernels.build_splash_attn(key.block_sizes, key.options, key.implementation)
+    """Compare the kernel with float64 at lengths that no block divides. Payload: chip and a Request."""
+    chip, request = chip_named(payload["chip"]), decode(payload, Request)
     try:
-        found = numerics.check(key, attention)
+        found = numerics.check(request, chip.checked, request.attention(chip.checked))
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     limits = f"rms {found.tolerance:.2e}, worst row {found.row_tolerance:.2e}"
     says = f"rms {found.rms_error:.2e}, worst row {found.max_row_error:.2e} (limits: {limits})"
     if not found.passed:
         raise TrialError(Status.WRONG, says)
-    return {"says": says, "lengths": [found.q_seq_len, found.kv_seq_len]}
+    return {"says": says}
 
 
 def time_kernel(payload: dict[str, Any]) -> dict[str, Any]:
-    """Time attention at the shape of a workload, from the projections on, and compare rows of its result.
-
-    Payload: chip, shape, dtype, block_sizes, and the variant as `options`.
-    """
-    chip = chip_named(payload["chip"])
-    shape, dtype, options = AttentionShape(**payload["shape"]), payload["dtype"], payload["options"]
-    attention = kernels.build_splash_attn(BlockSizes(**payload["block_sizes"]), options, chip.timed)
-    channels = shape.num_heads * shape.head_dim
-    arguments = tuple(
-        jax.ShapeDtypeStruct((shape.batch_size, length, channels), dtype)
-        for length in (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
-    )
-    program = Program(jax.jit(kernels.from_projections(attention, shape.num_heads)), arguments)
+    """Time attention from the projections on, and compare rows of its result. Payload: chip and a Request."""
+    chip, request = chip_named(payload["chip"]), decode(payload, Request)
+    program = Program(jax.jit(request.timed(chip.timed)), request.abstract_args())
+    int8 = request.options["qk_dtype"] == "int8"
+    limit = numerics.INT8_TOLERANCE[0] if int8 else numerics.TOLERANCES[request.dtype][0]
 
     def check(prepared: Prepared) -> None:
-        error = _rows_error(prepared, shape)
-        limit = numerics.INT8_TOLERANCE[0] if options["qk_dtype"] == "int8" else numerics.TOLERANCES[dtype][0]
+        error = _rows_error(prepared, request.shape)
         if not error <= limit:
             raise TrialError(Status.WRONG, f"rms error {error:.2e} over rows of the result (limit {limit:.2e})")
 
-    return _timed(chip, program, kernels.KERNELS["splash_attn"].op_name, check)
+    return _timed(chip, program, kernels.KERNELS[request.kernel].op_name, check)
 
 
 def time_row(payload: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +109,7 @@ def _timed(chip: Chip, program: Program, kernel: str = "", check: Any = None) ->
         prepared = chip.prepare(program)
         if check is not None:
             check(prepared)
-        found: Measurement = chip.time(prepared.run, kernel)
+        found = chip.time(prepared.run, kernel)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     return {"times_ms": found.times_ms, "kernel_time_ms": found.kernel_time_ms, "notes": found.notes}

@@ -21,9 +21,10 @@ from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
-from splash_workbench.status import Status, compile_error
+from splash_workbench.trial_status import Status, compile_error
 from splash_workbench.workers.pool import JOBS_PER_WORKER, CancelledError, Runner
 from tuning.backends import kernels
+from tuning.backends.jobs import Request
 from tuning.selfcheck.records import Predicted, failure_text
 from tuning.selfcheck.tasks import Task, topology_of
 from tuning.validate.rows import MeasuredRow
@@ -110,19 +111,14 @@ class Predictions:
 
 
 def predict_kernel(payload: dict[str, Any]) -> dict[str, Any]:
-    """Predict what `jobs.time_kernel` times on the chip. Payload: the same, and device."""
-    shape, (blocks, variant) = AttentionShape(**payload["shape"]), _variant_of(payload)
-    attention = kernels.build_splash_attn(blocks, variant.to_dict(), "pallas_tpu")
-    channels = shape.num_heads * shape.head_dim
-    arguments = [
-        jax.ShapeDtypeStruct((shape.batch_size, length, channels), payload["dtype"])
-        for length in (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
-    ]
-    assumed = kernels.KERNELS["splash_attn"].assume(shape, variant.to_dict())
-    layer = kernels.from_projections(attention, shape.num_heads)
-    device = devices.by_name(payload["device"])
+    """Predict what `jobs.time_kernel` times on the chip. Payload: a Request, its device a known name."""
+    request = jsonl.decode(payload, Request)
+    grid_sizes, _ = kernels.KERNELS[request.kernel].assume(request.shape, request.options)
+    device = devices.by_name(request.device)
     try:
-        prediction = offline_tpu.predict(layer, *arguments, device=device, grid_sizes=assumed.grid_sizes)
+        prediction = offline_tpu.predict(
+            request.timed("pallas_tpu"), *request.abstract_args(), device=device, grid_sizes=grid_sizes
+        )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     return {"time_s": prediction.time_s, "interval_s": getattr(prediction, "interval_s", None)}

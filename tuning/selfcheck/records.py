@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 
 #: An absolute path of two parts or more; an address on the Internet begins otherwise.
 _PATH = re.compile(r"(?<![\w/:.])/[\w.+@~-]+(?:/[\w.+@~-]+)+/?")

@@ -15,7 +15,7 @@ from splash_workbench.errors import UserError
 from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import utc_now
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Outcome, Runner
 from splash_workbench.workers.room import worker_count
 from tuning.selfcheck.predictions import Predictions

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from splash_attn import tuned
-from splash_attn.types import BlockSizes, Variant
+from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.trials import workloads
 from tuning.trials.bound import known_device
 from tuning.validate import rows as measured_rows
@@ -85,12 +85,7 @@ def numerics_tasks(found: Mapping[str, Any]) -> list[Task]:
             "numerics",
             f"{'int8' if variant.qk_dtype == 'int8' else variant.softmax}, head_dim {head_dim}, {dtype}",
             f"{_JOBS}:check_kernel",
-            {
-                "dtype": dtype,
-                "head_dim": head_dim,
-                "block_sizes": dataclasses.asdict(blocks),
-                "options": variant.to_dict(),
-            },
+            kernel_request(AttentionShape(1, 1, 1, 1, head_dim), dtype, blocks, variant),
         )
         for variant, head_dim, dtype in cases
     ]
@@ -109,18 +104,28 @@ def kernel_tasks(found: Mapping[str, Any]) -> list[Task]:
             entries.append((workload.name, workload.shape, workload.dtype, choice.block_sizes, choice.variant))
     tasks = []
     for name, shape, dtype, blocks, variant in entries:
-        payload: dict[str, Any] = {
-            "shape": dataclasses.asdict(shape),
-            "dtype": dtype,
-            "block_sizes": dataclasses.asdict(blocks),
-            "options": variant.to_dict(),
-        }
+        payload = kernel_request(shape, dtype, blocks, variant)
         title = f"{name} {blocks}{' int8' if variant.qk_dtype == 'int8' else ''}"
         arguments = {"shape": payload["shape"], "dtype": dtype}
         config = {**payload["block_sizes"], **payload["options"]} if found["platform"] == "tpu" else {}
         op = "splash_attn" if found["platform"] == "tpu" else "xla_attention"
         tasks.append(Task("kernels", title, f"{_JOBS}:time_kernel", payload, op, arguments, config))
     return tasks
+
+
+def kernel_request(shape: AttentionShape, dtype: str, blocks: BlockSizes, variant: Variant) -> dict[str, Any]:
+    """Return a kernel as `tuning.backends.jobs.Request` has it."""
+    return {
+        "kernel": "splash_attn",
+        "kernel_hash": "",
+        "shape": dataclasses.asdict(shape),
+        "dtype": dtype,
+        "block_sizes": dataclasses.asdict(blocks),
+        "options": variant.to_dict(),
+        "device": "local",
+        "cache_dir": "",
+        "measure": {},
+    }
 
 
 def row_tasks(found: Mapping[str, Any]) -> list[Task]:

@@ -1,11 +1,10 @@
-"""Show a sweep in TensorBoard: its trials in HParams, and the timelines of its best candidates."""
+"""Show the timelines of a sweep's best candidates in TensorBoard."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from offline_tpu import timeline
 from offline_tpu.machine.devices import by_name
@@ -13,29 +12,19 @@ from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Recorder, Session
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.backends import kernels
-from tuning.traces import hparams
+from tuning.backends.jobs import normal_arguments
 from tuning.trials.records import Trial
 
 #: Runs in the trace of a candidate, each a step.
 TRACED_RUNS = 10
 
 
-def write(trials: Sequence[Trial], sweep: str, logdir: Path, top: int) -> Iterator[str]:
-    """Write all trials and the timelines of the best; yield lines for the user.
-
-    Args:
-      trials: of one sweep, best first.
-      sweep: its name.
-      top: how many timelines.
-
-    Raises:
-      UserError: TensorBoard is not installed.
-    """
+def write(trials: Sequence[Trial], logdir: Path, top: int) -> Iterator[str]:
+    """Write the timelines of the `top` first trials that are timed; yield lines for the user."""
     if top < 0:
         raise UserError(f"profile_top={top}: expected 0 or more.")
-    yield f"hparams: {hparams.write(trials, logdir, sweep)}"
     for trial in [trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None][:top]:
         session = predicted(trial, logdir) if trial.label is Label.PREDICTED else measured(trial, logdir)
         yield f"{trial.label} timeline: {sessions.profile_dir(logdir) / session.name}"
@@ -74,15 +63,11 @@ def measured(trial: Trial, logdir: Path) -> Session:
     attention = kernels.KERNELS[trial.kernel].build(trial.block_sizes, trial.variant, implementation)
     shape = trial.shape
     lengths = (shape.q_seq_len, shape.kv_seq_len, shape.kv_seq_len)
-    arguments = [
-        jax.random.normal(key, (shape.batch_size, shape.num_heads, length, shape.head_dim), jnp.float32).astype(
-            trial.dtype
-        )
-        for key, length in zip(jax.random.split(jax.random.key(0), 3), lengths, strict=True)
-    ]
+    sizes = [(shape.batch_size, shape.num_heads, length, shape.head_dim) for length in lengths]
+    arguments = normal_arguments([jax.ShapeDtypeStruct(size, trial.dtype) for size in sizes])
     compiled = jax.jit(attention).lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
-    recorder = Recorder.start(logdir, _name(trial), _config(trial))
+    recorder = Recorder(logdir, _name(trial), _config(trial))
     with recorder.record() as session:
         for number in range(1, TRACED_RUNS + 1):
             with jax.profiler.StepTraceAnnotation("attention", step_num=number):
@@ -97,11 +82,5 @@ def _name(trial: Trial) -> str:
 
 
 def _config(trial: Trial) -> dict[str, str]:
-    return {
-        "kernel": trial.kernel,
-        "workload": trial.workload,
-        "shape": str(trial.shape),
-        "dtype": trial.dtype,
-        "candidate": trial.config,
-        "record_id": trial.record_id,
-    }
+    names = ("kernel", "workload", "shape", "dtype", "record_id")
+    return {"candidate": trial.config} | {name: str(getattr(trial, name)) for name in names}

@@ -26,22 +26,21 @@ COLOURS = {
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 
 
-def log_axes(axes: Axes) -> None:
-    """Make both axes logarithmic, with a grid and ticks at 1, 2 and 5."""
+def log_axes(axes: Axes, ticks: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Make both axes logarithmic, with a grid and ticks at these multiples of every power of ten."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=ticks))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.label.set_color(LIGHT["muted"])
     axes.grid(True, color=LIGHT["line"], lw=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(LIGHT["line"])
     axes.tick_params(colors=LIGHT["muted"], length=0)
-    axes.xaxis.label.set_color(LIGHT["muted"])
-    axes.yaxis.label.set_color(LIGHT["muted"])
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
 
@@ -62,8 +62,8 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color="dimgrey")
     axes.set_xticks(range(len(columns)), labels=[str(c) for c in columns])
     axes.set_yticks(range(len(rows)), labels=[str(r) for r in rows])
-    axes.set_xlabel("block_kv (in the cell: ms, / block_kv_compute)")
-    axes.set_ylabel("block_q")
+    axes.set_xlabel("block_kv (in the cell: ms, / block_kv_compute)", color=LIGHT["ink"])
+    axes.set_ylabel("block_q", color=LIGHT["ink"])
     axes.set_title(
         f"{winner.workload} ({winner.shape} {winner.dtype}) on {winner.device}: {winner.label} ms, best of each cell\n"
         + textwrap.fill(f"winner {winner.time_ms:.3f} ms: {winner.config}", width=int(12 * size[0])),
@@ -71,8 +71,6 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
         color=LIGHT["ink"],
     )
     axes.tick_params(colors=LIGHT["ink"])
-    axes.xaxis.label.set_color(LIGHT["ink"])
-    axes.yaxis.label.set_color(LIGHT["ink"])
     return figure
 
 

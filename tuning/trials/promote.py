@@ -10,16 +10,12 @@ from offline_tpu.options import options_text
 from splash_attn import tuned
 from splash_attn.types import Variant
 from splash_workbench.files import atomic_path
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.trials.records import Trial, config_key
 
 
 def entry_of(trial: Trial) -> tuned.TunedEntry:
-    """Return the tuned entry that a trial makes.
-
-    Raises:
-      ValueError: the trial is not one to run by: not ok, without a time, unchecked, or of a peer's kernel.
-    """
+    """Return the tuned entry of a trial. Raises ValueError for one that is not ok, timed, checked, and ours."""
     if trial.status is not Status.OK or trial.time_ms is None or trial.label is None or trial.block_sizes is None:
         raise ValueError(f"status={trial.status}, time_ms={trial.time_ms}: expected an ok trial with a time.")
     if trial.kernel != "splash_attn" or trial.numerics is None:
@@ -53,10 +49,7 @@ class Promotion:
 
 
 def todays_choice(winner: Trial, directory: Path | None = None) -> tuned.Choice | None:
-    """Return what `attention()` would run today for the winner's call; None where that is not our kernel.
-
-    directory: of the tuned entries; None: the user's and the shipped ones.
-    """
+    """Return what `attention()` would run today for the winner's call; None where that is not our kernel."""
     if not winner.device_kind.startswith("TPU"):
         return None
     qk_dtype = Variant.from_dict(winner.variant).qk_dtype
@@ -70,13 +63,10 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
     that of the same shape, dtype, softmax, qk_dtype and label, and of those of other sources for the same call.
 
     Args:
-      winner: an ok trial.
+      winner: an ok trial, which `entry_of` takes.
       trials: of the winner's context, among them one of `todays_choice`.
-      directory: of the tuned entries, which are read and written; None: today's choice is from the user's and the
-        shipped ones, and the winner goes to the user's.
-
-    Raises:
-      ValueError: see `entry_of`.
+      directory: of the tuned entries; None: today's choice is from the user's and the shipped ones, the winner goes to
+        the user's.
     """
     new = entry_of(winner)
     path = tuned.path_for(winner.device_kind, directory or tuned.user_dir())
@@ -93,10 +83,17 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
             fcntl.flock(lock, fcntl.LOCK_EX)
             better, reason = _compare(winner, new, trials, directory)  # another sweep may have promoted its own
             entries = tuned.load(winner.device_kind, path.parent)
+            # The entry in the new one's place need not be what runs: one of another label may.
+            old = next((entry for entry in entries if _key(entry) == _key(new)), None)
+            if old and old.source == new.source and old.provenance.time_ms <= new.provenance.time_ms and better:
+                there = f"the {old.provenance.time_ms:.3f} ms of the entry there ({old.block_sizes})"
+                better, reason = False, f"not better than {there}"
             if better:
-                better, reason = _compare_with_entry(new, entries, reason)
-            if better:
-                _write(path, winner.device_kind, new, entries)
+                kept = [entry for entry in entries if _key(entry) != _key(new) and not entry.rivals(new)]
+                ordered = sorted([*kept, new], key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
+                content = dataclasses.asdict(tuned.TunedFile(1, winner.device_kind, tuple(ordered)))
+                with atomic_path(path) as temporary:
+                    temporary.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         return Promotion(False, f"cannot be written ({error}); {tuned.USER_VARIABLE} names another folder", path)
     return Promotion(better, reason, path)
@@ -123,22 +120,6 @@ def _compare(winner: Trial, new: tuned.TunedEntry, trials: Sequence[Trial], dire
     if winner.time_ms < rival.time_ms:
         return True, f"{winner.time_ms:.3f} ms beats the {rival.time_ms:.3f} ms of {today}"
     return False, f"{winner.time_ms:.3f} ms does not beat the {rival.time_ms:.3f} ms of {today}"
-
-
-def _compare_with_entry(new: tuned.TunedEntry, entries: Sequence[tuned.TunedEntry], reason: str) -> tuple[bool, str]:
-    """Return the same for the entry in the new one's place, which need not run: one of another label may."""
-    old = next((entry for entry in entries if _key(entry) == _key(new)), None)
-    if old is not None and old.source == new.source and old.provenance.time_ms <= new.provenance.time_ms:
-        return False, f"not better than the {old.provenance.time_ms:.3f} ms of the entry there ({old.block_sizes})"
-    return True, reason
-
-
-def _write(path: Path, device_kind: str, new: tuned.TunedEntry, entries: Sequence[tuned.TunedEntry]) -> None:
-    kept = [entry for entry in entries if _key(entry) != _key(new) and not entry.rivals(new)]
-    ordered = sorted([*kept, new], key=lambda entry: json.dumps(entry.to_dict(), sort_keys=True))
-    content = tuned.TunedFile(1, device_kind, tuple(ordered))
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(content), indent=1) + "\n")
 
 
 def _key(entry: tuned.TunedEntry) -> tuple[object, ...]:

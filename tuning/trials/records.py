@@ -5,18 +5,14 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from offline_tpu.options import options_text
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id, utc_now
-from splash_workbench.status import Label, Status
-
-if TYPE_CHECKING:
-    import pandas as pd
+from splash_workbench.trial_status import Label, Status
 
 SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"
@@ -26,16 +22,10 @@ VARIANT_PREFIX = "variant."
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The candidate kernel against the reference in float32, on a small odd shape.
+    """The candidate kernel against the reference in float32, on a small odd shape, with the candidate's own blocks.
 
-    Attributes:
-      implementation: what ran: "pallas_interpret", or "pallas_tpu" on a TPU.
-      q_seq_len, kv_seq_len, num_heads: the small shape.
-      block_sizes: the blocks that ran, which are the candidate's own.
-      rms_error: ||actual - expected|| / ||expected||.
-      max_row_error: the same for the worst query row.
-      max_abs_error: largest difference of one element.
-      tolerance, row_tolerance: limits of rms_error and max_row_error.
+    implementation: what ran, "pallas_interpret", or "pallas_tpu" on a TPU; rms_error: ||actual - expected|| /
+    ||expected||; max_row_error: the same for the worst query row; tolerance, row_tolerance: their limits.
     """
 
     implementation: str
@@ -60,31 +50,19 @@ class Trial:
     """One candidate and what became of it.
 
     Attributes:
-      record_id: unique.
-      created_at: UTC, ISO 8601.
       context: hash of what makes times comparable: workload, device, backend, sources, versions.
-      kernel: "splash_attn" or a peer's name.
-      workload, shape, dtype: the attention call.
-      device, device_kind, backend: what it was compiled for or run on, and how.
-      block_sizes: of the kernel, None for a kernel without.
-      variant: of the kernel, as a dict.
+      kernel: "splash_attn" or a peer's name; block_sizes: None for a kernel without.
       compiler_options: flags of libtpu that were given for this program; empty: its defaults.
-      status: how it ended.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
-      kernel_time_ms: of the Pallas kernel alone.
-      cycles: predicted cycles of the kernel.
-      vmem_bytes, spill_count, fill_count: of the kernel, as compiled.
-      peak_hbm_bytes: of the whole op.
-      compile_time_s: of the whole op.
+      kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count: of the Pallas kernel alone.
+      peak_hbm_bytes, compile_time_s: of the whole op.
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
       ops: parts of a prediction, one for each HLO op.
       numerics: the check, None where the trial did not get that far.
-      notes: what a reader of the figures must know.
       error: one line; log_tail: the end of the worker's output. Only for trials that are not ok.
       conclusive: whether the same candidate would end so again; if not, it is tried again. None stands for what its
         status says, as in older records.
-      environment: where it ran.
     """
 
     context: str
@@ -185,45 +163,3 @@ def reusable(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
 def read_all(results_dir: Path) -> list[Trial]:
     """Return every trial under a results folder."""
     return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]
-
-
-def frame(trials: Iterable[Trial]) -> "pd.DataFrame":
-    """Return one row a trial. Times of each label have a column of their own."""
-    import pandas as pd  # here: worker processes have no use for it
-
-    return pd.DataFrame([_row(trial) for trial in trials])
-
-
-def _row(trial: Trial) -> dict[str, Any]:
-    blocks = trial.block_sizes
-    return {
-        "workload": trial.workload,
-        "shape": str(trial.shape),
-        "device": trial.device,
-        "backend": trial.backend,
-        "kernel": trial.kernel,
-        "dtype": trial.dtype,
-        "block_q": blocks.block_q if blocks else None,
-        "block_kv": blocks.block_kv if blocks else None,
-        "block_kv_compute": blocks.block_kv_compute if blocks else None,
-        **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
-        "compiler_options": options_text(trial.compiler_options) or None,
-        "status": trial.status.value,
-        **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
-        "kernel_ms": trial.kernel_time_ms,
-        "mcycles": _scaled(trial.cycles, 1e6),
-        "vmem_mib": _scaled(trial.vmem_bytes, 2**20),
-        "spills": trial.spill_count,
-        "fills": trial.fill_count,
-        "peak_hbm_mib": _scaled(trial.peak_hbm_bytes, 2**20),
-        "compile_s": trial.compile_time_s,
-        "wall_s": trial.wall_time_s,
-        "rms_error": trial.numerics.rms_error if trial.numerics else None,
-        "error": trial.error,
-        "record_id": trial.record_id,
-        "created_at": trial.created_at,
-    }
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit

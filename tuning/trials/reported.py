@@ -76,12 +76,7 @@ class ReportedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reported(msgspec.Struct, frozen=True):
-    """A file of rows.
-
-    Attributes:
-      source: who measured, where it is published, and how.
-      device_kind: of the chip, as JAX says it.
-    """
+    """A file of rows, and who measured them on which chip (as JAX says it), where it is published, and how."""
 
     source: Text
     device_kind: Text
@@ -89,11 +84,7 @@ class Reported(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file of the form of `DEFAULT_PATH`.
-
-        Raises:
-          ValueError: there is no such file, or it is not of that form; the message gives the path of the field.
-        """
+        """Read a file of the form of `DEFAULT_PATH`. Raises ValueError where it is not, with the path of the field."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError as error:

@@ -2,14 +2,15 @@
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from tuning.trials import records
+from offline_tpu.options import options_text
+from splash_workbench.trial_status import Label
 from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
-from tuning.trials.records import Trial
+from tuning.trials.records import VARIANT_PREFIX, Trial
 
 _ERROR_CHARACTERS = 60
 _RECORD_ID_CHARACTERS = 8
@@ -30,7 +31,7 @@ _HIDDEN = ("record_id", "created_at", "workload", "shape", "device", "backend", 
 
 def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Return one dict a trial, as the table shows them but whole; what is unknown is None."""
-    return json.loads(_frame(trials).to_json(orient="records")) if trials else []
+    return json.loads(frame(trials).to_json(orient="records")) if trials else []
 
 
 def table(
@@ -41,50 +42,38 @@ def table(
     one_variant_column: bool = False,
     units: bool = False,
 ) -> str:
-    """Return the trials in their order as aligned text.
+    """Return the trials in their order as aligned text, the first `limit` of them.
 
     Columns that are empty or hidden are left out; a variant's field that is the same in all trials is said once, above.
 
-    Args:
-      trials: what to show.
-      limit: show the first so many; None shows all.
-      hide: columns to leave out.
-      units: show how busy each unit of the core is in the kernel.
-      one_variant_column: put the fields of the variant in one column, for trials of different kernels.
+    units: show how busy each unit of the core is in the kernel; one_variant_column: put the fields of the variant in
+    one column, for trials of different kernels.
     """
     if not trials:
         return "no trials"
-    shown = trials[:limit] if limit else trials
-    hide = [*hide, *(() if units else _UNITS.values())]
-    frame = _frame(shown).drop(columns=hide).dropna(axis="columns", how="all")
-    same = _common_options(shown)
-    header = ", ".join(f"{name}={value}" for name, value in same.items())
-    frame = frame.drop(columns=[records.VARIANT_PREFIX + name for name in same], errors="ignore")
-    fields = [name for name in frame if name.startswith(records.VARIANT_PREFIX)]
+    shown = trials[:limit]
+    same = _common_options(shown) if len(shown) > 1 else {}
+    hide = [*hide, *(() if units else _UNITS.values()), *(f"{VARIANT_PREFIX}{name}" for name in same)]
+    found = frame(shown).drop(columns=hide).dropna(axis="columns", how="all")
+    fields = [name for name in found if name.startswith(VARIANT_PREFIX)]
     if one_variant_column and fields:
-        options = [{name: value for name, value in trial.variant.items() if name not in same} for trial in shown]
-        frame = frame.drop(columns=fields)
-        texts = [" ".join(f"{name}={value}" for name, value in option.items()) for option in options]
-        frame.insert(list(frame.columns).index("status"), "variant", texts)
-    frame = frame.rename(columns=lambda name: name.removeprefix(records.VARIANT_PREFIX))
-    if "record_id" in frame:
-        frame["record_id"] = frame["record_id"].str[:_RECORD_ID_CHARACTERS]
-    if "error" in frame:
-        frame["error"] = [_shorten(error) for error in frame["error"]]
+        found = found.drop(columns=fields)
+        texts = [" ".join(f"{name}={value}" for name, value in t.variant.items() if name not in same) for t in shown]
+        found.insert(list(found.columns).index("status"), "variant", texts)
+    found = found.rename(columns=lambda name: name.removeprefix(VARIANT_PREFIX))
+    if "record_id" in found:
+        found["record_id"] = found["record_id"].str[:_RECORD_ID_CHARACTERS]
+    if "error" in found:
+        found["error"] = found["error"].fillna("").map(_shorten)
     for column, form in _FORMATS.items():
-        if column in frame:
-            frame[column] = ["-" if pd.isna(value) else form.format(value) for value in frame[column]]
-    text = frame.to_string(index=False, na_rep="-", float_format="{:.3f}".format)
-    left_out = len(trials) - len(shown)
-    return "\n".join(
-        [*([f"all with {header}"] if header else []), text, *([f"... {left_out} more"] if left_out else [])]
-    )
-
-
-def winner_line(trial: Trial) -> str:
-    """Return the winner in one sentence."""
-    kernel = f", kernel alone {trial.kernel_time_ms:.3f} ms" if trial.kernel_time_ms is not None else ""
-    return f"winner: {trial.config}: {trial.label} {trial.time_ms:.3f} ms{kernel} on {trial.device_kind}"
+        if column in found:
+            found[column] = ["-" if pd.isna(value) else form.format(value) for value in found[column]]
+    lines = [found.to_string(index=False, na_rep="-", float_format="{:.3f}".format)]
+    if same:
+        lines.insert(0, f"all with {', '.join(f'{name}={value}' for name, value in same.items())}")
+    if left_out := len(trials) - len(shown):
+        lines.append(f"... {left_out} more")
+    return "\n".join(lines)
 
 
 def note_lines(trials: Sequence[Trial]) -> list[str]:
@@ -116,31 +105,53 @@ def status_counts(trials: Sequence[Trial]) -> dict[str, int]:
     return dict(collections.Counter(trial.status.value for trial in trials))
 
 
-def _frame(trials: Sequence[Trial]) -> pd.DataFrame:
-    frame = records.frame(trials)
-    fractions = [kernel_bound_fraction(trial) for trial in trials]
-    frame.insert(list(frame.columns).index("mcycles"), "kernel_bound_fraction", fractions)
-    for unit, column in _UNITS.items():
-        frame.insert(list(frame.columns).index("vmem_mib"), column, [_utilization(trial, unit) for trial in trials])
-    return frame
+def frame(trials: Iterable[Trial]) -> pd.DataFrame:
+    """Return one row a trial. Times of each label have a column of their own."""
+    return pd.DataFrame([_row(trial) for trial in trials])
 
 
-def _utilization(trial: Trial, unit: str) -> float | None:
-    """Return the share of a unit's slots in use while the kernel runs; of several kernels, the mean by their time."""
+def _row(trial: Trial) -> dict[str, Any]:
     kernels = [op for op in trial.ops if op.category == "kernel" and op.time_s > 0]
-    if not kernels:
-        return None
-    return sum(op.utilization[unit] * op.time_s for op in kernels) / sum(op.time_s for op in kernels)
+    time_s = sum(op.time_s for op in kernels)
+
+    def utilization(unit: str) -> float | None:
+        """Return the share of a unit's slots in use while the kernel runs; of several, the mean by their time."""
+        return sum(op.utilization[unit] * op.time_s for op in kernels) / time_s if kernels else None
+
+    return {
+        "workload": trial.workload,
+        "shape": str(trial.shape),
+        "device": trial.device,
+        "backend": trial.backend,
+        "kernel": trial.kernel,
+        "dtype": trial.dtype,
+        **{name: getattr(trial.block_sizes, name, None) for name in ("block_q", "block_kv", "block_kv_compute")},
+        **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
+        "compiler_options": options_text(trial.compiler_options) or None,
+        "status": trial.status.value,
+        **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
+        "kernel_ms": trial.kernel_time_ms,
+        "kernel_bound_fraction": kernel_bound_fraction(trial),
+        "mcycles": None if trial.cycles is None else trial.cycles / 1e6,
+        **{column: utilization(unit) for unit, column in _UNITS.items()},
+        "vmem_mib": None if trial.vmem_bytes is None else trial.vmem_bytes / 2**20,
+        "spills": trial.spill_count,
+        "fills": trial.fill_count,
+        "peak_hbm_mib": None if trial.peak_hbm_bytes is None else trial.peak_hbm_bytes / 2**20,
+        "compile_s": trial.compile_time_s,
+        "wall_s": trial.wall_time_s,
+        "rms_error": trial.numerics.rms_error if trial.numerics else None,
+        "error": trial.error,
+        "record_id": trial.record_id,
+        "created_at": trial.created_at,
+    }
 
 
 def _common_options(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return the fields of the variant that all of several trials have alike."""
-    if len(trials) < 2:
-        return {}
+    """Return the fields of the variant that all trials have alike."""
     first, *others = (trial.variant for trial in trials)
     return {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
 
 
-def _shorten(error: object) -> str:
-    text = error if isinstance(error, str) else ""
-    return text if len(text) <= _ERROR_CHARACTERS else text[: _ERROR_CHARACTERS - 3] + "..."
+def _shorten(error: str) -> str:
+    return error if len(error) <= _ERROR_CHARACTERS else error[: _ERROR_CHARACTERS - 3] + "..."

@@ -25,8 +25,7 @@ _MAX_NAME_LENGTH = 100  # with device, backend and hash it is the name of a fold
 class Workload:
     """One attention call of a model on one chip.
 
-    Raises:
-      ValueError: a size is out of range, the dtype is not one of DTYPES, or the name is not one for a folder.
+    Raises ValueError for a dtype that is not one of DTYPES, or a name that is not one for a folder.
     """
 
     name: str
@@ -54,23 +53,26 @@ class Workload:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], overridden: Collection[str] = ()) -> Self:
-        """Return the workload of a file's fields.
+        """Return the workload of a file's fields, with seq_len or both of q_seq_len and kv_seq_len.
 
-        Args:
-          fields: name, batch_size, num_heads, head_dim, dtype, and seq_len or both of q_seq_len and kv_seq_len.
-          overridden: names of the fields that are not the file's own. Where a length is, the file's do not count.
-
-        Raises:
-          ValueError: see Workload; or one of two lengths is missing.
+        overridden: names of the fields that are not the file's own. Where a length is, the file's do not count. Raises
+        ValueError where one of two lengths is missing.
         """
-        sizes = {name: fields[name] for name in ("batch_size", "num_heads", "head_dim")} | _lengths(fields, overridden)
-        return cls(name=fields["name"], shape=AttentionShape(**sizes), dtype=fields["dtype"])
+        count = set(_LENGTHS) & set(overridden) or set(_LENGTHS)
+        given = {name: fields[name] for name in _LENGTHS if name in count and fields.get(name) is not None}
+        lengths = dict.fromkeys(("q_seq_len", "kv_seq_len"), given["seq_len"]) if set(given) == {"seq_len"} else given
+        if set(lengths) != {"q_seq_len", "kv_seq_len"}:
+            raise ValueError(
+                f"{', '.join(f'workload.{name}={value}' for name, value in given.items()) or 'no length'}: "
+                "expected workload.seq_len for self-attention, or both of workload.q_seq_len and workload.kv_seq_len."
+            )
+        shape = AttentionShape(**{name: fields[name] for name in ("batch_size", "num_heads", "head_dim")}, **lengths)
+        return cls(name=fields["name"], shape=shape, dtype=fields["dtype"])
 
     def under_its_own_name(self, overridden: Collection[str]) -> Self:
         """Return the workload, under a derived name if its own is that of another shape or dtype.
 
-        overridden: names of the fields that were changed. A name that was given with them is kept, unless it is one of
-        configs/workload/.
+        A name among the `overridden` fields is kept, unless it is one of configs/workload/.
         """
         if self.name in names():
             right = self.identity == load(self.name).identity
@@ -85,11 +87,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Workload:
-    """Return the workload of that name.
-
-    Raises:
-      ValueError: there is none; the message lists those there are.
-    """
+    """Return the workload of that name. Raises ValueError where there is none, with those there are."""
     if name not in names():
         raise ValueError(f"workload={name!r}: expected one of {', '.join(names())}.")
     return Workload.from_dict(dict(OmegaConf.to_container(OmegaConf.load(_WORKLOAD_DIR / f"{name}.yaml"))))  # type: ignore[arg-type]
@@ -128,16 +126,3 @@ def _derived(name: str, shape: AttentionShape, dtype: str) -> str:
     """Return e.g. "tiny+1x24x4680x64", with "-float32" where it is not bfloat16."""
     suffix = f"+{shape}".replace(":", "-") + ("" if dtype == "bfloat16" else f"-{dtype}")
     return name if name.endswith(suffix) else name[: _MAX_NAME_LENGTH - len(suffix)] + suffix
-
-
-def _lengths(fields: Mapping[str, Any], overridden: Collection[str]) -> dict[str, int]:
-    count = set(_LENGTHS) & set(overridden) or set(_LENGTHS)
-    given = {name: fields[name] for name in _LENGTHS if name in count and fields.get(name) is not None}
-    if given.keys() == {"seq_len"}:
-        return dict.fromkeys(("q_seq_len", "kv_seq_len"), given["seq_len"])
-    if given.keys() == {"q_seq_len", "kv_seq_len"}:
-        return given
-    raise ValueError(
-        f"{', '.join(f'workload.{name}={value}' for name, value in given.items()) or 'no length'}: "
-        "expected workload.seq_len for self-attention, or both of workload.q_seq_len and workload.kv_seq_len."
-    )

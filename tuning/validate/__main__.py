@@ -23,8 +23,8 @@ from tuning.validate.record import Validation
 from tuning.validate.rows import MeasuredRow, read, read_shipped
 from tuning.validate.run import compare
 
-#: So many rows are all printed.
-_FEW_ROWS = 20
+#: So many rows, and sources, are all printed.
+_FEW_ROWS, _FEW_SOURCES = 20, 3
 
 
 @dataclasses.dataclass
@@ -53,9 +53,9 @@ def _chosen(settings: ValidateSchema) -> tuple[str, list[MeasuredRow]]:
 
 
 def _lines(validation: Validation) -> list[str]:
-    lines = [f"reported: {source}" for source in validation.sources[:_FEW_ROWS]]
-    if more := len(validation.sources) - _FEW_ROWS:
-        lines += [f"... and {more} more sources"] if more > 0 else []
+    lines = [f"reported: {source}" for source in validation.sources[:_FEW_SOURCES]]
+    if (more := len(validation.sources) - _FEW_SOURCES) > 0:
+        lines.append(f"... and {more} more sources, in the record")
     chips = ", ".join(validation.device_kinds)
     lines += [f"predicted: this machine, libtpu {offline_tpu.SUPPORTED_LIBTPU}, for {chips}", ""]
     if len(validation.rows) <= _FEW_ROWS:

@@ -12,13 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.trials.figures import LIGHT, log_axes
 from tuning.trials.records import Trial
 
 _COLUMNS = 2
-#: Of a chip with more pairs than this, points are small and have no names; with so many groups, the legend is small.
-_NAMED_PAIRS, _MANY_GROUPS = 40, 5
+#: Of a chip with more pairs than this, points are small and have no names; with so many groups the legend is beside
+#: them.
+_NAMED_PAIRS, _MANY_GROUPS = 15, 4
+#: Of times that span more than this only powers of ten are marked.
+_MANY_TICKS = 1e4
 #: The band of the picture: the part by which a prediction may be off before it is marked.
 BAND = 0.05
 
@@ -148,7 +151,8 @@ def parity(pairs: Sequence[Pair]) -> Figure:
     kinds = list(dict.fromkeys(pair.device_kind for pair in pairs))
     columns = min(len(kinds), _COLUMNS)
     rows = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(4.8 * columns, 4.2 * rows), layout="constrained")
+    many = len({(pair.group, pair.device_kind) for pair in pairs}) >= _MANY_GROUPS
+    figure = Figure(figsize=((7.8 if many else 4.8) * columns, 4.2 * rows), layout="constrained")
     for number, kind in enumerate(kinds, start=1):
         axes = figure.add_subplot(rows, columns, number)
         _draw_panel(axes, [(n, pair) for n, pair in enumerate(pairs) if pair.device_kind == kind])
@@ -185,13 +189,21 @@ def _draw_panel(axes: Axes, pairs: Sequence[tuple[int, Pair]]) -> None:
             )
             name.set_in_layout(False)  # a long name may reach out of the axes: they would shrink to nothing
     for index, group in enumerate(groups):
-        label = f"{group}\n{summarize([pair for _, pair in pairs if pair.group == group]).line}"
+        summary = summarize([pair for _, pair in pairs if pair.group == group])
+        label = f"{group}\n{summary.line}"
+        if len(groups) >= _MANY_GROUPS:
+            label = (
+                f"{group}: {summary.row_count}, median {summary.median_abs_error:.1%}, 95 % {summary.p95_abs_error:.1%}"
+            )
         axes.plot([], [], **_style(index), label=label)
-    log_axes(axes)
+    log_axes(axes, (1.0, 2.0, 5.0) if high / low < _MANY_TICKS else (1.0,))
     axes.set(xlim=line, ylim=line, ylabel="predicted, ms")
     axes.set_xlabel(f"{' or '.join(dict.fromkeys(str(pair.label) for _, pair in pairs))}, ms")
-    size = 7 if len(groups) < _MANY_GROUPS else 4.5
-    axes.legend(loc="upper left", fontsize=size, frameon=False, labelcolor=LIGHT["ink"])
+    look: dict[str, Any] = {"frameon": False, "labelcolor": LIGHT["ink"]}
+    if len(groups) < _MANY_GROUPS:
+        axes.legend(loc="upper left", fontsize=7, **look)
+    else:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6, markerscale=0.7, **look)
 
 
 def _style(index: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jax.experimental import topologies
 import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench.records import jsonl
-from splash_workbench.status import compile_error
+from splash_workbench.trial_status import compile_error
 from tuning.validate.programs import CannotMakeError, build
 from tuning.validate.record import RowPrediction
 from tuning.validate.rows import MeasuredRow

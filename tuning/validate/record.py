@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 import msgspec
 
 from offline_tpu import Prediction
-from splash_workbench.status import Label
+from splash_workbench.trial_status import Label
 from tuning.trials.reported import DEFAULT_PATH
 from tuning.validate.agreement import Pair, Summary, summarize
-from tuning.validate.rows import MeasuredRow, read
+from tuning.validate.rows import SPLASH, MeasuredRow, read
 from tuning.validate.sets import SIZES
 
 #: A row's error beyond which it is listed with what bounds it.
@@ -128,7 +128,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return Pair(
             group=self.op,
-            name=f"{self.shape} {self.config}".strip(),
+            name=f"{self.shape} {self.config}" if self.op == SPLASH else self.id,
             label=Label.REPORTED,
             actual_ms=self.reported_ms,
             predicted_ms=self.predicted_ms,

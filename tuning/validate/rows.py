@@ -18,6 +18,9 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
 
+#: Arguments that change nothing that a table's reader looks for.
+_UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
+
 Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -64,7 +67,8 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
         """Arrays and sizes in one string for tables; what is at its default says nothing."""
         if self.op == SPLASH:
             return self.splash.shape
-        return " ".join(_described(name, value) for name, value in self.arguments.items() if _says(value))
+        shown = {name: value for name, value in self.arguments.items() if name not in _UNSAID and _says(value)}
+        return " ".join(_described(name, value) for name, value in shown.items())
 
     @property
     def settings(self) -> str:
@@ -85,6 +89,8 @@ def _says(value: Any) -> bool:
 
 
 def _described(name: str, value: Any) -> str:
+    if name == "ragged_dot_dimension_numbers" and isinstance(value, Mapping):
+        name, value = "contracted", value["dot_dimension_numbers"][0]
     if isinstance(value, Mapping):
         inside = [_described(key, item) for key, item in value.items() if _says(item)]
         return f"{name}({' '.join(inside)})"
@@ -175,13 +181,14 @@ class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
     def arguments(self) -> dict[str, Any]:
         """Return the sizes that the program has; where only its name says the slice, from there."""
         slice_name = re.search(r"\b(v\w+-\d+)", self.program)
-        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "shape", "input", "output")}
+        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "input", "output")}
         found["topology"] = self.topology or (slice_name[1] if slice_name else None)
         if self.op == "pallas_matmul":
             found["blocks"] = self.blocks_m_k_n
         if self.op in ("matmul", "pallas_matmul", "psum"):
             found["dtype"] = self.dtype
-        return {name: msgspec.to_builtins(value) for name, value in found.items() if value is not None}
+        found["shape"] = list(self.shape) if self.shape else None
+        return {name: value for name, value in found.items() if value is not None}
 
     def found_time_ms(self) -> float:
         """Return the time, from the rate where only that is published: each source says what it counts."""

@@ -9,7 +9,7 @@ import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench import provenance
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
 from tuning.validate.record import Comparison, RowPrediction

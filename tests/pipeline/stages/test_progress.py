@@ -113,8 +113,8 @@ def test_a_planted_difference_is_found_in_its_scope(request_of, tmp_path):
         settings = GenerateConfig(profile=True, profile_run=run, logdir=str(tmp_path / "runs"))
         with tracing(recorder_of(settings, request)):
             generate(request, run_dir=tmp_path / run, stages=("text", "denoise"), run_options=RunOptions(resume=False))
-    columns = [resolve(run, tmp_path / "runs", tmp_path).column for run in runs]
-    rows = {row.scope: row for row in rows_of(columns, depth=3)}
+    compared = [resolve(run, tmp_path / "runs", tmp_path) for run in runs]
+    rows = {row.scope: row for row in rows_of(compared, depth=3)}
     attention = rows["denoise/blocks/attention"]
     assert attention.verdicts == ("slower",)
     more_s = {

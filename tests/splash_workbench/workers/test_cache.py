@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome
 

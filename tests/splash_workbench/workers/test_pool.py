@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S, environment_with_repo, is_alive, wait_until, wait_until_dead
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers import pool as module
 from splash_workbench.workers.pool import CancelledError, Runner
 
@@ -124,7 +124,7 @@ def test_a_warm_worker_takes_job_after_job_and_is_then_replaced(warm: Runner) ->
     pids = [_pid(warm) for _ in range(7)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
     assert not is_alive(pids[0])
-    usage = warm.usage()
+    usage = warm.usage
     assert (usage.job_count, usage.worker_count) == (7, 3)
 
 
@@ -160,7 +160,7 @@ def test_a_worker_that_died_idle_is_not_blamed_on_the_next_job(warm: Runner) -> 
 def test_a_worker_that_has_grown_is_replaced(warm: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RETIRE_RSS_BYTES", 1000)
     assert _pid(warm) != _pid(warm)
-    assert (warm.usage().peak_memory_bytes or 0) > 1000
+    assert (warm.usage.peak_memory_bytes or 0) > 1000
 
 
 def test_another_environment_is_another_worker(warm: Runner, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_job_finds_nothing_of_the_one_before(warm: Runner, monkeypatch: pytest
     assert first.status is second.status is Status.OK
     assert first.result["pid"] == second.result["pid"]
     assert first.log_tail.count("dumped") == second.log_tail.count("dumped") == 1
-    assert warm.usage().peak_disk_bytes >= 10_000
+    assert warm.usage.peak_disk_bytes >= 10_000
 
 
 _IDLE = """

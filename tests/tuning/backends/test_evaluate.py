@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes, Variant
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from tuning.backends.evaluate import Evaluator
 

@@ -6,7 +6,7 @@ import pytest
 
 from offline_tpu.machine import devices
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning.backends.base import Target
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.registry import BACKENDS

@@ -13,7 +13,7 @@ import pytest
 
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records import jsonl
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.report import __main__ as report
 from tuning.trials import promote
 from tuning.trials.records import Trial

@@ -10,8 +10,8 @@ from splash_attn.types import BlockSizes
 from splash_workbench.records.jsonl import decode
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
-from splash_workbench.status import Label
-from tuning.report import charts, kernels, parts, pipeline, trials
+from splash_workbench.trial_status import Label
+from tuning.report import charts, kernels, parts, pipeline
 from tuning.report.inputs import TrialFile
 from tuning.trials.bound import bf16_bound_ms
 from tuning.trials.figures import LIGHT
@@ -43,13 +43,13 @@ def test_a_kernel_is_where_its_flops_bytes_and_time_put_it(make_trial: MakeTrial
     other = {"category": "layout", "hbm_bytes": 10**9, "calls": 1}
     trial = make_trial(time_samples_ms=(9.0,), kernel_time_ms=4.0, ops=(op, other))
     (roofline,) = kernels.rooflines([TrialFile("results/sweeps/x/trials.jsonl", (trial,))], [])
-    ((shown, intensity, rate, fraction),) = roofline.rows
+    ((shown, intensity, rate, fraction),) = roofline["rows"]
     flops = 4 * 3 * 1021 * 1013 * 64
     assert shown is trial
     assert intensity == pytest.approx(flops / 6e6)
     assert rate == pytest.approx(flops / 4e-3 / 1e12)
     assert fraction == pytest.approx(bf16_bound_ms(trial.shape, "bfloat16", "TPU v6 lite") / 4.0)
-    assert f"<title>{trials.describe(trial)}; " in roofline.svg
+    assert f"<title>{kernels.describe(trial)}; " in roofline["svg"]
 
 
 def test_kernels_without_traffic_are_counted_not_placed(make_trial: MakeTrial) -> None:
@@ -57,8 +57,8 @@ def test_kernels_without_traffic_are_counted_not_placed(make_trial: MakeTrial) -
     placed = make_trial(ops=(op,))
     unknown = make_trial(block_sizes=BlockSizes(128, 128, 128))
     (roofline,) = kernels.rooflines([TrialFile("x", (placed, unknown))], [])
-    assert roofline.skipped == 1
-    assert len(roofline.rows) == 1
+    assert roofline["skipped"] == 1
+    assert len(roofline["rows"]) == 1
 
 
 def test_int8_is_apart_from_what_is_exact(make_trial: MakeTrial) -> None:
@@ -69,10 +69,10 @@ def test_int8_is_apart_from_what_is_exact(make_trial: MakeTrial) -> None:
     peer = make_trial(time_samples_ms=(3.0,), kernel_time_ms=3.0, ops=(op,), kernel="jax_splash", variant={})
     file = TrialFile("results/peers/x/trials.jsonl", (exact, int8, peer))
     (peers,) = kernels.peers([file])
-    assert peers.best_ratio == pytest.approx(1.5)
-    assert [bar.name for bar in peers.bars.bars] == ["splash_attn int8", "splash_attn", "jax_splash"]
+    assert peers["best_ratio"] == pytest.approx(1.5)
+    assert [bar["name"] for bar in peers["bars"]["bars"]] == ["splash_attn int8", "splash_attn", "jax_splash"]
     (roofline,) = kernels.rooflines([], [file])
-    assert [(trials.series(row[0]), row[3] is None) for row in roofline.rows] == [
+    assert [(kernels.series(row[0]), row[3] is None) for row in roofline["rows"]] == [
         ("splash_attn int8", True),
         ("splash_attn", False),
         ("jax_splash", False),
@@ -83,13 +83,13 @@ def test_the_newest_record_of_a_candidate_counts(make_trial: MakeTrial) -> None:
     first = make_trial(time_samples_ms=(1.0,), created_at="2026-11-01T00:00:00+00:00")
     again = make_trial(time_samples_ms=(2.0,), created_at="2026-11-02T00:00:00+00:00")
     other = make_trial(block_sizes=BlockSizes(128, 128, 128))
-    assert trials.newest_trials([again, first, other]) == [again, other]
+    assert kernels.newest_trials([again, first, other]) == [again, other]
 
 
 def test_provenance_tells_old_kernel_sources_apart(make_trial: MakeTrial) -> None:
     trial = make_trial()
     old = dataclasses.replace(trial.environment, kernel_hash="0123456789abcdef", git_commit="f" * 40, git_dirty=True)
-    text = trials.origin_of_trials([trial, make_trial(environment=old)])
+    text = kernels.origin_of_trials([trial, make_trial(environment=old)])
     assert f"kernel source 01234567 (not the present one), {trial.environment.kernel_hash[:8]};" in text
     assert "commit fffffff+changes, no commit;" in text
 
@@ -99,45 +99,45 @@ def test_stages_come_from_the_newest_record_that_has_them(samples: SimpleNamespa
     denoise = {"denoise": samples.stage | {"time_s": 0.25, "breakdown_s": {"matmul": 0.25}}}
     new = samples.predicted(created_at="2026-11-02T00:00:00+00:00", stages=denoise, step_time_s=0.25)
     (case,) = pipeline.cases([decode(new, PredictionRecord), decode(old, PredictionRecord)])
-    (row,) = case.plans
-    assert row.step_s == 0.25
-    assert row.total_s == pytest.approx(0.5 + 50 * 0.25 + 0.5)
+    (row,) = case["plans"]
+    assert row["step_s"] == 0.25
+    assert row["total_s"] == pytest.approx(0.5 + 50 * 0.25 + 0.5)
 
 
 def test_what_was_tried_and_not_taken_is_noted(samples: SimpleNamespace) -> None:
     others = {"megatron": 0.75, "seed_tp": "does not fit\nand more"}
     record = samples.predicted(other_plans=others, failures={"vae": "does not fit: 40 GiB"})
     (case,) = pipeline.cases([decode(record, PredictionRecord)])
-    assert case.notes == (
+    assert case["notes"] == [
         "megatron: 0.750 s a step, predicted and not taken",
         "seed_tp: does not fit, predicted and not taken",
         "ulysses: vae: does not fit: 40 GiB",
-    )
+    ]
 
 
 def test_a_plan_without_all_stages_has_no_total(samples: SimpleNamespace) -> None:
     run = decode(samples.predicted(stages={"denoise": samples.stage}), PredictionRecord)
     (case,) = pipeline.cases([run])
-    assert case.plans[0].total_s is None
-    assert case.plans[0].lacking == "text, vae"
-    assert [stack.title for stack in case.stacks] == ["A denoising step"]
+    assert case["plans"][0]["total_s"] is None
+    assert case["plans"][0]["lacking"] == "text, vae"
+    assert [stack["title"] for stack in case["stacks"]] == ["A denoising step"]
 
 
 def test_another_kernel_in_place_of_ours_is_in_the_bar(samples: SimpleNamespace) -> None:
     """The record's step time has it, its breakdown has ours."""
     (case,) = pipeline.cases([decode(samples.predicted(step_time_s=0.75), PredictionRecord)])
-    bar = next(stack for stack in case.stacks if stack.title == "A denoising step").bars[0]
-    assert {s.name: s.value for s in bar.segments} == {"attention kernel": pytest.approx(0.55), "matmul": 0.2}
-    assert bar.total == pytest.approx(0.75)
+    bar = next(stack for stack in case["stacks"] if stack["title"] == "A denoising step")["bars"][0]
+    assert {s["name"]: s["value"] for s in bar["segments"]} == {"attention kernel": pytest.approx(0.55), "matmul": 0.2}
+    assert bar["total"] == pytest.approx(0.75)
 
 
 def test_reported_bars_are_labelled_and_on_the_same_scale(samples: SimpleNamespace) -> None:
     reported = {"label": "reported", "source": "somebody", "total_time_s": 52.0, "step_time_s": 1.0}
     (case,) = pipeline.cases([decode(samples.predicted(reported=reported), PredictionRecord)])
-    whole = case.stacks[0]
-    assert [(bar.label, bar.total) for bar in whole.bars] == [(Label.PREDICTED, 26.0), (Label.REPORTED, 52.0)]
-    assert sum(segment.width for segment in whole.bars[0].segments) == pytest.approx(50)
-    assert whole.bars[1].segments[0].width == pytest.approx(100)
+    whole = case["stacks"][0]
+    assert [(bar["label"], bar["total"]) for bar in whole["bars"]] == [(Label.PREDICTED, 26.0), (Label.REPORTED, 52.0)]
+    assert sum(segment["width"] for segment in whole["bars"][0]["segments"]) == pytest.approx(50)
+    assert whole["bars"][1]["segments"][0]["width"] == pytest.approx(100)
 
 
 def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) -> None:
@@ -148,10 +148,10 @@ def test_the_newest_line_of_each_candidate_is_shown(samples: SimpleNamespace) ->
         samples.judged(candidate="int8", device={"platform": "tpu", "kind": "TPU v6 lite", "count": 8}),
     ]
     here, there = pipeline.quality([decode(line, QualityRecord) for line in lines])
-    assert [row.candidate for row in here.rows] == ["online", "int8"]
-    assert here.rows[0].psnr_db == (None, None, None)
-    assert here.rows[0].failures == ("SSIM 0.9 < 0.98",)
-    assert there.title.endswith("on 8 x TPU v6 lite")
+    assert [row.candidate for row in here["rows"]] == ["online", "int8"]
+    assert here["rows"][0].psnr_db == (None, None, None)
+    assert here["rows"][0].failures == ("SSIM 0.9 < 0.98",)
+    assert there["title"].endswith("on 8 x TPU v6 lite")
 
 
 def test_pictures_take_their_colours_from_variables() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from tuning.search.space import Candidate, Pruner, Space, candidate_of, enumerate_candidates, parameters_of
+from tuning.search.space import Candidate, Space, candidate_of, enumerate_candidates, parameters_of
 
 SHAPE = AttentionShape(batch_size=1, num_heads=2, q_seq_len=1021, kv_seq_len=509, head_dim=64)
 UNROLLS = (None, 128, 256, 1024)
@@ -9,12 +9,12 @@ BLOCKS = {"block_q": (128, 1024), "block_kv": (256, 512, 640, 768), "block_kv_co
 
 
 def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
-    found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE))
+    found = enumerate_candidates(Space("test", BLOCKS), SHAPE)
     assert found.pruned == {
         "block_kv longer than the padded kv sequence": 6,  # 640/128, 768/128 and 768/256 for 509, two block_q each
         "block_kv_compute does not divide block_kv": 2,  # 640/256
     }
-    assert len(found.valid) == 2 * 4 * 2 - found.pruned_count == 8
+    assert len(found.valid) == 2 * 4 * 2 - sum(found.pruned.values()) == 8
     assert {candidate.block_sizes.block_kv for candidate in found.valid} == {256, 512}
 
 
@@ -26,18 +26,20 @@ def test_block_q_is_as_short_as_as_many_blocks_need() -> None:
     assert fitted.choices["block_kv"] == BLOCKS["block_kv"]
     assert fitted.first == ({"block_q": 1024, "block_kv": 512}, {"block_kv": 256})
     assert fitted.fitted_to(SHAPE) == fitted
-    assert not any("block_q" in reason for reason in enumerate_candidates(fitted, Pruner(SHAPE)).pruned)
+    assert not any("block_q" in reason for reason in enumerate_candidates(fitted, SHAPE).pruned)
 
 
 def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
-    found = enumerate_candidates(Space("test", BLOCKS), Pruner(SHAPE, max_block_scores=128 * 512))
+    found = enumerate_candidates(Space("test", BLOCKS, max_block_scores=128 * 512), SHAPE)
     assert {str(candidate.block_sizes) for candidate in found.valid} == {
         f"128/{block_kv}/{compute}" for block_kv in (256, 512) for compute in (128, 256)
     }
     space = Space(
-        "test", {"block_q": (1024,), "block_kv": (512,), "block_kv_compute": (256,), "variant.unroll_q": UNROLLS}
+        "test",
+        {"block_q": (1024,), "block_kv": (512,), "block_kv_compute": (256,), "variant.unroll_q": UNROLLS},
+        max_block_scores=128 * 512,
     )
-    found = enumerate_candidates(space, Pruner(SHAPE, max_block_scores=128 * 512))
+    found = enumerate_candidates(space, SHAPE)
     assert [candidate.variant.unroll_q for candidate in found.valid] == [128]
     assert found.pruned == {
         "more scores unrolled than space.max_block_scores": 2,
@@ -47,25 +49,25 @@ def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
         Space("test", BLOCKS, max_block_scores=0)
 
 
-def test_vmem_estimate_prunes() -> None:
-    def estimate(shape: AttentionShape, block_sizes: BlockSizes, variant: Variant) -> int:
-        assert shape == SHAPE
+def test_vmem_estimate_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def estimate(shape: AttentionShape, block_sizes: BlockSizes, variant: Variant, itemsize: int) -> int:
+        assert (shape, itemsize) == (SHAPE, 4)
         return block_sizes.block_kv * (2 if variant.lp_scheduler else 1)
 
+    monkeypatch.setattr("tuning.search.space.vmem_bytes_estimate", estimate)
     space = Space("test", BLOCKS | {"block_q": (128,), "variant.lp_scheduler": (False, True)})
-    found = enumerate_candidates(space, Pruner(SHAPE, vmem_limit_bytes=512, vmem_estimate=estimate))
+    found = enumerate_candidates(space, SHAPE, vmem_limit_bytes=512, itemsize=4)
     assert found.pruned["VMEM estimate over the device's"] == 2  # 512 with lp_scheduler
     assert len(found.valid) == 6
 
 
 def test_real_vmem_estimate_prunes_what_no_tpu_holds() -> None:
     from offline_tpu.machine import devices
-    from splash_attn.kernel import vmem_bytes_estimate
 
     shape = AttentionShape(1, 12, 400_000, 400_000, 128)
     space = Space("test", {"block_q": (1024, 131072), "block_kv": (1024, 131072), "block_kv_compute": (1024,)})
     limit = devices.by_name("v6e").vmem_bytes
-    found = enumerate_candidates(space, Pruner(shape, None, limit, vmem_bytes_estimate))
+    found = enumerate_candidates(space, shape, limit)
     assert [str(candidate.block_sizes) for candidate in found.valid] == ["1024/1024/1024"]
 
 

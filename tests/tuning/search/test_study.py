@@ -9,15 +9,15 @@ import pytest
 
 from splash_attn.types import AttentionShape
 from splash_workbench.errors import UserError
-from splash_workbench.status import Status
-from tuning.search.space import Candidate, Candidates, Pruner, Space, candidate_of, enumerate_candidates
-from tuning.search.study import Sampler, Search, SearchSettings
+from splash_workbench.trial_status import Status
+from tuning.search.space import Candidate, Candidates, Space, candidate_of, enumerate_candidates
+from tuning.search.study import Search, SearchSettings
 from tuning.trials.records import Trial
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
 FIRST = {"block_q": 384, "block_kv": 512, "block_kv_compute": 256}
-CANDIDATES = enumerate_candidates(Space("test", CHOICES), Pruner(SHAPE))
+CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
 SAMPLERS = pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
 
 
@@ -26,7 +26,7 @@ def make_search(tmp_path: Path) -> Callable[..., Search]:
     """Open the study of a space of 12 candidates, all in one file: the second time it resumes."""
 
     def make(
-        sampler: Sampler = "grid",
+        sampler: str = "grid",
         max_trials: int | None = None,
         seed: int = 0,
         known: dict[str, Trial] | None = None,

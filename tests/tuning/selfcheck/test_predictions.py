@@ -6,9 +6,10 @@ import pytest
 
 from helpers import PLENTY_S
 from offline_tpu import SUPPORTED_LIBTPU, libtpu
+from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.selfcheck import predictions as module
 from tuning.selfcheck.predictions import Predictions
-from tuning.selfcheck.tasks import Task, kernel_tasks, topology_of
+from tuning.selfcheck.tasks import Task, kernel_request, kernel_tasks, topology_of
 
 V6E = {
     "platform": "tpu",
@@ -83,12 +84,7 @@ def test_the_topology_counts_chips() -> None:
 
 @pytest.mark.compile
 def test_a_kernel_is_predicted_in_a_worker(tmp_path: Path) -> None:
-    payload = {
-        "shape": {"batch_size": 1, "num_heads": 1, "q_seq_len": 203, "kv_seq_len": 331, "head_dim": 64},
-        "dtype": "bfloat16",
-        "block_sizes": {"block_q": 128, "block_kv": 256, "block_kv_compute": 128},
-        "options": {},
-    }
+    payload = kernel_request(AttentionShape(1, 1, 203, 331, 64), "bfloat16", BlockSizes(128, 256, 128), Variant())
     with Predictions(V6E, tmp_path, 1, PLENTY_S) as made:
         task = Task("kernels", "small", "job", payload, "splash_attn")
         made.start(task)

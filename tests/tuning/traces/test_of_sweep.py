@@ -6,7 +6,7 @@ import pytest
 from splash_attn.types import AttentionShape, BlockSizes
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import reader, sessions
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.traces import of_sweep
 
 OPS = (
@@ -19,7 +19,7 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
     blocks = [BlockSizes(128 * n, 512, 128) for n in (1, 2, 3)]
     trials = [make_trial(ops=OPS, block_sizes=block, time_samples_ms=(12.5 + n,)) for n, block in enumerate(blocks)]
     failed = make_trial(status=Status.WRONG)
-    lines = list(of_sweep.write([*trials, failed], "sweep-1", tmp_path, top=2))
+    lines = list(of_sweep.write([*trials, failed], tmp_path, top=2))
     found = sessions.sessions(tmp_path)
     assert [session.run for _, session in found] == [
         "predicted-tiny-v6e-128-512-128-fixed_bound-bfloat16-256-4",
@@ -30,9 +30,8 @@ def test_the_best_predicted_trials_get_a_timeline_that_says_so(make_trial, tmp_p
         assert session.config["record_id"] in {trial.record_id for trial in trials[:2]}
         profile = reader.read(folder / "predicted.xplane.pb")
         assert profile.predicted and [step.duration_ps for step in profile.steps] == [12_500_000_000]
-    assert len(list((tmp_path / "hparams" / "sweep-1").iterdir())) == 4
     assert any("--host 127.0.0.1" in line for line in lines)
-    list(of_sweep.write(trials, "sweep-1", tmp_path, top=2))
+    list(of_sweep.write(trials, tmp_path, top=2))
     assert len(sessions.sessions(tmp_path)) == 2  # the same prediction is no repeat
 
 
@@ -47,7 +46,7 @@ def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
         shape=shape,
         block_sizes=BlockSizes(128, 256, 128),
     )
-    list(of_sweep.write([trial], "sweep-1", tmp_path, top=1))
+    list(of_sweep.write([trial], tmp_path, top=1))
     ((folder, session),) = sessions.sessions(tmp_path)
     assert (session.run, session.label) == ("tiny-cpu-128-256-128-fixed_bound-bfloat16-256-4", Label.MEASURED)
     assert session.device == jax.devices()[0].device_kind
@@ -59,7 +58,7 @@ def test_a_measured_trial_is_run_and_traced(make_trial, tmp_path):
 
 def test_top_is_checked(make_trial, tmp_path):
     with pytest.raises(UserError, match="profile_top=-1: expected 0 or more"):
-        list(of_sweep.write([make_trial()], "s", tmp_path, top=-1))
+        list(of_sweep.write([make_trial()], tmp_path, top=-1))
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "-x"])
@@ -69,17 +68,17 @@ def test_names_of_runs_are_checked(name):
 
 
 def test_repeats_are_numbered(tmp_path):
-    recorder = sessions.Recorder.start(tmp_path, "run", {})
+    recorder = sessions.Recorder(tmp_path, "run", {})
     with recorder.record("denoise"):
         pass
     with recorder.record("vae"):
         pass
-    with sessions.Recorder.start(tmp_path, "run", {}).record("denoise"):
+    with sessions.Recorder(tmp_path, "run", {}).record("denoise"):
         pass
     assert [folder.name for folder, _ in sessions.sessions(tmp_path)] == ["run-denoise", "run-denoise.2", "run-vae"]
-    with pytest.raises(RuntimeError, match="stop"), sessions.Recorder.start(tmp_path, "broken", {}).record():
+    with pytest.raises(RuntimeError, match="stop"), sessions.Recorder(tmp_path, "broken", {}).record():
         raise RuntimeError("stop")
-    assert sessions.next_repeat(tmp_path, "broken") == 1  # a session that did not end is none
+    assert sessions.Recorder(tmp_path, "broken", {}).repeat == 1  # a session that did not end is none
 
 
 def test_only_a_prediction_has_a_predicted_timeline(make_trial):

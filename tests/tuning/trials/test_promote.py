@@ -8,7 +8,7 @@ import pytest
 
 from splash_attn import tuned
 from splash_attn.types import BlockSizes, Variant
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial
 

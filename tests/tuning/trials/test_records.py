@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.records import jsonl
-from splash_workbench.status import Label, Status
-from tuning.trials import records
+from splash_workbench.trial_status import Label, Status
+from tuning.trials import records, tables
 from tuning.trials.records import Trial
 
 MakeTrial = Callable[..., Trial]
@@ -77,7 +77,7 @@ def test_another_schema_is_refused(make_trial: MakeTrial, tmp_path: Path) -> Non
 
 
 def test_measured_and_predicted_times_have_columns_of_their_own(make_trial: MakeTrial) -> None:
-    frame = records.frame([make_trial(), make_trial(label=Label.MEASURED, time_samples_ms=(20.0,))])
+    frame = tables.frame([make_trial(), make_trial(label=Label.MEASURED, time_samples_ms=(20.0,))])
     assert frame["predicted_ms"].tolist()[0] == 12.5
     assert frame["measured_ms"].tolist()[1] == 20.0
     assert frame["predicted_ms"].isna().tolist() == [False, True]

@@ -10,7 +10,7 @@ import pytest
 
 from splash_attn.types import Variant
 from splash_workbench.records import jsonl
-from splash_workbench.status import Label, Status
+from splash_workbench.trial_status import Label, Status
 from splash_workbench.workers.pool import Outcome
 from tuning.trials import records
 from tuning.trials.figures import save_png

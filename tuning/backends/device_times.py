@@ -8,9 +8,9 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from scipy import stats
@@ -32,16 +32,13 @@ _GPU_PLANE, _GPU_STREAM = "/device:GPU:", "Stream"
 
 @dataclasses.dataclass(frozen=True)
 class MeasureSettings:
-    """When to stop measuring.
+    """When to stop measuring. Raises ValueError for a number out of range.
 
     Attributes:
       warm_up_count: runs that are not kept.
       min_samples, max_samples: bounds of the number of runs kept.
       target_ci_fraction: stop once the half width of the median's 95% confidence interval is this part of the median.
       max_time_s: take no more than min_samples after this; a slow or noisy device must not use up a trial's time limit.
-
-    Raises:
-      ValueError: a number is out of range.
     """
 
     warm_up_count: int = 2
@@ -64,8 +61,7 @@ class MeasureSettings:
             raise ValueError(f"max_time_s={self.max_time_s}: expected a positive number of seconds.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run: milliseconds of the whole program, and of the kernel in it (None where not known)."""
 
     time_ms: float
@@ -74,20 +70,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Samples in the order in which they were taken, and notes for their reader."""
+    """Samples in the order in which they were taken, the median of the kernel in them, and notes for their reader."""
 
-    runs: tuple[Run, ...]
+    times_ms: tuple[float, ...]
+    kernel_time_ms: float | None
     notes: tuple[str, ...]
-
-    @property
-    def times_ms(self) -> tuple[float, ...]:
-        return tuple(run.time_ms for run in self.runs)
-
-    @property
-    def kernel_time_ms(self) -> float | None:
-        """Return the median, None where it is not known."""
-        known = [run.kernel_time_ms for run in self.runs if run.kernel_time_ms is not None]
-        return statistics.median(known) if known else None
 
 
 def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: str, kernel: str) -> Measurement:
@@ -95,26 +82,30 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
 
     Args:
       run: starts the compiled program once, and returns its arrays.
-      settings: when enough has been measured.
       platform: of the device, as JAX says it.
       kernel: text in the names of the ops whose time is told apart.
     """
     for _ in range(settings.warm_up_count):
         jax.block_until_ready(run())
-    if platform == "cpu":
-        runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
-        notes: tuple[str, ...] = ("wall time of the host: a CPU has no device plane in the profile",)
-    else:
+    notes, runs = ["wall time of the host: a CPU has no device plane in the profile"], None
+    if platform != "cpu":
         try:
             runs = _until_known(
                 lambda count: runs_of(record_profile(run, count), count, kernel), settings, batch=settings.min_samples
             )
-            notes = ()
+            notes = []
         except NoDeviceTimesError as error:
-            runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
-            notes = (f"wall time, dispatch included: {error}",)
-    times = [run.time_ms for run in runs]
-    return Measurement(tuple(runs), (*notes, *quality_notes(times, settings.target_ci_fraction)))
+            notes = [f"wall time, dispatch included: {error}"]
+    if runs is None:
+        runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
+    return measurement_of(runs, [*notes, *quality_notes([run.time_ms for run in runs], settings.target_ci_fraction)])
+
+
+def measurement_of(runs: Sequence[Run], notes: Sequence[str]) -> Measurement:
+    """Return runs as a measurement."""
+    of_kernel = [run.kernel_time_ms for run in runs if run.kernel_time_ms is not None]
+    kernel_time_ms = statistics.median(of_kernel) if of_kernel else None
+    return Measurement(tuple(run.time_ms for run in runs), kernel_time_ms, tuple(notes))
 
 
 def median_ci_fraction(samples: Sequence[float]) -> float:
@@ -134,9 +125,12 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
     notes = []
     if (known_to := median_ci_fraction(samples)) > target_ci_fraction:
         notes.append(f"noisy: median known to {known_to:.1%} after {len(samples)} samples")
-    if drift := _drift(samples):
-        cause = "the device throttles, or something else came to run on it" if drift > 0 else "too little warm-up"
-        notes.append(f"drift: {drift:+.1%} from the first to the last third of the samples ({cause}?)")
+    third = len(samples) // 3
+    if third >= 2 and min(samples) != max(samples):
+        drift = (statistics.median(samples[-third:]) - statistics.median(samples[:third])) / median
+        if abs(drift) > _WORTH_SAYING and stats.kendalltau(range(len(samples)), samples).pvalue < _TREND_P:
+            cause = "the device throttles, or something else came to run on it" if drift > 0 else "too little warm-up"
+            notes.append(f"drift: {drift:+.1%} from the first to the last third of the samples ({cause}?)")
     if modes := _two_modes(samples):
         (fast, fast_count), (slow, slow_count) = modes
         notes.append(
@@ -144,7 +138,7 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
             "(the device is shared, or changes its clock?)"
         )
     else:
-        spread = 1.4826 * statistics.median(abs(x - median) for x in samples)
+        spread = stats.median_abs_deviation(samples, scale="normal")
         limit = max(_OUTLIER_DEVIATIONS * spread, _WORTH_SAYING * median)
         slow_count = sum(x - median > limit for x in samples)
         if slow_count > _MANY_OUTLIERS * len(samples):
@@ -155,28 +149,17 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
     return notes
 
 
-def _drift(samples: Sequence[float]) -> float | None:
-    """Return the change from the first third to the last as a part of the median; None without a clear trend."""
-    third = len(samples) // 3
-    if third < 2 or min(samples) == max(samples):
-        return None
-    change = statistics.median(samples[-third:]) - statistics.median(samples[:third])
-    change /= statistics.median(samples)
-    trend = stats.kendalltau(range(len(samples)), samples)
-    return float(change) if trend.pvalue < _TREND_P and abs(change) > _WORTH_SAYING else None
-
-
 def _two_modes(samples: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]] | None:
     """Return (median, count) of the faster and the slower mode, split at the widest gap; None for one mode."""
     ordered = sorted(samples)
     fewest = max(2, round(_MODE_PART * len(ordered)))
     splits = range(fewest, len(ordered) - fewest + 1)
-    if not splits:
+    split = max(splits, key=lambda i: ordered[i] - ordered[i - 1], default=None)
+    if split is None:
         return None
-    split = max(splits, key=lambda i: ordered[i] - ordered[i - 1])
     fast, slow = ordered[:split], ordered[split:]
     apart = statistics.median(slow) - statistics.median(fast)
-    spread = max(1.4826 * statistics.median(abs(x - statistics.median(part)) for x in part) for part in (fast, slow))
+    spread = max(stats.median_abs_deviation(part, scale="normal") for part in (fast, slow))
     if apart < _WORTH_SAYING * statistics.median(ordered) or apart < _MODE_DEVIATIONS * spread:
         return None
     return (statistics.median(fast), len(fast)), (statistics.median(slow), len(slow))
@@ -226,14 +209,10 @@ def record_profile(run: Callable[[], object], count: int) -> Any:
 
 
 def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
-    """Return the runs of a profile during which one program ran `count` times.
+    """Return the runs of a profile, an XSpace, during which one program ran `count` times.
 
     A TPU's plane has a line with the runs of each program. A GPU's has only streams of kernels: every run has the same
     ones, so they are dealt out evenly, and a run lasts from the start of its first to the end of its last.
-
-    Args:
-      space: an XSpace.
-      count, kernel: see `measure`.
 
     Raises:
       NoDeviceTimesError: it has not as many runs.
@@ -259,12 +238,10 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
     return [Run((max(end for _, end in chunk) - chunk[0][0]) / 1e9) for chunk in chunks]
 
 
-def _gpu_spans_ps(space: Any) -> list[tuple[int, int]]:
-    """Return (start, end) of all that ran on the first GPU of a profile."""
+def _gpu_spans_ps(space: Any) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of all that ran on the first GPU of a profile."""
     planes = [plane for plane in space.planes if plane.name.startswith(_GPU_PLANE)]
-    found = []
     for line in (line for plane in planes[:1] for line in plane.lines if line.name.startswith(_GPU_STREAM)):
         for event in line.events:
             start = line.timestamp_ns * 1000 + event.offset_ps
-            found.append((start, start + event.duration_ps))
-    return found
+            yield start, start + event.duration_ps

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from splash_workbench.profiles.xla_pb2 import XSpace
-from tuning.backends import timing as module
-from tuning.backends.timing import MeasureSettings, Run, measure, median_ci_fraction, quality_notes, runs_of
+from tuning.backends import device_times as module
+from tuning.backends.device_times import MeasureSettings, Run, measure, median_ci_fraction, quality_notes, runs_of
 
 
 def test_interval_of_equal_samples_is_nothing() -> None:

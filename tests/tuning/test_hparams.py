@@ -5,7 +5,7 @@ import pytest
 from splash_workbench.errors import UserError
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
-from splash_workbench.status import Status
+from splash_workbench.trial_status import Status
 from tuning import hparams
 from tuning.trials import records
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from splash_workbench.status import Status, compile_error
+from splash_workbench.trial_status import Status, compile_error
 
 
 @pytest.mark.parametrize(
