@@ -87,9 +87,10 @@ class Session:
             max(1, worker_count(None) - 1),
             self.timeout_s,
         )
+        predicted = {row.task for row in self.found.rows if row.predicted.time_ms is not None}
         with predictions:
-            for _, tasks in ready:
-                for task in tasks:
+            for _, tasks in reversed(ready):  # the stages, which take longest, first
+                for task in (task for task in tasks if task.id not in predicted):
                     self._tasks[task.id] = task
                     predictions.start(task)
             for index, (part, tasks) in enumerate(ready):
@@ -184,7 +185,7 @@ class Session:
 
     def _with_prediction(self, row: TimedRow, predictions: Predictions) -> TimedRow:
         task = self._tasks.get(row.task)
-        if task is None:  # of an earlier session, and not asked for in this one
+        if task is None:  # of an earlier session: predicted there, or not asked for in this one
             return row
         task = dataclasses.replace(task, arguments=row.arguments, config=row.config)
         return msgspec.structs.replace(row, predicted=predictions.of(task, self._deadline))
