@@ -1,12 +1,9 @@
-"""The job of a worker of `pipeline.predict`: compile one stage for a topology that is not here, add up its cost.
-
-Runs in a process of its own, started with `offline_tpu.worker_environment`. Payload and result are JSON.
-"""
+"""The job of a worker: compile one stage for a topology that is not here, add up its cost. Payload, result: JSON."""
 
 import dataclasses
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -25,12 +22,13 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.vae_decoder import DecoderShape, arrange
 from pipeline.model.weights import abstract_weights
-from pipeline.requests.config import request_from_dict
+from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
+from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import compile_error
 
 _MAX_OPS = 60
@@ -47,56 +45,60 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict.
+    """One stage to predict. configs: of the checkpoint's parts. compiler_options: flags of libtpu."""
 
-    request: see `request_from_dict`. configs: of the checkpoint's parts. compiler_options: flags of libtpu.
-    """
-
-    stage: str
+    stage: Stage
     topology: str
     plan: ParallelPlan
-    request: dict[str, Any]
-    configs: dict[str, dict[str, Any]]
+    request: GenerateRequest
+    configs: Mapping[str, Mapping[str, Any]]
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Any:
+        """Return the dtype of weights and activations."""
+        return jnp.dtype(self.request.dtype)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Return the topology's devices, which are not here."""
+        _, name = parse_topology(self.topology)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+    def module(self, part: str) -> Any:
+        """Build the stock module of a part, without storage."""
+        return build_module(part, self.configs[part], getattr(torch, self.request.dtype))
+
+    def weight(self, shape: Sequence[int], sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        """Return a weight without storage."""
+        return jax.ShapeDtypeStruct(tuple(shape), self.dtype, sharding=sharding)
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict the stage of a `StageJob` as a dict. See `summary` for the result."""
-    job = StageJob(**{**payload, "plan": ParallelPlan(**payload["plan"])})
+    job = decode(payload, StageJob)
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except (jax.errors.JaxRuntimeError, CompilerOptionError) as error:
         raise compile_error(error) from error
 
 
-def _devices(job: StageJob) -> list[jax.Device]:
-    _, name = parse_topology(job.topology)
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
 def _denoise(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    config = job.configs["transformer"]
-    dtype = jnp.dtype(request.dtype)
-    module: Any = build_module("transformer", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.from_request(request, module.config, job.configs["vae"])
-    guided = request.do_classifier_free_guidance
+    request, plan, module = job.request, job.plan, job.module("transformer")
     step = build_step(
         module,
-        geometry,
+        LatentGeometry.from_request(request, module.config, job.configs["vae"]),
         module.config["max_text_seq_length"],
-        job.plan,
-        _devices(job),
+        plan,
+        job.devices,
         attention=dataclasses.replace(request.attention, implementation="pallas_tpu"),
-        guided=guided,
+        guided=request.do_classifier_free_guidance,
         noisy=False,
     )
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    weights = abstract_weights(shapes, dtype, job.plan, step.mesh)
-    batch_size = (2 if guided else 1) // job.plan.dp
-    heads = step.shape.num_heads // job.plan.model
-    tokens = step.layout.tokens
-    shape = AttentionShape(batch_size, heads, tokens, tokens, step.shape.head_dim)
+    weights = abstract_weights(shapes, job.dtype, plan, step.mesh)
+    num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
+    shape = AttentionShape(num_prompts // plan.dp, sizes.num_heads // plan.model, tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
@@ -104,54 +106,44 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     prediction = predict(
         step.jitted(weights),
         weights,
-        *abstract_arguments(step, module.config, dtype),
+        *abstract_arguments(step, module.config, job.dtype),
         topology=job.topology,
         mesh=step.mesh,
         grid_sizes=grid_sizes,
         compiler_options=job.compiler_options,
     )
-    flops = step_flops(step.shape, step.layout, 2 if guided else 1)
+    flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {
         "flops": flops,
-        "mfu_fraction": flops / (job.plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
-        "num_layers": step.shape.num_layers,
+        "mfu_fraction": flops / (plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
+        "num_layers": sizes.num_layers,
         "attention": {"shape": str(shape), "resolution": str(resolution)},
         "notes": [*assumptions, *prediction.unresolved],
     }
 
 
 def _text(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    dtype = jnp.dtype(request.dtype)
-    module = build_module("text_encoder", job.configs["text_encoder"], getattr(torch, request.dtype))
-    devices = _devices(job)
+    module, devices = job.module("text_encoder"), job.devices
     everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
     weights = {
-        name: jax.ShapeDtypeStruct(value.shape, dtype, sharding=weight_sharding(value.shape, devices))
+        name: job.weight(value.shape, weight_sharding(value.shape, devices))
         for name, value in module.named_parameters()
     }
-    num_prompts = 2 if request.do_classifier_free_guidance else 1
-    text_seq_len = job.configs["transformer"]["max_text_seq_length"]
-    token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
+    tokens = len(job.request.prompts), job.configs["transformer"]["max_text_seq_length"]
+    token_ids = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=everywhere)
     program = encode_program(module, everywhere)
     mesh, options = cast(Mesh, everywhere.mesh), job.compiler_options
     return summary(predict(program, weights, token_ids, topology=job.topology, mesh=mesh, compiler_options=options))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    config = job.configs["vae"]
-    dtype = jnp.dtype(request.dtype)
-    module: Any = build_module("vae", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.from_request(request, job.configs["transformer"], config)
-    channels, height, width = geometry.shape[2:]
-    sharding = latent_sharding(geometry.shape, _devices(job))
+    module = job.module("vae")
+    geometry = LatentGeometry.from_request(job.request, job.configs["transformer"], job.configs["vae"])
+    sharding = latent_sharding(geometry.shape, job.devices)
     mesh = cast(Mesh, sharding.mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     weights = {
-        name: jax.ShapeDtypeStruct(
-            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
-        )
+        name: job.weight(jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, job.dtype)).shape, everywhere)
         for name, value in module.named_parameters()
         if name.startswith(DECODER_PREFIXES)
     }
@@ -159,15 +151,10 @@ def _vae(job: StageJob) -> dict[str, Any]:
     batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     results, cache = [], None
     for start, stop in batches[:2]:
-        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
+        latents = jax.ShapeDtypeStruct((1, stop - start, *geometry.shape[2:]), job.dtype, sharding=sharding)
+        options = job.compiler_options
         prediction = predict(
-            program,
-            weights,
-            latents,
-            cache,
-            topology=job.topology,
-            mesh=mesh,
-            compiler_options=job.compiler_options,
+            program, weights, latents, cache, topology=job.topology, mesh=mesh, compiler_options=options
         )
         results.append(summary(prediction, _VAE_TERMS))
         with jax.set_mesh(mesh):
@@ -180,14 +167,12 @@ def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
     pairs = list(zip(results, calls, strict=False))
     kinds = {kind for result in results for kind in result["breakdown_s"]}
     breakdown = {kind: sum(result["breakdown_s"].get(kind, 0.0) * n for result, n in pairs) for kind in kinds}
+    by_call, once = ("time_s", "hbm_traffic_bytes", "link_bytes"), ("compile_time_s", "compile_cpu_s")
     return {
-        name: sum(result[name] * n for result, n in pairs) for name in ("time_s", "hbm_traffic_bytes", "link_bytes")
-    } | {
         "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
-        "peak_hbm_bytes": max(result["peak_hbm_bytes"] for result in results),
-        "compile_time_s": sum(result["compile_time_s"] for result in results),
-        "compile_cpu_s": sum(result["compile_cpu_s"] for result in results),
-        "compile_peak_rss_bytes": max(result["compile_peak_rss_bytes"] for result in results),
+        **{name: sum(result[name] * n for result, n in pairs) for name in by_call},
+        **{name: sum(result[name] for result in results) for name in once},
+        **{name: max(result[name] for result in results) for name in ("peak_hbm_bytes", "compile_peak_rss_bytes")},
         "programs": [{"calls": n, **result} for result, n in pairs],
     }
 
