@@ -64,18 +64,18 @@ def request_(folder: Path) -> GenerateRequest:
 
 @pytest.fixture(scope="module")
 def embeddings(checkpoint: Checkpoint, request_: GenerateRequest) -> np.ndarray:
-    encoder = TextEncoder.load(checkpoint, torch.float32)
+    encoder = TextEncoder(checkpoint, torch.float32)
     return encoder.encode([request_.negative_prompt, request_.prompt])
 
 
 @pytest.fixture(scope="module")
 def denoiser(checkpoint: Checkpoint) -> Denoiser:
-    return Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    return Denoiser(checkpoint, torch.float32, AttentionOptions())
 
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint: Checkpoint) -> VaeDecoder:
-    return VaeDecoder.load(checkpoint, torch.float32)
+    return VaeDecoder(checkpoint, torch.float32)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -5,22 +5,24 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from pipeline.requests.config import GenerateConfig, request_field
+from pipeline.checkpoints.loading import use_compilation_cache
+from pipeline.requests.batch_file import read_entries
+from pipeline.requests.config import GenerateConfig, request_field, to_parallel, to_request
 from pipeline.requests.errors import RequestError
+from pipeline.requests.options import RunOptions
+from pipeline.requests.request import Stage, parse_stages
+from pipeline.requests.run_names import run_name
+from pipeline.runs.batch import Batch, prepare
+from pipeline.runs.request_run import generate, warm_up
+from pipeline.stages.progress import recorder_of, tracing
+from pipeline.terminal import Interrupted, Terminal, batch_table, timing_table
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
-from splash_workbench.files import require_writable
-
-if TYPE_CHECKING:
-    from pipeline.console import ConsoleProgress
-    from pipeline.interrupt import Interruptible
-    from pipeline.requests.request import Stage
-    from pipeline.requests.run_options import RunOptions
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
@@ -34,8 +36,6 @@ def default_model() -> str:
 def _default_backend() -> str:
     if not accelerator_visible():
         return "cpu"  # known without starting JAX, which a mere --help should not do
-    import jax
-
     return jax.default_backend()
 
 
@@ -47,55 +47,45 @@ def _default_backend() -> str:
 )
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
-    from pipeline.console import ConsoleProgress
-    from pipeline.interrupt import Interrupted, Interruptible
-
     _set_up_logging(settings.verbose)
-    console = ConsoleProgress()
-    progress = Interruptible(console)
+    terminal = Terminal()
     try:
-        with progress.handling_signals():
-            return _generate(settings, console, progress)
+        with terminal.handling_signals():
+            return _generate(settings, terminal)
     except Interrupted as error:
-        console.close()
-        where = " ".join(filter(None, ("interrupted", console.place, progress.where)))
-        print(f"{where}{_how_to_go_on(settings, error.between_steps)}", file=sys.stderr)
+        terminal.close()
+        said = f"interrupted {terminal.where}"
+        if not settings.warm_up:
+            command = "the same command" if settings.resume else "the same command without resume=false"
+            said += f"; {command} goes on from {'there' if error.between_steps else 'what is saved'}"
+        print(said, file=sys.stderr)
         return 128 + error.signal_number
     finally:
-        console.close()
+        terminal.close()
 
 
-def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "Interruptible") -> int:
+def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
     """Run what is asked for; return the exit code."""
-    from pipeline.console import timing_table
-    from pipeline.requests.config import to_request, to_run_options
-    from pipeline.requests.request import parse_stages
-    from pipeline.requests.run_names import run_name
-    from pipeline.runs.single import generate, warm_up
-    from pipeline.stages.progress import recorder_of, tracing
-
     _check_combination(settings)
-    stages, run_options = parse_stages(settings.stages), to_run_options(settings)
+    every = settings.checkpoint_every, settings.preview_every
+    stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, console, progress)
+        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, terminal)
     request = to_request(settings)
-    output_dir = Path(settings.output_dir).expanduser()
-    run_dir = _path(settings.run_dir) or output_dir / run_name(request, settings.name)
+    run_dir = _path(settings.run_dir) or Path(settings.output_dir).expanduser() / run_name(request, settings.name)
     _check_apart(run_dir)
-    if settings.profile:
-        require_writable(f"logdir={settings.logdir}", Path(settings.logdir).expanduser())
-    _use_compilation_cache(settings)
+    if settings.compilation_cache:
+        use_compilation_cache()
     print(_what_runs(request.checkpoint), flush=True)
     if settings.warm_up:
-        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=progress)
-        console.close()
+        timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=terminal)
+        terminal.close()
         print(timing_table(timings))
         return 0
     recorder = recorder_of(settings, request)
-    if recorder is not None:
-        run_options = dataclasses.replace(run_options, resume=False)  # what is not run leaves no trace
-        results_path = None  # the profiler takes time
+    if recorder is not None:  # what is not run leaves no trace, and the profiler takes time
+        run_options, results_path = dataclasses.replace(run_options, resume=False), None
     with tracing(recorder):
         result = generate(
             request,
@@ -104,14 +94,11 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
             run_options=run_options,
             cache_dir=cache_dir,
             results_path=results_path,
-            progress=progress,
+            progress=terminal,
         )
-    console.close()
+    terminal.close()
     print(timing_table(result.timings))
-    if result.video_path is not None:
-        print(f"video: {result.video_path}")
-    else:
-        print(f"stage outputs: {result.run_dir}")
+    print(f"video: {result.video_path}" if result.video_path else f"stage outputs: {result.run_dir}")
     if recorder is not None:
         print("\n".join(recorder.how_to_look()))
     elif results_path is not None and not all(timing.reused for timing in result.timings):
@@ -122,53 +109,32 @@ def _generate(settings: GenerateConfig, console: "ConsoleProgress", progress: "I
 def _run_batch(
     path: Path,
     settings: GenerateConfig,
-    stages: tuple["Stage", ...],
-    run_options: "RunOptions",
-    console: "ConsoleProgress",
-    progress: "Interruptible",
+    stages: tuple[Stage, ...],
+    run_options: RunOptions,
+    terminal: Terminal,
 ) -> int:
-    from pipeline.console import batch_table
-    from pipeline.requests.batch_file import read_entries
-    from pipeline.runs.batch import Batch, prepare
-
     entries = read_entries(path, settings)
     output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
-    _use_compilation_cache(settings)
+    if settings.compilation_cache:
+        use_compilation_cache()
     print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
-    batch = Batch(items, _path(settings.results_path), progress, console.say)
+    batch = Batch(items, _path(settings.results_path), terminal, terminal.say)
     try:
         batch.run_all()
     finally:
-        console.close()
+        terminal.close()
         print(batch_table(items), flush=True)
     return 1 if any(item.status == "failed" for item in items) else 0
 
 
-def _how_to_go_on(settings: GenerateConfig, between_steps: bool) -> str:
-    if settings.warm_up:
-        return ""
-    command = "the same command" if settings.resume else "the same command without resume=false"
-    return f"; {command} goes on from {'there' if between_steps else 'what is saved'}"
-
-
-def _use_compilation_cache(settings: GenerateConfig) -> None:
-    from pipeline.checkpoints.loading import use_compilation_cache
-
-    if settings.compilation_cache:
-        use_compilation_cache()
-
-
 def _check_combination(settings: GenerateConfig) -> None:
-    if settings.prompts is not None:
-        if not settings.prompts.strip():
+    if (path := settings.prompts) is not None:
+        if not path.strip():
             raise RequestError("prompts='': expected a file of JSON lines")
-        for name in ("prompt", "run_dir"):
+        for name, instead in (("prompt", "put every prompt into the file"), ("run_dir", "use output_dir and name")):
             if (value := getattr(settings, name)) is not None:
-                instead = "put every prompt into the file" if name == "prompt" else "use output_dir and name"
-                raise RequestError(
-                    f"prompts={settings.prompts!r} and {name}={value!r}: expected one of them; {instead}"
-                )
+                raise RequestError(f"prompts={path!r} and {name}={value!r}: expected one of them; {instead}")
         for name, what in (("warm_up", "warming up"), ("profile", "a trace")):
             if getattr(settings, name):
                 raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")
@@ -192,8 +158,6 @@ def _check_apart(run_dir: Path) -> None:
 
 
 def _what_runs(checkpoint: str) -> str:
-    import jax
-
     device = jax.devices()[0]
     kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
     where = f"{jax.device_count()} x {kind}"
@@ -212,10 +176,9 @@ def _set_up_logging(verbose: bool) -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("splash_attn").setLevel(logging.INFO)  # which implementation runs, and why
     # Of libraries, about things that are theirs: optional packages that are not here, deprecations.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for library, warning in (("transformers", FutureWarning), ("diffusers", DeprecationWarning)):
+        logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=warning)
 
 
 def _path(value: str | None) -> Path | None:

@@ -36,15 +36,9 @@ LABELS = ("measured", "predicted", "reported")
 class Provenance:
     """Where an entry comes from.
 
-    Attributes:
-      label: how its time was got, one of LABELS.
-      time_ms: one call of the whole op at the entry's shape.
-      workload: the named workload that was swept.
-      record_id: the Trial in results/ that won.
-      kernel_hash: hash of the kernel's source.
-      git_commit: commit of this repository, None outside a checkout.
-      versions: compiler and library versions.
-      created_at: UTC, ISO 8601.
+    label: how its time was got, one of LABELS. time_ms: one call of the whole op at the entry's shape. workload: the
+    one that was swept, by name. record_id: the Trial in results/ that won. kernel_hash: of the kernel's source.
+    git_commit: None outside a checkout. versions: of compiler and libraries. created_at: UTC, ISO 8601.
     """
 
     label: str
@@ -159,10 +153,8 @@ def _entries(path: Path) -> tuple[TunedEntry, ...]:
     return _read(path, stat.st_mtime_ns, stat.st_size).entries
 
 
-@functools.lru_cache(maxsize=32)
-def _read(path: Path, mtime_ns: int, size: int) -> TunedFile:
-    del mtime_ns, size  # part of the cache key only
-    return read_file(path)
+#: The other arguments are part of the cache's key only.
+_read = functools.lru_cache(maxsize=32)(lambda path, mtime_ns, size: read_file(path))
 
 
 def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
@@ -200,21 +192,15 @@ def choose(
 ) -> Choice:
     """Return block sizes and variant for a shape on a device.
 
-    Nearest-shape rule: only entries with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked
-    for) count, so that int8 is never chosen unless asked for. Nor does an entry count whose own sequences are too short
-    to say anything about the shape's: an entry serves shorter sequences, and up to eight times longer ones if it had
-    room for the default's blocks. Among them the least |log(q/q')| + |log(kv/kv')| wins;
-    then the same batch * heads; then measured before predicted before reported; then the least time per head. For
-    another shape than the entry's its blocks are fitted to it. With no such entry the choice is SEED_BLOCK_SIZES,
-    fitted, with the asked or the default variant, and `entry` is None.
+    Entries count with the same head_dim, dtype and qk_dtype (and softmax, where a variant is asked for), so that int8
+    is never chosen unless asked for, whose own sequences are long enough to say anything about the shape's: an entry
+    serves shorter sequences, and up to eight times longer ones if it had room for the default's blocks. Of them the
+    least |log(q/q')| + |log(kv/kv')| wins; then the same batch * heads; then measured before predicted before reported;
+    then the least time per head. For another shape than the entry's its blocks are fitted to it. Without one the choice
+    is SEED_BLOCK_SIZES, fitted, with the asked or the default variant, and `entry` is None.
 
-    Args:
-      device_kind: what `jax.Device.device_kind` says.
-      shape: of the call.
-      dtype: name of q's dtype, e.g. "bfloat16".
-      variant: what to run, whatever qk_dtype says; only its block sizes are chosen.
-      qk_dtype: only consider variants with it.
-      directory: of the JSON files; None: the user's and the shipped ones.
+    device_kind: of `jax.Device`. dtype: of q, k and v, e.g. "bfloat16". variant: what to run, whatever qk_dtype says;
+    only its block sizes are chosen. directory: of the JSON files; None: the user's and the shipped ones.
     """
     entries = load(device_kind, directory)
     qk_dtype = qk_dtype if variant is None else variant.qk_dtype
@@ -240,10 +226,10 @@ def choose(
     origin = f"{provenance.label} {provenance.time_ms:.3f} ms at {entry.shape} ({provenance.workload})"
     if variant not in (None, entry.variant):
         origin += f", there with {entry.variant}"
+    blocks, reason = fit(entry.block_sizes, shape), f"nearest tuned shape by sequence lengths: {origin}."
     if entry.shape == shape:
-        return Choice(entry.block_sizes, variant or entry.variant, entry, f"tuned for this shape: {origin}.")
-    reason = f"nearest tuned shape by sequence lengths: {origin}."
-    return Choice(fit(entry.block_sizes, shape), variant or entry.variant, entry, reason)
+        blocks, reason = entry.block_sizes, f"tuned for this shape: {origin}."
+    return Choice(blocks, variant or entry.variant, entry, reason)
 
 
 def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
@@ -260,16 +246,13 @@ def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
 
 def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, float]:
     heads = entry.shape.batch_size * entry.shape.num_heads
+    ratios = entry.shape.q_seq_len / shape.q_seq_len, entry.shape.kv_seq_len / shape.kv_seq_len
     return (
-        _distance(entry.shape, shape),
+        sum(abs(math.log(ratio)) for ratio in ratios),
         heads != shape.batch_size * shape.num_heads,
         LABELS.index(entry.provenance.label),
         entry.provenance.time_ms / heads,
     )
-
-
-def _distance(a: AttentionShape, b: AttentionShape) -> float:
-    return abs(math.log(a.q_seq_len / b.q_seq_len)) + abs(math.log(a.kv_seq_len / b.kv_seq_len))
 
 
 def _round_up(value: int, multiple: int) -> int:

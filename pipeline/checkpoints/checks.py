@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoints.loading import Checkpoint, build_module, with_defaults
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
-from pipeline.model.schedule import build_scheduler, step_table
+from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae_decoder import DecoderShape
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
@@ -37,10 +37,7 @@ def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[Confi
 
 
 def read_configs(checkpoint: Checkpoint) -> Configs:
-    """Read the configurations of all parts and check that they make a model that runs here.
-
-    Raises CheckpointError, which first of all says what another model is.
-    """
+    """Read the configurations of all parts. Raises CheckpointError unless they make a model that runs here."""
     pipeline = checkpoint.pipeline_class()
     if pipeline is not None and not str(pipeline).startswith("CogVideoX"):
         raise checkpoint.error(f"this is a {pipeline}; {_SUPPORTED}")
@@ -116,9 +113,7 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
             )
     require_multiple("num_frames", request.num_frames, vae["temporal_compression_ratio"], 1)
     _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
-    model = next((name for name, defaults in MODELS.items() if defaults.checkpoint == request.checkpoint), None)
-    if model is not None and MODELS[model].one_size:
-        _warn_of_size(model, request.width, request.height, request.num_frames)
+    _warn_of_size(request.checkpoint, request.width, request.height, request.num_frames)
 
 
 @functools.lru_cache
@@ -132,12 +127,12 @@ def _check_schedule(config: str, scheduler: str, num_inference_steps: int) -> No
 
 
 @functools.cache
-def _warn_of_size(model: str, width: int, height: int, num_frames: int) -> None:
-    """Warn, once a size, of a video that the model was not trained for."""
-    trained = MODELS[model]
-    if (width, height, num_frames) != (trained.width, trained.height, trained.num_frames):
-        logger.warning(
-            f"{width}x{height}, {num_frames} frames: model {model} was trained on {trained.width}x{trained.height}, "
-            f"{trained.num_frames} frames (width x height), and shows little else; try height={trained.height} "
-            f"width={trained.width} num_frames={trained.num_frames}"
-        )
+def _warn_of_size(checkpoint: str, *size: int) -> None:
+    """Warn, once a size (width, height, frames), of a video that the checkpoint's model was not trained for."""
+    for model, trained in MODELS.items():
+        width, height, num_frames = sizes = trained.width, trained.height, trained.num_frames
+        if trained.one_size and trained.checkpoint == checkpoint and size != sizes:
+            logger.warning(
+                f"{size[0]}x{size[1]}, {size[2]} frames: model {model} was trained on {width}x{height}, {num_frames} "
+                f"frames (width x height), and shows little else; try {height=} {width=} {num_frames=}"
+            )

@@ -5,7 +5,6 @@ checkpoint is ever run: classes are the ones named here.
 """
 
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
@@ -75,10 +74,7 @@ class Checkpoint:
         return weight_files(self.part(part), part, f"checkpoint={self.name!r}: {part}/")
 
     def config(self, part: str) -> dict[str, Any]:
-        """Read the config.json (scheduler_config.json) of a part, with the library's defaults for what it leaves out.
-
-        Raises CheckpointError where it cannot be read.
-        """
+        """Read a part's configuration, with the library's defaults for what it leaves out. Raises CheckpointError."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         return with_defaults(part, self._read_json(f"{part}/{name}"))
 
@@ -127,40 +123,30 @@ class Checkpoint:
             weights = self.weight_files(part) if part in STEMS else []
             others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
             for path in sorted([*weights, *others]):
-                digest.update(f"{part}/{path.name}:{path.stat().st_size}\n".encode())
-                _digest_file(path, digest)
+                size = path.stat().st_size
+                digest.update(f"{part}/{path.name}:{size}\n".encode())
+                with path.open("rb") as file:
+                    if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
+                        digest.update(file.read())
+                        continue
+                    for block in range(_SAMPLED_BLOCKS):
+                        file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
+                        digest.update(file.read(_BLOCK_BYTES))
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def _digest_file(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
-            digest.update(file.read())
-            return
-        for block in range(_SAMPLED_BLOCKS):
-            file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
-
-
 def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
-    """Find a checkpoint: "tiny", "tiny-random", a local folder, or a Hub id "owner/name".
+    """Find a checkpoint: "tiny" of this package, "tiny-random", a local folder, or a Hub id "owner/name".
 
-    "tiny" is trained, and comes with this package; "tiny-random" is made in the cache folder.
-
-    Raises CheckpointError when it is none of these or cannot be reached.
+    "tiny-random" is made in the cache folder. Raises CheckpointError when it is none of these or cannot be reached.
     """
-    if revision is not None and (name in (TINY, RANDOM) or Path(name).expanduser().is_dir()):
-        raise CheckpointError(
-            f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
-        )
-    if name == TINY:
-        return Checkpoint(name=name, folder=TRAINED_FOLDER)
-    if name == RANDOM:
-        return Checkpoint(name=name, folder=ensure_tiny_checkpoint(cache_dir or user_cache_dir()))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Checkpoint(name=name, folder=folder)
+    folder = TRAINED_FOLDER if name == TINY else Path(name).expanduser()
+    if name == RANDOM or folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+            )
+        return Checkpoint(name, ensure_tiny_checkpoint(cache_dir or user_cache_dir()) if name == RANDOM else folder)
     if folder.is_file():
         raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
@@ -178,14 +164,9 @@ def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
 
 def with_defaults(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration, with diffusers' defaults for what one of transformer/ or vae/ leaves out."""
-    return {**_defaults(part), **config}
-
-
-@functools.cache
-def _defaults(part: str) -> dict[str, Any]:
     cls = _diffusers_classes().get(part)
     parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**{each.name: each.default for each in parameters if each.default is not each.empty}, **config}
 
 
 def _diffusers_classes() -> dict[str, Any]:
@@ -245,7 +226,7 @@ def load_module(
     part: str,
     dtype: torch.dtype,
     keep: Callable[[str], bool] = lambda name: True,
-    place: Callable[[str, np.ndarray], Any] = lambda name, value: jax.device_put(value),
+    place: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> LoadedModule:
     """Load one part ("text_encoder", "transformer" or "vae").
 
@@ -253,8 +234,11 @@ def load_module(
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
     module = build_module(part, checkpoint.config(part), dtype)
-    wanted = {name: value.shape for name, value in _named_tensors(module).items() if keep(name)}
-    aliases = _aliases(module)
+    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = {name: value.shape for name, value in named.items() if keep(name)}
+    first = {id(value): name for name, value in named.items()}
+    aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, Any] = {}
@@ -274,21 +258,9 @@ def load_module(
                     )
                 # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
                 value = value.to(dtype) if value.is_floating_point() else value
-                weights[name] = place(name, torch_to_numpy(value))
+                weights[name] = place(torch_to_numpy(value))
     missing = sorted(set(wanted) - set(weights))
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
         raise CheckpointError(f"{where} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)")
     return LoadedModule(module, jax.block_until_ready(weights))
-
-
-def _named_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Map other names of tied weights to the name that `named_parameters` gives them."""
-    first = {id(value): name for name, value in module.named_parameters()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(value)] for name, value in every if first[id(value)] != name}

@@ -63,11 +63,9 @@ def captions() -> list[str]:
 
 def parse_caption(caption: str) -> dict[str, str]:
     """Parse the attributes that a caption names, e.g. "a red circle moves right". Raises ValueError."""
-    words = caption.split(maxsplit=3)
-    if len(words) == 4 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
-        motion = words[3]
-        if motion in MOTIONS:
-            return {"colour": words[1], "shape": words[2], "motion": motion}
+    match caption.split(maxsplit=3):
+        case ["a", colour, shape, motion] if colour in COLOURS and shape in SHAPES and motion in MOTIONS:
+            return {"colour": colour, "shape": shape, "motion": motion}
     raise ValueError(
         f"prompt={caption!r}: expected 'a COLOUR SHAPE MOTION' with COLOUR of {', '.join(COLOURS)}; SHAPE of "
         f"{', '.join(SHAPES)}; MOTION of {', '.join(DIRECTIONS)}, grows, shrinks"
@@ -100,21 +98,12 @@ def random_scene(
     small, large = float(uniform(0.13, 0.16)), float(uniform(0.25, 0.3))
     radii = {"grows": (small, large), "shrinks": (large, small)}.get(motion, (float(uniform(0.18, 0.23)),) * 2)
     reach = _REACH * max(radii)
-    way = np.array(DIRECTIONS.get(motion, (0, 0)))
-    room = size - 2 * reach
-    travel = way * np.minimum(uniform(0.6, 0.9) * room, 0.6)
+    travel = np.array(DIRECTIONS.get(motion, (0, 0))) * np.minimum(uniform(0.6, 0.9) * (size - 2 * reach), 0.6)
     low, high = reach + np.maximum(-travel, 0), size - reach - np.maximum(travel, 0)
-    start = uniform(low, high)
-    end = start + travel
-    return Scene(
-        colour,
-        shape,
-        motion,
-        (float(start[0]), float(start[1])),
-        (float(end[0]), float(end[1])),
-        *radii,
-        background=round(float(uniform(*BACKGROUND_GREYS))),
-    )
+    x, y = start = uniform(low, high)
+    to_x, to_y = start + travel
+    ends = (float(x), float(y)), (float(to_x), float(to_y))
+    return Scene(colour, shape, motion, *ends, *radii, background=round(float(uniform(*BACKGROUND_GREYS))))
 
 
 def draw(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
@@ -144,11 +133,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _corners(shape: str) -> np.ndarray:
-    if shape == "triangle":
-        angles, radii = np.arange(3) * 2 * np.pi / 3, np.full(3, _REACH)
-    else:
-        assert shape == "star", shape
-        angles, radii = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, _REACH * _STAR_INNER, _REACH)
+    count = {"triangle": 3, "star": 10}[shape]
+    angles = np.arange(count) * 2 * np.pi / count
+    radii = np.where((shape == "star") & (np.arange(count) % 2), _REACH * _STAR_INNER, _REACH)
     return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
 
 

@@ -1,15 +1,12 @@
 """Small checkpoints of CogVideoX 1.5's shape in diffusers' layout.
 
-The trained one comes with the package (`TRAINED_FOLDER`, made by `pipeline.train_tiny`): it follows captions of drawn
-shapes. The random one is made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask
-nothing of the picture.
+The trained one (`TRAINED_FOLDER`, made by `pipeline.train_tiny`) follows captions of drawn shapes. The random one is
+made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask nothing of the picture.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +17,11 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
-from pipeline.model import schedule
-
-_DIFFUSERS_NAME = "diffusion_pytorch_model"
-_FORMAT = 1  # counts up when the files written for one TinySpec change
+from pipeline.checkpoints.weight_files import STEMS
+from pipeline.model import noise_schedule
 
 TRAINED_FOLDER = Path(__file__).parents[1] / "tiny_model"
-
+_FORMAT = 1  # counts up when the files written for one TinySpec change
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"-()/&%+"
 
 
@@ -55,29 +50,24 @@ class TinySpec:
 def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Path:
     """Return the folder of the tiny checkpoint under `cache_dir`, made if it is not there.
 
-    It is made under a temporary name and renamed when complete, so that a folder of its name is always whole, also
-    with several processes at it.
+    Renamed when complete, so that a folder of its name is always whole, also with several processes at it.
     """
     spec = spec or TinySpec()
     folder = cache_dir / spec.name
     if folder.is_dir():
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=cache_dir))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=cache_dir) as building:
         with torch.random.fork_rng(devices=[]):
             modules = build_modules(spec)
-        for offset, part in enumerate(("text_encoder", "transformer", "vae")):
-            _randomize(modules[part], spec.seed + offset)
-        write_checkpoint(building, modules)
-        building.chmod(0o755)
+        for seed, module in enumerate(modules.values(), start=spec.seed):
+            _randomize(module, seed)
+        write_checkpoint(Path(building, "whole"), modules)
         try:
-            os.rename(building, folder)
+            Path(building, "whole").rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was first, with the same content
                 raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
@@ -110,7 +100,7 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
 
 def build_scheduler() -> Any:
     """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    return schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
+    return noise_schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
 
 
 def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -120,8 +110,9 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtyp
     modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
     for part in ("transformer", "vae"):
         modules[part].save_config(folder / part)
-    for part, name in (("text_encoder", "model"), ("transformer", _DIFFUSERS_NAME), ("vae", _DIFFUSERS_NAME)):
-        _save_weights(modules[part], folder / part / f"{name}.safetensors", dtype)
+    for part, stem in STEMS.items():
+        weights = {name: value.detach().to(dtype).contiguous() for name, value in modules[part].named_parameters()}
+        save_file(weights, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
     index = {
         "_class_name": "CogVideoXPipeline",
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
@@ -137,12 +128,11 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
     """Fill every parameter from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
+        value = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            centre = 0.0 if name.endswith("bias") else 1.0  # a norm's scale
-            value = centre + 0.1 * torch.randn(parameter.shape, generator=generator)
+            value = (0.0 if name.endswith("bias") else 1.0) + 0.1 * value  # 1: a norm's scale
         else:
-            fan_in = parameter[0].numel()
-            value = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+            value /= parameter[0].numel() ** 0.5  # the fan-in
         if name == "decoder.conv_out.conv.weight":
             value *= 0.3  # most pixels then lie within [0, 1], as a trained decoder's do
         parameter.data.copy_(value)
@@ -157,8 +147,3 @@ def build_tokenizer() -> Any:
     vocab += [(f"▁{word}", -4.0) for word in dict.fromkeys(words) if len(word) > 1]
     vocab += [(letter, -8.0) for letter in _LETTERS]
     return T5Tokenizer(vocab=vocab, extra_ids=100, model_max_length=512)
-
-
-def _save_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
-    weights = {name: value.detach().to(dtype).contiguous() for name, value in module.named_parameters()}
-    save_file(weights, path, metadata={"format": "pt"})

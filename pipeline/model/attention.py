@@ -69,11 +69,7 @@ class SplashAttentionProcessor:
         def heads(tokens: torch.Tensor) -> torch.Tensor:
             return tokens.reshape(batch_size, seq_len, attn.heads, -1).transpose(1, 2)
 
-        q, k, v = heads(attn.to_q(joint)), heads(attn.to_k(joint)), heads(attn.to_v(joint))
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
+        q, k, v = attn.norm_q(heads(attn.to_q(joint))), attn.norm_k(heads(attn.to_k(joint))), heads(attn.to_v(joint))
         if image_rotary_emb is not None:
             # Joined anew rather than assigned in place as stock does: JAX arrays do not change.
             q, k = (
@@ -105,11 +101,8 @@ def resolve_attention(
     return resolution
 
 
-def describe_attention(
-    options: AttentionOptions, batch_size: int, num_heads: int, seq_len: int, head_dim: int, dtype: str
-) -> dict[str, Any]:
+def describe_attention(options: AttentionOptions, shape: AttentionShape, dtype: str) -> dict[str, Any]:
     """Describe what `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
-    shape = AttentionShape(batch_size, num_heads, seq_len, seq_len, head_dim)
     resolution = resolve_attention(options, shape, dtype)
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
     described["tuned_entry"] = None

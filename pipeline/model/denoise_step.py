@@ -25,7 +25,7 @@ TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enabl
 
 @dataclasses.dataclass(frozen=True)
 class DenoiseStep:
-    """One denoising step, to be compiled by `compile`.
+    """One denoising step, to be compiled as `jitted` with the mesh set.
 
     The program takes
 
@@ -52,11 +52,6 @@ class DenoiseStep:
     def sharding(self, argument: str) -> NamedSharding:
         """Return the sharding of an argument of the program other than the weights."""
         return NamedSharding(self.mesh, self._spec(argument))
-
-    def compile(self, weights: Mapping[str, jax.Array], *arguments: Any) -> jax.stages.Compiled:
-        """Compile for these arguments (arrays, or ShapeDtypeStructs with shardings)."""
-        with jax.set_mesh(self.mesh):
-            return self.jitted(weights).lower(weights, *arguments).compile()
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
         """Return `program` under jit, sample and old_x0 donated."""
@@ -110,15 +105,10 @@ class DenoiseStep:
 
     def _spec(self, argument: str) -> PartitionSpec:
         split = MODEL if self.plan.splits_sequence else None
-        specs = {
-            "sample": PartitionSpec(split),
-            "x0": PartitionSpec(split),
-            "noise": PartitionSpec(split) if self.noisy else _REPLICATED,
-            "embeddings": PartitionSpec(DP),
-            "rotary": PartitionSpec(None, split),
-            "scalar": _REPLICATED,
-        }
-        return specs[argument]
+        rows, scalar = PartitionSpec(split), _REPLICATED
+        columns, prompts = PartitionSpec(None, split), PartitionSpec(DP)
+        specs = {"sample": rows, "x0": rows, "embeddings": prompts, "rotary": columns, "scalar": scalar}
+        return {**specs, "noise": rows if self.noisy else scalar}[argument]
 
     @jax.named_scope("denoise")
     def _step(

@@ -1,14 +1,14 @@
 """Sizes of latents, and their two forms: diffusers' [1, frames, channels, height, width] and the step's token rows."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.transformer import TokenLayout, TransformerShape
+from pipeline.model.transformer import TokenLayout
 from pipeline.requests.request import GenerateRequest
 
 
@@ -17,7 +17,7 @@ class LatentGeometry:
     """Sizes of the latents of one video.
 
     num_frames: latent frames that are decoded. padding_frames: leading ones that only fill the last temporal patch;
-    they are denoised along and then dropped. height, width: in latents.
+    they are denoised along and then dropped. height, width: in latents. patch: of time, height and width, in latents.
     """
 
     num_frames: int
@@ -25,6 +25,7 @@ class LatentGeometry:
     num_channels: int
     height: int
     width: int
+    patch: tuple[int, int, int]
 
     @classmethod
     def from_request(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
@@ -33,10 +34,11 @@ class LatentGeometry:
         num_frames = (request.num_frames - 1) // int(vae["temporal_compression_ratio"]) + 1
         return cls(
             num_frames=num_frames,
-            padding_frames=-num_frames % (transformer.get("patch_size_t") or 1),
+            padding_frames=-num_frames % transformer["patch_size_t"],
             num_channels=transformer["in_channels"],
             height=request.height // spatial,
             width=request.width // spatial,
+            patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
         )
 
     @property
@@ -44,53 +46,48 @@ class LatentGeometry:
         """Return [batch, frames with padding, channels, height, width], as diffusers' transformer takes it."""
         return (1, self.num_frames + self.padding_frames, self.num_channels, self.height, self.width)
 
-    def patch_grid(self, shape: TransformerShape) -> tuple[int, int, int]:
+    @property
+    def grid(self) -> tuple[int, int, int]:
         """Return the number of patches along time, height and width."""
-        return (self.shape[1] // shape.patch_size_t, self.height // shape.patch_size, self.width // shape.patch_size)
+        time, height, width = self.patch
+        return self.shape[1] // time, self.height // height, self.width // width
 
-    def num_patches(self, shape: TransformerShape) -> int:
+    @property
+    def num_patches(self) -> int:
         """Return the number of video tokens."""
-        frames, height, width = self.patch_grid(shape)
-        return frames * height * width
+        return math.prod(self.grid)
 
 
-def to_rows(latents: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
+def to_rows(latents: np.ndarray, geometry: LatentGeometry, layout: TokenLayout) -> np.ndarray:
     """Turn latents [1, frames, channels, height, width] into rows [rows, patch channels], zero for text and padding.
 
     A patch's channels are ordered (channel, time, height, width), as in diffusers' patch embedding and output.
     """
-    frames, height, width = geometry.patch_grid(shape)
-    p, p_t = shape.patch_size, shape.patch_size_t
+    (frames, height, width), (p_t, p, _) = geometry.grid, geometry.patch
     patches = latents.reshape(frames, p_t, geometry.num_channels, height, p, width, p)
-    patches = patches.transpose(0, 3, 5, 2, 1, 4, 6).reshape(layout.video, shape.patch_channels)
-    rows = np.zeros((layout.rows, shape.patch_channels), latents.dtype)
+    patches = patches.transpose(0, 3, 5, 2, 1, 4, 6).reshape(layout.video, -1)
+    rows = np.zeros((layout.rows, patches.shape[1]), latents.dtype)
     rows[layout.text : layout.tokens] = patches
     return rows
 
 
-def from_rows(rows: np.ndarray, geometry: LatentGeometry, shape: TransformerShape, layout: TokenLayout) -> np.ndarray:
+def from_rows(rows: np.ndarray, geometry: LatentGeometry, layout: TokenLayout) -> np.ndarray:
     """Invert `to_rows`."""
-    frames, height, width = geometry.patch_grid(shape)
-    p, p_t = shape.patch_size, shape.patch_size_t
+    (frames, height, width), (p_t, p, _) = geometry.grid, geometry.patch
     patches = rows[layout.text : layout.tokens].reshape(frames, height, width, geometry.num_channels, p_t, p, p)
     return patches.transpose(0, 4, 3, 1, 5, 2, 6).reshape(geometry.shape)
-
-
-def initial_noise(request: GenerateRequest, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Draw the noise that diffusers' pipeline draws on the CPU for the same seed, dtype and shape."""
-    return torch.randn(shape, generator=generator, dtype=getattr(torch, request.dtype))
 
 
 def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice")."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    patch_size = transformer["patch_size"]
+    patch_size, (frames, *size) = transformer["patch_size"], geometry.grid
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=transformer["attention_head_dim"],
         crops_coords=None,
-        grid_size=(geometry.height // patch_size, geometry.width // patch_size),
-        temporal_size=geometry.shape[1] // transformer["patch_size_t"],
+        grid_size=tuple(size),
+        temporal_size=frames,
         grid_type="slice",
         max_size=(transformer["sample_height"] // patch_size, transformer["sample_width"] // patch_size),
     )
@@ -99,9 +96,10 @@ def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -
 
 def rotary_rows(tables: tuple[np.ndarray, np.ndarray], layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
     """Return tables of `rotary_embedding`, one value a pair: float32 [head_dim / 2, rows]; 1 and 0 off the video."""
-    halves = []
-    for table, elsewhere in zip(tables, (1.0, 0.0), strict=True):
+
+    def rows(table: np.ndarray, elsewhere: float) -> np.ndarray:
         half = np.full((table.shape[1] // 2, layout.rows), elsewhere, np.float32)
         half[:, layout.text : layout.tokens] = table[:, ::2].T
-        halves.append(half)
-    return halves[0], halves[1]
+        return half
+
+    return rows(tables[0], 1.0), rows(tables[1], 0.0)

@@ -13,14 +13,13 @@ The negative and the positive prompt (classifier-free guidance) go to the "dp" a
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from pipeline.requests.errors import RequestError
-from pipeline.requests.parallel_options import ParallelOptions, Plan, WeightsAtRest
+from pipeline.requests.options import ParallelOptions, Plan, WeightsAtRest
 
 DP, MODEL = "dp", "model"
 Rules = Mapping[str, tuple[str | None, ...]]
@@ -85,18 +84,11 @@ class ParallelPlan:
     def sequence_shards(self) -> int:
         return self.model if self.splits_sequence else 1
 
-    @property
-    def rules(self) -> Rules:
-        """Return the table behind `weight_spec`: pattern of a name -> mesh axes."""
-        sharded = SHARDED_RULES if self.weights == "sharded" else {}
-        return {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
-
     def weight_spec(self, name: str) -> tuple[str | None, ...]:
         """Return the mesh axes of the leading dimensions of one stock weight, by its name in the checkpoint."""
-        for pattern, axes in self.rules.items():
-            if re.match(pattern, name):
-                return axes
-        return ()
+        sharded = SHARDED_RULES if self.weights == "sharded" else {}
+        rules = {"ulysses": sharded, "megatron": MEGATRON_RULES, "seed_tp": SEED_RULES}[self.plan]
+        return next((axes for pattern, axes in rules.items() if re.match(pattern, name)), ())
 
     def stacked_weight_spec(self, name: str) -> PartitionSpec:
         """Return the PartitionSpec of a weight of `model.weights`, where blocks' have a leading axis of layers."""
@@ -106,9 +98,6 @@ class ParallelPlan:
     def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
         """Return the mesh ("dp", "model") over the first devices, each half of "dp" on neighbouring chips."""
         return Mesh(np.array(devices[: self.num_devices]).reshape(self.dp, self.model), (DP, MODEL))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         at_rest = f", weights {self.weights}" if self.splits_sequence else ""

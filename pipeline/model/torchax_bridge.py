@@ -78,22 +78,19 @@ def numpy_to_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def jax_function(module: torch.nn.Module, method: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Return a pure JAX function `(weights, *args, **kwargs)` of a torch module, ready for `jax.jit`.
+def jax_function(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return a pure JAX function `(weights, *args, **kwargs)` of a torch module's forward, ready for `jax.jit`.
 
     weights: dict of JAX arrays by parameter or buffer name. Tensors in arguments and results are JAX arrays.
-    method: called as `method(module, *args, **kwargs)`; the module's forward without it.
     """
 
     def call(weights: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
         env = environment()
         tensors, args, kwargs = env.j2t_iso((weights, args, kwargs))
-        holder = _Holder(module, method)
-        named = {f"module.{name}": value for name, value in tensors.items()}
         with warnings.catch_warnings(), env, torch.no_grad(), _named_scopes(module):
             # torch's int64 positions become int32, as everything in JAX without x64: nothing here is that large.
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")
-            result = torch.func.functional_call(holder, named, args, kwargs)
+            result = torch.func.functional_call(module, tensors, args, kwargs)
         return env.t2j_iso(result)
 
     return call
@@ -124,15 +121,3 @@ def _named_scopes(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Holder(torch.nn.Module):
-    """A module whose forward is any function of another, for `functional_call`, which knows no other function."""
-
-    def __init__(self, module: torch.nn.Module, method: Callable[..., Any] | None):
-        super().__init__()
-        self.module = module
-        self._method = method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._method(self.module, *args, **kwargs) if self._method else self.module(*args, **kwargs)

@@ -31,11 +31,7 @@ Weights = Mapping[str, jax.Array]
 #: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_EXPECTED = {
-    "activation_fn": "gelu-approximate",
-    "timestep_activation_fn": "silu",
-    "norm_elementwise_affine": True,
-}
+_EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
 #: Names of sizes in transformer/config.json.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels|length)")
 
@@ -70,17 +66,8 @@ class TransformerShape:
         if wrong:
             name, expected = wrong[0]
             raise CheckpointError(f"transformer/config.json: {name}={config.get(name)!r}, expected {expected}")
-        return cls(
-            num_layers=config["num_layers"],
-            num_heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            in_channels=config["in_channels"],
-            patch_size=config["patch_size"],
-            patch_size_t=config["patch_size_t"],
-            norm_eps=config["norm_eps"],
-            flip_sin_to_cos=config["flip_sin_to_cos"],
-            freq_shift=config["freq_shift"],
-        )
+        renamed = {"num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}
+        return cls(**{each.name: config[renamed.get(each.name, each.name)] for each in dataclasses.fields(cls)})
 
     @property
     def patch_channels(self) -> int:
@@ -89,10 +76,7 @@ class TransformerShape:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """Rows of the joint sequence: text, video, padding; `num_shards` runs of `rows_per_shard`.
-
-    padded: whether rows are rounded up to whole tiles; needed where they are split.
-    """
+    """Rows of the joint sequence: text, video, padding. padded: up to whole tiles, needed where rows are split."""
 
     text: int
     video: int
@@ -130,7 +114,7 @@ class DeviceShare:
     def row_ids(self) -> Int[Array, " rows"]:
         """Return where this device's rows lie in the joint sequence."""
         start = lax.axis_index(MODEL) * self.layout.rows_per_shard if self._splits else 0
-        return start + jnp.arange(self.layout.rows_per_shard if self._splits else self.layout.rows)
+        return start + jnp.arange(self.layout.rows_per_shard)
 
     def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
         """Put text tokens at their rows; other rows are arbitrary."""

@@ -37,10 +37,7 @@ Activations = Float[Array, "frames columns rows strips channels"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """The fields of vae/config.json that the program uses. Raises CheckpointError for another architecture.
-
-    time_levels: upsamplings, from the first, that double the frames as well.
-    """
+    """The fields of vae/config.json in use. time_levels: upsamplings, from the first, that double the frames, too."""
 
     num_levels: int
     num_resnets: int
@@ -55,7 +52,7 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Return the shape of a configuration with all of diffusers' defaults filled in (`module.config`)."""
+        """Return the shape of a whole configuration. Raises CheckpointError for another architecture."""
         levels = len(config["block_out_channels"])
         for name, expected in (
             ("act_fn", ("silu",)),

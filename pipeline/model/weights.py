@@ -22,16 +22,6 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 _PERMUTED = re.compile(r"attn1\.(to_q|to_k|norm_q|norm_k)\.(weight|bias)$")
 
 
-def halves_order(head_dim: int) -> np.ndarray:
-    """Return the indices of the even elements of a head, then of the odd ones."""
-    return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])
-
-
-def _to_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
-    heads = value.reshape(-1, head_dim, *value.shape[1:])
-    return heads[:, halves_order(head_dim)].reshape(value.shape)
-
-
 def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
     """Map each name in the step to its names in the checkpoint: one a layer, in order, for a block's weight."""
     stacked: dict[str, dict[int, str]] = {}
@@ -53,7 +43,8 @@ def place_weights(
     for key, names in stack_names(weights).items():
         values = [weights.pop(name) for name in names]
         if not plan.uses_stock_block and _PERMUTED.search(key):
-            values = [_to_halves(value, head_dim) for value in values]
+            heads = [value.reshape(-1, head_dim, *value.shape[1:]) for value in values]
+            values = [np.concatenate([x[:, ::2], x[:, 1::2]], axis=1).reshape(values[0].shape) for x in heads]
         value = np.stack(values) if key.startswith(BLOCKS) else values[0]
         placed[key] = put(value, NamedSharding(mesh, plan.stacked_weight_spec(key)))
     return placed

@@ -9,9 +9,8 @@ from offline_tpu.options import checked_options
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
-from pipeline.predict.report import make_report, print_report
-from pipeline.predict.timelines import write_timelines
-from pipeline.requests.config import GenerateConfig, request_to_dict, to_parallel, to_request
+from pipeline.predict.report import make_report, print_report, write_timelines
+from pipeline.requests.config import GenerateConfig, to_parallel, to_request
 from pipeline.requests.request import parse_stages
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
@@ -52,13 +51,13 @@ def main(settings: PredictConfig) -> int:
     check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,
-        request=request_to_dict(request),
+        request=request,
         configs=configs,
         timeout_s=settings.timeout_s,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         compiler_options=options,
     )
-    prediction = predictor.predict(stages, to_parallel(settings), request.do_classifier_free_guidance)
+    prediction = predictor.predict(stages, to_parallel(settings))
     report = make_report(request, settings.topology, prediction, source, options)
     print_report(report)
     if settings.json is not None:

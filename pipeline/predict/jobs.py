@@ -1,7 +1,4 @@
-"""The job of a worker of `pipeline.predict`: compile one stage for a topology that is not here, add up its cost.
-
-Runs in a process of its own, started with `offline_tpu.worker_environment`. Payload and result are JSON.
-"""
+"""The job of a worker: compile one stage for a topology that is not here, add up its cost. Payload, result: JSON."""
 
 import dataclasses
 import math
@@ -18,11 +15,12 @@ from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.requests.config import request_from_dict, request_to_dict
+from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.program import Program
+from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import compile_error
 
 _MAX_OPS = 60
@@ -39,22 +37,25 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict.
+    """One stage to predict. configs: of the checkpoint's parts. compiler_options: flags of libtpu."""
 
-    request: see `request_from_dict`. configs: of the checkpoint's parts. compiler_options: flags of libtpu.
-    """
-
-    stage: str
+    stage: Stage
     topology: str
     plan: ParallelPlan
-    request: dict[str, Any]
-    configs: dict[str, Any]
+    request: GenerateRequest
+    configs: Mapping[str, Mapping[str, Any]]
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Return the topology's devices, which are not here."""
+        _, name = parse_topology(self.topology)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict the stage of a `StageJob` as a dict. See `summary` for the result."""
-    job = StageJob(**{**payload, "plan": ParallelPlan(**payload["plan"])})
+    job = decode(payload, StageJob)
     try:
         return {"text": _text, "denoise": _denoise, "vae": _vae}[job.stage](job)
     except (jax.errors.JaxRuntimeError, CompilerOptionError) as error:
@@ -69,53 +70,41 @@ def predict_model(payload: dict[str, Any]) -> dict[str, Any]:
     device, name = parse_topology(payload["topology"])
     num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
     request, configs, plan = model_request(payload["model"], num_devices, payload["hbm_bytes"])
-    job = StageJob(payload["stage"], payload["topology"], plan, request_to_dict(request), dict(configs))
+    job = StageJob(payload["stage"], payload["topology"], plan, request, configs)
     result = predict_stage(dataclasses.asdict(job))
     program = result["programs"][-1] if job.stage == "vae" else result
     return {"time_s": program["time_s"], "interval_s": program.get("interval_s")}
 
 
-def _devices(job: StageJob) -> list[jax.Device]:
-    _, name = parse_topology(job.topology)
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-
 def _denoise(job: StageJob) -> dict[str, Any]:
-    request = request_from_dict(job.request)
-    attention = dataclasses.replace(request.attention, implementation="pallas_tpu")
-    program, step = denoise_program(
-        dataclasses.replace(request, attention=attention), job.configs, job.plan, _devices(job)
-    )
-    batch_size = (2 if step.guided else 1) // job.plan.dp
-    heads = step.shape.num_heads // job.plan.model
-    tokens = step.layout.tokens
-    shape = AttentionShape(batch_size, heads, tokens, tokens, step.shape.head_dim)
+    request, plan = job.request, job.plan
+    on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
+    program, step = denoise_program(dataclasses.replace(request, attention=on_tpu), job.configs, plan, job.devices)
+    num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
+    shape = AttentionShape(num_prompts // plan.dp, sizes.num_heads // plan.model, tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
     prediction = _predict(job, program, grid_sizes)
-    flops = step_flops(step.shape, step.layout, 2 if step.guided else 1)
+    flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {
         "flops": flops,
-        "mfu_fraction": flops / (job.plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
-        "num_layers": step.shape.num_layers,
+        "mfu_fraction": flops / (plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
+        "num_layers": sizes.num_layers,
         "attention": {"shape": str(shape), "resolution": str(resolution)},
         "notes": [*assumptions, *prediction.unresolved],
     }
 
 
 def _text(job: StageJob) -> dict[str, Any]:
-    program = text_program(request_from_dict(job.request), job.configs, _devices(job))
-    return summary(_predict(job, program))
+    return summary(_predict(job, text_program(job.request, job.configs, job.devices)))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
-    results, calls = [], []
-    for program, count in vae_programs(request_from_dict(job.request), job.configs, _devices(job)):
-        results.append(summary(_predict(job, program), _VAE_TERMS))
-        calls.append(count)
-    return together(results, calls)
+    programs = vae_programs(job.request, job.configs, job.devices)
+    results = [summary(_predict(job, program), _VAE_TERMS) for program, _ in programs]
+    return together(results, [count for _, count in programs])
 
 
 def _predict(job: StageJob, program: Program, grid_sizes: Mapping[str, int] | None = None) -> Prediction:
@@ -134,14 +123,12 @@ def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
     pairs = list(zip(results, calls, strict=False))
     kinds = {kind for result in results for kind in result["breakdown_s"]}
     breakdown = {kind: sum(result["breakdown_s"].get(kind, 0.0) * n for result, n in pairs) for kind in kinds}
+    by_call, once = ("time_s", "hbm_traffic_bytes", "link_bytes"), ("compile_time_s", "compile_cpu_s")
     return {
-        name: sum(result[name] * n for result, n in pairs) for name in ("time_s", "hbm_traffic_bytes", "link_bytes")
-    } | {
         "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
-        "peak_hbm_bytes": max(result["peak_hbm_bytes"] for result in results),
-        "compile_time_s": sum(result["compile_time_s"] for result in results),
-        "compile_cpu_s": sum(result["compile_cpu_s"] for result in results),
-        "compile_peak_rss_bytes": max(result["compile_peak_rss_bytes"] for result in results),
+        **{name: sum(result[name] * n for result, n in pairs) for name in by_call},
+        **{name: sum(result[name] for result in results) for name in once},
+        **{name: max(result[name] for result in results) for name in ("peak_hbm_bytes", "compile_peak_rss_bytes")},
         "programs": [{"calls": n, **result} for result, n in pairs],
     }
 

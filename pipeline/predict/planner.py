@@ -12,8 +12,8 @@ from offline_tpu.compile import parse_topology
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.parallel_options import ParallelOptions
-from pipeline.requests.request import Stage
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import GenerateRequest, Stage
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
@@ -45,13 +45,13 @@ class Predictor:
     """
 
     topology: str
-    request: dict[str, Any]
+    request: GenerateRequest
     configs: Mapping[str, Any]
     timeout_s: float
     say: Callable[[str], None]
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions, guided: bool) -> VideoPrediction:
+    def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
 
         Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits, UserError for
@@ -67,46 +67,43 @@ class Predictor:
 
         def plan_of(choice: ParallelOptions) -> ParallelPlan:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(choice, num_devices, guided, num_heads)
+            return resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
 
         choices = _AUTO if parallel.plan == "auto" else (parallel,)
         plans = list(dict.fromkeys(map(plan_of, choices)))
         if plans[0].model == 1:
             plans = plans[:1]  # with one device a prompt the plans are the same
-        results: dict[Stage, dict[str, Any]] = {}
-        others: dict[str, float | str] = {}
-        failures: dict[Stage, str] = {}
-        best = plans[0]
-        if "denoise" in stages:
-            tried: dict[ParallelPlan, dict[str, Any]] = {}
-            refused: dict[str, str] = {}
-            for plan in plans + ([plan_of(_FRUGAL)] if parallel.plan == "auto" and plans[0].model > 1 else []):
-                if plan.gathers_weights and tried:
-                    continue
+        elif parallel.plan == "auto":
+            plans.append(plan_of(_FRUGAL))
+        tried: dict[ParallelPlan, dict[str, Any]] = {}
+        refused: dict[str, str] = {}
+        for plan in plans if "denoise" in stages else ():
+            if not (tried and plan.gathers_weights):
                 try:
                     tried[plan] = self._run("denoise", plan)
                 except PipelineError as error:
                     refused[str(plan)] = str(error)
-            if tried:
-                best = min(tried, key=lambda plan: tried[plan]["time_s"])
-                others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
-                results["denoise"] = tried[best]
-            else:
-                failures["denoise"] = "; ".join(refused.values())
+        best = min(tried, key=lambda plan: tried[plan]["time_s"], default=plans[0])
+        results: dict[Stage, dict[str, Any]] = {}
+        failures: dict[Stage, str] = {}
         for stage in stages:
-            if stage != "denoise":
-                try:
-                    results[stage] = self._run(stage, best)
-                except PipelineError as error:
-                    failures[stage] = str(error)
+            if stage == "denoise" and not tried:
+                failures[stage], refused = "; ".join(refused.values()), {}
+                continue
+            try:
+                results[stage] = tried[best] if stage == "denoise" else self._run(stage, best)
+            except PipelineError as error:
+                failures[stage] = str(error)
         if not results:
             raise PipelineError("; ".join(failures.values()))
-        return VideoPrediction(best, {stage: results[stage] for stage in stages if stage in results}, others, failures)
+        others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
+        return VideoPrediction(best, results, others, failures)
 
     def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
-        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if stage == "denoise" else ""))
-        job = StageJob(stage, self.topology, plan, self.request, dict(self.configs), dict(self.compiler_options))
+        denoise = stage == "denoise"
+        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if denoise else ""))
+        job = StageJob(stage, self.topology, plan, self.request, self.configs, dict(self.compiler_options))
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",
@@ -114,11 +111,11 @@ class Predictor:
                 timeout_s=self.timeout_s,
                 variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
             )
-        where = f"{stage} on {self.topology}" + (f" with {plan}" if stage == "denoise" else "")
+        where = f"{stage} on {self.topology}" + (f" with {plan}" if denoise else "")
         if outcome.status == Status.OUT_OF_MEMORY:
             raise PipelineError(
                 f"{where}: does not fit a chip's {device.hbm_bytes / 2**30:.0f} GiB; try more chips, "
-                f"{'parallel=ulysses_sharded, ' if stage == 'denoise' else ''}or a smaller video ({outcome.error})"
+                f"{'parallel=ulysses_sharded, ' if denoise else ''}or a smaller video ({outcome.error})"
             )
         if outcome.error and outcome.error.startswith("compiler_options"):
             raise UserError(outcome.error)

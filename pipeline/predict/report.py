@@ -1,16 +1,22 @@
-"""A prediction as a record and on a terminal, next to what was reported for the published pipeline."""
+"""A prediction as a record, on a terminal, for TensorBoard, and beside what was reported for the published pipeline."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
 import offline_tpu
+from offline_tpu.compile import parse_topology
 from offline_tpu.options import options_text
+from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
+from splash_workbench import provenance
+from splash_workbench.profiles import sessions
+from splash_workbench.profiles.sessions import Session
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import (
     GIB,
@@ -54,6 +60,8 @@ def make_report(
     if denoise is not None and prediction.plan.uses_stock_block:
         step_time_s, note = _with_seed_kernel(denoise)
         notes.append(note)
+    size = (request.width, request.height, request.num_frames, request.num_inference_steps)
+    is_reported = size == (1280, 720, 81, 50) and topology in ("v6e-8", "v6e:2x4")
     stage_times = {stage: result.time_s for stage, result in stages.items()}
     if step_time_s is not None:
         stage_times["denoise"] = step_time_s * request.num_inference_steps
@@ -63,7 +71,7 @@ def make_report(
         request=dataclasses.asdict(request),
         config_source=config_source,
         compiler_options=dict(compiler_options or {}),
-        plan=decode(prediction.plan.to_dict(), Plan),
+        plan=decode(encode(prediction.plan), Plan),
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,
@@ -74,7 +82,7 @@ def make_report(
         stages=stages,
         other_plans=prediction.others,
         failures={str(stage): reason for stage, reason in prediction.failures.items()},
-        reported=REPORTED_SEED if _is_reported_case(request, topology) else None,
+        reported=REPORTED_SEED if is_reported else None,
         notes=tuple(notes),
         environment=environment(_SOURCES),
     )
@@ -94,11 +102,6 @@ def _with_seed_kernel(denoise: StagePrediction) -> tuple[float, str]:
     )
 
 
-def _is_reported_case(request: GenerateRequest, topology: str) -> bool:
-    size = (request.width, request.height, request.num_frames, request.num_inference_steps)
-    return size == (1280, 720, 81, 50) and topology in ("v6e-8", "v6e:2x4")
-
-
 def print_report(report: PredictionRecord) -> None:
     """Print the report as lines of text."""
     video = report.video
@@ -107,7 +110,9 @@ def print_report(report: PredictionRecord) -> None:
         f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
         "nothing was run"
     )
-    print(f"  plan {_plan(report)}" + "".join(f"; {name}: {_other(v)}" for name, v in report.other_plans.items()))
+    shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
+    others = "".join(f"; {name}: {value}" for name, value in shown)
+    print(f"  plan {_plan(report)}" + others)
     if report.compiler_options:
         print(f"  compiler options {options_text(report.compiler_options)}")
     for stage, result in report.stages.items():
@@ -148,6 +153,40 @@ def _print_stage(report: PredictionRecord, stage: str, result: StagePrediction) 
         print(f"    MFU {result.mfu_fraction:.1%}; attention {result.attention.resolution}")
 
 
+def write_timelines(report: PredictionRecord, logdir: Path, run: str | None) -> Sequence[str]:
+    """Write a session for each stage of a report, with its ops still in it: a denoise step, a batch of latent frames.
+
+    Replaces those of the same run. run: its name; None: made from topology, size and plan. Returns lines for the user.
+    """
+    video, topology = report.video, report.topology
+    size = f"{video.size}-{report.request['dtype']}"
+    name = run or sessions.safe_name(f"{Path(video.checkpoint).name}-{size}-{topology}-{report.plan.plan}")
+    name = PREFIX + sessions.check_name(name).removeprefix(PREFIX)
+    device, _ = parse_topology(topology)
+    captured = provenance.capture(offline_tpu.SOURCES)
+    made_by = predicted_by(captured.versions)
+    for stage, result in report.stages.items():
+        programs = [
+            Program(
+                f"{stage}-{number}" if number else stage,
+                tuple(decode(op, offline_tpu.OpCost) for op in program.timeline),
+            )
+            for number, program in enumerate(result.programs or (result,))
+        ]
+        session = Session(
+            run=name,
+            part=stage,
+            repeat=1,
+            label=Label.PREDICTED,
+            device=f"{device.device_kind} ({topology}, one chip)",
+            made_by=made_by,
+            config={**report.request, "plan": encode(report.plan)},
+            environment=captured,
+        )
+        sessions.write_session(logdir, session, space_of(programs, device, made_by))
+    return sessions.how_to_look(logdir, name)
+
+
 def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     """Return predictions as one table, what was reported for the published pipeline below it.
 
@@ -164,10 +203,9 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, plan), report in sorted(newest.items()):
-        cells = [case, plan, _cell(report.step_time_s)]
         refused = {stage: "does not fit" for stage, text in report.failures.items() if "not fit" in text}
-        cells += [_cell(report.stage_times_s.get(stage)) or refused.get(stage, "") for stage in ("text", "vae")]
-        cells += [_cell(report.total_time_s, 1)]
+        stages = [_cell(report.stage_times_s.get(stage)) or refused.get(stage, "") for stage in ("text", "vae")]
+        cells = [case, plan, _cell(report.step_time_s), *stages, _cell(report.total_time_s, 1)]
         cells += [_cell(report.peak_hbm_gib, 1), _cell(report.mfu_fraction, 2), report.label]
         lines.append(f"| {' | '.join(cells)} |")
         lines += [
@@ -205,7 +243,3 @@ def _plan(report: PredictionRecord) -> ParallelPlan:
 
 def _cell(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _other(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3f} s a step"

@@ -1,35 +1,28 @@
-"""Command line: `python -m pipeline.quality`. Do the videos follow their prompts, and does a faster way keep them?
-
-Exits with 1 where a candidate is over its budget, or the reference follows its prompts less often than it should.
-"""
+"""Command line: `python -m pipeline.quality`. Do the videos follow their prompts, and does a faster way keep them?"""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.requests.config import GenerateConfig
+from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+from pipeline.checkpoints.shapes import parse_caption
+from pipeline.quality.gate import Budget, Comparison, QualityVariant, compare, to_uint8, variant_videos
+from pipeline.requests.config import GenerateConfig, to_parallel, to_request
+from pipeline.runs.records import devices, environment
+from pipeline.runs.video import write_mp4
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import require_writable
+from splash_workbench.records import jsonl
+from splash_workbench.records.quality import QualityRecord
 from splash_workbench.trial_status import Label
 
-if TYPE_CHECKING:
-    from splash_workbench.records.quality import QualityRecord
-
 _NOT_OF_A_CANDIDATE = {"name", "budget"}
-
-
-@dataclasses.dataclass
-class BudgetSchema:
-    """See `Budget`."""
-
-    psnr_db: float = 0.0
-    ssim: float = 0.0
-    read_back: bool = True
 
 
 @dataclasses.dataclass
@@ -39,7 +32,7 @@ class QualityConfig(GenerateConfig):
     captions: list[str] = dataclasses.field(default_factory=list)
     seeds: list[int] = dataclasses.field(default_factory=list)
     kernel: str = "pallas_interpret"
-    budget: BudgetSchema = dataclasses.field(default_factory=BudgetSchema)
+    budget: Budget = dataclasses.field(default_factory=Budget)
     follows: float = 0.0
     candidates: list[Any] = dataclasses.field(default_factory=list)
     only: list[str] = dataclasses.field(default_factory=list)
@@ -56,25 +49,21 @@ _UNUSED = (
 
 @cli.command("quality", QualityConfig, unused=_UNUSED)
 def main(settings: QualityConfig) -> int:
-    """Judge the reference and the candidates: print a table, append records, return the exit code."""
-    from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
-    from pipeline.checkpoints.shapes import parse_caption
-    from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
-    from splash_workbench.records import jsonl
-
+    """Print a table, append records; return 1 where one is over its budget or prompts are not followed enough."""
     if settings.compilation_cache:
         use_compilation_cache()
     from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     captions = [caption for caption in settings.captions for _ in settings.seeds]
     if not captions:
         raise UserError("captions, seeds: expected at least one each")
-    base = _generate_config(settings)
-    reference = QualityVariant.from_config("reference", base, Budget(float("inf"), 1.0))
-    chosen = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
-    if unknown := set(settings.only) - {candidate.name for candidate in chosen}:
-        names = ", ".join(candidate.name for candidate in chosen)
-        raise UserError(f"only={sorted(unknown)}: expected some of {names}")
-    chosen = [candidate for candidate in chosen if not settings.only or candidate.name in settings.only]
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
+    base = GenerateConfig(**{**fields, "prompt": settings.captions[0]})
+    reference = QualityVariant("reference", to_request(base), to_parallel(base), Budget(float("inf"), 1.0))
+    candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
+    names = [candidate.name for candidate in candidates]
+    if unknown := set(settings.only) - set(names):
+        raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
+    chosen = [candidate for candidate in candidates if candidate.name in (settings.only or names)]
     cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
@@ -82,7 +71,7 @@ def main(settings: QualityConfig) -> int:
     if settings.videos_dir is not None:
         require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
 
-    def videos_of(candidate: QualityVariant) -> Any:
+    def videos_of(candidate: QualityVariant) -> np.ndarray:
         def say(text: str) -> None:
             print(f"  {candidate.name}: {text}", file=sys.stderr, flush=True)
 
@@ -90,7 +79,10 @@ def main(settings: QualityConfig) -> int:
         return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
 
     expected = videos_of(reference)
-    _write_videos(settings, expected, reference.request.fps)
+    if settings.videos_dir is not None:
+        for caption, seed, video in zip(captions, settings.seeds * len(settings.captions), expected, strict=True):
+            path = Path(settings.videos_dir) / f"{caption.replace(' ', '-')}-seed{seed}.mp4"
+            write_mp4(path, to_uint8(video), reference.request.fps)
     failed = False
     print(_HEADER, flush=True)
     for candidate in (reference, *chosen):
@@ -107,15 +99,8 @@ def main(settings: QualityConfig) -> int:
     return int(failed)
 
 
-def _generate_config(settings: QualityConfig) -> GenerateConfig:
-    names = [field.name for field in dataclasses.fields(GenerateConfig)]
-    return GenerateConfig(**{**{name: getattr(settings, name) for name in names}, "prompt": settings.captions[0]})
-
-
-def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchema) -> Any:
+def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: Budget) -> QualityVariant:
     """Return a candidate of the configuration: the reference's keys with its own in their place."""
-    from pipeline.quality.gate import Budget, QualityVariant
-
     name = fields.get("name")
     if not name:
         raise UserError(f"candidates: expected a name in {fields}")
@@ -123,7 +108,7 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: BudgetSchem
     limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
-        return QualityVariant.from_config(name, settings, Budget(**limits))
+        return QualityVariant(name, to_request(settings), to_parallel(settings), Budget(**limits))
     except (UserError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
@@ -132,7 +117,7 @@ _COLUMNS = ("colour", "shape", "motion", "all")
 _HEADER = f"  {'':<22} {'PSNR dB':>8} {'SSIM':>7} " + " ".join(f"{name:>7}" for name in _COLUMNS)
 
 
-def _row(outcome: Any, failures: list[str]) -> str:
+def _row(outcome: Comparison, failures: list[str]) -> str:
     """Return a line: the worst video's PSNR and SSIM, and the fractions of videos that show what the prompt says."""
     psnr = min(outcome.psnr_db)
     figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
@@ -141,19 +126,15 @@ def _row(outcome: Any, failures: list[str]) -> str:
     return f"  {outcome.variant.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
 
 
-def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "QualityRecord":
+def _record(outcome: Comparison, failures: list[str], settings: QualityConfig) -> QualityRecord:
     """Return the record of a candidate; PSNR is None where a video is the reference's very own."""
-    from pipeline.requests.config import request_to_dict
-    from pipeline.runs.records import devices, environment
-    from splash_workbench.records.quality import QualityRecord
-
     candidate = outcome.variant
     is_reference = candidate.name == "reference"
     return QualityRecord(
         label=Label.MEASURED,
         device=devices(),
         environment=environment(),
-        request=request_to_dict(candidate.request),
+        request=dataclasses.asdict(candidate.request),
         candidate=candidate.name,
         parallel=dataclasses.asdict(candidate.parallel),
         prompts=tuple(settings.captions),
@@ -165,18 +146,6 @@ def _record(outcome: Any, failures: list[str], settings: QualityConfig) -> "Qual
         read_back=outcome.read_back,
         failures=tuple(failures),
     )
-
-
-def _write_videos(settings: QualityConfig, videos: Any, fps: float) -> None:
-    from pipeline.quality.gate import to_uint8
-    from pipeline.runs.video import write_mp4
-
-    if settings.videos_dir is None:
-        return
-    pairs = [(prompt, seed) for prompt in settings.captions for seed in settings.seeds]
-    for (prompt, seed), video in zip(pairs, videos, strict=True):
-        name = f"{prompt.replace(' ', '-')}-seed{seed}.mp4"
-        write_mp4(Path(settings.videos_dir) / name, to_uint8(video), fps)
 
 
 if __name__ == "__main__":

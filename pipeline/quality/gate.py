@@ -5,14 +5,11 @@ frame with the reference's (PSNR, SSIM), and read back (`pipeline.quality.read_b
 """
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,28 +21,31 @@ from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.quality.read_back import Reading, fractions, read_video
-from pipeline.requests.config import GenerateConfig, request_from_dict, request_to_dict, to_parallel, to_request
-from pipeline.requests.errors import PipelineError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.errors import PipelineError, RequestError
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import STAGES, GenerateRequest
-from pipeline.stages.stages import LoadedStages, StageContext, Stages
+from pipeline.stages.stages import StageContext, Stages
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status
+from splash_workbench.workers.pool import Runner
 
 Say = Callable[[str], None]
+_TIMEOUT_S = 86400.0  # of videos on simulated devices
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Budget:
     """Limits of a variant. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
 
-    psnr_db: float
-    ssim: float
+    psnr_db: float = 0.0
+    ssim: float = 0.0
     read_back: bool = True
 
     def __post_init__(self) -> None:
         if not self.psnr_db >= 0:
-            raise ValueError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
+            raise RequestError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
         if not 0 <= self.ssim <= 1:
-            raise ValueError(f"budget.ssim={self.ssim}: expected 0 to 1.")
+            raise RequestError(f"budget.ssim={self.ssim}: expected 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,6 @@ class QualityVariant:
     request: GenerateRequest
     parallel: ParallelOptions
     budget: Budget
-
-    @classmethod
-    def from_config(cls, name: str, config: GenerateConfig, budget: Budget) -> Self:
-        """Return the variant of a configuration. Raises RequestError where it fits no request."""
-        return cls(name, to_request(config), to_parallel(config), budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +133,7 @@ def make_videos(
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     configs = read_configs(checkpoint)
     check_request(request, configs)
-    stages = Stages(LoadedStages().get)
+    stages = Stages()
     base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
     base.loaded_key("denoise")  # raises for a plan that does not fit, before the text is encoded
     geometry = LatentGeometry.from_request(request, configs["transformer"], configs["vae"])
@@ -167,45 +162,32 @@ def variant_videos(
     wanted = variant.parallel.num_devices or 1
     if wanted <= jax.device_count() or jax.default_backend() != "cpu":
         return make_videos(variant.request, variant.parallel, prompts, seeds, cache_dir, say)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}".strip()
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "videos.npy"
         job = {
-            "request": request_to_dict(variant.request),
+            "request": dataclasses.asdict(variant.request),
             "parallel": dataclasses.asdict(variant.parallel),
             "prompts": list(prompts),
             "seeds": list(seeds),
             "cache_dir": str(cache_dir) if cache_dir else None,
             "compilation_cache_dir": jax.config.values["jax_compilation_cache_dir"],
-            "output": str(output),
+            "output": f"{folder}/videos.npy",
         }
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}"
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-        command = [sys.executable, "-m", "pipeline.quality.gate"]
-        done = subprocess.run(
-            command, input=json.dumps(job), env=environment, cwd=_ROOT, capture_output=True, text=True, check=False
+        outcome = Runner(Path(folder)).run(
+            f"{__name__}:save_videos",
+            job,
+            timeout_s=_TIMEOUT_S,
+            variables=lambda _: {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         )
-        if done.returncode != 0:
-            last_words = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise PipelineError(f"{variant.name}: failed on {wanted} simulated devices ({last_words[0]})")
-        return np.load(output)
+        if outcome.status != Status.OK:
+            raise PipelineError(f"{variant.name}: failed on {wanted} simulated devices ({outcome.error})")
+        return np.load(job["output"])
 
 
-_ROOT = Path(__file__).resolve().parents[2]
-
-
-def _main() -> None:
-    job: Mapping[str, Any] = json.load(sys.stdin)
-    if job["compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", job["compilation_cache_dir"])
-    videos = make_videos(
-        request_from_dict(job["request"]),
-        ParallelOptions(**job["parallel"]),
-        job["prompts"],
-        job["seeds"],
-        Path(job["cache_dir"]) if job["cache_dir"] else None,
-    )
-    np.save(job["output"], videos)
-
-
-if __name__ == "__main__":
-    _main()
+def save_videos(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Call `make_videos`, in a worker, with the arguments that a job names; write them to its "output"."""
+    jax.config.update("jax_compilation_cache_dir", job["compilation_cache_dir"])
+    cache_dir = Path(job["cache_dir"]) if job["cache_dir"] else None
+    request, parallel = decode(job["request"], GenerateRequest), decode(job["parallel"], ParallelOptions)
+    np.save(job["output"], make_videos(request, parallel, job["prompts"], job["seeds"], cache_dir))
+    return {}

@@ -41,15 +41,16 @@ class Reading:
 
 def read_video(frames: np.ndarray) -> Reading:
     """Read uint8 frames [frames, height, width, 3]."""
-    regions = [_region(frame) for frame in frames.astype(np.float64)]
-    seen = [index for index, region in enumerate(regions) if region is not None]
-    if len(seen) < max(2, _MIN_SEEN * len(frames)):
+    found = {index: _region(frame) for index, frame in enumerate(frames.astype(np.float64))}
+    regions = {index: region for index, region in found.items() if region is not None}
+    if len(regions) < max(2, _MIN_SEEN * len(frames)):
         return Reading(None, None, None, 0.0)
-    masks = [region for region in regions if region is not None]
-    colour = _colour(np.concatenate([frames[i][_core(mask)] for i, mask in zip(seen, masks, strict=True)]))
+    masks = list(regions.values())
+    pixels = np.median(np.concatenate([frames[index][_core(mask)] for index, mask in regions.items()]), axis=0)
+    colour = min(COLOURS, key=lambda name: float(np.linalg.norm(pixels - np.array(COLOURS[name]))))
     overlaps = np.mean([_overlaps(mask) for mask in masks], axis=0)
     best = int(np.argmax(overlaps))
-    return Reading(colour, SHAPES[best], _motion(seen, masks, len(frames)), float(overlaps[best]))
+    return Reading(colour, SHAPES[best], _motion(list(regions), masks, len(frames)), float(overlaps[best]))
 
 
 def fractions(readings: Sequence[Reading], captions: Sequence[str]) -> dict[str, float]:
@@ -76,11 +77,6 @@ def _core(mask: np.ndarray) -> np.ndarray:
     """Return the mask without its blended edge, where anything is left without it."""
     inner = ndimage.binary_erosion(mask)
     return inner if inner.any() else mask
-
-
-def _colour(pixels: np.ndarray) -> str:
-    median = np.median(pixels, axis=0)
-    return min(COLOURS, key=lambda name: float(np.linalg.norm(median - np.array(COLOURS[name]))))
 
 
 def _overlaps(mask: np.ndarray) -> list[float]:
@@ -113,8 +109,6 @@ def _motion(seen: Sequence[int], masks: Sequence[np.ndarray], num_frames: int) -
     size_end = size_start + size_slope * (num_frames - 1)
     growth = np.log(max(size_end, 1.0) / max(size_start, 1.0)) / np.log(_MIN_GROWTH)
     to_units = (num_frames - 1) / min(height, width) / _MIN_TRAVEL
-    strengths = {"grows": growth, "shrinks": -growth}
-    for name, (along_x, along_y) in DIRECTIONS.items():
-        strengths[name] = (along_x * slope_x + along_y * slope_y) * to_units
-    strengths["stands still"] = 1.0
+    ways = {name: (x * slope_x + y * slope_y) * to_units for name, (x, y) in DIRECTIONS.items()}
+    strengths = {"grows": growth, "shrinks": -growth, **ways, "stands still": 1.0}
     return max(strengths, key=lambda name: float(strengths[name]))

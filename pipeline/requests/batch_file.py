@@ -1,5 +1,6 @@
 """The JSON-lines file of a batch: one request a line, all checked before any work."""
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -23,10 +24,7 @@ class Entry:
 
 
 def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
-    """Read and check the lines of a JSON-lines file; keys that a line leaves out are those of `config`.
-
-    Raises RequestError, with a message for each line that is wrong.
-    """
+    """Read a file's lines; `config` has the keys they leave out. Raises RequestError, a message for each wrong line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other breaks, which a string may hold
     except OSError as error:
@@ -86,9 +84,7 @@ def _attention(fields: Any, defaults: AttentionConfig) -> AttentionConfig:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"{repeated!r}: twice in one line; expected each key once")
-    return fields
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise RequestError(f"{name!r}: twice in one line; expected each key once")
+    return dict(pairs)

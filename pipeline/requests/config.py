@@ -1,14 +1,12 @@
 """The schema of configs/generate.yaml, and its one conversion to the frozen types."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.requests.run_options import RunOptions
 from splash_attn.types import BlockSizes, Variant
 
 
@@ -77,8 +75,11 @@ class GenerateConfig:
 
 def to_request(config: GenerateConfig) -> GenerateRequest:
     """Return the checked request of a resolved configuration. Raises RequestError."""
+    options = dict(vars(config.attention))
     try:
-        attention = _attention_options(vars(config.attention))
+        for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
+            options[name] = kind(**options[name]) if options[name] is not None else None
+        attention = AttentionOptions(**options)
     except RequestError:
         raise
     except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
@@ -88,35 +89,12 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
     return GenerateRequest(**fields, attention=attention)
 
 
-def _attention_options(fields: Mapping[str, Any]) -> AttentionOptions:
-    """Return the options of a mapping in which block_sizes and variant are mappings, or None."""
-    fields = dict(fields)
-    for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
-        fields[name] = kind(**fields[name]) if fields[name] is not None else None
-    return AttentionOptions(**fields)
-
-
 def request_field(name: str, *, _root_: Any) -> Any:
     """Return a field of the request that a configuration makes: for --help, where it is ${request:height}."""
     fields = {field: _root_[field] for field in ("checkpoint", *MODEL_FIELDS)}
     return fill_in_defaults(fields, _root_.model)[name]
 
 
-def request_to_dict(request: GenerateRequest) -> dict[str, Any]:
-    """Return a request as JSON-able fields."""
-    return dataclasses.asdict(request)
-
-
-def request_from_dict(fields: Mapping[str, Any]) -> GenerateRequest:
-    """Invert `request_to_dict`."""
-    return GenerateRequest(**{**fields, "attention": _attention_options(fields["attention"])})
-
-
 def to_parallel(config: GenerateConfig) -> ParallelOptions:
     """Return the checked parallel options of a resolved configuration. Raises RequestError."""
     return ParallelOptions(**dataclasses.asdict(config.parallel))
-
-
-def to_run_options(config: GenerateConfig) -> RunOptions:
-    """Return the checked run options of a resolved configuration. Raises RequestError."""
-    return RunOptions(config.resume, to_parallel(config), config.checkpoint_every, config.preview_every)

@@ -10,10 +10,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefaults:
-    """A model's published checkpoint, and the fields of a `GenerateRequest` that it was made for.
-
-    one_size: trained on this size alone; other videos show little.
-    """
+    """A model's published checkpoint, and the request it was made for. one_size: other sizes show little."""
 
     checkpoint: str
     dtype: str

@@ -41,7 +41,8 @@ def _require(condition: bool, message: str) -> None:
         raise RequestError(message)
 
 
-def _require_choice(name: str, value: Any, choices: Any) -> None:
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise RequestError unless the value is one of a Literal's."""
     allowed = get_args(choices)
     _require(value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
 
@@ -71,9 +72,9 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if self.implementation is not None:
-            _require_choice("attention.implementation", self.implementation, Implementation)
+            require_choice("attention.implementation", self.implementation, Implementation)
         if self.qk_dtype is not None:
-            _require_choice("attention.qk_dtype", self.qk_dtype, QkDtype)
+            require_choice("attention.qk_dtype", self.qk_dtype, QkDtype)
         flag = self.k_smooth
         _require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
 
@@ -126,8 +127,8 @@ class GenerateRequest:
         _require_number("fps", self.fps, 1, MAX_FPS, int | float)
         if self.fps == int(self.fps):
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
-        _require_choice("dtype", self.dtype, Dtype)
-        _require_choice("scheduler", self.scheduler, Scheduler)
+        require_choice("dtype", self.dtype, Dtype)
+        require_choice("scheduler", self.scheduler, Scheduler)
 
     @property
     def prompts(self) -> list[str]:

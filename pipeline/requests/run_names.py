@@ -24,33 +24,19 @@ def run_name(request: GenerateRequest, name: str | None = None, line: int = 1) -
     """
     template = DEFAULT_NAME if name is None else name
     values = {field: getattr(request, field) for field in _REQUEST_FIELDS}
-    values |= {"slug": _slug(request.prompt), "digest": _digest(request), "line": line}
+    slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
+    decisive = {field: value for field, value in dataclasses.asdict(request).items() if field != "fps"}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
+    values |= {"slug": slug, "digest": digest, "line": line}
     try:
-        unknown = [
-            field for _, field, _, _ in string.Formatter().parse(template) if field is not None and field not in values
-        ]
-        if unknown:
-            raise ValueError(f"unknown field {{{unknown[0]}}}")
+        for _, field, _, _ in string.Formatter().parse(template):
+            if field is not None and field not in values:
+                raise ValueError(f"unknown field {{{field}}}")
         filled = template.format(**values)
+        length = len(filled.encode())  # UnicodeEncodeError is a ValueError
     except (ValueError, AttributeError, TypeError) as error:  # TypeError: not a string
         fields = ", ".join(NAME_FIELDS)
         raise RequestError(f"name={name!r}: {error}; expected text in which {{...}} are of {fields}") from error
-    if filled in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", filled) or not 0 < _length(filled) <= _MAX_LENGTH:
+    if filled in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", filled) or length > _MAX_LENGTH:
         raise RequestError(f"name={filled!r}: expected the name of one folder, at most {_MAX_LENGTH} bytes long")
     return filled
-
-
-def _length(text: str) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError:
-        return 0
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "video"
-
-
-def _digest(request: GenerateRequest) -> str:
-    fields = {name: value for name, value in dataclasses.asdict(request).items() if name != "fps"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]

@@ -7,7 +7,6 @@ Where the two do not fit into memory together, the rest of the batch is denoised
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import resource
 import statistics
@@ -21,12 +20,13 @@ from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import Stage
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
-from pipeline.stages.stages import LoadedStages, Stages
+from pipeline.stages.stages import Stages
 from splash_workbench.files import write_json
+from splash_workbench.records.base import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +59,20 @@ def prepare(
     cache_dir: Path | None = None,
 ) -> list[Item]:
     """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
-    checkpoints: dict[Any, tuple[Checkpoint, dict[Stage, str]]] = {}
-    configs: dict[Any, Configs] = {}
+    found: dict[Any, tuple[Configs, Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
         request = entry.request
         which = (request.checkpoint, request.revision)
         try:
-            if which not in checkpoints:
+            if which not in found:
                 checkpoint = resolve_checkpoint(*which, cache_dir)
-                configs[which] = read_configs(checkpoint)
-                checkpoints[which] = checkpoint, checkpoint.identities(*needed_stages(stages))
-            check_request(request, configs[which])
-            run = RequestRun.prepare(request, stages, output_dir / entry.name, *checkpoints[which], run_options)
-            items.append(Item(entry, run))
+                found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed_stages(stages))
+            configs, checkpoint, identities = found[which]
+            check_request(request, configs)
+            run_dir = output_dir / entry.name
+            items.append(Item(entry, RequestRun(request, stages, run_dir, checkpoint, identities, run_options)))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}")
     if errors:
@@ -95,19 +94,12 @@ class Batch:
         progress: Progress = no_progress,
         say: Callable[[str, str], None] = lambda place, text: None,
     ):
-        self.items = list(items)
-        self._results_path = results_path
-        self._progress = progress
-        self._say = say
-        self._loaded = LoadedStages()
-        self._stages = Stages(self._loaded.get)
+        self.items, self._stages = list(items), Stages()
+        self._results_path, self._progress, self._say = results_path, progress, say
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item to its end; the module's docstring tells in which order.
-
-        Raises UserError, before any work, where another process is at work on one of them.
-        """
+        """Run every item. Raises UserError, before any work, where another process is at work on one of them."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:
@@ -121,25 +113,22 @@ class Batch:
             self._run_waiting(self.items[0].run.stages)
 
     def _run_waiting(self, stages: Sequence[Stage]) -> None:
-        if "text" in stages:
-            for item in self._in_order("text"):
-                self._tell(item, "")
-                self._attempt(item, "text")
-            self._loaded.drop("text")
-        if "denoise" in stages:
-            todo = self._in_order("denoise")
-            for index, item in enumerate(todo):
-                self._tell(item, f"{item.entry.name}{self._time_left(len(todo) - index)}")
-                self._attempt(item, "denoise")
-                if index == len(todo) - 1:
-                    self._loaded.drop("denoise")
-                if "vae" in stages and not self._apart:
-                    self._attempt(item, "vae")
-        if "vae" in stages:
-            for item in self._waiting():
-                self._tell(item, f"decoding: {item.entry.name}")
+        for item in self._in_order("text") if "text" in stages else ():
+            self._tell(item, "")
+            self._attempt(item, "text")
+        self._stages.drop("text")
+        todo = self._in_order("denoise") if "denoise" in stages else []
+        for videos_left, item in zip(range(len(todo), 0, -1), todo, strict=True):
+            self._tell(item, f"{item.entry.name}{self._time_left(videos_left)}")
+            self._attempt(item, "denoise")
+            if videos_left == 1:
+                self._stages.drop("denoise")
+            if "vae" in stages and not self._apart:
                 self._attempt(item, "vae")
-        self._loaded.drop("vae")
+        for item in self._waiting() if "vae" in stages else ():
+            self._tell(item, f"decoding: {item.entry.name}")
+            self._attempt(item, "vae")
+        self._stages.drop("vae")
 
     def _waiting(self) -> list[Item]:
         return [item for item in self.items if item.status == "waiting"]
@@ -159,11 +148,11 @@ class Batch:
             try:
                 run.run_stage(stage, self._stages, self._progress)
             except DeviceMemoryError:
-                if not (self._loaded.holds("denoise") and self._loaded.holds("vae")):
+                if not self._stages.holds("denoise", "vae"):
                     raise
                 logger.warning("%s: not enough device memory beside the other stage; from now on one by one", stage)
                 self._apart = True
-                self._loaded.drop("vae")
+                self._stages.drop("vae")
                 if stage == "vae":
                     return  # its turn comes when all are denoised
                 run.run_stage(stage, self._stages, self._progress)
@@ -185,7 +174,7 @@ class Batch:
         self._tell(item, f"failed: {item.error}")
         record = {
             "schema_version": SCHEMA_VERSION,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "created_at": utc_now(),
             "line": item.entry.line,
             "stage": stage,
             "error": str(error),

@@ -41,12 +41,8 @@ class StageKey:
 
     def differences(self, saved: Mapping[str, Any]) -> str:
         """Say how saved fields differ from these, for a message."""
-        names = sorted(set(self.fields) | set(saved))
-        return "; ".join(
-            f"{name}: saved {saved.get(name)!r}, wanted {self.fields.get(name)!r}"
-            for name in names
-            if saved.get(name) != self.fields.get(name)
-        )
+        pairs = {name: (saved.get(name), self.fields.get(name)) for name in sorted({*self.fields, *saved})}
+        return "; ".join(f"{name}: saved {a!r}, wanted {b!r}" for name, (a, b) in pairs.items() if a != b)
 
 
 def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage, str]) -> StageKey:
@@ -59,15 +55,11 @@ def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage,
         "text_weights": identities["text"],
     }
     if stage != "text":
+        names = ("height", "width", "num_frames", "num_inference_steps", "seed", "scheduler")
         fields |= {
-            "height": request.height,
-            "width": request.width,
-            "num_frames": request.num_frames,
-            "num_inference_steps": request.num_inference_steps,
+            **{name: getattr(request, name) for name in names},
             "guidance_scale": request.guidance_scale if guided else None,
             "use_dynamic_cfg": request.use_dynamic_cfg and guided,
-            "seed": request.seed,
-            "scheduler": request.scheduler,
             "attention": dataclasses.asdict(request.attention),
             "denoise_weights": identities["denoise"],
         }
@@ -96,10 +88,7 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
 
 
 def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
-    """Return the JSON file of a stage's saved output, its timings marked as reused.
-
-    Raises StageOutputError where the output is not whole, or does not belong to `key`.
-    """
+    """Return a saved output's JSON, timings marked reused. Raises StageOutputError unless it is whole and of `key`."""
     stage, path = key.stage, folder / f"{key.stage}.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import torch
 from PIL import Image
+from skimage.util import montage
 
 from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.stages.progress import Progress, StageEvent
@@ -41,7 +42,7 @@ def latent_rgb(checkpoint: Checkpoint) -> np.ndarray:
 
 
 def _fit(checkpoint: Checkpoint) -> np.ndarray:
-    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda name, value: torch.from_numpy(value.copy()))
+    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda value: torch.from_numpy(value.copy()))
     vae: Any = loaded.module
     vae.load_state_dict(loaded.weights, assign=True, strict=False)  # load_module has checked the names
     rng = np.random.default_rng(0)
@@ -72,11 +73,8 @@ def contact_sheet(latents: np.ndarray, factors: np.ndarray, max_frames: int = 9,
     rgb = _with_ones(np.moveaxis(latents[0, chosen].astype(np.float32), 1, -1)) @ factors
     frames = (np.clip(rgb, 0, 1) * 255).astype(np.uint8)
     columns = math.ceil(math.sqrt(len(frames)))
-    rows = math.ceil(len(frames) / columns)
-    height, width = frames.shape[1:3]
-    tiles = np.zeros((rows * columns, height, width, 3), np.uint8)
-    tiles[: len(frames)] = frames
-    sheet = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    grid = (math.ceil(len(frames) / columns), columns)
+    sheet = montage(frames, fill=(0, 0, 0), grid_shape=grid, channel_axis=-1)
     scale = min(_SCALE, max_side / max(sheet.shape))
     size = (round(sheet.shape[1] * scale), round(sheet.shape[0] * scale))
     return Image.fromarray(sheet).resize(size, Image.Resampling.BILINEAR)
@@ -111,21 +109,16 @@ class PreviewWriter:
     """
 
     def __init__(self, folder: Path, every: int, progress: Progress, checkpoint: Checkpoint):
-        self._path = folder / PREVIEW_NAME
-        self._every = every
-        self._progress = progress
+        self._path, self._every, self._progress = folder / PREVIEW_NAME, every, progress
         self._previews = Previews(checkpoint)
 
     def __call__(self, event: StageEvent) -> None:
         if event.preview is not None and event.step % self._every == 0:
             latents = event.preview()  # takes all processes, where there are several
             if jax.process_index() == 0 and (picture := self._previews.sheet(latents)):
-                self._write(picture)
+                try:
+                    with atomic_path(self._path) as temporary:
+                        picture.save(temporary)
+                except OSError as error:
+                    logger.warning("denoise: no preview (%s)", error)
         self._progress(event)
-
-    def _write(self, picture: Image.Image) -> None:
-        try:
-            with atomic_path(self._path) as temporary:
-                picture.save(temporary)
-        except OSError as error:
-            logger.warning("denoise: no preview (%s)", error)

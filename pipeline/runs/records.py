@@ -12,11 +12,12 @@ from pipeline.stages.progress import StageTimings
 from splash_workbench import provenance
 from splash_workbench.records.base import Devices
 from splash_workbench.records.generation import GenerationRecord, StageTimes
-from splash_workbench.records.jsonl import encode
+from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.trial_status import Label
 
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
-_PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
+#: What a stage's result and time depend on.
+PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 _SOURCES = ("pipeline/model/*.py", "pipeline/stages/*.py")
 
 
@@ -36,11 +37,7 @@ def make_record(
         attention=denoise.get("attention"),
         parallel=denoise.get("parallel"),
         resumed_at_step=denoise.get("resumed_at_step"),
-        stages={
-            t.stage: StageTimes(t.load_time_s, t.compile_time_s, t.run_time_s, tuple(t.step_times_s))
-            for t in timings
-            if not t.reused
-        },
+        stages={timing.stage: decode(encode(timing), StageTimes) for timing in timings if not timing.reused},
         reused_stages=tuple(timing.stage for timing in timings if timing.reused),
     )
 
@@ -72,9 +69,4 @@ def devices() -> Devices:
 
 def environment(sources: Iterable[str] = _SOURCES) -> provenance.Environment:
     """Describe this process, for a figure that the files matching `sources` make."""
-    return provenance.capture(sources, _PACKAGES)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of what a stage's result and time depend on."""
-    return provenance.package_versions(_PACKAGES)
+    return provenance.capture(sources, PACKAGES)

@@ -1,22 +1,28 @@
-"""One request on its way through its stages: what is there of it is reused, what is made is saved, then the video."""
+"""One request on its way through its stages: what is there of it is reused, what is made is saved, then the video.
+
+The Python API: `generate` makes a video, `warm_up` compiles its stages ahead of time.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 
-from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
-from pipeline.requests.run_options import RunOptions
+from pipeline.requests.run_names import run_name
 from pipeline.runs import records
 from pipeline.runs.outputs import (
     UNREADABLE,
@@ -29,11 +35,12 @@ from pipeline.runs.outputs import (
 )
 from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
-from pipeline.stages.progress import Progress, StageTimings, no_progress
+from pipeline.stages.progress import Progress, StageClock, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_attn.types import AttentionShape
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
+from splash_workbench.provenance import package_versions
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 
@@ -57,7 +64,6 @@ class GenerateResult:
     timings: tuple[StageTimings, ...]
 
 
-@dataclasses.dataclass
 class RequestRun:
     """One request in a folder of its own.
 
@@ -65,36 +71,28 @@ class RequestRun:
     equal ones share what is loaded. timings, details: of the stages that are done.
     """
 
-    context: StageContext
-    stages: tuple[Stage, ...]
-    run_dir: Path
-    run_options: RunOptions
-    keys: Mapping[Stage, StageKey]
-    loaded_keys: Mapping[Stage, Hashable]
-    timings: list[StageTimings] = dataclasses.field(default_factory=list)
-    details: dict[Stage, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def prepare(
-        cls,
+    def __init__(
+        self,
         request: GenerateRequest,
         stages: Sequence[Stage],
         run_dir: Path,
         checkpoint: Checkpoint,
         identities: Mapping[Stage, str],
         run_options: RunOptions,
-    ) -> Self:
+    ):
         """Check a request against what is here, without any work. Raises RequestError and CheckpointError.
 
         identities: of the checkpoint's `needed_stages`.
         """
         require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
-        context = StageContext(checkpoint, request, identities, run_options.parallel)
-        keys = {stage: stage_key(request, stage, identities) for stage in identities}
+        self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
+        self.context = StageContext(checkpoint, request, identities, run_options.parallel)
+        self.keys = {stage: stage_key(request, stage, identities) for stage in identities}
         if "denoise" in stages:
             _check_attention_device(request)
-        loaded_keys = {stage: context.loaded_key(stage) for stage in stages}
-        return cls(context, tuple(stages), run_dir, run_options, keys, loaded_keys)
+        self.loaded_keys = {stage: self.context.loaded_key(stage) for stage in stages}
+        self.timings: list[StageTimings] = []
+        self.details: dict[Stage, dict[str, Any]] = {}
 
     @property
     def request(self) -> GenerateRequest:
@@ -118,11 +116,12 @@ class RequestRun:
             self.details[stage] = saved
             self.timings.append(saved["timings"])
         else:
-            inputs, timings = self._inputs(stage), StageTimings(stage)
-            context = dataclasses.replace(self.context, timings=timings, progress=progress)
+            inputs, clock = self._inputs(stage), StageClock(stage, progress)
+            context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
-            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings.to_dict()})
-            self.timings.append(timings)
+            timings = dataclasses.asdict(clock.timings)
+            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings})
+            self.timings.append(clock.timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
 
@@ -133,22 +132,15 @@ class RequestRun:
         if stage == "text":
             embeddings = stages.encode(context, self.request.prompts)
             return dict(zip(self._embedding_names, np.split(embeddings, len(embeddings)), strict=True)), {}
-        if stage == "denoise":
-            return self._denoise(context, inputs, stages)
-        return {"frames": stages.decode(context, inputs["latents"])}, {}
-
-    def _denoise(
-        self, context: StageContext, inputs: Mapping[str, np.ndarray], stages: Stages
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if stage == "vae":
+            return {"frames": stages.decode(context, inputs["latents"])}, {}
         embeddings = np.concatenate([inputs[name] for name in self._embedding_names])
-        plan, every = context.plan.to_dict(), self.run_options.preview_every
+        plan, options, clock = dataclasses.asdict(context.plan), self.run_options, context.clock
         fingerprint = _state_fingerprint(self.keys["denoise"], plan)
-        state_file = StateFile(self.run_dir, fingerprint, self.run_options.checkpoint_every, self.run_options.resume)
-        if every:
-            writer = PreviewWriter(self.run_dir, every, context.progress, context.checkpoint)
-            context = dataclasses.replace(context, progress=writer)
-        latents = stages.denoise(context, embeddings, state_file=state_file)
-        return {"latents": latents}, {
+        state_file = StateFile(self.run_dir, fingerprint, options.checkpoint_every, options.resume)
+        if options.preview_every and clock:
+            clock.progress = PreviewWriter(self.run_dir, options.preview_every, clock.progress, context.checkpoint)
+        return {"latents": stages.denoise(context, embeddings, state_file=state_file)}, {
             "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,
@@ -220,7 +212,7 @@ class RequestRun:
             "video_bytes": path.stat().st_size,
             "weights": {stage: key.fields[f"{stage}_weights"] for stage in STAGES},
             "options": dataclasses.asdict(self.run_options),
-            "stages": [timing.to_dict() for timing in self.timings],
+            "stages": [dataclasses.asdict(timing) for timing in self.timings],
         }
         write_json(self.run_dir / SIDECAR_NAME, sidecar)
         return path
@@ -234,7 +226,8 @@ def needed_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     """Digest everything that the bits depend on: another plan, device or compiler sums in another order."""
     device = jax.devices()[0]
-    described = [key.fingerprint, plan, device.platform, device.device_kind, records.package_versions()]
+    versions = package_versions(records.PACKAGES)
+    described = [key.fingerprint, plan, device.platform, device.device_kind, versions]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -246,3 +239,62 @@ def _check_attention_device(request: GenerateRequest) -> None:
             "leave it out, or take xla or pallas_interpret"
         )
     resolve_attention(request.attention, AttentionShape(1, 1, 128, 128, 64), request.dtype)  # for any shape the same
+
+
+def generate(
+    request: GenerateRequest,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    run_dir: Path | None = None,
+    output_dir: Path = Path("videos"),
+    run_options: RunOptions | None = None,
+    cache_dir: Path | None = None,
+    results_path: Path | None = None,
+    progress: Progress = no_progress,
+) -> GenerateResult:
+    """Run stages of one request, each with only its own weights in memory, and write the video.
+
+    run_dir: where the stages' outputs and the video go; a folder under `output_dir` named after the request without
+    it. cache_dir: for checkpoint "tiny-random". results_path: a JSON-lines file that gets a record of the timings.
+    progress: told of every step; may raise to interrupt, after which the same call resumes where it was: at the step
+    in the stage "denoise", else at the beginning of the stage.
+
+    Raises CheckpointError, StageOutputError (a stage that was left out has no fitting output), NonFiniteError, and
+    UserError where the folder cannot be written to or another process is at work there.
+    """
+    run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    check_request(request, read_configs(checkpoint))
+    identities = checkpoint.identities(*needed_stages(stages))
+    run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+    with run.locked():
+        loaded = Stages()
+        for stage in stages:
+            run.run_stage(stage, loaded, progress)
+            loaded.drop(stage)
+        return run.finish(results_path)
+
+
+def warm_up(
+    request: GenerateRequest,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    run_options: RunOptions | None = None,
+    **options: Any,
+) -> tuple[StageTimings, ...]:
+    """Compile every stage of a request and try it on a single denoising step; keeps no output.
+
+    With a persistent compilation cache the next run, of any number of steps, starts without compiling. `stages` must
+    begin with "text". options: others of `generate`, which also says what is raised.
+    """
+    if stages[0] != "text":
+        raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
+    with tempfile.TemporaryDirectory() as folder:
+        result = generate(
+            dataclasses.replace(request, num_inference_steps=1),
+            stages=stages,
+            run_dir=Path(folder),
+            run_options=dataclasses.replace(run_options or RunOptions(), resume=False),
+            **options,
+        )
+    return result.timings

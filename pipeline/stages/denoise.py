@@ -1,26 +1,31 @@
 """Stage "denoise": T5 embeddings -> latents, with classifier-free guidance and the checkpoint's scheduler."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, LoadedModule, load_module
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry
-from pipeline.model.schedule import build_scheduler, step_table
+from pipeline.model.latents import LatentGeometry, from_rows, rotary_embedding, rotary_rows, to_rows
+from pipeline.model.noise_schedule import build_scheduler, guidance_scales, step_table
+from pipeline.model.placement import put, to_host
 from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.model.weights import place_weights
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.errors import NonFiniteError
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.stages.denoise_loop import DenoiseLoop
-from pipeline.stages.progress import Progress, StageTimings, no_progress
-from pipeline.stages.resume import StateFile
+from pipeline.stages.progress import StageClock, StageEvent
+from pipeline.stages.resume import DenoiseState, StateFile
+from splash_attn.types import AttentionShape
 
 
 def build_step(
@@ -40,9 +45,132 @@ def build_step(
     """
     shape = TransformerShape.from_config(module.config)
     stock = plan.uses_stock_block
-    layout = TokenLayout(text_seq_len, geometry.num_patches(shape), plan.sequence_shards, padded=not stock)
+    layout = TokenLayout(text_seq_len, geometry.num_patches, plan.sequence_shards, padded=not stock)
     stock_block = module.transformer_blocks[0] if stock else None
     return DenoiseStep(shape, layout, plan, plan.mesh(devices), attention, guided, noisy, stock_block)
+
+
+class DenoiseLoop:
+    """Run the steps of one request, from the first or a saved state, with the same bits; see `Denoiser.denoise`."""
+
+    def __init__(
+        self,
+        denoiser: "Denoiser",
+        request: GenerateRequest,
+        embeddings: np.ndarray,
+        clock: StageClock,
+        latents: np.ndarray | None,
+        state_file: StateFile | None,
+    ):
+        self._denoiser, self._clock, self._state_file = denoiser, clock, state_file
+        self._geometry = denoiser.geometry(request)
+        scheduler = build_scheduler(denoiser.configs["scheduler"], request.scheduler)
+        self._table = table = step_table(scheduler, request.num_inference_steps)
+        self._step = step = build_step(
+            denoiser.module,
+            self._geometry,
+            embeddings.shape[1],
+            denoiser.plan,
+            denoiser.devices,
+            attention=denoiser.attention,
+            guided=request.do_classifier_free_guidance,
+            noisy=table.needs_noise,
+        )
+        rotary = rotary_embedding(self._geometry, denoiser.configs["transformer"])
+        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
+        placed = tuple(put(each, step.sharding("rotary")) for each in tables)
+        self._fixed = put(embeddings, step.sharding("embeddings")), placed
+        self._guidance = guidance_scales(request.guidance_scale, table.timesteps, request.use_dynamic_cfg)
+        self._dtype = getattr(torch, request.dtype)
+        self._generator = torch.Generator().manual_seed(request.seed)
+        saved = state_file.load() if state_file is not None else None
+        if saved is not None:
+            self._generator.set_state(torch.from_numpy(saved.generator))
+            clock.timings.step_times_s[:] = saved.step_times_s
+            clock.timings.run_time_s += sum(saved.step_times_s)
+            self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
+        else:
+            if latents is None:
+                # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
+                noise = torch.randn(self._geometry.shape, generator=self._generator, dtype=self._dtype)
+                latents = torch_to_numpy(noise * table.init_noise_sigma)
+            self._start, sample = 0, self._to_rows(latents)
+            x0 = np.zeros(sample.shape, np.float32)
+        self._state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
+
+    def run(self) -> np.ndarray:
+        """Run the steps that are left; return latents without padding frames."""
+        total = len(self._table.timesteps)
+        # start == total: interrupted when all was done but this call
+        arguments = self._arguments(min(self._start, total - 1))
+        program = self._denoiser.program(self._step, arguments, self._clock)
+        with self._clock.measure("run"):
+            self._clock.start(total, self._tell)
+            for index in range(self._start, total):
+                if index > self._start:
+                    arguments = self._arguments(index)
+                *self._state, finite = program(self._denoiser.weights, *arguments)
+                del arguments  # donated
+                if not bool(finite):
+                    raise NonFiniteError(
+                        f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
+                        "try dtype=float32 or a lower guidance_scale"
+                    )
+                self._clock.tick(functools.partial(self._video_latents, self._state[1]))
+        return self._video_latents(self._state[0])
+
+    def _arguments(self, index: int) -> tuple[Any, ...]:
+        """Return what the program takes after the weights; draws the step's noise."""
+        step, table = self._step, self._table
+        noise = self._noise(index)
+        scalars = (
+            np.asarray(table.timesteps[index], np.int32),
+            np.asarray(self._guidance[index], np.float32),
+            table.coefficients[index].astype(np.float32),
+        )
+        return (
+            *self._state,
+            put(self._to_rows(noise) if noise.ndim else noise, step.sharding("noise")),
+            *self._fixed,
+            *(put(scalar, step.sharding("scalar")) for scalar in scalars),
+        )
+
+    def _noise(self, index: int) -> np.ndarray:
+        if not self._table.needs_noise:
+            return np.zeros((), np.float32)
+        noise = torch.zeros(self._geometry.shape, dtype=self._dtype)
+        for _ in range(self._table.noise_draws[index]):
+            noise = torch.randn(self._geometry.shape, generator=self._generator, dtype=self._dtype)
+        return torch_to_numpy(noise)
+
+    def _tell(self, event: StageEvent) -> None:
+        """Pass on a step's event, and save its state. Called within the clock's tick, which counts none of it."""
+        file, new = self._state_file, event.step > self._start
+        due = new and file is not None and file.due(event.step, self._clock.timings.step_times_s)
+        if due:
+            self._save(event.step)
+        try:
+            self._clock.progress(event if event.step else dataclasses.replace(event, step=self._start))
+        except BaseException:
+            # Other processes may not be interrupted, or at another step, and fetching takes all of them.
+            if new and file is not None and not due and jax.process_count() == 1:
+                self._save(event.step)
+            raise
+
+    def _save(self, steps_done: int) -> None:
+        assert self._state_file is not None
+        sample, x0 = map(self._latents, self._state)
+        generator = self._generator.get_state().numpy().copy()
+        self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._clock.timings.step_times_s))
+
+    def _to_rows(self, latents: np.ndarray) -> np.ndarray:
+        return to_rows(latents, self._geometry, self._step.layout)
+
+    def _latents(self, rows: jax.Array) -> np.ndarray:
+        return from_rows(to_host(rows), self._geometry, self._step.layout)
+
+    def _video_latents(self, rows: jax.Array) -> np.ndarray:
+        return self._latents(rows)[:, self._geometry.padding_frames :]
 
 
 class Denoiser:
@@ -50,52 +178,32 @@ class Denoiser:
 
     def __init__(
         self,
-        loaded: LoadedModule,
-        transformer_config: Mapping[str, Any],
-        vae_config: Mapping[str, Any],
-        scheduler_config: Mapping[str, Any],
-        attention: AttentionOptions,
-        plan: ParallelPlan,
-        devices: Sequence[jax.Device],
-    ):
-        self._module: Any = loaded.module
-        self._attention = attention
-        self.plan = plan
-        self._devices = devices
-        head_dim = transformer_config["attention_head_dim"]
-        self._weights = place_weights(loaded.weights, head_dim, plan, plan.mesh(devices))
-        self._transformer_config = transformer_config
-        self._vae_config = vae_config
-        self._scheduler_config = scheduler_config
-        self._compiled: dict[Any, Any] = {}
-
-    @classmethod
-    def load(
-        cls,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         attention: AttentionOptions,
         parallel: ParallelOptions | None = None,
         guided: bool = True,
-    ) -> Self:
+    ):
         """Load transformer/ and the configurations of scheduler/ and vae/.
 
         guided: whether requests will use guidance; decides over dp where `parallel` leaves it open.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
-        config = checkpoint.config("transformer")
-        devices = jax.devices()
-        plan = resolve_plan(parallel or ParallelOptions(), len(devices), guided, config["num_attention_heads"])
-        loaded = load_module(checkpoint, "transformer", dtype, place=lambda name, value: value)
-        configs = checkpoint.config("vae"), checkpoint.config("scheduler")
-        return cls(loaded, config, *configs, attention, plan, devices)
+        self.attention, self.devices = attention, jax.devices()
+        self.configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
+        config, num_devices = self.configs["transformer"], len(self.devices)
+        self.plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
+        loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
+        self.module: Any = loaded.module
+        mesh = self.plan.mesh(self.devices)
+        self.weights = place_weights(loaded.weights, config["attention_head_dim"], self.plan, mesh)
+        self._compiled: dict[Any, Any] = {}
 
     def denoise(
         self,
         request: GenerateRequest,
         embeddings: np.ndarray,
-        timings: StageTimings | None = None,
-        progress: Progress = no_progress,
+        clock: StageClock | None = None,
         latents: np.ndarray | None = None,
         state_file: StateFile | None = None,
     ) -> np.ndarray:
@@ -104,48 +212,27 @@ class Denoiser:
         embeddings: [2 or 1, text tokens, text_embed_dim]: negative and positive, or positive alone without guidance.
         latents: initial noise, with padding frames; drawn from the request's seed without it.
         state_file: where to go on from, and to save to, also when `progress` raises. The caller removes it.
-        Raises NonFiniteError, and whatever `progress` raises, which is called once a step.
+        Raises NonFiniteError, and whatever the clock's `progress` raises, which is called once a step.
         """
-        timings = timings or StageTimings("denoise")
-        geometry = LatentGeometry.from_request(request, self._transformer_config, self._vae_config)
-        scheduler = build_scheduler(self._scheduler_config, request.scheduler)
-        table = step_table(scheduler, request.num_inference_steps)
-        step = build_step(
-            self._module,
-            geometry,
-            embeddings.shape[1],
-            self.plan,
-            self._devices,
-            attention=self._attention,
-            guided=request.do_classifier_free_guidance,
-            noisy=table.needs_noise,
-        )
-        loop = DenoiseLoop(request, step, geometry, table, timings, progress, state_file, latents)
-        return loop.run(
-            self._weights,
-            self._transformer_config,
-            embeddings,
-            lambda arguments: self._compile(step, arguments, timings, progress),
-        )
+        return DenoiseLoop(self, request, embeddings, clock or StageClock("denoise"), latents, state_file).run()
 
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
-        shape = TransformerShape.from_config(self._module.config)
-        geometry = LatentGeometry.from_request(request, self._transformer_config, self._vae_config)
-        return describe_attention(
-            self._attention,
-            batch_size=len(request.prompts),
-            num_heads=shape.num_heads,
-            seq_len=text_seq_len + geometry.num_patches(shape),
-            head_dim=shape.head_dim,
-            dtype=request.dtype,
-        )
+        sizes = TransformerShape.from_config(self.module.config)
+        seq_len = text_seq_len + self.geometry(request).num_patches
+        shape = AttentionShape(len(request.prompts), sizes.num_heads, seq_len, seq_len, sizes.head_dim)
+        return describe_attention(self.attention, shape, request.dtype)
 
-    def _compile(self, step: DenoiseStep, arguments: tuple[Any, ...], timings: StageTimings, progress: Progress) -> Any:
+    def geometry(self, request: GenerateRequest) -> LatentGeometry:
+        """Return the sizes of a request's latents."""
+        return LatentGeometry.from_request(request, self.configs["transformer"], self.configs["vae"])
+
+    def program(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
+        """Return the step compiled for arguments after the weights, from before where there is one."""
         key = (step.layout, step.guided, step.noisy, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self._compiled:
-            with timings.measure("compile", progress):
-                self._compiled[key] = step.compile(self._weights, *arguments)
+            with clock.measure("compile"), jax.set_mesh(step.mesh):
+                self._compiled[key] = step.jitted(self.weights).lower(self.weights, *arguments).compile()
         return self._compiled[key]
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.loading import build_module, resolve_checkpoint, use_compilation_cache
+from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
@@ -18,9 +19,9 @@ from pipeline.model.vae_decoder import DecoderShape, arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig, to_request
 from pipeline.requests.models import MODELS
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
-from pipeline.stages.denoise import DenoiseStep, abstract_arguments, build_step
+from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
 from splash_workbench.program import Program
@@ -130,7 +131,7 @@ def model_program(model: str, stage: Stage, devices: Sequence[jax.Device], hbm_b
         "vae": lambda: vae_programs(request, configs, devices)[-1][0],
     }
     sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "dtype")}
-    config = {"num_devices": len(devices)} | (plan.to_dict() if stage == "denoise" else {})
+    config = {"num_devices": len(devices)} | (dataclasses.asdict(plan) if stage == "denoise" else {})
     return ModelProgram(make[stage](), {"checkpoint": request.checkpoint, **sizes}, config)
 
 

@@ -7,16 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import GenerateRequest, Stage
-
-if TYPE_CHECKING:
-    from splash_workbench.profiles.sessions import Recorder
+from splash_workbench.errors import UserError
+from splash_workbench.profiles.sessions import Recorder, safe_name
 
 Phase = Literal["load", "compile", "run"]
 
@@ -47,11 +46,11 @@ def no_progress(event: StageEvent) -> None:
     """Ignore an event: the no-op Progress."""
 
 
-_recorder: contextvars.ContextVar["Recorder | None"] = contextvars.ContextVar("recorder", default=None)
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
-def tracing(recorder: "Recorder | None") -> Iterator[None]:
+def tracing(recorder: Recorder | None) -> Iterator[None]:
     """Profile every stage that runs in the block, without its loading and compiling: a session each."""
     option = "jax_compilation_cache_include_metadata_in_key"
     token, before = _recorder.set(recorder), jax.config.values[option]
@@ -64,16 +63,13 @@ def tracing(recorder: "Recorder | None") -> Iterator[None]:
         _recorder.reset(token)
 
 
-def recorder_of(settings: Any, request: GenerateRequest) -> "Recorder | None":
+def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
     """Return a recorder for `tracing` from a command line's profile, logdir and profile_run; None without profile=true.
 
     A run that is not named gets a name of what decides its time. Raises RequestError for one that cannot be a folder's.
     """
     if not settings.profile:
         return None
-    from splash_workbench.errors import UserError
-    from splash_workbench.profiles.sessions import Recorder, safe_name
-
     attention, plan = request.attention, settings.parallel.plan
     choices = [attention.implementation, attention.block_sizes, attention.variant, None if plan == "auto" else plan]
     size = f"{request.width}x{request.height}x{request.num_frames}-{request.dtype}"
@@ -100,53 +96,52 @@ class StageTimings:
     reused: bool = False
     profiled: bool = False
 
-    @contextlib.contextmanager
-    def measure(self, phase: Phase, progress: Progress) -> Iterator[None]:
-        """Add the time of the block to a phase, also when it fails. See `tracing` for what a run leaves besides."""
-        progress(StageEvent(self.stage, phase))
-        recorder = _recorder.get() if phase == "run" else None
-        with contextlib.ExitStack() as stack:
-            if recorder is not None:
-                self.profiled = True
-                stack.enter_context(recorder.record(self.stage))
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                field = f"{phase}_time_s"
-                setattr(self, field, getattr(self, field) + time.perf_counter() - start)
-
     @property
     def step_time_s(self) -> float | None:
         """Median of the steps, None without any."""
         return statistics.median(self.step_times_s) if self.step_times_s else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
+class StageClock:
+    """Time a stage and its steps, name the steps in a profile, and tell of each."""
 
-class StepClock:
-    """Time the steps of one stage, name them in a profile, and tell of each."""
+    def __init__(self, stage: Stage, progress: Progress = no_progress):
+        self.timings, self.progress = StageTimings(stage), progress
 
-    def __init__(self, timings: StageTimings, total_steps: int, progress: Progress):
-        self._timings = timings
-        self._total_steps = total_steps
-        self._progress = progress
-        progress(StageEvent(timings.stage, "run", 0, total_steps))
+    @contextlib.contextmanager
+    def measure(self, phase: Phase) -> Iterator[None]:
+        """Add the time of the block to a phase, also when it fails. See `tracing` for what a run leaves besides."""
+        timings, recorder = self.timings, _recorder.get() if phase == "run" else None
+        if phase != "run":  # whose steps are told of
+            self.progress(StageEvent(timings.stage, phase))
+        timings.profiled |= recorder is not None
+        with recorder.record(timings.stage) if recorder is not None else contextlib.nullcontext():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._tell = self.progress  # whoever was told instead may be freed
+                field = f"{phase}_time_s"
+                setattr(timings, field, getattr(timings, field) + time.perf_counter() - start)
+
+    def start(self, total_steps: int, tell: Progress | None = None) -> None:
+        """Begin the first step of so many. tell: told of them in place of `progress`."""
+        self._total_steps, self._tell = total_steps, tell or self.progress
+        self._tell(StageEvent(self.timings.stage, "run", 0, total_steps))
         self._begin()
 
     def tick(self, preview: Callable[[], np.ndarray] | None = None) -> None:
         """Call when a step's result is there (not merely dispatched). preview: see `StageEvent`."""
-        now = time.perf_counter()
+        step_time_s = time.perf_counter() - self._last
         self._annotation.__exit__(None, None, None)
-        self._timings.step_times_s.append(now - self._last)
-        step = len(self._timings.step_times_s)
-        self._progress(StageEvent(self._timings.stage, "run", step, self._total_steps, now - self._last, preview))
+        self.timings.step_times_s.append(step_time_s)
+        step = len(self.timings.step_times_s)
+        self._tell(StageEvent(self.timings.stage, "run", step, self._total_steps, step_time_s, preview))
         if step < self._total_steps:
             self._begin()
 
     def _begin(self) -> None:
-        number = len(self._timings.step_times_s) + 1
-        self._annotation = jax.profiler.StepTraceAnnotation(self._timings.stage, step_num=number)
+        number = len(self.timings.step_times_s) + 1
+        self._annotation = jax.profiler.StepTraceAnnotation(self.timings.stage, step_num=number)
         self._annotation.__enter__()
         self._last = time.perf_counter()

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,18 +37,6 @@ class DenoiseState:
     generator: np.ndarray
     step_times_s: list[float]
 
-    def to_bytes(self, fingerprint: str) -> bytes:
-        """Encode as safetensors, with what it belongs to."""
-        arrays = {
-            "sample": self.sample,
-            "x0": self.x0,
-            "generator": self.generator,
-            "step": np.asarray(self.step),
-            "step_times_s": np.asarray(self.step_times_s, np.float64),
-            "fingerprint": np.frombuffer(fingerprint.encode(), np.uint8),
-        }
-        return safetensors.torch.save({name: numpy_to_torch(np.array(array)) for name, array in arrays.items()})
-
 
 class StateFile:
     """Keep the state of one denoise stage in a file while it runs.
@@ -80,16 +67,18 @@ class StateFile:
         """Return whether the state should be saved after this step. step_times_s: of all steps done so far."""
         if self._every is None and len(step_times_s) >= 2:  # the first may be longer
             interval = math.ceil(TARGET_INTERVAL_S / max(step_times_s[-1], 1e-6))
-            self._every = int(_agreed(np.asarray(min(interval, 1000), np.int32)))
+            self._every = int(multihost_utils.broadcast_one_to_all(np.int32(min(interval, 1000))))
         return bool(self._every) and step % (self._every or 1) == 0
 
     def save(self, state: DenoiseState) -> None:
         """Replace the saved state. A failure (a full disk) is a warning: the run matters more."""
         if jax.process_index() != 0:
             return
+        arrays = {**vars(state), "fingerprint": np.frombuffer(self._fingerprint.encode(), np.uint8)}
+        data = safetensors.torch.save({name: numpy_to_torch(np.asarray(array)) for name, array in arrays.items()})
         try:
             with atomic_path(self._path) as temporary:
-                temporary.write_bytes(state.to_bytes(self._fingerprint))
+                temporary.write_bytes(data)
         except OSError as error:
             logger.warning("denoise: step %d could not be saved in %s (%s)", state.step, self._path, error.strerror)
 
@@ -117,16 +106,7 @@ def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:
 
 def _from_first_process(path: Path) -> bytes:
     """Return a file's content as the first process sees it, on every process; empty without the file."""
-    data = b""
-    if jax.process_index() == 0 and path.exists():
-        data = path.read_bytes()
-    if jax.process_count() == 1:
-        return data
-    length = int(_agreed(np.asarray(len(data), np.int32)))
-    padded = np.zeros(length, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return np.asarray(_agreed(padded)).tobytes() if length else b""
-
-
-def _agreed(value: np.ndarray) -> Any:
-    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
+    data = path.read_bytes() if jax.process_index() == 0 and path.exists() else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.frombuffer(data.ljust(length, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes() if length else b""

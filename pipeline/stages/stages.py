@@ -13,10 +13,10 @@ import torch
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.denoise import Denoiser
-from pipeline.stages.progress import Progress, StageTimings, no_progress
+from pipeline.stages.progress import StageClock
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
@@ -31,16 +31,15 @@ _CLASSES: Mapping[Stage, Any] = {"text": TextEncoder, "denoise": Denoiser, "vae"
 class StageContext:
     """One request as a stage sees it.
 
-    identities: of the weights of the stages to run, see `Checkpoint.identities`. timings: of the stage being run; None
-    where nobody wants them.
+    identities: of the weights of the stages to run, see `Checkpoint.identities`. clock: of the stage being run; None
+    where nobody wants its times.
     """
 
     checkpoint: Checkpoint
     request: GenerateRequest
     identities: Mapping[Stage, str]
     parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
-    progress: Progress = no_progress
-    timings: StageTimings | None = None
+    clock: StageClock | None = None
 
     @property
     def plan(self) -> ParallelPlan:
@@ -60,39 +59,34 @@ def _num_heads(checkpoint: Checkpoint, identity: str) -> int:
     return checkpoint.config("transformer")["num_attention_heads"]
 
 
-class LoadedStages:
-    """Loaded stages (weights and compiled programs), at most one of each kind."""
+class Stages:
+    """Run the stages of requests. Every stage's method raises DeviceMemoryError besides what the stage raises.
 
-    def __init__(self) -> None:
+    keep_loaded: keeps loaded stages (weights and compiled programs); None: kept here, at most one of each kind.
+    """
+
+    def __init__(self, keep_loaded: KeepLoaded | None = None):
+        self._keep_loaded = keep_loaded
         self._held: dict[Stage, tuple[Hashable, Any]] = {}
 
-    def get(self, stage: Stage, key: Hashable, load: Callable[[], Any]) -> Any:
-        """Return the loaded stage of this key; another of its kind is dropped before it is loaded."""
+    def holds(self, *stages: Stage) -> bool:
+        return self._held.keys() >= set(stages)
+
+    def drop(self, stage: Stage) -> None:
+        """Free the memory of a stage."""
+        self._held.pop(stage, None)
+        gc.collect()  # torch modules are cyclic
+
+    def _hold(self, stage: Stage, key: Hashable, load: Callable[[], Any]) -> Any:
         if stage in self._held and self._held[stage][0] != key:
             self.drop(stage)
         if stage not in self._held:
             self._held[stage] = key, load()
         return self._held[stage][1]
 
-    def holds(self, stage: Stage) -> bool:
-        return stage in self._held
-
-    def drop(self, *stages: Stage) -> None:
-        """Free the memory of these stages."""
-        for stage in stages:
-            self._held.pop(stage, None)
-        gc.collect()  # torch modules are cyclic
-
-
-class Stages:
-    """Run the stages of requests. Every method raises DeviceMemoryError besides what its stage raises."""
-
-    def __init__(self, keep_loaded: KeepLoaded):
-        self._keep_loaded = keep_loaded
-
     def encode(self, context: StageContext, prompts: list[str]) -> np.ndarray:
         """Encode prompts to T5 embeddings [prompts, text tokens, text_embed_dim]."""
-        return self._run("text", context, lambda text: text.encode(prompts, context.timings, context.progress))
+        return self._run("text", context, lambda text: text.encode(prompts, context.clock))
 
     def denoise(
         self,
@@ -102,13 +96,12 @@ class Stages:
         state_file: StateFile | None = None,
     ) -> np.ndarray:
         """Denoise latents [1, frames, channels, height, width]; arguments as of `Denoiser.denoise`."""
-        arguments = (context.request, embeddings, context.timings, context.progress, latents, state_file)
+        arguments = (context.request, embeddings, context.clock, latents, state_file)
         return self._run("denoise", context, lambda denoiser: denoiser.denoise(*arguments))
 
     def decode(self, context: StageContext, latents: np.ndarray, quantize: bool = True) -> np.ndarray:
         """Decode latents to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`."""
-        arguments = (latents, context.timings, context.progress, quantize)
-        return self._run("vae", context, lambda decoder: decoder.decode(*arguments))
+        return self._run("vae", context, lambda decoder: decoder.decode(latents, context.clock, quantize))
 
     def loaded(self, stage: Stage, context: StageContext) -> Any:
         """Return the loaded stage of a request: a TextEncoder, Denoiser or VaeDecoder."""
@@ -118,11 +111,10 @@ class Stages:
             options = request.attention, context.parallel, request.do_classifier_free_guidance
 
         def load() -> Any:
-            timings = context.timings or StageTimings(stage)
-            with timings.measure("load", context.progress):
-                return _CLASSES[stage].load(context.checkpoint, getattr(torch, request.dtype), *options)
+            with (context.clock or StageClock(stage)).measure("load"):
+                return _CLASSES[stage](context.checkpoint, getattr(torch, request.dtype), *options)
 
-        return self._keep_loaded(stage, context.loaded_key(stage), load)
+        return (self._keep_loaded or self._hold)(stage, context.loaded_key(stage), load)
 
     def _run(self, stage: Stage, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
         import_libraries()

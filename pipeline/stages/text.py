@@ -3,18 +3,18 @@
 import logging
 import textwrap
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pipeline.checkpoints.loading import Checkpoint, LoadedModule, load_module
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.placement import SPLIT, put, split_mesh, to_host
 from pipeline.model.torchax_bridge import jax_function
 from pipeline.requests.errors import CheckpointError, NonFiniteError
-from pipeline.stages.progress import Progress, StageTimings, StepClock, no_progress
+from pipeline.stages.progress import StageClock
 
 logger = logging.getLogger(__name__)
 
@@ -24,44 +24,33 @@ _SHOWN_LENGTH = 60  # characters
 class TextEncoder:
     """A loaded T5 encoder. Keeps its compiled program for the next prompts; drop the object to free its memory."""
 
-    def __init__(self, loaded: LoadedModule, tokenizer: Any, max_text_seq_length: int, devices: Sequence[jax.Device]):
-        self._loaded = loaded
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        """Load tokenizer/ and text_encoder/ of a checkpoint. Raises CheckpointError."""
+        devices = jax.devices()
+        self._max_text_seq_length = checkpoint.config("transformer")["max_text_seq_length"]
+        self._tokenizer = load_tokenizer(checkpoint)  # first: T5 is 9 GB
+        self._loaded = load_module(
+            checkpoint, "text_encoder", dtype, place=lambda value: put(value, weight_sharding(value.shape, devices))
+        )
         self._everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
-        self._tokenizer = tokenizer
-        self._max_text_seq_length = max_text_seq_length
-        self._program = encode_program(loaded.module, self._everywhere)
+        self._program = encode_program(self._loaded.module, self._everywhere)
         self._compiled: dict[tuple[int, ...], Any] = {}
 
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
-        """Load tokenizer/ and text_encoder/ of a checkpoint. Raises CheckpointError."""
-        length, devices = checkpoint.config("transformer")["max_text_seq_length"], jax.devices()
-        tokenizer = load_tokenizer(checkpoint)  # first: T5 is 9 GB
-        loaded = load_module(
-            checkpoint,
-            "text_encoder",
-            dtype,
-            place=lambda name, value: put(value, weight_sharding(value.shape, devices)),
-        )
-        return cls(loaded, tokenizer, length, devices)
-
-    def encode(
-        self, prompts: Sequence[str], timings: StageTimings | None = None, progress: Progress = no_progress
-    ) -> np.ndarray:
+    def encode(self, prompts: Sequence[str], clock: StageClock | None = None) -> np.ndarray:
         """Return embeddings [len(prompts), max_text_seq_length, text_embed_dim] in the encoder's dtype.
 
         Prompts are padded, or cut with a warning, to max_text_seq_length tokens; padding is not masked: CogVideoX was
         trained so. Raises NonFiniteError.
         """
-        timings = timings or StageTimings("text")
+        clock = clock or StageClock("text")
         token_ids = put(np.stack([self._token_ids(prompt) for prompt in prompts]), self._everywhere)
         compiled = self._compiled.get(token_ids.shape)
         if compiled is None:
-            with timings.measure("compile", progress):
+            with clock.measure("compile"):
                 compiled = self._program.lower(self._loaded.weights, token_ids).compile()
                 self._compiled[token_ids.shape] = compiled
-        with timings.measure("run", progress):
-            clock = StepClock(timings, 1, progress)
+        with clock.measure("run"):
+            clock.start(1)
             embeddings = to_host(compiled(self._loaded.weights, token_ids))
             finite = bool(np.isfinite(embeddings.astype(np.float32)).all())
             clock.tick()
@@ -84,7 +73,13 @@ class TextEncoder:
 
 def encode_program(encoder: torch.nn.Module, everywhere: NamedSharding) -> Any:
     """Return `(weights, token ids [prompts, tokens]) -> embeddings` of a stock T5 encoder, the result everywhere."""
-    return jax.jit(jax.named_scope("text")(jax_function(encoder, _last_hidden_state)), out_shardings=everywhere)
+    encode = jax_function(encoder)
+
+    @jax.named_scope("text")
+    def program(weights: Any, token_ids: jax.Array) -> jax.Array:
+        return encode(weights, token_ids, return_dict=False)[0]  # the last hidden state
+
+    return jax.jit(program, out_shardings=everywhere)
 
 
 def weight_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
@@ -92,10 +87,6 @@ def weight_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> Name
     if len(shape) < 2:
         return NamedSharding(split_mesh(devices, 1), PartitionSpec())
     return NamedSharding(split_mesh(devices, shape[0]), PartitionSpec(SPLIT))
-
-
-def _last_hidden_state(module: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    return module(token_ids, return_dict=False)[0]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

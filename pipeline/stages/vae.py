@@ -9,7 +9,7 @@ edges that they need, and group norms sum their statistics over the whole, so th
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ import torch
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pipeline.checkpoints.loading import Checkpoint, LoadedModule, load_module
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.placement import SPLIT, put, split_mesh, to_host
 from pipeline.model.vae_decoder import DecoderShape, arrange, decode
 from pipeline.requests.errors import NonFiniteError
-from pipeline.stages.progress import Progress, StageTimings, StepClock, no_progress
+from pipeline.stages.progress import StageClock
 
 DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 #: Of the cache, [resnets, frames, columns, rows, strips, channels].
@@ -32,48 +32,37 @@ CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 class VaeDecoder:
     """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
 
-    def __init__(self, loaded: LoadedModule, devices: Sequence[jax.Device]):
-        module: Any = loaded.module
-        self._weights = loaded.weights
-        self._devices = devices
-        self._frame_batch_size = int(module.num_latent_frames_batch_size)
-        self._shape = DecoderShape.from_config(module.config)
-        self._compiled: dict[Any, Any] = {}
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> Self:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
         """Load the decoder's half of vae/. Raises CheckpointError."""
-        devices = jax.devices()
-        everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+        self._devices = jax.devices()
+        everywhere = NamedSharding(split_mesh(self._devices, 1), PartitionSpec())
         loaded = load_module(
             checkpoint,
             "vae",
             dtype,
             keep=lambda name: name.startswith(DECODER_PREFIXES),
-            place=lambda name, value: put(arrange(value), everywhere),
+            place=lambda value: put(arrange(value), everywhere),
         )
-        return cls(loaded, devices)
+        module: Any = loaded.module
+        self._weights = loaded.weights
+        self._frame_batch_size = int(module.num_latent_frames_batch_size)
+        self._shape = DecoderShape.from_config(module.config)
+        self._compiled: dict[Any, Any] = {}
 
-    def decode(
-        self,
-        latents: np.ndarray,
-        timings: StageTimings | None = None,
-        progress: Progress = no_progress,
-        quantize: bool = True,
-    ) -> np.ndarray:
+    def decode(self, latents: np.ndarray, clock: StageClock | None = None, quantize: bool = True) -> np.ndarray:
         """Decode to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
 
-        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever `progress` raises,
-        which is called once a batch of latent frames.
+        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever the clock's
+        `progress` raises, which is called once a batch of latent frames.
         """
-        timings = timings or StageTimings("vae")
+        clock = clock or StageClock("vae")
         batches = list(frame_batches(latents.shape[1], self._frame_batch_size))
         sharding = latent_sharding(latents.shape, self._devices)
         inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
-        programs = self._compile(inputs, quantize, timings, progress)
+        programs = self._compile(inputs, quantize, clock)
         frames, cache = [], None
-        with timings.measure("run", no_progress):
-            clock = StepClock(timings, len(batches), progress)
+        with clock.measure("run"):
+            clock.start(len(batches))
             for index, (batch, program) in enumerate(zip(inputs, programs, strict=True)):
                 decoded, cache, finite = program(self._weights, batch, cache)
                 if not bool(finite):
@@ -86,13 +75,11 @@ class VaeDecoder:
                 clock.tick()
         return np.concatenate(frames)
 
-    def _compile(
-        self, batches: Sequence[jax.Array], quantize: bool, timings: StageTimings, progress: Progress
-    ) -> list[Any]:
+    def _compile(self, batches: Sequence[jax.Array], quantize: bool, clock: StageClock) -> list[Any]:
         """Return the compiled program of each batch; all but the first share one. New ones compile side by side."""
         keys = [(batch.shape, batch.dtype, index == 0, quantize) for index, batch in enumerate(batches)]
         if not set(keys) <= set(self._compiled):
-            with timings.measure("compile", progress):
+            with clock.measure("compile"):
                 lowered: dict[Any, Any] = {}
                 cache = None
                 for key, batch in zip(keys, batches, strict=True):

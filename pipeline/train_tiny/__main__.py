@@ -1,18 +1,16 @@
 """Command line: `python -m pipeline.train_tiny`. Makes the trained tiny checkpoint from nothing, on one CPU core."""
 
 import dataclasses
-import datetime
 import json
 import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
+from pipeline.checkpoints.shapes import captions, parse_caption, random_scene
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, build_tokenizer, write_checkpoint
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
@@ -26,23 +24,11 @@ from pipeline.train_tiny.training import (
     vae_loss,
 )
 from splash_workbench import cli
-from splash_workbench.errors import UserError, from_config
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
+from splash_workbench.records.base import utc_now
 
 PROVENANCE_NAME = "training.json"
-
-
-@dataclasses.dataclass
-class LoopSchema:
-    """See `Loop`."""
-
-    steps: int = 1
-    batch_size: int = 16
-    matrix_rate: float = 0.02
-    other_rate: float = 3e-3
-    warm_up_steps: int = 20
-    decay_fraction: float = 1.0
-    ema_decay: float = 0.99
 
 
 @dataclasses.dataclass
@@ -63,8 +49,8 @@ class TrainTinyConfig:
     start_from: str | None = None
     kl_weight: float = 5e-4
     caption_dropout: float = 0.1
-    vae: LoopSchema = dataclasses.field(default_factory=LoopSchema)
-    transformer: LoopSchema = dataclasses.field(default_factory=LoopSchema)
+    vae: Loop = dataclasses.field(default_factory=Loop)
+    transformer: Loop = dataclasses.field(default_factory=Loop)
 
 
 @cli.command("train_tiny", TrainTinyConfig)
@@ -78,28 +64,30 @@ def main(settings: TrainTinyConfig) -> int:
 
 def train(settings: TrainTinyConfig) -> None:
     """Train, or go on training, and write the checkpoint. What is done is kept in `work_dir`, tied to the settings."""
-    asked_for = dataclasses.asdict(settings)
+    _check(settings)
     work_dir = Path(settings.work_dir)
-    vae_loop, loop = from_config(lambda: _checked(settings))
-    _check_same(work_dir / "settings.json", asked_for)
-    spec = TinySpec(
-        num_layers=settings.num_layers,
-        num_attention_heads=settings.num_attention_heads,
-        max_text_seq_length=settings.max_text_seq_length,
-    )
+    asked_for = dataclasses.asdict(settings)
+    del asked_for["folder"], asked_for["work_dir"]
+    if (work_dir / "settings.json").exists() and json.loads((work_dir / "settings.json").read_text()) != asked_for:
+        raise UserError(f"work_dir={str(work_dir)!r}: holds a run with other settings; expected another folder")
+    write_json(work_dir / "settings.json", asked_for)
     torch.manual_seed(settings.seed)
-    modules = build_modules(spec)
-    size = (settings.num_frames, settings.height, settings.width)
+    sizes = ("num_layers", "num_attention_heads", "max_text_seq_length")
+    modules = build_modules(TinySpec(**{name: getattr(settings, name) for name in sizes}))
+    frame, vae = (settings.height, settings.width, settings.num_frames), modules["vae"]
+    loss = vae_loss(vae, *frame, settings.vae.steps, settings.kl_weight)
+    vae_history, vae_time_s = optimize("vae", {"vae": vae}, settings.vae, loss, settings.seed, work_dir / "vae.pt")
 
-    frame = (settings.height, settings.width, settings.num_frames)
-    loss = vae_loss(modules["vae"], *frame, vae_loop.steps, settings.kl_weight)
-    vae = {"vae": modules["vae"]}
-    vae_history, vae_time_s = optimize("vae", vae, vae_loop, loss, settings.seed, work_dir / "vae.pt")
-
-    scenes = training_scenes(settings)
-    latents = _latents(modules["vae"], scenes, size, work_dir / "latents.npy")
+    rng, size = np.random.default_rng([settings.seed, 1]), (settings.height, settings.width)
+    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
+    scenes = [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
+    if not (work_dir / "latents.npy").exists():
+        clips = encode_clips(vae, scenes, settings.num_frames, settings.height, settings.width)
+        with atomic_path(work_dir / "latents.npy") as temporary:
+            np.save(temporary, torch.stack(list(clips)).numpy())
+    latents = torch.from_numpy(np.load(work_dir / "latents.npy"))  # [clips, latent frames, 16, h, w]
     scaling_factor = round(float(1 / latents.std()), 4)
-    modules["vae"].register_to_config(scaling_factor=scaling_factor)
+    vae.register_to_config(scaling_factor=scaling_factor)
     padding = -latents.shape[1] % modules["transformer"].config.patch_size_t
     latents = torch.cat([latents[:, :1]] * padding + [latents], dim=1) * scaling_factor
 
@@ -117,7 +105,7 @@ def train(settings: TrainTinyConfig) -> None:
         token_ids([scene.caption for scene in scenes]),
         token_ids([""])[0],
         rotary_tables(modules["transformer"].config, latents.shape),
-        loop.batch_size,
+        settings.transformer.batch_size,
         settings.caption_dropout,
     )
     parts = {name: modules[name] for name in ("transformer", "text_encoder")}
@@ -126,15 +114,17 @@ def train(settings: TrainTinyConfig) -> None:
         state = torch.load(settings.start_from, weights_only=True)
         torch.nn.ModuleDict(parts).load_state_dict(state["average"])
         begun = state["history"][-1]
-    history, time_s = optimize("transformer", parts, loop, loss, settings.seed, work_dir / "transformer.pt")
+    history, time_s = optimize(
+        "transformer", parts, settings.transformer, loss, settings.seed, work_dir / "transformer.pt"
+    )
 
     folder = Path(settings.folder)
     shutil.rmtree(folder, ignore_errors=True)
     write_checkpoint(folder, modules, torch.float16)
     provenance = {
         "made_by": "python -m pipeline.train_tiny",
-        "settings": {name: value for name, value in asked_for.items() if name not in ("folder", "work_dir")},
-        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": asked_for,
+        "finished_at": utc_now(),
         "cpu_time_s": {"vae": round(vae_time_s), "transformer": round(time_s)},
         "environment": dataclasses.asdict(environment()),
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
@@ -146,40 +136,15 @@ def train(settings: TrainTinyConfig) -> None:
     print(f"checkpoint: {folder}")
 
 
-def _checked(settings: TrainTinyConfig) -> tuple[Loop, Loop]:
-    """Return the loops of the VAE and the transformer. Raises ValueError, before any work, for what cannot be."""
+def _check(settings: TrainTinyConfig) -> None:
+    """Raise UserError, before any work, for what cannot be."""
     sizes = dict.fromkeys(("num_layers", "num_attention_heads", "max_text_seq_length", "clips_per_caption"), (1, 10**4))
     fractions = dict.fromkeys(("spread", "kl_weight", "caption_dropout"), (0, 1))
     check_ranges(settings, seed=(0, 2**63 - 1), **sizes, **fractions)
     GenerateRequest("any", height=settings.height, width=settings.width, num_frames=settings.num_frames)
     if settings.start_from is not None and not Path(settings.start_from).is_file():
-        raise ValueError(f"start_from={settings.start_from}: expected transformer.pt of another work_dir.")
+        raise UserError(f"start_from={settings.start_from}: expected transformer.pt of another work_dir.")
     require_writable(f"folder={settings.folder}", Path(settings.folder))
-    return Loop(**dataclasses.asdict(settings.vae)), Loop(**dataclasses.asdict(settings.transformer))
-
-
-def training_scenes(settings: TrainTinyConfig) -> list[Scene]:
-    """Draw the scenes that the transformer is trained on: as many of each caption."""
-    rng = np.random.default_rng([settings.seed, 1])
-    wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
-    size = (settings.height, settings.width)
-    return [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
-
-
-def _latents(vae: Any, scenes: list[Scene], size: tuple[int, int, int], path: Path) -> torch.Tensor:
-    """Return the scenes' latents, from the file if they are there: [clips, latent frames, 16, h, w]."""
-    if not path.exists():
-        latents = torch.stack(list(encode_clips(vae, scenes, *size)))
-        with atomic_path(path) as temporary:
-            np.save(temporary, latents.numpy())
-    return torch.from_numpy(np.load(path))
-
-
-def _check_same(path: Path, settings: dict[str, Any]) -> None:
-    settings = {name: value for name, value in settings.items() if name not in ("folder", "work_dir")}
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise UserError(f"work_dir={str(path.parent)!r}: holds a run with other settings; expected another folder")
-    write_json(path, settings)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints.shapes import Scene, draw, random_scene
 from pipeline.model.latents import LatentGeometry, rotary_embedding
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
 
 
 def check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
-    """Raise ValueError for the first field that is not from its least to its greatest value."""
+    """Raise UserError for the first field that is not from its least to its greatest value."""
     for name, (least, greatest) in ranges.items():
         if not least <= getattr(settings, name) <= greatest:
-            raise ValueError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
+            raise UserError(f"{name}={getattr(settings, name)}: expected {least:g} to {greatest:g}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Loop:
     """An optimization.
 
@@ -45,10 +46,10 @@ class Loop:
     averaged weights, which are what comes out.
     """
 
-    steps: int
-    batch_size: int
-    matrix_rate: float
-    other_rate: float
+    steps: int = 1
+    batch_size: int = 16
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
     warm_up_steps: int = 20
     decay_fraction: float = 1.0
     ema_decay: float = 0.99
@@ -63,39 +64,18 @@ class Loop:
         return min(1.0, rise) * min(1.0, left)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each weight is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), of convolutions as matrices [out, in x kernel]."""
 
-    Not torch.optim.Muon, which takes no convolutions; a convolution is a matrix here of [out, in x kernel].
-    """
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float):
+        self._weights = list(parameters)
+        self._matrices = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in self._weights]  # the same memory
+        super().__init__(self._matrices, lr, weight_decay=0.0)
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(_orthogonal(update).view_as(weight), alpha=-group["lr"] * scale)
-
-
-def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Return roughly the nearest matrix with orthonormal rows or columns: 5 Newton-Schulz steps in bfloat16."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        super().step()
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -122,13 +102,11 @@ def optimize(
     average = copy.deepcopy(trained)
     named = list(trained.named_parameters())
     is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention", name) for name, p in named}
+    matrices, others = ([p for _, p in named if is_matrix[id(p)] == wanted] for wanted in (True, False))
     optimizers = {
-        "matrices": Muon([p for _, p in named if is_matrix[id(p)]], loop.matrix_rate),
-        "others": torch.optim.AdamW(
-            [p for _, p in named if not is_matrix[id(p)]], loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0
-        ),
+        "matrices": Muon(matrices, loop.matrix_rate),
+        "others": torch.optim.AdamW(others, loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     }
-    rates = {"matrices": loop.matrix_rate, "others": loop.other_rate}
     first, history, recent = 0, [], []
     cpu_time_s, started = 0.0, time.process_time()
     if state_path.exists():
@@ -142,8 +120,8 @@ def optimize(
     trained.train()
     bar = tqdm(range(first, loop.steps), initial=first, total=loop.steps, desc=name, mininterval=5)
     for step in bar:
-        for key, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[key] * loop.rate(step)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * loop.rate(step)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         loss, report = loss_of(step, np.random.default_rng([seed, step]), generator)
         trained.zero_grad(set_to_none=True)
@@ -188,22 +166,17 @@ def vae_loss(vae: Any, height: int, width: int, num_frames: int, steps: int, kl_
 
     def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         whole = rng.random() < (0.25 if step < 0.75 * steps else 0.5)
+        frames, count = num_frames, 1
         if step < steps // 2:
             frames, count = 1, 2 if whole else 8
         elif rng.random() < 0.5:
             frames, count = num_frames // 16 * 8 + 1, 1 if whole else 2  # 8k + 1, as the VAE wants
-        else:
-            frames, count = num_frames, 1
-        video, weight = zip(
-            *(_window(rng, height, width, num_frames, frames, whole) for _ in range(count)), strict=True
-        )
-        target, weights = torch.stack(video), torch.stack(weight)
+        windows = [_window(rng, height, width, num_frames, frames, whole) for _ in range(count)]
+        target, weights = map(torch.stack, zip(*windows, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(target).latent_dist
-            latents = posterior.mean.float() + posterior.std.float() * torch.randn(
-                posterior.mean.shape, generator=generator
-            )
-            decoded = vae.decode(latents).sample.float()
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            decoded = vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample.float()
         error = decoded - target
         squared = (weights * error.square()).mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
@@ -236,12 +209,10 @@ def _window(
 
 
 @torch.no_grad()
-def encode_clips(
-    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, batch_size: int = 4
-) -> Iterator[torch.Tensor]:
+def encode_clips(vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int) -> Iterator[torch.Tensor]:
     """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
-    for start in tqdm(range(0, len(scenes), batch_size), desc="latents", mininterval=5):
-        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + batch_size]]
+    for start in tqdm(range(0, len(scenes), 4), desc="latents", mininterval=5):
+        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + 4]]
         with torch.autocast("cpu", torch.bfloat16):
             means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
         yield from means.float().transpose(1, 2)
@@ -250,9 +221,10 @@ def encode_clips(
 def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines for latents [..., frames, channels, height, width], as `pipeline.model.latents` does."""
     *_, frames, channels, height, width = shape
-    geometry = LatentGeometry(frames, 0, channels, height, width)
-    cos, sin = rotary_embedding(geometry, config)
-    return torch.from_numpy(cos), torch.from_numpy(sin)
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    geometry = LatentGeometry(frames, 0, channels, height, width, patch)
+    cos, sin = map(torch.from_numpy, rotary_embedding(geometry, config))
+    return cos, sin
 
 
 def diffusion_loss(

@@ -88,7 +88,7 @@ def test_same_as_the_pipeline(nodes: dict[str, Any], comfy: Any, _tiny: Path, tm
 
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.request import GenerateRequest
-    from pipeline.runs.single import generate
+    from pipeline.runs.request_run import generate
 
     images, _ = run(nodes)
     fields = {name: value for name, value in VALUES.items() if name != "num_devices"}
@@ -336,8 +336,8 @@ def test_info_predicts_when_asked(nodes: dict[str, Any], comfy: Any, monkeypatch
     asked: list[Any] = []
     kind: list[str] = []
 
-    def predict(self: Any, stages: Any, parallel: Any, guided: bool) -> Any:
-        asked.append((self.topology, stages, parallel.num_devices, guided))
+    def predict(self: Any, stages: Any, parallel: Any) -> Any:
+        asked.append((self.topology, stages, parallel.num_devices, self.request.do_classifier_free_guidance))
         kind.append(parallel.plan)
         self.say("compiling")
         results = {"denoise": {"time_s": 2.5, "peak_hbm_bytes": 3 * 2**30, "hbm_bytes": 2**35}}

@@ -13,7 +13,7 @@ import pytest
 from offline_tpu.machine.devices import DEVICES
 from pipeline.requests import request
 from pipeline.requests.models import MODEL_FIELDS, MODELS
-from pipeline.requests.parallel_options import PlanChoice, WeightsAtRest
+from pipeline.requests.options import PlanChoice, WeightsAtRest
 from splash_attn.types import QkDtype, Softmax
 
 # The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.

@@ -12,7 +12,7 @@ from helpers import PLENTY_S
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.requests.errors import CheckpointError, RequestError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 from splash_attn.types import Variant
 

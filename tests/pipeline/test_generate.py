@@ -174,7 +174,7 @@ def test_runs_of_a_multirun_have_a_folder_each(monkeypatch, tmp_path, capsys):
         folders.append(run_dir)
         return GenerateResult(run_dir, None, ())
 
-    monkeypatch.setattr("pipeline.runs.single.generate", run)
+    monkeypatch.setattr(generate, "generate", run)
     monkeypatch.chdir(tmp_path)
     command = ["generate", "-m", "seed=1,2", "prompt=a cat, red", "results_path=null", "compilation_cache=false"]
     for more, names, message in (

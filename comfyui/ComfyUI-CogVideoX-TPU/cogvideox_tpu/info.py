@@ -51,7 +51,7 @@ def report(
     transformer = module.config
     sizes = TransformerShape.from_config(transformer)
     plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
-    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches(sizes)
+    patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches
     seq_len = transformer["max_text_seq_length"] + patches
     heads_a_device = sizes.num_heads // plan.model
     shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
@@ -107,13 +107,12 @@ def _predicted_step(
 ) -> list[str]:
     from offline_tpu.machine.devices import by_name
     from pipeline.predict.planner import Predictor
-    from pipeline.requests.config import request_to_dict
     from pipeline.requests.errors import PipelineError, RequestError
 
     topology = f"{by_name(device).name}-{num_devices}"
-    predictor = Predictor(topology, request_to_dict(request), configs, _TIMEOUT_S, say)
+    predictor = Predictor(topology, request, configs, _TIMEOUT_S, say)
     try:
-        prediction = predictor.predict(("denoise",), parallel, request.do_classifier_free_guidance)
+        prediction = predictor.predict(("denoise",), parallel)
     except RequestError:
         raise
     except PipelineError as error:  # what is known without it is worth showing

@@ -23,7 +23,7 @@ _MODEL_IDS = "a Hub id (owner/name), a folder under ComfyUI's models folder, or 
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
-#: Name in the widget -> (plan, weights at rest) of `pipeline.requests.parallel_options.ParallelOptions`.
+#: Name in the widget -> (plan, weights at rest) of `pipeline.requests.options.ParallelOptions`.
 PARALLEL_PLANS = {
     AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
@@ -224,8 +224,8 @@ def attention_options(kernel: str) -> Any:
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:
-    """Return the `pipeline.requests.parallel_options.ParallelOptions` of a plan's name. num_devices: 0 for all."""
-    from pipeline.requests.parallel_options import ParallelOptions
+    """Return the `pipeline.requests.options.ParallelOptions` of a plan's name. num_devices: 0 for all."""
+    from pipeline.requests.options import ParallelOptions
 
     plan, weights = PARALLEL_PLANS[parallel_plan]
     return ParallelOptions(plan=plan, num_devices=num_devices or None, weights=weights)  # type: ignore[arg-type]

@@ -65,14 +65,14 @@ def _running(stage: str) -> Iterator[Any]:
 
 def _context(stage: Any, checkpoint: Any, request: Any, progress: Any, **more: Any) -> Any:
     from pipeline.checkpoints.checks import check_request, read_configs
-    from pipeline.stages.progress import StageTimings
+    from pipeline.stages.progress import StageClock
     from pipeline.stages.stages import StageContext
 
     configs = read_configs(checkpoint)
     if stage != "text":  # whose request has no size yet
         check_request(request, configs)
     identities = checkpoint.identities(stage)
-    return StageContext(checkpoint, request, identities, progress=progress, timings=StageTimings(stage), **more)
+    return StageContext(checkpoint, request, identities, clock=StageClock(stage, progress), **more)
 
 
 def encode(prompt: str, negative_prompt: str, model_id: str, dtype: str, progress: Any) -> Embeds:

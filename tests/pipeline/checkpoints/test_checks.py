@@ -11,10 +11,10 @@ from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs.batch import prepare
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 from splash_attn.types import Variant
 
 CONFIGS = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}

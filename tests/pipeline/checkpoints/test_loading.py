@@ -235,10 +235,10 @@ def test_the_tiny_checkpoint_is_always_the_same(tmp_path):
 def test_the_tiny_checkpoint_is_made_once_and_never_half(tmp_path, monkeypatch):
     from pipeline.checkpoints import tiny
 
-    def fail(*args):
+    def fail(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny, "_save_weights", fail)
+    monkeypatch.setattr(tiny, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         ensure_tiny_checkpoint(tmp_path, SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pipeline.checkpoints.loading import load_module, resolve_checkpoint
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.quality.gate import make_videos, to_uint8
 from pipeline.quality.read_back import fractions, read_video
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 
 SEED = 1001  # the training drew its scenes and noise from other generators: every seed is held out

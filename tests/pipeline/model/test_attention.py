@@ -8,6 +8,7 @@ from pipeline.model.attention import SplashAttentionProcessor, attention_functio
 from pipeline.model.torchax_bridge import jax_function, torch_to_numpy
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions
+from splash_attn.types import AttentionShape
 
 BATCH, HEADS, HEAD_DIM, TEXT, VIDEO = 2, 3, 24, 7, 13
 
@@ -109,10 +110,11 @@ def test_what_attention_refuses_is_the_requests_fault(monkeypatch, rng):
 
 
 def test_description_names_implementation_and_reason():
-    described = describe_attention(AttentionOptions(), 2, 3, 131, 64, "float32")
+    shape = AttentionShape(2, 3, 131, 131, 64)
+    described = describe_attention(AttentionOptions(), shape, "float32")
     assert described["implementation"] == "xla"
     assert "cpu" in described["reason"]
-    asked = describe_attention(AttentionOptions(implementation="pallas_interpret"), 2, 3, 131, 64, "float32")
+    asked = describe_attention(AttentionOptions(implementation="pallas_interpret"), shape, "float32")
     assert asked["implementation"] == "pallas_interpret"
     assert asked["block_sizes"]["block_q"] % 128 == 0
 

@@ -19,7 +19,7 @@ from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
 from pipeline.requests.errors import RequestError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -38,7 +38,7 @@ import numpy as np, torch
 from pathlib import Path
 from pipeline.stages.denoise import Denoiser
 from pipeline.checkpoints.loading import Checkpoint
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
@@ -46,18 +46,19 @@ from pipeline.stages.vae import VaeDecoder
 folder = Path(settings["checkpoint"])
 checkpoint = Checkpoint("small", folder)
 results = {}
-embeddings = TextEncoder.load(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
+embeddings = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
 for name, (options, changes) in settings["runs"].items():
     request = GenerateRequest(
         "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
     )
     guided = request.do_classifier_free_guidance
-    denoiser = Denoiser.load(
+    denoiser = Denoiser(
         checkpoint, torch.float32, AttentionOptions(), ParallelOptions(**options), guided
     )
     results[name] = denoiser.denoise(request, embeddings if guided else embeddings[1:])
 if settings["processes"] > 1:
     # Interrupted after the first of two steps: the first process saves, in a folder that the second does not have.
+    from pipeline.stages.progress import StageClock
     from pipeline.stages.resume import StateFile
 
     def interrupt(event):
@@ -69,9 +70,10 @@ if settings["processes"] > 1:
         "a red circle", str(folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
     )
     options = ParallelOptions(**settings["runs"]["base"][0])
-    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions(), options)
+    denoiser = Denoiser(checkpoint, torch.float32, AttentionOptions(), options)
     try:
-        denoiser.denoise(request, embeddings, progress=interrupt, state_file=StateFile(state, "x", every=1))
+        clock = StageClock("denoise", interrupt)
+        denoiser.denoise(request, embeddings, clock, state_file=StateFile(state, "x", every=1))
     except KeyboardInterrupt:
         pass
     assert [file.name for file in state.glob("*")] == ["denoise.partial.safetensors"] * (settings["process"] == 0)
@@ -79,7 +81,7 @@ if settings["processes"] > 1:
     results["resumed"] = denoiser.denoise(request, embeddings, state_file=state_file)
     assert state_file.resumed_at_step == 1
 if settings["vae"]:
-    decoder = VaeDecoder.load(checkpoint, torch.float32)
+    decoder = VaeDecoder(checkpoint, torch.float32)
     results["frames"] = decoder.decode(results["base"], quantize=False)
     tall = np.random.default_rng(5).normal(size=(1, 1, 16, 8, 6)).astype(np.float32)
     results["frames by height"] = decoder.decode(tall, quantize=False)
@@ -165,9 +167,9 @@ def test_stages_around_it_are_the_same_on_one_device(eight, checkpoint):
     from pipeline.stages.text import TextEncoder
     from pipeline.stages.vae import VaeDecoder
 
-    expected = TextEncoder.load(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
+    expected = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
     np.testing.assert_allclose(eight["embeddings"], expected, rtol=0, atol=LATENT_TOLERANCE)
-    expected = VaeDecoder.load(checkpoint, torch.float32).decode(eight["base"], quantize=False)
+    expected = VaeDecoder(checkpoint, torch.float32).decode(eight["base"], quantize=False)
     np.testing.assert_allclose(eight["frames"], expected, rtol=0, atol=FRAME_TOLERANCE)
 
 

@@ -30,7 +30,7 @@ def test_importing_and_setting_up_changes_nothing_for_the_process():
 import torch
 before = (torch.get_default_dtype(), torch.get_default_device(), torch.backends.mha.get_fastpath_enabled(),
           torch.initial_seed(), len(torch.ops.aten.prod.overloads()), hasattr(torch.ops.aten.unbind, "Dimname"))
-import pipeline.runs.single, pipeline.model.torchax_bridge as bridge
+import pipeline.runs.request_run, pipeline.model.torchax_bridge as bridge
 import jax._src.xla_bridge
 assert not jax._src.xla_bridge.backends_are_initialized(), "importing touched a device"
 bridge.environment()

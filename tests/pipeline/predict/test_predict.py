@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,9 @@ from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.report import make_report, markdown_table, print_report
-from pipeline.requests.config import request_from_dict, request_to_dict
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.parallel_options import ParallelOptions
-from pipeline.requests.request import AttentionOptions
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import AttentionOptions, GenerateRequest
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import PredictionRecord
@@ -130,14 +130,14 @@ def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_
         return _denoise(0.9)
 
     monkeypatch.setattr(Predictor, "_run", run)
-    predictor = Predictor("v6e-8", {}, configs, timeout_s=1, say=lambda text: None)
-    outcome = predictor.predict(["text", "denoise", "vae"], ParallelOptions(), True)
+    predictor = Predictor("v6e-8", request_of(), configs, timeout_s=1, say=lambda text: None)
+    outcome = predictor.predict(["text", "denoise", "vae"], ParallelOptions())
     assert outcome.plan.plan == "megatron"
     assert list(outcome.stages) == ["text", "denoise"]
     assert list(outcome.failures) == ["vae"]
     assert "does not fit" in outcome.others["ulysses dp=2 x model=4, weights replicated"]
     with pytest.raises(PipelineError, match=r"vae .* does not fit"):
-        predictor.predict(["vae"], ParallelOptions(), True)
+        predictor.predict(["vae"], ParallelOptions())
 
 
 def test_records_hold_no_list_of_ops(request_of):
@@ -149,7 +149,7 @@ def test_records_hold_no_list_of_ops(request_of):
 def test_a_request_survives_json(request_of):
     options = AttentionOptions(block_sizes=BlockSizes(256, 512, 128), variant=Variant(softmax="online"))
     request = request_of(attention=options)
-    assert request_from_dict(json.loads(json.dumps(request_to_dict(request)))) == request
+    assert decode(json.loads(json.dumps(dataclasses.asdict(request))), GenerateRequest) == request
 
 
 def test_flops_of_the_full_step():
@@ -168,11 +168,11 @@ def test_the_built_in_configuration_is_the_published_one(request_of):
 
 
 @pytest.mark.parametrize("topology", ["v6e-7", "v9x-8", "v7x-4", "banana", "v4-8", "v6e:2x", "v6e:axb", "", "v6e:0x4"])
-def test_an_unknown_topology_is_refused(topology):
+def test_an_unknown_topology_is_refused(topology, request_of):
     configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
-    predictor = Predictor(topology, {}, configs, timeout_s=1, say=lambda text: None)
+    predictor = Predictor(topology, request_of(), configs, timeout_s=1, say=lambda text: None)
     with pytest.raises(RequestError, match=rf"^topology='{topology}': (not supported: .*; )?expected"):
-        predictor.predict(["denoise"], ParallelOptions(), True)
+        predictor.predict(["denoise"], ParallelOptions())
 
 
 @pytest.mark.slow("2 min")

@@ -14,8 +14,8 @@ import splash_attn
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
 from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
-from pipeline.requests.config import GenerateConfig
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.config import GenerateConfig, to_parallel, to_request
+from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
 
 CAPTION = "a red circle moves right"
@@ -23,7 +23,8 @@ BUDGET = Budget(psnr_db=35, ssim=0.98)
 
 
 def candidate(**changes) -> QualityVariant:
-    return QualityVariant.from_config("mine", GenerateConfig(prompt=CAPTION, **changes), BUDGET)
+    config = GenerateConfig(prompt=CAPTION, **changes)
+    return QualityVariant("mine", to_request(config), to_parallel(config), BUDGET)
 
 
 def video(rng: np.random.Generator, caption: str = CAPTION) -> np.ndarray:
@@ -152,7 +153,7 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
     base.attention.implementation = "xla"
     base.attention.k_smooth = False
     fields = {"name": "x", "attention": {"variant": {"softmax": "online"}}, "parallel": {"num_devices": 8}}
-    made = quality._candidate(base, fields, quality.BudgetSchema(psnr_db=30))
+    made = quality._candidate(base, fields, quality.Budget(psnr_db=30))
     assert made.request.num_inference_steps == 3
     assert dataclasses.replace(made.request.attention, variant=None) == AttentionOptions("xla", k_smooth=False)
     assert made.request.attention.variant.softmax == "online"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runs.request_run import RequestRun
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import RequestRun, generate
 
 
 @pytest.fixture(scope="package")

@@ -15,17 +15,17 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
-from pipeline.console import batch_table
 from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES
-from pipeline.requests.run_options import RunOptions
 from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
+from pipeline.terminal import batch_table
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 
@@ -205,10 +205,9 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     ran = []
 
     def compute(self, stage, context, inputs, stages):
-        loaded = stages._keep_loaded.__self__
-        loaded.get(stage, 0, lambda: 0)
+        stages._hold(stage, 0, lambda: 0)
         ran.append(f"{stage} {self.run_dir.name}")
-        if stage == full and loaded.holds("denoise") and loaded.holds("vae"):
+        if stage == full and stages.holds("denoise", "vae"):
             raise DeviceMemoryError("full")
         return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
 

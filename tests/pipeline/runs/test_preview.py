@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
-from pipeline.requests.run_options import RunOptions
+from pipeline.requests.options import RunOptions
 from pipeline.runs import preview
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 
 
 def test_preview_pictures(request_of, tmp_path, monkeypatch, caplog):
@@ -30,7 +30,7 @@ def test_preview_pictures(request_of, tmp_path, monkeypatch, caplog):
 def test_a_preview_has_the_videos_colours(cache_folder, monkeypatch):
     checkpoint = resolve_checkpoint("tiny")
     factors = preview.latent_rgb(checkpoint)
-    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda name, value: torch.from_numpy(value.copy()))
+    loaded = load_module(checkpoint, "vae", torch.float32, place=lambda value: torch.from_numpy(value.copy()))
     loaded.module.load_state_dict(loaded.weights, assign=True, strict=False)
     for colour in ((230, 20, 20), (20, 200, 40), (30, 40, 220), (240, 240, 240)):
         still = np.full((1, 3, 9, 64, 96), 20 / 127.5 - 1, np.float32)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from pipeline.requests.run_options import RunOptions
-from pipeline.runs.single import generate
+from pipeline.requests.options import RunOptions
+from pipeline.runs.request_run import generate
 from pipeline.stages import resume as denoise_state
 from pipeline.stages.resume import STATE_NAME, StateFile
 

@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
-from pipeline.requests.run_options import RunOptions
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import generate
 from pipeline.stages import progress
-from pipeline.stages.progress import StageTimings, StepClock, recorder_of, tracing
+from pipeline.stages.progress import StageClock, recorder_of, tracing
 from splash_attn.types import BlockSizes
 from splash_workbench.profiles import reader, sessions
 from tuning.compare.inputs import resolve
@@ -93,12 +93,12 @@ def test_a_run_is_named_after_what_decides_its_time(request_of, tmp_path):
 def test_the_recorder_is_of_the_block_only():
     with tracing(None):
         assert progress._recorder.get() is None
-    timings = StageTimings("denoise")
-    with timings.measure("run", progress.no_progress):
-        clock = StepClock(timings, 2, progress.no_progress)
+    clock = StageClock("denoise")
+    with clock.measure("run"):
+        clock.start(2)
         clock.tick()
         clock.tick()
-    assert not timings.profiled and len(timings.step_times_s) == 2
+    assert not clock.timings.profiled and len(clock.timings.step_times_s) == 2
 
 
 @pytest.mark.slow("1 min")

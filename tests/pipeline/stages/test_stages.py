@@ -23,7 +23,7 @@ from pipeline.model.latents import LatentGeometry
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import AttentionOptions
 from pipeline.stages.denoise import Denoiser
-from pipeline.stages.progress import StageTimings
+from pipeline.stages.progress import StageClock
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding
 
@@ -36,17 +36,17 @@ FRAME_TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def encoder(checkpoint):
-    return TextEncoder.load(checkpoint, torch.float32)
+    return TextEncoder(checkpoint, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def denoiser(checkpoint):
-    return Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    return Denoiser(checkpoint, torch.float32, AttentionOptions())
 
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint):
-    return VaeDecoder.load(checkpoint, torch.float32)
+    return VaeDecoder(checkpoint, torch.float32)
 
 
 def _stock(stock, request, **options):
@@ -160,12 +160,12 @@ def test_prompt_to_frames(encoder, denoiser, decoder, stock, request_of):
 
 def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
     request = request_of(dtype="bfloat16")
-    low = TextEncoder.load(checkpoint, torch.bfloat16)
+    low = TextEncoder(checkpoint, torch.bfloat16)
     embeddings = _embeddings(low, request)
     assert embeddings.dtype.name == "bfloat16"
-    latents = Denoiser.load(checkpoint, torch.bfloat16, AttentionOptions()).denoise(request, embeddings)
+    latents = Denoiser(checkpoint, torch.bfloat16, AttentionOptions()).denoise(request, embeddings)
     assert latents.dtype.name == "bfloat16"
-    frames = VaeDecoder.load(checkpoint, torch.bfloat16).decode(latents[:, :1])
+    frames = VaeDecoder(checkpoint, torch.bfloat16).decode(latents[:, :1])
     assert frames.shape == (1, 48, 80, 3)
     # The float32 pipeline on the same (bfloat16) noise; 8 bits of mantissa through 3 steps of guidance 6.
     noise = torch.randn(1, 4, 16, 6, 10, generator=torch.Generator().manual_seed(7), dtype=torch.bfloat16)
@@ -175,34 +175,34 @@ def test_bfloat16_runs_and_is_near(checkpoint, encoder, denoiser, request_of):
 
 
 def test_one_compilation_serves_any_number_of_steps(encoder, checkpoint, request_of):
-    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    denoiser = Denoiser(checkpoint, torch.float32, AttentionOptions())
     embeddings = _embeddings(encoder, request_of())
-    first, second = StageTimings("denoise"), StageTimings("denoise")
+    first, second = StageClock("denoise"), StageClock("denoise")
     denoiser.denoise(request_of(num_inference_steps=2), embeddings, first)
     denoiser.denoise(request_of(num_inference_steps=5, seed=8, guidance_scale=3.0), embeddings, second)
-    assert first.compile_time_s > 0
-    assert second.compile_time_s == 0
-    assert (len(first.step_times_s), len(second.step_times_s)) == (2, 5)
+    assert first.timings.compile_time_s > 0
+    assert second.timings.compile_time_s == 0
+    assert (len(first.timings.step_times_s), len(second.timings.step_times_s)) == (2, 5)
 
 
 def test_compiling_is_not_counted_as_running(checkpoint, rng):
-    timings = StageTimings("vae")
     events = []
-    VaeDecoder.load(checkpoint, torch.float32).decode(_latents(rng, 5), timings, events.append, quantize=False)
+    clock = StageClock("vae", events.append)
+    VaeDecoder(checkpoint, torch.float32).decode(_latents(rng, 5), clock, quantize=False)
     assert [event.phase for event in events] == ["compile", "run", "run", "run"]
-    assert sum(timings.step_times_s) <= timings.run_time_s
+    assert sum(clock.timings.step_times_s) <= clock.timings.run_time_s
 
 
 def test_two_programs_decode_any_length(decoder, rng):
     decoder.decode(_latents(rng, 5), quantize=False)
-    timings = StageTimings("vae")
-    decoder.decode(_latents(rng, 9), timings, quantize=False)
-    assert timings.compile_time_s == 0
-    assert len(timings.step_times_s) == 4
+    clock = StageClock("vae")
+    decoder.decode(_latents(rng, 9), clock, quantize=False)
+    assert clock.timings.compile_time_s == 0
+    assert len(clock.timings.step_times_s) == 4
 
 
 def test_no_cache_is_kept_for_convolutions_without_extent_in_time(checkpoint, rng):
-    decoder = VaeDecoder.load(checkpoint, torch.float32)
+    decoder = VaeDecoder(checkpoint, torch.float32)
     latents = jnp.asarray(rng.normal(size=(1, 3, 16, 2, 2)), jnp.float32)
     program = decode_program(decoder._shape, True, latent_sharding(latents.shape, jax.devices()))
     _, cache, _ = jax.eval_shape(program, decoder._weights, latents, None)
@@ -216,15 +216,15 @@ import collections, json, sys
 import jax, numpy as np, torch
 from pathlib import Path
 from pipeline.checkpoints.loading import Checkpoint, use_compilation_cache
-from pipeline.stages.progress import StageTimings
+from pipeline.stages.progress import StageClock
 from pipeline.stages.vae import VaeDecoder
 
 use_compilation_cache(Path(sys.argv[1]))
-events, timings = collections.Counter(), StageTimings("vae")
+events, clock = collections.Counter(), StageClock("vae")
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
 latents = np.random.default_rng(5).normal(size=(1, 1, 16, 6, 10)).astype(np.float32)
-frames = VaeDecoder.load(Checkpoint("small", Path(sys.argv[2])), torch.float32).decode(latents, timings)
-print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": timings.compile_time_s}))
+frames = VaeDecoder(Checkpoint("small", Path(sys.argv[2])), torch.float32).decode(latents, clock)
+print(json.dumps({**events, "sum": int(frames.sum()), "compile_time_s": clock.timings.compile_time_s}))
 """
 
 
@@ -245,7 +245,7 @@ def test_progress_hears_every_step_and_may_interrupt(encoder, denoiser, request_
     request = request_of(num_inference_steps=6)
     embeddings = _embeddings(encoder, request)
     events = []
-    denoiser.denoise(request, embeddings, progress=events.append)
+    denoiser.denoise(request, embeddings, StageClock("denoise", events.append))
     steps = [(event.step, event.total_steps) for event in events if event.phase == "run" and event.total_steps]
     assert steps == [(step, 6) for step in range(7)]
     assert all(event.step_time_s > 0 for event in events if event.step)
@@ -254,10 +254,10 @@ def test_progress_hears_every_step_and_may_interrupt(encoder, denoiser, request_
         if event.step == 2:
             raise InterruptedError
 
-    timings = StageTimings("denoise")
+    clock = StageClock("denoise", interrupt)
     with pytest.raises(InterruptedError):
-        denoiser.denoise(request, embeddings, timings, interrupt)
-    assert len(timings.step_times_s) == 2
+        denoiser.denoise(request, embeddings, clock)
+    assert len(clock.timings.step_times_s) == 2
 
 
 def test_nan_names_stage_and_step(encoder, denoiser, decoder, request_of, rng):
@@ -272,7 +272,7 @@ def test_nan_names_stage_and_step(encoder, denoiser, decoder, request_of, rng):
 
 
 def test_nan_weights_stop_the_text_stage(checkpoint):
-    encoder = TextEncoder.load(checkpoint, torch.float32)
+    encoder = TextEncoder(checkpoint, torch.float32)
     encoder._loaded.weights["shared.weight"] *= np.nan
     with pytest.raises(NonFiniteError, match="text: the embeddings hold NaN"):
         encoder.encode(["a cat"])
@@ -284,7 +284,7 @@ def test_dropping_a_stage_frees_its_weights(checkpoint, encoder, request_of):
         return sum(array.nbytes for array in jax.live_arrays())
 
     before = held()
-    denoiser = Denoiser.load(checkpoint, torch.float32, AttentionOptions())
+    denoiser = Denoiser(checkpoint, torch.float32, AttentionOptions())
     denoiser.denoise(request_of(num_inference_steps=1), _embeddings(encoder, request_of()))
     assert held() > before + 1_000_000
     del denoiser
@@ -293,7 +293,7 @@ def test_dropping_a_stage_frees_its_weights(checkpoint, encoder, request_of):
 
 def test_geometry_of_the_full_model(request_of):
     request = request_of(height=720, width=1280, num_frames=81)
-    transformer = {"in_channels": 16, "patch_size_t": 2}
+    transformer = {"in_channels": 16, "patch_size_t": 2, "patch_size": 2}
     vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
     geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)
@@ -304,7 +304,7 @@ def test_the_pallas_kernel_in_the_pipeline(checkpoint, encoder, denoiser, reques
     """The TPU kernel, interpreted. It multiplies in bfloat16 (8 bits), which one step of guidance 6 amplifies."""
     request = request_of(num_inference_steps=1)
     embeddings = _embeddings(encoder, request)
-    interpreted = Denoiser.load(checkpoint, torch.float32, AttentionOptions(implementation="pallas_interpret"))
+    interpreted = Denoiser(checkpoint, torch.float32, AttentionOptions(implementation="pallas_interpret"))
     expected = denoiser.denoise(request, embeddings)
     error = interpreted.denoise(request, embeddings) - expected
     assert 0 < np.linalg.norm(error) / np.linalg.norm(expected) < 0.02

@@ -47,14 +47,12 @@ def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") ->
     """Build the stock scheduler of a scheduler_config.json, or "ddim" / "dpm" made from the same configuration."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-    classes = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
-    if scheduler == "checkpoint":
-        by_name = {cls.__name__: cls for cls in classes.values()}
-        name = config.get("_class_name")
-        if name not in by_name:
-            raise CheckpointError(f"scheduler_config.json is for {name!r}, expected one of {', '.join(by_name)}")
-        return by_name[name].from_config(config)
-    return classes[scheduler].from_config(config)
+    classes: dict[Any, Any] = {cls.__name__: cls for cls in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)}
+    named = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler", "checkpoint": config.get("_class_name")}
+    name = named[scheduler]
+    if name not in classes:
+        raise CheckpointError(f"scheduler_config.json is for {name!r}, expected one of {', '.join(classes)}")
+    return classes[name].from_config(config)
 
 
 def step_table(scheduler: Any, num_inference_steps: int) -> StepTable:
@@ -64,15 +62,12 @@ def step_table(scheduler: Any, num_inference_steps: int) -> StepTable:
         raise RequestError(f"num_inference_steps={num_inference_steps}: this scheduler has at most {limit}")
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps
-    rows, draws = [], []
-    for index, timestep in enumerate(timesteps):
-        previous = timesteps[index - 1] if index > 0 else None
-        row, count = _probe_step(scheduler, timestep, previous)
+    probed = [_probe_step(scheduler, *pair) for pair in zip(timesteps, [None, *timesteps[:-1]], strict=True)]
+    rows, draws = zip(*probed, strict=True)
+    for index, row in enumerate(rows):
         if not np.isfinite(row).all():
             raise CheckpointError(f"{num_inference_steps=}: the scheduler's step {index} is not finite: {row}")
-        rows.append(row)
-        draws.append(count)
-    return StepTable(timesteps.numpy(), np.stack(rows), tuple(draws), float(scheduler.init_noise_sigma))
+    return StepTable(timesteps.numpy(), np.stack(rows), draws, float(scheduler.init_noise_sigma))
 
 
 def _probe_step(scheduler: Any, timestep: torch.Tensor, previous: torch.Tensor | None) -> tuple[np.ndarray, int]:

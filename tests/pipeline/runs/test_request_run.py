@@ -10,11 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.requests.errors import RequestError, StageOutputError
-from pipeline.requests.parallel_options import ParallelOptions
+from pipeline.requests.options import ParallelOptions, RunOptions
 from pipeline.requests.request import STAGES, AttentionOptions
-from pipeline.requests.run_options import RunOptions
-from pipeline.runs.request_run import RequestRun
-from pipeline.runs.single import generate
+from pipeline.runs.request_run import RequestRun, generate
 from splash_workbench.errors import UserError
 from splash_workbench.files import locked
 from videos import probe, tags

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.schedule import build_scheduler, guidance_scales, step_table
+from pipeline.model.noise_schedule import build_scheduler, guidance_scales, step_table
 from pipeline.requests.errors import CheckpointError, RequestError
 
 # CogVideoX 1.5's scheduler.

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from pipeline.interrupt import Interrupted, Interruptible
-from pipeline.stages.progress import StageEvent, no_progress
+from pipeline.stages.progress import StageEvent
+from pipeline.terminal import Interrupted, Terminal
 
 
 def _send(number: int) -> None:
@@ -15,7 +15,7 @@ def _send(number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_step_is_finished_first(number, capsys):
-    progress = Interruptible(no_progress)
+    progress = Terminal()
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught, progress.handling_signals():
         progress(StageEvent("denoise", "run", 2, 5, 1.0))
@@ -36,7 +36,7 @@ def test_a_step_is_finished_first(number, capsys):
     ],
 )
 def test_elsewhere_it_ends_at_once(event, where):
-    progress = Interruptible(no_progress)
+    progress = Terminal()
     with progress.handling_signals():
         if event is not None:
             progress(event)
@@ -46,7 +46,7 @@ def test_elsewhere_it_ends_at_once(event, where):
 
 
 def test_the_second_signal_does_not_wait():
-    progress = Interruptible(no_progress)
+    progress = Terminal()
     with progress.handling_signals():
         progress(StageEvent("text", "run", 0, 1))
         _send(signal.SIGINT)
@@ -56,7 +56,7 @@ def test_the_second_signal_does_not_wait():
 
 
 def test_a_signal_while_the_last_output_is_saved_lets_it_be_saved():
-    progress = Interruptible(no_progress)
+    progress = Terminal()
     with progress.handling_signals():
         progress(StageEvent("vae", "run", 2, 2, 1.0))
         _send(signal.SIGTERM)

@@ -1,6 +1,11 @@
-"""The lines that `pipeline.generate` shows on a terminal."""
+"""What `pipeline.generate` shows on a terminal; and Ctrl-C, which ends a run between two steps: nothing is lost."""
 
-from collections.abc import Sequence
+import collections
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -11,50 +16,88 @@ _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapse
 _UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
 
 
-class ConsoleProgress:
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. signal_number: which. between_steps: whether the step it came in was ended first."""
+
+    def __init__(self, signal_number: int, between_steps: bool):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number, self.between_steps = signal_number, between_steps
+
+
+class Terminal:
     """Show one line a stage, as a `Progress`: what it is doing, then a bar with seconds a step and the time left.
 
-    place: where in a batch this is, e.g. "[2 of 3]"; stands before every line.
+    A signal raises Interrupted at the end of the step in which it comes; between steps, e.g. while loading or
+    compiling, at once, as the second signal does anywhere.
     """
 
     def __init__(self) -> None:
-        self.place = ""
+        self._place = ""  # where in a batch this is, e.g. "[2 of 3]"; stands before every line
         self._bar: tqdm | None = None
+        self._last: StageEvent | None = None
+        self._pending: int | None = None
 
     def say(self, place: str, text: str) -> None:
         """Print a line of its own, where there is text; the next ones are of the same place."""
         self.close()
-        self.place = place
+        self._place = place
         if text:
             tqdm.write(f"{place} {text}")
 
     def __call__(self, event: StageEvent) -> None:
+        self._last, name = event, f"{self._place} {event.stage:<8}".lstrip()
         if event.phase != "run":
             self.close()
-            tqdm.write(f"  {self._name(event)} {event.phase} ...")
-        elif event.total_steps and event.step_time_s is None:
+            tqdm.write(f"  {name} {event.phase} ...")
+        elif event.step_time_s is None:
             self.close()
             self._bar = tqdm(
                 total=event.total_steps,
                 initial=event.step,  # not 0 where a stage is resumed
-                desc=self._name(event),
+                desc=name,
                 unit=_UNITS[event.stage],
                 bar_format=_BAR_FORMAT,
             )
-        elif self._bar is not None and event.step_time_s is not None:
+        elif self._bar is not None:
             self._bar.set_postfix_str(f"{event.step_time_s:.2f} s each", refresh=False)
             self._bar.update(event.step - self._bar.n)
             if event.step == event.total_steps:
                 self.close()
-
-    def _name(self, event: StageEvent) -> str:
-        return f"{self.place} {event.stage:<8}".lstrip()
+        if self._pending is not None:
+            raise Interrupted(self._pending, between_steps=True)
 
     def close(self) -> None:
         """Leave the last line on the screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM so in the block; in the main thread only."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def where(self) -> str:
+        """Say where in a batch, and in which stage and step, this is: "[2 of 3] in denoise after step 3 of 50"."""
+        event, where = self._last, "before the first stage"
+        if event is not None:
+            steps = f" after step {event.step} of {event.total_steps}" if event.total_steps > 1 else ""
+            where = f"in {event.stage}{steps}"
+        return f"{self._place} {where}".lstrip()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # After the last step, too, until the next stage begins: its output is being saved.
+        in_step = self._last is not None and self._last.phase == "run"
+        if not in_step or self._pending is not None:
+            raise Interrupted(number, between_steps=False)
+        self._pending = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def timing_table(timings: Sequence[StageTimings]) -> str:
@@ -77,11 +120,9 @@ def batch_table(items: Sequence[Item]) -> str:
     """Return a table of what became of every line of a batch, and how many there are of each."""
     lines = [f"  {'line':>4}  {'result':<15}  {'seconds':>8}  video, folder or error"]
     for item in items:
-        where = item.error
-        if item.result is not None:
-            where = str(item.result.video_path or item.result.run_dir)
+        where = (item.result.video_path or item.result.run_dir) if item.result is not None else item.error
         time_s = f"{item.time_s:.2f}" if item.time_s else ""
         lines.append(f"  {item.entry.line:>4}  {item.status:<15}  {time_s:>8}  {where or ''}".rstrip())
-    counts = {status: sum(item.status == status for item in items) for status in dict.fromkeys(i.status for i in items)}
+    counts = collections.Counter(item.status for item in items)
     lines.append("  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return "\n".join(lines)
