@@ -15,7 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 PAGE = Path(__file__).with_name("commands.md")
 COMMANDS = (
     *("tuning.sweep", "tuning.choose", "tuning.results", "tuning.report", "tuning.peers", "tuning.validate"),
-    *("tuning.hparams", "pipeline.generate", "pipeline.predict", "pipeline.quality", "pipeline.train_tiny"),
+    *(
+        "tuning.hparams",
+        "tuning.selfcheck",
+        "pipeline.generate",
+        "pipeline.predict",
+        "pipeline.quality",
+        "pipeline.train_tiny",
+    ),
 )
 _LONGEST = 80  # characters of a default that are shown
 _INTRODUCTION = """# Commands

@@ -14,6 +14,7 @@ HYDRA_COMMANDS = {
     "tuning.hparams": "workload=nope",
     "tuning.validate": "cache=perhaps",
     "tuning.report": "top=0",
+    "tuning.selfcheck": "resume=perhaps",
     "pipeline.generate": "height=tall",
     "pipeline.predict": "timeout_s=long",
     "pipeline.quality": "seeds=[one]",

@@ -24,6 +24,7 @@ FOLDERS = (
     "tuning.validate",
     "tuning.compare",
     "tuning.report",
+    "tuning.selfcheck",
     "tuning",
     "pipeline.requests",
     "pipeline.model",

@@ -1,33 +1,25 @@
 """The job of a worker: compile one stage for a topology that is not here, add up its cost. Payload, result: JSON."""
 
 import dataclasses
+import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import torch
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import CompilerOptionError, Prediction, predict
 from offline_tpu.compile import parse_topology
-from pipeline.checkpoints.loading import build_module
 from pipeline.model.attention import resolve_attention
-from pipeline.model.latents import LatentGeometry
-from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.model.vae_decoder import DecoderShape, arrange
-from pipeline.model.weights import abstract_weights
 from pipeline.requests.request import GenerateRequest, Stage
-from pipeline.stages.denoise import abstract_arguments, build_step
-from pipeline.stages.text import encode_program, weight_sharding
-from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.kernel import assumed_grid_sizes
 from splash_attn.types import AttentionShape
+from splash_workbench.program import Program
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import compile_error
 
@@ -52,26 +44,13 @@ class StageJob:
     plan: ParallelPlan
     request: GenerateRequest
     configs: Mapping[str, Mapping[str, Any]]
-    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def dtype(self) -> Any:
-        """Return the dtype of weights and activations."""
-        return jnp.dtype(self.request.dtype)
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def devices(self) -> list[jax.Device]:
         """Return the topology's devices, which are not here."""
         _, name = parse_topology(self.topology)
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-    def module(self, part: str) -> Any:
-        """Build the stock module of a part, without storage."""
-        return build_module(part, self.configs[part], getattr(torch, self.request.dtype))
-
-    def weight(self, shape: Sequence[int], sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        """Return a weight without storage."""
-        return jax.ShapeDtypeStruct(tuple(shape), self.dtype, sharding=sharding)
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
@@ -83,35 +62,31 @@ def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:
         raise compile_error(error) from error
 
 
+def predict_model(payload: dict[str, Any]) -> dict[str, Any]:
+    """Predict one call of a stage of a named model, as `pipeline.stages.programs.model_program` makes it.
+
+    Payload: model, stage, topology, hbm_bytes. Returns time_s, and interval_s where the prediction has one.
+    """
+    device, name = parse_topology(payload["topology"])
+    num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
+    request, configs, plan = model_request(payload["model"], num_devices, payload["hbm_bytes"])
+    job = StageJob(payload["stage"], payload["topology"], plan, request, configs)
+    result = predict_stage(dataclasses.asdict(job))
+    program = result["programs"][-1] if job.stage == "vae" else result
+    return {"time_s": program["time_s"], "interval_s": program.get("interval_s")}
+
+
 def _denoise(job: StageJob) -> dict[str, Any]:
-    request, plan, module = job.request, job.plan, job.module("transformer")
-    step = build_step(
-        module,
-        LatentGeometry.from_request(request, module.config, job.configs["vae"]),
-        module.config["max_text_seq_length"],
-        plan,
-        job.devices,
-        attention=dataclasses.replace(request.attention, implementation="pallas_tpu"),
-        guided=request.do_classifier_free_guidance,
-        noisy=False,
-    )
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    weights = abstract_weights(shapes, job.dtype, plan, step.mesh)
+    request, plan = job.request, job.plan
+    on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
+    program, step = denoise_program(dataclasses.replace(request, attention=on_tpu), job.configs, plan, job.devices)
     num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
     shape = AttentionShape(num_prompts // plan.dp, sizes.num_heads // plan.model, tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
-    prediction = predict(
-        step.jitted(weights),
-        weights,
-        *abstract_arguments(step, module.config, job.dtype),
-        topology=job.topology,
-        mesh=step.mesh,
-        grid_sizes=grid_sizes,
-        compiler_options=job.compiler_options,
-    )
+    prediction = _predict(job, program, grid_sizes)
     flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {
         "flops": flops,
@@ -123,41 +98,24 @@ def _denoise(job: StageJob) -> dict[str, Any]:
 
 
 def _text(job: StageJob) -> dict[str, Any]:
-    module, devices = job.module("text_encoder"), job.devices
-    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
-    weights = {
-        name: job.weight(value.shape, weight_sharding(value.shape, devices))
-        for name, value in module.named_parameters()
-    }
-    tokens = len(job.request.prompts), job.configs["transformer"]["max_text_seq_length"]
-    token_ids = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=everywhere)
-    program = encode_program(module, everywhere)
-    mesh, options = cast(Mesh, everywhere.mesh), job.compiler_options
-    return summary(predict(program, weights, token_ids, topology=job.topology, mesh=mesh, compiler_options=options))
+    return summary(_predict(job, text_program(job.request, job.configs, job.devices)))
 
 
 def _vae(job: StageJob) -> dict[str, Any]:
-    module = job.module("vae")
-    geometry = LatentGeometry.from_request(job.request, job.configs["transformer"], job.configs["vae"])
-    sharding = latent_sharding(geometry.shape, job.devices)
-    mesh = cast(Mesh, sharding.mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    weights = {
-        name: job.weight(jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, job.dtype)).shape, everywhere)
-        for name, value in module.named_parameters()
-        if name.startswith(DECODER_PREFIXES)
-    }
-    program = decode_program(DecoderShape.from_config(module.config), True, sharding)
-    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
-    results, cache = [], None
-    for start, stop in batches[:2]:
-        latents = jax.ShapeDtypeStruct((1, stop - start, *geometry.shape[2:]), job.dtype, sharding=sharding)
-        args = (weights, latents, cache)
-        prediction = predict(program, *args, topology=job.topology, mesh=mesh, compiler_options=job.compiler_options)
-        results.append(summary(prediction, _VAE_TERMS))
-        with jax.set_mesh(mesh):
-            cache = cache_like(jax.eval_shape(program, weights, latents, cache)[1], sharding)
-    return together(results, [1, len(batches) - 1])
+    programs = vae_programs(job.request, job.configs, job.devices)
+    results = [summary(_predict(job, program), _VAE_TERMS) for program, _ in programs]
+    return together(results, [count for _, count in programs])
+
+
+def _predict(job: StageJob, program: Program, grid_sizes: Mapping[str, int] | None = None) -> Prediction:
+    return predict(
+        program.jitted,
+        *program.arguments,
+        topology=job.topology,
+        mesh=program.mesh,
+        grid_sizes=grid_sizes,
+        compiler_options=job.compiler_options,
+    )
 
 
 def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:

@@ -90,16 +90,22 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
     notes, runs = ["wall time of the host: a CPU has no device plane in the profile"], None
     if platform != "cpu":
         try:
-            runs = _until_known(lambda count: _by_profiler(run, count, kernel), settings, batch=settings.min_samples)
+            runs = _until_known(
+                lambda count: runs_of(record_profile(run, count), count, kernel), settings, batch=settings.min_samples
+            )
             notes = []
-        except _NoDeviceTimesError as error:
+        except NoDeviceTimesError as error:
             notes = [f"wall time, dispatch included: {error}"]
     if runs is None:
         runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
-    times = tuple(run.time_ms for run in runs)
+    return measurement_of(runs, [*notes, *quality_notes([run.time_ms for run in runs], settings.target_ci_fraction)])
+
+
+def measurement_of(runs: Sequence[Run], notes: Sequence[str]) -> Measurement:
+    """Return runs as a measurement."""
     of_kernel = [run.kernel_time_ms for run in runs if run.kernel_time_ms is not None]
     kernel_time_ms = statistics.median(of_kernel) if of_kernel else None
-    return Measurement(times, kernel_time_ms, (*notes, *quality_notes(times, settings.target_ci_fraction)))
+    return Measurement(tuple(run.time_ms for run in runs), kernel_time_ms, tuple(notes))
 
 
 def median_ci_fraction(samples: Sequence[float]) -> float:
@@ -179,11 +185,16 @@ def _by_wall_clock(run: Callable[[], object], count: int, clock: Callable[[], fl
     return runs
 
 
-class _NoDeviceTimesError(Exception):
+class NoDeviceTimesError(Exception):
     """The profiler did not record each run on the device; the text says what it did."""
 
 
-def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run]:
+def record_profile(run: Callable[[], object], count: int) -> Any:
+    """Return the XSpace of so many runs, each waited for.
+
+    Raises:
+      NoDeviceTimesError: the profiler wrote none.
+    """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
@@ -193,8 +204,8 @@ def _by_profiler(run: Callable[[], object], count: int, kernel: str) -> list[Run
                 jax.block_until_ready(run())
         paths = list(Path(folder).rglob(f"*{reader.SUFFIX}"))
         if len(paths) != 1:
-            raise _NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")
-        return runs_of(XSpace.FromString(paths[0].read_bytes()), count, kernel)
+            raise NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")
+        return XSpace.FromString(paths[0].read_bytes())
 
 
 def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
@@ -204,7 +215,7 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
     ones, so they are dealt out evenly, and a run lasts from the start of its first to the end of its last.
 
     Raises:
-      _NoDeviceTimesError: it has not as many runs.
+      NoDeviceTimesError: it has not as many runs.
     """
     profile = reader.from_space(space, "here")
     plane = next(iter(profile.planes), "")
@@ -218,10 +229,10 @@ def runs_of(space: Any, count: int, kernel: str) -> list[Run]:
             runs.append(Run(module.duration_ps / 1e9, sum(inside) / 1e9 if inside else None))
         return runs
     if modules:
-        raise _NoDeviceTimesError(f"the profile has {len(modules)} runs of programs, expected {count}")
+        raise NoDeviceTimesError(f"the profile has {len(modules)} runs of programs, expected {count}")
     spans = sorted(_gpu_spans_ps(space))
     if not spans or len(spans) % count:
-        raise _NoDeviceTimesError(f"the profile has no runs of programs, and {len(spans)} kernels for {count} runs")
+        raise NoDeviceTimesError(f"the profile has no runs of programs, and {len(spans)} kernels for {count} runs")
     each = len(spans) // count
     chunks = [spans[i : i + each] for i in range(0, len(spans), each)]
     return [Run((max(end for _, end in chunk) - chunk[0][0]) / 1e9) for chunk in chunks]

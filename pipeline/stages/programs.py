@@ -1,0 +1,149 @@
+"""The programs of the stages with the shapes of a request, for devices that are here or not: no weight is read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pipeline.checkpoints.checks import part_configs
+from pipeline.checkpoints.loading import build_module, resolve_checkpoint, use_compilation_cache
+from pipeline.model.denoise_step import DenoiseStep
+from pipeline.model.latents import LatentGeometry
+from pipeline.model.placement import split_mesh
+from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.vae_decoder import DecoderShape, arrange
+from pipeline.model.weights import abstract_weights
+from pipeline.requests.config import GenerateConfig, to_request
+from pipeline.requests.models import MODELS
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.stages.denoise import abstract_arguments, build_step
+from pipeline.stages.text import encode_program, weight_sharding
+from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from splash_workbench.program import Program
+
+Configs = Mapping[str, Mapping[str, Any]]
+#: Deviation of random weights and activations with which every stage's results are finite.
+_SCALE = 0.02
+#: Chips with less take the 11 GB of the transformer's weights only in parts.
+_ROOMY_BYTES = 24 * 2**30
+
+
+def denoise_program(
+    request: GenerateRequest, configs: Configs, plan: ParallelPlan, devices: Sequence[jax.Device]
+) -> tuple[Program, DenoiseStep]:
+    """Return one denoising step, and what it was made from. configs: of the checkpoint's parts."""
+    config = configs["transformer"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("transformer", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.from_request(request, module.config, configs["vae"])
+    step = build_step(
+        module,
+        geometry,
+        module.config["max_text_seq_length"],
+        plan,
+        devices,
+        attention=request.attention,
+        guided=request.do_classifier_free_guidance,
+        noisy=False,
+    )
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    weights = abstract_weights(shapes, dtype, plan, step.mesh)
+    arguments = (weights, *abstract_arguments(step, module.config, dtype))
+    return Program(step.jitted(weights), arguments, step.mesh, carried={1: 0, 2: 1}, scale=_SCALE), step
+
+
+def text_program(request: GenerateRequest, configs: Configs, devices: Sequence[jax.Device]) -> Program:
+    """Return the encoding of a request's prompts."""
+    module = build_module("text_encoder", configs["text_encoder"], getattr(torch, request.dtype))
+    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(
+            value.shape, jnp.dtype(request.dtype), sharding=weight_sharding(value.shape, devices)
+        )
+        for name, value in module.named_parameters()
+    }
+    num_prompts = 2 if request.do_classifier_free_guidance else 1
+    text_seq_len = configs["transformer"]["max_text_seq_length"]
+    token_ids = jax.ShapeDtypeStruct((num_prompts, text_seq_len), jnp.int32, sharding=everywhere)
+    mesh = cast(Mesh, everywhere.mesh)
+    return Program(encode_program(module, everywhere), (weights, token_ids), mesh, scale=_SCALE)
+
+
+def vae_programs(
+    request: GenerateRequest, configs: Configs, devices: Sequence[jax.Device]
+) -> list[tuple[Program, int]]:
+    """Return the decoding of the first batch of latent frames, and of any other where there are, and how often each."""
+    config = configs["vae"]
+    dtype = jnp.dtype(request.dtype)
+    module: Any = build_module("vae", config, getattr(torch, request.dtype))
+    geometry = LatentGeometry.from_request(request, configs["transformer"], config)
+    channels, height, width = geometry.shape[2:]
+    sharding = latent_sharding(geometry.shape, devices)
+    mesh = cast(Mesh, sharding.mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weights = {
+        name: jax.ShapeDtypeStruct(
+            jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
+        )
+        for name, value in module.named_parameters()
+        if name.startswith(DECODER_PREFIXES)
+    }
+    jitted = decode_program(DecoderShape.from_config(module.config), True, sharding)
+    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
+    programs, cache = [], None
+    for index, (start, stop) in enumerate(batches[:2]):
+        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
+        carried = {2: 1} if index else {}
+        program = Program(jitted, (weights, latents, cache), mesh, carried, _SCALE)
+        programs.append((program, len(batches) - 1 if index else 1))
+        with jax.set_mesh(mesh):
+            cache = cache_like(jax.eval_shape(jitted, weights, latents, cache)[1], sharding)
+    return programs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelProgram:
+    """One call of a stage of a named model, and in words of JSON what it is a call of."""
+
+    program: Program
+    arguments: dict[str, Any]
+    config: dict[str, Any]
+
+
+def model_program(model: str, stage: Stage, devices: Sequence[jax.Device], hbm_bytes: int | None) -> ModelProgram:
+    """Return one call of a stage at the size that a named model is made for: a denoising step, one later VAE batch, T5.
+
+    Args:
+      model: see `pipeline.requests.models`.
+      devices: that it runs on, all of them.
+      hbm_bytes: of one of them, None where not known: small ones hold the transformer's weights in parts.
+    """
+    use_compilation_cache()
+    request, configs, plan = model_request(model, len(devices), hbm_bytes)
+    make: Mapping[Stage, Callable[[], Program]] = {
+        "text": lambda: text_program(request, configs, devices),
+        "denoise": lambda: denoise_program(request, configs, plan, devices)[0],
+        "vae": lambda: vae_programs(request, configs, devices)[-1][0],
+    }
+    sizes = {name: getattr(request, name) for name in ("height", "width", "num_frames", "dtype")}
+    config = {"num_devices": len(devices)} | (dataclasses.asdict(plan) if stage == "denoise" else {})
+    return ModelProgram(make[stage](), {"checkpoint": request.checkpoint, **sizes}, config)
+
+
+def model_request(model: str, num_devices: int, hbm_bytes: int | None) -> tuple[GenerateRequest, Configs, ParallelPlan]:
+    """Return a named model's request, its configurations, and how a step shares so many devices.
+
+    Raises RequestError where so many cannot share it.
+    """
+    checkpoint = MODELS[model].checkpoint
+    request = to_request(GenerateConfig(prompt="any", model=model, checkpoint=checkpoint))
+    configs, _ = part_configs(checkpoint, lambda: resolve_checkpoint(checkpoint))
+    guided, num_heads = request.do_classifier_free_guidance, configs["transformer"]["num_attention_heads"]
+    plan = resolve_plan(ParallelOptions(), num_devices, guided, num_heads)
+    frugal = hbm_bytes is not None and hbm_bytes < _ROOMY_BYTES and plan.model > 1
+    return request, configs, dataclasses.replace(plan, weights="sharded") if frugal else plan
