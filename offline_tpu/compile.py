@@ -106,8 +106,8 @@ def predict(
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
-    spec = _find_device(device, topology)
     options = checked_options(compiler_options)
+    spec = _find_device(device, topology).at_p_state(options)
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             return _prediction(spec, archive.unpack(kept, Path(folder)), Path(folder), grid_sizes, trip_counts, options)

@@ -2,6 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Self
+
+#: The compiler option that sets the clock's power state, of devices that have some.
+P_STATE_OPTION = "xla_tpu_dvfs_p_state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,23 @@ class DeviceSpec:
 
     @property
     def flops_per_cycle(self) -> float:
-        return self.peak_bf16_flops_per_s / self.clock_hz
+        return self.peak_bf16_flops_per_s / max(self.clock_hz, *self.p_states.values(), 0.0)
+
+    def at_p_state(self, options: Mapping[str, str]) -> Self:
+        """Return the device at the clock that compiler options set.
+
+        Raises:
+          ValueError: the clock of that p_state is not known.
+        """
+        if P_STATE_OPTION not in options:
+            return self
+        known = {str(state): clock_hz for state, clock_hz in self.p_states.items()}
+        if options[P_STATE_OPTION] not in known:
+            raise ValueError(
+                f"compiler_options: {P_STATE_OPTION}={options[P_STATE_OPTION]}: the clock of {self.name} is known for "
+                f"{', '.join(known) or 'no p_state: it has none'}."
+            )
+        return dataclasses.replace(self, clock_hz=known[options[P_STATE_OPTION]])
 
 
 _GB = 10**9
