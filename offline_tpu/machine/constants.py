@@ -10,17 +10,17 @@ from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.dma import CoreTiming
 
 #: By device, share of the published HBM bandwidth that streaming DMAs reach.
-HBM_EFFICIENCY = {"v6e": 0.89, "v5e": 0.90, "v5p": 0.93, "v7x": 0.873}
+HBM_EFFICIENCY = {"v6e": 0.88, "v5e": 0.90, "v5p": 0.927, "v7x": 0.872}
 
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
-DMA_LATENCY_S = 0.86e-6
+DMA_LATENCY_S = 0.85e-6
 
 #: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want
 #: the same memory.
-VMEM_BYTES_PER_STOLEN_CYCLE = 5000.0
+VMEM_BYTES_PER_STOLEN_CYCLE = 5700.0
 
 #: From the end of one op to the first bundle of the next.
-OP_OVERHEAD_S = 0.3e-6
+OP_OVERHEAD_S = 0.27e-6
 
 #: Share of the published link bandwidth that collectives reach. Not fitted: nothing public to fit it on. 0.9 makes
 #: v6e's 100 GB/s a link and direction the 9e10 B/s that "How to Scale Your Model" (jax-ml.github.io/scaling-book, TPUs)
