@@ -110,7 +110,8 @@ def predict(
     spec = _find_device(device, topology).at_p_state(options)
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
-            return _prediction(spec, archive.unpack(kept, Path(folder)), Path(folder), grid_sizes, trip_counts, options)
+            facts = archive.unpack(kept, Path(folder))
+            return _prediction(spec, facts, Path(folder), grid_sizes, trip_counts, options, archived=True)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
@@ -142,13 +143,16 @@ def _prediction(
     grid_sizes: Mapping[str, int] | None,
     trip_counts: Mapping[str, int] | None,
     options: dict[str, str],
+    *,
+    archived: bool = False,
 ) -> Prediction:
     try:
-        dump = Dump(folder, timing=core_timing(device), grid_sizes=grid_sizes or {})
+        dump = Dump(folder, timing=core_timing(device), grid_sizes=grid_sizes or {}, archived=archived)
         program = ProgramCost(
             dump.module,
             dump.schedule,
             vmem_bytes=dump.vmem_bytes,
+            overlays=dump.overlays,
             device=device,
             grid=Grid.around(facts.coords, device.ici_wrap_length),
             trip_counts=trip_counts or {},
@@ -170,6 +174,7 @@ def _prediction(
         compile_time_s=facts.compile_time_s,
         compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
+        code_bytes=dump.overlays.code_bytes if dump.overlays else sum(op.code_bytes for op in ops),
     )
 
 

@@ -9,6 +9,7 @@ from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
 from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
+from offline_tpu.overlays import Overlays, read_overlays
 from offline_tpu.schedule.read import Schedule, read_schedule
 
 _BUNDLES = re.compile(r"(\d+-(.+))-\d+-final_bundles\.txt$")
@@ -17,6 +18,7 @@ _NOT_OPS = ("TLP", "<")
 _ANALYSIS_SUFFIX = "schedule-analysis"
 _UTILIZATION = "per-bundle-utilization"
 _VMEM_SUFFIX = "-vmem_report.html"
+_OVERLAYS_SUFFIX = "-overlay-graph.txt"
 _VMEM_DATA = re.compile(r"\bDATA\s*=\s*(?=\{)")
 
 
@@ -26,18 +28,25 @@ class Dump:
     Attributes:
       module: its scheduled HLO.
       vmem_bytes: by op, the VMEM that it reserves while it runs.
+      overlays: the pieces of its code; None in an archive from before they were dumped.
 
     Args:
+      archived: the files come from an archive.
       grid_sizes: as for `offline_tpu.predict`.
 
     Raises:
       UnknownDumpFormatError: the module or all schedules are missing, or not in the known form.
     """
 
-    def __init__(self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int], archived: bool = False
+    ) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
         self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))
+        self.overlays: Overlays | None = None
+        if not archived or any(path.name.endswith(_OVERLAYS_SUFFIX) for path in paths):
+            self.overlays = read_overlays(_only(paths, _OVERLAYS_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
         self._tables = [path for path in paths if _UTILIZATION in path.name]
