@@ -106,9 +106,7 @@ def read_overlays(path: Path) -> Overlays:
 def _cycles(sizes: dict[int, int], leads_to: dict[int, set[int]]) -> tuple[tuple[int, ...], ...]:
     """Return the sets of pieces that each lead to each other, of two pieces and more."""
     reached = {piece: _reached_from(piece, leads_to) for piece in sizes}
-    cycles = {
-        tuple(sorted(other for other in reached[piece] if piece in reached[other])) for piece in sizes
-    }
+    cycles = {tuple(sorted(other for other in reached[piece] if piece in reached[other])) for piece in sizes}
     return tuple(sorted(cycle for cycle in cycles if len(cycle) > 1))
 
 

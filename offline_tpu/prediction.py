@@ -60,6 +60,8 @@ class OpCost:
       collective: of a collective, its bytes and links.
       loops: around the op, the outermost first; `calls` is the product of their trips.
       code_bytes: size of its code.
+      code_load_s: of one call, what it waits for its code: 0 where its loop is one piece of code (see
+        offline_tpu.overlays).
     """
 
     name: str
@@ -80,6 +82,7 @@ class OpCost:
     collective: Collective | None = None
     loops: tuple[Loop, ...] = ()
     code_bytes: int = 0
+    code_load_s: float = 0.0
 
     @property
     def busiest_unit(self) -> str | None:

@@ -260,6 +260,7 @@ class ProgramCost:
             hbm_bytes=schedule.hbm_bytes,
             schedule=schedule,
             unresolved=schedule.unresolved + notes,
+            code_load_s=loading_s,
         )
         return time_s
 
@@ -308,6 +309,7 @@ class ProgramCost:
         schedule: Schedule | None = None,
         collective: Collective | None = None,
         unresolved: tuple[str, ...] = (),
+        code_load_s: float = 0.0,
     ) -> None:
         cycles = schedule.cycles if schedule else 0
         self.ops.append(
@@ -328,6 +330,7 @@ class ProgramCost:
                     {unit: round(schedule.utilization(unit), 6) for unit in schedule.unit_capacity} if schedule else {}
                 ),
                 code_bytes=len(schedule.counts) * BUNDLE_BYTES if schedule else 0,
+                code_load_s=code_load_s,
                 unresolved=context.unresolved + unresolved,
                 collective=collective,
                 start_s=start_s,
