@@ -73,6 +73,7 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     from pipeline.runs.request_run import generate, warm_up
     from pipeline.stages.progress import recorder_of, tracing
     from pipeline.terminal import timing_table
+    from splash_workbench.profiles.sessions import how_to_look
 
     every = settings.checkpoint_every, settings.preview_every
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
@@ -105,7 +106,7 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     print(timing_table(result.timings))
     print(f"video: {result.video_path}" if result.video_path else f"stage outputs: {result.run_dir}")
     if recorder is not None:
-        print("\n".join(recorder.how_to_look()))
+        print("\n".join(how_to_look(recorder.logdir, recorder.run)))
     elif results_path is not None and not all(timing.reused for timing in result.timings):
         print(f"timings: {results_path}")
     return 0
