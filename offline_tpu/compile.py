@@ -1,10 +1,11 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
+import contextlib
 import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -169,6 +170,18 @@ def _compile(
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_chip), args)
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
         fn = jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _kept_out_of_compilation_cache():
         jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
         return jitted.lower(*args).compile(), mesh
+
+
+@contextlib.contextmanager
+def _kept_out_of_compilation_cache() -> Iterator[None]:
+    """Write nothing to the user's persistent cache: no chip is here to load it for, and a hit dumps nothing."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[option]
+    jax.config.update(option, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)

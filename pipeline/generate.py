@@ -79,9 +79,9 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None:
-        return _run_batch(Path(settings.prompts).expanduser(), settings, stages, run_options, terminal)
+        return _run_batch(Path(settings.prompts), settings, stages, run_options, terminal)
     request = to_request(settings)
-    run_dir = _path(settings.run_dir) or Path(settings.output_dir).expanduser() / run_name(request, settings.name)
+    run_dir = _path(settings.run_dir) or Path(settings.output_dir) / run_name(request, settings.name)
     _check_apart(run_dir)
     _begin(settings, request.checkpoint)
     if settings.warm_up:
@@ -124,7 +124,7 @@ def _run_batch(
     from pipeline.terminal import batch_table
 
     entries = read_entries(path, settings)
-    output_dir, cache_dir = Path(settings.output_dir).expanduser(), _path(settings.cache_dir)
+    output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _begin(settings, ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries)))
     batch = Batch(items, _path(settings.results_path), terminal, terminal.say)
@@ -197,7 +197,7 @@ def _set_up_logging(verbose: bool) -> None:
 
 
 def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else Path(value)
 
 
 if __name__ == "__main__":

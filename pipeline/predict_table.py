@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from pipeline.predict.report import markdown_table
 from splash_workbench import cli
@@ -13,7 +12,7 @@ from splash_workbench.records.prediction import PredictionRecord
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m pipeline.predict_table", description="Print predictions as one Markdown table.")
-    parser.add_argument("records", type=Path, help="what python -m pipeline.predict appended to results_path")
+    parser.add_argument("records", type=cli.path_flag, help="what python -m pipeline.predict appended to results_path")
     return parser
 
 

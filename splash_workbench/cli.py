@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -21,13 +22,18 @@ from omegaconf.errors import OmegaConfBaseException
 from splash_workbench.accelerator import quiet_jax_without_accelerator
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import atomic_path, require_writable
-from splash_workbench.overrides import Keys, one_line, used_keys
+from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: Those of a signal as a shell has them: 128 + its number.
 EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
+#: Keys of schemas that hold paths.
+_PATHS = {
+    *("cache_dir", "folder", "json", "logdir", "measured", "output", "output_dir", "prompts", "results_dir"),
+    *("results_path", "run_dir", "start_from", "tuned_dir", "validation", "videos_dir", "work_dir"),
+}
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -87,6 +93,7 @@ def command(
                 if missing := sorted(OmegaConf.missing_keys(config)):
                     raise UserError(f"{', '.join(missing)}: expected a value")
                 settings: Any = from_config(lambda: OmegaConf.to_object(config))
+                _finish_values(settings)
                 _check_outputs(settings)
                 outcomes.append(function(settings))
             except Exception as error:  # kept from Hydra, which would add lines of its own
@@ -132,6 +139,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing how to use the command."""
         raise UserError(f"{message}; see --help")
+
+
+def _finish_values(settings: Any) -> None:
+    """Make text what the user gave, and paths begin at the user's home where they begin with ~."""
+    for name, value in vars(settings).items():
+        if dataclasses.is_dataclass(value):
+            _finish_values(value)
+        elif isinstance(value, str):
+            setattr(settings, name, os.path.expanduser(as_given(value)) if name in _PATHS else as_given(value))
+
+
+def path_flag(text: str) -> Path:
+    """Return the path that a flag of a `Parser` gives: its `type`."""
+    return Path(text).expanduser()
 
 
 def _check_outputs(settings: Any) -> None:

@@ -13,11 +13,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.errors import UserError
 
 _MAX_SUGGESTIONS = 3
+#: Before a text that OmegaConf would take for a value to come; `as_given` drops it. No argument of a process holds it.
+_MARK = "\0"
 #: Hydra's functions that name the values of several runs.
 _SWEEP = re.compile(r"(choice|glob|shuffle|sort)\(.*\)", re.DOTALL)
 
@@ -149,7 +152,13 @@ def _reason(error: HydraException | OmegaConfBaseException) -> str:
     return one_line(re.sub(r"(?m)^\s*(full_key:|object_type=|reference_type=|See https|To append).*$", "", text))
 
 
+def as_given(value: Any) -> Any:
+    """Return the text of a value as the user gave it, after OmegaConf; other values as they are."""
+    return value.replace(_MARK, "") if isinstance(value, str) else value
+
+
 def _literal(text: str) -> str:
+    text = f"{_MARK}{text}" if text == MISSING else text
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # for OmegaConf, which would look for a key of that name
     return QuotedString(text, Quote.single).with_quotes()
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
-from pipeline.checkpoints.weight_files import STEMS, open_weights, weight_files
+from pipeline.checkpoints.weight_files import STEMS, files_to_fetch, open_weights, weight_files
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
@@ -60,9 +60,12 @@ class Checkpoint:
     commit: str | None = None
 
     def part(self, part: str) -> Path:
-        """Return the folder of one part, downloaded first if it is on the Hub. Raises CheckpointError without it."""
+        """Return the folder of one part; of one on the Hub, downloaded first without its weights.
+
+        Raises CheckpointError without it.
+        """
         assert part in _PARTS, part
-        folder = self._root(f"{part}/*.json", f"{part}/*.safetensors", f"{part}/*.model", f"{part}/*.txt") / part
+        folder = self._root(f"{part}/*.json", f"{part}/*.model", f"{part}/*.txt") / part
         if not folder.is_dir():
             raise self.error(f"no folder {part}/ in it; expected diffusers' layout ({', '.join(_PARTS)})")
         if part == "tokenizer" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -70,8 +73,13 @@ class Checkpoint:
         return folder
 
     def weight_files(self, part: str) -> list[Path]:
-        """Return the files of a part's weights, see `weight_files`, downloaded first if they are on the Hub."""
-        return weight_files(self.part(part), part, f"checkpoint={self.name!r}: {part}/")
+        """Return the files of a part's weights, see `weight_files`; only they are downloaded from the Hub."""
+        folder, where = self.part(part), f"checkpoint={self.name!r}: {part}/"
+        for patterns in files_to_fetch(folder, part, where) if self.folder is None else ():
+            self._root(*(f"{part}/{pattern}" for pattern in patterns))
+            if any(found for pattern in patterns for found in folder.glob(pattern)):
+                break
+        return weight_files(folder, part, where)
 
     def config(self, part: str) -> dict[str, Any]:
         """Read a part's configuration, with the library's defaults for what it leaves out. Raises CheckpointError."""

@@ -51,6 +51,19 @@ def weight_files(folder: Path, part: str, where: str) -> list[Path]:
     return [folder / name for name in next(iter(found.values()))]
 
 
+def files_to_fetch(folder: Path, part: str, where: str) -> Iterator[list[str]]:
+    """Yield patterns of the files to fetch into a part's folder: the next ones only where those before bring none.
+
+    In the order of the libraries, so that copies beside the weights (an EMA, a variant, pickles) stay where they are.
+    where: begins the message of CheckpointError: an index that cannot be read.
+    """
+    single = f"{STEMS[part]}.safetensors"
+    index = folder / f"{single}.index.json"
+    own = [_shards(index, where)] if index.is_file() else []
+    yield from ([[single], *own] if part == "text_encoder" else [*own, [single]])
+    yield ["*.safetensors"]
+
+
 def _instead(names: list[str]) -> str:
     """Say what there is in place of weights."""
     if shards := [name for name in names if name.endswith(".safetensors")]:
@@ -67,15 +80,23 @@ def _weights_of(folder: Path, name: str, where: str) -> list[str]:
     """Return the names of the shards of an index, or of the single file itself."""
     if not name.endswith(".json"):
         return [name]
+    shards = _shards(folder / name, where)
+    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise CheckpointError(f"{where} lacks {absent[0]}, listed in {name}; download it again")
+    return shards
+
+
+def _shards(index: Path, where: str) -> list[str]:
+    """Return the names of the shards that an index lists."""
     try:
-        shards = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError("expected names of files beside it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{where}{name} is not an index of shards ({problem}); download it again") from error
-    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise CheckpointError(f"{where} lacks {absent[0]}, listed in {name}; download it again")
+        raise CheckpointError(
+            f"{where}{index.name} is not an index of shards ({problem}); download it again"
+        ) from error
     return shards
 
 

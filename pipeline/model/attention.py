@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 
 import splash_attn
@@ -107,7 +108,8 @@ def describe_attention(options: AttentionOptions, shape: AttentionShape, dtype: 
     described = {**dataclasses.asdict(resolution), "k_smooth": options.k_smooth, "shape": dataclasses.asdict(shape)}
     described["tuned_entry"] = None
     if resolution.implementation != "xla" and options.block_sizes is None:
-        device_kind, qk_dtype = jax.devices()[0].device_kind, options.qk_dtype or "bfloat16"
-        entry = tuned.choose(device_kind, shape, dtype, variant=options.variant, qk_dtype=qk_dtype).entry
+        device = next(iter(jnp.zeros(()).devices()))  # of jax.default_device, or the mesh in context
+        qk_dtype = options.qk_dtype or "bfloat16"
+        entry = tuned.choose(device.device_kind, shape, dtype, variant=options.variant, qk_dtype=qk_dtype).entry
         described["tuned_entry"] = entry.to_dict() if entry else None
     return described

@@ -43,7 +43,7 @@ def judge(settings: QualityConfig) -> int:
     if unknown := set(settings.only) - set(names):
         raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
     chosen = [candidate for candidate in candidates if candidate.name in (settings.only or names)]
-    cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else None
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
     resolve_checkpoint(reference.request.checkpoint, reference.request.revision, cache_dir)

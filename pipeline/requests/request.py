@@ -5,16 +5,18 @@ from typing import Any, Literal, get_args
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.limits import (
+    FRAME_MULTIPLE,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_GUIDANCE,
+    MAX_SIDE,
+    MAX_STEPS,
+    SIZE_MULTIPLE,
+)
 from pipeline.requests.models import fill_in_defaults
 from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
-
-SIZE_MULTIPLE = 16  # 8 pixels a latent (VAE) times 2 latents a patch (transformer)
-FRAME_MULTIPLE = 8  # 4 frames a latent (VAE) times 2 latents a patch (transformer, patch_size_t)
-MAX_SIDE = 4096
-MAX_FRAMES = 1001
-MAX_GUIDANCE = 1000
-MAX_FPS = 240
 
 Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -120,7 +122,7 @@ class GenerateRequest:
             require_multiple(name, getattr(self, name), SIZE_MULTIPLE)
         _require_number("num_frames", self.num_frames, 1, MAX_FRAMES)
         require_multiple("num_frames", self.num_frames, FRAME_MULTIPLE, 1)
-        _require_number("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _require_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         _require_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE, int | float)
         flag = self.use_dynamic_cfg
         _require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")

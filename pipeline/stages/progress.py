@@ -76,7 +76,7 @@ def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
     name = "-".join([Path(request.checkpoint).name, size, *(str(choice) for choice in choices if choice is not None)])
     run, config = settings.profile_run or safe_name(name), {**dataclasses.asdict(request), "plan": plan}
     try:
-        return Recorder(Path(settings.logdir).expanduser(), run, config)
+        return Recorder(Path(settings.logdir), run, config)
     except UserError as error:
         raise RequestError(f"profile_run={error}") from error
 

@@ -8,9 +8,11 @@ noise.
 import copy
 import dataclasses
 import logging
+import math
 import re
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ def optimize(
             torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
         recent.append(report)
         if (step + 1) % save_every == 0 or step + 1 == loop.steps:
-            means = {key: float(np.nanmean([report[key] for report in recent])) for key in recent[0]}
+            means = {key: _mean([report[key] for report in recent]) for key in recent[0]}
             history.append({"step": step + 1, **means})
             recent = []
             bar.set_postfix(means)
@@ -151,6 +153,12 @@ def optimize(
     trained.load_state_dict(average.state_dict())
     trained.eval()
     return history, cpu_time_s + time.process_time() - started
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not NaN (a step without what is reported); NaN where there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 # --- VAE

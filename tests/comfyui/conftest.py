@@ -7,10 +7,33 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from pipeline.checkpoints import loading
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 
 HERE = Path(__file__).parent
 PACK_DIR = HERE.parents[1] / "comfyui" / "ComfyUI-CogVideoX-TPU"
 PACK = "cogvideox_tpu_pack"
+PROMPT = "a red circle moves right"
+VALUES = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 9,
+    "num_inference_steps": 3,
+    "guidance_scale": 6.0,
+    "seed": 42,
+    "num_devices": 1,
+}
+SPEC = TinySpec(
+    num_layers=1,
+    num_attention_heads=2,
+    time_embed_dim=24,
+    text_embed_dim=20,
+    text_layers=1,
+    max_text_seq_length=19,
+    vae_block_out_channels=(8, 8, 8, 8),
+)
 
 
 def load_module(name: str, path: Path) -> ModuleType:
@@ -70,3 +93,43 @@ def schemas(nodes: dict[str, Any]) -> dict[str, Any]:
 def part(_loaded: Any):
     """Modules of the pack by name, e.g. part("settings")."""
     return lambda name: sys.modules[f"{PACK}.cogvideox_tpu.{name}"]
+
+
+@pytest.fixture
+def prompt() -> str:
+    return PROMPT
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    """Of the sampler's widgets, for a video that takes a moment."""
+    return dict(VALUES)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+
+
+@pytest.fixture
+def small_tiny(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """model_id tiny, smaller still."""
+    monkeypatch.setattr(loading, "TRAINED_FOLDER", tiny_folder)
+
+
+@pytest.fixture
+def run(nodes: dict[str, Any], values: dict[str, Any]):
+    """What ComfyUI does with the three nodes: in inference mode, asking the sampler before it encodes."""
+
+    def run(**changes: Any) -> tuple[torch.Tensor, float]:
+        sampler = nodes["CogVideoXTPUSampler"]
+        chosen = {**values, **changes}
+        with torch.inference_mode():
+            assert sampler.check_lazy_status(embeddings=None, **chosen) == ["embeddings"]
+            (embeds,) = nodes["CogVideoXTextEncoder"].execute(prompt=PROMPT, negative_prompt="", model_id="tiny").args
+            assert sampler.check_lazy_status(embeddings=embeds, **chosen) == []
+            (latents,) = sampler.execute(embeds, **chosen).args
+            images, frame_rate = nodes["CogVideoXTPUVAEDecoder"].execute(latents, fps=16).args
+        return images, frame_rate
+
+    return run

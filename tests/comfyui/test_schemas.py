@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from offline_tpu.machine.devices import DEVICES
-from pipeline.requests import request
+from pipeline.requests import limits, request
 from pipeline.requests.models import MODEL_FIELDS, MODELS
 from pipeline.requests.options import PlanChoice, WeightsAtRest
 from splash_attn.types import QkDtype, Softmax
@@ -39,8 +39,8 @@ PUBLISHED = {
         ],
         ["COGVIDEOX_LATENTS"],
     ),
-    # Published with fps as an INT output, which Create Video (FLOAT) refuses.
-    "CogVideoXTPUVAEDecoder": ([("latents", "COGVIDEOX_LATENTS", None), ("fps", "INT", 16)], ["IMAGE", "FLOAT"]),
+    # Published with fps as an INT, also as an output, which Create Video (FLOAT) refuses.
+    "CogVideoXTPUVAEDecoder": ([("latents", "COGVIDEOX_LATENTS", None), ("fps", "FLOAT", 16)], ["IMAGE", "FLOAT"]),
 }
 NODES = [*PUBLISHED, "CogVideoXTPUInfo"]
 
@@ -72,13 +72,16 @@ def test_a_keyword_of_a_newer_comfyui_is_refused(stub: Any, schemas: dict[str, A
 
 
 def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]) -> None:
-    nodes, settings, info = part("nodes"), part("settings"), part("info")
-    assert (request.MAX_SIDE, request.MAX_FRAMES) == (nodes.MAX_SIDE, nodes.MAX_FRAMES)
-    sampler = {slot.id: slot for slot in schemas["CogVideoXTPUSampler"].inputs}
+    settings, info = part("settings"), part("info")
+    slots = {slot.id: slot for schema in schemas.values() for slot in schema.inputs}
     for side in ("height", "width"):
-        assert sampler[side].get("step") == request.SIZE_MULTIPLE
-        assert sampler[side].get("min") % request.SIZE_MULTIPLE == 0
-    assert (sampler["num_frames"].get("step"), sampler["num_frames"].get("min") % 8) == (request.FRAME_MULTIPLE, 1)
+        assert (slots[side].get("step"), slots[side].get("max")) == (limits.SIZE_MULTIPLE, limits.MAX_SIDE)
+        assert slots[side].get("min") % limits.SIZE_MULTIPLE == 0
+    assert (slots["num_frames"].get("step"), slots["num_frames"].get("min") % 8) == (limits.FRAME_MULTIPLE, 1)
+    for name in ("frames", "fps", "guidance", "steps"):
+        slot = next(slot for key, slot in slots.items() if name in key)
+        assert slot.get("max") == getattr(limits, f"MAX_{name.upper()}")
+    assert slots["fps"].get("step") == 0.001, "23.976"
     assert get_args(request.Scheduler) == settings.SCHEDULERS
     assert set(settings.DTYPES) - {"auto"} == set(get_args(request.Dtype))
     assert {plan for plan, _ in settings.PARALLEL_PLANS.values()} == set(get_args(PlanChoice))
@@ -147,9 +150,13 @@ def test_help_page_tells_of_every_input_and_output(
 ) -> None:
     page = (pack_dir / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
     for slot in schemas[node].inputs:
-        assert f"| `{slot.id}` |" in page
+        default = f"`{json.dumps(slot.get('default'))}`" if slot.get("default") not in (None, "") else ""
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- `{slot.id}`")]
+        assert slot.io_type in line and default.lower() in line.lower(), line
+        assert language != "en" or slot.get("tooltip") in line
     for slot in schemas[node].outputs:
-        assert f"| `{slot.get('display_name')}` |" in page
+        assert f"- `{slot.get('display_name')}`" in page
+    assert not re.search(r"^\|", page, re.MULTILINE), "the panel cuts a table at its width"
 
 
 def test_metadata(pack_dir: Path, stub: Any) -> None:

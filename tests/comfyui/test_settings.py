@@ -11,6 +11,7 @@ import pytest
 from helpers import PLENTY_S
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.loading import Checkpoint
+from pipeline.requests import limits
 from pipeline.requests.errors import CheckpointError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions
@@ -107,6 +108,7 @@ pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
 schemas = [node.define_schema() for node in sys.modules["pack.cogvideox_tpu.nodes"].NODES]
+assert sys.modules["pack.cogvideox_tpu.settings"].limits()["MAX_SIDE"] is None
 heavy = {{"jax", "jaxlib", "torchax", "diffusers", "transformers", "pipeline", "splash_attn", "libtpu"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert before[:2] == (torch.get_default_dtype(), torch.is_grad_enabled())
@@ -176,6 +178,22 @@ def test_ours_is_found_beside_another_of_its_name(part: Any, pack_dir: Path, tmp
     done = _import_beside_another(part, tmp_path, package, root.as_uri())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(root / name / "__init__.py") for name in ("pipeline", "splash_attn")]
+
+
+@pytest.mark.parametrize("made", ["types.ModuleType('pipeline')", "__import__('pipeline')"])
+def test_another_of_the_name_without_a_spec_is_named(part: Any, pack_dir: Path, tmp_path: Path, made: str) -> None:
+    before = f"module = sys.modules['pipeline'] = {made}; module.__spec__ = None"
+    done = _import_beside_another(part, tmp_path, "pipeline", pack_dir.parents[1].as_uri(), before)
+    where = "no file" if "types" in made else tmp_path / "pipeline"
+    expected = f"cannot import pipeline; another package of the name pipeline is at {where}; disable"
+    assert expected in done.stderr.strip().splitlines()[-1], done.stderr
+
+
+def test_limits_are_ours_beside_another_of_the_name(part: Any, pack_dir: Path, tmp_path: Path) -> None:
+    """And reading them imports neither: packs that ComfyUI loads later find theirs."""
+    before = "print(settings.limits()['MAX_FPS'], 'pipeline' in sys.modules); sys.exit()"
+    done = _import_beside_another(part, tmp_path, "pipeline", pack_dir.parents[1].as_uri(), before)
+    assert done.stdout.split() == [str(limits.MAX_FPS), "False"], done.stderr
 
 
 @pytest.mark.parametrize("package", ["pipeline", "splash_workbench"])

@@ -2,9 +2,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import offline_tpu
 from helpers import PLENTY_S
@@ -98,6 +100,30 @@ def test_device_and_topology_exclude_each_other() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ValueError, match="device='v99': expected one of"):
         offline_tpu.predict(lambda x: x, device="v99")
+
+
+@pytest.mark.compile
+def test_a_persistent_cache_of_the_user_is_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A hit would bring no schedule; JAX warns of an entry that it cannot load without the chip."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    compilation_cache.reset_cache()
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        x = jax.ShapeDtypeStruct((256, 256), "float32")
+        first, second = (offline_tpu.predict(lambda a: a @ a, x, device=V6E) for _ in range(2))
+        assert first.cycles == second.cycles > 0
+        assert not list(tmp_path.glob("[!.]*")) and not [str(w.message) for w in recwarn if "cache" in str(w.message)]
+        assert {name: jax.config.values[name] for name in options} == options
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import assume, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from commands import COMMANDS, main_of
+from commands import COMMANDS, HYDRA_COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from splash_workbench.overrides import Keys, key_types
+from splash_workbench.overrides import Keys, as_given, key_types
 from splash_workbench.provenance import REPO_ROOT
 
 MISTAKES = [
@@ -142,6 +142,7 @@ TEXTS = [
     "'",
     "--dashes=1",
     "two\nlines\t\r\n",
+    "???",
     "👩‍👩‍👧 é",
 ]
 
@@ -161,13 +162,35 @@ def test_text_is_taken_literally(run: Run, text: str) -> None:
     assert taken[2:] == [text, text]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="\\${}'\"[](), =:~?\nax日", min_size=1))
 def test_any_text_is_quoted_so_that_it_comes_back(text: str) -> None:
-    assume(text != "???")
     (argument,) = Keys(key_types(Schema), ()).checked([f"results_dir={text}"])
     (override,) = OverridesParser.create().parse_overrides([argument])
     config = OmegaConf.create({"results_dir": override.value(), "output": "${results_dir}/report"})
-    assert (config.results_dir, config.output) == (text, f"{text}/report")
+    assert (as_given(config.results_dir), as_given(config.output)) == (text, f"{text}/report")
+
+
+def test_a_path_may_begin_at_home(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    taken: list[Schema] = []
+    assert run(
+        entry_point(lambda settings: taken.append(settings) or 0), "results_dir=~/x", "json=~/y", "kernel=~/z"
+    ) == ((0, "", ""))
+    assert (taken[0].results_dir, taken[0].json, taken[0].kernel) == (f"{tmp_path}/x", f"{tmp_path}/y", "~/z")
+    run(main_of("tuning.choose"), "json=~/choice.json")
+    run(main_of("tuning.report"), "results_dir=~/none", "output=~/report")
+    run(main_of("tuning.compare"), "~/a.jsonl:1", "b", "--results-dir", "~/none", "--output", "~/compare")
+    assert {path.name for path in tmp_path.iterdir()} == {"choice.json", "report"}
+
+
+@pytest.mark.parametrize("module", HYDRA_COMMANDS)
+def test_every_path_among_the_keys_is_known_as_one(module: str) -> None:
+    names = {key for key, kind in main_of(module).keys.items() if kind in (str, str | None)}  # type: ignore[attr-defined]
+    likely = {
+        name for name in names if re.fullmatch(r"(.*_)?(dir|path|folder|from)|output|json|prompts|measured", name)
+    }
+    assert likely <= cli._PATHS
 
 
 def test_what_is_meant_for_hydra_is_left_to_hydra() -> None:

@@ -28,8 +28,8 @@ _LEAST_ID = 6
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
     """Find a run by what the user calls it, see `HELP`. Raises UserError where there is none, with those there are."""
     name, _, source = argument.rpartition("=")
-    path = Path(source)
-    file, colon, selector = source.rpartition(":")
+    path = Path(source).expanduser()
+    file, colon, selector = str(path).rpartition(":")
     if colon and file.endswith(".jsonl"):
         return _of_record(name, Path(file), selector)
     if path.name.endswith(reader.SUFFIX) and path.is_file():

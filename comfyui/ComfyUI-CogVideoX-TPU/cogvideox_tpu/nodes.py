@@ -1,80 +1,65 @@
-"""The nodes: their schemas, and calls of `stages`."""
+"""The nodes: their schemas, and calls of `stages`. What they say to users is in locales/en/nodeDefs.json."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import info, stages
+from . import info, settings, stages
 from .host import NodeProgress
-from .settings import AUTO, DEFAULT_MODEL, DTYPES, KERNELS, PARALLEL_PLANS, SCHEDULERS, checked_widgets, in_widget_terms
 
-CATEGORY = "CogVideoX TPU"
-MAX_SIDE, MAX_FRAMES = 4096, 1001  # pipeline.requests.request's; the tests compare them
 MAX_SEED = 2**53 - 1  # the largest that a browser holds exactly
+_TEXTS = json.loads(Path(__file__).parents[1].joinpath("locales", "en", "nodeDefs.json").read_text(encoding="utf-8"))
+_LIMITS = settings.limits()
 
 EmbedsIO = io.Custom("COGVIDEOX_EMBEDS")
 LatentsIO = io.Custom("COGVIDEOX_LATENTS")
 
 
-def _model_id() -> Any:
-    return io.String.Input(
-        "model_id",
-        default=DEFAULT_MODEL,
-        tooltip="A Hub id (owner/name), a folder under ComfyUI's models folder, or tiny: a small model trained on "
-        "drawn shapes, in seconds. Only safetensors are read.",
+def _schema(node_id: str, inputs: list[Any], outputs: list[Any], **keywords: Any) -> io.Schema:
+    """Return a schema with the node's texts. inputs, outputs: (type, id, keywords) and types."""
+    texts = _TEXTS[node_id]
+    return io.Schema(
+        node_id=node_id,
+        display_name=texts["display_name"],
+        category="CogVideoX TPU",
+        description=texts["description"],
+        inputs=[kind.Input(name, tooltip=texts["inputs"][name]["tooltip"], **more) for kind, name, more in inputs],
+        outputs=[
+            kind.Output(
+                display_name=texts["outputs"][str(index)]["name"], tooltip=texts["outputs"][str(index)]["tooltip"]
+            )
+            for index, kind in enumerate(outputs)
+        ],
+        hidden=[io.Hidden.unique_id],
+        **keywords,
     )
 
 
-def _size() -> list[Any]:
-    return [
-        io.Int.Input("height", default=720, min=16, max=MAX_SIDE, step=16, tooltip="Pixels, a multiple of 16."),
-        io.Int.Input("width", default=1280, min=16, max=MAX_SIDE, step=16, tooltip="Pixels, a multiple of 16."),
-        io.Int.Input(
-            "num_frames",
-            default=81,
-            min=1,
-            max=MAX_FRAMES,
-            step=8,
-            tooltip="8k + 1: 41, 49, 57, 65, 73, 81, 89, 97 ... 81 is about 5 s at 16 fps.",
-        ),
-        io.Int.Input("num_inference_steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
-        io.Float.Input(
-            "guidance_scale",
-            default=6.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="How closely to follow the prompt. 1 or less: no guidance, the negative prompt is not used, and a "
-            "step is about twice as fast.",
-        ),
-    ]
+def _combo(name: str, options: Any, **keywords: Any) -> tuple[Any, str, dict[str, Any]]:
+    """Describe a choice; its default is the first option."""
+    return io.Combo, name, {"options": list(options), "default": next(iter(options)), **keywords}
 
 
-def _num_devices(minimum: int, tooltip: str) -> Any:
-    return io.Int.Input("num_devices", default=8, min=minimum, max=4096, tooltip=tooltip)
+def _num_devices(minimum: int) -> tuple[Any, str, dict[str, Any]]:
+    return io.Int, "num_devices", {"default": 8, "min": minimum, "max": 4096}
 
 
-def _parallel_plan() -> Any:
-    return io.Combo.Input(
-        "parallel_plan",
-        options=list(PARALLEL_PLANS),
-        default=AUTO,
-        optional=True,
-        tooltip="How a step is split over devices. auto: the fastest as predicted. ulysses: by sequence, traded for "
-        "heads around attention; with weights sharded it needs less memory. megatron: by heads and columns. "
-        "seed_tp: the published weight table.",
-    )
-
-
-def _kernel() -> Any:
-    return io.Combo.Input(
-        "kernel",
-        options=list(KERNELS),
-        default=AUTO,
-        optional=True,
-        tooltip="Attention. auto: the tuned kernel on a TPU, plain XLA elsewhere. fixed_bound, online: that softmax of "
-        "the kernel. int8: faster, not exact. interpret: the kernel, slowly, on any machine. xla: no kernel.",
-    )
+_MODEL_ID = (io.String, "model_id", {"default": settings.DEFAULT_MODEL})
+_SIDE = {"min": 16, "max": _LIMITS["MAX_SIDE"], "step": _LIMITS["SIZE_MULTIPLE"]}
+_FRAMES = {"min": 1, "max": _LIMITS["MAX_FRAMES"], "step": _LIMITS["FRAME_MULTIPLE"]}
+_SIZE = [
+    (io.Int, "height", {"default": 720, **_SIDE}),
+    (io.Int, "width", {"default": 1280, **_SIDE}),
+    (io.Int, "num_frames", {"default": 81, **_FRAMES}),
+    (io.Int, "num_inference_steps", {"default": 50, "min": 1, "max": _LIMITS["MAX_STEPS"]}),
+    (io.Float, "guidance_scale", {"default": 6.0, "min": 0.0, "max": _LIMITS["MAX_GUIDANCE"], "step": 0.1}),
+]
+_PLAN_AND_KERNEL = [
+    _combo("parallel_plan", settings.PARALLEL_PLANS, optional=True),
+    _combo("kernel", settings.KERNELS, optional=True),
+]
 
 
 class CogVideoXTextEncoder(io.ComfyNode):
@@ -82,33 +67,18 @@ class CogVideoXTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CogVideoXTextEncoder",
-            display_name="CogVideoX Text Encoder (TPU)",
-            category=CATEGORY,
-            description="Encodes the prompts with the checkpoint's T5.",
-            inputs=[
-                io.String.Input("prompt", multiline=True, default="", tooltip="What the video shows."),
-                io.String.Input(
-                    "negative_prompt", multiline=True, default="", tooltip="What it should not show; may be empty."
-                ),
-                _model_id(),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default=AUTO,
-                    optional=True,
-                    tooltip="Of weights and activations in all three stages. auto: bfloat16; float32 for tiny.",
-                ),
-            ],
-            outputs=[EmbedsIO.Output(display_name="embeddings", tooltip="Both prompts, encoded.")],
-            hidden=[io.Hidden.unique_id],
-        )
+        inputs = [
+            (io.String, "prompt", {"multiline": True, "default": ""}),
+            (io.String, "negative_prompt", {"multiline": True, "default": ""}),
+            _MODEL_ID,
+            _combo("dtype", settings.DTYPES, optional=True),
+        ]
+        return _schema("CogVideoXTextEncoder", inputs, [EmbedsIO])
 
     @classmethod
-    @in_widget_terms
+    @settings.in_widget_terms
     def execute(cls, **values: Any) -> io.NodeOutput:
-        values = checked_widgets(cls.define_schema(), values)
+        values = settings.checked_widgets(cls.define_schema(), values)
         return io.NodeOutput(stages.encode(**values, progress=NodeProgress(cls.hidden.unique_id)))
 
 
@@ -117,53 +87,29 @@ class CogVideoXTPUSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CogVideoXTPUSampler",
-            display_name="CogVideoX TPU Sampler",
-            category=CATEGORY,
-            description="Denoises a video's latents on TPU. The first run of a size compiles it.",
-            inputs=[
-                # Lazy: ComfyUI then asks check_lazy_status, which checks the other values, before it encodes any text.
-                EmbedsIO.Input("embeddings", lazy=True, tooltip="From the CogVideoX Text Encoder."),
-                *_size(),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The same seed and values make the same video.",
-                ),
-                _num_devices(
-                    0,
-                    "TPU devices to use; 0 for all there are. With guidance and an even number, half of them work on "
-                    "each prompt; that half must divide the model's attention heads.",
-                ),
-                _parallel_plan(),
-                _kernel(),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(SCHEDULERS),
-                    default="checkpoint",
-                    optional=True,
-                    tooltip="checkpoint: the one it was published with.",
-                ),
-            ],
-            outputs=[LatentsIO.Output(display_name="latents", tooltip="For the CogVideoX TPU VAE Decoder.")],
-            hidden=[io.Hidden.unique_id],
-        )
+        inputs = [
+            # Lazy: ComfyUI then asks check_lazy_status, which checks the other values, before it encodes any text.
+            (EmbedsIO, "embeddings", {"lazy": True}),
+            *_SIZE,
+            (io.Int, "seed", {"default": 42, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
+            _num_devices(0),
+            *_PLAN_AND_KERNEL,
+            _combo("scheduler", settings.SCHEDULERS, optional=True),
+        ]
+        return _schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 
     @classmethod
-    @in_widget_terms
+    @settings.in_widget_terms
     def check_lazy_status(cls, embeddings: Any = None, **values: Any) -> list[str]:
         """Ask for the embeddings once all other values are known to be good."""
-        stages.sampling_request(embeddings, **checked_widgets(cls.define_schema(), values))
+        stages.sampling_request(embeddings, **settings.checked_widgets(cls.define_schema(), values))
         return ["embeddings"] if embeddings is None else []
 
     @classmethod
-    @in_widget_terms
+    @settings.in_widget_terms
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        request, parallel = stages.sampling_request(embeddings, **checked_widgets(cls.define_schema(), values))
+        values = settings.checked_widgets(cls.define_schema(), values)
+        request, parallel = stages.sampling_request(embeddings, **values)
         progress = NodeProgress(cls.hidden.unique_id, embeddings.checkpoint)
         return io.NodeOutput(stages.denoise(embeddings, request, parallel, progress))
 
@@ -173,26 +119,14 @@ class CogVideoXTPUVAEDecoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CogVideoXTPUVAEDecoder",
-            display_name="CogVideoX TPU VAE Decoder",
-            category=CATEGORY,
-            description="Decodes latents to frames.",
-            inputs=[
-                LatentsIO.Input("latents", tooltip="From the CogVideoX TPU Sampler."),
-                io.Int.Input("fps", default=16, min=1, max=120, tooltip="Frames a second, for Create Video."),
-            ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="The frames."),
-                io.Float.Output(display_name="frame_rate", tooltip="fps, as Create Video takes it."),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
+        fps = {"default": 16.0, "min": 1.0, "max": _LIMITS["MAX_FPS"], "step": 0.001}
+        inputs = [(LatentsIO, "latents", {}), (io.Float, "fps", fps)]
+        return _schema("CogVideoXTPUVAEDecoder", inputs, [io.Image, io.Float])
 
     @classmethod
-    @in_widget_terms
+    @settings.in_widget_terms
     def execute(cls, latents: Any, **values: Any) -> io.NodeOutput:
-        fps = checked_widgets(cls.define_schema(), values)["fps"]
+        fps = settings.checked_widgets(cls.define_schema(), values)["fps"]
         return io.NodeOutput(stages.decode(latents, NodeProgress(cls.hidden.unique_id)), float(fps))
 
 
@@ -201,35 +135,15 @@ class CogVideoXTPUInfo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="CogVideoXTPUInfo",
-            display_name="CogVideoX TPU Info",
-            category=CATEGORY,
-            description="Shows how attention would run at a size, the tuned entry behind it, and the predicted time. "
-            "Needs no TPU and runs nothing.",
-            inputs=[
-                _model_id(),
-                *_size(),
-                _num_devices(1, "TPU devices to tell about; they need not be here."),
-                io.Combo.Input(
-                    "device",
-                    options=list(info.DEVICE_KINDS),
-                    default=info.DEVICE_KINDS[0],
-                    tooltip="The TPU to tell about; it need not be here.",
-                ),
-                io.Boolean.Input(
-                    "predict",
-                    default=False,
-                    tooltip="Also compile the denoising step for that TPU and predict its time and memory. No TPU is "
-                    "needed, but libtpu, and minutes for the full model, in which Cancel waits.",
-                ),
-                _parallel_plan(),
-                _kernel(),
-            ],
-            outputs=[io.String.Output(display_name="report", tooltip="The same text.")],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
-        )
+        inputs = [
+            _MODEL_ID,
+            *_SIZE,
+            _num_devices(1),
+            _combo("device", info.DEVICE_KINDS),
+            (io.Boolean, "predict", {"default": False}),
+            *_PLAN_AND_KERNEL,
+        ]
+        return _schema("CogVideoXTPUInfo", inputs, [io.String], is_output_node=True)
 
     @classmethod
     def fingerprint_inputs(cls, device: str, **values: Any) -> str:
@@ -237,16 +151,11 @@ class CogVideoXTPUInfo(io.ComfyNode):
         return info.tuned_version(device)
 
     @classmethod
-    @in_widget_terms
+    @settings.in_widget_terms
     def execute(cls, **values: Any) -> io.NodeOutput:
-        values = checked_widgets(cls.define_schema(), values)
+        values = settings.checked_widgets(cls.define_schema(), values)
         report = info.report(**values, say=NodeProgress(cls.hidden.unique_id).say)
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
-NODES: list[type[io.ComfyNode]] = [
-    CogVideoXTextEncoder,
-    CogVideoXTPUSampler,
-    CogVideoXTPUVAEDecoder,
-    CogVideoXTPUInfo,
-]
+NODES: list[type[io.ComfyNode]] = [CogVideoXTextEncoder, CogVideoXTPUSampler, CogVideoXTPUVAEDecoder, CogVideoXTPUInfo]

@@ -1,5 +1,6 @@
 """What the widgets say -> the types of `pipeline`. Raises its RequestError and CheckpointError."""
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -8,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
@@ -62,8 +64,16 @@ _PACKAGES = {
     "splash_attn": "types",
     "splash_workbench": "provenance",
     "offline_tpu": "machine.devices",
-    "pipeline": "requests.request",
+    "pipeline": "requests.limits",
 }
+
+
+def limits() -> Mapping[str, Any]:
+    """Return the constants of pipeline.requests.limits, without importing it; None each where it is not installed."""
+    file = _file_of(_spec("pipeline"), _PACKAGES["pipeline"])
+    if file is None and (root := _installed_root("pipeline")) is not None:
+        file = _file_of(PathFinder.find_spec("pipeline", [root]), _PACKAGES["pipeline"])
+    return collections.defaultdict(lambda: None, runpy.run_path(str(file)) if file else {})
 
 
 def require_packages() -> None:
@@ -72,9 +82,10 @@ def require_packages() -> None:
     Raises RuntimeError, which says what to do, where they are not installed or another of their name was imported.
     """
     for package, module in _PACKAGES.items():
-        spec = importlib.util.find_spec(package)  # of the imported one, if it is
-        root = None if _is_ours(spec, module) else _installed_root(package, module)
-        if not _is_ours(spec, module) and (root is None or package in sys.modules):
+        spec = _spec(package)
+        own = _file_of(spec, module) is not None
+        root = None if own else _installed_root(package)
+        if not own and (root is None or package in sys.modules):
             there = list(spec.submodule_search_locations or [spec.origin]) if spec else []
             where = f"; another package of the name {package} is at {there[0]}" if there else ""
             install = "install cogvideox-splash into ComfyUI's Python (python -m pip install <its folder>)"
@@ -90,13 +101,25 @@ def _not_importable(what: str) -> RuntimeError:
     return RuntimeError(f"CogVideoX TPU nodes: cannot import {what}, see the pack's README")
 
 
-def _is_ours(spec: ModuleSpec | None, module: str) -> bool:
-    """Return whether a package has the module that tells ours from others of its name."""
+def _spec(package: str) -> ModuleSpec | None:
+    """Return the spec of a package: of the imported one, if it is."""
+    try:
+        return importlib.util.find_spec(package)
+    except ValueError:  # imported by a program that gave it no spec
+        module = sys.modules[package]
+        spec = ModuleSpec(package, None, origin=getattr(module, "__file__", "no file"))
+        spec.submodule_search_locations = list(getattr(module, "__path__", []))
+        return spec
+
+
+def _file_of(spec: ModuleSpec | None, module: str) -> Path | None:
+    """Return the file of the module that tells our package from others of its name; None of those."""
     folders = (spec and spec.submodule_search_locations) or ()
-    return any(Path(folder, *module.split(".")).with_suffix(".py").is_file() for folder in folders)
+    files = (Path(folder, *module.split(".")).with_suffix(".py") for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
-def _installed_root(package: str, module: str) -> str | None:
+def _installed_root(package: str) -> str | None:
     """Return where the distribution that holds one of our packages is installed, or its editable install points to."""
     try:
         distribution = importlib.metadata.distribution("cogvideox-splash")
@@ -104,7 +127,7 @@ def _installed_root(package: str, module: str) -> str | None:
         return None
     url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
     roots = (str(distribution.locate_file("")), unquote(urlparse(url).path))
-    return next((root for root in roots if _is_ours(PathFinder.find_spec(package, [root]), module)), None)
+    return next((root for root in roots if _file_of(PathFinder.find_spec(package, [root]), _PACKAGES[package])), None)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The files that are read are diffusers' own choice, or one line says why there is none."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.loading import Checkpoint
-from pipeline.checkpoints.weight_files import open_weights, weight_files
+from pipeline.checkpoints.weight_files import STEMS, open_weights, weight_files
 from pipeline.requests.errors import CheckpointError
 
 OWN = "diffusion_pytorch_model"
@@ -114,3 +115,58 @@ def test_a_pointer_of_git_lfs(tmp_path):
     assert weight_files(tmp_path, "vae", "") == [path]
     with pytest.raises(CheckpointError, match="git lfs pull"), open_weights(path, "vae/"):
         pass
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch) -> Checkpoint:
+    """A checkpoint on a Hub that has the files of `folder`."""
+    cached = tmp_path / "snapshots" / "c0ffee"
+
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for name in names:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (cached / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / name, cached / name)
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return Checkpoint("owner/name", repo_id="owner/name", commit="c0ffee")
+
+
+def _fetched(hub: Checkpoint, part: str) -> set[str]:
+    chosen = {path.name for path in hub.weight_files(part)}
+    assert {path.name for path in hub.part(part).glob("*.safetensors")} == chosen, "no other is fetched"
+    return chosen
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_of_the_hub_only_the_files_that_are_read_are_fetched(folder, hub, part):
+    single = f"{STEMS[part]}.safetensors"
+    for name in (f"{STEMS[part]}_ema.safetensors", f"{STEMS[part]}.fp16.safetensors", "other.safetensors"):
+        shutil.copy(folder / part / single, folder / part / name)
+    assert _fetched(hub, part) == {single}
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_of_shards_and_a_single_file_on_the_hub_one_is_fetched(folder, hub, part):
+    single = f"{STEMS[part]}.safetensors"
+    shards = {f"{STEMS[part]}-{number}.safetensors" for number in (1, 2)}
+    for name in shards:
+        shutil.copy(folder / part / single, folder / part / name)
+    _index(folder / part / f"{single}.index.json", *shards)
+    assert _fetched(hub, part) == (shards if part == "transformer" else {single}), "the library's order"
+
+
+def test_shards_alone_and_a_lone_variant_are_fetched(folder, hub):
+    for part in ("text_encoder", "vae"):
+        (folder / part / f"{STEMS[part]}.safetensors").rename(folder / part / "x.fp16.safetensors")
+    (folder / "text_encoder" / "x.fp16.safetensors").rename(folder / "text_encoder" / "m-1.safetensors")
+    _index(folder / "text_encoder" / "model.safetensors.index.json", "m-1.safetensors")
+    assert (_fetched(hub, "text_encoder"), _fetched(hub, "vae")) == ({"m-1.safetensors"}, {"x.fp16.safetensors"})
+
+
+def test_an_index_on_the_hub_that_cannot_be_read(folder, hub):
+    (folder / "vae" / f"{OWN}.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index.json is not an index of shards .*; download it again"):
+        hub.weight_files("vae")

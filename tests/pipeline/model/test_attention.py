@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,14 @@ def test_description_names_implementation_and_reason():
     asked = describe_attention(AttentionOptions(implementation="pallas_interpret"), shape, "float32")
     assert asked["implementation"] == "pallas_interpret"
     assert asked["block_sizes"]["block_q"] % 128 == 0
+
+
+def test_description_is_of_the_default_device(monkeypatch):
+    cpu = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(device_kind="TPU v6 lite"), cpu])
+    with jax.default_device(cpu):
+        options = AttentionOptions(implementation="pallas_interpret")
+        assert describe_attention(options, 1, 12, 39826, 64, "bfloat16")["tuned_entry"] is None
 
 
 @pytest.mark.compile

@@ -70,6 +70,24 @@ def test_lines_take_what_they_leave_out_from_the_command_line(tmp_path, config):
     assert second.request.height == first.request.height == 48
 
 
+PROMPTS = [
+    'it\'s a "red" cat ${oc.env:HOME}',
+    "C:\\temp\\new ${price} $5 \\",
+    "${",
+    "???",
+    "null",
+    "\\${x} {a: b}, [c]",
+    "~",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_lines_text_is_taken_literally(tmp_path, config, prompt):
+    (entry,) = read_entries(_write(tmp_path, {"prompt": prompt, "negative_prompt": prompt}), config)
+    assert (entry.request.prompt, entry.request.negative_prompt) == (prompt, prompt)
+    assert "/" not in entry.name
+
+
 BAD_LINES = [
     ("{", "not JSON"),
     ("[" * 100_000, "not JSON"),

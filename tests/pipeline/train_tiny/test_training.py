@@ -1,6 +1,7 @@
 """The training: a short one leaves a checkpoint that loads; an interrupted one goes on as if it had not been."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
     assert "holds a run with other settings; expected another folder" in capsys.readouterr().err
 
 
-def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path):
+def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path, recwarn):
     loop = Loop(steps=6, batch_size=3, matrix_rate=0.02, other_rate=1e-2, warm_up_steps=2, ema_decay=0.5)
 
     def run(path, fail_at=None):
@@ -54,16 +55,18 @@ def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path):
                 raise KeyboardInterrupt
             x = torch.randn(loop.batch_size, 2, 5, 5, generator=generator)
             loss = (model(x) - float(rng.random())).square().mean()
-            return loss, {"loss": loss.item()}
+            return loss, {"loss": loss.item(), "sometimes": math.nan if step < 3 else float(step)}
 
         history, _ = optimize("test", {"model": model}, loop, loss_of, 3, path, save_every=2)
         return [parameter.detach() for parameter in model.parameters()], history
 
     expected, history = run(tmp_path / "whole.pt")
+    assert not [warning for warning in recwarn if "empty" in str(warning.message)]
+    assert [entry["sometimes"] for entry in history[1:]] == [3.0, 4.5] and math.isnan(history[0]["sometimes"])
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut.pt", fail_at=5)
     actual, continued = run(tmp_path / "cut.pt")
-    assert history == continued and [entry["step"] for entry in history] == [2, 4, 6]
+    assert repr(history) == repr(continued) and [entry["step"] for entry in history] == [2, 4, 6]
     for here, there in zip(actual, expected, strict=True):
         torch.testing.assert_close(here, there, rtol=0, atol=0)
 
