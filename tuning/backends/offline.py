@@ -102,7 +102,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     notes = [*kernel.notes, *assumptions]
     if loading_ms := sum(op.code_load_s * op.calls for op in kernel_ops) * 1e3:
         notes.append(f"the kernel's loop spans pieces of code, loaded anew in every trip: {loading_ms:.3f} ms counted")
-    if unresolved_count := sum(len(op.unresolved) for op in kernel_ops):
+    if unresolved_count := sum(len(op.unresolved) - (op.code_load_s > 0) for op in kernel_ops):
         notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return checked | {
         "label": "predicted",
