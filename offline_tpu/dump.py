@@ -1,12 +1,14 @@
 """Reads the files that the compiler left: which schedule belongs to which op."""
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from offline_tpu.hlo import values
+from offline_tpu.hlo import ragged, values
 from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
+from offline_tpu.integers import Integers
 from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
@@ -29,17 +31,26 @@ class Dump:
 
     Args:
       grid_sizes: as for `offline_tpu.predict`.
+      find_integers: returns what else is known of kernels' operands; it is asked only where the HLO does not say.
 
     Raises:
       UnknownDumpFormatError: the module or all schedules are missing, or not in the known form.
     """
 
-    def __init__(self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        timing: CoreTiming,
+        grid_sizes: Mapping[str, int],
+        find_integers: Callable[[], Integers] = Integers,
+    ) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
         self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
+        self._integers = functools.cache(find_integers)
         self._tables = [path for path in paths if _UTILIZATION in path.name]
         self._bundles: dict[str, tuple[str, Path]] = {}
         for path in paths:
@@ -81,18 +92,32 @@ class Dump:
     def _known_operands(self, computation: str, op: HloOp) -> dict[int, tuple[int, ...]]:
         if op.opcode != "custom-call":
             return {}
-        known = {}
-        for index, name in enumerate(op.operands):
-            words = values.constant_words(self.module, computation, self.module.op(computation, name))
-            if words is not None:
-                known[index] = words
-        size = self._grid_sizes.get(op.name.rsplit(".", 1)[0])
-        if size is not None:
-            shapes = [self.module.op(computation, name).shape for name in op.operands]
-            scalars = [i for i, s in enumerate(shapes) if s.element_type == PrimitiveType.S32 and not s.dimensions]
-            if scalars:
-                known[scalars[0]] = (size,)
+        name = op.name.rsplit(".", 1)[0]
+        operands = [self.module.op(computation, operand) for operand in op.operands]
+        integers = [i for i, x in enumerate(operands) if x.shape.element_type in (PrimitiveType.S32, PrimitiveType.U32)]
+        known = {i: words for i in integers if (words := self._words(computation, op, operands[i])) is not None}
+        if len(known) < len(integers):
+            known = dict(self._integers().kernels.get(name, {})) | known
+        scalars = [i for i in integers if not operands[i].shape.dimensions]
+        if name in self._grid_sizes and scalars:
+            known[scalars[0]] = (self._grid_sizes[name],)
         return known
+
+    def _words(self, computation: str, user: HloOp, op: HloOp) -> tuple[int, ...] | None:
+        """Return the words of an operand of `user`; None where they are not known."""
+        source = values.source(self.module, computation, op)
+        if source.opcode == "parameter" and computation == self.module.entry:
+            return self._integers().parameters.get(source.proto.parameter_number)
+        if source.opcode != "get-tuple-element":
+            return values.constant_words(source)
+        kernel = self.module.op(computation, source.operands[0])
+        if not ragged.is_metadata(kernel):
+            return None
+        sizes = self._words(computation, kernel, self.module.op(computation, kernel.operands[0]))
+        if sizes is None:
+            return None
+        results = ragged.metadata_words(self.module, computation, kernel, user, sizes)
+        return None if results is None else results[source.proto.tuple_index]
 
 
 def _only(paths: list[Path], suffix: str) -> Path:

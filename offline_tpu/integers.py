@@ -20,13 +20,25 @@ _CALLS = frozenset(
 _BODIES = ("jaxpr", "call_jaxpr", "call")
 _MAX_WORDS = 1 << 20
 
-#: By kernel name, then by index of its operand: the operand's words.
-KernelWords = Mapping[str, Mapping[int, tuple[int, ...]]]
+_Words = tuple[int, ...]
 _Value = Any  # an array, or None where it is not known
 
 
-def kernel_words(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> KernelWords:
-    """Return the words of the 32-bit integer operands of every `pallas_call` that are known.
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """Known 32-bit integers.
+
+    Attributes:
+      kernels: by kernel name, then by index of its operand, the operand's words.
+      parameters: of the compiled program, by number, their words.
+    """
+
+    kernels: Mapping[str, Mapping[int, _Words]] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[int, _Words] = dataclasses.field(default_factory=dict)
+
+
+def find(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> Integers:
+    """Return the integers that are known of a function.
 
     Kernels in the body of a loop or in a branch are left out, and operands of kernels of one name that differ.
 
@@ -34,6 +46,20 @@ def kernel_words(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> K
       jaxpr: of the whole function.
       values: known arguments, by position.
     """
+    used = {atom for eqn in jaxpr.jaxpr.eqns for atom in eqn.invars if not isinstance(atom, core.Literal)}
+    used.update(atom for atom in jaxpr.jaxpr.outvars if not isinstance(atom, core.Literal))
+    parameters = [position for position, var in enumerate(jaxpr.jaxpr.invars) if var in used]  # jit drops the others
+    return Integers(
+        _kernel_words(jaxpr, values),
+        {number: _words(values[position]) for number, position in enumerate(parameters) if position in values},
+    )
+
+
+def _words(array: Any) -> _Words:
+    return tuple(np.asarray(array).astype(np.int32).ravel().tolist())
+
+
+def _kernel_words(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> dict[str, dict[int, _Words]]:
     known = [values.get(position) for position in range(len(jaxpr.jaxpr.invars))]
     names: list[str] = []
 
@@ -44,9 +70,9 @@ def kernel_words(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> K
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         arrays = jax.jit(compute)()  # one compilation: op by op takes ten times as long
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    found: dict[str, dict[int, _Words]] = {}
     for name, by_index in zip(names, arrays, strict=True):
-        words = {i: tuple(np.asarray(array).view(np.int32).ravel().tolist()) for i, array in by_index.items()}
+        words = {i: _words(array) for i, array in by_index.items()}
         before = found.setdefault(name, words)
         found[name] = {i: before[i] for i in before.keys() & words.keys() if before[i] == words[i]}
     return found

@@ -29,10 +29,15 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 Environment = Sequence[int | None]
 
 
-def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
-    """Return the 32-bit words of an operand that is a constant, through copies; None where it is not one."""
+def source(module: HloModule, computation: str, op: HloOp) -> HloOp:
+    """Return the op whose result an op copies, through any number of copies."""
     while op.opcode in _COPIES and op.operands:
         op = module.op(computation, op.operands[0])
+    return op
+
+
+def constant_words(op: HloOp) -> tuple[int, ...] | None:
+    """Return the 32-bit words of a constant; None of another op."""
     if op.values is None or op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
         return None
     return op.values if len(op.values) <= _MAX_WORDS else None
