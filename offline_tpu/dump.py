@@ -1,6 +1,7 @@
 """Reads the files that the compiler left: which schedule belongs to which op."""
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from offline_tpu.integers import Integers
 from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
+from offline_tpu.schedule.scalar import SMEM_TABLE
 
 _BUNDLES = re.compile(r"(\d+-(.+))-\d+-final_bundles\.txt$")
 _MODULE_SUFFIX = "-TLP-hlo.txt"
@@ -90,6 +92,8 @@ class Dump:
         return self._read[key]
 
     def _known_operands(self, computation: str, op: HloOp) -> dict[int, tuple[int, ...]]:
+        if op.opcode == "fusion":
+            return self._ragged_table(computation, op)
         if op.opcode != "custom-call":
             return {}
         name = op.name.rsplit(".", 1)[0]
@@ -102,6 +106,12 @@ class Dump:
         if name in self._grid_sizes and scalars:
             known[scalars[0]] = (self._grid_sizes[name],)
         return known
+
+    def _ragged_table(self, computation: str, fusion: HloOp) -> dict[int, tuple[int, ...]]:
+        """Return the table of the rows where the groups of a ragged matmul start, as the schedule's operand."""
+        sizes = ragged.group_sizes(self.module, computation, fusion)
+        words = None if sizes is None else self._words(computation, fusion, sizes)
+        return {} if words is None else {SMEM_TABLE: (0, *itertools.accumulate(words))}
 
     def _words(self, computation: str, user: HloOp, op: HloOp) -> tuple[int, ...] | None:
         """Return the words of an operand of `user`; None where they are not known."""

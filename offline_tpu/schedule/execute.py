@@ -17,6 +17,7 @@ from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
 from offline_tpu.schedule.scalar import Pointer, Scalars
 
 BRANCH_DELAY_SLOTS = 4
+WORD_BYTES = 4
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
 
 
@@ -139,7 +140,7 @@ class _Run:
         spaces = instruction.spaces
         if ends:
             if spaces[1] == "smem":
-                self._scalars.copy_to_smem(ends[0], ends[1])
+                self._scalars.copy_to_smem(ends[0], ends[1], size * HBM_GRANULE_BYTES // WORD_BYTES)
             spaces = tuple(
                 known or (end.space if isinstance(end, Pointer) else None)
                 for known, end in zip(spaces, ends, strict=True)
