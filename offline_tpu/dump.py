@@ -1,5 +1,6 @@
 """Reads the files that the compiler left: which schedule belongs to which op."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,6 +16,8 @@ from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.read import Schedule, read_schedule
 from offline_tpu.schedule.scalar import SMEM_TABLE
 
+#: In `Schedule.unresolved`: loops are counted as one trip each, so that the time may be many times too small.
+UNKNOWN_TRIPS = "how often its loops run depends on integers that are not known"
 _BUNDLES = re.compile(r"(\d+-(.+))-\d+-final_bundles\.txt$")
 _MODULE_SUFFIX = "-TLP-hlo.txt"
 _NOT_OPS = ("TLP", "<")
@@ -81,7 +84,7 @@ class Dump:
             name = self._twins.get(self.module.signature(computation, op), "")
         if not name:
             return None
-        operands = self._known_operands(computation, op)
+        operands, complete = self._known_operands(computation, op)
         key = (name, tuple(operands.items()))
         if key not in self._read:
             stem, path = self._bundles[name]
@@ -89,13 +92,17 @@ class Dump:
             if len(tables) != 1:
                 raise UnknownDumpFormatError(f"{path.name}: expected one utilization table, found {len(tables)}.")
             self._read[key] = read_schedule(name, path, tables[0], timing=self._timing, operands=operands)
-        return self._read[key]
+        schedule = self._read[key]
+        if not complete and any(text.startswith("branch") for text in schedule.unresolved):
+            return dataclasses.replace(schedule, unresolved=(UNKNOWN_TRIPS, *schedule.unresolved))
+        return schedule
 
-    def _known_operands(self, computation: str, op: HloOp) -> dict[int, tuple[int, ...]]:
+    def _known_operands(self, computation: str, op: HloOp) -> tuple[dict[int, tuple[int, ...]], bool]:
+        """Return the known words by operand, and whether all integers that may decide how often loops run are known."""
         if op.opcode == "fusion":
             return self._ragged_table(computation, op)
         if op.opcode != "custom-call":
-            return {}
+            return {}, True
         name = op.name.rsplit(".", 1)[0]
         operands = [self.module.op(computation, operand) for operand in op.operands]
         integers = [i for i, x in enumerate(operands) if x.shape.element_type in (PrimitiveType.S32, PrimitiveType.U32)]
@@ -105,13 +112,15 @@ class Dump:
         scalars = [i for i in integers if not operands[i].shape.dimensions]
         if name in self._grid_sizes and scalars:
             known[scalars[0]] = (self._grid_sizes[name],)
-        return known
+        return known, known.keys() >= set(integers)
 
-    def _ragged_table(self, computation: str, fusion: HloOp) -> dict[int, tuple[int, ...]]:
+    def _ragged_table(self, computation: str, fusion: HloOp) -> tuple[dict[int, tuple[int, ...]], bool]:
         """Return the table of the rows where the groups of a ragged matmul start, as the schedule's operand."""
+        if not ragged.is_matmul(self.module, fusion):
+            return {}, True
         sizes = ragged.group_sizes(self.module, computation, fusion)
         words = None if sizes is None else self._words(computation, fusion, sizes)
-        return {} if words is None else {SMEM_TABLE: (0, *itertools.accumulate(words))}
+        return ({}, False) if words is None else ({SMEM_TABLE: (0, *itertools.accumulate(words))}, True)
 
     def _words(self, computation: str, user: HloOp, op: HloOp) -> tuple[int, ...] | None:
         """Return the words of an operand of `user`; None where they are not known."""
@@ -119,7 +128,7 @@ class Dump:
         if source.opcode == "parameter" and computation == self.module.entry:
             return self._integers().parameters.get(source.proto.parameter_number)
         if source.opcode != "get-tuple-element":
-            return values.constant_words(source)
+            return values.constant_words(self.module, computation, source)
         kernel = self.module.op(computation, source.operands[0])
         if not ragged.is_metadata(kernel):
             return None

@@ -19,17 +19,27 @@ def is_metadata(op: HloOp) -> bool:
     return op.opcode == "custom-call" and op.scope == _NAME
 
 
+def is_matmul(module: HloModule, fusion: HloOp) -> bool:
+    """Return whether a fusion multiplies groups of rows."""
+    return _starts(module, fusion) is not None
+
+
 def group_sizes(module: HloModule, computation: str, fusion: HloOp) -> HloOp | None:
-    """Return the op that a fusion has its group sizes from; None where it is no ragged matmul, or not in this form."""
+    """Return the op that such a fusion has its group sizes from; None where it is not in the known form."""
+    ends = _starts(module, fusion)
+    if ends is None or ends.opcode != "parameter":
+        return None
+    operand = module.op(computation, fusion.operands[ends.proto.parameter_number])
+    made = values.source(module, computation, operand)
+    return module.op(computation, made.operands[0]) if made.opcode == "reduce-window" else None
+
+
+def _starts(module: HloModule, fusion: HloOp) -> HloOp | None:
+    """Return the op with the rows where groups end, which a ragged fusion makes its table from."""
     for called in fusion.called:
         for op in module.computations[called]:
             if op.name.startswith(_STARTS):
-                ends = module.op(called, op.operands[0])
-                if ends.opcode != "parameter":
-                    return None
-                operand = fusion.operands[ends.proto.parameter_number]
-                ends = values.source(module, computation, module.op(computation, operand))
-                return module.op(computation, ends.operands[0]) if ends.opcode == "reduce-window" else None
+                return module.op(called, op.operands[0])
     return None
 
 

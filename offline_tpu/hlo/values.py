@@ -1,5 +1,6 @@
 """Evaluates integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
@@ -36,11 +37,15 @@ def source(module: HloModule, computation: str, op: HloOp) -> HloOp:
     return op
 
 
-def constant_words(op: HloOp) -> tuple[int, ...] | None:
-    """Return the 32-bit words of a constant; None of another op."""
-    if op.values is None or op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
+def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
+    """Return the 32-bit words of a constant, or of one that is broadcast; None of another op."""
+    if op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
         return None
-    return op.values if len(op.values) <= _MAX_WORDS else None
+    count = math.prod(op.shape.dimensions)
+    if op.opcode == "broadcast" and count <= _MAX_WORDS:
+        words = constant_words(module, computation, source(module, computation, module.op(computation, op.operands[0])))
+        return words * count if words is not None and len(words) == 1 else None
+    return op.values if op.values is not None and len(op.values) <= _MAX_WORDS else None
 
 
 def trip_count(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> int | None:

@@ -314,10 +314,20 @@ def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
     if isinstance(left, int) and isinstance(right, int):
         operation = _operation(full_name)
         return None if operation is None else _signed(operation(left, right))
+    if name == "ssub" and isinstance(left, Pointer) and isinstance(right, Pointer):
+        return _distance(left, right)
     for pointer in (left, right):
         if isinstance(pointer, Pointer):
             return pointer if name in ("sshll", "sadd") else None  # an address in another unit, or an offset
     return _on_loaded(name, full_name, left, right)
+
+
+def _distance(left: Pointer, right: Pointer) -> int | None:
+    """Return how far apart two addresses in one allocation are, in the units of its memory."""
+    if left.space or right.space or left.name is None or right.name is None:  # computed: only named ones are exact
+        return None
+    ends = _named_flag(left.name), _named_flag(right.name)
+    return ends[0].number - ends[1].number if ends[0].allocation == ends[1].allocation else None
 
 
 def _on_loaded(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
