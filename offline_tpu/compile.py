@@ -95,9 +95,9 @@ def predict(
       grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
-      values: by position in the flattened `args`, the int32 arrays to assume for arguments that decide how much a kernel
-        computes, e.g. group sizes of a ragged matmul. Traced grid sizes and prefetched scalars that are computed from
-        them, or from constants of `fn`, are known then.
+      values: by position in the flattened `args`, the integers to assume for int32 arguments that decide how much a
+        kernel computes, e.g. group sizes of a ragged matmul. Traced grid sizes and prefetched scalars that are computed
+        from them, or from constants of `fn`, are known then.
       compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
       kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled:
         the caller knows that it is of the same program, device and libtpu.
@@ -243,8 +243,8 @@ def _checked_values(values: Mapping[int, np.ndarray] | None, args: tuple[Any, ..
         leaf = leaves[position]
         if array.shape != leaf.shape or leaf.dtype != np.int32 or array.dtype.kind not in "iu":
             raise ValueError(
-                f"values={{{position}: {array.dtype}{list(array.shape)}}}: expected integers of that argument, which is "
-                f"{leaf.dtype}{list(leaf.shape)}."
+                f"values={{{position}: {array.dtype}{list(array.shape)}}}: expected integers of the shape of an int32 "
+                f"argument, and this one is {leaf.dtype}{list(leaf.shape)}."
             )
         checked[position] = array.astype(np.int32)
     return checked

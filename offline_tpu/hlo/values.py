@@ -38,12 +38,13 @@ def source(module: HloModule, computation: str, op: HloOp) -> HloOp:
 
 
 def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
-    """Return the 32-bit words of a constant, or of one that is broadcast; None of another op."""
+    """Return the 32-bit words of a constant or a broadcast one, through copies; None of another op."""
+    op = source(module, computation, op)
     if op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
         return None
     count = math.prod(op.shape.dimensions)
     if op.opcode == "broadcast" and count <= _MAX_WORDS:
-        words = constant_words(module, computation, source(module, computation, module.op(computation, op.operands[0])))
+        words = constant_words(module, computation, module.op(computation, op.operands[0]))
         return words * count if words is not None and len(words) == 1 else None
     return op.values if op.values is not None and len(op.values) <= _MAX_WORDS else None
 

@@ -4,8 +4,8 @@ All control flow of a TPU core runs on its scalar unit, so loops, nested loops, 
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
 taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
 (constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
-that are prefetched) are assumed to differ where their addresses do. The loop of a ragged matmul, which may make millions
-of trips, is run for some of them.
+that are prefetched) are assumed to differ where their addresses do. The loop of XLA's ragged matmul, which may make
+millions of trips, is run for some of them.
 """
 
 import bisect
@@ -104,7 +104,7 @@ class _Run:
     def _progress(self, branch_at: int) -> float | None:
         """Return the fraction of its trips that the loop with this back edge has made; None where it does not say."""
         branch = next(i for i in self._program.events[branch_at] if i.name == BRANCH)
-        exit_test = self._conditions.get(branch.predicate)
+        exit_test = self._conditions.get(branch.predicate or "")
         if exit_test is None or not exit_test.name.startswith("scmp.ge"):
             return None
         trip, trips = map(self._scalars.value, exit_test.operands)

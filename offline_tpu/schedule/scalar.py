@@ -27,7 +27,7 @@ class Flag(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-    """An address: its memory and what it is in (an allocation, "operand N" of the op, or where it was loaded from); None
+    """An address: its memory and what it is in (an allocation, "operand N" of the op, where it was loaded from); None
     where not known. `offset`: in words, of an address in SMEM."""
 
     space: str | None
@@ -121,7 +121,7 @@ class Scalars:
         self._operands = operands
         self._values: dict[str, Scalar] = {}
         self._memory: dict[str, dict[int, Scalar]] = {}
-        self._table = dict(enumerate(operands.get(SMEM_TABLE, ())))
+        self._table: dict[int, Scalar] = dict(enumerate(operands.get(SMEM_TABLE, ())))
 
     def value(self, operand: str | int) -> Scalar:
         """Return the value of a register, a spill slot, a constant, or an allocation named directly."""
