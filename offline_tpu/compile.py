@@ -110,8 +110,8 @@ def predict(
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
-    spec = _find_device(device, topology)
     options = checked_options(compiler_options)
+    spec = _find_device(device, topology).at_p_state(options)
     values = _checked_values(values, args)
 
     def prediction(facts: archive.Facts, folder: Path, trace: Callable[[], jax.stages.Traced]) -> Prediction:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from offline_tpu.collectives import Collective
+from offline_tpu.machine import residuals
 from offline_tpu.options import options_text
 from splash_workbench.profiles.scopes import named_scope
 
@@ -142,6 +143,15 @@ class Prediction:
         return next(iter(self.by_bottleneck()), None)
 
     @property
+    def interval_s(self) -> tuple[float, float]:
+        """Return seconds between which four fifths of the measured times of such work lie; see machine.residuals."""
+        times_s: dict[str, float] = collections.defaultdict(float)
+        for op in self.ops:
+            times_s[op.category] += op.time_s
+        low, high = residuals.factors(self.device, times_s)
+        return low * self.time_s, high * self.time_s
+
+    @property
     def collectives(self) -> tuple[OpCost, ...]:
         """Return the ops that communicate."""
         return tuple(op for op in self.ops if op.collective is not None)
@@ -155,9 +165,11 @@ class Prediction:
         shares = ", ".join(
             f"{name} {time_s / self.time_s:.0%}" for name, time_s in self.by_bottleneck().items() if time_s
         )
+        low, high = self.interval_s
         options = f"; {options_text(self.compiler_options)}" if self.compiler_options else ""
         return (
-            f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted), bound by {shares or 'nothing'}; HBM: "
+            f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted; {low * 1e3:.3g} to {high * 1e3:.3g}), "
+            f"bound by {shares or 'nothing'}; HBM: "
             f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "
             f"{self.vmem_bytes / 2**20:.1f} MiB{options}"
         )

@@ -16,7 +16,13 @@ from offline_tpu import collectives
 from offline_tpu.collectives import Collective
 from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
-from offline_tpu.machine.constants import DMA_LATENCY_S, OP_OVERHEAD_S, VMEM_BYTES_PER_STOLEN_CYCLE, hbm_bytes_per_s
+from offline_tpu.machine.constants import (
+    DMA_LATENCY_S,
+    OP_OVERHEAD_S,
+    SPARSE_CORE_START_S,
+    VMEM_BYTES_PER_STOLEN_CYCLE,
+    hbm_bytes_per_s,
+)
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
@@ -112,7 +118,7 @@ class ProgramCost:
             elif op.opcode == "call":
                 now += self._computation(op.called[0], dataclasses.replace(context, environment=()), now)
             elif op.opcode == "custom-call-done":
-                now += self._sparse_core(op, context, now)
+                now += self._sparse_core(name, op, context, now)
             elif op.opcode.startswith("custom-call-"):
                 continue  # starts and updates of the SparseCore's work
             elif op.opcode.endswith("-done"):
@@ -194,8 +200,19 @@ class ProgramCost:
         )
         return waited
 
-    def _sparse_core(self, op: HloOp, context: _Context, now: float) -> float:
-        """Count the HBM traffic of what a SparseCore gathers or scatters, beside nothing: its schedule is not read."""
+    def _sparse_core(self, computation: str, op: HloOp, context: _Context, now: float) -> float:
+        """Count what a SparseCore does, beside nothing: a collective, or the HBM traffic of what it moves."""
+        start = op
+        while start.operands and not start.called:
+            start = self._module.op(computation, start.operands[0])
+        inside = [(name, inner) for name in start.called for inner in self._module.computations[name]]
+        costs = (collectives.cost_of(inner, name, self._module, self._grid, self._device) for name, inner in inside)
+        collective = next((cost for cost in costs if cost is not None), None)
+        if collective is not None:
+            time_s = SPARSE_CORE_START_S + max(collective.link_s, collective.hbm_bytes / self._hbm_bytes_per_s)
+            hbm_bytes = collective.hbm_bytes
+            self._add(op, context, now, time_s, "collective", "link", hbm_bytes=hbm_bytes, collective=collective)
+            return time_s
         hbm_bytes = 2 * array_bytes(op.shape)
         time_s = hbm_bytes / self._hbm_bytes_per_s
         note = "runs on a SparseCore: counted as the HBM traffic of its result"

@@ -144,21 +144,25 @@ def _bits(element_type: int) -> int:
 #: not take them: as calls of these targets they can be read.
 _SPARSE_CORE_TARGET = "sparsecore-"
 _METADATA = r", metadata=\{(?:\"(?:\\.|[^\"\\])*\"|[^\"}])*\}"  # a name may itself hold braces, in quotes
-_SPARSE_CORE_PHASE = re.compile(rf" custom-call-(start|update|done)(\([^()]*\))((?:{_METADATA})?).*$", re.M)
+_CALLED = r", called_computations=\{[^}]*\}"
+_SPARSE_CORE_PHASE = re.compile(r" custom-call-(start|update|done)(\([^()]*\))(.*)$", re.M)
 
 
 def _parse(text: str) -> HloModuleProto:
     try:
         from jaxlib._hlo import hlo_module_from_text  # type: ignore[import-not-found]
 
-        module = hlo_module_from_text(
-            _SPARSE_CORE_PHASE.sub(rf' custom-call\2, custom_call_target="{_SPARSE_CORE_TARGET}\1"\3', text)
-        )
+        module = hlo_module_from_text(_SPARSE_CORE_PHASE.sub(_as_custom_call, text))
         return HloModuleProto.FromString(module.as_serialized_hlo_module_proto())
     except (ImportError, AttributeError) as error:
         raise UnknownDumpFormatError(f"this jaxlib does not read HLO as the pinned one does ({error}).") from error
     except RuntimeError as error:  # XlaRuntimeError
         raise UnknownDumpFormatError(f"XLA does not read the HLO text: {' '.join(str(error).split())[:300]}") from error
+
+
+def _as_custom_call(phase: re.Match[str]) -> str:
+    kept = "".join(found[0] for pattern in (_CALLED, _METADATA) if (found := re.search(pattern, phase[3])))
+    return f' custom-call{phase[2]}, custom_call_target="{_SPARSE_CORE_TARGET}{phase[1]}"{kept}'
 
 
 def _ops(

@@ -3,29 +3,32 @@
 Published figures of a device (clock, peak FLOP/s, HBM and ICI bandwidth) are in `devices`. What follows is not
 published. HBM_EFFICIENCY, DMA_LATENCY_S, VMEM_BYTES_PER_STOLEN_CYCLE and OP_OVERHEAD_S are fitted on the rows of
 tuning/data/measured, as the clock of v7x is; docs/predictions.md tells how, and what remains with each program left out
-of the fit. The two of the links are taken from a book.
+of the fit. Those of the links have their sources beside them.
 """
 
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.dma import CoreTiming
 
 #: By device, share of the published HBM bandwidth that streaming DMAs reach.
-HBM_EFFICIENCY = {"v6e": 0.89, "v5e": 0.90, "v5p": 0.93, "v7x": 0.873}
+HBM_EFFICIENCY = {"v6e": 0.88, "v5e": 0.90, "v5p": 0.927, "v7x": 0.872}
 
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
-DMA_LATENCY_S = 0.86e-6
+DMA_LATENCY_S = 0.85e-6
 
 #: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want
 #: the same memory.
-VMEM_BYTES_PER_STOLEN_CYCLE = 5000.0
+VMEM_BYTES_PER_STOLEN_CYCLE = 5700.0
 
 #: From the end of one op to the first bundle of the next.
-OP_OVERHEAD_S = 0.3e-6
+OP_OVERHEAD_S = 0.27e-6
 
-#: Share of the published link bandwidth that collectives reach. Not fitted: nothing public to fit it on. 0.9 makes
-#: v6e's 100 GB/s a link and direction the 9e10 B/s that "How to Scale Your Model" (jax-ml.github.io/scaling-book, TPUs)
-#: works with.
+#: Share of the published link bandwidth that collectives reach. The three all-gathers over the 2x2x1 chips of a v7x
+#: that tuning/data/measured has reach 0.89 of it; "How to Scale Your Model" (jax-ml.github.io/scaling-book, TPUs) works
+#: with 0.9 for v6e. The one sum over a whole v6e-256 there reaches 0.6.
 ICI_EFFICIENCY = 0.9
+
+#: From the start of a collective on v7x's SparseCores to its first bytes, by the smallest of the same all-gathers.
+SPARSE_CORE_START_S = 12e-6
 
 #: From one chip to the next. The same book, "Sharded matrices": about a microsecond a hop.
 ICI_HOP_LATENCY_S = 1e-6

@@ -2,6 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Self
+
+#: The compiler option that sets the clock's power state, of devices that have some.
+P_STATE_OPTION = "xla_tpu_dvfs_p_state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class DeviceSpec:
       ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
       devices_per_chip: JAX devices that one chip is.
+      cores: TensorCores that share every op of a device; the figures above are one core's.
       p_states: clocks by libtpu's DVFS p_state; empty: it has none. `clock_hz` is that of the default.
     """
 
@@ -40,11 +45,32 @@ class DeviceSpec:
     source: str
     matmul_cycles: float
     devices_per_chip: int = 1
+    cores: int = 1
     p_states: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def fastest_clock_hz(self) -> float:
+        return max(self.clock_hz, *self.p_states.values(), 0.0)
+
+    @property
     def flops_per_cycle(self) -> float:
-        return self.peak_bf16_flops_per_s / self.clock_hz
+        return self.peak_bf16_flops_per_s / self.fastest_clock_hz
+
+    def at_p_state(self, options: Mapping[str, str]) -> Self:
+        """Return the device at the clock that compiler options set.
+
+        Raises:
+          ValueError: the clock of that p_state is not known.
+        """
+        if P_STATE_OPTION not in options:
+            return self
+        known = {str(state): clock_hz for state, clock_hz in self.p_states.items()}
+        if options[P_STATE_OPTION] not in known:
+            raise ValueError(
+                f"compiler_options: {P_STATE_OPTION}={options[P_STATE_OPTION]}: the clock of {self.name} is known for "
+                f"{', '.join(known) or 'no p_state: it has none'}."
+            )
+        return dataclasses.replace(self, clock_hz=known[options[P_STATE_OPTION]])
 
 
 _GB = 10**9
@@ -102,13 +128,14 @@ DEVICES = {
             "cores, and the schedule is that of one, for its half; 459 TFLOP/s over 2 x four 128x128 MXUs is "
             "1.75 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
             matmul_cycles=4,
+            cores=2,
         ),
         DeviceSpec(
             name="v7x",
             device_kind="TPU7x",
             topology="tpu7x:2x2x1",
             accelerator_type="tpu7x-8",
-            clock_hz=1.9e9,
+            clock_hz=1.91e9,
             peak_bf16_flops_per_s=1153.5e12,
             hbm_bytes_per_s=3690 * _GB,
             hbm_bytes=96 * _GIB,
@@ -117,10 +144,10 @@ DEVICES = {
             ici_wrap_length=4,
             source="https://cloud.google.com/tpu/docs/tpu7x, halved: a chip's two TensorCores are two JAX devices; "
             "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz, the clock of p_state 7; by default it runs slower: "
-            "1.9 GHz is fitted (docs/predictions.md); 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            "1.91 GHz is fitted (docs/predictions.md); 1200 GB/s of bidirectional ICI a chip over 6 ports",
             matmul_cycles=4,
             devices_per_chip=2,
-            p_states={3: 1.9e9, 7: 2.2e9},
+            p_states={3: 1.91e9, 7: 2.2e9},
         ),
     )
 }

@@ -45,6 +45,11 @@ class Grid:
         lengths = zip(axes, self.shape, self.wraps, strict=True)
         return [(len(a), wraps and len(a) == n) for a, n, wraps in lengths if len(a) > 1]
 
+    def sharing(self, groups: Sequence[Sequence[int]]) -> int:
+        """Return how many of the groups fill the chips of the first one: the devices of a chip share its links."""
+        chips = [{self.coords[i] for i in group} for group in groups]
+        return sum(found == chips[0] for found in chips)
+
     def route(self, source: int, target: int) -> list[tuple[Coords, Coords]]:
         """Return the links from one device to another, axis by axis, the shorter way round a ring."""
         here, end = list(self.coords[source]), self.coords[target]
@@ -105,6 +110,7 @@ def gather(grid: Grid, groups: Sequence[Sequence[int]], size_bytes: int) -> Traf
         return Traffic(0, 0)
     ways = sum(2 if closed else 1 for _, closed in block)
     chips = math.prod(length for length, _ in block)
+    size_bytes *= grid.sharing(groups)
     return Traffic(size_bytes * (1 - 1 / chips) / ways, sum(n // 2 if closed else n - 1 for n, closed in block))
 
 
@@ -116,5 +122,6 @@ def exchange(grid: Grid, groups: Sequence[Sequence[int]], size_bytes: int) -> Tr
         load, hops = grid.busiest([pair for g in groups for pair in itertools.permutations(g, 2)])
         return Traffic(load * size_bytes / len(group), hops)
     # The links that cut an axis in the middle carry all that goes from one half to the other.
+    size_bytes *= grid.sharing(groups)
     loads = [size_bytes * (n // 2) * (n - n // 2) / n / (2 if closed else 1) for n, closed in block]
     return Traffic(max(loads, default=0), sum(n // 2 if closed else n - 1 for n, closed in block))

@@ -51,9 +51,9 @@ def test_names_of_topologies(name: str, expected: str) -> None:
         ("v6e:2x", "topology='v6e:2x': expected"),
         ("v7x-4", "topology='v7x-4': expected v7x-N with N one of 2, 8, 16, 32, 64, 128, 256, or chips as v7x:2x2x1"),
         ("v7x:2x4", "topology='v7x:2x4': expected"),
-        ("banana", "topology='banana': expected one of v6e, v5e, v7x"),
-        ("v99-8", "topology='v99-8': expected one of v6e, v5e, v7x"),
-        ("v5p-8", "topology='v5p-8': not supported: its two TensorCores share a kernel's grid"),
+        ("banana", "topology='banana': expected one of v6e, v5e, v5p, v7x"),
+        ("v99-8", "topology='v99-8': expected one of v6e, v5e, v5p, v7x"),
+        ("v4-8", "topology='v4-8': not supported: libtpu compiles for its two TensorCores as two devices"),
     ],
 )
 def test_an_unknown_topology_is_refused(name: str, message: str) -> None:
@@ -61,9 +61,9 @@ def test_an_unknown_topology_is_refused(name: str, message: str) -> None:
         compile.parse_topology(name)
 
 
-def test_a_megacore_is_refused_by_name_and_reason() -> None:
-    with pytest.raises(ValueError, match="device='v5p': not supported: its two TensorCores share"):
-        offline_tpu.predict(lambda x: x, device="v5p")
+def test_a_chip_without_figures_is_refused_by_name_and_reason() -> None:
+    with pytest.raises(ValueError, match="device='v4': not supported: libtpu compiles for its two TensorCores"):
+        offline_tpu.predict(lambda x: x, device="v4")
 
 
 @pytest.mark.parametrize("package", ["libtpu", "jaxlib"])

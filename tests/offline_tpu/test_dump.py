@@ -24,7 +24,7 @@ custom_call_target="tpu_custom_call", metadata={op_name="ragged-dot-metadata"}
 }
 """
 BUNDLES = """
-     0   :  {%s9_s9 = inlined_call_operand.<no memory space> [shape: s32[1], index: 0, kind: input] }
+     0   :  { %s9_s9 = inlined_call_operand.<no memory space> [shape: s32[1], index: 0, kind: input] }
    0x1 LB: > { %s2_s1 = sphi 0, %s3_s2 /* phi copy */ } /* Start region 2 */
    0x2   : > { %s3_s2 = sadd.s32 1, %s2_s1 }
    0x3   : > { %p1_p0 = scmp.ge.s32.totalorder %s3_s2, %s9_s9 /* loop exit test */ }

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import topology_mesh
-from offline_tpu.machine.devices import DeviceSpec
+from offline_tpu.machine.devices import P_STATE_OPTION, DeviceSpec
 from tuning.validate import plain, splash
 from tuning.validate.rows import SPLASH, MeasuredRow
 
@@ -89,7 +89,10 @@ def build(row: MeasuredRow, device: DeviceSpec) -> Program:
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         reason = f"no argument {error}" if isinstance(error, KeyError) else _one_line(error)
         raise CannotMakeError(f"{row.op}: {reason}") from error
-    return dataclasses.replace(program, compiler_options=row.compiler_options)
+    options = dict(row.compiler_options)
+    if row.p_state is not None:
+        options[P_STATE_OPTION] = str(row.p_state)
+    return dataclasses.replace(program, compiler_options=options)
 
 
 def tokamax_version() -> str | None:
@@ -184,6 +187,10 @@ def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
     # Asked of the default device, which is the CPU of this machine: the TPU is not here.
     supported = {"supported_on": lambda self, device: True, "__module__": kind.__module__}
     op: Any = type(kind.__name__, (kind,), supported)()
+    if row.op == "xla_chunked_dot_product_attention":
+        # As tokamax's API has the op, and its times come from: (512, 1024); the class's own default is 128.
+        api = importlib.import_module("tokamax._src.ops.attention.api")
+        op = op.replace(chunk_size=api.IMPLEMENTATIONS["xla_chunked"].chunk_size)
     arguments = _known_arguments(row.arguments, op._fwd_signature.parameters)
     spec = tokamax_pydantic.get_arg_spec_model(f"{kind.__name__}Spec", op._fwd_signature)
     checked = pydantic.TypeAdapter(spec).validate_json(json.dumps(arguments))

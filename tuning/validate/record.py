@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from offline_tpu import Prediction
+from offline_tpu.machine import devices, residuals
 from splash_workbench.trial_status import Label
 from tuning.trials.reported import DEFAULT_PATH
 from tuning.validate.agreement import Pair, Summary, summarize
@@ -37,7 +38,6 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
       shares: of the time, by the ops' categories, the largest first.
       ops: the longest, the longest first.
       unresolved: what the prediction had to assume, the first few; unresolved_count: all.
-      interval_ms: in which four fifths of the measured times are expected; None where the prediction says none.
     """
 
     predicted_ms: float
@@ -47,7 +47,6 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
     ops: tuple[OpTime, ...]
     unresolved: tuple[str, ...] = ()
     unresolved_count: int = 0
-    interval_ms: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:
@@ -56,7 +55,6 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
         sums: dict[str, float] = {}
         for op in ops:
             sums[op.category] = sums.get(op.category, 0.0) + op.time_s
-        interval_s: tuple[float, float] | None = getattr(prediction, "interval_s", None)
         return cls(
             predicted_ms=prediction.time_s * 1e3,
             bound=ops[0].bound if ops else "compute",
@@ -69,7 +67,6 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
             ops=tuple(OpTime(op.name, op.time_s, op.cycles, op.bound) for op in ops[:_OPS_KEPT]),
             unresolved=tuple(text[:200] for text in prediction.unresolved[:_UNRESOLVED_KEPT]),
             unresolved_count=len(prediction.unresolved),
-            interval_ms=(interval_s[0] * 1e3, interval_s[1] * 1e3) if interval_s else None,
         )
 
 
@@ -83,6 +80,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         reported: it was not tried.
       ratio: predicted over reported; abs_error: |ratio - 1|.
       error: why there is no prediction.
+      interval_ms: between which four fifths of the measured times of such work lie; None without a prediction.
       The others: see RowPrediction.
     """
 
@@ -111,8 +109,15 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     def predicted(cls, row: MeasuredRow, prediction: RowPrediction) -> Self:
         """Return the comparison of a row with its prediction."""
         ratio = prediction.predicted_ms / row.time_ms
-        fields = msgspec.structs.asdict(prediction)
-        return cls(**_fields(row), **fields, status="predicted", ratio=ratio, abs_error=abs(ratio - 1))
+        low, high = residuals.factors(devices.by_name(row.device_kind).name, prediction.shares)
+        return cls(
+            **_fields(row),
+            **msgspec.structs.asdict(prediction),
+            status="predicted",
+            ratio=ratio,
+            abs_error=abs(ratio - 1),
+            interval_ms=(low * prediction.predicted_ms, high * prediction.predicted_ms),
+        )
 
     @classmethod
     def without(

@@ -18,8 +18,10 @@ from tuning.validate.record import Comparison, RowPrediction
 from tuning.validate.rows import MeasuredRow
 
 _JOB = "tuning.validate.job:predict_row"
+#: The sources that make the rows' programs.
+MAKERS = tuple(f"tuning/validate/{name}.py" for name in ("plain", "programs", "splash"))
 #: The sources that make a prediction.
-SOURCES = (*offline_tpu.SOURCES, *(f"tuning/validate/{name}.py" for name in ("job", "plain", "programs", "splash")))
+SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
 
 
 def compare(
@@ -47,7 +49,8 @@ def compare(
             return Comparison.without(row, "unmade", str(error))
         payload: dict[str, Any] = {"call": row.call, "device": device.name}  # no time: the job must not know it
         key = JobCache.key(_JOB, payload, dependencies)
-        payload["kept"] = str(dumps / f"{JobCache.key(_JOB, payload, captured.versions)}.tar.gz") if dumps else None
+        dump = JobCache.key(_JOB, payload, {"versions": captured.versions, "sources": provenance.source_hash(MAKERS)})
+        payload["kept"] = str(dumps / f"{dump}.tar.gz") if dumps else None
 
         def run_job() -> Outcome:
             return runner.run(

@@ -1,15 +1,16 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from offline_tpu import UnknownDumpFormatError
-from offline_tpu.machine.dma import DmaClock, DmaTiming
+from offline_tpu.machine.dma import CoreTiming, DmaClock
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
 from offline_tpu.schedule.read import read_schedule
 from offline_tpu.schedule.scalar import SMEM_TABLE
 
-TIMING = DmaTiming(bytes_per_cycle=100.0, latency_cycles=1000.0, vmem_bytes_per_stolen_cycle=400.0)
+TIMING = CoreTiming(bytes_per_cycle=100.0, latency_cycles=1000.0, vmem_bytes_per_stolen_cycle=4000.0, matmul_cycles=4.0)
 LOOP = """
      0   :  { %s1_s0 = smov.u32 0 /* materialized constant */ } /* Start region 1 */
    0x1 LB: > { %s2_s1 = sphi %s1_s0, %s3_s2 /* phi copy */ } /* Start region 2 */
@@ -70,7 +71,8 @@ def test_a_wait_stalls_until_the_transfer_is_done() -> None:
     size = 64 * 32
     assert actual.hbm_bytes == size
     # Started in bundle 2, waited for in bundle 4.
-    assert actual.stall_cycles == pytest.approx(2 + TIMING.latency_cycles + size / TIMING.bytes_per_cycle - 4)
+    starts = 2 + size / TIMING.vmem_bytes_per_stolen_cycle
+    assert actual.stall_cycles == pytest.approx(starts + TIMING.latency_cycles + size / TIMING.bytes_per_cycle - 4)
     assert actual.unresolved == ()
 
 
@@ -85,15 +87,46 @@ def test_a_transfer_of_unknown_size_is_reported_and_not_counted() -> None:
     assert "size of the DMA at 0x2" in actual.unresolved
 
 
-def test_the_core_is_slower_while_a_transfer_fills_vmem() -> None:
+def test_what_fills_vmem_takes_cycles_of_the_core() -> None:
     clock = DmaClock(TIMING)
-    clock.start("flag", 100_000, ("hbm", "vmem"))  # from 1000 to 2000
-    clock.advance(1000)
-    assert clock.now == pytest.approx(1000)
-    clock.advance(750)
-    assert clock.now == pytest.approx(2000)
+    clock.start("flag", 100_000, ("hbm", "vmem"))
     clock.advance(100)
-    assert clock.now == pytest.approx(2100)
+    assert clock.now == pytest.approx(100 + 100_000 / TIMING.vmem_bytes_per_stolen_cycle)
+    clock.start("other", 100_000, ("hbm", "smem"))
+    assert clock.now == pytest.approx(125)
+
+
+def test_bundles_take_no_less_than_their_matmuls_hold_the_matrix_units() -> None:
+    kinds = enumerate(["bf16", "f32"])
+    matmuls = "".join(f"%v{i}_v0 = vmatmul.mubr.{kind}.gmra.mxu0 %v9_v9  ;;  " for i, kind in kinds)
+    program = Program(LOOP.replace("   0x5   : > {}", f"   0x5   : > {{ {matmuls} }}"))
+    assert program.matmuls[-1] == 1.5
+    actual = execute(program, TIMING)
+    assert actual.counts == [1, *[7] * 8, 1]
+    assert actual.stall_cycles == pytest.approx(0)  # eight bundles a trip hide six cycles of matmuls
+    slow = dataclasses.replace(TIMING, matmul_cycles=10.0)
+    assert execute(program, slow).stall_cycles == pytest.approx(
+        5 * (15 - 8) + 2 * (15 - 9)
+    )  # the first and last have nine
+
+
+def test_a_word_that_the_core_stores_to_smem_is_known_when_it_is_loaded() -> None:
+    text = LOOP.replace(
+        "{ %s1_s0", "{ %8 = sst [smem:[#allocation6 + $0x1]] %s7_s7  ;;  %s7_s7 = smov.u32 5  ;;  %s1_s0"
+    )
+    text = text.replace("%s7_s7  ;;  %s7_s7 = smov.u32 5", "5")
+    text = text.replace("0x2   : > {", "0x2   : > { %s9_s9 = sld [smem:[#allocation6 + $0x1]]  ;; ")
+    actual = execute(Program(text.replace("%s3_s2, 7 /*", "%s3_s2, %s9_s9 /*")), TIMING)
+    assert actual.counts[1] == 5
+    assert actual.unresolved == ()
+
+
+def test_the_first_of_two_cores_that_share_an_op_is_followed() -> None:
+    core = "%s9_s9 = sld [smem:[#allocation4]] /* megacore core id :: core id */  ;;  %s8_s8 = sadd.s32 6, %s9_s9"
+    text = LOOP.replace("0x2   : > {", f"0x2   : > {{ {core}  ;; ").replace("%s3_s2, 7 /*", "%s3_s2, %s8_s8 /*")
+    actual = execute(Program(text), TIMING)
+    assert actual.counts[1] == 6
+    assert actual.unresolved == ()
 
 
 def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
@@ -101,7 +134,7 @@ def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
     clock.start("first", 100_000, ("hbm", "vmem"))
     clock.start("second", 50_000, ("vmem", "hbm"))
     assert clock.wait("second", 50_000)
-    assert clock.now == pytest.approx(1000 + 1000 + 500)
+    assert clock.now == pytest.approx(25 + 1000 + 1000 + 500)
 
 
 @pytest.mark.parametrize(
