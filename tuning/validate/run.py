@@ -1,6 +1,9 @@
 """Predicts measured rows in worker processes, each kept as soon as it is made."""
 
 import concurrent.futures
+import functools
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,18 @@ MAKERS = tuple(f"tuning/validate/{name}.py" for name in ("plain", "programs", "s
 SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
 
 
+def dump_path(dumps: Path, row: MeasuredRow) -> Path:
+    """Return where the dump of a row's program is kept. Raises ValueError for a chip that is not known."""
+    payload = {"call": row.call, "device": devices.by_name(row.device_kind).name}
+    return dumps / f"{JobCache.key(_JOB, payload, _made_by())}.tar.gz"
+
+
+@functools.cache
+def _made_by() -> dict[str, Any]:
+    versions = provenance.capture(offline_tpu.SOURCES).versions
+    return {"versions": versions, "sources": provenance.source_hash(MAKERS)}
+
+
 def compare(
     rows: Sequence[MeasuredRow],
     *,
@@ -33,24 +48,33 @@ def compare(
     timeout_s: float,
     progress: bool = False,
     dumps: Path | None = None,
+    limit_s: float | None = None,
 ) -> list[Comparison]:
     """Predict every row. A row without a prediction is in the list too, and says why.
 
     dumps: folder to keep the compiler's dumps in, and to read them from: a change of the model needs no compiling then.
+    limit_s: seconds after which no row is begun any more; those left are listed as not tried. None: all are.
     Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
     """
     captured = provenance.capture(offline_tpu.SOURCES)
     dependencies = {"versions": captured.versions, "sources": provenance.source_hash(SOURCES)}
 
+    known = {spec.device_kind for spec in devices.DEVICES.values()}
+    deadline = math.inf if limit_s is None else time.monotonic() + limit_s
+
+    def has_dump(row: MeasuredRow) -> bool:
+        return dumps is not None and row.device_kind in known and dump_path(dumps, row).exists()
+
     def compare_one(row: MeasuredRow) -> Comparison:
+        if time.monotonic() > deadline:
+            return Comparison.without(row, "reported", f"not tried within limit_s={limit_s:g}")
         try:
             device = devices.by_name(row.device_kind)
         except ValueError as error:
             return Comparison.without(row, "unmade", str(error))
         payload: dict[str, Any] = {"call": row.call, "device": device.name}  # no time: the job must not know it
         key = JobCache.key(_JOB, payload, dependencies)
-        dump = JobCache.key(_JOB, payload, {"versions": captured.versions, "sources": provenance.source_hash(MAKERS)})
-        payload["kept"] = str(dumps / f"{dump}.tar.gz") if dumps else None
+        payload["kept"] = str(dump_path(dumps, row)) if dumps else None
 
         def run_job() -> Outcome:
             return runner.run(
@@ -67,8 +91,8 @@ def compare(
             return Comparison.without(row, "unmade", unmade)
         return Comparison.predicted(row, jsonl.decode(outcome.result, RowPrediction))
 
-    # Chip by chip: a worker is started for one.
-    ordered = sorted(range(len(rows)), key=lambda number: rows[number].device_kind)
+    # Chip by chip, since a worker is started for one; first what needs no compiling.
+    ordered = sorted(range(len(rows)), key=lambda number: (not has_dump(rows[number]), rows[number].device_kind))
     bar = tqdm(total=len(rows), disable=not progress, unit="row", leave=False, smoothing=0)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, bar:
         futures = {number: pool.submit(compare_one, rows[number]) for number in ordered}

@@ -316,3 +316,13 @@ def test_the_command_on_a_folder_of_ones_own(
     assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(validate.Runner, "run", lambda *_, **__: pytest.fail("the outcome is in the cache"))
     assert run()[0]["rows"] == content["rows"]
+
+
+def test_rows_that_the_time_limit_leaves_are_listed_as_not_tried(
+    validated: Validated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", "copy")
+    code, content = validated("measured=mine.json", "limit_s=0")
+    assert code == 0
+    assert [row["status"] for row in content["rows"]] == ["reported"] * 2
+    assert "not predicted: not tried within limit_s=0" in capsys.readouterr().out
