@@ -21,6 +21,8 @@ BRANCH_DELAY_SLOTS = 4
 WORD_BYTES = 4
 #: Instructions after which the loop over the tiles of a ragged matmul is taken to go on as it began.
 SAMPLED_INSTRUCTIONS = 3_000_000
+#: Instructions after which the longest loop of any other op is taken to go on so.
+LONG_INSTRUCTIONS = 16_000_000
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
 
 
@@ -62,7 +64,7 @@ class _Run:
         self._clock = DmaClock(timing)
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
-        self._ragged = SMEM_TABLE in operands
+        self._sampled = SAMPLED_INSTRUCTIONS if SMEM_TABLE in operands else LONG_INSTRUCTIONS
         self._conditions = {i.result: i for bundle in program.events.values() for i in bundle if i.result}
         self._widest = 0  # bundles of the longest loop
 
@@ -84,9 +86,9 @@ class _Run:
                 break
             from_back_edge = jump <= branch_at
             start = jump
-            if self._ragged and from_back_edge and branch_at - jump >= self._widest:
+            if from_back_edge and branch_at - jump >= self._widest:
                 self._widest = branch_at - jump
-                if steps > SAMPLED_INSTRUCTIONS and (part := self._progress(branch_at)) is not None:
+                if steps > self._sampled and (part := self._progress(branch_at)) is not None:
                     progress = part
                     break
         self._clock.finish()
