@@ -29,17 +29,21 @@ class Dump:
 
     Args:
       grid_sizes: as for `offline_tpu.predict`.
+      record: keep what `Schedule.at` needs.
 
     Raises:
       UnknownDumpFormatError: the module or all schedules are missing, or not in the known form.
     """
 
-    def __init__(self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, directory: Path, *, timing: CoreTiming, grid_sizes: Mapping[str, int], record: bool = False
+    ) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
         self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
+        self._record = record
         self._tables = [path for path in paths if _UTILIZATION in path.name]
         self._bundles: dict[str, tuple[str, Path]] = {}
         for path in paths:
@@ -75,7 +79,9 @@ class Dump:
             tables = [table for table in self._tables if table.name.startswith(stem + "-")]
             if len(tables) != 1:
                 raise UnknownDumpFormatError(f"{path.name}: expected one utilization table, found {len(tables)}.")
-            self._read[key] = read_schedule(name, path, tables[0], timing=self._timing, operands=operands)
+            self._read[key] = read_schedule(
+                name, path, tables[0], timing=self._timing, operands=operands, record=self._record
+            )
         return self._read[key]
 
     def _known_operands(self, computation: str, op: HloOp) -> dict[int, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock
+from offline_tpu.machine.dma import HBM_GRANULE_BYTES, Call, CoreTiming, DmaClock, RecordingClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
 from offline_tpu.schedule.scalar import Pointer, Scalars
@@ -29,33 +29,43 @@ class Execution:
       stall_cycles: cycles beyond those of the bundles: waits for DMAs and matrix units, and VMEM time of the DMAs.
       hbm_bytes: bytes that its DMAs move to and from HBM.
       unresolved: branches and DMAs that depend on data, and waits that match no DMA.
+      calls: of its clock; None: not recorded.
     """
 
     counts: list[int]
     stall_cycles: float
     hbm_bytes: int
     unresolved: tuple[str, ...]
+    calls: list[Call] | None = None
 
 
-def execute(program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
+def execute(
+    program: Program,
+    timing: CoreTiming,
+    operands: Mapping[int, Sequence[int]] | None = None,
+    *,
+    record: bool = False,
+) -> Execution:
     """Run the program.
 
     Args:
       operands: by index, the words of operands that are known: constants, a traced grid size.
+      record: keep the calls of the clock.
 
     Raises:
       UnknownDumpFormatError: the program does not end within a large number of steps.
     """
-    return _Run(program, timing, operands or {}).to_the_end()
+    clock = RecordingClock(timing) if record else DmaClock(timing)
+    return _Run(program, clock, operands or {}).to_the_end()
 
 
 class _Run:
-    def __init__(self, program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, program: Program, clock: DmaClock, operands: Mapping[int, Sequence[int]]) -> None:
         self._program = program
         self._addresses = sorted(program.events)
         self._scalars = Scalars(operands)
         self._bundles = [[(i.name, i, self._scalars.step(i)) for i in program.events[a]] for a in self._addresses]
-        self._clock = DmaClock(timing)
+        self._clock = clock
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
 
@@ -87,6 +97,7 @@ class _Run:
             stall_cycles=self._clock.now - sum(counts),
             hbm_bytes=self._clock.hbm_bytes,
             unresolved=tuple(self._unresolved),
+            calls=self._clock.calls if isinstance(self._clock, RecordingClock) else None,
         )
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:

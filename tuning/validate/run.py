@@ -1,7 +1,7 @@
 """Predicts measured rows in worker processes, each kept as soon as it is made."""
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import offline_tpu
 from offline_tpu.machine import devices
+from offline_tpu.machine.devices import DeviceSpec
 from splash_workbench import provenance
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
@@ -22,6 +23,13 @@ _JOB = "tuning.validate.job:predict_row"
 MAKERS = tuple(f"tuning/validate/{name}.py" for name in ("plain", "programs", "splash"))
 #: The sources that make a prediction.
 SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
+
+
+def dump_name(row: MeasuredRow, device: DeviceSpec, versions: Mapping[str, str]) -> str:
+    """Return the name of the file that the dump of a row's program is kept in."""
+    payload = {"call": row.call, "device": device.name}
+    dependencies = {"versions": versions, "sources": provenance.source_hash(MAKERS)}
+    return f"{JobCache.key(_JOB, payload, dependencies)}.tar.gz"
 
 
 def compare(
@@ -49,8 +57,7 @@ def compare(
             return Comparison.without(row, "unmade", str(error))
         payload: dict[str, Any] = {"call": row.call, "device": device.name}  # no time: the job must not know it
         key = JobCache.key(_JOB, payload, dependencies)
-        dump = JobCache.key(_JOB, payload, {"versions": captured.versions, "sources": provenance.source_hash(MAKERS)})
-        payload["kept"] = str(dumps / f"{dump}.tar.gz") if dumps else None
+        payload["kept"] = str(dumps / dump_name(row, device, captured.versions)) if dumps else None
 
         def run_job() -> Outcome:
             return runner.run(
