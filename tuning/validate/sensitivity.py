@@ -59,5 +59,5 @@ def of_dump(path: Path, device: DeviceSpec) -> dict[str, Any]:
     return {
         "time_ms": program.time_s(device, FittedConstants.of(device)) * 1e3,
         "sensitivities": sensitivities(program.time_s, device),
-        "unresolved": list(program.unresolved[:20]),
+        "unresolved": list(program.unresolved),
     }
