@@ -2,8 +2,9 @@
 
 For every row of a set whose dump `python -m tuning.validate dumps=DIR` has kept, the predicted time is taken at the
 constants in use and with each moved up and down by a tenth. In logarithms the times are then linear in the constants,
-and these are fitted to the measured ones: absolute errors count, those beyond 15 % little, every program on every chip
-the same, and a constant stays near what it is unless the rows say otherwise. Writes fit.json and fit.md.
+and these are fitted to the measured ones: absolute errors count, and those beyond 15 % little; a program on a chip
+weighs the root of its number of rows, and a constant stays near what it is unless the rows say otherwise. Beside it is
+what comes out where every program on every chip weighs the same. Writes fit.json and fit.md.
 """
 
 import argparse

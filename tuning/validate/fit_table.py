@@ -31,10 +31,10 @@ def markdown(fitted: Fitted) -> Iterator[str]:
 
 def _tables(fitted: Fitted) -> Iterator[tuple[str, _Row, list[_Row]]]:
     constants: list[_Row] = [
-        (name, f"{value:.4g}", f"{new:.4g}", f"{new / value - 1:+.1%}")
+        (name, f"{value:.4g}", f"{new:.4g}", f"{new / value - 1:+.1%}", f"{fitted.equal_weights[name]:.4g}")
         for (name, value), new in zip(fitted.in_use.items(), fitted.constants.values(), strict=True)
     ]
-    yield "Constants", ("constant", "in use", "fitted", "change"), constants
+    yield "Constants", ("constant", "in use", "fitted", "change", "programs weighed the same"), constants
     groups: list[_Row] = [
         (group.op, group.device, str(group.row_count), *_percent(group.in_use), *_percent(group.fitted))
         for group in fitted.groups

@@ -1,5 +1,6 @@
 """Fits the constants of the time model to rows that say how their predicted times move with them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
@@ -70,7 +71,8 @@ class Fitted(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
       set: of the rows.
       row_count: rows fitted on; without: by reason, rows that were not.
-      in_use, constants: by name, as they are and as fitted.
+      in_use, constants: by name, as they are and as fitted; equal_weights: as fitted with every program on every chip
+        of the same weight.
       groups: by program and chip; programs: each left out of the fit.
       rows: all that the fit saw.
     """
@@ -80,6 +82,7 @@ class Fitted(msgspec.Struct, frozen=True, kw_only=True):
     without: dict[str, int]
     in_use: dict[str, float]
     constants: dict[str, float]
+    equal_weights: dict[str, float]
     groups: tuple[Group, ...]
     programs: tuple[LeftOut, ...]
     rows: tuple[FitRow, ...]
@@ -88,13 +91,17 @@ class Fitted(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, name: str, rows: Sequence[FitRow], without: Mapping[str, int], in_use: Mapping[str, float]) -> Self:
         """Fit on all rows, and on all but each program's."""
         shifts = fit(rows)
-        moved = lambda found: {name: value * float(np.exp(found.get(name, 0.0))) for name, value in in_use.items()}  # noqa: E731
+
+        def moved(found: Mapping[str, float]) -> dict[str, float]:
+            return {name: value * math.exp(found.get(name, 0.0)) for name, value in in_use.items()}
+
         return cls(
             set=name,
             row_count=len(rows),
             without=dict(without),
             in_use=dict(in_use),
             constants=moved(shifts),
+            equal_weights=moved(fit(rows, weight_power=0.0)),
             groups=_groups(rows, shifts),
             programs=_left_out(rows, moved),
             rows=tuple(rows),
@@ -107,13 +114,19 @@ def log_ratios(rows: Sequence[FitRow], shifts: Mapping[str, float]) -> np.ndarra
     return np.array([row.log_ratio + shift for row, shift in zip(rows, moved, strict=True)])
 
 
-def fit(rows: Sequence[FitRow]) -> dict[str, float]:
-    """Return by constant how far, in logarithms, the rows move it: by iteratively reweighted least squares."""
+def fit(rows: Sequence[FitRow], weight_power: float = 0.5) -> dict[str, float]:
+    """Return by constant how far, in logarithms, the rows move it: by iteratively reweighted least squares.
+
+    Args:
+      weight_power: a program on a chip weighs its number of rows to this power.
+    """
+    if not rows:
+        return {}
     names = sorted({name for row in rows for name in row.sensitivities})
     slopes = np.array([[row.sensitivities.get(name, 0.0) for name in names] for row in rows])
     errors = np.array([row.log_ratio for row in rows])
     pairs = [(row.op, row.device) for row in rows]
-    share = np.array([1 / pairs.count(pair) for pair in pairs])
+    share = np.array([pairs.count(pair) ** (weight_power - 1) for pair in pairs])
     share /= share.mean()
     published = [name.startswith(("hbm_efficiency", "clock_hz")) for name in names]
     prior = np.diag(_PRIOR_WEIGHT / np.where(published, _PRIOR_OF_PUBLISHED, _PRIOR) ** 2)

@@ -80,10 +80,9 @@ def test_planted_constants_are_found_again(rows: list[FitRow]) -> None:
 
 def test_rows_far_off_hardly_move_the_constants(rows: list[FitRow]) -> None:
     start = in_use("v6e", "v7x")
-    sensitive = dict.fromkeys(start, -1.0)
-    off = FitRow(id="off", op="off", device="v6e", log_ratio=math.log(3.0), sensitivities=sensitive)
-    with_it, without = (Fitted.of("planted", each, {}, start).constants for each in ([*rows, *[off] * 20], rows))
-    assert with_it == pytest.approx(without, rel=0.03)
+    off = [FitRow(id="off", op="off", device="v6e", log_ratio=1.1, sensitivities=row.sensitivities) for row in rows[:5]]
+    with_them, without = (Fitted.of("planted", each, {}, start).constants for each in ([*rows, *off], rows))
+    assert with_them == pytest.approx(without, rel=0.05)
 
 
 def test_rows_are_left_out_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
