@@ -5,24 +5,20 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from pipeline.checkpoints.loading import use_compilation_cache
-from pipeline.requests.batch_file import read_entries
-from pipeline.requests.config import GenerateConfig, request_field, to_parallel, to_request
+from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
-from pipeline.requests.options import RunOptions
-from pipeline.requests.request import Stage, parse_stages
-from pipeline.requests.run_names import run_name
-from pipeline.runs.batch import Batch, prepare
-from pipeline.runs.request_run import generate, warm_up
-from pipeline.stages.progress import recorder_of, tracing
-from pipeline.terminal import Interrupted, Terminal, batch_table, timing_table
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.cli import command
+
+if TYPE_CHECKING:  # what imports jax and torch is imported once the options are read
+    from pipeline.requests.options import RunOptions
+    from pipeline.requests.request import Stage
+    from pipeline.terminal import Terminal
 
 _BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
@@ -36,6 +32,8 @@ def default_model() -> str:
 def _default_backend() -> str:
     if not accelerator_visible():
         return "cpu"  # known without starting JAX, which a mere --help should not do
+    import jax
+
     return jax.default_backend()
 
 
@@ -47,6 +45,9 @@ def _default_backend() -> str:
 )
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
+    _check_combination(settings)
+    from pipeline.terminal import Interrupted, Terminal
+
     _set_up_logging(settings.verbose)
     terminal = Terminal()
     try:
@@ -64,9 +65,16 @@ def main(settings: GenerateConfig) -> int:
         terminal.close()
 
 
-def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
+def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     """Run what is asked for; return the exit code."""
-    _check_combination(settings)
+    from pipeline.requests.options import RunOptions, to_parallel
+    from pipeline.requests.request import parse_stages, to_request
+    from pipeline.requests.run_names import run_name
+    from pipeline.runs.request_run import generate, warm_up
+    from pipeline.stages.progress import recorder_of, tracing
+    from pipeline.terminal import timing_table
+    from splash_workbench.profiles.sessions import how_to_look
+
     every = settings.checkpoint_every, settings.preview_every
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
@@ -75,9 +83,7 @@ def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
     request = to_request(settings)
     run_dir = _path(settings.run_dir) or Path(settings.output_dir) / run_name(request, settings.name)
     _check_apart(run_dir)
-    if settings.compilation_cache:
-        use_compilation_cache()
-    print(_what_runs(request.checkpoint), flush=True)
+    _begin(settings, request.checkpoint)
     if settings.warm_up:
         timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=terminal)
         terminal.close()
@@ -100,7 +106,7 @@ def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
     print(timing_table(result.timings))
     print(f"video: {result.video_path}" if result.video_path else f"stage outputs: {result.run_dir}")
     if recorder is not None:
-        print("\n".join(recorder.how_to_look()))
+        print("\n".join(how_to_look(recorder.logdir, recorder.run)))
     elif results_path is not None and not all(timing.reused for timing in result.timings):
         print(f"timings: {results_path}")
     return 0
@@ -109,16 +115,18 @@ def _generate(settings: GenerateConfig, terminal: Terminal) -> int:
 def _run_batch(
     path: Path,
     settings: GenerateConfig,
-    stages: tuple[Stage, ...],
-    run_options: RunOptions,
-    terminal: Terminal,
+    stages: tuple["Stage", ...],
+    run_options: "RunOptions",
+    terminal: "Terminal",
 ) -> int:
+    from pipeline.requests.batch_file import read_entries
+    from pipeline.runs.batch import Batch, prepare
+    from pipeline.terminal import batch_table
+
     entries = read_entries(path, settings)
     output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
-    if settings.compilation_cache:
-        use_compilation_cache()
-    print(_what_runs(", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))), flush=True)
+    _begin(settings, ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries)))
     batch = Batch(items, _path(settings.results_path), terminal, terminal.say)
     try:
         batch.run_all()
@@ -157,7 +165,14 @@ def _check_apart(run_dir: Path) -> None:
     _multirun_dirs.add(run_dir)
 
 
-def _what_runs(checkpoint: str) -> str:
+def _begin(settings: GenerateConfig, checkpoint: str) -> None:
+    """Turn the compilation cache on, and say what runs, where, and why this model."""
+    import jax
+
+    from pipeline.checkpoints.loading import use_compilation_cache
+
+    if settings.compilation_cache:
+        use_compilation_cache()
     device = jax.devices()[0]
     kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
     where = f"{jax.device_count()} x {kind}"
@@ -168,7 +183,7 @@ def _what_runs(checkpoint: str) -> str:
         why = "the default on a TPU"
     else:
         why = f"the default without a TPU; model={_BIG_MODEL} for the full one"
-    return f"model {choice} ({why}), checkpoint {checkpoint}, on {where}"
+    print(f"model {choice} ({why}), checkpoint {checkpoint}, on {where}", flush=True)
 
 
 def _set_up_logging(verbose: bool) -> None:

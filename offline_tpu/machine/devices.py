@@ -27,6 +27,7 @@ class DeviceSpec:
       ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
       devices_per_chip: JAX devices that one chip is.
+      cores: TensorCores that share every op of a device; the figures above are one core's.
       p_states: clocks by libtpu's DVFS p_state; empty: it has none. `clock_hz` is that of the default.
     """
 
@@ -44,11 +45,16 @@ class DeviceSpec:
     source: str
     matmul_cycles: float
     devices_per_chip: int = 1
+    cores: int = 1
     p_states: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def fastest_clock_hz(self) -> float:
+        return max(self.clock_hz, *self.p_states.values(), 0.0)
+
+    @property
     def flops_per_cycle(self) -> float:
-        return self.peak_bf16_flops_per_s / max(self.clock_hz, *self.p_states.values(), 0.0)
+        return self.peak_bf16_flops_per_s / self.fastest_clock_hz
 
     def at_p_state(self, options: Mapping[str, str]) -> Self:
         """Return the device at the clock that compiler options set.
@@ -122,6 +128,7 @@ DEVICES = {
             "cores, and the schedule is that of one, for its half; 459 TFLOP/s over 2 x four 128x128 MXUs is "
             "1.75 GHz; 1200 GB/s of bidirectional ICI a chip over 6 ports",
             matmul_cycles=4,
+            cores=2,
         ),
         DeviceSpec(
             name="v7x",

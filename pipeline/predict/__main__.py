@@ -10,8 +10,9 @@ from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report, write_timelines
-from pipeline.requests.config import GenerateConfig, to_parallel, to_request
-from pipeline.requests.request import parse_stages
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.options import to_parallel
+from pipeline.requests.request import parse_stages, to_request
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json

@@ -127,6 +127,7 @@ def together(results: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
     return {
         "breakdown_s": dict(sorted(breakdown.items(), key=lambda item: -item[1])),
         **{name: sum(result[name] * n for result, n in pairs) for name in by_call},
+        "interval_s": tuple(sum(result["interval_s"][end] * n for result, n in pairs) for end in (0, 1)),
         **{name: sum(result[name] for result in results) for name in once},
         **{name: max(result[name] for result in results) for name in ("peak_hbm_bytes", "compile_peak_rss_bytes")},
         "programs": [{"calls": n, **result} for result, n in pairs],
@@ -153,6 +154,7 @@ def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[s
     collectives = [op for op in prediction.collectives if op.collective is not None]
     return {
         "time_s": prediction.time_s,
+        "interval_s": prediction.interval_s,
         "breakdown_s": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "hbm_traffic_bytes": prediction.hbm_bytes,

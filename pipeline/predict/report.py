@@ -75,6 +75,7 @@ def make_report(
         step_time_s=step_time_s,
         step_time_own_kernel_s=denoise.time_s if denoise else None,
         total_time_s=sum(stage_times.values()) if set(stages) == set(STAGES) else None,
+        total_interval_s=_total_interval(stages, stage_times) if set(stages) == set(STAGES) else None,
         stage_times_s=stage_times,
         **hbm_fields(stages.values()),
         compile_time_s={stage: result.compile_time_s for stage, result in stages.items()},
@@ -102,13 +103,29 @@ def _with_seed_kernel(denoise: StagePrediction) -> tuple[float, str]:
     )
 
 
+def _total_interval(stages: Mapping[str, StagePrediction], times_s: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the sums of the stages' intervals, each for the time that the stage takes in all."""
+    low = high = 0.0
+    for stage, result in stages.items():
+        if result.interval_s is None:
+            return None
+        low += result.interval_s[0] / result.time_s * times_s[stage]
+        high += result.interval_s[1] / result.time_s * times_s[stage]
+    return low, high
+
+
+def _between(interval_s: tuple[float, float] | None, of_s: float = 1.0, digits: int = 3) -> str:
+    """Return an interval for print; `of_s`: over the predicted time it was of."""
+    return "" if interval_s is None else f" ({interval_s[0] * of_s:.{digits}f} to {interval_s[1] * of_s:.{digits}f})"
+
+
 def print_report(report: PredictionRecord) -> None:
     """Print the report as lines of text."""
     video = report.video
     print(
         f"{video.checkpoint}, {video.width}x{video.height}, {video.num_frames} frames, "
         f"{video.num_inference_steps} steps on {report.topology}: predicted from the compiler's schedule, "
-        "nothing was run"
+        "nothing was run; in brackets, between which four fifths of the measured times of such work lie"
     )
     shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
     others = "".join(f"; {name}: {value}" for name, value in shown)
@@ -125,7 +142,7 @@ def print_report(report: PredictionRecord) -> None:
         f"{'under' if report.hbm_has_margin else 'MORE THAN'} {limit}"
     )
     if report.total_time_s is not None:
-        print(f"  total    {report.total_time_s:8.2f} s predicted")
+        print(f"  total    {report.total_time_s:8.2f} s predicted{_between(report.total_interval_s, digits=1)}")
     if (reported := report.reported) is not None:
         print(
             f"  reported for the published pipeline: {reported.step_time_s} s a step, "
@@ -137,7 +154,7 @@ def print_report(report: PredictionRecord) -> None:
 
 def _print_stage(report: PredictionRecord, stage: str, result: StagePrediction) -> None:
     times, unit = (report.step_time_s, "s a step") if stage == "denoise" else (result.time_s, "s")
-    print(f"  {stage:<8} {times:8.3f} {unit}")
+    print(f"  {stage:<8} {times:8.3f} {unit}{_between(result.interval_s, (times or 0.0) / result.time_s)}")
     for kind, seconds in result.breakdown_s.items():
         print(f"    {kind.replace('_', ' '):<18} {seconds:8.4f} s  {seconds / result.time_s:6.1%}")
     memory = f"{result.peak_hbm_bytes / GIB:.2f} of {result.hbm_bytes / GIB:.0f} GiB"

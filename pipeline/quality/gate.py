@@ -20,8 +20,9 @@ from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.quality.config import Budget
 from pipeline.quality.read_back import Reading, fractions, read_video
-from pipeline.requests.errors import PipelineError, RequestError
+from pipeline.requests.errors import PipelineError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.stages.stages import StageContext, Stages
@@ -31,21 +32,6 @@ from splash_workbench.workers.pool import Runner
 
 Say = Callable[[str], None]
 _TIMEOUT_S = 86400.0  # of videos on simulated devices
-
-
-@dataclasses.dataclass
-class Budget:
-    """Limits of a variant. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
-
-    psnr_db: float = 0.0
-    ssim: float = 0.0
-    read_back: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.psnr_db >= 0:
-            raise RequestError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
-        if not 0 <= self.ssim <= 1:
-            raise RequestError(f"budget.ssim={self.ssim}: expected 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True)

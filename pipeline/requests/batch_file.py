@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.requests.config import AttentionConfig, GenerateConfig, to_request
+from pipeline.requests.config import AttentionConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
 
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)))

@@ -1,13 +1,9 @@
-"""The schema of configs/generate.yaml, and its one conversion to the frozen types."""
+"""The schema of configs/generate.yaml. Imports no JAX: options are read before it."""
 
 import dataclasses
 from typing import Any
 
-from pipeline.requests.errors import RequestError
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
-from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions, GenerateRequest
-from splash_attn.types import BlockSizes, Variant
 
 
 @dataclasses.dataclass
@@ -73,28 +69,7 @@ class GenerateConfig:
     verbose: bool = False
 
 
-def to_request(config: GenerateConfig) -> GenerateRequest:
-    """Return the checked request of a resolved configuration. Raises RequestError."""
-    options = dict(vars(config.attention))
-    try:
-        for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
-            options[name] = kind(**options[name]) if options[name] is not None else None
-        attention = AttentionOptions(**options)
-    except RequestError:
-        raise
-    except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
-        raise RequestError(f"attention: {error}") from error
-    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
-    fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
-    return GenerateRequest(**fields, attention=attention)
-
-
 def request_field(name: str, *, _root_: Any) -> Any:
     """Return a field of the request that a configuration makes: for --help, where it is ${request:height}."""
     fields = {field: _root_[field] for field in ("checkpoint", *MODEL_FIELDS)}
     return fill_in_defaults(fields, _root_.model)[name]
-
-
-def to_parallel(config: GenerateConfig) -> ParallelOptions:
-    """Return the checked parallel options of a resolved configuration. Raises RequestError."""
-    return ParallelOptions(**dataclasses.asdict(config.parallel))

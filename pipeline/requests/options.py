@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import require_choice
 
@@ -37,6 +38,11 @@ class ParallelOptions:
             raise RequestError(
                 f"parallel.weights='sharded': only with parallel.plan=ulysses; {self.plan} splits them anyway"
             )
+
+
+def to_parallel(config: GenerateConfig) -> ParallelOptions:
+    """Return the checked parallel options of a resolved configuration. Raises RequestError."""
+    return ParallelOptions(**dataclasses.asdict(config.parallel))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.limits import (
     FRAME_MULTIPLE,
@@ -141,6 +142,22 @@ class GenerateRequest:
     def do_classifier_free_guidance(self) -> bool:
         """Return whether the negative prompt is used at all (as diffusers: guidance above 1)."""
         return self.guidance_scale > 1.0
+
+
+def to_request(config: GenerateConfig) -> GenerateRequest:
+    """Return the checked request of a resolved configuration. Raises RequestError."""
+    options = dict(vars(config.attention))
+    try:
+        for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
+            options[name] = kind(**options[name]) if options[name] is not None else None
+        attention = AttentionOptions(**options)
+    except RequestError:
+        raise
+    except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
+        raise RequestError(f"attention: {error}") from error
+    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
+    fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
+    return GenerateRequest(**fields, attention=attention)
 
 
 def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:

@@ -17,10 +17,10 @@ from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.vae_decoder import DecoderShape, arrange
 from pipeline.model.weights import abstract_weights
-from pipeline.requests.config import GenerateConfig, to_request
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.requests.request import GenerateRequest, Stage, to_request
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding

@@ -93,10 +93,6 @@ class Recorder:
         if jax.process_index() == 0:
             write_session(self.logdir, session)
 
-    def how_to_look(self) -> tuple[str, ...]:
-        """Return lines that tell a user where the traces are and how to open them."""
-        return how_to_look(self.logdir, self.run)
-
 
 def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:
     """Return lines that tell a user where the traces of a run are and how to open them."""

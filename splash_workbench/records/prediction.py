@@ -39,6 +39,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     Attributes:
       time_s: of a denoising step; of the other stages, of all of it. breakdown_s: seconds by kind of work.
+      interval_s: between which four fifths of the measured times of such work lie; None in older records.
       peak_hbm_bytes, hbm_bytes: the most that is in use, and what the chip has.
       hbm_traffic_bytes, link_bytes: moved through HBM, and over the busiest link.
       compile_time_s, compile_cpu_s, compile_peak_rss_bytes, wall_time_s: what compiling took here, and its worker.
@@ -48,6 +49,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """
 
     time_s: float
+    interval_s: tuple[float, float] | None = None
     breakdown_s: dict[str, float]
     peak_hbm_bytes: int
     hbm_traffic_bytes: float = 0.0
@@ -91,6 +93,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
       step_time_s, step_time_own_kernel_s: of a denoising step, with the plan's attention kernel and with this
         project's.
       total_time_s: of all stages, None where one is not predicted; stage_times_s: seconds by stage, of all steps.
+      total_interval_s: as StagePrediction.interval_s; the stages' errors are taken to go together.
       other_plans: of each plan not taken, its step time, or why it cannot be.
       failures: why a stage cannot be predicted.
       reported: by others for the same video on the same chips.
@@ -104,6 +107,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     step_time_s: float | None
     step_time_own_kernel_s: float | None = None
     total_time_s: float | None = None
+    total_interval_s: tuple[float, float] | None = None
     stage_times_s: dict[str, float] = msgspec.field(default_factory=dict)
     compile_time_s: dict[str, float] = msgspec.field(default_factory=dict)
     mfu_fraction: float | None = None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from offline_tpu.machine import residuals
 from offline_tpu.prediction import OpCost, Prediction
 
 
@@ -35,10 +36,11 @@ def prediction() -> Prediction:
     return Prediction("v6e", 4e-3, 7, ops, 2**20, 0, 0, 3 * 2**20, 5 * 2**20, 1.0, 1.0)
 
 
-def test_a_prediction_in_one_line(prediction):
+def test_a_prediction_in_one_line(prediction, monkeypatch):
+    monkeypatch.setattr(residuals, "factors", lambda device, times_s: (0.9, 1.25))
     assert str(prediction) == (
-        "4.000 ms on one v6e (predicted), bound by MXU 75%, HBM 25%; HBM: 3.0 MiB moved, 5.0 MiB held at most; "
-        "VMEM: 1.0 MiB"
+        "4.000 ms on one v6e (predicted; 3.6 to 5), bound by MXU 75%, HBM 25%; HBM: 3.0 MiB moved, 5.0 MiB held at "
+        "most; VMEM: 1.0 MiB"
     )
     assert prediction.bottleneck == "MXU"
 

@@ -10,8 +10,10 @@ import pytest
 
 from helpers import PLENTY_S
 from pipeline import generate
-from pipeline.requests.config import GenerateConfig, to_request
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.request import to_request
+from pipeline.runs import request_run
 from pipeline.runs.request_run import GenerateResult
 
 ROOT = Path(generate.__file__).resolve().parents[1]
@@ -174,7 +176,7 @@ def test_runs_of_a_multirun_have_a_folder_each(monkeypatch, tmp_path, capsys):
         folders.append(run_dir)
         return GenerateResult(run_dir, None, ())
 
-    monkeypatch.setattr(generate, "generate", run)
+    monkeypatch.setattr(request_run, "generate", run)
     monkeypatch.chdir(tmp_path)
     command = ["generate", "-m", "seed=1,2", "prompt=a cat, red", "results_path=null", "compilation_cache=false"]
     for more, names, message in (

@@ -17,7 +17,7 @@ WORK = (
     "pipeline.stages.text:load_module",
     "pipeline.stages.denoise:load_module",
     "pipeline.stages.vae:load_module",
-    "pipeline.quality.__main__:variant_videos",
+    "pipeline.quality.judge:variant_videos",
     "pipeline.train_tiny.__main__:optimize",
 )
 PATHS = re.compile(r"(results|videos|output|run|work|tuned)_dir|results_path|folder|logdir|json|output|validation")

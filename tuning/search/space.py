@@ -124,42 +124,35 @@ def enumerate_candidates(
 
     vmem_limit_bytes: VMEM of one core; None leaves out the estimate, which is for elements of `itemsize` bytes.
     """
+
+    def candidate_or_reason(parameters: Mapping[str, Any]) -> Candidate | str:
+        """Return the candidate of parameters, or why it is left out, in words that group."""
+        if parameters["block_kv"] % parameters["block_kv_compute"]:
+            return "block_kv_compute does not divide block_kv"
+        try:
+            candidate = candidate_of(parameters)
+        except (ValueError, NotImplementedError) as error:
+            return f"not a kernel: {error}"
+        blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
+        # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
+        if blocks.block_kv >= shape.kv_seq_len + blocks.block_kv_compute:
+            return "block_kv longer than the padded kv sequence"
+        if unroll_q is not None and unroll_q >= blocks.block_q:
+            return "unroll_q is all of block_q, as with null"
+        limit = space.max_block_scores
+        if limit is not None and (unroll_q or blocks.block_q) * blocks.block_kv > limit:
+            return "more scores unrolled than space.max_block_scores"
+        vmem_bytes = vmem_bytes_estimate(shape, blocks, candidate.variant, itemsize)
+        if vmem_limit_bytes is not None and vmem_bytes > vmem_limit_bytes:
+            return "VMEM estimate over the device's"
+        return candidate
+
     valid: dict[str, Candidate] = {}
     pruned: collections.Counter[str] = collections.Counter()
     for values in itertools.product(*space.choices.values()):
-        found = _candidate_or_reason(
-            dict(zip(space.choices, values, strict=True)), shape, space.max_block_scores, vmem_limit_bytes, itemsize
-        )
+        found = candidate_or_reason(dict(zip(space.choices, values, strict=True)))
         if isinstance(found, str):
             pruned[found] += 1
         else:
             valid.setdefault(found.key, found)
     return Candidates(tuple(valid.values()), dict(pruned.most_common()))
-
-
-def _candidate_or_reason(
-    parameters: Mapping[str, Any],
-    shape: AttentionShape,
-    max_block_scores: int | None,
-    vmem_limit_bytes: int | None,
-    itemsize: int,
-) -> Candidate | str:
-    """Return the candidate of parameters, or why it is left out, in words that group."""
-    if parameters["block_kv"] % parameters["block_kv_compute"]:
-        return "block_kv_compute does not divide block_kv"
-    try:
-        candidate = candidate_of(parameters)
-    except (ValueError, NotImplementedError) as error:
-        return f"not a kernel: {error}"
-    blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
-    # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
-    if blocks.block_kv >= shape.kv_seq_len + blocks.block_kv_compute:
-        return "block_kv longer than the padded kv sequence"
-    if unroll_q is not None and unroll_q >= blocks.block_q:
-        return "unroll_q is all of block_q, as with null"
-    if max_block_scores is not None and (unroll_q or blocks.block_q) * blocks.block_kv > max_block_scores:
-        return "more scores unrolled than space.max_block_scores"
-    vmem_bytes = vmem_bytes_estimate(shape, blocks, candidate.variant, itemsize)
-    if vmem_limit_bytes is not None and vmem_bytes > vmem_limit_bytes:
-        return "VMEM estimate over the device's"
-    return candidate

@@ -7,8 +7,8 @@ from splash_attn.types import AttentionShape
 from tuning.trials.records import Trial, is_exact
 
 #: Rows of one systolic array: what a product contracts over at no extra cost (cloud.google.com/tpu/docs/v6e, .../v5e,
-#: .../tpu7x).
-_MXU_ROWS = {"TPU7x": 256, "TPU v6 lite": 256, "TPU v5 lite": 128}
+#: .../v5p, .../tpu7x).
+_MXU_ROWS = {"TPU7x": 256, "TPU v6 lite": 256, "TPU v5 lite": 128, "TPU v5": 128}
 
 #: A time under this part of the bound is no time of that op; int8 may come to three quarters.
 _IMPOSSIBLE = 0.5
@@ -40,7 +40,7 @@ def mxu_bound_ms(shape: AttentionShape, device: DeviceSpec) -> float | None:
     passes = -(-shape.head_dim // rows)
     qk_cycles = scores * passes * rows * 2 / device.flops_per_cycle
     pv_cycles = scores * shape.head_dim * 2 / device.flops_per_cycle
-    return (qk_cycles + pv_cycles) / device.clock_hz * 1e3
+    return (qk_cycles + pv_cycles) / device.cores / device.clock_hz * 1e3
 
 
 def bf16_bound_ms(shape: AttentionShape, dtype: str, device_kind: str) -> float | None:
@@ -67,7 +67,7 @@ def contradiction(trial: Trial) -> str | None:
         if value is not None and not (math.isfinite(value) and value > 0):
             return f"{name}={value}: expected a positive number of milliseconds."
     time_ms, device = trial.time_ms, known_device(trial.device_kind)
-    cycles_ms = (trial.cycles or 0) / device.clock_hz * 1e3 if device else 0.0
+    cycles_ms = (trial.cycles or 0) / device.fastest_clock_hz * 1e3 if device else 0.0
     kernel_least_ms = max(kernel_ms or 0.0, cycles_ms)
     if time_ms is not None and kernel_least_ms > time_ms * _ROUNDING:
         return f"time_ms={time_ms}: contradicts the kernel in it, which takes {kernel_least_ms:.4g} ms."

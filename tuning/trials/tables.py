@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from offline_tpu.machine import residuals
 from offline_tpu.options import options_text
 from splash_workbench.trial_status import Label
-from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction
+from tuning.trials.bound import OVER_BOUND, kernel_bound_fraction, known_device
 from tuning.trials.records import VARIANT_PREFIX, Trial
 
 _ERROR_CHARACTERS = 60
@@ -80,7 +81,19 @@ def note_lines(trials: Sequence[Trial]) -> list[str]:
     """Return notes about the figures, each once, with how many trials it is about."""
     counts = collections.Counter((trial.kernel, note) for trial in trials for note in trial.notes)
     counts.update((trial.kernel, OVER_BOUND) for trial in trials if (kernel_bound_fraction(trial) or 0) > 1)
+    counts.update((trial.kernel, note) for trial in trials if (note := _trust(trial)))
     return [f"note: {kernel} ({count} of {len(trials)}): {note}" for (kernel, note), count in counts.items()]
+
+
+def _trust(trial: Trial) -> str | None:
+    device = known_device(trial.device_kind)
+    if trial.label is not Label.PREDICTED or trial.time_ms is None or device is None:
+        return None
+    low, high = residuals.factors(device.name, {"kernel": 1.0})
+    return (
+        f"four fifths of the measured times of such kernels on {device.name} are {low:.2f} to {high:.2f} of the "
+        "predicted ones; candidates that differ by less are told apart by their schedules alone"
+    )
 
 
 def effort_line(effort: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ class ValidateSchema:
     results_dir: str = MISSING
     cache: bool = MISSING
     dumps: str | None = None
+    limit_s: float | None = None
     json: str | None = None
     progress: bool = MISSING
 
@@ -98,6 +99,7 @@ def main(settings: ValidateSchema) -> int:
             timeout_s=settings.timeout_s,
             progress=settings.progress,
             dumps=dumps,
+            limit_s=settings.limit_s,
         )
     pairs = [*(pair for row in comparisons if (pair := row.pair)), *measured]
     validation = Validation.of(

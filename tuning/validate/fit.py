@@ -29,7 +29,7 @@ from splash_workbench.workers.pool import Outcome
 from tuning.validate import fit_table, sensitivity, sets
 from tuning.validate.fitting import FitRow, Fitted
 from tuning.validate.rows import MeasuredRow, read_shipped
-from tuning.validate.run import dump_name
+from tuning.validate.run import dump_path
 
 _COLLECTIVES = ("all_gather", "psum")
 #: How a prediction says that data, which the row does not have, decide how often its code runs.
@@ -75,36 +75,35 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _read(rows: Iterable[MeasuredRow], dumps: Path) -> tuple[list[FitRow], dict[str, int]]:
     """Return the rows to fit on, and by reason how many there are besides. What is read of a dump is cached."""
-    captured = provenance.capture(offline_tpu.SOURCES)
     sources = provenance.source_hash((*offline_tpu.SOURCES, "tuning/validate/sensitivity.py"))
     cache = JobCache.of_user(enabled=True)
     assert cache is not None
     found, without = [], Counter[str]()
     for row in rows:
         try:
-            found.append(_fit_row(row, dumps, captured.versions, cache, sources))
+            found.append(_fit_row(row, dumps, cache, sources))
         except NotFittedError as error:
             without[str(error)] += 1
     return found, dict(without)
 
 
-def _fit_row(row: MeasuredRow, dumps: Path, versions: dict[str, str], cache: JobCache, sources: str) -> FitRow:
+def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> FitRow:
     if row.op in _COLLECTIVES:
         raise NotFittedError("a collective: what it takes is the links'")
     if row.p_state is not None:
         raise NotFittedError("its p_state is set: the clock is published")
     device = devices.by_name(row.device_kind)
-    name = dump_name(row, device, versions)
-    if not (dumps / name).exists():
+    path = dump_path(dumps, row)
+    if not path.exists():
         raise NotFittedError("no dump is kept")
 
     def read() -> Outcome:
         try:
-            return Outcome(Status.OK, sensitivity.of_dump(dumps / name, device), None)
+            return Outcome(Status.OK, sensitivity.of_dump(path, device), None)
         except (ValueError, offline_tpu.UnknownDumpFormatError) as error:
             return Outcome(Status.COMPILE_ERROR, {}, str(error))
 
-    key = JobCache.key("tuning.validate.sensitivity:of_dump", {"dump": name}, {"sources": sources})
+    key = JobCache.key("tuning.validate.sensitivity:of_dump", {"dump": path.name}, {"sources": sources})
     outcome, _ = cache.outcome(key, read)
     if outcome.status is not Status.OK:
         raise NotFittedError(f"not predicted: {outcome.error}")

@@ -60,9 +60,9 @@ def missing_lines(validation: Validation) -> list[str]:
     """Return the rows without a prediction, those of one reason in one line."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in validation.rows:
-        if row.status in ("failed", "unmade"):
+        if row.error:
             reasons.setdefault((row.status, row.device_kind, row.error or ""), []).append(row.id)
-    words = {"failed": "failed", "unmade": "cannot be made"}
+    words = {"failed": "failed", "unmade": "cannot be made", "reported": "not predicted"}
     return [
         f"{_several(ids)} on {kind} {words[status]}: {error}" for (status, kind, error), ids in sorted(reasons.items())
     ]

@@ -198,7 +198,7 @@ def test_a_call_on_a_sparse_core_is_read_phase_by_phase():
 ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
   %p0 = bf16[8,128]{1,0} parameter(0)
   %c.start = ((), (), (s32[4]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="x", \
-called_computations={%called}, metadata={op_name="a/b"}, backend_config={"core_ids":["0","1"]}
+called_computations={%called}, metadata={op_name="a/b:{\\"n\\":{}}"}, backend_config={"core_ids":["0","1"]}
   %c.update = ((bf16[8,128]{1,0}), bf16[8,128]{1,0}, (s32[4]{0})) custom-call-update(%c.start, %p0), \
 output_to_operand_aliasing={{2,0}: (0, {2,0})}
   ROOT %c.done = bf16[8,128]{1,0} custom-call-done(%c.update), metadata={op_name="a/b"}
@@ -207,3 +207,4 @@ output_to_operand_aliasing={{2,0}: (0, {2,0})}
     ops = HloModule.parse(text).computations["main"]
     assert [op.opcode for op in ops] == ["parameter", "custom-call-start", "custom-call-update", "custom-call-done"]
     assert (ops[-1].scope, ops[-1].operands, ops[-1].is_root) == ("a/b", ("c.update",), True)
+    assert (ops[1].scope, ops[1].called) == ('a/b:{"n":{}}', ("called",))

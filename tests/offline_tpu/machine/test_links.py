@@ -55,3 +55,11 @@ def test_devices_of_one_chip_use_no_link() -> None:
     cores = Grid.around([(0, 0, 0), (0, 0, 0)], wrap_length=4)
     assert gather(cores, [[0, 1]], SIZE).link_bytes == 0
     assert exchange(cores, [[0, 1]], SIZE).link_bytes == 0
+
+
+def test_groups_on_the_same_chips_share_their_links() -> None:
+    two_cores_a_chip = Grid.around([(x, 0, 0) for x in (0, 0, 1, 1)], wrap_length=4)
+    for collective in (gather, exchange):
+        alone = collective(two_cores_a_chip, [[0, 2]], SIZE).link_bytes
+        assert alone > 0
+        assert collective(two_cores_a_chip, [[0, 2], [1, 3]], SIZE).link_bytes == 2 * alone

@@ -28,6 +28,7 @@ FULL = {"checkpoint": "zai-org/CogVideoX1.5-5B", "height": 720, "width": 1280, "
 def _result(time_s: float, **more) -> dict:
     return {
         "time_s": time_s,
+        "interval_s": (0.9 * time_s, 1.2 * time_s),
         "breakdown_s": {"attention_kernel": 0.7 * time_s, "projections": 0.3 * time_s},
         "peak_hbm_bytes": 8 * 2**30,
         "hbm_bytes": 32 * 2**30,
@@ -144,6 +145,7 @@ def test_records_hold_no_list_of_ops(request_of):
     report = _report(request_of, denoise=_denoise(0.9), vae=together([_result(0.1), _result(0.2)], [1, 9]))
     assert '"ops"' not in json.dumps(encode(report.without_ops()))
     assert report.stages["vae"].time_s == pytest.approx(0.1 + 9 * 0.2)
+    assert report.stages["vae"].interval_s == pytest.approx((0.9 * 1.9, 1.2 * 1.9))
 
 
 def test_a_request_survives_json(request_of):

@@ -13,10 +13,12 @@ import pytest
 import splash_attn
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
-from pipeline.quality.gate import Budget, QualityVariant, compare, variant_videos
-from pipeline.requests.config import GenerateConfig, to_parallel, to_request
-from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions
+from pipeline.quality import judge
+from pipeline.quality.config import Budget
+from pipeline.quality.gate import QualityVariant, compare, variant_videos
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.options import ParallelOptions, to_parallel
+from pipeline.requests.request import AttentionOptions, to_request
 
 CAPTION = "a red circle moves right"
 BUDGET = Budget(psnr_db=35, ssim=0.98)
@@ -153,7 +155,7 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
     base.attention.implementation = "xla"
     base.attention.k_smooth = False
     fields = {"name": "x", "attention": {"variant": {"softmax": "online"}}, "parallel": {"num_devices": 8}}
-    made = quality._candidate(base, fields, quality.Budget(psnr_db=30))
+    made = judge._candidate(base, fields, Budget(psnr_db=30))
     assert made.request.num_inference_steps == 3
     assert dataclasses.replace(made.request.attention, variant=None) == AttentionOptions("xla", k_smooth=False)
     assert made.request.attention.variant.softmax == "online"

@@ -10,9 +10,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from pipeline.requests.batch_file import read_entries
-from pipeline.requests.config import GenerateConfig, to_request
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODEL_FIELDS, MODELS
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import GenerateRequest, to_request
 from splash_workbench.provenance import CONFIG_DIR
 
 

@@ -16,7 +16,7 @@ from splash_workbench import provenance
 from tuning.validate import fit, sensitivity
 from tuning.validate.fitting import FitRow, Fitted
 from tuning.validate.rows import MeasuredRow
-from tuning.validate.run import dump_name
+from tuning.validate.run import dump_path
 
 PROGRAMS = {
     "calls": {"ops": 3, "granules": 64},
@@ -93,10 +93,8 @@ def test_rows_are_left_out_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
 
     chosen = [row(0), row(1, p_state=7), row(2, op="psum"), row(3), row(4)]
-    versions = provenance.capture(fit.offline_tpu.SOURCES).versions
-    device = devices.by_name("v7x")
-    tiny_dumps.keep(tmp_path / "dumps" / dump_name(chosen[0], device, versions))
-    (tmp_path / "dumps" / dump_name(chosen[4], device, versions)).write_bytes(b"torn")
+    tiny_dumps.keep(dump_path(tmp_path / "dumps", chosen[0]))
+    dump_path(tmp_path / "dumps", chosen[4]).write_bytes(b"torn")
     monkeypatch.setattr(fit, "read_shipped", lambda: chosen)
     monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
     output = tmp_path / "out"

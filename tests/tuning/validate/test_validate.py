@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
+from offline_tpu.machine import residuals
 from splash_attn.types import Variant
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
@@ -173,7 +174,6 @@ PREDICTED = {
     "bottleneck": "HBM",
     "shares": {"kernel": 0.75, "layout": 0.25},
     "ops": [{"name": "fusion", "time_s": 0.009, "cycles": 7, "bound": "hbm"}],
-    "interval_ms": [9.0, 11.0],
 }
 
 
@@ -184,6 +184,8 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, "Runner", _FakeRunner)
     monkeypatch.setattr(validate.offline_tpu, "check_versions", lambda: None)
+
+    monkeypatch.setattr(residuals, "factors", lambda device, shares: (0.72, 0.88))  # of 12.5 ms: 9 to 11
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["validate", "json=out.json", "progress=false", "workers=1", *arguments])
@@ -314,3 +316,13 @@ def test_the_command_on_a_folder_of_ones_own(
     assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(validate.Runner, "run", lambda *_, **__: pytest.fail("the outcome is in the cache"))
     assert run()[0]["rows"] == content["rows"]
+
+
+def test_rows_that_the_time_limit_leaves_are_listed_as_not_tried(
+    validated: Validated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", "copy")
+    code, content = validated("measured=mine.json", "limit_s=0")
+    assert code == 0
+    assert [row["status"] for row in content["rows"]] == ["reported"] * 2
+    assert "not predicted: not tried within limit_s=0" in capsys.readouterr().out

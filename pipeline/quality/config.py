@@ -1,0 +1,37 @@
+"""The schema of configs/quality.yaml. Imports no JAX: options are read before it."""
+
+import dataclasses
+from typing import Any
+
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.errors import RequestError
+
+
+@dataclasses.dataclass
+class Budget:
+    """Limits of a variant. psnr_db, ssim: the least of any video. read_back: see `Comparison.failures`."""
+
+    psnr_db: float = 0.0
+    ssim: float = 0.0
+    read_back: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.psnr_db >= 0:
+            raise RequestError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
+        if not 0 <= self.ssim <= 1:
+            raise RequestError(f"budget.ssim={self.ssim}: expected 0 to 1.")
+
+
+@dataclasses.dataclass
+class QualityConfig(GenerateConfig):
+    """Keys of the command line: those of generate, for the reference, and these."""
+
+    captions: list[str] = dataclasses.field(default_factory=list)
+    seeds: list[int] = dataclasses.field(default_factory=list)
+    kernel: str = "pallas_interpret"
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    follows: float = 0.0
+    candidates: list[Any] = dataclasses.field(default_factory=list)
+    only: list[str] = dataclasses.field(default_factory=list)
+    videos_dir: str | None = None
+    results_path: str | None = None
