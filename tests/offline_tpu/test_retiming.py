@@ -20,7 +20,7 @@ IN_USE = FittedConstants.of(V7X)
 
 
 def predicted_s(path: Path, device: DeviceSpec) -> float:
-    return offline_tpu.predict(None, device=device, kept=path).time_s
+    return offline_tpu.predict(lambda: None, device=device, kept=path).time_s
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,13 @@ from offline_tpu.machine import devices
 from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.retiming import KeptProgram
 from splash_workbench import provenance
-from tuning.validate import fit, sensitivity
-from tuning.validate.fitting import FitRow, Fitted
+from tuning.validate.fit import __main__ as fit
+from tuning.validate.fit import sensitivity
+from tuning.validate.fit.fitting import FitRow, Fitted
 from tuning.validate.rows import MeasuredRow
 from tuning.validate.run import dump_path
 
-PROGRAMS = {
+PROGRAMS: dict[str, dict[str, Any]] = {
     "calls": {"ops": 3, "granules": 64},
     "waits": {"ops": 1, "granules": 1009},
     "streams": {"granules": 3_000_017, "memory": "smem"},

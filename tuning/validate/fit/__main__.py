@@ -26,8 +26,9 @@ from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome
-from tuning.validate import fit_table, sensitivity, sets
-from tuning.validate.fitting import FitRow, Fitted
+from tuning.validate import sets
+from tuning.validate.fit import sensitivity, table
+from tuning.validate.fit.fitting import FitRow, Fitted
 from tuning.validate.rows import MeasuredRow, read_shipped
 from tuning.validate.run import dump_path
 
@@ -65,17 +66,17 @@ def main(arguments: argparse.Namespace) -> int:
         for name, value in sensitivity.parameters(devices.by_name(device)).items()
     }
     fitted = Fitted.of(arguments.set, rows, without, in_use)
-    print("\n".join(fit_table.lines(fitted)))
+    print("\n".join(table.lines(fitted)))
     write_json(arguments.output / "fit.json", jsonl.encode(fitted))
     with atomic_path(arguments.output / "fit.md") as temporary:
-        temporary.write_text("\n".join(fit_table.markdown(fitted)) + "\n")
+        temporary.write_text("\n".join(table.markdown(fitted)) + "\n")
     print(f"written: {arguments.output}/fit.json and fit.md")
     return 0
 
 
 def _read(rows: Iterable[MeasuredRow], dumps: Path) -> tuple[list[FitRow], dict[str, int]]:
     """Return the rows to fit on, and by reason how many there are besides. What is read of a dump is cached."""
-    sources = provenance.source_hash((*offline_tpu.SOURCES, "tuning/validate/sensitivity.py"))
+    sources = provenance.source_hash((*offline_tpu.SOURCES, "tuning/validate/fit/sensitivity.py"))
     cache = JobCache.of_user(enabled=True)
     assert cache is not None
     found, without = [], Counter[str]()
@@ -103,7 +104,7 @@ def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> Fi
         except (ValueError, offline_tpu.UnknownDumpFormatError) as error:
             return Outcome(Status.COMPILE_ERROR, {}, str(error))
 
-    key = JobCache.key("tuning.validate.sensitivity:of_dump", {"dump": path.name}, {"sources": sources})
+    key = JobCache.key("tuning.validate.fit.sensitivity:of_dump", {"dump": path.name}, {"sources": sources})
     outcome, _ = cache.outcome(key, read)
     if outcome.status is not Status.OK:
         raise NotFittedError(f"not predicted: {outcome.error}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tuning.validate.fitting import Errors, Fitted
+from tuning.validate.fit.fitting import Errors, Fitted
 
 _Row = Sequence[str]
 
@@ -50,8 +50,8 @@ def _tables(fitted: Fitted) -> Iterator[tuple[str, _Row, list[_Row]]]:
         )
         for left_out in fitted.programs
     ]
-    head = ("program left out", "rows", "median", "95 %", *fitted.in_use)
-    yield "Errors of each program at constants fitted without it, and these", head, programs
+    left_out_head = ("program left out", "rows", "median", "95 %", *fitted.in_use)
+    yield "Errors of each program at constants fitted without it, and these", left_out_head, programs
 
 
 def _percent(errors: Errors) -> tuple[str, str, str]:
