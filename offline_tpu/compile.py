@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from offline_tpu import archive, libtpu
+from offline_tpu import archive, integers, libtpu
 from offline_tpu.dump import Dump
 from offline_tpu.machine.constants import core_timing
 from offline_tpu.machine.devices import DeviceSpec, by_name
@@ -81,6 +81,7 @@ def predict(
     mesh: Mesh | None = None,
     grid_sizes: Mapping[str, int] | None = None,
     trip_counts: Mapping[str, int] | None = None,
+    values: Mapping[int, np.ndarray] | None = None,
     compiler_options: Mapping[str, Value] | None = None,
     kept: Path | None = None,
 ) -> Prediction:
@@ -94,6 +95,9 @@ def predict(
       grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
+      values: by position in the flattened `args`, the integers to assume for int32 arguments that decide how much a
+        kernel computes, e.g. group sizes of a ragged matmul. Traced grid sizes and prefetched scalars that are computed
+        from them, or from constants of `fn`, are known then.
       compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
       kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled:
         the caller knows that it is of the same program, device and libtpu.
@@ -108,15 +112,27 @@ def predict(
     """
     options = checked_options(compiler_options)
     spec = _find_device(device, topology).at_p_state(options)
+    values = _checked_values(values, args)
+
+    def prediction(
+        facts: archive.Facts, folder: Path, trace: Callable[[], jax.stages.Traced], archived: bool = False
+    ) -> Prediction:
+        def find_integers() -> integers.Integers:
+            return integers.find(trace().jaxpr, values)
+
+        return _prediction(spec, facts, folder, grid_sizes, trip_counts, find_integers, options, archived=archived)
+
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
-            return _prediction(spec, archive.unpack(kept, Path(folder)), Path(folder), grid_sizes, trip_counts, options)
+            facts = archive.unpack(kept, Path(folder))
+            return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh)[0], archived=True)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
         start, cpu_start = time.perf_counter(), time.process_time()
-        compiled, mesh = _compile(fn, args, spec, mesh, options)
+        traced, mesh = _trace(fn, args, spec, mesh)
+        compiled = _compile(traced, mesh, options)
         facts = archive.Facts(
             coords=[list(chip.coords) for chip in mesh.devices.flat],
             peak_hbm_bytes=_peak_hbm_bytes(compiled),
@@ -130,7 +146,7 @@ def predict(
             )
         if kept is not None:
             archive.pack(dump_dir, facts, kept)
-        return _prediction(spec, facts, dump_dir, grid_sizes, trip_counts, options)
+        return prediction(facts, dump_dir, lambda: traced)
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
 
@@ -141,14 +157,24 @@ def _prediction(
     folder: Path,
     grid_sizes: Mapping[str, int] | None,
     trip_counts: Mapping[str, int] | None,
+    find_integers: Callable[[], integers.Integers],
     options: dict[str, str],
+    *,
+    archived: bool = False,
 ) -> Prediction:
     try:
-        dump = Dump(folder, timing=core_timing(device), grid_sizes=grid_sizes or {})
+        dump = Dump(
+            folder,
+            timing=core_timing(device),
+            grid_sizes=grid_sizes or {},
+            find_integers=find_integers,
+            archived=archived,
+        )
         program = ProgramCost(
             dump.module,
             dump.schedule,
             vmem_bytes=dump.vmem_bytes,
+            overlays=dump.overlays,
             device=device,
             grid=Grid.around(facts.coords, device.ici_wrap_length),
             trip_counts=trip_counts or {},
@@ -170,6 +196,7 @@ def _prediction(
         compile_time_s=facts.compile_time_s,
         compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
+        code_bytes=dump.overlays.code_bytes if dump.overlays else sum(op.code_bytes for op in ops),
     )
 
 
@@ -193,9 +220,9 @@ def _peak_hbm_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def _compile(
-    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None, options: dict[str, str]
-) -> tuple[jax.stages.Compiled, Mesh]:
+def _trace(
+    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None
+) -> tuple[jax.stages.Traced, Mesh]:
     if mesh is None:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
         mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
@@ -203,14 +230,36 @@ def _compile(
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_chip), args)
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
         fn = jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    with jax.set_mesh(mesh):
+        return (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args), mesh
+
+
+def _compile(traced: jax.stages.Traced, mesh: Mesh, options: dict[str, str]) -> jax.stages.Compiled:
     with jax.set_mesh(mesh), _kept_out_of_compilation_cache():
-        lowered = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*args)
+        lowered = traced.lower()
         try:
-            return lowered.compile(compiler_options=options or None), mesh
+            return lowered.compile(compiler_options=options or None)
         except jax.errors.JaxRuntimeError as error:
             if (refused := option_error(error)) is not None:
                 raise refused from error
             raise
+
+
+def _checked_values(values: Mapping[int, np.ndarray] | None, args: tuple[Any, ...]) -> dict[int, np.ndarray]:
+    leaves = jax.tree.leaves(args)
+    checked = {}
+    for position, value in (values or {}).items():
+        array = np.asarray(value)
+        if position not in range(len(leaves)):
+            raise ValueError(f"values={{{position}: ...}}: expected positions below {len(leaves)}, of the arguments.")
+        leaf = leaves[position]
+        if array.shape != leaf.shape or leaf.dtype != np.int32 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"values={{{position}: {array.dtype}{list(array.shape)}}}: expected integers of the shape of an int32 "
+                f"argument, and this one is {leaf.dtype}{list(leaf.shape)}."
+            )
+        checked[position] = array.astype(np.int32)
+    return checked
 
 
 @contextlib.contextmanager

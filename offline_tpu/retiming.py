@@ -36,7 +36,7 @@ class KeptProgram:
         self._schedules: dict[tuple[str, str], Schedule | None] = {}
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(path, Path(folder))
-            self._dump = Dump(Path(folder), timing=self._timing, grid_sizes={}, record=True)
+            self._dump = Dump(Path(folder), timing=self._timing, grid_sizes={}, archived=True, record=True)
             self._grid = Grid.around(facts.coords, device.ici_wrap_length)
             cost = self._cost(device, FittedConstants.of(device))
             cost.walk()  # reads all schedules, while their files are there
@@ -62,6 +62,7 @@ class KeptProgram:
             self._dump.module,
             find_schedule,
             vmem_bytes=self._dump.vmem_bytes,
+            overlays=self._dump.overlays,
             device=device,
             grid=self._grid,
             trip_counts={},

@@ -1,5 +1,6 @@
 """Evaluates integers that scheduled HLO fixes at compile time: operands of kernels, trip counts of loops."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
@@ -29,13 +30,23 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 Environment = Sequence[int | None]
 
 
-def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
-    """Return the 32-bit words of an operand that is a constant, through copies; None where it is not one."""
+def source(module: HloModule, computation: str, op: HloOp) -> HloOp:
+    """Return the op whose result an op copies, through any number of copies."""
     while op.opcode in _COPIES and op.operands:
         op = module.op(computation, op.operands[0])
-    if op.values is None or op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
+    return op
+
+
+def constant_words(module: HloModule, computation: str, op: HloOp) -> tuple[int, ...] | None:
+    """Return the 32-bit words of a constant or a broadcast one, through copies; None of another op."""
+    op = source(module, computation, op)
+    if op.shape.element_type not in (PrimitiveType.S32, PrimitiveType.U32):
         return None
-    return op.values if len(op.values) <= _MAX_WORDS else None
+    count = math.prod(op.shape.dimensions)
+    if op.opcode == "broadcast" and count <= _MAX_WORDS:
+        words = constant_words(module, computation, module.op(computation, op.operands[0]))
+        return words * count if words is not None and len(words) == 1 else None
+    return op.values if op.values is not None and len(op.values) <= _MAX_WORDS else None
 
 
 def trip_count(module: HloModule, computation: str, loop: HloOp, environment: Environment) -> int | None:

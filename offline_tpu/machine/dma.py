@@ -7,7 +7,7 @@ VMEM takes cycles from the core, since both want the same memory.
 
 import collections
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 HBM_GRANULE_BYTES = 32
@@ -91,7 +91,7 @@ Call = tuple[str, tuple[Any, ...]]
 
 
 class RecordingClock(DmaClock):
-    """A clock that keeps its calls, for `time_again`.
+    """A clock that keeps its calls, for a `Recording`.
 
     Attributes:
       calls: so far; what runs between two DMAs or waits is one `advance`, of cycles.
@@ -130,10 +130,23 @@ class RecordingClock(DmaClock):
         return None if flag is None else self._flags.setdefault(flag, len(self._flags))
 
 
-def time_again(calls: Iterable[Call], timing: CoreTiming) -> float:
-    """Return the cycles of recorded calls at other constants; `matmul_cycles` stay as they were."""
-    clock = DmaClock(timing)
-    methods = {name: getattr(clock, name) for name in ("advance", "start", "wait", "finish")}
-    for method, arguments in calls:
-        methods[method](*arguments)
-    return clock.now
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a RecordingClock kept of one run.
+
+    Attributes:
+      calls: of the clock.
+      bundles: that ran; progress: the part of the op that they are.
+    """
+
+    calls: list[Call]
+    bundles: int
+    progress: float
+
+    def stall_cycles(self, timing: CoreTiming) -> float:
+        """Return the whole op's cycles beyond its bundles at other constants; `matmul_cycles` stay as they were."""
+        clock = DmaClock(timing)
+        methods = {name: getattr(clock, name) for name in ("advance", "start", "wait", "finish")}
+        for method, arguments in self.calls:
+            methods[method](*arguments)
+        return (clock.now - self.bundles) / self.progress

@@ -4,19 +4,25 @@ All control flow of a TPU core runs on its scalar unit, so loops, nested loops, 
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
 taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
 (constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
-that are prefetched) are assumed to differ where their addresses do.
+that are prefetched) are assumed to differ where their addresses do. The loop of XLA's ragged matmul, which may make
+millions of trips, is run for some of them.
 """
 
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from offline_tpu.machine.dma import HBM_GRANULE_BYTES, Call, CoreTiming, DmaClock, RecordingClock
+from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock, Recording, RecordingClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
-from offline_tpu.schedule.scalar import Pointer, Scalars
+from offline_tpu.schedule.scalar import SMEM_TABLE, Pointer, Scalars
 
 BRANCH_DELAY_SLOTS = 4
+WORD_BYTES = 4
+#: Instructions after which the loop over the tiles of a ragged matmul is taken to go on as it began.
+SAMPLED_INSTRUCTIONS = 3_000_000
+#: Instructions after which the longest loop of any other op is taken to go on so.
+LONG_INSTRUCTIONS = 16_000_000
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
 
 
@@ -29,14 +35,14 @@ class Execution:
       stall_cycles: cycles beyond those of the bundles: waits for DMAs and matrix units, and VMEM time of the DMAs.
       hbm_bytes: bytes that its DMAs move to and from HBM.
       unresolved: branches and DMAs that depend on data, and waits that match no DMA.
-      calls: of its clock; None: not recorded.
+      recording: of its clock; None: not recorded.
     """
 
     counts: list[int]
     stall_cycles: float
     hbm_bytes: int
     unresolved: tuple[str, ...]
-    calls: list[Call] | None = None
+    recording: Recording | None = None
 
 
 def execute(
@@ -68,11 +74,14 @@ class _Run:
         self._clock = clock
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
+        self._sampled = SAMPLED_INSTRUCTIONS if SMEM_TABLE in operands else LONG_INSTRUCTIONS
+        self._conditions = {i.result: i for bundle in program.events.values() for i in bundle if i.result}
+        self._widest = 0  # bundles of the longest loop
 
     def to_the_end(self) -> Execution:
         length = self._program.length
         delta = [0] * (length + 1)
-        start, from_back_edge, steps = 0, False, 0
+        start, from_back_edge, steps, progress = 0, False, 0, 1.0
         while True:
             self._clocked_to = start
             jump, branch_at, taken_steps = self._straight_line(start, from_back_edge)
@@ -87,18 +96,35 @@ class _Run:
                 break
             from_back_edge = jump <= branch_at
             start = jump
+            if from_back_edge and branch_at - jump >= self._widest:
+                self._widest = branch_at - jump
+                if steps > self._sampled and (part := self._progress(branch_at)) is not None:
+                    progress = part
+                    break
         self._clock.finish()
         counts, running = [], 0
         for change in delta[:length]:
             running += change
             counts.append(running)
+        recording = None
+        if isinstance(self._clock, RecordingClock):
+            recording = Recording(self._clock.calls, sum(counts), progress)
         return Execution(
-            counts=counts,
-            stall_cycles=self._clock.now - sum(counts),
-            hbm_bytes=self._clock.hbm_bytes,
+            counts=[round(count / progress) for count in counts],
+            stall_cycles=(self._clock.now - sum(counts)) / progress,
+            hbm_bytes=round(self._clock.hbm_bytes / progress),
             unresolved=tuple(self._unresolved),
-            calls=self._clock.calls if isinstance(self._clock, RecordingClock) else None,
+            recording=recording,
         )
+
+    def _progress(self, branch_at: int) -> float | None:
+        """Return the fraction of its trips that the loop with this back edge has made; None where it does not say."""
+        branch = next(i for i in self._program.events[branch_at] if i.name == BRANCH)
+        exit_test = self._conditions.get(branch.predicate or "")
+        if exit_test is None or not exit_test.name.startswith("scmp.ge"):
+            return None
+        trip, trips = map(self._scalars.value, exit_test.operands)
+        return trip / trips if isinstance(trip, int) and isinstance(trips, int) and 0 < trip <= trips else None
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
         """Run from `start` to the first taken branch. Returns its target (None: the end), its place, and steps."""
@@ -150,7 +176,7 @@ class _Run:
         spaces = instruction.spaces
         if ends:
             if spaces[1] == "smem":
-                self._scalars.copy_to_smem(ends[0], ends[1])
+                self._scalars.copy_to_smem(ends[0], ends[1], size * HBM_GRANULE_BYTES // WORD_BYTES)
             spaces = tuple(
                 known or (end.space if isinstance(end, Pointer) else None)
                 for known, end in zip(spaces, ends, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from offline_tpu.machine.dma import Call, CoreTiming, time_again
+from offline_tpu.machine.dma import CoreTiming, Recording
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
@@ -19,7 +19,7 @@ class Schedule:
 
     Attributes:
       name: the HLO op's name.
-      bundles: static length of the op, in VLIW bundles.
+      counts: how often each VLIW bundle of the op runs, in the order of the code.
       cycles: bundles executed; one bundle is one cycle.
       stall_cycles: cycles beyond these, waiting for DMAs, VMEM or matrix units.
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
@@ -28,11 +28,11 @@ class Schedule:
       hbm_bytes: bytes moved to and from HBM by the op's own DMAs.
       unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
         size is not known, which are not counted.
-      calls: of its clock, for `at`; None: not recorded.
+      recording: of its clock, for `at`; None: not recorded.
     """
 
     name: str
-    bundles: int
+    counts: Sequence[int]
     cycles: int
     stall_cycles: float
     unit_uses: dict[str, int]
@@ -41,12 +41,12 @@ class Schedule:
     fill_count: int
     hbm_bytes: int
     unresolved: tuple[str, ...]
-    calls: list[Call] | None = dataclasses.field(default=None, repr=False, compare=False)
+    recording: Recording | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def at(self, timing: CoreTiming) -> Self:
         """Return the schedule of a core with other constants. Its clock's calls must have been recorded."""
-        assert self.calls is not None
-        return dataclasses.replace(self, stall_cycles=time_again(self.calls, timing) - self.cycles)
+        assert self.recording is not None
+        return dataclasses.replace(self, stall_cycles=self.recording.stall_cycles(timing))
 
     def utilization(self, unit: str) -> float:
         """Return the fraction of the unit's slots that the executed bundles fill."""
@@ -92,7 +92,7 @@ def read_schedule(
                 uses[unit] += used * count
     return Schedule(
         name=name,
-        bundles=program.length,
+        counts=execution.counts,
         cycles=sum(execution.counts),
         stall_cycles=execution.stall_cycles,
         unit_uses=uses,
@@ -101,7 +101,7 @@ def read_schedule(
         fill_count=uses.get(_FILL, 0),
         hbm_bytes=execution.hbm_bytes,
         unresolved=execution.unresolved,
-        calls=execution.calls,
+        recording=execution.recording,
     )
 
 

@@ -9,6 +9,11 @@ from typing import NamedTuple
 
 from offline_tpu.schedule.bundles import LOAD, OPERAND, PHI, STORE, Instruction
 
+#: Key, among the operands of an op, of the words that its vector unit writes to a table in SMEM: no scalar code says
+#: what they are. The op finds the table at an address that it loads from a table of addresses.
+SMEM_TABLE = -1
+_ADDRESS = "address in "
+
 _INT32 = 2**32
 _HALF = 2**31
 
@@ -22,10 +27,12 @@ class Flag(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-    """An address: its memory and what it is in (an allocation, or "operand N" of the op); None where not known."""
+    """An address: its memory and what it is in (an allocation, "operand N" of the op, where it was loaded from); None
+    where not known. `offset`: in words, of an address in SMEM."""
 
     space: str | None
     name: str | None
+    offset: int | None = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ def _unsigned(value: int) -> int:
     return value & (_INT32 - 1)
 
 
-_MOVES = ("smov", "pmov")
+_MOVES = ("smov", "pmov", "reloc")
 _COMPARE: dict[str, _Binary] = {
     "eq": operator.eq,
     "ne": operator.ne,
@@ -114,6 +121,7 @@ class Scalars:
         self._operands = operands
         self._values: dict[str, Scalar] = {}
         self._memory: dict[str, dict[int, Scalar]] = {}
+        self._table: dict[int, Scalar] = dict(enumerate(operands.get(SMEM_TABLE, ())))
 
     def value(self, operand: str | int) -> Scalar:
         """Return the value of a register, a spill slot, a constant, or an allocation named directly."""
@@ -195,14 +203,14 @@ class Scalars:
         self._values[name] = self.value(operand)
         return name
 
-    def copy_to_smem(self, source: Scalar, destination: Scalar) -> None:
-        """Fill an allocation in SMEM, as a DMA does."""
+    def copy_to_smem(self, source: Scalar, destination: Scalar, word_count: int) -> None:
+        """Fill an allocation in SMEM, as a DMA does. What a DMA takes of only a part of an operand is not known."""
         if isinstance(destination, Pointer) and destination.name is not None:
             self._memory.pop(destination.name, None)
-            if isinstance(source, Pointer) and source.name is not None:
+            if isinstance(source, Pointer) and source.name is not None and destination.offset is not None:
                 words = self._operands.get(_operand_index(source.name))
-                if words is not None:
-                    self._memory[destination.name] = dict(enumerate(words))
+                if words is not None and len(words) <= word_count:
+                    self._memory[destination.name] = dict(enumerate(words, destination.offset))
 
     def assign(self, instruction: Instruction, from_back_edge: bool) -> None:
         """Run one instruction that makes a scalar or a predicate, or stores one."""
@@ -232,8 +240,7 @@ class Scalars:
         if name in ("scalar_lea", "int_to_ptr"):
             if kind == "sflag":
                 return self._flag_at(instruction, args)
-            pointed = next((arg.name for arg in args if isinstance(arg, Pointer)), None)
-            return Pointer(kind, pointed)
+            return _address(name, kind, args)
         if name == "scalar_select":
             condition, on_true, on_false = args
             return None if condition is None else on_true if condition else on_false
@@ -256,8 +263,12 @@ class Scalars:
     def _load(self, base: Scalar, index: Scalar) -> Scalar:
         if not isinstance(index, int) or not isinstance(base, Pointer):
             return None
+        if base.offset is None:
+            return None
         words = self._memory.get(base.name) if base.name is not None else None
-        return Loaded(base.name, index) if words is None else words.get(index)
+        if self._table and base.name is not None and base.name.startswith(_ADDRESS * 2):
+            words = self._table
+        return Loaded(base.name, base.offset + index) if words is None else words.get(base.offset + index)
 
     def _store(self, instruction: Instruction) -> None:
         """Write a word to an allocation; where it is not known which, forget what was there."""
@@ -279,6 +290,19 @@ class Scalars:
         return Flag(base.allocation, base.number + index)
 
 
+def _address(name: str, space: str, args: list[Scalar]) -> Pointer:
+    """Return the address that an instruction computes from another one, or from a loaded word."""
+    base = next((arg for arg in args if isinstance(arg, Pointer)), None)
+    if space != "smem":
+        return Pointer(space, base.name if base else None)
+    if base is None:
+        loaded = args[0]
+        return Pointer(space, _ADDRESS + loaded.name if isinstance(loaded, Loaded) and loaded.name else None)
+    steps = [arg for arg in args if arg is not base]
+    known = base.offset is not None and all(isinstance(step, int) for step in steps)
+    return Pointer(space, base.name, sum(steps, base.offset) if known else None)  # type: ignore[arg-type]
+
+
 def _operand_index(name: str) -> int:
     return int(name.removeprefix("operand ")) if name.startswith("operand ") else -1
 
@@ -290,10 +314,20 @@ def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
     if isinstance(left, int) and isinstance(right, int):
         operation = _operation(full_name)
         return None if operation is None else _signed(operation(left, right))
+    if name == "ssub" and isinstance(left, Pointer) and isinstance(right, Pointer):
+        return _distance(left, right)
     for pointer in (left, right):
         if isinstance(pointer, Pointer):
             return pointer if name in ("sshll", "sadd") else None  # an address in another unit, or an offset
     return _on_loaded(name, full_name, left, right)
+
+
+def _distance(left: Pointer, right: Pointer) -> int | None:
+    """Return how far apart two addresses in one allocation are, in the units of its memory."""
+    if left.space or right.space or left.name is None or right.name is None:  # computed: only named ones are exact
+        return None
+    ends = _named_flag(left.name), _named_flag(right.name)
+    return ends[0].number - ends[1].number if ends[0].allocation == ends[1].allocation else None
 
 
 def _on_loaded(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:

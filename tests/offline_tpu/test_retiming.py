@@ -10,7 +10,6 @@ import tiny_dumps
 from offline_tpu.machine import constants, devices
 from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
-from offline_tpu.machine.dma import time_again
 from offline_tpu.retiming import KeptProgram
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
@@ -45,8 +44,8 @@ def test_recorded_calls_replay_to_the_same_cycles(tmp_path: Path) -> None:
     program = Program((tmp_path / "a.tar.dump" / "1-x.1-02-final_bundles.txt").read_text())
     timing = IN_USE.core_timing(V7X)
     execution = execute(program, timing, record=True)
-    assert execution.calls is not None
-    assert execute(program, timing).calls is None
+    assert execution.recording is not None
+    assert execute(program, timing).recording is None
     for other in (timing, dataclasses.replace(timing, bytes_per_cycle=3.0, latency_cycles=11.0)):
         run = execute(program, other)
-        assert time_again(execution.calls, other) == pytest.approx(sum(run.counts) + run.stall_cycles)
+        assert execution.recording.stall_cycles(other) == pytest.approx(run.stall_cycles)

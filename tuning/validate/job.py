@@ -7,6 +7,7 @@ import jax
 from jax.experimental import topologies
 
 import offline_tpu
+from offline_tpu.dump import UNKNOWN_TRIPS
 from offline_tpu.machine import devices
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import compile_error
@@ -42,4 +43,6 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
         raise
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
+    if program.values and (unknown := [text for text in prediction.unresolved if text.endswith(UNKNOWN_TRIPS)]):
+        return {"unmade": unknown[0]}
     return jsonl.encode(RowPrediction.of(prediction))

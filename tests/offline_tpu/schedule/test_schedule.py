@@ -8,6 +8,7 @@ from offline_tpu.machine.dma import CoreTiming, DmaClock
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
 from offline_tpu.schedule.read import read_schedule
+from offline_tpu.schedule.scalar import SMEM_TABLE
 
 TIMING = CoreTiming(bytes_per_cycle=100.0, latency_cycles=1000.0, vmem_bytes_per_stolen_cycle=4000.0, matmul_cycles=4.0)
 LOOP = """
@@ -166,7 +167,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_uses_are_weighed_by_executions(files: tuple[Path, Path]) -> None:
     actual = read_schedule("op", *files, timing=TIMING)
-    assert (actual.bundles, actual.cycles) == (10, 58)
+    assert (len(actual.counts), actual.cycles) == (10, 58)
     assert actual.unit_uses == {"MATMUL": 2 * 57, "VSTORE:SPILL": 1, "VLOAD:FILL": 3}
     assert actual.utilization("MATMUL") == pytest.approx(57 / 58)
     assert (actual.spill_count, actual.fill_count) == (1, 3)
@@ -184,3 +185,30 @@ def test_utilization_in_another_form_is_refused(files: tuple[Path, Path], table:
     files[1].write_text(table)
     with pytest.raises(UnknownDumpFormatError, match=message):
         read_schedule("op", *files, timing=TIMING)
+
+
+TABLE = """
+     0   :  { %s1_s1 = sld [smem:[#allocation12]]  ;;  %s2_s2 = int_to_ptr.smem [resolvable:$false] %s1_s1 }
+   0x1   :  { %s3_s3 = reloc 0  ;;  %s8_s8 = smov.u32 1 } /* Start region 1 */
+   0x2   :  { %s4_s4 = sld [smem:[%s2_s2 + %s3_s3]]  ;;  %s5_s5 = int_to_ptr.smem [resolvable:$false] %s4_s4 }
+   0x3   :  { %s6_s6 = scalar_lea.smem %s5_s5, %s8_s8 }
+   0x4   :  { %s7_s7 = sld [smem:[%s6_s6 + %s8_s8]] }
+   0x5 LB: > { %s12_s1 = sphi 0, %s13_s2 /* phi copy */ } /* Start region 2 */
+   0x6   : > { %s13_s2 = sadd.s32 1, %s12_s1 }
+   0x7   : > { %p1_p0 = scmp.ge.s32.totalorder %s13_s2, %s7_s7 /* loop exit test */ }
+   0x8   : > { %10 = sbr.rel (!%p1_p0) target = $region2 }
+   0x9   : > {}
+   0xa   : > {}
+   0xb   : > {}
+   0xc   : > {}
+"""
+
+
+def test_words_of_the_table_that_the_vector_unit_fills_decide_trips() -> None:
+    assert execute(Program(TABLE), TIMING, {SMEM_TABLE: (0, 3, 11)}).counts[5] == 11
+    assert execute(Program(TABLE), TIMING).unresolved == ("branch at 0x8",)
+
+
+def test_a_long_loop_over_the_table_is_run_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offline_tpu.schedule.execute.SAMPLED_INSTRUCTIONS", 100)
+    assert execute(Program(TABLE), TIMING, {SMEM_TABLE: (0, 3, 1000)}).counts[5] == pytest.approx(1000, rel=0.05)
