@@ -12,11 +12,11 @@ import pytest
 import tiny_dumps
 from offline_tpu.machine import devices
 from offline_tpu.machine.constants import FittedConstants
-from offline_tpu.retiming import KeptProgram
 from splash_workbench import provenance
 from tuning.validate.fit import __main__ as fit
 from tuning.validate.fit import sensitivity
 from tuning.validate.fit.fitting import FitRow, Fitted
+from tuning.validate.fit.retiming import KeptProgram
 from tuning.validate.rows import MeasuredRow
 from tuning.validate.run import dump_path
 

@@ -33,6 +33,7 @@ from tuning.validate.rows import MeasuredRow, read_shipped
 from tuning.validate.run import dump_path
 
 _COLLECTIVES = ("all_gather", "psum")
+_READERS = ("tuning/validate/fit/retiming.py", "tuning/validate/fit/sensitivity.py")
 #: How a prediction says that data, which the row does not have, decide how often its code runs.
 _DEPENDS_ON_DATA = re.compile(r"branch at|trips of the loop")
 
@@ -76,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _read(rows: Iterable[MeasuredRow], dumps: Path) -> tuple[list[FitRow], dict[str, int]]:
     """Return the rows to fit on, and by reason how many there are besides. What is read of a dump is cached."""
-    sources = provenance.source_hash((*offline_tpu.SOURCES, "tuning/validate/fit/sensitivity.py"))
+    sources = provenance.source_hash((*offline_tpu.SOURCES, *_READERS))
     cache = JobCache.of_user(enabled=True)
     assert cache is not None
     found, without = [], Counter[str]()

@@ -8,7 +8,7 @@ from typing import Any
 
 from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
-from offline_tpu.retiming import KeptProgram
+from tuning.validate.fit.retiming import KeptProgram
 
 #: Factor by which each constant is moved, up and down.
 STEP = 1.1

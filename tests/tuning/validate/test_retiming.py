@@ -10,9 +10,9 @@ import tiny_dumps
 from offline_tpu.machine import constants, devices
 from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
-from offline_tpu.retiming import KeptProgram
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
+from tuning.validate.fit.retiming import KeptProgram
 
 V7X = devices.by_name("v7x")
 IN_USE = FittedConstants.of(V7X)
