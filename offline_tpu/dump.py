@@ -40,6 +40,7 @@ class Dump:
     Args:
       archived: the files come from an archive.
       grid_sizes: as for `offline_tpu.predict`.
+      record: keep what `Schedule.at` needs.
       find_integers: returns what else is known of kernels' operands; it is asked only where the HLO does not say.
 
     Raises:
@@ -54,6 +55,7 @@ class Dump:
         grid_sizes: Mapping[str, int],
         find_integers: Callable[[], Integers] = Integers,
         archived: bool = False,
+        record: bool = False,
     ) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
@@ -63,6 +65,7 @@ class Dump:
             self.overlays = read_overlays(_only(paths, _OVERLAYS_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
+        self._record = record
         self._integers = functools.cache(find_integers)
         self._tables = [path for path in paths if _UTILIZATION in path.name]
         self._bundles: dict[str, tuple[str, Path]] = {}
@@ -99,7 +102,9 @@ class Dump:
             tables = [table for table in self._tables if table.name.startswith(stem + "-")]
             if len(tables) != 1:
                 raise UnknownDumpFormatError(f"{path.name}: expected one utilization table, found {len(tables)}.")
-            self._read[key] = read_schedule(name, path, tables[0], timing=self._timing, operands=operands)
+            self._read[key] = read_schedule(
+                name, path, tables[0], timing=self._timing, operands=operands, record=self._record
+            )
         schedule = self._read[key]
         if not complete and any(text.startswith("branch") for text in schedule.unresolved):
             return dataclasses.replace(schedule, unresolved=(UNKNOWN_TRIPS, *schedule.unresolved))

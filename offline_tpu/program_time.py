@@ -16,13 +16,7 @@ from offline_tpu import collectives
 from offline_tpu.collectives import Collective
 from offline_tpu.hlo import values
 from offline_tpu.hlo.module import HloModule, HloOp, array_bytes
-from offline_tpu.machine.constants import (
-    DMA_LATENCY_S,
-    OP_OVERHEAD_S,
-    SPARSE_CORE_START_S,
-    VMEM_BYTES_PER_STOLEN_CYCLE,
-    hbm_bytes_per_s,
-)
+from offline_tpu.machine.constants import SPARSE_CORE_START_S, FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
@@ -77,6 +71,7 @@ class ProgramCost:
       vmem_bytes: by op, the VMEM that it reserves.
       overlays: the pieces of the program's code, where they are known.
       trip_counts: by text that a loop's scope contains, trips of a loop whose count depends on data.
+      constants: of the device; None: those in use.
     """
 
     def __init__(
@@ -89,6 +84,7 @@ class ProgramCost:
         device: DeviceSpec,
         grid: Grid,
         trip_counts: Mapping[str, int],
+        constants: FittedConstants | None = None,
     ) -> None:
         self._module = module
         self._find_schedule = find_schedule
@@ -97,9 +93,10 @@ class ProgramCost:
         self._device = device
         self._grid = grid
         self._trip_counts = trip_counts
-        self._hbm_bytes_per_s = hbm_bytes_per_s(device)
+        self._constants = constants or FittedConstants.of(device)
+        self._hbm_bytes_per_s = self._constants.hbm_bytes_per_s(device)
         #: Of the time that a transfer fills VMEM, the part that the ops beside it lose.
-        self._slowdown = self._hbm_bytes_per_s / (VMEM_BYTES_PER_STOLEN_CYCLE * device.clock_hz)
+        self._slowdown = self._hbm_bytes_per_s / (self._constants.vmem_bytes_per_stolen_cycle * device.clock_hz)
         self.ops: list[OpCost] = []
 
     def walk(self) -> float:
@@ -177,7 +174,8 @@ class ProgramCost:
         hbm_bytes = min(map(array_bytes, ends)) * sum(array_bytes(end, hbm_only=True) > 0 for end in ends)
         if op.proto.HasField("cross_program_prefetch_index"):
             return _Transfer(op.name, "hbm", 0.0, now, hbm_bytes, None, True)
-        return _Transfer(op.name, "hbm", hbm_bytes / self._hbm_bytes_per_s, now + DMA_LATENCY_S, hbm_bytes, None, True)
+        earliest_s = now + self._constants.dma_latency_s
+        return _Transfer(op.name, "hbm", hbm_bytes / self._hbm_bytes_per_s, earliest_s, hbm_bytes, None, True)
 
     def _finish(self, op: HloOp, beside: list[_Transfer], context: _Context, now: float) -> float:
         """Wait for the transfer that an op names, and for those before it on the same resource."""
@@ -247,7 +245,7 @@ class ProgramCost:
             return 0.0
         clock_hz = self._device.clock_hz
         loading_s, notes = self._load_code(schedule)
-        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + loading_s + OP_OVERHEAD_S
+        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + loading_s + self._constants.op_overhead_s
         hbm_s = schedule.hbm_bytes / self._hbm_bytes_per_s
         time_s += self._let_others_go_on(beside, time_s, hbm_s, 0.0)
         self._add(
@@ -269,7 +267,7 @@ class ProgramCost:
         loads = self._overlays.loads(schedule.counts) if self._overlays else None
         if loads is None:
             return 0.0, ()
-        time_s = loads.time_s(self._hbm_bytes_per_s, DMA_LATENCY_S)
+        time_s = loads.time_s(self._hbm_bytes_per_s, self._constants.dma_latency_s)
         pieces = len(loads.sizes)
         return time_s, (
             f"its loop spans {pieces} pieces of code, which are loaded anew in each of {loads.trips:,} trips: "

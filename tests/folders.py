@@ -22,6 +22,7 @@ FOLDERS = (
     "tuning.search",
     "tuning.traces",
     "tuning.validate",
+    "tuning.validate.fit",
     "tuning.compare",
     "tuning.report",
     "tuning.selfcheck",

@@ -2,9 +2,12 @@
 
 Published figures of a device (clock, peak FLOP/s, HBM and ICI bandwidth) are in `devices`. What follows is not
 published. HBM_EFFICIENCY, DMA_LATENCY_S, VMEM_BYTES_PER_STOLEN_CYCLE and OP_OVERHEAD_S are fitted on the rows of
-tuning/data/measured, as the clock of v7x is; docs/predictions.md tells how, and what remains with each program left out
-of the fit. Those of the links have their sources beside them.
+tuning/data/measured, as the clock of v7x is, by `python -m tuning.validate.fit`; docs/predictions.md tells what remains
+with each program left out of the fit. Those of the links have their sources beside them.
 """
+
+import dataclasses
+from typing import Self
 
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.dma import CoreTiming
@@ -34,16 +37,37 @@ SPARSE_CORE_START_S = 12e-6
 ICI_HOP_LATENCY_S = 1e-6
 
 
-def hbm_bytes_per_s(device: DeviceSpec) -> float:
-    """Return the bandwidth that streaming DMAs reach."""
-    return HBM_EFFICIENCY[device.name] * device.hbm_bytes_per_s
+@dataclasses.dataclass(frozen=True)
+class FittedConstants:
+    """The fitted constants of one device. The device's clock is its own: `dataclasses.replace(device, clock_hz=...)`.
+
+    Attributes: as the constants of the same names.
+    """
+
+    hbm_efficiency: float
+    dma_latency_s: float = DMA_LATENCY_S
+    vmem_bytes_per_stolen_cycle: float = VMEM_BYTES_PER_STOLEN_CYCLE
+    op_overhead_s: float = OP_OVERHEAD_S
+
+    @classmethod
+    def of(cls, device: DeviceSpec) -> Self:
+        """Return those in use."""
+        return cls(HBM_EFFICIENCY[device.name])
+
+    def hbm_bytes_per_s(self, device: DeviceSpec) -> float:
+        """Return the bandwidth that streaming DMAs reach."""
+        return self.hbm_efficiency * device.hbm_bytes_per_s
+
+    def core_timing(self, device: DeviceSpec) -> CoreTiming:
+        """Return the constants in the device's cycles."""
+        return CoreTiming(
+            bytes_per_cycle=self.hbm_bytes_per_s(device) / device.clock_hz,
+            latency_cycles=self.dma_latency_s * device.clock_hz,
+            vmem_bytes_per_stolen_cycle=self.vmem_bytes_per_stolen_cycle,
+            matmul_cycles=device.matmul_cycles,
+        )
 
 
 def core_timing(device: DeviceSpec) -> CoreTiming:
-    """Return the constants in the device's cycles."""
-    return CoreTiming(
-        bytes_per_cycle=hbm_bytes_per_s(device) / device.clock_hz,
-        latency_cycles=DMA_LATENCY_S * device.clock_hz,
-        vmem_bytes_per_stolen_cycle=VMEM_BYTES_PER_STOLEN_CYCLE,
-        matmul_cycles=device.matmul_cycles,
-    )
+    """Return the constants in use, in the device's cycles."""
+    return FittedConstants.of(device).core_timing(device)

@@ -8,6 +8,7 @@ VMEM takes cycles from the core, since both want the same memory.
 import collections
 import dataclasses
 from collections.abc import Hashable
+from typing import Any
 
 HBM_GRANULE_BYTES = 32
 
@@ -44,7 +45,7 @@ class DmaClock:
         self.now = 0.0
         self.hbm_bytes = 0
 
-    def advance(self, bundles: int, matmuls: float = 0.0) -> None:
+    def advance(self, bundles: float, matmuls: float = 0.0) -> None:
         """Execute bundles: a cycle each, and no fewer than the matmuls in them hold the matrix units.
 
         The schedules of XLA's own fusions assume less than the published peak allows, by up to a third.
@@ -83,3 +84,69 @@ class DmaClock:
     def finish(self) -> None:
         """End the op, when its last transfer has ended."""
         self.now = max([self.now, *(end for pending in self._pending.values() for end, _ in pending)])
+
+
+#: One call of a DmaClock: the method's name, and its arguments.
+Call = tuple[str, tuple[Any, ...]]
+
+
+class RecordingClock(DmaClock):
+    """A clock that keeps its calls, for a `Recording`.
+
+    Attributes:
+      calls: so far; what runs between two DMAs or waits is one `advance`, of cycles.
+    """
+
+    def __init__(self, timing: CoreTiming) -> None:
+        super().__init__(timing)
+        self.calls: list[Call] = []
+        self._cycles = 0.0
+        self._flags: dict[Hashable, int] = {}
+
+    def advance(self, bundles: float, matmuls: float = 0.0) -> None:
+        self._cycles += max(bundles, matmuls * self._timing.matmul_cycles)
+        super().advance(bundles, matmuls)
+
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
+        self._keep("start", (self._number(flag), size_bytes, spaces))
+        super().start(flag, size_bytes, spaces)
+
+    def wait(self, flag: Hashable, size_bytes: int) -> bool:
+        self._keep("wait", (self._number(flag), size_bytes))
+        return super().wait(flag, size_bytes)
+
+    def finish(self) -> None:
+        self._keep("finish", ())
+        super().finish()
+
+    def _keep(self, method: str, arguments: tuple[Any, ...]) -> None:
+        if self._cycles:
+            self.calls.append(("advance", (self._cycles,)))
+            self._cycles = 0.0
+        self.calls.append((method, arguments))
+
+    def _number(self, flag: Hashable | None) -> int | None:
+        """Return a flag's number, which takes less room than the flag."""
+        return None if flag is None else self._flags.setdefault(flag, len(self._flags))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a RecordingClock kept of one run.
+
+    Attributes:
+      calls: of the clock.
+      bundles: that ran; progress: the part of the op that they are.
+    """
+
+    calls: list[Call]
+    bundles: int
+    progress: float
+
+    def stall_cycles(self, timing: CoreTiming) -> float:
+        """Return the whole op's cycles beyond its bundles at other constants; `matmul_cycles` stay as they were."""
+        clock = DmaClock(timing)
+        methods = {name: getattr(clock, name) for name in ("advance", "start", "wait", "finish")}
+        for method, arguments in self.calls:
+            methods[method](*arguments)
+        return (clock.now - self.bundles) / self.progress

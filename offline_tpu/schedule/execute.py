@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock
+from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock, Recording, RecordingClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
 from offline_tpu.schedule.scalar import SMEM_TABLE, Pointer, Scalars
@@ -35,33 +35,43 @@ class Execution:
       stall_cycles: cycles beyond those of the bundles: waits for DMAs and matrix units, and VMEM time of the DMAs.
       hbm_bytes: bytes that its DMAs move to and from HBM.
       unresolved: branches and DMAs that depend on data, and waits that match no DMA.
+      recording: of its clock; None: not recorded.
     """
 
     counts: list[int]
     stall_cycles: float
     hbm_bytes: int
     unresolved: tuple[str, ...]
+    recording: Recording | None = None
 
 
-def execute(program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]] | None = None) -> Execution:
+def execute(
+    program: Program,
+    timing: CoreTiming,
+    operands: Mapping[int, Sequence[int]] | None = None,
+    *,
+    record: bool = False,
+) -> Execution:
     """Run the program.
 
     Args:
       operands: by index, the words of operands that are known: constants, a traced grid size.
+      record: keep the calls of the clock.
 
     Raises:
       UnknownDumpFormatError: the program does not end within a large number of steps.
     """
-    return _Run(program, timing, operands or {}).to_the_end()
+    clock = RecordingClock(timing) if record else DmaClock(timing)
+    return _Run(program, clock, operands or {}).to_the_end()
 
 
 class _Run:
-    def __init__(self, program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, program: Program, clock: DmaClock, operands: Mapping[int, Sequence[int]]) -> None:
         self._program = program
         self._addresses = sorted(program.events)
         self._scalars = Scalars(operands)
         self._bundles = [[(i.name, i, self._scalars.step(i)) for i in program.events[a]] for a in self._addresses]
-        self._clock = DmaClock(timing)
+        self._clock = clock
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
         self._sampled = SAMPLED_INSTRUCTIONS if SMEM_TABLE in operands else LONG_INSTRUCTIONS
@@ -96,11 +106,15 @@ class _Run:
         for change in delta[:length]:
             running += change
             counts.append(running)
+        recording = None
+        if isinstance(self._clock, RecordingClock):
+            recording = Recording(self._clock.calls, sum(counts), progress)
         return Execution(
             counts=[round(count / progress) for count in counts],
             stall_cycles=(self._clock.now - sum(counts)) / progress,
             hbm_bytes=round(self._clock.hbm_bytes / progress),
             unresolved=tuple(self._unresolved),
+            recording=recording,
         )
 
     def _progress(self, branch_at: int) -> float | None:

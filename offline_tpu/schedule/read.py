@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
-from offline_tpu.machine.dma import CoreTiming
+from offline_tpu.machine.dma import CoreTiming, Recording
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute
@@ -27,6 +28,7 @@ class Schedule:
       hbm_bytes: bytes moved to and from HBM by the op's own DMAs.
       unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
         size is not known, which are not counted.
+      recording: of its clock, for `at`; None: not recorded.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Schedule:
     fill_count: int
     hbm_bytes: int
     unresolved: tuple[str, ...]
+    recording: Recording | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def at(self, timing: CoreTiming) -> Self:
+        """Return the schedule of a core with other constants. Its clock's calls must have been recorded."""
+        assert self.recording is not None
+        return dataclasses.replace(self, stall_cycles=self.recording.stall_cycles(timing))
 
     def utilization(self, unit: str) -> float:
         """Return the fraction of the unit's slots that the executed bundles fill."""
@@ -52,6 +60,7 @@ def read_schedule(
     *,
     timing: CoreTiming,
     operands: Mapping[int, Sequence[int]] | None = None,
+    record: bool = False,
 ) -> Schedule:
     """Read the two dump files of one op, and run its scalar slice.
 
@@ -60,6 +69,7 @@ def read_schedule(
       bundles_path, utilization_path: the files, *-final_bundles.txt and *-per-bundle-utilization.txt.
       timing: of the chip's core.
       operands: by index, the words of the op's operands that are known: constants, a traced grid size.
+      record: keep what `Schedule.at` needs.
 
     Raises:
       UnknownDumpFormatError: the files are not in the known form, or they disagree in length.
@@ -73,7 +83,7 @@ def read_schedule(
         raise UnknownDumpFormatError(
             f"{utilization_path.name}: {len(table)} bundles, expected the {program.length} of {bundles_path.name}."
         )
-    execution = execute(program, timing, operands)
+    execution = execute(program, timing, operands, record=record)
     uses = dict.fromkeys(capacity, 0)
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):
@@ -91,6 +101,7 @@ def read_schedule(
         fill_count=uses.get(_FILL, 0),
         hbm_bytes=execution.hbm_bytes,
         unresolved=execution.unresolved,
+        recording=execution.recording,
     )
 
 
