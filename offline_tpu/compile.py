@@ -114,16 +114,18 @@ def predict(
     spec = _find_device(device, topology).at_p_state(options)
     values = _checked_values(values, args)
 
-    def prediction(facts: archive.Facts, folder: Path, trace: Callable[[], jax.stages.Traced]) -> Prediction:
+    def prediction(
+        facts: archive.Facts, folder: Path, trace: Callable[[], jax.stages.Traced], archived: bool = False
+    ) -> Prediction:
         def find_integers() -> integers.Integers:
             return integers.find(trace().jaxpr, values)
 
-        return _prediction(spec, facts, folder, grid_sizes, trip_counts, find_integers, options)
+        return _prediction(spec, facts, folder, grid_sizes, trip_counts, find_integers, options, archived=archived)
 
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(kept, Path(folder))
-            return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh)[0])
+            return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh)[0], archived=True)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
@@ -157,13 +159,22 @@ def _prediction(
     trip_counts: Mapping[str, int] | None,
     find_integers: Callable[[], integers.Integers],
     options: dict[str, str],
+    *,
+    archived: bool = False,
 ) -> Prediction:
     try:
-        dump = Dump(folder, timing=core_timing(device), grid_sizes=grid_sizes or {}, find_integers=find_integers)
+        dump = Dump(
+            folder,
+            timing=core_timing(device),
+            grid_sizes=grid_sizes or {},
+            find_integers=find_integers,
+            archived=archived,
+        )
         program = ProgramCost(
             dump.module,
             dump.schedule,
             vmem_bytes=dump.vmem_bytes,
+            overlays=dump.overlays,
             device=device,
             grid=Grid.around(facts.coords, device.ici_wrap_length),
             trip_counts=trip_counts or {},
@@ -185,6 +196,7 @@ def _prediction(
         compile_time_s=facts.compile_time_s,
         compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
+        code_bytes=dump.overlays.code_bytes if dump.overlays else sum(op.code_bytes for op in ops),
     )
 
 

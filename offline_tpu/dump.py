@@ -13,6 +13,7 @@ from offline_tpu.hlo.module import HloModule, HloOp, PrimitiveType
 from offline_tpu.integers import Integers
 from offline_tpu.machine.dma import CoreTiming
 from offline_tpu.machine.errors import UnknownDumpFormatError
+from offline_tpu.overlays import Overlays, read_overlays
 from offline_tpu.schedule.read import Schedule, read_schedule
 from offline_tpu.schedule.scalar import SMEM_TABLE
 
@@ -24,6 +25,7 @@ _NOT_OPS = ("TLP", "<")
 _ANALYSIS_SUFFIX = "schedule-analysis"
 _UTILIZATION = "per-bundle-utilization"
 _VMEM_SUFFIX = "-vmem_report.html"
+_OVERLAYS_SUFFIX = "-overlay-graph.txt"
 _VMEM_DATA = re.compile(r"\bDATA\s*=\s*(?=\{)")
 
 
@@ -33,8 +35,10 @@ class Dump:
     Attributes:
       module: its scheduled HLO.
       vmem_bytes: by op, the VMEM that it reserves while it runs.
+      overlays: the pieces of its code; None in an archive from before they were dumped.
 
     Args:
+      archived: the files come from an archive.
       grid_sizes: as for `offline_tpu.predict`.
       find_integers: returns what else is known of kernels' operands; it is asked only where the HLO does not say.
 
@@ -49,10 +53,14 @@ class Dump:
         timing: CoreTiming,
         grid_sizes: Mapping[str, int],
         find_integers: Callable[[], Integers] = Integers,
+        archived: bool = False,
     ) -> None:
         paths = sorted(directory.iterdir()) if directory.is_dir() else []
         self.module = HloModule.parse(_only(paths, _MODULE_SUFFIX).read_text())
         self.vmem_bytes = _read_vmem(_only(paths, _VMEM_SUFFIX))
+        self.overlays: Overlays | None = None
+        if not archived or any(path.name.endswith(_OVERLAYS_SUFFIX) for path in paths):
+            self.overlays = read_overlays(_only(paths, _OVERLAYS_SUFFIX))
         self._timing = timing
         self._grid_sizes = grid_sizes
         self._integers = functools.cache(find_integers)

@@ -43,7 +43,7 @@ def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "LIBTPU_INIT_ARGS": (
             f"--xla_jf_dump_to={dump_dir} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo-static-per-bundle-utilization)$"
+            "--xla_jf_dump_llo_pass_label_regex=^(final_(bundles|hlo-static-per-bundle-utilization)|overlay-graph)$"
         ),
     }
 

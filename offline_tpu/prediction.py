@@ -56,9 +56,13 @@ class OpCost:
       spill_count, fill_count: vector registers spilled and filled in one call.
       utilization: fraction of each unit's slots in use.
       unresolved: what depends on data: branches and DMAs (counted as run), trip counts (counted once), branches of
-        conditionals (the slowest counted); and ops whose schedule is not known.
+        conditionals (the slowest counted); ops whose schedule is not known; and a loop whose code is loaded in every
+        trip.
       collective: of a collective, its bytes and links.
       loops: around the op, the outermost first; `calls` is the product of their trips.
+      code_bytes: size of its code.
+      code_load_s: of one call, what it waits for its code: 0 where its loop is one piece of code (see
+        offline_tpu.overlays).
     """
 
     name: str
@@ -78,6 +82,8 @@ class OpCost:
     unresolved: tuple[str, ...] = ()
     collective: Collective | None = None
     loops: tuple[Loop, ...] = ()
+    code_bytes: int = 0
+    code_load_s: float = 0.0
 
     @property
     def busiest_unit(self) -> str | None:
@@ -108,6 +114,7 @@ class Prediction:
       compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
         threads, which tells more where the machine does other things.
       compiler_options: flags of libtpu that were given for this program.
+      code_bytes: size of the whole program's code, its own control flow included.
     """
 
     device: str
@@ -122,6 +129,7 @@ class Prediction:
     compile_time_s: float
     compile_cpu_s: float
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    code_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -171,12 +179,12 @@ class Prediction:
             f"{self.time_s * 1e3:.3f} ms on one {self.device} (predicted; {low * 1e3:.3g} to {high * 1e3:.3g}), "
             f"bound by {shares or 'nothing'}; HBM: "
             f"{self.hbm_bytes / 2**20:,.1f} MiB moved, {self.peak_hbm_bytes / 2**20:,.1f} MiB held at most; VMEM: "
-            f"{self.vmem_bytes / 2**20:.1f} MiB{options}"
+            f"{self.vmem_bytes / 2**20:.1f} MiB; code: {self.code_bytes / 2**20:.2f} MiB{options}"
         )
 
     def table(self, limit: int = 20) -> str:
         """Return `str(self)`, the `limit` longest ops, and what had to be assumed, as lines of text."""
-        rows = [("ms", "share", "calls", "bound by", "busiest unit", "HBM MiB", "op", "named scope")]
+        rows = [("ms", "share", "calls", "bound by", "busiest unit", "HBM MiB", "code KiB", "op", "named scope")]
         longest = sorted((op for op in self.ops if op.time_s), key=lambda op: -op.time_s)
         for op in longest[:limit]:
             unit = op.busiest_unit
@@ -188,6 +196,7 @@ class Prediction:
                     op.bottleneck,
                     f"{unit} {op.utilization[unit]:.0%}" if unit else "",
                     f"{op.hbm_bytes * op.calls / 2**20:,.1f}",
+                    f"{op.code_bytes / 2**10:,.1f}",
                     op.name,
                     named_scope(op.scope),
                 )

@@ -26,6 +26,7 @@ from offline_tpu.machine.constants import (
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
+from offline_tpu.overlays import BUNDLE_BYTES, Overlays
 from offline_tpu.prediction import Bound, Category, Loop, OpCost
 from offline_tpu.schedule.read import Schedule
 
@@ -74,6 +75,7 @@ class ProgramCost:
 
     Args:
       vmem_bytes: by op, the VMEM that it reserves.
+      overlays: the pieces of the program's code, where they are known.
       trip_counts: by text that a loop's scope contains, trips of a loop whose count depends on data.
     """
 
@@ -83,6 +85,7 @@ class ProgramCost:
         find_schedule: FindSchedule,
         *,
         vmem_bytes: Mapping[str, int],
+        overlays: Overlays | None = None,
         device: DeviceSpec,
         grid: Grid,
         trip_counts: Mapping[str, int],
@@ -90,6 +93,7 @@ class ProgramCost:
         self._module = module
         self._find_schedule = find_schedule
         self._vmem_bytes = vmem_bytes
+        self._overlays = overlays
         self._device = device
         self._grid = grid
         self._trip_counts = trip_counts
@@ -242,7 +246,8 @@ class ProgramCost:
                 self._add(op, context, now, 0.0, "other", "compute", unresolved=(note,))
             return 0.0
         clock_hz = self._device.clock_hz
-        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + OP_OVERHEAD_S
+        loading_s, notes = self._load_code(schedule)
+        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + loading_s + OP_OVERHEAD_S
         hbm_s = schedule.hbm_bytes / self._hbm_bytes_per_s
         time_s += self._let_others_go_on(beside, time_s, hbm_s, 0.0)
         self._add(
@@ -254,9 +259,22 @@ class ProgramCost:
             "compute" if schedule.cycles / clock_hz >= hbm_s else "hbm",
             hbm_bytes=schedule.hbm_bytes,
             schedule=schedule,
-            unresolved=schedule.unresolved,
+            unresolved=schedule.unresolved + notes,
+            code_load_s=loading_s,
         )
         return time_s
+
+    def _load_code(self, schedule: Schedule) -> tuple[float, tuple[str, ...]]:
+        """Return the seconds in which one call of an op waits for its own code, with a note where there are any."""
+        loads = self._overlays.loads(schedule.counts) if self._overlays else None
+        if loads is None:
+            return 0.0, ()
+        time_s = loads.time_s(self._hbm_bytes_per_s, DMA_LATENCY_S)
+        pieces = len(loads.sizes)
+        return time_s, (
+            f"its loop spans {pieces} pieces of code, which are loaded anew in each of {loads.trips:,} trips: "
+            f"{time_s * 1e3:.3f} ms a call counted, as if nothing ran beside the loads",
+        )
 
     def _let_others_go_on(self, beside: list[_Transfer], time_s: float, hbm_s: float, link_s: float) -> float:
         """Let what runs beside an op use what the op leaves of HBM and links. Returns what that costs the op."""
@@ -291,6 +309,7 @@ class ProgramCost:
         schedule: Schedule | None = None,
         collective: Collective | None = None,
         unresolved: tuple[str, ...] = (),
+        code_load_s: float = 0.0,
     ) -> None:
         cycles = schedule.cycles if schedule else 0
         self.ops.append(
@@ -310,6 +329,8 @@ class ProgramCost:
                 utilization=(
                     {unit: round(schedule.utilization(unit), 6) for unit in schedule.unit_capacity} if schedule else {}
                 ),
+                code_bytes=len(schedule.counts) * BUNDLE_BYTES if schedule else 0,
+                code_load_s=code_load_s,
                 unresolved=context.unresolved + unresolved,
                 collective=collective,
                 start_s=start_s,

@@ -18,7 +18,7 @@ class Schedule:
 
     Attributes:
       name: the HLO op's name.
-      bundles: static length of the op, in VLIW bundles.
+      counts: how often each VLIW bundle of the op runs, in the order of the code.
       cycles: bundles executed; one bundle is one cycle.
       stall_cycles: cycles beyond these, waiting for DMAs, VMEM or matrix units.
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
@@ -30,7 +30,7 @@ class Schedule:
     """
 
     name: str
-    bundles: int
+    counts: Sequence[int]
     cycles: int
     stall_cycles: float
     unit_uses: dict[str, int]
@@ -82,7 +82,7 @@ def read_schedule(
                 uses[unit] += used * count
     return Schedule(
         name=name,
-        bundles=program.length,
+        counts=execution.counts,
         cycles=sum(execution.counts),
         stall_cycles=execution.stall_cycles,
         unit_uses=uses,

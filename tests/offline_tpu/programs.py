@@ -200,6 +200,32 @@ def named_traced_grid() -> Program:
     return traced_grid(grid_sizes={"traced": STEPS})
 
 
+def growing_body(statements: int) -> Program:
+    """A kernel whose loop of STEPS is some 16 bundles of code a statement."""
+    import jax
+    from jax.experimental import pallas as pl
+
+    def body(x_ref: Any, o_ref: Any) -> None:
+        x = x_ref[...]
+        for number in range(statements):
+            x = x * x + (1.0 + number)
+        o_ref[...] = x
+
+    block = pl.BlockSpec((256, 128), lambda step: (step, 0))
+    x = _array(STEPS * 256, 128, dtype="float32")
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    call = pl.pallas_call(body, grid=(STEPS,), in_specs=[block], out_specs=block, out_shape=out, name="growing")
+    return call, (x,), {}
+
+
+def loop_of_64720_bundles() -> Program:
+    return growing_body(4040)
+
+
+def loop_of_72080_bundles() -> Program:
+    return growing_body(4500)
+
+
 def _sharded(fn: Callable[..., Any], shapes: list[tuple[int, ...]], specs: list[Any], out: Any) -> Program:
     import jax
     import jax.numpy as jnp

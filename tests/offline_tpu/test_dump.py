@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 def _schedule(folder: Path, name: str, found: Integers) -> Schedule:
     timing = core_timing(devices.by_name("v6e"))
-    dump = Dump(folder, timing=timing, grid_sizes={}, find_integers=lambda: found)
+    dump = Dump(folder, timing=timing, grid_sizes={}, archived=True, find_integers=lambda: found)
     schedule = dump.schedule("main", dump.module.op("main", name))
     assert schedule is not None
     return schedule

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers import PLENTY_S
-from offline_tpu.machine.constants import HBM_EFFICIENCY, ICI_EFFICIENCY
+from offline_tpu.machine.constants import DMA_LATENCY_S, HBM_EFFICIENCY, ICI_EFFICIENCY
 from offline_tpu.prediction import OpCost
 from offline_tpu.timeline import unrolled
 from splash_workbench.provenance import REPO_ROOT
@@ -28,13 +28,17 @@ HBM_BYTES_PER_S, LINK_BYTES_PER_S = 1638e9, 100e9
 FLOPS_PER_CYCLE = 524288  # 918 TFLOP/s at 1.75 GHz
 
 
-@pytest.fixture(scope="session")
-def predictions() -> dict[str, Any]:
+def predict(*names: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(Path(__file__).parent)])}
-    command = [sys.executable, "-m", "programs", *NAMES]
+    command = [sys.executable, "-m", "programs", *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PLENTY_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def predictions() -> dict[str, Any]:
+    return predict(*NAMES)
 
 
 @pytest.fixture
@@ -225,3 +229,18 @@ def test_the_timeline_of_a_prediction_has_its_time_without_gaps(predictions: dic
         now = start_s + time_s
     assert now == pytest.approx(predictions[program]["time_s"])
     assert len(runs) == sum(op["calls"] for op in predictions[program]["ops"])
+
+
+@pytest.mark.slow("3 min")
+def test_a_loop_longer_than_instruction_memory_loads_its_code_in_every_trip() -> None:
+    shorter, longer = (
+        next(o for o in program["ops"] if "growing" in o["name"])
+        for program in predict("loop_of_64720_bundles", "loop_of_72080_bundles").values()
+    )
+    assert shorter["code_bytes"] == 64720 * 64
+    assert (shorter["code_load_s"], shorter["unresolved"]) == (0, [])
+    assert longer["code_bytes"] == 72080 * 64
+    assert longer["code_load_s"] == pytest.approx(
+        STEPS * (72176 * 64 / (HBM_EFFICIENCY["v6e"] * HBM_BYTES_PER_S) + 5 * DMA_LATENCY_S)
+    )
+    assert longer["unresolved"][0].startswith("its loop spans 5 pieces of code")

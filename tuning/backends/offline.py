@@ -100,6 +100,8 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     kernel_ops = prediction.matching(kernel.op_name)
     assert kernel_ops, f"no op named {kernel.op_name} in the prediction"
     notes = [*kernel.notes, *assumptions]
+    if loading_ms := sum(op.code_load_s * op.calls for op in kernel_ops) * 1e3:
+        notes.append(f"the kernel's loop spans pieces of code, loaded anew in every trip: {loading_ms:.3f} ms counted")
     if unresolved_count := sum(len(op.unresolved) for op in kernel_ops):
         notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return checked | {
@@ -110,6 +112,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         "vmem_bytes": max(op.vmem_bytes for op in kernel_ops),
         "spill_count": sum(op.spill_count * op.calls for op in kernel_ops),
         "fill_count": sum(op.fill_count * op.calls for op in kernel_ops),
+        "code_bytes": sum(op.code_bytes for op in kernel_ops),
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "compile_time_s": prediction.compile_time_s,
         "ops": prediction.to_dict()["ops"],

@@ -55,7 +55,7 @@ class Trial:
       compiler_options: flags of libtpu that were given for this program; empty: its defaults.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
-      kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count: of the Pallas kernel alone.
+      kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count, code_bytes: of the Pallas kernel alone.
       peak_hbm_bytes, compile_time_s: of the whole op.
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
       ops: parts of a prediction, one for each HLO op.
@@ -84,6 +84,7 @@ class Trial:
     vmem_bytes: int | None = None
     spill_count: int | None = None
     fill_count: int | None = None
+    code_bytes: int | None = None
     peak_hbm_bytes: int | None = None
     compile_time_s: float | None = None
     wall_time_s: float | None = None
