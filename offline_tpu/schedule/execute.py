@@ -74,7 +74,9 @@ class _Run:
         self._clock = clock
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
-        self._sampled = SAMPLED_INSTRUCTIONS if SMEM_TABLE in operands else LONG_INSTRUCTIONS
+        self._ragged = SMEM_TABLE in operands
+        self._sampled = SAMPLED_INSTRUCTIONS if self._ragged else LONG_INSTRUCTIONS
+        self._trip = MAX_EXECUTED_INSTRUCTIONS  # of the longest loop
         self._conditions = {i.result: i for bundle in program.events.values() for i in bundle if i.result}
         self._widest = 0  # bundles of the longest loop
 
@@ -124,7 +126,13 @@ class _Run:
         if exit_test is None or not exit_test.name.startswith("scmp.ge"):
             return None
         trip, trips = map(self._scalars.value, exit_test.operands)
-        return trip / trips if isinstance(trip, int) and isinstance(trips, int) and 0 < trip <= trips else None
+        if not isinstance(trip, int) or not isinstance(trips, int) or not 0 < trip <= trips:
+            return None
+        before, self._trip = self._trip, trip
+        # The loop of a ragged matmul skips the tiles that a group does not fill: only between groups it tells how far.
+        if self._ragged and trip - before <= 1:
+            return None
+        return trip / trips
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
         """Run from `start` to the first taken branch. Returns its target (None: the end), its place, and steps."""
