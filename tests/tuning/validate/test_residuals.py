@@ -27,5 +27,6 @@ def test_every_program_weighs_the_same() -> None:
     assert found["memory"]["all"].low == 3.0
 
 
-def test_a_row_without_a_prediction_is_left_out() -> None:
+def test_rows_without_a_prediction_and_ragged_dots_are_left_out() -> None:
     assert residuals.residuals_of((msgspec.structs.replace(row("op", "kernel", 1.0), predicted_ms=None),)) == {}
+    assert residuals.residuals_of((row("ragged_dot", "matmul", 100.0),)) == {}
