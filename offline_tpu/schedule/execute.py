@@ -21,9 +21,9 @@ BRANCH_DELAY_SLOTS = 4
 WORD_BYTES = 4
 #: Instructions after which the loop over the tiles of a ragged matmul is taken to go on as it began.
 SAMPLED_INSTRUCTIONS = 3_000_000
-#: Instructions after which the longest loop of any other op is taken to go on so.
-LONG_INSTRUCTIONS = 16_000_000
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
+#: In `Execution.unresolved` of such an op, whose time may be many times off.
+RUN_IN_PART = "the others were taken to be alike"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,6 @@ class _Run:
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
         self._ragged = SMEM_TABLE in operands
-        self._sampled = SAMPLED_INSTRUCTIONS if self._ragged else LONG_INSTRUCTIONS
         self._trip = MAX_EXECUTED_INSTRUCTIONS  # of the longest loop
         self._conditions = {i.result: i for bundle in program.events.values() for i in bundle if i.result}
         self._widest = 0  # bundles of the longest loop
@@ -100,8 +99,9 @@ class _Run:
             start = jump
             if from_back_edge and branch_at - jump >= self._widest:
                 self._widest = branch_at - jump
-                if steps > self._sampled and (part := self._progress(branch_at)) is not None:
+                if self._ragged and steps > SAMPLED_INSTRUCTIONS and (part := self._progress(branch_at)) is not None:
                     progress = part
+                    self._unresolved[f"its loop was run for {part:.1%} of its trips: {RUN_IN_PART}"] = None
                     break
         self._clock.finish()
         counts, running = [], 0
@@ -129,10 +129,8 @@ class _Run:
         if not isinstance(trip, int) or not isinstance(trips, int) or not 0 < trip <= trips:
             return None
         before, self._trip = self._trip, trip
-        # The loop of a ragged matmul skips the tiles that a group does not fill: only between groups it tells how far.
-        if self._ragged and trip - before <= 1:
-            return None
-        return trip / trips
+        # The loop skips the tiles that a group does not fill: only between groups it tells how far.
+        return None if trip - before <= 1 else trip / trips
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
         """Run from `start` to the first taken branch. Returns its target (None: the end), its place, and steps."""

@@ -9,6 +9,7 @@ from jax.experimental import topologies
 import offline_tpu
 from offline_tpu.dump import UNKNOWN_TRIPS
 from offline_tpu.machine import devices
+from offline_tpu.schedule.execute import RUN_IN_PART
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import compile_error
 from tuning.validate.programs import CannotMakeError, build
@@ -43,6 +44,6 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
         raise
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
-    if program.values and (unknown := [text for text in prediction.unresolved if text.endswith(UNKNOWN_TRIPS)]):
+    if unknown := [text for text in prediction.unresolved if text.endswith((UNKNOWN_TRIPS, RUN_IN_PART))]:
         return {"unmade": unknown[0]}
     return jsonl.encode(RowPrediction.of(prediction))
