@@ -24,6 +24,8 @@ FLAG_COMMANDS = {
     "tuning.compare": "--depth=deep",
     "pipeline.predict_table": "no-such-file",
     "offline_tpu": "no-such:function",
+    "tuning.validate.fit": "--set=many",
+    "tuning.validate.residuals": "no-such-file",
 }
 COMMANDS = HYDRA_COMMANDS | FLAG_COMMANDS
 

@@ -80,7 +80,8 @@ def heat_map() -> None:
 
 def plans() -> None:
     """Write plans.png: seconds a denoise step by plan and kind of work, beside what was reported."""
-    newest = {run.plan.plan: run for run in jsonl.read(ROOT / "results/predict.jsonl", PredictionRecord)}
+    runs = jsonl.read(ROOT / "results/predict.jsonl", PredictionRecord)
+    newest = {run.plan.plan: run for run in runs if run.other_plans or run.plan.plan == "seed_tp"}
     ours, published = newest["ulysses"], newest["seed_tp"]
     others = ours.other_plans.items()
     megatron_s = next(t for plan, t in others if plan.startswith("megatron") and isinstance(t, float))

@@ -103,6 +103,10 @@ import numpy, PIL.Image, torch  # ComfyUI's own, there already when it loads pac
 comfy_stub.install(pathlib.Path("models"))
 before = torch.get_default_dtype(), torch.is_grad_enabled(), set(sys.modules)
 sys.path[:] = [path for path in sys.path if path not in {hidden!r}]
+import importlib.metadata
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.distribution = not_installed
 spec = importlib.util.spec_from_file_location("pack", {pack!r})
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
@@ -113,9 +117,6 @@ heavy = {{"jax", "jaxlib", "torchax", "diffusers", "transformers", "pipeline", "
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert before[:2] == (torch.get_default_dtype(), torch.is_grad_enabled())
 assert importlib.util.find_spec("pipeline") is None
-def not_installed(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-importlib.metadata.distribution = not_installed
 try:
     sys.modules["pack.cogvideox_tpu.settings"].require_packages()
 except RuntimeError as error:

@@ -9,8 +9,9 @@ from . import settings
 DEVICE_KINDS = (
     "TPU v6 lite",
     "TPU v5 lite",
+    "TPU v5",
     "TPU7x",
-)  # v6e, v5e, v7x: offline_tpu.machine.devices's; the tests compare them
+)  # v6e, v5e, v5p, v7x: offline_tpu.machine.devices's; the tests compare them
 _TIMEOUT_S = 1200.0
 
 

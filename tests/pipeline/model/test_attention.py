@@ -126,7 +126,7 @@ def test_description_is_of_the_default_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(device_kind="TPU v6 lite"), cpu])
     with jax.default_device(cpu):
         options = AttentionOptions(implementation="pallas_interpret")
-        assert describe_attention(options, 1, 12, 39826, 64, "bfloat16")["tuned_entry"] is None
+        assert describe_attention(options, AttentionShape(1, 12, 39826, 39826, 64), "bfloat16")["tuned_entry"] is None
 
 
 @pytest.mark.compile

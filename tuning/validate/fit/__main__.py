@@ -53,6 +53,11 @@ def _parser() -> cli.Parser:
 @cli.flags_command(_parser)
 def main(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    if not arguments.dumps.is_dir():
+        raise UserError(
+            f"dumps={arguments.dumps}: expected a folder of dumps; make it with "
+            f"`python -m tuning.validate set={arguments.set} dumps={arguments.dumps}`."
+        )
     require_writable(f"--output {arguments.output}", arguments.output)
     chosen = from_config(lambda: sets.choose(read_shipped(), arguments.set))
     rows, without = _read(tqdm(chosen, unit="row", leave=False, smoothing=0), arguments.dumps)
