@@ -79,7 +79,7 @@ def test_a_copy_reads_and_writes_each_byte_once(op: Any) -> None:
     assert actual["hbm_bytes"] == expected
     assert actual["bound"] == "hbm"
     assert actual["category"] == "layout"
-    assert actual["time_s"] == pytest.approx(expected / (HBM_EFFICIENCY * HBM_BYTES_PER_S), rel=0.02)
+    assert actual["time_s"] == pytest.approx(expected / (HBM_EFFICIENCY["v6e"] * HBM_BYTES_PER_S), rel=0.02)
 
 
 def test_ops_that_share_one_program_are_all_counted(predictions: dict[str, Any]) -> None:
