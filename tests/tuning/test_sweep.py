@@ -281,5 +281,5 @@ def test_measure_refuses_a_device_that_is_not_here() -> None:
 
 
 def test_offline_needs_a_named_device() -> None:
-    with pytest.raises(UserError, match="device='local': expected one of v6e, v5e, v7x"):
+    with pytest.raises(UserError, match="device='local': expected one of v6e, v5e, v5p, v7x"):
         BACKENDS["offline"].find_target("local")
