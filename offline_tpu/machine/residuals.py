@@ -14,9 +14,9 @@ import msgspec
 
 Kind = Literal["kernel", "matmul", "memory", "collective"]
 
-#: Fewer measured rows of a kind on a device than this say nothing: then those of all devices count.
+#: Fewer measured rows of a kind than this say nothing: of one device, then those of all count; of all, then none.
 MIN_ROWS = 8
-#: Of an op whose kind nothing was measured of.
+#: Of an op whose kind too little was measured of: wide, and no percentile of anything.
 _UNKNOWN = (0.7, 1.5)
 
 
@@ -56,7 +56,7 @@ def factors(device: str, times_s: Mapping[str, float]) -> tuple[float, float]:
 def _of(device: str, kind: Kind) -> tuple[float, float]:
     for name in (device, "all"):
         found = _read().get(kind, {}).get(name)
-        if found is not None and (found.rows >= MIN_ROWS or name == "all"):
+        if found is not None and found.rows >= MIN_ROWS:
             return found.low, found.high
     return _UNKNOWN
 

@@ -11,6 +11,7 @@ def known(monkeypatch):
         return {
             "kernel": {"v6e": Residual(0.9, 1.1, many), "v5e": Residual(0.1, 9.0, few), "all": Residual(0.8, 1.2, 99)},
             "memory": {"all": Residual(1.0, 1.4, 99)},
+            "collective": {"all": Residual(0.99, 1.01, few)},
         }
 
     monkeypatch.setattr(residuals, "_read", read)
@@ -24,7 +25,7 @@ def test_with_few_rows_of_a_device_those_of_all_count(known):
     assert residuals.factors("v5e", {"kernel": 1.0}) == (0.8, 1.2)
 
 
-def test_of_a_kind_that_nobody_measured_the_interval_is_wide(known):
+def test_of_a_kind_that_few_rows_are_of_the_interval_is_wide(known):
     low, high = residuals.factors("v6e", {"collective": 1.0})
     assert low <= 0.7 and high >= 1.5
     assert residuals.factors("v6e", {}) == (low, high)
