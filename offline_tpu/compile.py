@@ -25,8 +25,9 @@ from offline_tpu.options import Value, checked_options, option_error
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
 
-#: By number of axes: JAX devices -> shape of the slice of chips. Sources: https://cloud.google.com/tpu/docs/v6e, where
-#: slices are flat, and https://cloud.google.com/tpu/docs/tpu7x, where a chip is two devices.
+#: By number of axes: TensorCores, which slices are named by -> shape of the slice of chips. Sources:
+#: https://cloud.google.com/tpu/docs/v6e, where slices are flat and a chip has one, and .../tpu7x and .../v5p, where a
+#: chip has two.
 SLICE_SHAPES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {2: "1x1x1", 8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},

@@ -13,6 +13,7 @@ from tuning.trials import workloads
 from tuning.trials.bound import known_device
 from tuning.validate import rows as measured_rows
 from tuning.validate.rows import MeasuredRow
+from tuning.validate.sets import spread
 
 #: Rows of the validation sets that are timed, none of which took longer where it was reported.
 ROW_COUNT, _LONGEST_MS = 15, 300.0
@@ -153,16 +154,9 @@ def choose_rows(rows: Iterable[MeasuredRow], device_kind: str, count: int) -> li
         if row.device_kind == device_kind and usual:
             by_op.setdefault(row.op, []).append(row)
     places = -(-count // max(len(by_op), 1))
-    spread = [_spread(by_op[op], places) for op in sorted(by_op)]
+    spread = [spread(by_op[op], places) for op in sorted(by_op)]
     in_turn = [row for turn in itertools.zip_longest(*spread) for row in turn if row is not None]
     return in_turn[:count]
-
-
-def _spread(rows: list[MeasuredRow], places: int) -> list[MeasuredRow]:
-    """Return the middle ones of so many parts of the rows in the order of their times."""
-    by_time = sorted(rows, key=lambda row: (row.time_ms, row.id))
-    middles = ((2 * part + 1) * len(by_time) // (2 * places) for part in range(places))
-    return [by_time[middle] for middle in dict.fromkeys(middles)]
 
 
 def stage_tasks(stage: str) -> Callable[[Mapping[str, Any]], list[Task]]:
@@ -202,4 +196,4 @@ PARTS = (
 def topology_of(found: Mapping[str, Any]) -> str | None:
     """Return the topology of the devices that were found, as "v6e-8"; None for a chip that is not known."""
     spec = known_device(found["device_kind"])
-    return f"{spec.name}-{found['num_devices'] // spec.devices_per_chip}" if spec else None
+    return f"{spec.name}-{found['num_devices'] * spec.cores}" if spec else None  # slices are named by TensorCores

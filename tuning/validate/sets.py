@@ -33,7 +33,7 @@ def choose(rows: Sequence[MeasuredRow], name: str) -> list[MeasuredRow]:
     for row in rows:
         pairs.setdefault((row.op, row.device_kind), []).append(row)
     places = _places({pair: len(members) for pair, members in pairs.items()}, size)
-    chosen = {row.id for pair, members in pairs.items() for row in _spread(members, places[pair])}
+    chosen = {row.id for pair, members in pairs.items() for row in spread(members, places[pair])}
     return [row for row in rows if row.id in chosen]
 
 
@@ -50,6 +50,8 @@ def _places(counts: dict[Pair, int], size: int) -> dict[Pair, int]:
     return places
 
 
-def _spread(rows: Sequence[MeasuredRow], places: int) -> list[MeasuredRow]:
+def spread(rows: Sequence[MeasuredRow], places: int) -> list[MeasuredRow]:
+    """Return the middle ones of so many parts of the rows in the order of their times, each once."""
     by_time = sorted(rows, key=lambda row: (row.time_ms, row.id))
-    return [by_time[(2 * part + 1) * len(by_time) // (2 * places)] for part in range(places)]
+    middles = ((2 * part + 1) * len(by_time) // (2 * places) for part in range(places))
+    return [by_time[middle] for middle in dict.fromkeys(middles)]

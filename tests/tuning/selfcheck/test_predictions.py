@@ -6,6 +6,7 @@ import pytest
 
 from helpers import PLENTY_S
 from offline_tpu import SUPPORTED_LIBTPU, libtpu
+from offline_tpu.compile import parse_topology
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.selfcheck import predictions as module
 from tuning.selfcheck.predictions import Predictions
@@ -78,7 +79,10 @@ def test_other_devices_have_none(predicted: Any) -> None:
 
 def test_the_topology_counts_chips() -> None:
     assert topology_of(V6E) == "v6e-8"
-    assert topology_of(V6E | {"device_kind": "TPU7x"}) == "v7x-4"
+    hosts = {"TPU7x": ("v7x-8", 8), "TPU v5": ("v5p-8", 4)}  # four chips: of two devices each, and of two cores each
+    for device_kind, (topology, num_devices) in hosts.items():
+        assert topology_of({"device_kind": device_kind, "num_devices": num_devices}) == topology
+        assert parse_topology(topology)[1].endswith("2x2x1")
     assert topology_of(V6E | {"device_kind": "TPU v9"}) is None
 
 
