@@ -183,7 +183,9 @@ def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
 
     kind = _op_classes().get(row.op)
     if kind is None:
-        raise ValueError(f"tokamax {tokamax_version()} has no such op")
+        raise ValueError(
+            f"tokamax {tokamax_version()} has no such op (rows of tuning.selfcheck's own have predictions in its file)"
+        )
     # Asked of the default device, which is the CPU of this machine: the TPU is not here.
     supported = {"supported_on": lambda self, device: True, "__module__": kind.__module__}
     op: Any = type(kind.__name__, (kind,), supported)()
