@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import topology_mesh
@@ -57,8 +57,6 @@ class Program:
       args: its abstract arguments; with a mesh they carry their shardings.
       mesh, topology: of a program of several chips; None: one chip.
       compiler_options: flags of libtpu.
-      values: of integer arrays that decide how much is computed, by the op's name for them. They are constants of the
-        program, as they were where it was timed.
     """
 
     fn: Callable[..., Any]
@@ -66,7 +64,6 @@ class Program:
     mesh: Mesh | None = None
     topology: str | None = None
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def build(row: MeasuredRow, device: DeviceSpec) -> Program:
@@ -146,7 +143,7 @@ def _all_gather(row: MeasuredRow, device: DeviceSpec) -> Program:
     given, made = _array(arguments["input"]), _array(arguments["output"])
     topology = f"{device.name}:{arguments['topology']}"
     group = made.shape[0] // given.shape[0]
-    chips = int(np.prod([int(length) for length in arguments["topology"].split("x")]))
+    chips = math.prod(map(int, arguments["topology"].split("x")))
     mesh = topology_mesh(topology, (group, chips * device.devices_per_chip // group), ("gathered", "beside"))
     return Program(plain.all_gather(mesh), (_everywhere(given, mesh),), mesh, topology)
 
@@ -201,7 +198,7 @@ def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
     bound = op.bind(**checked)
     fn, arrays = benchmarking.standardize_function(op, *bound.args, kwargs=bound.kwargs, seed=None)
     abstract = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
-    return Program(fn, (abstract,), values=_values(bound.arguments))
+    return Program(fn, (abstract,))
 
 
 @functools.cache
@@ -226,8 +223,3 @@ def _known_arguments(arguments: Mapping[str, Any], parameters: Mapping[str, Any]
     if known.get("precision") == _DEFAULT_PRECISIONS:
         known["precision"] = _CANONICAL_PRECISIONS
     return known
-
-
-def _values(arguments: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    sizes = arguments.get("group_sizes")
-    return {} if sizes is None else {"group_sizes": np.asarray(sizes.value)}

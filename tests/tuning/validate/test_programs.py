@@ -74,14 +74,13 @@ def test_one_row_of_every_program_on_every_chip_is_made() -> None:
         assert jax.tree.leaves(program.args), row.id
 
 
-def test_group_sizes_are_there_for_who_predicts() -> None:
+def test_group_sizes_are_constants_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tokamax")
-    drawn = next(row for row in SHIPPED if row.id == "tpu7x-pallas_mosaic_tpu_ragged_dot-0000")
-    given = next(row for row in SHIPPED if row.id == "tpu_v5_lite-pallas_mosaic_tpu_ragged_dot-0000")
-    sizes = _build(drawn).values["group_sizes"]
-    assert sizes.shape == (drawn.arguments["group_sizes"]["num_groups"],)
-    assert sizes.sum() == drawn.arguments["group_sizes"]["total_size"]
-    assert _build(given).values["group_sizes"].tolist() == given.arguments["group_sizes"]
+    monkeypatch.setattr("sys.argv", ["worker"])  # tokamax reads its flags there
+    row = next(row for row in SHIPPED if row.id == "tpu_v5_lite-ragged_dot-0000")
+    program = _build(row)
+    constants = jax.make_jaxpr(program.fn)(*program.args).consts
+    assert any(np.array_equal(constant, row.arguments["group_sizes"]) for constant in constants)
 
 
 def test_arguments_that_the_op_does_not_take_are_dropped_only_where_they_change_nothing() -> None:
