@@ -14,7 +14,7 @@ import msgspec
 
 import offline_tpu
 from offline_tpu import libtpu
-from offline_tpu.machine import devices
+from offline_tpu.machine import devices, residuals
 from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_attn import tuned
 from splash_attn.types import AttentionShape, BlockSizes, Variant
@@ -92,7 +92,8 @@ class Predictions:
         if "unmade" in result:
             return Predicted(says=failure_text(result["unmade"]))
         if "predicted_ms" in result:
-            return Predicted(time_ms=result["predicted_ms"], interval_ms=result["interval_ms"], says=says)
+            time_ms, (low, high) = result["predicted_ms"], residuals.factors(device.name, result["shares"])
+            return Predicted(time_ms=time_ms, interval_ms=(low * time_ms, high * time_ms), says=says)
         return _predicted(result, says)
 
     def _shipped(self, task: Task) -> Predicted | None:
@@ -121,7 +122,7 @@ def predict_kernel(payload: dict[str, Any]) -> dict[str, Any]:
         )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
-    return {"time_s": prediction.time_s, "interval_s": getattr(prediction, "interval_s", None)}
+    return {"time_s": prediction.time_s, "interval_s": prediction.interval_s}
 
 
 def _job_of(task: Task, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -131,7 +132,7 @@ def _job_of(task: Task, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if task.part == "kernels":
         return _KERNEL_JOB, task.payload | {"device": found["device_kind"]}
     row = msgspec.convert(task.payload["row"], MeasuredRow)
-    return _ROW_JOB, {"call": row.call, "device": found["device_kind"]}
+    return _ROW_JOB, {"call": row.call, "device": found["device_kind"], "kept": None}
 
 
 def _variant_of(payload: Mapping[str, Any]) -> tuple[BlockSizes, Variant]:
@@ -171,6 +172,6 @@ def _recorded(path: Path, task: Task, topology: str | None, version: str | None)
             continue
         if record.environment.versions.get("libtpu") == version:
             program = stage.programs[-1] if task.part == "vae" else stage
-            made = {"time_s": program.time_s, "interval_s": getattr(program, "interval_s", None)}
+            made = {"time_s": program.time_s, "interval_s": program.interval_s}
             return _predicted(made, f"record of {record.created_at[:10]}")
     return None

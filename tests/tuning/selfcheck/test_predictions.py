@@ -10,7 +10,7 @@ from offline_tpu.compile import parse_topology
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.selfcheck import predictions as module
 from tuning.selfcheck.predictions import Predictions
-from tuning.selfcheck.tasks import Task, kernel_request, kernel_tasks, topology_of
+from tuning.selfcheck.tasks import Task, kernel_request, kernel_tasks, row_tasks, topology_of
 
 V6E = {
     "platform": "tpu",
@@ -77,7 +77,7 @@ def test_other_devices_have_none(predicted: Any) -> None:
     assert "TPU v9" in predicted(task, V6E | {"device_kind": "TPU v9"}, "fake_jobs:predicts").says
 
 
-def test_the_topology_counts_chips() -> None:
+def test_the_topology_counts_cores() -> None:
     assert topology_of(V6E) == "v6e-8"
     hosts = {"TPU7x": ("v7x-8", 8), "TPU v5": ("v5p-8", 4)}  # four chips: of two devices each, and of two cores each
     for device_kind, (topology, num_devices) in hosts.items():
@@ -94,3 +94,13 @@ def test_a_kernel_is_predicted_in_a_worker(tmp_path: Path) -> None:
         made.start(task)
         found = made.of(task, time.monotonic() + PLENTY_S)
     assert found.time_ms is not None and 0 < found.time_ms < 1, found
+
+
+@pytest.mark.compile
+def test_a_row_of_the_validation_is_predicted_in_a_worker(tmp_path: Path) -> None:
+    task = next(task for task in row_tasks(V6E) if task.op == "copy")
+    with Predictions(V6E, tmp_path, 1, PLENTY_S) as made:
+        made.start(task)
+        found = made.of(task, time.monotonic() + PLENTY_S)
+    assert found.time_ms is not None and found.interval_ms is not None, found
+    assert found.interval_ms[0] < found.time_ms < found.interval_ms[1]
