@@ -154,8 +154,8 @@ def choose_rows(rows: Iterable[MeasuredRow], device_kind: str, count: int) -> li
         if row.device_kind == device_kind and usual:
             by_op.setdefault(row.op, []).append(row)
     places = -(-count // max(len(by_op), 1))
-    spread = [spread(by_op[op], places) for op in sorted(by_op)]
-    in_turn = [row for turn in itertools.zip_longest(*spread) for row in turn if row is not None]
+    by_turn = itertools.zip_longest(*(spread(by_op[op], places) for op in sorted(by_op)))
+    in_turn = [row for turn in by_turn for row in turn if row is not None]
     return in_turn[:count]
 
 
