@@ -47,7 +47,7 @@ def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]
     """
     _, name = parse_topology(topology)
     libtpu.find_dump_dir()
-    description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    description = libtpu.describe_topology(name)
     if math.prod(shape) != len(description.devices):
         raise ValueError(f"shape={tuple(shape)}: expected {len(description.devices)} devices, as {topology} has.")
     return topologies.make_mesh(description, tuple(shape), tuple(axis_names))
@@ -225,7 +225,7 @@ def _trace(
     fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None
 ) -> tuple[jax.stages.Traced, Mesh]:
     if mesh is None:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+        topology = libtpu.describe_topology(device.topology)
         mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
         one_chip = NamedSharding(mesh, PartitionSpec())
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one_chip), args)

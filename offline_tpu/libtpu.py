@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from offline_tpu.machine.devices import DEVICES, DeviceSpec
 from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_workbench.accelerator import accelerator_visible
+from splash_workbench.profiles.profiler import load_libtpu_without_profiler
 
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
@@ -71,8 +72,18 @@ def _load() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="offline_tpu-", ignore_cleanup_errors=True)
     device = DEVICES["v6e"]  # once loaded, libtpu compiles for all of them
     with _environment(worker_environment(device, Path(folder.name) / "dump")):
-        topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+        describe_topology(device.topology)
     return folder
+
+
+def describe_topology(name: str) -> topologies.TopologyDescription:
+    """Return chips that are not here, by libtpu's name for them ("v6e:2x4"). Loads libtpu where nothing has yet.
+
+    Raises:
+      RuntimeError: libtpu does not start.
+    """
+    load_libtpu_without_profiler()
+    return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
 @contextlib.contextmanager

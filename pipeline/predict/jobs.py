@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
-from offline_tpu import CompilerOptionError, Prediction, predict
+from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.sharding import ParallelPlan
@@ -50,7 +49,7 @@ class StageJob:
     def devices(self) -> list[jax.Device]:
         """Return the topology's devices, which are not here."""
         _, name = parse_topology(self.topology)
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return libtpu.describe_topology(name).devices
 
 
 def predict_stage(payload: dict[str, Any]) -> dict[str, Any]:

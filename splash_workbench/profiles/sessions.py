@@ -21,6 +21,7 @@ import jax
 from splash_workbench import provenance
 from splash_workbench.errors import UserError
 from splash_workbench.files import write_json
+from splash_workbench.profiles import profiler
 from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.records.base import utc_now
 from splash_workbench.records.jsonl import decode, encode
@@ -63,10 +64,11 @@ class Session:
 
 
 class Recorder:
-    """Records the parts of the next repeat of a run on the device that is here. Raises as `check_name`."""
+    """Records the parts of the next repeat of a run on this device. Raises as `check_name` and `check_profiler`."""
 
     def __init__(self, logdir: Path, run: str, config: Mapping[str, Any]) -> None:
         self.logdir, self.run, self.config = logdir, check_name(run), config
+        profiler.check_profiler()
         repeats = [session.repeat for _, session in sessions(logdir) if session.run == run]
         self.repeat = max(repeats, default=0) + 1
 
@@ -88,7 +90,7 @@ class Recorder:
         options.python_tracer_level = 0  # every call of Python as an event would slow down what is measured
         if jax.process_count() == 1:  # what a run that failed left, and TensorBoard made of it
             shutil.rmtree(profile_dir(self.logdir) / session.name, ignore_errors=True)
-        with jax.profiler.trace(self.logdir, profiler_options=options):
+        with profiler.trace(self.logdir, options):
             yield session
         if jax.process_index() == 0:
             write_session(self.logdir, session)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from offline_tpu.libtpu import describe_topology
 from splash_attn import BlockSizes, Variant, attention
 
 BLOCKS = BlockSizes(128, 128, 128)
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def main() -> None:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
+    topology = describe_topology("v6e:2x2")
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
     one_chip = NamedSharding(mesh, PartitionSpec())
     different: list[str] = []

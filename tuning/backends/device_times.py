@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from scipy import stats
 
-from splash_workbench.profiles import reader
+from splash_workbench.profiles import profiler, reader
 from splash_workbench.profiles.xla_pb2 import XSpace
 
 _CONFIDENCE = 0.95
@@ -193,15 +193,18 @@ def record_profile(run: Callable[[], object], count: int) -> Any:
     """Return the XSpace of so many runs, each waited for.
 
     Raises:
-      NoDeviceTimesError: the profiler wrote none.
+      NoDeviceTimesError: the profiler wrote none, or would end this process.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 1
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(count):
-                jax.block_until_ready(run())
+        try:
+            with profiler.trace(Path(folder), options):
+                for _ in range(count):
+                    jax.block_until_ready(run())
+        except profiler.ProfilerError as error:
+            raise NoDeviceTimesError(str(error)) from error
         paths = list(Path(folder).rglob(f"*{reader.SUFFIX}"))
         if len(paths) != 1:
             raise NoDeviceTimesError(f"the profiler wrote {len(paths)} profiles, expected 1")

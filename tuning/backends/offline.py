@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 import offline_tpu
 from offline_tpu import dump, libtpu
@@ -79,7 +78,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     grid_sizes, assumptions = kernel.assume(request.shape, request.options)
     device = devices.by_name(request.device)
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
-    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)
+    libtpu.describe_topology(device.topology)
     require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     try:
         timed = request.timed("pallas_tpu")

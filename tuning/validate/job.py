@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 import offline_tpu
+from offline_tpu import libtpu
 from offline_tpu.dump import UNKNOWN_TRIPS
 from offline_tpu.machine import devices
 from offline_tpu.schedule.execute import RUN_IN_PART
@@ -25,7 +25,7 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
     """
     device = devices.by_name(payload["device"])
     row = MeasuredRow(id="", source="", times_ms=(), **payload["call"])
-    topologies.get_topology_desc(platform="tpu", topology_name=device.topology)  # its errors are not the row's
+    libtpu.describe_topology(device.topology)  # its errors are not the row's
     try:
         program = build(row, device)
     except CannotMakeError as error:
