@@ -81,6 +81,8 @@ def main(settings: ValidateSchema) -> int:
     offline_tpu.check_versions()
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
+    if (limit_s := settings.limit_s) is not None:
+        from_config(lambda: check_timeout_s(limit_s, "limit_s"))
     results_dir = Path(settings.results_dir)
     directory = results_dir / "validate"
     require_writable(f"results_dir={results_dir}", directory)
