@@ -20,7 +20,9 @@ WORK = (
     "pipeline.quality.judge:variant_videos",
     "pipeline.train_tiny.__main__:optimize",
 )
-PATHS = re.compile(r"(results|videos|output|run|work|tuned)_dir|results_path|folder|dumps|logdir|json|output|validation")
+PATHS = re.compile(
+    r"(results|videos|run|work|tuned)_dir|output(_dir)?|results_path|folder|dumps|logdir|json|validation"
+)
 #: Any text is right for them, or only the Hub can tell, or they are used only together with another key.
 FREE = re.compile(r"prompt|negative_prompt|revision|profile_run|(workload|space)\.name|cache_dir")
 #: Where the kind of key does not say it: keys that take a negative number, keys that need others beside them.
