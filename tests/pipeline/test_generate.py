@@ -109,7 +109,6 @@ def test_bad_attention_options(argument, message):
         to_request(_compose("prompt=x", argument))
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,12 +130,19 @@ def test_bad_attention_options(argument, message):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_users_error_is_one_line(arguments, message, tmp_path):
-    done = _run(tmp_path, *arguments)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_users_error_is_one_line(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    assert generate.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.compile
+def test_a_process_ends_with_the_code_of_a_users_error(tmp_path):
+    done = _run(tmp_path, "prompt=x", "height=tall")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_help_names_every_key_and_starts_nothing(tmp_path):

@@ -21,7 +21,6 @@ VARIANTS = {
     "int8": Variant(qk_dtype="int8", block_q_compute=128, lookahead=1),
     "xla": None,
 }
-DTYPES = ("bfloat16", "float16", "float32")
 PRECISIONS = ("default", "high", "highest", "bfloat16", "tensorfloat32", "float32", "BF16_BF16_F32_X3", "F32_F32_F32")
 SETTINGS: dict[str, Any] = {
     **{f"precision {name}": {"jax_default_matmul_precision": name} for name in PRECISIONS},
@@ -40,14 +39,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def main(dtypes: list[str]) -> None:
+    """Print which programs differ, as JSON."""
     topology = describe_topology("v6e:2x2")
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
     one_chip = NamedSharding(mesh, PartitionSpec())
     different: list[str] = []
     with jax.set_mesh(mesh):
         for variant_name, variant in VARIANTS.items():
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 q = jax.ShapeDtypeStruct((1, 2, 130, 64), jnp.dtype(dtype), sharding=one_chip)
                 call = functools.partial(attention, implementation="xla" if variant is None else "pallas_tpu")
                 if variant is not None:
@@ -85,4 +85,4 @@ def lower(call: Callable[..., jax.Array], q: jax.ShapeDtypeStruct) -> jax.stages
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

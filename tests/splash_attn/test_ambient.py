@@ -19,11 +19,14 @@ from splash_workbench.provenance import REPO_ROOT
 
 
 @pytest.mark.compile
-def test_the_program_for_a_tpu_is_the_same_under_every_setting(tmp_path: Path) -> None:
-    """For every softmax and dtype; the one without settings is compiled too."""
+@pytest.mark.parametrize(
+    "dtypes", [["bfloat16"], pytest.param(["float16", "float32"], marks=pytest.mark.slow("1 min"))], ids=" ".join
+)
+def test_the_program_for_a_tpu_is_the_same_under_every_setting(dtypes: list[str], tmp_path: Path) -> None:
+    """For every softmax; the one without settings is compiled too."""
     environment = os.environ | worker_environment(devices.by_name("v6e"), tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(REPO_ROOT), str(Path(__file__).parent)])
-    command = [sys.executable, "-m", "ambient_programs"]
+    command = [sys.executable, "-m", "ambient_programs", *dtypes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == []

@@ -48,10 +48,9 @@ def predicted_error(q: jax.Array, k: jax.Array) -> float:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"offset": 8}, {"k_outlier": 6}, {"q_outlier": 4, "k_outlier": 4}],
+    ("options", "head_dim"),
+    [({}, 128), ({"offset": 8}, 64), ({"k_outlier": 6}, 64), ({"q_outlier": 4, "k_outlier": 4}, 64)],
     ids=["plain", "offset", "outliers of k", "outliers of both"],
 )
 def test_error_is_within_what_is_predicted(options: dict[str, float], head_dim: int) -> None:
@@ -79,7 +78,7 @@ def test_heads_over_the_budget_run_exactly() -> None:
 
 @pytest.mark.compile
 def test_odd_lengths_mask_what_is_past_the_end() -> None:
-    for q_seq_len, kv_seq_len in [(1, 1), (7, 127), (129, 257), (300, 385)]:
+    for q_seq_len, kv_seq_len in [(1, 1), (129, 257), (300, 385)]:
         q, k, v = realistic(max(q_seq_len, kv_seq_len))
         q, k, v = q[:, :, :q_seq_len], k[:, :, :kv_seq_len], v[:, :, :kv_seq_len]
         actual = attention(q, k, v, variant=INT8, block_sizes=SMALL, interpret=True)

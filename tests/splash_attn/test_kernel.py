@@ -44,10 +44,9 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, **options: object) -> None:
 
 @pytest.mark.compile
 @SOFTMAXES
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
-    ("q_seq_len", "kv_seq_len"),
-    [(1, 1), (7, 7), (127, 127), (129, 129), (1009, 1009), (7, 1009), (1009, 7), (257, 385)],
+    ("q_seq_len", "kv_seq_len", "head_dim"),
+    [(1, 1, 64), (127, 127, 128), (129, 129, 64), (1009, 1009, 128), (7, 1009, 64), (1009, 7, 128), (257, 385, 64)],
 )
 def test_odd_lengths(q_seq_len: int, kv_seq_len: int, head_dim: int, variant: Variant) -> None:
     check(*inputs(q_seq_len, kv_seq_len, head_dim), variant=variant)
@@ -69,9 +68,14 @@ def test_batch_and_float32_inputs(variant: Variant) -> None:
 @pytest.mark.compile
 @SOFTMAXES
 @pytest.mark.parametrize(
-    "block_sizes", [BlockSizes(128, 512, 256), BlockSizes(384, 256, 256), BlockSizes(256, 128, 128)]
+    ("block_sizes", "lookahead"),
+    [
+        (BlockSizes(128, 512, 256), 0),
+        (BlockSizes(384, 256, 256), 1),
+        (BlockSizes(256, 128, 128), 5),
+        (BlockSizes(128, 512, 256), 5),
+    ],
 )
-@pytest.mark.parametrize("lookahead", [0, 1, 5])
 def test_block_sizes_and_lookahead(block_sizes: BlockSizes, lookahead: int, variant: Variant) -> None:
     variant = Variant(softmax=variant.softmax, block_q_compute=256, lookahead=lookahead)
     check(*inputs(401, 523, 64), variant=variant, block_sizes=block_sizes)

@@ -183,6 +183,7 @@ def test_frames_split_by_height_are_stocks(eight, stock):
     np.testing.assert_allclose(eight["frames by height"], expected, rtol=0, atol=FRAME_TOLERANCE)
 
 
+@pytest.mark.slow("1 min")
 @pytest.mark.compile
 def test_sixteen_devices_give_the_same(cache, tmp_path):
     """2 x 8, as on a v6e-16: 19 text tokens and 49 in all divide by nothing of that."""
