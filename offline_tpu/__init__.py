@@ -3,7 +3,9 @@
 from offline_tpu.collectives import Collective as Collective
 from offline_tpu.compile import predict as predict
 from offline_tpu.compile import topology_mesh as topology_mesh
+from offline_tpu.libtpu import SOURCES as SOURCES
 from offline_tpu.libtpu import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
+from offline_tpu.libtpu import capture as capture
 from offline_tpu.libtpu import check_versions as check_versions
 from offline_tpu.libtpu import worker_environment as worker_environment
 from offline_tpu.machine.errors import UnknownDumpFormatError as UnknownDumpFormatError
@@ -11,6 +13,3 @@ from offline_tpu.options import CompilerOptionError as CompilerOptionError
 from offline_tpu.prediction import Loop as Loop
 from offline_tpu.prediction import OpCost as OpCost
 from offline_tpu.prediction import Prediction as Prediction
-
-#: Patterns of the files that make a prediction, for `splash_workbench.provenance`.
-SOURCES = ("offline_tpu/**/*.py",)

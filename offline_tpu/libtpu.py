@@ -1,12 +1,14 @@
 """Sets libtpu up to compile for chips that are not here, and to dump the schedules of what it compiles."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
+import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from jax.experimental import topologies
 
 from offline_tpu.machine.devices import DEVICES, DeviceSpec
 from offline_tpu.machine.errors import UnsupportedVersionError
+from splash_workbench import provenance
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.profiles.profiler import load_libtpu_without_profiler
 
@@ -21,6 +24,9 @@ from splash_workbench.profiles.profiler import load_libtpu_without_profiler
 SUPPORTED_LIBTPU = "0.0.52"
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
+
+#: Patterns of the files that make a prediction, for `splash_workbench.provenance`.
+SOURCES = ("offline_tpu/**/*.py",)
 
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 
@@ -34,7 +40,8 @@ def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
       UnsupportedVersionError: another libtpu or jaxlib is installed.
     """
     check_versions()
-    return {
+    beside = {"TPU_LIBRARY_PATH": str(folder_beside() / "libtpu" / "libtpu.so")} if _is_beside() else {}
+    return beside | {
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": device.accelerator_type,
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -102,14 +109,49 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def check_versions() -> None:
     """Raise UnsupportedVersionError unless SUPPORTED_LIBTPU and SUPPORTED_JAXLIB are installed."""
+    found_versions = {"libtpu": compiler_version(), "jaxlib": installed_version("jaxlib")}
     for name, expected in (("libtpu", SUPPORTED_LIBTPU), ("jaxlib", SUPPORTED_JAXLIB)):
-        found = installed_version(name)
+        found = found_versions[name]
         if found != expected:
+            beside = f", or beside it: pip install {beside_arguments()}" if name == "libtpu" and found else ""
             raise UnsupportedVersionError(
                 f"{f'{name} {found}' if found else f'no {name}'} is installed, and predictions need {name} {expected}, "
                 "since the dumps that they are read from change between releases; "
-                "pip install 'cogvideox-splash[offline]' (Linux, x86-64), in an environment of its own"
+                f"pip install 'cogvideox-splash[offline]' (Linux, x86-64), in an environment of its own{beside}"
             )
+
+
+def compiler_version() -> str | None:
+    """Return the version of the libtpu that predictions are made with; None where there is none.
+
+    JAX runs a TPU with the libtpu that it asks for, and predictions need SUPPORTED_LIBTPU: where that is not the one
+    installed, it may lie in `folder_beside`.
+    """
+    return SUPPORTED_LIBTPU if _is_beside() else installed_version("libtpu")
+
+
+def capture(sources: Iterable[str] = SOURCES) -> provenance.Environment:
+    """Describe this process as `provenance.capture`, for predictions: with the libtpu that they are made with."""
+    captured = provenance.capture(sources)
+    compiler = {"libtpu": found} if (found := compiler_version()) else {}
+    return dataclasses.replace(captured, versions=captured.versions | compiler)
+
+
+def folder_beside() -> Path:
+    """Return the folder, below the user's cache, of a libtpu that only compiles: what `pip install --target` made."""
+    return provenance.user_cache_dir() / "libtpu"
+
+
+def beside_arguments() -> str:
+    """Return what `pip install` needs to put SUPPORTED_LIBTPU into `folder_beside`."""
+    return f"--no-deps --target {shlex.quote(str(folder_beside()))} libtpu=={SUPPORTED_LIBTPU}"
+
+
+def _is_beside() -> bool:
+    if installed_version("libtpu") == SUPPORTED_LIBTPU:
+        return False
+    found = distributions(name="libtpu", path=[str(folder_beside())])
+    return any(distribution.version == SUPPORTED_LIBTPU for distribution in found)
 
 
 def installed_version(package: str) -> str | None:

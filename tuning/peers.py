@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from splash_attn import tuned
 from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
-from splash_workbench import cli, provenance
+from splash_workbench import cli
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
@@ -107,7 +107,7 @@ def main(settings: PeersSchema) -> int:
     require_writable(f"results_dir={results_dir}", results_dir)
     for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
         print(line)
-    captured = provenance.capture(OFFLINE.sources)
+    captured = OFFLINE.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []

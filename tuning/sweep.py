@@ -84,7 +84,7 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     """
     workload, backend = settings.workload, settings.backend
     target = backend.find_target(settings.device)
-    captured = provenance.capture(backend.sources)
+    captured = backend.capture(backend.sources)
     context = context_of(workload, target, backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)

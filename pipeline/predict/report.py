@@ -14,7 +14,6 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import VideoPrediction
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
-from splash_workbench import provenance
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.sessions import Session
 from splash_workbench.records.jsonl import decode, encode
@@ -180,7 +179,7 @@ def write_timelines(report: PredictionRecord, logdir: Path, run: str | None) -> 
     name = run or sessions.safe_name(f"{Path(video.checkpoint).name}-{size}-{topology}-{report.plan.plan}")
     name = PREFIX + sessions.check_name(name).removeprefix(PREFIX)
     device, _ = parse_topology(topology)
-    captured = provenance.capture(offline_tpu.SOURCES)
+    captured = offline_tpu.capture()
     made_by = predicted_by(captured.versions)
     for stage, result in report.stages.items():
         programs = [

@@ -156,3 +156,28 @@ def test_the_page_says_what_its_code_prints() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == expected
+
+
+@pytest.fixture
+def another_libtpu(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another libtpu than predictions need is installed. Returns the folder for one beside it."""
+    monkeypatch.setattr(libtpu, "version", lambda name: {"libtpu": "0.0.42.1"}.get(name, libtpu.SUPPORTED_JAXLIB))
+    return libtpu.folder_beside()
+
+
+def test_another_libtpu_may_lie_beside_the_one_that_runs(another_libtpu: Path) -> None:
+    with pytest.raises(UserError, match=rf"or beside it: pip install --no-deps --target {another_libtpu} libtpu=="):
+        offline_tpu.check_versions()
+    info = another_libtpu / f"libtpu-{libtpu.SUPPORTED_LIBTPU}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: libtpu\nVersion: {libtpu.SUPPORTED_LIBTPU}\n")
+    variables = offline_tpu.worker_environment(V6E, another_libtpu)
+    assert variables["TPU_LIBRARY_PATH"] == str(another_libtpu / "libtpu" / "libtpu.so")
+    assert offline_tpu.capture().versions["libtpu"] == libtpu.SUPPORTED_LIBTPU
+    info.rename(info.with_name("libtpu-0.0.43.dist-info"))
+    (another_libtpu / "libtpu-0.0.43.dist-info" / "METADATA").write_text("Name: libtpu\nVersion: 0.0.43\n")
+    assert libtpu.compiler_version() == "0.0.42.1"
+
+
+def test_the_installed_libtpu_comes_first_where_it_will_do() -> None:
+    assert "TPU_LIBRARY_PATH" not in offline_tpu.worker_environment(V6E, Path("dump"))

@@ -69,6 +69,7 @@ class Backend:
       find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.
       worker_env: (device, folder of the worker) -> environment variables that the worker starts with.
       check_options: (device, compiler options) -> None. Raises UserError where the compiler refuses them.
+      capture: sources -> the environment in which their figures are made.
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.
       timed: whether an ok trial has a time.
@@ -80,6 +81,7 @@ class Backend:
     find_target: Callable[[str], Target] = named_device
     worker_env: Callable[[Target, Path], Mapping[str, str]] = no_variables
     check_options: Callable[[Target, Mapping[str, str]], None] = any_options
+    capture: Callable[[tuple[str, ...]], provenance.Environment] = provenance.capture
     cacheable: bool = True
     exclusive: bool = False
     timed: bool = True

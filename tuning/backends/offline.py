@@ -68,6 +68,7 @@ OFFLINE = Backend(
     find_target=_find_target,
     worker_env=_worker_env,
     check_options=_check_options,
+    capture=offline_tpu.capture,
 )
 
 

@@ -97,8 +97,8 @@ class Predictions:
         return _predicted(result, says)
 
     def _shipped(self, task: Task) -> Predicted | None:
-        """Return the prediction on record for the libtpu that is installed, None without one."""
-        version = self._found["versions"].get("libtpu")
+        """Return the prediction on record for the libtpu that predicts here, None without one."""
+        version = libtpu.compiler_version()
         if task.part == "kernels":
             for entry in tuned.load(self._found["device_kind"], tuned.TUNED_DIR):
                 same = (entry.block_sizes, entry.variant) == _variant_of(task.payload)

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 import offline_tpu
-from splash_workbench import cli, provenance
+from splash_workbench import cli
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable, write_json
 from splash_workbench.records import jsonl
@@ -108,7 +108,7 @@ def main(settings: ValidateSchema) -> int:
         name,
         comparisons,
         sources=tuple(dict.fromkeys(row.source for row in rows)),
-        versions=provenance.capture(offline_tpu.SOURCES).versions,
+        versions=offline_tpu.capture().versions,
         measured={
             **jsonl.encode(summarize(measured)),
             "rows": [jsonl.encode(pair) | {"ratio": pair.ratio} for pair in measured],

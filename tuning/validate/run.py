@@ -35,7 +35,7 @@ def dump_path(dumps: Path, row: MeasuredRow) -> Path:
 
 @functools.cache
 def _made_by() -> dict[str, Any]:
-    versions = provenance.capture(offline_tpu.SOURCES).versions
+    versions = offline_tpu.capture().versions
     return {"versions": versions, "sources": provenance.source_hash(MAKERS)}
 
 
@@ -56,7 +56,7 @@ def compare(
     limit_s: seconds after which no row is begun any more; those left are listed as not tried. None: all are.
     Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
     """
-    captured = provenance.capture(offline_tpu.SOURCES)
+    captured = offline_tpu.capture()
     dependencies = {"versions": captured.versions, "sources": provenance.source_hash(SOURCES)}
 
     known = {spec.device_kind for spec in devices.DEVICES.values()}
