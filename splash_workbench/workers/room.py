@@ -32,10 +32,10 @@ def room_line() -> str:
     return f"{core_count()} cores{memory}"
 
 
-def check_timeout_s(timeout_s: float, key: str = "timeout_s") -> None:
-    """Raise ValueError for a time limit that a process cannot be given. key: the setting that it is from."""
+def check_timeout_s(timeout_s: float) -> None:
+    """Raise ValueError for a time limit that a process cannot be given."""
     if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
-        raise ValueError(f"{key}={timeout_s}: expected a positive number of seconds, at most {_LONGEST_TIMEOUT_S}.")
+        raise ValueError(f"timeout_s={timeout_s}: expected a positive number of seconds, at most {_LONGEST_TIMEOUT_S}.")
 
 
 def core_count() -> int:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 import offline_tpu
 from splash_workbench import cli
-from splash_workbench.errors import from_config
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import require_writable, write_json
 from splash_workbench.records import jsonl
 from splash_workbench.workers.cache import JobCache
@@ -81,8 +81,8 @@ def main(settings: ValidateSchema) -> int:
     offline_tpu.check_versions()
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    if (limit_s := settings.limit_s) is not None:
-        from_config(lambda: check_timeout_s(limit_s, "limit_s"))
+    if settings.limit_s is not None and not settings.limit_s >= 0:
+        raise UserError(f"limit_s={settings.limit_s}: expected a number of seconds from 0, or null for no limit.")
     results_dir = Path(settings.results_dir)
     directory = results_dir / "validate"
     require_writable(f"results_dir={results_dir}", directory)
