@@ -81,6 +81,7 @@ def predict(
     topology: str | None = None,
     mesh: Mesh | None = None,
     grid_sizes: Mapping[str, int] | None = None,
+    slow_grid_sizes: Mapping[str, int] | None = None,
     trip_counts: Mapping[str, int] | None = None,
     values: Mapping[int, np.ndarray] | None = None,
     compiler_options: Mapping[str, Value] | None = None,
@@ -95,6 +96,7 @@ def predict(
       mesh: devices of a topology for a sharded `fn`, as `topology_mesh` makes it. None: one chip.
       grid_sizes: by Pallas kernel name, the value to assume for a traced grid size that the program does not fix. One
         that is not named is counted as one trip and reported in `OpCost.unresolved`.
+      slow_grid_sizes: the same at the other end, where data decide so: `Prediction.slow_time_s` is the time then.
       trip_counts: by text that the scope of a loop contains, the trips to assume where these depend on data.
       values: by position in the flattened `args`, the integers to assume for int32 arguments that decide how much a
         kernel computes, e.g. group sizes of a ragged matmul. Traced grid sizes and prefetched scalars that are computed
@@ -121,7 +123,11 @@ def predict(
         def find_integers() -> integers.Integers:
             return integers.find(trace().jaxpr, values)
 
-        return _prediction(spec, facts, folder, grid_sizes, trip_counts, find_integers, options, archived=archived)
+        def costs(grid_sizes: Mapping[str, int]) -> tuple[Dump, ProgramCost, float]:
+            return _costs(spec, facts, folder, grid_sizes, trip_counts or {}, find_integers, archived)
+
+        slow_time_s = costs(slow_grid_sizes)[2] if slow_grid_sizes else None
+        return _prediction(spec, facts, options, *costs(grid_sizes or {}), slow_time_s)
 
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -152,22 +158,21 @@ def predict(
         shutil.rmtree(dump_dir, ignore_errors=True)
 
 
-def _prediction(
+def _costs(
     device: DeviceSpec,
     facts: archive.Facts,
     folder: Path,
-    grid_sizes: Mapping[str, int] | None,
-    trip_counts: Mapping[str, int] | None,
+    grid_sizes: Mapping[str, int],
+    trip_counts: Mapping[str, int],
     find_integers: Callable[[], integers.Integers],
-    options: dict[str, str],
-    *,
-    archived: bool = False,
-) -> Prediction:
+    archived: bool,
+) -> tuple[Dump, ProgramCost, float]:
+    """Return what was dumped, and the cost and seconds of the program."""
     try:
         dump = Dump(
             folder,
             timing=core_timing(device),
-            grid_sizes=grid_sizes or {},
+            grid_sizes=grid_sizes,
             find_integers=find_integers,
             archived=archived,
         )
@@ -178,11 +183,22 @@ def _prediction(
             overlays=dump.overlays,
             device=device,
             grid=Grid.around(facts.coords, device.ici_wrap_length),
-            trip_counts=trip_counts or {},
+            trip_counts=trip_counts,
         )
-        time_s = program.walk()
+        return dump, program, program.walk()
     except UnknownDumpFormatError as error:
         raise UnknownDumpFormatError(f"{error} (libtpu {libtpu.SUPPORTED_LIBTPU})") from error
+
+
+def _prediction(
+    device: DeviceSpec,
+    facts: archive.Facts,
+    options: dict[str, str],
+    dump: Dump,
+    program: ProgramCost,
+    time_s: float,
+    slow_time_s: float | None,
+) -> Prediction:
     ops = program.ops
     return Prediction(
         device=device.name,
@@ -198,6 +214,7 @@ def _prediction(
         compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
         code_bytes=dump.overlays.code_bytes if dump.overlays else sum(op.code_bytes for op in ops),
+        slow_time_s=slow_time_s,
     )
 
 

@@ -115,6 +115,7 @@ class Prediction:
         threads, which tells more where the machine does other things.
       compiler_options: flags of libtpu that were given for this program.
       code_bytes: size of the whole program's code, its own control flow included.
+      slow_time_s: as `time_s`, at the other end of what depends on data: with the `slow_grid_sizes` of `predict`.
     """
 
     device: str
@@ -130,6 +131,7 @@ class Prediction:
     compile_cpu_s: float
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     code_bytes: int = 0
+    slow_time_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

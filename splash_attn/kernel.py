@@ -331,6 +331,16 @@ def kernel_name(variant: Variant) -> str:
     return f"splash_attention_{variant.softmax}" + ("_int8" if variant.qk_dtype == "int8" else "")
 
 
+def slow_grid_sizes(shape: AttentionShape, variant: Variant) -> dict[str, int]:
+    """Return the other end of what `assumed_grid_sizes` assumes: all heads go to the slowest fallback, online softmax.
+
+    Empty where nothing depends on the data.
+    """
+    assumed, _ = assumed_grid_sizes(shape, variant)
+    online = {kernel_name(Variant(softmax="online")): shape.batch_size * shape.num_heads} if assumed else {}
+    return dict.fromkeys(assumed, 0) | online
+
+
 def assumed_grid_sizes(shape: AttentionShape, variant: Variant) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return what a prediction assumes of a call: all heads go to the kernel of `variant`, and none to its fallbacks.
 

@@ -16,7 +16,7 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
-from splash_attn.kernel import assumed_grid_sizes
+from splash_attn.kernel import assumed_grid_sizes, slow_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.program import Program
 from splash_workbench.records.jsonl import decode
@@ -85,7 +85,7 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
-    prediction = _predict(job, program, grid_sizes)
+    prediction = _predict(job, program, grid_sizes, slow_grid_sizes(shape, resolution.variant))
     flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {
         "flops": flops,
@@ -106,13 +106,19 @@ def _vae(job: StageJob) -> dict[str, Any]:
     return together(results, [count for _, count in programs])
 
 
-def _predict(job: StageJob, program: Program, grid_sizes: Mapping[str, int] | None = None) -> Prediction:
+def _predict(
+    job: StageJob,
+    program: Program,
+    grid_sizes: Mapping[str, int] | None = None,
+    slow_grid_sizes: Mapping[str, int] | None = None,
+) -> Prediction:
     return predict(
         program.jitted,
         *program.arguments,
         topology=job.topology,
         mesh=program.mesh,
         grid_sizes=grid_sizes,
+        slow_grid_sizes=slow_grid_sizes,
         compiler_options=job.compiler_options,
     )
 
@@ -154,6 +160,7 @@ def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[s
     return {
         "time_s": prediction.time_s,
         "interval_s": prediction.interval_s,
+        "slow_time_s": prediction.slow_time_s,
         "breakdown_s": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "hbm_traffic_bytes": prediction.hbm_bytes,

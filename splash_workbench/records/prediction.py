@@ -40,6 +40,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Attributes:
       time_s: of a denoising step; of the other stages, of all of it. breakdown_s: seconds by kind of work.
       interval_s: between which four fifths of the measured times of such work lie; None in older records.
+      slow_time_s: as `time_s`, where no head may take the kernel that it assumes; None where nothing depends on data.
       peak_hbm_bytes, hbm_bytes: the most that is in use, and what the chip has.
       hbm_traffic_bytes, link_bytes: moved through HBM, and over the busiest link.
       compile_time_s, compile_cpu_s, compile_peak_rss_bytes, wall_time_s: what compiling took here, and its worker.
@@ -50,6 +51,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     time_s: float
     interval_s: tuple[float, float] | None = None
+    slow_time_s: float | None = None
     breakdown_s: dict[str, float]
     peak_hbm_bytes: int
     hbm_traffic_bytes: float = 0.0
@@ -94,6 +96,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
         project's.
       total_time_s: of all stages, None where one is not predicted; stage_times_s: seconds by stage, of all steps.
       total_interval_s: as StagePrediction.interval_s; the stages' errors are taken to go together.
+      slow_total_time_s: as `total_time_s`, with StagePrediction.slow_time_s for the step.
       other_plans: of each plan not taken, its step time, or why it cannot be.
       failures: why a stage cannot be predicted.
       reported: by others for the same video on the same chips.
@@ -108,6 +111,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     step_time_own_kernel_s: float | None = None
     total_time_s: float | None = None
     total_interval_s: tuple[float, float] | None = None
+    slow_total_time_s: float | None = None
     stage_times_s: dict[str, float] = msgspec.field(default_factory=dict)
     compile_time_s: dict[str, float] = msgspec.field(default_factory=dict)
     mfu_fraction: float | None = None

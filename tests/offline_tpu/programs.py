@@ -197,7 +197,11 @@ def traced_grid(**options: Any) -> Program:
 
 
 def named_traced_grid() -> Program:
-    return traced_grid(grid_sizes={"traced": STEPS})
+    return traced_grid(grid_sizes={"traced": STEPS}, slow_grid_sizes={"traced": 3 * STEPS})
+
+
+def longer_traced_grid() -> Program:
+    return traced_grid(grid_sizes={"traced": 3 * STEPS})
 
 
 def growing_body(statements: int) -> Program:

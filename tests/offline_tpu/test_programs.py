@@ -21,7 +21,7 @@ pytestmark = pytest.mark.compile
 NAMES = (
     "matmul matmul_with_more_vmem copy repeated scan data_dependent_loop named_loop conditional one_matmul "  # noqa: SIM905
     "two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid "
-    "named_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
+    "named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
 )
 STEPS, HEAVY_STEPS, TRIPS = 8, 3, 42
 HBM_BYTES_PER_S, LINK_BYTES_PER_S = 1638e9, 100e9
@@ -147,6 +147,12 @@ def test_a_traced_grid_size_can_be_named(op: Any) -> None:
     actual = op("named_traced_grid", "traced")
     assert executed_matmuls(actual) == pytest.approx(STEPS * one, rel=1e-3)
     assert actual["unresolved"] == []
+
+
+def test_time_at_the_other_end_of_what_depends_on_data(predictions: dict[str, Any]) -> None:
+    named, longer = predictions["named_traced_grid"], predictions["longer_traced_grid"]
+    assert named["slow_time_s"] == longer["time_s"] > named["time_s"]
+    assert predictions["traced_grid"]["slow_time_s"] is None
 
 
 def test_a_traced_grid_size_that_is_not_named_is_said(op: Any) -> None:

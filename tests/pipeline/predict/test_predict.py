@@ -148,6 +148,18 @@ def test_records_hold_no_list_of_ops(request_of):
     assert report.stages["vae"].interval_s == pytest.approx((0.9 * 1.9, 1.2 * 1.9))
 
 
+def test_what_depends_on_data_is_given_at_both_ends(request_of, capsys):
+    stages = {"text": _result(0.01), "denoise": _denoise(0.9) | {"slow_time_s": 1.1}, "vae": _result(0.7)}
+    report = _report(request_of, **stages)
+    assert report.slow_total_time_s == pytest.approx(report.total_time_s + 50 * 0.2)
+    print_report(report)
+    said = capsys.readouterr().out
+    assert "0.900 s a step (0.810 to 1.080); 1.100 where every head needs the online softmax" in said
+    assert "; 55.71 s where every head needs the online softmax" in said
+    # The published plan has another kernel.
+    assert _report(request_of, "seed_tp", **stages).slow_total_time_s is None
+
+
 def test_a_request_survives_json(request_of):
     options = AttentionOptions(block_sizes=BlockSizes(256, 512, 128), variant=Variant(softmax="online"))
     request = request_of(attention=options)
