@@ -21,7 +21,8 @@ pytestmark = pytest.mark.compile
 NAMES = (
     "matmul matmul_with_more_vmem copy repeated scan data_dependent_loop named_loop conditional one_matmul "  # noqa: SIM905
     "two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid "
-    "named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map tensor_parallel".split()
+    "named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map "
+    "tensor_parallel".split()
 )
 STEPS, HEAVY_STEPS, TRIPS = 8, 3, 42
 HBM_BYTES_PER_S, LINK_BYTES_PER_S = 1638e9, 100e9
