@@ -132,7 +132,11 @@ def compiler_version() -> str | None:
 
 def capture(sources: Iterable[str] = SOURCES) -> provenance.Environment:
     """Describe this process as `provenance.capture`, for predictions: with the libtpu that they are made with."""
-    captured = provenance.capture(sources)
+    return with_compiler(provenance.capture(sources))
+
+
+def with_compiler(captured: provenance.Environment) -> provenance.Environment:
+    """Return a description of this process with the libtpu that predictions are made with."""
     compiler = {"libtpu": found} if (found := compiler_version()) else {}
     return dataclasses.replace(captured, versions=captured.versions | compiler)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 import offline_tpu
+from offline_tpu import libtpu
 from offline_tpu.compile import parse_topology
 from offline_tpu.options import options_text
 from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
@@ -91,7 +92,7 @@ def make_report(
         failures={str(stage): reason for stage, reason in prediction.failures.items()},
         reported=REPORTED_SEED if is_reported else None,
         notes=tuple(notes),
-        environment=environment(_SOURCES),
+        environment=libtpu.with_compiler(environment(_SOURCES)),
     )
 
 
