@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from splash_workbench.profiles.xla_pb2 import HloModuleProto, HloProto, XPlane, XSpace, XStat
 
 _METADATA_PLANE, _HLO_STAT = "/host:metadata", "Hlo Proto"
-#: Parts of an op_name that JAX adds, not the author of the program.
+#: Parts of an op_name that JAX adds, not the author of the program. `eval_jaxpr` is of JAX 0.11.
 _ADDED = frozenset(
-    "while body cond closed_call shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
+    "while body cond closed_call eval_jaxpr shard_map pjit checkpoint remat custom_jvp_call custom_vjp_call".split()  # noqa: SIM905
 )
 _NO_SCOPE = re.compile(r"\(|->|^branch_\d+_fun$")
 

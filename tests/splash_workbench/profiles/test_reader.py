@@ -80,6 +80,7 @@ def test_several_planes_are_averaged(tmp_path):
     ("op_name", "expected"),
     [
         ("jit(step)/blocks/while/body/closed_call/attention/dot_general", "blocks/attention"),
+        ("jit(step)/blocks/while/body/eval_jaxpr/attention/dot_general", "blocks/attention"),
         ("jit(f)/shard_map/blocks/checkpoint/qkv/bsc,hdc->bhds/dot_general", "blocks/qkv"),
         ("jit(f)/attention/jit(_where)/select_n;jit(f)/other/add", "attention"),
         ("jit(f)/cond/branch_1_fun/norm/mul:", "norm"),
