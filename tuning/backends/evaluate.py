@@ -69,21 +69,7 @@ class Evaluator:
           CancelledError: the runner was cancelled.
           UserError: the kernel's source is no longer what `environment` says, so the trial is worth nothing.
         """
-        payload = {
-            "kernel": self.source or kernel,
-            "kernel_hash": self.environment.kernel_hash,
-            "shape": dataclasses.asdict(self.workload.shape) if self.workload.shape else None,
-            "sizes": dict(self.workload.sizes),
-            "dtype": self.workload.dtype,
-            "block_sizes": dataclasses.asdict(block_sizes) if block_sizes else None,
-            "compiled": compiled,
-            "options": dict(options),
-            "device": self.target.name,
-            "cache_dir": str(self.cache_dir.absolute()),
-            "measure": dict(self.measure),
-            "compiler_options": dict(self.compiler_options),
-        }
-
+        payload = self.payload(block_sizes, options, kernel, compiled)
         trial = functools.partial(self._trial, block_sizes, options, kernel, estimate_ms)
 
         def run_job() -> Outcome:
@@ -107,6 +93,25 @@ class Evaluator:
         key = JobCache.key(self.backend.job, payload | {"cache_dir": None, "kernel": kernel}, self._dependencies)
         outcome, was_there = self.cache.outcome(key, run_job, accept=trial)
         return trial(outcome, *([_CACHE_NOTE] if was_there else []))
+
+    def payload(
+        self, block_sizes: BlockSizes | None, options: Mapping[str, Any], kernel: str, compiled: Compiled
+    ) -> dict[str, Any]:
+        """Return the `jobs.Request` of a candidate, as JSON."""
+        return {
+            "kernel": self.source or kernel,
+            "kernel_hash": self.environment.kernel_hash,
+            "shape": dataclasses.asdict(self.workload.shape) if self.workload.shape else None,
+            "sizes": dict(self.workload.sizes),
+            "dtype": self.workload.dtype,
+            "block_sizes": dataclasses.asdict(block_sizes) if block_sizes else None,
+            "compiled": compiled,
+            "options": dict(options),
+            "device": self.target.name,
+            "cache_dir": str(self.cache_dir.absolute()),
+            "measure": dict(self.measure),
+            "compiler_options": dict(self.compiler_options),
+        }
 
     @functools.cached_property
     def _dependencies(self) -> dict[str, Any]:

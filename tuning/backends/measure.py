@@ -9,6 +9,7 @@ from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, compile_error
+from splash_workbench.workers import stages
 from tuning.backends import device_times
 from tuning.backends.base import Backend, Target, probe
 from tuning.backends.jobs import Request, normal_arguments
@@ -48,10 +49,12 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     on_chip = device.platform == ("tpu" if request.found.platform == "tpu" else "gpu")
     kernel = request.found
     implementation: Implementation = "pallas_tpu" if on_chip else "pallas_interpret"
+    stages.enter("check")
     checked = check_numerics(request, implementation)
     if checked["status"] != Status.OK:
         return checked
     arguments = normal_arguments(request.arguments())
+    stages.enter("compile")
     start = time.perf_counter()
     try:
         lowered = jax.jit(request.timed(implementation)).lower(*arguments)
@@ -59,6 +62,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
+    stages.enter("measure")
     try:
         timed = device_times.measure(
             lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name or _NO_OP

@@ -17,6 +17,7 @@ from splash_workbench.errors import UserError
 from splash_workbench.files import require_writable
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, compile_error
+from splash_workbench.workers import stages
 from splash_workbench.workers.pool import Runner
 from tuning.backends import quick
 from tuning.backends.base import Backend, Target, named_device
@@ -83,6 +84,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     libtpu.describe_topology(device.topology)
     require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
     fields: dict[str, Any] | None = None
+    stages.enter("compile")
     try:
         if request.compiled != "whole":
             fields = quick.predict(request, device)
@@ -100,6 +102,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
         if any(frame.f_globals["__name__"] == dump.__name__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # a dump that a full disk tore
         raise compile_error(error) from error
+    stages.enter("check")
     checked = check_numerics(request, "pallas_interpret")
     if checked["status"] != Status.OK:
         return checked

@@ -26,6 +26,8 @@ from splash_workbench.records.jsonl import decode
 from tuning.backends.jobs import Request
 from tuning.kernels.protocol import abstract, known_values
 
+#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time.
+_FEW = 4
 _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.py")
 
 
@@ -49,14 +51,17 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | None:
         return None  # what a kernel does depends on integers that the op around it computes
     unrolled = request.found.unrolled(request.config, request.workload)
     configs, lengths = [request.config], (0, 0)
-    if request.compiled == "shorter" and unrolled is not None and unrolled.length > max(unrolled.lengths):
+    if request.compiled == "shorter" and unrolled and unrolled.lengths and unrolled.length > max(unrolled.lengths):
         lengths = unrolled.lengths
         configs = [unrolled.shorter(length) for length in lengths]
     traced = [_Op(request, config, device) for config in configs]
     if not traced[0].kernels:
         return None
     costs = [op.kernel_cost() for op in traced]
-    rest = traced[0].rest_cost()
+    shortest = request.config
+    if unrolled and unrolled.length > unrolled.least:
+        shortest = unrolled.shorter(unrolled.least)
+    rest = _Op(request, shortest, device).rest_cost()
     fields = {
         "time_samples_ms": [rest.time_ms + costs[-1].time_ms],
         "kernel_time_ms": costs[-1].time_ms,
@@ -68,10 +73,11 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | None:
     }
     if unrolled is not None and len(costs) == 2:
         steps = [unrolled.steps] + [_steps(request, config) for config in configs]
-        times_ms = [cost.time_ms / count for cost, count in zip(costs, steps[1:], strict=True)]
         per_step = [cost.cycles / count for cost, count in zip(costs, steps[1:], strict=True)]
-        time_ms = steps[0] * _line(lengths, times_ms)(unrolled.length)
         cycles = steps[0] * _line(lengths, per_step)(unrolled.length)
+        # What a step waits for memory beside its work is no line: the longer kernel waits least, as the candidate does.
+        waits_ms = (costs[1].time_ms - costs[1].cycles / device.clock_hz * 1e3) / steps[2]
+        time_ms = cycles / device.clock_hz * 1e3 + steps[0] * max(0.0, waits_ms)
         fields |= {"time_samples_ms": [rest.time_ms + time_ms], "kernel_time_ms": time_ms, "cycles": round(cycles)}
         fields |= {"compiled": "shorter", **dict.fromkeys(("vmem_bytes", "spill_count", "fill_count", "code_bytes"))}
     elif costs[-1].code_load_ms:
@@ -113,7 +119,15 @@ class _Op:
 
     def kernel_cost(self) -> Cost:
         """Return what the kernels cost alone, from the cache or compiled now."""
-        return self._cached("kernel", lambda: _sum([self._alone(call) for call in self.kernels]), repr(self._config))
+
+        def cost() -> Cost:
+            return _sum([self._alone(call) for call in self.kernels], [self._repeats(call) for call in self.kernels])
+
+        return self._cached("kernel", cost, repr(self._config))
+
+    def _repeats(self, call: core.JaxprEqn) -> float:
+        """Return how often what is predicted of a kernel runs: of a grid size that data decide, a few are enough."""
+        return max(1.0, self._grid_sizes.get(_name(call), 0) / _FEW)
 
     def rest_cost(self) -> Cost:
         """Return what the op costs around its kernels, from the cache or compiled now."""
@@ -142,7 +156,7 @@ class _Op:
             function,
             *arguments,
             device=self._device,
-            grid_sizes=self._grid_sizes,
+            grid_sizes={name: min(size, _FEW) for name, size in self._grid_sizes.items()},
             compiler_options=self._request.options_of_compiler,
         )
 
@@ -170,17 +184,20 @@ def _name(call: core.JaxprEqn) -> str:
     return str(call.params.get("name") or "kernel")
 
 
-def _sum(predictions: list[Prediction]) -> Cost:
-    ops = [op for prediction in predictions for op in prediction.ops if op.category == "kernel"]
+def _sum(predictions: list[Prediction], repeats: list[float]) -> Cost:
+    kernels = zip(predictions, repeats, strict=True)
+    ops = [
+        (op, op.calls * repeat) for prediction, repeat in kernels for op in prediction.ops if op.category == "kernel"
+    ]
     return Cost(
-        time_ms=sum(op.time_s for op in ops) * 1e3,
-        cycles=sum(op.cycles * op.calls for op in ops),
-        vmem_bytes=max((op.vmem_bytes for op in ops), default=0),
-        spill_count=sum(op.spill_count * op.calls for op in ops),
-        fill_count=sum(op.fill_count * op.calls for op in ops),
-        code_bytes=sum(op.code_bytes for op in ops),
+        time_ms=sum(op.time_s * runs / op.calls for op, runs in ops) * 1e3,
+        cycles=round(sum(op.cycles * runs for op, runs in ops)),
+        vmem_bytes=max((op.vmem_bytes for op, _ in ops), default=0),
+        spill_count=round(sum(op.spill_count * runs for op, runs in ops)),
+        fill_count=round(sum(op.fill_count * runs for op, runs in ops)),
+        code_bytes=sum(op.code_bytes for op, _ in ops),
         compile_time_s=sum(prediction.compile_time_s for prediction in predictions),
-        code_load_ms=sum(op.code_load_s * op.calls for op in ops) * 1e3,
+        code_load_ms=sum(op.code_load_s * runs for op, runs in ops) * 1e3,
     )
 
 

@@ -34,13 +34,15 @@ class Unrolled(Generic[C]):
       length: of the configuration.
       steps: how often the unrolled code runs for the workload.
       shorter: length -> the configuration with that length, otherwise the same.
-      lengths: two shorter lengths to compile instead.
+      lengths: two shorter lengths to compile instead; None where that would take as long.
+      least: a length that compiles in no time, for what surrounds the kernel.
     """
 
     length: int
     steps: int
     shorter: Callable[[int], C]
-    lengths: tuple[int, int]
+    lengths: tuple[int, int] | None
+    least: int
 
 
 def one_of(*values: Any, default: Any = dataclasses.MISSING) -> Any:

@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
-from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
+from tuning.search.space import Candidate, Candidates, Space
+from tuning.search.tunables import TunableSpace
 from tuning.trials.records import Trial, objective
 
 _SAMPLERS = ("grid", "random", "tpe")
@@ -72,7 +73,7 @@ class Search:
         self,
         storage_path: Path,
         study_name: str,
-        space: Space,
+        space: Space | TunableSpace,
         candidates: Candidates,
         settings: SearchSettings,
         on_record: Mapping[str, Trial],
@@ -150,13 +151,13 @@ class Search:
         numbers = self._numbers
         values = {name: numbers[name][value] if name in numbers else value for name, value in parameters.items()}
         try:
-            return self._valid.get(candidate_of(values).key)
-        except ValueError:
+            return self._valid.get(self._space.candidate_of(values).key)
+        except (ValueError, NotImplementedError):
             return None  # not a kernel, e.g. block_kv_compute does not divide block_kv
 
     def _encode(self, candidate: Candidate) -> dict[str, Any]:
         """Return a candidate as Optuna's parameters."""
-        numbers, parameters = self._numbers, parameters_of(candidate, self._space)
+        numbers, parameters = self._numbers, self._space.parameters_of(candidate)
         return {name: numbers[name].index(value) if name in numbers else value for name, value in parameters.items()}
 
     def _resume(self, on_record: Mapping[str, Trial]) -> tuple[Candidate, ...]:
@@ -181,7 +182,7 @@ class Search:
     def _propose(self) -> Iterator[Candidate]:
         """Yield candidates that do not wait for the sampler: interrupted, named first, then all but for TPE."""
         proposals = list(self.interrupted)
-        proposals += [candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
+        proposals += [self._space.candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":
             rest = list(self._valid.values())
             if self._settings.sampler == "random":

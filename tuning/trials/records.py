@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"
 #: Before the fields of a variant, in tables and in the parameters of a space.
 VARIANT_PREFIX = "variant."
+OUR_KERNEL = "splash_attn"
 #: What stands behind a prediction, the most exact first; see Trial.
 Compiled = Literal["whole", "kernel", "shorter"]
 
