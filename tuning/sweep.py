@@ -178,8 +178,8 @@ def _draw(result: SweepResult, on_record: Sequence[Trial], names: tuple[str, str
 
 
 @cli.command("sweep", SweepSchema, free=("compiler_options",))
-def main(config: SweepSchema) -> int:
-    """Run the command; return its exit code."""
+def attention_main(config: SweepSchema) -> int:
+    """Run the command for splash_attn; return its exit code."""
     return run(from_config(lambda: settings_from(config)), config)
 
 
@@ -187,6 +187,14 @@ def main(config: SweepSchema) -> int:
 def kernel_main(config: KernelSweepSchema) -> int:
     """Run the command for a user's kernel; return its exit code."""
     return run(from_config(lambda: kernel_settings.settings_from(config)), config)
+
+
+def main() -> int:
+    """Run the command, for the kernel that its arguments name; return its exit code."""
+    return kernel_main() if any(argument.startswith("kernel=") for argument in sys.argv[1:]) else attention_main()
+
+
+main.keys = attention_main.keys  # type: ignore[attr-defined] # for what describes the command
 
 
 def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int:
@@ -245,4 +253,4 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(kernel_main() if any(argument.startswith("kernel=") for argument in sys.argv[1:]) else main())
+    sys.exit(main())
