@@ -139,12 +139,23 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
             passes = Passes(settings, search, evaluator, on_record, path)
             passes.run()
         wall_time_s = time.monotonic() - start
+    for line in _what_was_learnt(search):
+        report(line)
     if cache and cache.trouble:
         report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     return SweepResult(
         directory, tuple(trials), best_of(trials), candidates, passes.evaluated_count, wall_time_s, runner.usage
     )
+
+
+def _what_was_learnt(search: Search) -> Iterator[str]:
+    if search.stopped:
+        yield search.stopped
+    if search.ruled_out:
+        yield f"{len(search.ruled_out)} not tried: smaller ones exceed VMEM"
+    if len(importances := search.importances()) > 1:
+        yield f"what matters: {', '.join(f'{name} {part:.0%}' for name, part in importances.items() if part >= 0.005)}"
 
 
 def _introduction(

@@ -39,6 +39,7 @@ def body(x_ref, y_ref, out_ref, acc_ref, *, num_k):
 
 class Matmul(Kernel[Blocks, Sizes]):
     Config, Workload = Blocks, Sizes
+    vmem_grows_with = ("block_m", "block_n", "block_k")
 
     def arguments(self, workload):
         m, n, k = workload.m, workload.n, workload.k

@@ -74,6 +74,8 @@ class Kernel(abc.ABC, Generic[C, W]):
         last axis). The defaults are for bfloat16, which rounds a number by up to 2^-8 of itself, several times over.
       op_name: what the names of its Pallas ops contain; "" stands for every Pallas op.
       notes: what a reader of its figures must know.
+      vmem_grows_with: tunables of which a larger value never needs less VMEM: what exceeds VMEM rules out all that is
+        as large in each of them, and otherwise the same.
       requires: packages that must be installed, whose versions are kept in the records.
     """
 
@@ -84,6 +86,7 @@ class Kernel(abc.ABC, Generic[C, W]):
     row_tolerance: ClassVar[float] = 2**-3
     op_name: ClassVar[str] = ""
     notes: ClassVar[tuple[str, ...]] = ()
+    vmem_grows_with: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -78,6 +78,11 @@ class Space:
                 raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
 
     @property
+    def grows_with(self) -> tuple[str, ...]:
+        """Return the parameters with which the need for VMEM grows."""
+        return ("block_q", "block_kv")
+
+    @property
     def fingerprint(self) -> str:
         """Return what a study's name is made from; `first` and the name do not change what is searched."""
         choices = {name: list(values) for name, values in self.choices.items()}

@@ -45,6 +45,11 @@ class TunableSpace:
         return self.kernel.name
 
     @property
+    def grows_with(self) -> tuple[str, ...]:
+        """Return the tunables with which the need for VMEM grows."""
+        return self.kernel.vmem_grows_with
+
+    @property
     def fingerprint(self) -> str:
         """Return what a study's name is made from."""
         return json.dumps({name: list(values) for name, values in self.choices.items()}, sort_keys=True)
