@@ -83,12 +83,15 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
     libtpu.describe_topology(device.topology)
     require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
-    fields: dict[str, Any] | None = None
+    fields: dict[str, Any]
     stages.enter("compile")
     try:
-        if request.compiled != "whole":
-            fields = quick.predict(request, device)
-        if fields is None:
+        found = quick.predict(request, device) if request.compiled != "whole" else None
+        if isinstance(found, dict):
+            fields = found
+        elif found is not None:
+            fields = _fields(found, kernel.op_name)
+        else:
             prediction = offline_tpu.predict(
                 request.timed("pallas_tpu"),
                 *abstract(request.arguments()),

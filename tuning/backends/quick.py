@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core
 
 import offline_tpu
+from offline_tpu.dump import UNKNOWN_TRIPS
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.prediction import Prediction
 from splash_workbench.files import atomic_path
@@ -33,7 +34,10 @@ _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What kernels cost, or the op around them. Times in ms, of a call of the op."""
+    """What kernels cost, or the op around them. Times in ms, of a call of the op.
+
+    unknown_trips: integers that are not known decide how often a kernel's loops run.
+    """
 
     time_ms: float
     cycles: int = 0
@@ -43,10 +47,14 @@ class Cost:
     code_bytes: int = 0
     compile_time_s: float = 0.0
     code_load_ms: float = 0.0
+    unknown_trips: bool = False
 
 
-def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | None:
-    """Return the fields of a Trial by a first pass; None where nothing less than the whole op tells its time."""
+def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction | None:
+    """Return the fields of a Trial by a first pass, or the prediction of the whole op where that had to be compiled.
+
+    None where nothing less than the whole op tells its time.
+    """
     if known_values(request.arguments()):
         return None  # what a kernel does depends on integers that the op around it computes
     unrolled = request.found.unrolled(request.config, request.workload)
@@ -57,11 +65,17 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | None:
     traced = [_Op(request, config, device) for config in configs]
     if not traced[0].kernels:
         return None
-    costs = [op.kernel_cost() for op in traced]
-    shortest = request.config
+    shortest = traced[0]
     if unrolled and unrolled.length > unrolled.least:
-        shortest = unrolled.shorter(unrolled.least)
-    rest = _Op(request, shortest, device).rest_cost()
+        shortest = _Op(request, unrolled.shorter(unrolled.least), device)
+    rest = shortest.rest_on_record()
+    if rest is None:
+        whole, rest = shortest.compile_whole()
+        if shortest is traced[0] and len(traced) == 1:
+            return whole
+    costs = [op.kernel_cost() for op in traced]
+    if any(cost.unknown_trips for cost in costs):
+        return None
     fields = {
         "time_samples_ms": [rest.time_ms + costs[-1].time_ms],
         "kernel_time_ms": costs[-1].time_ms,
@@ -123,15 +137,30 @@ class _Op:
         def cost() -> Cost:
             return _sum([self._alone(call) for call in self.kernels], [self._repeats(call) for call in self.kernels])
 
-        return self._cached("kernel", cost, repr(self._config))
+        path = self._path("kernel", repr(self._config))
+        found = _read(path)
+        if found is None:
+            found = cost()
+            _keep(path, found)
+        return found
 
     def _repeats(self, call: core.JaxprEqn) -> float:
         """Return how often what is predicted of a kernel runs: of a grid size that data decide, a few are enough."""
         return max(1.0, self._grid_sizes.get(_name(call), 0) / _FEW)
 
-    def rest_cost(self) -> Cost:
-        """Return what the op costs around its kernels, from the cache or compiled now."""
-        return self._cached("rest", self._compile_rest, _outline(self._traced.jaxpr))
+    def rest_on_record(self) -> Cost | None:
+        """Return what the op costs around its kernels, from the cache; None where it is not there."""
+        return _read(self._path("rest", _outline(self._traced.jaxpr)))
+
+    def compile_whole(self) -> tuple[Prediction, Cost]:
+        """Return the prediction of the op, and what it costs around its kernels, which is kept."""
+        prediction = self._predict(self._function, *self._arguments, grid_sizes=self._grid_sizes)
+        rest = [op for op in prediction.ops if op.category != "kernel"]
+        # What the fallbacks cost that have nothing to do is part of the rest.
+        rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
+        cost = Cost(sum(op.time_s for op in rest) * 1e3, compile_time_s=prediction.compile_time_s)
+        _keep(self._path("rest", _outline(self._traced.jaxpr)), cost)
+        return prediction, cost
 
     def _alone(self, call: core.JaxprEqn) -> Prediction:
         def kernel(*operands: Any) -> Any:
@@ -139,40 +168,40 @@ class _Op:
 
         kernel.__name__ = _name(call)  # the compiler names the op so
         operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]  # type: ignore[attr-defined]
-        return self._predict(kernel, *operands)
-
-    def _compile_rest(self) -> Cost:
-        prediction = self._predict(self._function, *self._arguments)
-        rest = [op for op in prediction.ops if op.category != "kernel"]
-        # What the fallbacks cost that have nothing to do is part of the rest.
-        rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
-        return Cost(sum(op.time_s for op in rest) * 1e3, compile_time_s=prediction.compile_time_s)
+        return self._predict(
+            kernel, *operands, grid_sizes={name: min(size, _FEW) for name, size in self._grid_sizes.items()}
+        )
 
     def _runs(self, op_name: str) -> bool:
         return any(op_name.rsplit(".", 1)[0] == _name(call) for call in self.kernels)
 
-    def _predict(self, function: Callable[..., Any], *arguments: Any) -> Prediction:
+    def _predict(self, function: Callable[..., Any], *arguments: Any, grid_sizes: Mapping[str, int]) -> Prediction:
         return offline_tpu.predict(
             function,
             *arguments,
             device=self._device,
-            grid_sizes={name: min(size, _FEW) for name, size in self._grid_sizes.items()},
+            grid_sizes=grid_sizes,
             compiler_options=self._request.options_of_compiler,
         )
 
-    def _cached(self, what: str, make: Callable[[], Cost], about: str) -> Cost:
+    def _path(self, what: str, about: str) -> Path:
         request = self._request
         key = [what, request.kernel, request.kernel_hash, repr(request.workload), request.device, _versions()]
         key += [about, json.dumps(request.options_of_compiler, sort_keys=True)]
-        path = Path(request.cache_dir) / f"{what}-{stable_hash(json.dumps(key))}.json"
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
-            found = decode(json.loads(path.read_bytes()), Cost)
-            if found.time_ms >= 0:
-                return dataclasses.replace(found, compile_time_s=0.0)
-        cost = make()
-        with contextlib.suppress(OSError), atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(cost)))
-        return cost
+        return Path(request.cache_dir) / f"{what}-{stable_hash(json.dumps(key))}.json"
+
+
+def _read(path: Path) -> Cost | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
+        found = decode(json.loads(path.read_bytes()), Cost)
+        if found.time_ms >= 0:
+            return dataclasses.replace(found, compile_time_s=0.0)
+    return None
+
+
+def _keep(path: Path, cost: Cost) -> None:
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(cost)))
 
 
 @functools.cache
@@ -198,6 +227,7 @@ def _sum(predictions: list[Prediction], repeats: list[float]) -> Cost:
         code_bytes=sum(op.code_bytes for op, _ in ops),
         compile_time_s=sum(prediction.compile_time_s for prediction in predictions),
         code_load_ms=sum(op.code_load_s * runs for op, runs in ops) * 1e3,
+        unknown_trips=any(UNKNOWN_TRIPS in op.unresolved for op, _ in ops),
     )
 
 
