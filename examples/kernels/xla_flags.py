@@ -12,8 +12,8 @@ from tuning.kernels import Kernel, compiler_option
 class Flags:
     """None leaves a flag to the compiler."""
 
-    scoped_vmem_kib: int | None = compiler_option("xla_tpu_scoped_vmem_limit_kib", None, 32768, 65536, 98304)
-    latency_hiding: bool | None = compiler_option("xla_tpu_enable_latency_hiding_scheduler", None, True, False)
+    scoped_vmem_kib: int | None = compiler_option("xla_tpu_scoped_vmem_limit_kib", None, 65536, 98304)
+    latency_hiding: bool | None = compiler_option("xla_tpu_enable_latency_hiding_scheduler", None, False)
 
 
 @dataclasses.dataclass(frozen=True)

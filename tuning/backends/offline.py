@@ -66,7 +66,7 @@ def try_options(payload: dict[str, Any]) -> dict[str, Any]:
 OFFLINE = Backend(
     name="offline",
     job="tuning.backends.offline:predict_candidate",
-    sources=(*offline_tpu.SOURCES, "tuning/kernels/attention.py"),
+    sources=(*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/attention.py"),
     find_target=_find_target,
     worker_env=_worker_env,
     check_options=_check_options,

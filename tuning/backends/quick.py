@@ -29,6 +29,8 @@ from tuning.kernels.protocol import abstract, known_values
 
 #: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time.
 _FEW = 4
+#: The part of its time by which a kernel alone may differ from the same in the op.
+_SAME = 0.02
 _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.py")
 
 
@@ -36,7 +38,8 @@ _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.
 class Cost:
     """What kernels cost, or the op around them. Times in ms, of a call of the op.
 
-    unknown_trips: integers that are not known decide how often a kernel's loops run.
+    unknown_trips: integers that are not known decide how often a kernel's loops run. stands_alone: of the rest, whether
+    the kernels take as long alone as in the op; small operands that the op keeps in VMEM come from HBM alone.
     """
 
     time_ms: float
@@ -48,6 +51,7 @@ class Cost:
     compile_time_s: float = 0.0
     code_load_ms: float = 0.0
     unknown_trips: bool = False
+    stands_alone: bool = True
 
 
 def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction | None:
@@ -70,9 +74,12 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
         shortest = _Op(request, unrolled.shorter(unrolled.least), device)
     rest = shortest.rest_on_record()
     if rest is None:
-        whole, rest = shortest.compile_whole()
-        if shortest is traced[0] and len(traced) == 1:
+        is_candidate = shortest is traced[0] and len(traced) == 1
+        whole, rest = shortest.compile_whole(few=not is_candidate)
+        if is_candidate:
             return whole
+    if not rest.stands_alone:
+        return None
     costs = [op.kernel_cost() for op in traced]
     if any(cost.unknown_trips for cost in costs):
         return None
@@ -144,6 +151,10 @@ class _Op:
             _keep(path, found)
         return found
 
+    @property
+    def _few_sizes(self) -> dict[str, int]:
+        return {name: min(size, _FEW) for name, size in self._grid_sizes.items()}
+
     def _repeats(self, call: core.JaxprEqn) -> float:
         """Return how often what is predicted of a kernel runs: of a grid size that data decide, a few are enough."""
         return max(1.0, self._grid_sizes.get(_name(call), 0) / _FEW)
@@ -152,13 +163,21 @@ class _Op:
         """Return what the op costs around its kernels, from the cache; None where it is not there."""
         return _read(self._path("rest", _outline(self._traced.jaxpr)))
 
-    def compile_whole(self) -> tuple[Prediction, Cost]:
-        """Return the prediction of the op, and what it costs around its kernels, which is kept."""
-        prediction = self._predict(self._function, *self._arguments, grid_sizes=self._grid_sizes)
+    def compile_whole(self, *, few: bool) -> tuple[Prediction, Cost]:
+        """Return the prediction of the op, and what it costs around its kernels, which is kept.
+
+        few: of grid sizes that data decide, a few are enough: the prediction is not of the whole call.
+        """
+        sizes = self._few_sizes if few else self._grid_sizes
+        prediction = self._predict(self._function, *self._arguments, grid_sizes=sizes)
         rest = [op for op in prediction.ops if op.category != "kernel"]
         # What the fallbacks cost that have nothing to do is part of the rest.
         rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
-        cost = Cost(sum(op.time_s for op in rest) * 1e3, compile_time_s=prediction.compile_time_s)
+        rest_ms = sum(op.time_s for op in rest) * 1e3
+        inside_ms = prediction.time_s * 1e3 - rest_ms
+        alone_ms = self.kernel_cost().time_ms / (max(map(self._repeats, self.kernels)) if few else 1)
+        stands_alone = abs(alone_ms - inside_ms) <= _SAME * inside_ms
+        cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, stands_alone=stands_alone)
         _keep(self._path("rest", _outline(self._traced.jaxpr)), cost)
         return prediction, cost
 
@@ -168,9 +187,7 @@ class _Op:
 
         kernel.__name__ = _name(call)  # the compiler names the op so
         operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]  # type: ignore[attr-defined]
-        return self._predict(
-            kernel, *operands, grid_sizes={name: min(size, _FEW) for name, size in self._grid_sizes.items()}
-        )
+        return self._predict(kernel, *operands, grid_sizes=self._few_sizes)
 
     def _runs(self, op_name: str) -> bool:
         return any(op_name.rsplit(".", 1)[0] == _name(call) for call in self.kernels)

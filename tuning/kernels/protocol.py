@@ -18,6 +18,8 @@ C = TypeVar("C")
 W = TypeVar("W")
 
 _VALUES, _OPTION = "values", "compiler_option"
+#: The device kind that a kernel finds where it is interpreted.
+_INTERPRETED_AS = "TPU v6 lite"
 
 
 class KernelError(ValueError):
@@ -211,5 +213,11 @@ def _interpreting(platform: str) -> Iterator[None]:
     from jax.experimental.pallas import tpu as pltpu
 
     how: Any = pltpu.InterpretParams(uninitialized_memory="nan") if platform == "tpu" else True
-    with pltpu.force_tpu_interpret_mode(how):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pltpu.force_tpu_interpret_mode(how))
+        if platform == "tpu" and jax.devices()[0].platform != "tpu":
+            # Kernels ask which TPU they are for while they are traced, interpreted or not.
+            device = jax.sharding.AbstractDevice(_INTERPRETED_AS, 1, "tpu")
+            mesh = jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
         yield

@@ -12,12 +12,13 @@ import pytest
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from sweeps import quiet, with_job
-from tuning import sweep
+from tuning import hparams, sweep
 from tuning.autotune import Best, autotune
 from tuning.backends.registry import BACKENDS
 from tuning.kernels import KernelError, loading, promoted
 from tuning.search.kernel_settings import kernel_settings
 from tuning.search.study import SearchSettings
+from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 
 pytestmark = pytest.mark.compile  # each starts worker processes
@@ -184,3 +185,25 @@ def _defaults(**changes: Any) -> dict[str, Any]:
     }
     assert settings["backend"] in BACKENDS
     return settings | changes
+
+
+def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    best, _, _ = tuned
+    lines = list(of_sweep.write([best.trial], tmp_path, top=1, kernel=SCALED))
+    assert "predicted timeline" in lines[0]
+    assert hparams.write(best.trials, tmp_path, "user").exists()
+
+
+def test_trouble_with_the_machine_is_no_fact_about_its_candidates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_job("short_of_something", kernel_settings(loading.find(SCALED), {}, **_defaults(results_dir=tmp_path)))
+    monkeypatch.setenv("FAKE_JOBS_SHORT_OF", "disk")
+    first = sweep.sweep(made, report=quiet)
+    assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}
+    monkeypatch.delenv("FAKE_JOBS_SHORT_OF")
+    second = sweep.sweep(made, report=quiet)
+    assert {trial.status for trial in second.trials} == {Status.OK}
+    assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
+    assert sweep.sweep(made, report=quiet).evaluated_count == 0
