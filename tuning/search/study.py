@@ -152,8 +152,10 @@ class Search:
 
         Empty where too few candidates are known, or no parameter differs.
         """
+        if sum(trial.status is Status.OK for trial in self.told.values()) < _STARTUP_TRIALS:
+            return {}
         with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore")  # that it is experimental, or that trials are few
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
             return {name: part for name, part in found.items() if part > 0}

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.compile  # each starts worker processes
 
 SCALED = f"{Path(__file__).with_name('scaled.py')}:Scaled"
 KIND = "TPU v6 lite"
+#: Too many for VMEM.
+ROWS = 2**17
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Best[Any], Path, Pa
     kernel = loading.find(SCALED)
     best = autotune(
         kernel,
-        kernel.Workload(rows=128),
+        kernel.Workload(rows=ROWS),
         sampler="grid",
         max_trials=None,
         workers=1,
@@ -52,8 +54,7 @@ def test_the_winner_was_compiled_whole_beside_its_estimate(tuned: tuple[Best[Any
     best, results, _ = tuned
     assert len(best.trials) == 6 and {trial.status for trial in best.trials} == {Status.OK}
     assert best.trial.compiled == "whole" and best.label == "predicted"
-    # Some microseconds, in which what the op begins and ends with counts.
-    assert best.trial.estimate_ms == pytest.approx(best.time_ms, rel=1)
+    assert best.trial.estimate_ms == pytest.approx(best.time_ms, rel=0.5)
     assert best.config.block == 64  # the fewest steps
     assert {trial.compiled for trial in best.trials} > {"whole"}
     assert best.trial.bound_ms is not None and best.trial.bound_ms < best.time_ms
@@ -69,7 +70,7 @@ def test_it_is_promoted_and_looked_up(tuned: tuple[Best[Any], Path, Path]) -> No
     best, _, path = tuned
     kernel = loading.find(SCALED)
     assert best.promoted == "it beats the default configuration"
-    found = promoted.lookup(kernel, kernel.Workload(rows=128), device_kind=KIND, path=path)
+    found = promoted.lookup(kernel, kernel.Workload(rows=ROWS), device_kind=KIND, path=path)
     assert found == best.config
     with pytest.raises(KernelError, match=r"tuned\.json: no entry of Scaled for \{'rows': 64\} on 'TPU v6 lite'"):
         promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path)
@@ -85,6 +86,7 @@ def test_the_same_again_evaluates_nothing(tuned: tuple[Best[Any], Path, Path]) -
     kernel = loading.find(SCALED)
     again = autotune(
         kernel,
+        kernel.Workload(rows=ROWS),
         sampler="grid",
         max_trials=None,
         workers=1,
