@@ -108,7 +108,9 @@ class Feedback:
 def describe(trial: Trial) -> str:
     """Return a trial's configuration and what became of it, in one line."""
     config = f"{trial.block_sizes} " if trial.block_sizes else ""
-    config += " ".join(f"{name}={value}" for name, value in trial.variant.items() if value not in (None, False))
+    brief = trial.shape is not None  # of an attention's variant, what is switched on
+    shown = {name: value for name, value in trial.variant.items() if not brief or value not in (None, False)}
+    config += " ".join(f"{name}={value}" for name, value in shown.items())
     if trial.status is not Status.OK:
         return f"{config}: {trial.status} {(trial.error or '')[:_ERROR_CHARACTERS]}".rstrip()
     if trial.time_ms is None:

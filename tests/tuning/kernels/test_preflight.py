@@ -1,5 +1,6 @@
 """What a look at a user's kernel finds before its sweep."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 
 from splash_workbench.trial_status import TrialError
 from tuning.backends.preflight import look
+from tuning.kernels import loading
+from tuning.kernels.protocol import tunables
 
 SCALED = Path(__file__).with_name("scaled.py")
 SPACE = {"block": [8, 16, 64], "add_first": [False, True]}
@@ -60,3 +63,23 @@ def test_a_reference_that_disagrees(look_at: Callable[[str], dict[str, Any]], mo
     monkeypatch.setenv("SCALED_IS_WRONG", "1")
     with pytest.raises(TrialError, match=r"Scaled: the default configuration .* disagrees with the reference"):
         look_at("Scaled")
+
+
+def test_nothing_is_said_of_the_tutorials_kernel(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "kernels.md").read_text()
+    path = tmp_path / "scale_rows.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0])
+    kernel = loading.find(f"{path}:ScaleRows")
+    request = {
+        "kernel": f"{path}:ScaleRows",
+        "kernel_hash": "h",
+        "shape": None,
+        "dtype": "",
+        "block_sizes": None,
+        "options": dataclasses.asdict(kernel.Config()),
+        "device": "local",
+        "cache_dir": str(tmp_path),
+        "measure": {},
+        "sizes": dataclasses.asdict(kernel.Workload()),
+    }
+    assert look(request | {"space": tunables(kernel), "traces": True}) == {}
