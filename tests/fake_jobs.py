@@ -14,6 +14,7 @@ from typing import Any
 
 from splash_workbench.files import atomic_path
 from splash_workbench.trial_status import Status, TrialError, compile_error
+from splash_workbench.workers import stages
 
 
 def _passed(error: float = 0.004) -> dict[str, Any]:
@@ -48,7 +49,12 @@ def bowl(payload: dict[str, Any]) -> dict[str, Any]:
             file.write(json.dumps(payload["block_sizes"]) + "\n")
         if len(Path(log).read_text().splitlines()) > int(os.environ.get("FAKE_JOBS_HANG_AFTER", sys.maxsize)):
             time.sleep(600)
-    return {"label": "predicted", "time_samples_ms": [_time_ms(payload["block_sizes"])], "numerics": _passed()}
+    blocks = payload["block_sizes"] or {
+        "block_q": 384,
+        "block_kv": payload["options"]["block"],
+        "block_kv_compute": 128,
+    }
+    return {"label": "predicted", "time_samples_ms": [_time_ms(blocks)], "numerics": _passed()}
 
 
 def bowl_of_uneven_speed(payload: dict[str, Any]) -> dict[str, Any]:
@@ -192,3 +198,12 @@ def wrong_kernel(payload: dict[str, Any]) -> dict[str, Any]:
 
 def predicts(payload: dict[str, Any]) -> dict[str, Any]:
     return {"time_s": 0.012, "interval_s": [0.011, 0.013]}
+
+
+def staged(payload: dict[str, Any]) -> dict[str, Any]:
+    """Say two stages, and stay in the second until the file of the payload is there."""
+    stages.enter("compile")
+    stages.enter("check")
+    while not Path(payload["until"]).exists():
+        time.sleep(0.02)
+    return {"done": True}

@@ -133,7 +133,7 @@ def _row(trial: Trial) -> dict[str, Any]:
 
     return {
         "workload": trial.workload,
-        "shape": str(trial.shape),
+        "shape": trial.call,
         "device": trial.device,
         "backend": trial.backend,
         "kernel": trial.kernel,
@@ -142,6 +142,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         **{f"{VARIANT_PREFIX}{name}": value for name, value in trial.variant.items()},
         "compiler_options": options_text(trial.compiler_options) or None,
         "status": trial.status.value,
+        "compiled": None if trial.compiled == "whole" else trial.compiled,
         **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
         "kernel_ms": trial.kernel_time_ms,
         "kernel_bound_fraction": kernel_bound_fraction(trial),

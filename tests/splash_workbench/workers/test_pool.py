@@ -208,3 +208,17 @@ def test_an_idle_worker_dies_with_a_killed_parent(tmp_path: Path) -> None:
         parent.kill()
     wait_until_dead(worker)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_what_a_job_is_at_is_known_while_it_runs(runner: Runner, tmp_path: Path) -> None:
+    outcomes: list[module.Outcome] = []
+    payload = {"until": str(tmp_path / "go")}
+    thread = threading.Thread(
+        target=lambda: outcomes.append(runner.run("fake_jobs:staged", payload, timeout_s=PLENTY_S))
+    )
+    thread.start()
+    wait_until(lambda: [stage for stage, _ in runner.stages()] == ["check"], "the second stage")
+    (tmp_path / "go").touch()
+    thread.join(PLENTY_S)
+    assert (outcomes[0].status, outcomes[0].result) == (Status.OK, {"done": True})
+    assert runner.stages() == []

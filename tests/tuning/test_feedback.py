@@ -1,0 +1,39 @@
+"""What a sweep says while it runs."""
+
+import io
+from collections.abc import Callable
+
+from helpers import wait_until
+from splash_workbench.trial_status import Status
+from tuning import feedback
+from tuning.feedback import Feedback
+from tuning.trials.records import Trial
+
+
+def test_a_line_for_each_trial_with_the_best_and_the_time_left(make_trial: Callable[..., Trial]) -> None:
+    stream = io.StringIO()
+    with Feedback(3, 0, list, stream=stream) as lines:
+        lines.finished(make_trial(time_samples_ms=(12.5,)))
+        lines.finished(make_trial(status=Status.OUT_OF_MEMORY, error="RESOURCE_EXHAUSTED: vmem"))
+        lines.finished(make_trial(time_samples_ms=(11.5,), compiled="shorter"))
+        lines.finished(make_trial(time_samples_ms=(11.75,), compiled="whole"), refined=True)
+    first, second, third, fourth = stream.getvalue().splitlines()
+    assert first.startswith("1/3 256/512/128 softmax=fixed_bound") and "12.5 ms predicted (best so far); about" in first
+    assert second.endswith("out_of_memory RESOURCE_EXHAUSTED: vmem (best 12.5 ms); about 0 s left")
+    assert third.endswith("11.5 ms predicted, from shorter kernels (best so far)")
+    assert fourth.startswith("4/4") and fourth.endswith("11.75 ms predicted (best 11.5 ms)")
+
+
+def test_a_file_is_told_what_the_workers_are_at(monkeypatch) -> None:
+    monkeypatch.setattr(feedback, "_FILE_S", 0.01)
+    stream = io.StringIO()
+    with Feedback(3, 1, lambda: [("compile", 12.0), ("check", 90.0)], stream=stream):
+        wait_until(stream.getvalue, "a line")
+    assert stream.getvalue().startswith("1/3 workers: compile 12 s, check 2 min\n")
+
+
+def test_nothing_is_said_where_nothing_is_asked_for(make_trial: Callable[..., Trial]) -> None:
+    stream = io.StringIO()
+    with Feedback(1, 0, list, enabled=False, stream=stream) as lines:
+        lines.finished(make_trial())
+    assert stream.getvalue() == ""
