@@ -50,6 +50,14 @@ class GenerateConfig:
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None
     seed: int = 42
+    num_videos: int = 1
+    image: str | None = None
+    noise_aug_strength: float = 0.0
+    video: str | None = None
+    strength: float = 0.8
+    latents: str | None = None
+    lora: Any = None
+    transformer: str | None = None
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     stages: Any = "text,denoise,vae"

@@ -11,18 +11,28 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints.loading import Checkpoint, load_module
+from pipeline.checkpoints.lora import merge_loras
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry, from_rows, rotary_embedding, rotary_rows, to_rows
+from pipeline.model.latents import (
+    LatentGeometry,
+    from_rows,
+    position_rows,
+    rotary_embedding,
+    rotary_rows,
+    to_rows,
+)
 from pipeline.model.noise_schedule import build_scheduler, guidance_scales, step_table
 from pipeline.model.placement import put, to_host
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.model.weights import place_weights
+from pipeline.model.weights import POSITIONS, place_weights
 from pipeline.requests.errors import NonFiniteError
+from pipeline.requests.media import read_latents
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile
+from pipeline.stages.conditioning import image_condition, noisy_video, sample_posterior
 from pipeline.stages.progress import StageClock, StageEvent
 from pipeline.stages.resume import DenoiseState, StateFile
 from splash_attn.types import AttentionShape
@@ -41,7 +51,7 @@ def build_step(
 ) -> DenoiseStep:
     """Return the step for a stock transformer (on the meta device will do), sizes of a request, and a plan.
 
-    Raises CheckpointError when the transformer is not of CogVideoX 1.5's kind.
+    Raises CheckpointError when the transformer is not of CogVideoX's kind.
     """
     shape = TransformerShape.from_config(module.config)
     stock = plan.uses_stock_block
@@ -61,11 +71,12 @@ class DenoiseLoop:
         clock: StageClock,
         latents: np.ndarray | None,
         state_file: StateFile | None,
+        moments: np.ndarray | None,
     ):
         self._denoiser, self._clock, self._state_file = denoiser, clock, state_file
-        self._geometry = denoiser.geometry(request)
+        self._geometry = geometry = denoiser.geometry(request)
         scheduler = build_scheduler(denoiser.configs["scheduler"], request.scheduler)
-        self._table = table = step_table(scheduler, request.num_inference_steps)
+        self._table = table = step_table(scheduler, request.num_inference_steps, request.steps_left_out)
         self._step = step = build_step(
             denoiser.module,
             self._geometry,
@@ -77,12 +88,14 @@ class DenoiseLoop:
             noisy=table.needs_noise,
         )
         rotary = rotary_embedding(self._geometry, denoiser.configs["transformer"])
-        tables = rotary if step.plan.uses_stock_block else rotary_rows(rotary, step.layout)
-        placed = tuple(put(each, step.sharding("rotary")) for each in tables)
+        tables = rotary if step.plan.uses_stock_block or rotary is None else rotary_rows(rotary, step.layout)
+        placed = None if tables is None else tuple(put(each, step.sharding("rotary")) for each in tables)
         self._fixed = put(embeddings, step.sharding("embeddings")), placed
         self._guidance = guidance_scales(request.guidance_scale, table.timesteps, request.use_dynamic_cfg)
         self._dtype = getattr(torch, request.dtype)
         self._generator = torch.Generator().manual_seed(request.seed)
+        encoded = None if moments is None else sample_posterior(moments, self._generator, self._dtype)
+        self._conditions = self._place_conditions(encoded)
         saved = state_file.load() if state_file is not None else None
         if saved is not None:
             self._generator.set_state(torch.from_numpy(saved.generator))
@@ -92,11 +105,28 @@ class DenoiseLoop:
         else:
             if latents is None:
                 # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
-                noise = torch.randn(self._geometry.shape, generator=self._generator, dtype=self._dtype)
+                if request.latents is not None:
+                    noise = read_latents(request.latents, geometry.shape).to(self._dtype)
+                else:
+                    noise = torch.randn(geometry.shape, generator=self._generator, dtype=self._dtype)
+                if encoded is not None and "image" not in self._conditions:
+                    noise = noisy_video(encoded, noise, geometry, denoiser.configs["vae"], scheduler, table.timesteps)
                 latents = torch_to_numpy(noise * table.init_noise_sigma)
             self._start, sample = 0, self._to_rows(latents)
             x0 = np.zeros(sample.shape, np.float32)
         self._state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
+
+    def _place_conditions(self, encoded: torch.Tensor | None) -> dict[str, jax.Array]:
+        """Place the arguments of `TransformerShape.condition_channels`. encoded: latents of the image or video."""
+        step, configs, values = self._step, self._denoiser.configs, {}
+        if "image" in step.shape.condition_channels:
+            assert encoded is not None, "checked before: an image-to-video model has an image"
+            values["image"] = self._to_rows(torch_to_numpy(image_condition(encoded, self._geometry, configs["vae"])))
+        if "positions" in step.shape.condition_channels:
+            learned = self._denoiser.positions
+            values["positions"] = position_rows(self._geometry, configs["transformer"], step.layout, learned)
+        dtype = jnp.dtype(str(self._dtype).removeprefix("torch."))
+        return {name: put(value.astype(dtype), step.sharding("condition")) for name, value in values.items()}
 
     def run(self) -> np.ndarray:
         """Run the steps that are left; return latents without padding frames."""
@@ -133,6 +163,7 @@ class DenoiseLoop:
             put(self._to_rows(noise) if noise.ndim else noise, step.sharding("noise")),
             *self._fixed,
             *(put(scalar, step.sharding("scalar")) for scalar in scalars),
+            self._conditions,
         )
 
     def _noise(self, index: int) -> np.ndarray:
@@ -183,10 +214,12 @@ class Denoiser:
         attention: AttentionOptions,
         parallel: ParallelOptions | None = None,
         guided: bool = True,
+        loras: Sequence[LoraFile] = (),
     ):
         """Load transformer/ and the configurations of scheduler/ and vae/.
 
-        guided: whether requests will use guidance; decides over dp where `parallel` leaves it open.
+        guided: whether requests will use guidance; decides over dp where `parallel` leaves it open. loras: merged into
+        the weights.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
         self.attention, self.devices = attention, jax.devices()
@@ -195,6 +228,9 @@ class Denoiser:
         self.plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
         loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
         self.module: Any = loaded.module
+        merge_loras(loaded.weights, loras, f"checkpoint={checkpoint.name!r}")
+        #: The checkpoint's own, [1, tokens, channels]; None where positions are computed.
+        self.positions = loaded.weights.pop(POSITIONS, None)
         mesh = self.plan.mesh(self.devices)
         self.weights = place_weights(loaded.weights, config["attention_head_dim"], self.plan, mesh)
         self._compiled: dict[Any, Any] = {}
@@ -206,15 +242,18 @@ class Denoiser:
         clock: StageClock | None = None,
         latents: np.ndarray | None = None,
         state_file: StateFile | None = None,
+        moments: np.ndarray | None = None,
     ) -> np.ndarray:
         """Return latents [1, frames, channels, height, width] in the transformer's dtype, ready for the VAE stage.
 
         embeddings: [2 or 1, text tokens, text_embed_dim]: negative and positive, or positive alone without guidance.
         latents: initial noise, with padding frames; drawn from the request's seed without it.
         state_file: where to go on from, and to save to, also when `progress` raises. The caller removes it.
+        moments: of the request's image or video, see `VaeEncoder.encode`.
         Raises NonFiniteError, and whatever the clock's `progress` raises, which is called once a step.
         """
-        return DenoiseLoop(self, request, embeddings, clock or StageClock("denoise"), latents, state_file).run()
+        clock = clock or StageClock("denoise")
+        return DenoiseLoop(self, request, embeddings, clock, latents, state_file, moments).run()
 
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
@@ -249,13 +288,18 @@ def abstract_arguments(step: DenoiseStep, config: Mapping[str, Any], dtype: Any)
     half = step.shape.head_dim // 2
     table = (layout.video, 2 * half) if step.plan.uses_stock_block else (half, layout.rows)
     rotary = array("rotary", jnp.float32, *table)
+    conditions = {
+        name: array("condition", dtype, layout.rows, channels)
+        for name, channels in step.shape.condition_channels.items()
+    }
     return (
         array("sample", dtype, layout.rows, channels),
         array("x0", jnp.float32, layout.rows, channels),
         array("noise", dtype, layout.rows, channels) if step.noisy else array("noise", jnp.float32),
         array("embeddings", dtype, 2 if step.guided else 1, layout.text, config["text_embed_dim"]),
-        (rotary, rotary),
+        (rotary, rotary) if step.shape.rotary else None,
         array("scalar", jnp.int32),
         array("scalar", jnp.float32),
         array("scalar", jnp.float32, 6),
+        conditions,
     )

@@ -15,7 +15,8 @@ from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
-from pipeline.model.vae_decoder import DecoderShape, arrange
+from pipeline.model.vae_decoder import DecoderShape
+from pipeline.model.vae_layers import arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS
