@@ -228,9 +228,10 @@ def _parse_one_lora(text: Any) -> LoraFile:
     if not colon or not strength or set(strength) & set("/\\") or strength.endswith(".safetensors"):
         return LoraFile(text)
     try:
-        return LoraFile(path, float(strength))
+        number = float(strength)
     except ValueError as error:
         raise RequestError(f"lora={text!r}: {strength!r} is no strength; expected path:1.0") from error
+    return LoraFile(path, number)
 
 
 def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:
