@@ -14,11 +14,17 @@ from PIL import Image
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.model.latents import LatentGeometry
+from pipeline.model.noise_schedule import build_scheduler
 from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.requests.media import read_video
 from pipeline.requests.models import MODELS
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.options import RunOptions
+from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.runs.outputs import load_stage
-from pipeline.runs.request_run import RequestRun, RunOptions, generate
+from pipeline.runs.request_run import RequestRun, generate
+from pipeline.runs.video import write_mp4
+from pipeline.stages.conditioning import noisy_video
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -97,8 +103,8 @@ def _generated(request: GenerateRequest, run_dir: Path) -> tuple[np.ndarray, np.
     """Our latents and frames, as the stages saved them."""
     generate(request, run_dir=run_dir)
     checkpoint = Checkpoint(request.checkpoint, Path(request.checkpoint))
-    identities = checkpoint.identities("text", "denoise", "vae")
-    run = RequestRun(request, ("text", "denoise", "vae"), run_dir, checkpoint, identities, RunOptions())
+    identities = checkpoint.identities(*STAGES)
+    run = RequestRun(request, STAGES, run_dir, checkpoint, identities, RunOptions())
     return load_stage(run_dir, run.keys["denoise"])["latents"], load_stage(run_dir, run.keys["vae"])["frames"]
 
 
@@ -123,3 +129,33 @@ def test_image_to_video(model, folder_of, picture, tmp_path):
     request = _request(folder_of(MODELS[model].checkpoint), image=str(picture), scheduler="dpm", use_dynamic_cfg=True)
     expected = _stock("CogVideoXImageToVideoPipeline", request, image=load_image(str(picture)))
     _assert_same(_generated(request, tmp_path / "run"), expected)
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
+    noise = np.random.default_rng(4).integers(0, 256, (4, 6, 3), np.uint8)
+    write_mp4(path, np.stack([np.roll(noise, n, 1).repeat(16, 0).repeat(16, 1) for n in range(NUM_FRAMES)]), 8)
+    return path
+
+
+@pytest.mark.compile
+def test_video_to_video(folder_of, moving, tmp_path):
+    folder = folder_of(MODELS["cogvideox-5b"].checkpoint)
+    request = _request(folder, video=str(moving), strength=0.7, num_inference_steps=4, scheduler="dpm")
+    assert request.steps_left_out == 2
+    frames = read_video(str(moving), NUM_FRAMES)
+    expected = _stock("CogVideoXVideoToVideoPipeline", request, video=frames, strength=request.strength)
+    _assert_same(_generated(request, tmp_path / "run"), expected)
+
+
+def test_a_video_for_a_model_that_pads_frames():
+    """diffusers refuses it: the padding frame repeats the first."""
+    configs = PUBLISHED_CONFIGS[MODELS["cogvideox1.5-5b"].checkpoint]
+    geometry = LatentGeometry(num_frames=3, padding_frames=1, num_channels=2, height=4, width=6, patch=(2, 2, 2))
+    encoded, noise = torch.randn(1, 3, 2, 4, 6), torch.randn(geometry.shape)
+    scheduler = build_scheduler(configs["scheduler"])
+    actual = noisy_video(encoded, noise, geometry, configs["vae"], scheduler, np.array([499]))
+    alpha = scheduler.alphas_cumprod[499]
+    expected = alpha.sqrt() * 0.7 * encoded[:, [0, 0, 1, 2]] + (1 - alpha).sqrt() * noise
+    torch.testing.assert_close(actual, expected)
