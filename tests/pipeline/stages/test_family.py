@@ -4,6 +4,9 @@ Float32 on both sides; tolerances as in test_stages.py.
 """
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import PLENTY_S
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
@@ -25,6 +29,7 @@ from pipeline.runs.outputs import load_stage
 from pipeline.runs.request_run import RequestRun, generate
 from pipeline.runs.video import write_mp4
 from pipeline.stages.conditioning import noisy_video
+from splash_workbench.provenance import REPO_ROOT
 
 LATENT_TOLERANCE = 2e-4
 FRAME_TOLERANCE = 1e-4
@@ -159,3 +164,65 @@ def test_a_video_for_a_model_that_pads_frames():
     alpha = scheduler.alphas_cumprod[499]
     expected = alpha.sqrt() * 0.7 * encoded[:, [0, 0, 1, 2]] + (1 - alpha).sqrt() * noise
     torch.testing.assert_close(actual, expected)
+
+
+_SHARDED = """
+import json, os, sys
+folders, output = json.loads(sys.argv[1]), sys.argv[2]
+os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+import numpy as np, torch
+from pathlib import Path
+from helpers import PLENTY_S
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.vae import VaeEncoder
+
+results, rng = {}, np.random.default_rng(5)
+frames = {"width": rng.uniform(-1, 1, (1, 48, 64, 3)), "height": rng.uniform(-1, 1, (1, 64, 48, 3))}
+for name, values in frames.items():
+    encoder = VaeEncoder(Checkpoint("small", Path(folders["cogvideox-2b"])), torch.float32)
+    results |= {f"frames by {name}": values, f"moments by {name}": encoder.encode(values.astype(np.float32))}
+moments = rng.normal(size=(1, 32, 1, 6, 10)).astype(np.float32)
+embeddings = rng.normal(size=(2, 7, 20)).astype(np.float32)
+plans = {"cogvideox-2b": ["ulysses", "seed_tp"], "cogvideox-5b-i2v": ["ulysses", "megatron"]}
+for model, folder in folders.items():
+    image = {"image": "given"} if "i2v" in model else {}
+    request = GenerateRequest(
+        "a", folder, height=48, width=80, num_frames=9, num_inference_steps=1, guidance_scale=4, seed=7, **image
+    )
+    for plan in [*plans[model], "auto"]:
+        options = ParallelOptions(plan, 1 if plan == "auto" else 4)
+        denoiser = Denoiser(Checkpoint("small", Path(folder)), torch.float32, AttentionOptions(), options)
+        results[f"{model} {plan}"] = denoiser.denoise(request, embeddings, moments=moments if image else None)
+np.savez(output, **results)
+"""
+
+
+@pytest.mark.compile
+def test_every_plan_gives_the_same(folder_of, tmp_path):
+    """Added positions without rotation, and with it beside an image's latents; and the encoder, split either way."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    models = ("cogvideox-2b", "cogvideox-5b-i2v")
+    folders = {model: str(folder_of(MODELS[model].checkpoint)) for model in models}
+    output = tmp_path / "results.npz"
+    command = [sys.executable, "-c", _SHARDED, json.dumps(folders), str(output)]
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, timeout=PLENTY_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = np.load(output)
+    for name in (
+        "cogvideox-2b ulysses",
+        "cogvideox-2b seed_tp",
+        "cogvideox-5b-i2v ulysses",
+        "cogvideox-5b-i2v megatron",
+    ):
+        expected = results[f"{name.split()[0]} auto"]
+        np.testing.assert_allclose(results[name], expected, rtol=0, atol=LATENT_TOLERANCE)
+    vae = AutoencoderKLCogVideoX.from_pretrained(folders["cogvideox-2b"], subfolder="vae")
+    for name in ("width", "height"):
+        frames = torch.from_numpy(results[f"frames by {name}"].astype(np.float32))
+        with torch.no_grad():
+            expected = vae.encode(frames.permute(3, 0, 1, 2)[None]).latent_dist.parameters.numpy()
+        np.testing.assert_allclose(results[f"moments by {name}"], expected, rtol=0, atol=LATENT_TOLERANCE)
