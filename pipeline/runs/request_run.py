@@ -307,7 +307,7 @@ def warm_up(
         raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
     with tempfile.TemporaryDirectory() as folder:
         result = generate(
-            dataclasses.replace(request, num_inference_steps=1),
+            dataclasses.replace(request, num_inference_steps=1, strength=1.0),
             stages=stages,
             run_dir=Path(folder),
             run_options=dataclasses.replace(run_options or RunOptions(), resume=False),

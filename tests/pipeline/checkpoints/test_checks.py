@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.checks import check_request, read_configs
@@ -79,6 +82,47 @@ def test_decided_before_any_weight_is_read(folder, request_of, tmp_path, no_weig
     entries = [Entry(1, request, "one")]
     with pytest.raises(RequestError, match=f"lines:1: .*{message}"):
         prepare(entries, Path("lines"), ("text", "denoise", "vae"), tmp_path / "out", RunOptions())
+
+
+FROM_IMAGE = {"in_channels": 32, "sample_height": 6, "sample_width": 10, "sample_frames": 9}
+LEARNED = {**FROM_IMAGE, "use_learned_positional_embeddings": True, "patch_size_t": None}
+WRONG_INPUTS = [
+    ({}, {"image": "image.png"}, "image='.*': .* is a text-to-video model; expected model=cogvideox-5b-i2v or"),
+    (FROM_IMAGE, {"video": "a.mp4"}, "image=null: .* expected image=path instead of video, which a text model takes"),
+    (FROM_IMAGE, {"image": "absent.png"}, "image='absent.png': No such file or directory; expected a file such as PNG"),
+    (LEARNED, {"image": "image.png", "height": 32}, "height=32: .* learned positions, for height=48 only"),
+    (LEARNED, {"image": "image.png", "width": 96}, "width=96: .* learned positions, for width=80 only"),
+    (LEARNED, {"image": "image.png", "num_frames": 1}, "num_frames=1: .* learned positions, for num_frames=9 only"),
+    ({"patch_size_t": None, "sample_frames": 49}, {"num_frames": 81}, "num_frames=81: .* for 49 frames; expected num"),
+    ({}, {"latents": "image.png"}, "latents='.*image.png': .*expected a file of safetensors with one tensor"),
+    ({}, {"video": "image.png", "strength": 0.5}, "video='.*image.png': holds 1 frames; expected num_frames=9 of them"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), WRONG_INPUTS)
+def test_inputs_that_do_not_fit_the_model(folder, request_of, tmp_path, no_weights, config, changes, message):
+    _change(folder, "transformer", **config)
+    Image.new("RGB", (80, 48)).save(tmp_path / "image.png")
+    paths = {name: str(tmp_path / value) for name, value in changes.items() if value == "image.png"}
+    with pytest.raises(PipelineError, match=message) as error:
+        generate(request_of(checkpoint=str(folder), **{**changes, **paths}), run_dir=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_with_other_norms(folder, request_of, tmp_path, no_weights):
+    _change(folder, "vae", norm_eps=1e-5)
+    check_request(request_of(), read_configs(Checkpoint("mine", folder)))
+    with pytest.raises(CheckpointError, match="norm_eps=1e-05, expected 1e-06 to encode"):
+        generate(request_of(checkpoint=str(folder), video="a.mp4"), run_dir=tmp_path / "run")
+
+
+def test_latents_of_another_size(tiny_folder, request_of, tmp_path):
+    configs, path = read_configs(Checkpoint("small", tiny_folder)), tmp_path / "noise.safetensors"
+    save_file({"latents": torch.zeros(1, 4, 16, 6, 10)}, path)
+    check_request(request_of(latents=str(path)), configs)
+    with pytest.raises(RequestError, match=r"has shape \[1, 4, 16, 6, 10\]; expected \[1, 6, 16, 6, 10\]"):
+        check_request(request_of(latents=str(path), num_frames=17), configs)
 
 
 def test_a_size_beyond_the_published_rotary_table(tmp_path, no_weights):

@@ -24,11 +24,14 @@ from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.media import read_video
 from pipeline.requests.models import MODELS
 from pipeline.requests.options import RunOptions
-from pipeline.requests.request import STAGES, GenerateRequest
+from pipeline.requests.request import STAGES, AttentionOptions, GenerateRequest
 from pipeline.runs.outputs import load_stage
 from pipeline.runs.request_run import RequestRun, generate
 from pipeline.runs.video import write_mp4
 from pipeline.stages.conditioning import noisy_video
+from pipeline.stages.denoise import Denoiser
+from pipeline.stages.progress import StageClock, StageEvent
+from pipeline.stages.resume import StateFile
 from splash_workbench.provenance import REPO_ROOT
 
 LATENT_TOLERANCE = 2e-4
@@ -152,6 +155,29 @@ def test_video_to_video(folder_of, moving, tmp_path):
     frames = read_video(str(moving), NUM_FRAMES)
     expected = _stock("CogVideoXVideoToVideoPipeline", request, video=frames, strength=request.strength)
     _assert_same(_generated(request, tmp_path / "run"), expected)
+
+
+@pytest.mark.compile
+def test_an_interrupted_image_to_video_goes_on_with_the_same_bits(folder_of, tmp_path):
+    checkpoint = Checkpoint("i2v", folder_of(MODELS["cogvideox-5b-i2v"].checkpoint))
+    denoiser = Denoiser(checkpoint, torch.float32, AttentionOptions())
+    request = _request(checkpoint.folder, image="given", scheduler="dpm")
+    rng = np.random.default_rng(6)
+    moments = rng.normal(size=(1, 32, 1, HEIGHT // 8, WIDTH // 8)).astype(np.float32)
+    embeddings = rng.normal(size=(2, TEXT_SEQ_LEN, SPEC.text_embed_dim)).astype(np.float32)
+
+    def interrupt(event: StageEvent) -> None:
+        if event.step == 1:
+            raise KeyboardInterrupt
+
+    expected = denoiser.denoise(request, embeddings, moments=moments)
+    with pytest.raises(KeyboardInterrupt):
+        clock = StageClock("denoise", interrupt)
+        denoiser.denoise(request, embeddings, clock, state_file=StateFile(tmp_path, "x"), moments=moments)
+    state_file = StateFile(tmp_path, "x")
+    actual = denoiser.denoise(request, embeddings, state_file=state_file, moments=moments)
+    assert state_file.resumed_at_step == 1
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_video_for_a_model_that_pads_frames():
