@@ -130,8 +130,8 @@ def _check_source(request: GenerateRequest, shape: TransformerShape) -> None:
         instead = "image=path" if request.video is None else "image=path instead of video, which a text model takes"
         raise RequestError(f"image=null: {of} is an image-to-video model; expected {instead}")
     if request.image is not None and not shape.takes_image:
-        names = " or ".join(model for model in MODELS if model.endswith("-i2v"))
-        raise RequestError(f"image={request.image!r}: {of} is a text-to-video model; expected model={names}")
+        names = " or ".join(f"model={model}" for model in MODELS if model.endswith("-i2v"))
+        raise RequestError(f"image={request.image!r}: {of} is a text-to-video model; expected {names}")
 
 
 def _check_frames(request: GenerateRequest, transformer: Mapping[str, Any], shape: TransformerShape) -> None:

@@ -41,9 +41,9 @@ class LoraPair:
     scale: float
 
 
-def lora_identity(loras: Sequence[LoraFile]) -> list[list[Any]] | None:
-    """Return what tells LoRAs from others: their content and strengths, JSON-able; None without any. RequestError."""
-    return [[content_digest("lora", lora.path), lora.strength] for lora in loras] or None
+def lora_identity(loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """Return what tells LoRAs from others, by their content and strengths. Raises RequestError."""
+    return tuple(f"{content_digest('lora', lora.path)} at {lora.strength:g}" for lora in loras)
 
 
 def check_loras(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], of: str) -> None:

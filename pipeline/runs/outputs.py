@@ -82,7 +82,7 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
     if request.video is not None:
         fields |= {"strength": request.strength, "encoder_weights": identities["vae"]}
     if request.lora:
-        fields["lora"] = lora_identity(request.lora)
+        fields["lora"] = list(lora_identity(request.lora))
     return fields
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 _STRETCH = 1.05  # of an image's sides against one another, from where on it is said
 
 
-def source_frames(request: GenerateRequest, image: Any = None) -> np.ndarray:
+def source_frames(request: GenerateRequest, pictures: Sequence[Any] | None = None) -> np.ndarray:
     """Return the frames of a request's image or video as the encoder takes them, float32 [frames, height, width, 3].
 
     Resized as diffusers' pipelines resize, to the request's size whatever the sides were, in [-1, 1]; an image with
-    the request's noise on it. image: a PIL image instead of the file. Raises RequestError.
+    the request's noise on it. pictures: PIL images instead of the file. Raises RequestError.
     """
     from diffusers.video_processor import VideoProcessor
 
-    if request.video is not None:
+    if pictures is None and request.video is not None:
         pictures = read_video(request.video, request.num_frames)
-    else:
-        pictures = [image or open_image(request.image or "")]
+    elif pictures is None:
+        pictures = [open_image(request.image or "")]
     width, height = pictures[0].size
     stretch = (request.width / width) / (request.height / height)
     if max(stretch, 1 / stretch) > _STRETCH:
         size = f"{width}x{height} is stretched to {request.width}x{request.height}"
         logger.warning("%s: %s; crop it before to keep its shape", "image" if request.video is None else "video", size)
-    frames = VideoProcessor().preprocess(pictures, height=request.height, width=request.width)
+    frames = VideoProcessor().preprocess(list(pictures), height=request.height, width=request.width)
     if request.noise_aug_strength:
         # Other numbers than the initial noise, which is drawn from the seed itself.
         seed = int.from_bytes(hashlib.sha256(f"noise_aug {request.seed}".encode()).digest()[:7])

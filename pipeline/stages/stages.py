@@ -6,7 +6,7 @@ The VAE's encoder, which an image or a video needs before it is denoised, is loa
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,14 +97,14 @@ class Stages:
         """Encode prompts to T5 embeddings [prompts, text tokens, text_embed_dim]."""
         return self._run("text", context, lambda text: text.encode(prompts, context.clock))
 
-    def encode_source(self, context: StageContext, image: Any = None) -> np.ndarray | None:
+    def encode_source(self, context: StageContext, pictures: Sequence[Any] | None = None) -> np.ndarray | None:
         """Encode the request's image or video, see `VaeEncoder.encode`; None without.
 
-        image: a PIL image instead of the file. Its identity is that of the stage "vae". Raises RequestError.
+        pictures: PIL images instead of the file. The encoder's identity is that of the stage "vae". RequestError.
         """
         if not context.request.encodes:
             return None
-        frames = source_frames(context.request, image)  # first: loading takes longer
+        frames = source_frames(context.request, pictures)  # first: loading takes longer
         return self._run("encode", context, lambda encoder: encoder.encode(frames, context.clock))
 
     def denoise(

@@ -46,6 +46,8 @@ def report(
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
     configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
+    if TransformerShape.from_config(configs["transformer"]).takes_image:
+        request = dataclasses.replace(request, image="any")
     check_request(request, configs)
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)

@@ -205,7 +205,7 @@ def test_its_content_and_strength_tell_it_from_others(tmp_path):
     assert lora_identity([LoraFile(str(path), 0.5)]) != first
     _write(path, _factors(2))
     assert lora_identity([LoraFile(str(path))]) != first
-    assert lora_identity([]) is None
+    assert lora_identity([]) == ()
 
 
 @pytest.mark.parametrize(
