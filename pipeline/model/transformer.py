@@ -45,9 +45,8 @@ _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 class TransformerShape:
     """The fields of transformer/config.json that the program uses. Raises CheckpointError for another architecture.
 
-    in_channels: of the model's input; those beyond out_channels are an image's. patch_size_t: 1 in CogVideoX 1.0, whose
-    configurations have none. ofs_embed_dim: None without the `ofs` embedding. rotary: whether queries and keys are
-    rotated. learned_positions: whether the checkpoint has positions to be added.
+    in_channels: those beyond out_channels are an image's. patch_size_t: 1 in CogVideoX 1.0. ofs_embed_dim: None without
+    the `ofs` embedding. learned_positions: whether the checkpoint has positions to be added.
     """
 
     num_layers: int
@@ -106,10 +105,7 @@ class TransformerShape:
 
     @property
     def condition_channels(self) -> dict[str, int]:
-        """Return the program's further arguments, [rows, channels] each: name -> channels.
-
-        image: patches of an image's latents, beside the noise. positions: added to the embedded tokens.
-        """
+        """Return the channels of further arguments: an image's patches, and positions to add; [rows, channels] each."""
         found = {"image": (self.in_channels - self.out_channels) * self.patch_size_t * self.patch_size**2}
         if self.learned_positions or not self.rotary:
             found["positions"] = self.num_heads * self.head_dim
@@ -167,12 +163,17 @@ class DeviceShare:
         return lax.dynamic_slice_in_dim(text, lax.axis_index(MODEL) * rows, rows, axis=1)
 
     def to_heads(self, x: Float[Array, "b heads d rows"]) -> Float[Array, "b local_heads d all_rows"]:
-        """Exchange some rows of all heads for all rows of some heads, for attention."""
-        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True) if self._splits else x
+        """Exchange some rows of all heads for all rows of some heads, for attention; the first heads fill up."""
+        if not self._splits:
+            return x
+        missing = -x.shape[1] % self.plan.model
+        x = jnp.concatenate([x, x[:, :missing]], axis=1) if missing else x
+        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True)
 
-    def to_rows(self, x: Float[Array, "b local_heads d all_rows"]) -> Float[Array, "b heads d rows"]:
+    def to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
         """Invert `to_heads`."""
-        return lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
+        x = lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
+        return x if x.shape[1] == num_heads or not self._splits else x[:, :num_heads]
 
     @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
@@ -211,10 +212,7 @@ def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
 def scalar_embedding(
     weights: Weights, shape: TransformerShape, name: str, num_waves: int, value: jax.Array, dtype: Any
 ) -> jax.Array:
-    """Embed a number, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype).
-
-    name: "time_embedding" or "ofs_embedding". value: of any dtype.
-    """
+    """Embed a number, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
     half = num_waves // 2
     exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shape.freq_shift)
     angles = value.astype(jnp.float32) * jnp.exp(exponent)
@@ -289,7 +287,7 @@ def block(
     with jax.named_scope("attention"):
         out = attend(q, k[..., :tokens], v[..., :tokens])
     with jax.named_scope("to_rows"):
-        out = share.to_rows(out)
+        out = share.to_rows(out, shape.num_heads)
     with jax.named_scope("attention_out"):
         weight = weights["attn1.to_out.0.weight"]
         out = share.reduce(jnp.einsum("bhds,chd->bsc", out, weight.reshape(weight.shape[0], -1, shape.head_dim)))

@@ -41,7 +41,11 @@ def test_bad_values_before_any_work(run: Any, comfy: Any, changes: dict[str, Any
         ("CogVideoXTextEncoder", {"prompt": None}, "prompt=None: expected text"),
         ("CogVideoXTextEncoder", {"model_id": "/etc"}, "model_id='/etc': expected a Hub id"),
         ("CogVideoXTPUVAEDecoder", {"fps": 0}, "fps=0: expected a number from 1.0 to 240"),
-        ("CogVideoXTPUInfo", {"device": "foo"}, "device='foo': expected one of TPU v6 lite, TPU v5 lite, TPU v5, TPU7x"),
+        (
+            "CogVideoXTPUInfo",
+            {"device": "foo"},
+            "device='foo': expected one of TPU v6 lite, TPU v5 lite, TPU v5, TPU7x",
+        ),
         ("CogVideoXTPUInfo", {"predict": "yes"}, "predict='yes': expected true or false"),
         ("CogVideoXTPUInfo", {"width": 4096}, "width=4096: the rotary table of model_id='tiny' ends at"),
         (

@@ -56,7 +56,7 @@ def report(
     plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
     patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches
     seq_len = transformer["max_text_seq_length"] + patches
-    heads_a_device = sizes.num_heads // plan.model
+    heads_a_device = plan.local_heads(sizes.num_heads)
     shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
     lines = [
         f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "
