@@ -161,6 +161,7 @@ class CogVideoXTPUSampler(io.ComfyNode):
             _num_devices(0),
             *_PLAN_AND_KERNEL,
             _combo("scheduler", settings.SCHEDULERS, optional=True),
+            (io.Boolean, "use_dynamic_cfg", {"default": False, "optional": True}),
         ]
         return _schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 
