@@ -59,15 +59,18 @@ def check_loras(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], 
 def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> None:
     """Add LoRAs to stock weights on the host, in float32, each rounded once to its dtype. Raises as `check_loras`."""
     shapes = {name: value.shape for name, value in weights.items()}
-    changes: dict[str, np.ndarray] = {}
-    for lora in loras:
-        with _opened(lora) as (file, config):
+    factors: dict[str, list[tuple[Any, LoraPair, float]]] = {}
+    with contextlib.ExitStack() as files:
+        for lora in loras:
+            file, config = files.enter_context(_opened(lora))
             for name, pair in _pairs(lora, file, config, shapes, of).items():
+                factors.setdefault(name, []).append((file, pair, lora.strength * pair.scale))
+        for name, changes in factors.items():  # one weight after the other: all changes in float32 are twice the model
+            weight = weights[name].astype(np.float32)
+            for file, pair, scale in changes:
                 up, down = (_matrix(file.get_tensor(key)) for key in (pair.up, pair.down))
-                change = (lora.strength * pair.scale) * (up @ down).reshape(shapes[name])
-                changes[name] = changes[name] + change if name in changes else change
-    for name, change in changes.items():
-        weights[name] = (weights[name].astype(np.float32) + change).astype(weights[name].dtype)
+                weight += scale * (up @ down).reshape(weight.shape)
+            weights[name] = weight.astype(weights[name].dtype)
 
 
 def _matrix(tensor: Any) -> np.ndarray:
@@ -129,14 +132,17 @@ def _pairs(
             raise CheckpointError(f"{where}only one half, {next(iter(both.values()))}; it was not saved whole")
         down, up = (tuple(file.get_slice(both[half]).get_shape()) for half in ("down", "up"))
         out, *rest = shapes[name]
-        fits = down[0] == up[1] and up[0] == out and math.prod(down[1:]) == math.prod(rest)
-        if not fits:
+        if len(up) < 2 or (*up[:2], math.prod(down[1:])) != (out, down[0], math.prod(rest)):
             raise CheckpointError(
                 f"{where}{both['up']} {list(up)} times {both['down']} {list(down)} is no {list(shapes[name])} as "
                 f"{name} of {of}: a LoRA of another model"
             )
-        alpha = float(file.get_tensor(alphas[name])) if name in alphas else None
-        pairs[name] = LoraPair(both["down"], both["up"], _scale(name, down[0], alpha, config))
+        try:
+            alpha = file.get_tensor(alphas[name]).item() if name in alphas else None
+            scale = _scale(name, down[0], alpha, config)
+        except (ValueError, TypeError, RuntimeError, AttributeError, re.error) as error:
+            raise CheckpointError(f"{where}no scale of {name} in it ({error})") from error
+        pairs[name] = LoraPair(both["down"], both["up"], scale)
     return pairs
 
 

@@ -156,6 +156,12 @@ def _wrong(folder: Path, what: str) -> str:
         path.write_bytes(b"{}")
     elif what == "pickle":
         (path := folder / "wrong.bin").write_bytes(b"")
+    elif what.startswith("bad"):
+        kept = {"lora_alpha": "much"} if what == "bad alpha" else {"alpha_pattern": {"(": 1}}
+        _write(path, _factors(), metadata={"lora_adapter_metadata": json.dumps(kept)})
+    elif what == "flat":
+        shapes = {"A": (RANK, CHANNELS), "B": (CHANNELS,)}
+        save_file({f"{TARGETS[0]}.lora_{half}.weight": torch.zeros(shape) for half, shape in shapes.items()}, path)
     elif what == "empty":
         save_file({}, path)
     elif what == "two":
@@ -181,6 +187,9 @@ def _wrong(folder: Path, what: str) -> str:
         ("damaged", "not readable as safetensors"),
         ("pickle", "a file of another kind; expected one of safetensors"),
         ("empty", "an empty file fits no weight"),
+        ("bad alpha", "no scale of transformer_blocks.*could not convert string to float: 'much'"),
+        ("bad pattern", "no scale of transformer_blocks"),
+        ("flat", r"lora_B.weight \[192\] times"),
         ("two", "holds 2 files of safetensors; expected one"),
         ("absent", "no such file"),
     ],
