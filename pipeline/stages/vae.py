@@ -150,7 +150,7 @@ class VaeEncoder(_VaeHalf):
         inputs = [put(frames[start:stop], sharding) for start, stop in batches]
 
         def program(sharding: NamedSharding) -> Any:
-            return encode_program(self._shape, sharding)
+            return encode_frames_program(self._shape, sharding)
 
         moments = self._run(inputs, batches, None, program, clock or StageClock("encode"))
         return moments.transpose(3, 0, 1, 2)[None]
@@ -188,7 +188,7 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
     return jax.jit(over_mesh, donate_argnums=2)
 
 
-def encode_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
+def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
     """Return (weights, frames of a batch, cache) -> (moments, cache, is all finite) under jit, the cache donated.
 
     sharding: of the frames [frames, height, width, 3], as `frame_sharding` makes it; the moments are split alike.
