@@ -17,6 +17,7 @@ from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae_decoder import DecoderShape
 from pipeline.model.vae_layers import NORM_EPS
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
+from pipeline.requests.limits import MAX_FRAMES
 from pipeline.requests.media import read_latents
 from pipeline.requests.models import MODELS
 from pipeline.requests.request import GenerateRequest, require_multiple
@@ -136,12 +137,14 @@ def _check_source(request: GenerateRequest, shape: TransformerShape) -> None:
 
 def _check_frames(request: GenerateRequest, transformer: Mapping[str, Any], shape: TransformerShape) -> None:
     """Raise RequestError for more frames than CogVideoX 1.0 was made for, or others than learned positions are for."""
-    frames, limit = request.num_frames, transformer["sample_frames"]
+    frames, limit = min(request.num_frames, request.context_frames or MAX_FRAMES), transformer["sample_frames"]
     of = f"num_frames={frames}: checkpoint={request.checkpoint!r}"
     if shape.learned_positions and frames != limit:
         raise RequestError(f"{of} has learned positions, for num_frames={limit} only")
     if transformer["patch_size_t"] is None and frames > limit:
-        raise RequestError(f"{of} is a CogVideoX 1.0 for {limit} frames; expected num_frames={limit} or less")
+        raise RequestError(
+            f"{of} is for {limit} frames; expected num_frames={limit} or less, or context_frames={limit}"
+        )
 
 
 @functools.lru_cache

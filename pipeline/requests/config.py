@@ -58,6 +58,8 @@ class GenerateConfig:
     latents: str | None = None
     lora: Any = None
     transformer: str | None = None
+    context_frames: int | None = None
+    context_overlap: int = 16
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     stages: Any = "text,denoise,vae"

@@ -109,7 +109,8 @@ class GenerateRequest:
     whose values are from -1 to 1. video: a file whose first num_frames frames are made anew. strength: the part of the
     denoising steps that a video is put through. latents: a file of safetensors, the initial noise instead of that of
     the seed. lora: merged into the transformer's weights. transformer: a file of safetensors with the transformer's
-    weights instead of the checkpoint's. Raises RequestError.
+    weights instead of the checkpoint's. context_frames: as many frames as the model sees at a time, 8k + 1, in windows
+    that overlap by context_overlap frames, a multiple of 8; None: all. Raises RequestError.
     """
 
     prompt: str
@@ -134,6 +135,8 @@ class GenerateRequest:
     latents: str | None = None
     lora: tuple[LoraFile, ...] = ()
     transformer: str | None = None
+    context_frames: int | None = None
+    context_overlap: int = 16
 
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
@@ -172,6 +175,12 @@ class GenerateRequest:
         _require_number("strength", self.strength, 0, 1, int | float)
         if self.noise_aug_strength:
             _require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
+        if self.context_frames is not None:
+            _require_number("context_frames", self.context_frames, 1, MAX_FRAMES)
+            require_multiple("context_frames", self.context_frames, FRAME_MULTIPLE, 1)
+            _require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
+            require_multiple("context_overlap", self.context_overlap, FRAME_MULTIPLE)
+            _require(self.image is None, "context_frames and image: only the first window would see the image")
         if self.video is not None and self.steps_left_out == self.num_inference_steps:
             steps = self.num_inference_steps
             raise RequestError(

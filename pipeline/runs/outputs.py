@@ -81,6 +81,8 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields |= {"noise_aug_strength": request.noise_aug_strength, "encoder_weights": identities["vae"]}
     if request.video is not None:
         fields |= {"strength": request.strength, "encoder_weights": identities["vae"]}
+    if request.context_frames is not None:
+        fields |= {"context_frames": request.context_frames, "context_overlap": request.context_overlap}
     if request.lora:
         fields["lora"] = list(lora_identity(request.lora))
     return fields

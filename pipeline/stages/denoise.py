@@ -35,6 +35,7 @@ from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFil
 from pipeline.stages.conditioning import image_condition, noisy_video, sample_posterior
 from pipeline.stages.progress import StageClock, StageEvent
 from pipeline.stages.resume import DenoiseState, StateFile
+from pipeline.stages.windows import Windows
 from splash_attn.types import AttentionShape
 
 
@@ -74,12 +75,13 @@ class DenoiseLoop:
         moments: np.ndarray | None,
     ):
         self._denoiser, self._clock, self._state_file = denoiser, clock, state_file
-        self._geometry = geometry = denoiser.geometry(request)
+        self._windows = windows = denoiser.windows(request)
+        self._geometry = geometry = windows.whole
         scheduler = build_scheduler(denoiser.configs["scheduler"], request.scheduler)
         self._table = table = step_table(scheduler, request.num_inference_steps, request.steps_left_out)
         self._step = step = build_step(
             denoiser.module,
-            self._geometry,
+            windows.seen,
             embeddings.shape[1],
             denoiser.plan,
             denoiser.devices,
@@ -87,7 +89,7 @@ class DenoiseLoop:
             guided=request.do_classifier_free_guidance,
             noisy=table.needs_noise,
         )
-        rotary = rotary_embedding(self._geometry, denoiser.configs["transformer"])
+        rotary = rotary_embedding(windows.seen, denoiser.configs["transformer"])
         tables = rotary if step.plan.uses_stock_block or rotary is None else rotary_rows(rotary, step.layout)
         placed = None if tables is None else tuple(put(each, step.sharding("rotary")) for each in tables)
         self._fixed = put(embeddings, step.sharding("embeddings")), placed
@@ -101,7 +103,7 @@ class DenoiseLoop:
             self._generator.set_state(torch.from_numpy(saved.generator))
             clock.timings.step_times_s[:] = saved.step_times_s
             clock.timings.run_time_s += sum(saved.step_times_s)
-            self._start, sample, x0 = saved.step, self._to_rows(saved.sample), self._to_rows(saved.x0)
+            self._start, sample, x0 = saved.step, saved.sample, saved.x0
         else:
             if latents is None:
                 # As diffusers' pipeline draws it on the CPU for the same seed, dtype and shape.
@@ -112,9 +114,13 @@ class DenoiseLoop:
                 if encoded is not None and "image" not in self._conditions:
                     noise = noisy_video(encoded, noise, geometry, denoiser.configs["vae"], scheduler, table.timesteps)
                 latents = torch_to_numpy(noise * table.init_noise_sigma)
-            self._start, sample = 0, self._to_rows(latents)
-            x0 = np.zeros(sample.shape, np.float32)
-        self._state = [put(sample, step.sharding("sample")), put(x0, step.sharding("x0"))]
+            self._start, sample, x0 = 0, latents, np.zeros(geometry.shape, np.float32)
+        #: The sample and x0: rows on the devices; with several windows, latents on the host.
+        self._state: list[Any] = [sample, x0] if windows.several else self._place_state(sample, x0)
+
+    def _place_state(self, sample: np.ndarray, x0: np.ndarray) -> list[jax.Array]:
+        named = (("sample", sample), ("x0", x0))
+        return [put(self._to_rows(value), self._step.sharding(name)) for name, value in named]
 
     def _place_conditions(self, encoded: torch.Tensor | None) -> dict[str, jax.Array]:
         """Place the arguments of `TransformerShape.condition_channels`. encoded: latents of the image or video."""
@@ -124,7 +130,7 @@ class DenoiseLoop:
             values["image"] = self._to_rows(torch_to_numpy(image_condition(encoded, self._geometry, configs["vae"])))
         if "positions" in step.shape.condition_channels:
             learned = self._denoiser.positions
-            values["positions"] = position_rows(self._geometry, configs["transformer"], step.layout, learned)
+            values["positions"] = position_rows(self._windows.seen, configs["transformer"], step.layout, learned)
         dtype = jnp.dtype(str(self._dtype).removeprefix("torch."))
         return {name: put(value.astype(dtype), step.sharding("condition")) for name, value in values.items()}
 
@@ -133,15 +139,13 @@ class DenoiseLoop:
         total = len(self._table.timesteps)
         # start == total: interrupted when all was done but this call
         arguments = self._arguments(min(self._start, total - 1))
-        program = self._denoiser.program(self._step, arguments, self._clock)
+        program = self._denoiser.program(self._step, arguments[0], self._clock)
         with self._clock.measure("run"):
             self._clock.start(total, self._tell)
             for index in range(self._start, total):
                 if index > self._start:
                     arguments = self._arguments(index)
-                *self._state, finite = program(self._denoiser.weights, *arguments)
-                del arguments  # donated
-                if not bool(finite):
+                if not self._advance(program, arguments):
                     raise NonFiniteError(
                         f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
                         "try dtype=float32 or a lower guidance_scale"
@@ -149,22 +153,43 @@ class DenoiseLoop:
                 self._clock.tick(functools.partial(self._video_latents, self._state[1]))
         return self._video_latents(self._state[0])
 
-    def _arguments(self, index: int) -> tuple[Any, ...]:
-        """Return what the program takes after the weights; draws the step's noise."""
-        step, table = self._step, self._table
+    def _advance(self, program: Any, arguments: list[tuple[Any, ...]]) -> bool:
+        """Run a step, on each window; empties `arguments`, which are donated. Returns whether all of it is finite."""
+        results = []
+        while arguments:
+            results.append(program(self._denoiser.weights, *arguments.pop(0)))
+        if not self._windows.several:
+            self._state = list(results[0][:2])
+        else:
+            layout, seen = self._step.layout, self._windows.seen
+            for index, before in enumerate(self._state):
+                parts = [from_rows(to_host(result[index]), seen, layout) for result in results]
+                self._state[index] = self._windows.blend(parts).astype(before.dtype)
+        return all(bool(result[2]) for result in results)
+
+    def _arguments(self, index: int) -> list[tuple[Any, ...]]:
+        """Return what the program takes after the weights, for each window; draws the step's noise."""
+        step, table, cut = self._step, self._table, self._windows.cut
         noise = self._noise(index)
         scalars = (
             np.asarray(table.timesteps[index], np.int32),
             np.asarray(self._guidance[index], np.float32),
             table.coefficients[index].astype(np.float32),
         )
-        return (
-            *self._state,
-            put(self._to_rows(noise) if noise.ndim else noise, step.sharding("noise")),
-            *self._fixed,
-            *(put(scalar, step.sharding("scalar")) for scalar in scalars),
-            self._conditions,
-        )
+        states = [self._state]
+        if self._windows.several:
+            states = [self._place_state(*parts) for parts in zip(*map(cut, self._state), strict=True)]
+        noises = [self._to_rows(part) for part in cut(noise)] if noise.ndim else [noise] * len(states)
+        return [
+            (
+                *state,
+                put(part, step.sharding("noise")),
+                *self._fixed,
+                *(put(scalar, step.sharding("scalar")) for scalar in scalars),
+                self._conditions,
+            )
+            for state, part in zip(states, noises, strict=True)
+        ]
 
     def _noise(self, index: int) -> np.ndarray:
         if not self._table.needs_noise:
@@ -195,13 +220,13 @@ class DenoiseLoop:
         self._state_file.save(DenoiseState(steps_done, sample, x0, generator, self._clock.timings.step_times_s))
 
     def _to_rows(self, latents: np.ndarray) -> np.ndarray:
-        return to_rows(latents, self._geometry, self._step.layout)
+        return to_rows(latents, self._windows.seen, self._step.layout)
 
-    def _latents(self, rows: jax.Array) -> np.ndarray:
-        return from_rows(to_host(rows), self._geometry, self._step.layout)
+    def _latents(self, state: Any) -> np.ndarray:
+        return state if self._windows.several else from_rows(to_host(state), self._geometry, self._step.layout)
 
-    def _video_latents(self, rows: jax.Array) -> np.ndarray:
-        return self._latents(rows)[:, self._geometry.padding_frames :]
+    def _video_latents(self, state: Any) -> np.ndarray:
+        return self._latents(state)[:, self._geometry.padding_frames :]
 
 
 class Denoiser:
@@ -258,13 +283,13 @@ class Denoiser:
     def describe_attention(self, request: GenerateRequest, text_seq_len: int) -> dict[str, Any]:
         """Describe which attention runs for a request, and why; JSON-able."""
         sizes = TransformerShape.from_config(self.module.config)
-        seq_len = text_seq_len + self.geometry(request).num_patches
+        seq_len = text_seq_len + self.windows(request).seen.num_patches
         shape = AttentionShape(len(request.prompts), sizes.num_heads, seq_len, seq_len, sizes.head_dim)
         return describe_attention(self.attention, shape, request.dtype)
 
-    def geometry(self, request: GenerateRequest) -> LatentGeometry:
-        """Return the sizes of a request's latents."""
-        return LatentGeometry.from_request(request, self.configs["transformer"], self.configs["vae"])
+    def windows(self, request: GenerateRequest) -> Windows:
+        """Return the windows of a request, with the sizes of its latents."""
+        return Windows.from_request(request, self.configs["transformer"], self.configs["vae"])
 
     def program(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
         """Return the step compiled for arguments after the weights, from before where there is one."""
