@@ -56,7 +56,7 @@ WRONG = [
     (
         "transformer",
         {"patch_size_t": None, "sample_frames": 5},
-        "num_frames=9: .* CogVideoX 1.0 for 5 frames; expected",
+        "num_frames=9: .* is for 5 frames; expected num_frames=5 or less",
     ),
     ("vae", {"act_fn": "relu"}, "vae/config.json: act_fn='relu', expected 'silu'"),
     ("vae", {"temporal_compression_ratio": 6}, "temporal_compression_ratio=6"),
