@@ -40,7 +40,7 @@ def _default_backend() -> str:
 @command(
     "generate",
     GenerateConfig,
-    text_or_list=("stages",),
+    text_or_list=("stages", "lora"),
     resolvers={"default_model": default_model, "request": request_field},
 )
 def main(settings: GenerateConfig) -> int:
@@ -78,8 +78,8 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     every = settings.checkpoint_every, settings.preview_every
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
-    if settings.prompts is not None:
-        return _run_batch(Path(settings.prompts), settings, stages, run_options, terminal)
+    if settings.prompts is not None or settings.num_videos != 1:
+        return _run_batch(settings, stages, run_options, terminal)
     request = to_request(settings)
     run_dir = _path(settings.run_dir) or Path(settings.output_dir) / run_name(request, settings.name)
     _check_apart(run_dir)
@@ -113,17 +113,17 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
 
 
 def _run_batch(
-    path: Path,
     settings: GenerateConfig,
     stages: tuple["Stage", ...],
     run_options: "RunOptions",
     terminal: "Terminal",
 ) -> int:
-    from pipeline.requests.batch_file import read_entries
+    from pipeline.requests.batch_file import entries_of, read_entries
     from pipeline.runs.batch import Batch, prepare
     from pipeline.terminal import batch_table
 
-    entries = read_entries(path, settings)
+    path = _path(settings.prompts)
+    entries = read_entries(path, settings) if path is not None else entries_of(settings)
     output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _begin(settings, ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries)))
@@ -139,13 +139,17 @@ def _run_batch(
 def _check_combination(settings: GenerateConfig) -> None:
     if (path := settings.prompts) is not None:
         if not path.strip():
-            raise RequestError("prompts='': expected a file of JSON lines")
+            raise RequestError("prompts='': expected a file of JSON lines, or *.txt")
         for name, instead in (("prompt", "put every prompt into the file"), ("run_dir", "use output_dir and name")):
             if (value := getattr(settings, name)) is not None:
                 raise RequestError(f"prompts={path!r} and {name}={value!r}: expected one of them; {instead}")
         for name, what in (("warm_up", "warming up"), ("profile", "a trace")):
             if getattr(settings, name):
                 raise RequestError(f"prompts and {name}=true: {what} takes one request; expected prompt=...")
+    elif settings.num_videos != 1:
+        for name in ("run_dir", "warm_up", "profile"):
+            if value := getattr(settings, name):
+                raise RequestError(f"num_videos={settings.num_videos} and {name}={value!r}: expected one of them")
     if settings.run_dir is not None and settings.name is not None:
         raise RequestError(f"run_dir={settings.run_dir!r} and name={settings.name!r}: expected one of them")
 

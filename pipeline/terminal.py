@@ -13,7 +13,7 @@ from pipeline.runs.batch import Item
 from pipeline.stages.progress import StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
-_UNITS = {"text": "prompts", "denoise": "steps", "vae": "batches"}
+_UNITS = {"text": "prompts", "encode": "batches", "denoise": "steps", "vae": "batches"}
 
 
 class Interrupted(KeyboardInterrupt):

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, with_defaults
+from pipeline.checkpoints.loading import Checkpoint, build_module, check_names, weight_shapes, with_defaults
+from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
+from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae_decoder import DecoderShape
+from pipeline.model.vae_layers import NORM_EPS
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
+from pipeline.requests.limits import MAX_FRAMES
+from pipeline.requests.media import read_latents
 from pipeline.requests.models import MODELS
 from pipeline.requests.request import GenerateRequest, require_multiple
 
@@ -22,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: Part -> its configuration, with the library's defaults.
 Configs = Mapping[str, dict[str, Any]]
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
-_SUPPORTED = "supported here: CogVideoX 1.5, text to video, e.g. model=cogvideox1.5-5b"
+_SUPPORTED = f"supported here: CogVideoX, {', '.join(f'model={model}' for model in MODELS)}"
 
 
 def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[Configs, str]:
@@ -44,32 +49,18 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
     transformer = checkpoint.config("transformer")
     if transformer.get("_class_name") != _CLASSES["transformer"]:
         raise checkpoint.error(f"transformer/config.json is for {transformer.get('_class_name')!r}; {_SUPPORTED}")
-    if kind := _other_kind(transformer):
-        raise checkpoint.error(f"this is a {kind}; {_SUPPORTED}")
     configs = {part: checkpoint.config(part) for part in COGVIDEOX_1_5_5B}
     try:
-        _check_parts(configs)
+        modules = _check_parts(configs)
     except CheckpointError as error:
         raise checkpoint.error(str(error)) from error
+    if checkpoint.transformer is not None:
+        check_names(checkpoint, "transformer", weight_shapes(modules["transformer"]))
     return configs
 
 
-def _other_kind(transformer: Mapping[str, Any]) -> str | None:
-    """Name the CogVideoX of a transformer/config.json, None for 1.5 text to video."""
-    if not transformer["use_rotary_positional_embeddings"]:
-        return "CogVideoX-2b checkpoint (CogVideoX 1.0, positions added, not rotary)"
-    from_image = (
-        transformer["in_channels"] != transformer["out_channels"]
-        or transformer["ofs_embed_dim"] is not None
-        or transformer["use_learned_positional_embeddings"]
-    )
-    kind = "-I2V checkpoint (image to video" if from_image else " checkpoint (text to video"
-    if transformer["patch_size_t"] is None:
-        return f"CogVideoX-5b{kind}, CogVideoX 1.0: no patch_size_t)"
-    return f"CogVideoX1.5-5B{kind}, in_channels={transformer['in_channels']})" if from_image else None
-
-
-def _check_parts(configs: Configs) -> None:
+def _check_parts(configs: Configs) -> dict[str, Any]:
+    """Return the parts' stock modules, without storage."""
     modules: dict[str, Any] = {}
     for part in ("text_encoder", "transformer", "vae"):
         config = configs[part]
@@ -86,10 +77,11 @@ def _check_parts(configs: Configs) -> None:
     DecoderShape.from_config(vae)
     for name, other, expected in (
         ("text_embed_dim", "text_encoder/config.json: d_model", modules["text_encoder"].config.d_model),
-        ("in_channels", "vae/config.json: latent_channels", vae["latent_channels"]),
+        ("out_channels", "vae/config.json: latent_channels", vae["latent_channels"]),
     ):
         if transformer[name] != expected:
             raise CheckpointError(f"transformer/config.json: {name}={transformer[name]}, but {other}={expected}")
+    return modules
 
 
 def _unexpected(file: str, error: Exception) -> CheckpointError:
@@ -99,21 +91,60 @@ def _unexpected(file: str, error: Exception) -> CheckpointError:
 def check_request(request: GenerateRequest, configs: Configs) -> None:
     """Check a request against the configurations of its checkpoint; warn of a size that it was not trained for.
 
-    Raises RequestError, or CheckpointError for a scheduler that does not run here.
+    Of LoRAs and latents the headers are read. Raises RequestError, or CheckpointError for a LoRA that does not fit or a
+    scheduler that does not run here.
     """
-    patch_size, vae = configs["transformer"]["patch_size"], configs["vae"]
-    multiple = DecoderShape.from_config(vae).spatial_factor * patch_size
+    transformer, vae = configs["transformer"], configs["vae"]
+    shape = TransformerShape.from_config(transformer)
+    _check_source(request, shape)
+    spatial = DecoderShape.from_config(vae).spatial_factor
     for name in ("height", "width"):
-        value, limit = getattr(request, name), configs["transformer"][f"sample_{name}"] // patch_size * multiple
-        require_multiple(name, value, multiple)
-        if value > limit:
+        value, size = getattr(request, name), transformer[f"sample_{name}"] * spatial
+        require_multiple(name, value, spatial * shape.patch_size)
+        limit = size // (spatial * shape.patch_size) * spatial * shape.patch_size
+        if transformer["patch_size_t"] is not None and shape.rotary and value > limit:
             raise RequestError(
                 f"{name}={value}: the rotary table of checkpoint={request.checkpoint!r} ends at {limit}; expected "
                 f"{name}={limit} or less"
             )
+        if shape.learned_positions and value != size:
+            raise RequestError(
+                f"{name}={value}: checkpoint={request.checkpoint!r} has learned positions, for {name}={size} only"
+            )
     require_multiple("num_frames", request.num_frames, vae["temporal_compression_ratio"], 1)
+    _check_frames(request, transformer, shape)
+    if request.encodes and vae["norm_eps"] != NORM_EPS:
+        raise CheckpointError(f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode")
+    if request.latents is not None:
+        read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
+    if request.lora:
+        module = build_module("transformer", transformer, torch.float32)
+        check_loras(request.lora, weight_shapes(module), f"checkpoint={request.checkpoint!r}")
     _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
     _warn_of_size(request.checkpoint, request.width, request.height, request.num_frames)
+
+
+def _check_source(request: GenerateRequest, shape: TransformerShape) -> None:
+    """Raise RequestError for an image or video that the model cannot begin with, or for want of one."""
+    of = f"checkpoint={request.checkpoint!r}"
+    if shape.takes_image and request.image is None:
+        instead = "image=path" if request.video is None else "image=path instead of video, which a text model takes"
+        raise RequestError(f"image=null: {of} is an image-to-video model; expected {instead}")
+    if request.image is not None and not shape.takes_image:
+        names = " or ".join(f"model={model}" for model in MODELS if model.endswith("-i2v"))
+        raise RequestError(f"image={request.image!r}: {of} is a text-to-video model; expected {names}")
+
+
+def _check_frames(request: GenerateRequest, transformer: Mapping[str, Any], shape: TransformerShape) -> None:
+    """Raise RequestError for more frames than CogVideoX 1.0 was made for, or others than learned positions are for."""
+    frames, limit = min(request.num_frames, request.context_frames or MAX_FRAMES), transformer["sample_frames"]
+    of = f"num_frames={frames}: checkpoint={request.checkpoint!r}"
+    if shape.learned_positions and frames != limit:
+        raise RequestError(f"{of} has learned positions, for num_frames={limit} only")
+    if transformer["patch_size_t"] is None and frames > limit:
+        raise RequestError(
+            f"{of} is for {limit} frames; expected num_frames={limit} or less, or context_frames={limit}"
+        )
 
 
 @functools.lru_cache

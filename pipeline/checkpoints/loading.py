@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "vae": ("vae",),
 }
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+_PREFIX = re.compile(r"^((model\.)?diffusion_model\.|transformer\.|model\.)")
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
 
@@ -51,13 +52,15 @@ def use_compilation_cache(folder: Path | None = None) -> None:
 class Checkpoint:
     """A checkpoint whose parts are fetched when asked for.
 
-    name: as the user gave it. folder: of a local one. repo_id, commit: of one on the Hub.
+    name: as the user gave it. folder: of a local one. repo_id, commit: of one on the Hub. transformer: a file with the
+    transformer's weights instead of its own.
     """
 
     name: str
     folder: Path | None = None
     repo_id: str | None = None
     commit: str | None = None
+    transformer: Path | None = None
 
     def part(self, part: str) -> Path:
         """Return the folder of one part; of one on the Hub, downloaded first without its weights.
@@ -74,7 +77,9 @@ class Checkpoint:
 
     def weight_files(self, part: str) -> list[Path]:
         """Return the files of a part's weights, see `weight_files`; only they are downloaded from the Hub."""
-        folder, where = self.part(part), f"checkpoint={self.name!r}: {part}/"
+        if part == "transformer" and self.transformer is not None:
+            return [self.transformer]
+        folder, where = self.part(part), self.where(part)
         for patterns in files_to_fetch(folder, part, where) if self.folder is None else ():
             self._root(*(f"{part}/{pattern}" for pattern in patterns))
             if any(found for pattern in patterns for found in folder.glob(pattern)):
@@ -103,6 +108,12 @@ class Checkpoint:
             raise self.error(f"{name} holds {type(content).__name__}, expected an object")
         return content
 
+    def where(self, part: str) -> str:
+        """Return what begins a message about a part's weights."""
+        if part == "transformer" and self.transformer is not None:
+            return f"transformer={str(self.transformer)!r}: "
+        return f"checkpoint={self.name!r}: {part}/"
+
     def error(self, problem: str) -> CheckpointError:
         """Return an error about this checkpoint, to be raised."""
         return CheckpointError(f"checkpoint={self.name!r}: {problem}")
@@ -124,13 +135,19 @@ class Checkpoint:
         Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
         change of single values in a large local file can go unnoticed, another training run cannot.
         """
-        if self.commit is not None:
-            return f"{self.repo_id}@{self.commit}"
-        digest = hashlib.sha256()
+        hub = f"{self.repo_id}@{self.commit}" if self.commit is not None else ""
+        if hub and (self.transformer is None or "transformer" not in parts):
+            return hub
+        digest = hashlib.sha256(hub.encode())
         for part in parts:
-            weights = self.weight_files(part) if part in STEMS else []
-            others = (path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}"))
-            for path in sorted([*weights, *others]):
+            files: list[Path] = []
+            if not hub:
+                files = [
+                    path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}")
+                ]
+            if part in STEMS and (not hub or part == "transformer"):
+                files += self.weight_files(part)
+            for path in sorted(files):
                 size = path.stat().st_size
                 digest.update(f"{part}/{path.name}:{size}\n".encode())
                 with path.open("rb") as file:
@@ -143,11 +160,25 @@ class Checkpoint:
         return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def resolve_checkpoint(name: str, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+def resolve_checkpoint(
+    name: str, revision: str | None = None, cache_dir: Path | None = None, transformer: str | None = None
+) -> Checkpoint:
     """Find a checkpoint: "tiny" of this package, "tiny-random", a local folder, or a Hub id "owner/name".
 
-    "tiny-random" is made in the cache folder. Raises CheckpointError when it is none of these or cannot be reached.
+    "tiny-random" is made in the cache folder. transformer: a file with other weights for its transformer. Raises
+    CheckpointError when it is none of these or cannot be reached.
     """
+    found = _resolve(name, revision, cache_dir)
+    if transformer is None:
+        return found
+    path = Path(transformer).expanduser()
+    if not path.is_file() or path.suffix != ".safetensors":
+        problem = "a file of another kind" if path.is_file() else "no such file"
+        raise CheckpointError(f"transformer={transformer!r}: {problem}; expected a file of safetensors")
+    return dataclasses.replace(found, transformer=path)
+
+
+def _resolve(name: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
     folder = TRAINED_FOLDER if name == TINY else Path(name).expanduser()
     if name == RANDOM or folder.is_dir():
         if revision is not None:
@@ -201,6 +232,11 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
+def stock_name(key: str) -> str:
+    """Return a weight's name in a transformer's single file without what trainers and other programs put before it."""
+    return _PREFIX.sub("", key, count=1)
+
+
 @dataclasses.dataclass
 class LoadedModule:
     """A torch module without storage (on the meta device) and its weights by name, as `place` made them."""
@@ -229,6 +265,13 @@ def build_module(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> to
     return torch.nn.Module.to(module, dtype).eval()
 
 
+def weight_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a module's weights by name: parameters, tied ones once, and buffers that are saved."""
+    saved = module.state_dict().keys()  # not these themselves: tied weights are there under each name
+    buffers = {name: value for name, value in module.named_buffers() if name in saved}
+    return {name: value.shape for name, value in {**dict(module.named_parameters()), **buffers}.items()}
+
+
 def load_module(
     checkpoint: Checkpoint,
     part: str,
@@ -242,33 +285,59 @@ def load_module(
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
     module = build_module(part, checkpoint.config(part), dtype)
-    # Not state_dict(): it repeats tied weights under each name, and functional_call wants each once.
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wanted = {name: value.shape for name, value in named.items() if keep(name)}
-    first = {id(value): name for name, value in named.items()}
+    shapes = {name: shape for name, shape in weight_shapes(module).items() if keep(name)}
+    first = {id(value): name for name, value in module.named_parameters()}
     aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
-    where = f"checkpoint={checkpoint.name!r}: {part}/"
     weights: dict[str, Any] = {}
+
+    def take(name: str, file: Any, key: str) -> None:
+        value = file.get_tensor(key)
+        # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
+        value = value.to(dtype) if value.is_floating_point() else value
+        weights[name] = place(torch_to_numpy(value))
+
+    def is_known(key: str) -> bool:
+        return not keep(key) or any(re.search(pattern, key) for pattern in ignored)
+
+    check_names(checkpoint, part, shapes, aliases, is_known, take)
+    return LoadedModule(module, jax.block_until_ready(weights))
+
+
+def check_names(
+    checkpoint: Checkpoint,
+    part: str,
+    shapes: Mapping[str, Sequence[int]],
+    aliases: Mapping[str, str] | None = None,
+    is_known: Callable[[str], bool] = lambda key: False,
+    take: Callable[[str, Any, str], None] = lambda name, file, key: None,
+) -> None:
+    """Check that the files of a part hold just the weights of these names and shapes, from the files' headers.
+
+    aliases: names of tied weights, to those in `shapes`. is_known: whether a weight of another name is no error. take:
+    called with the name, the open file and the key of each weight. Raises CheckpointError.
+    """
+    where, aliases = checkpoint.where(part), aliases or {}
+    single_file = part == "transformer" and checkpoint.transformer is not None
+    found: set[str] = set()
     unexpected: list[str] = []
     for path in checkpoint.weight_files(part):
         with open_weights(path, where) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                name = aliases.get(key, key)
-                if name not in wanted:
-                    if keep(name) and not any(re.search(pattern, key) for pattern in ignored):
+                name = stock_name(key) if single_file else key
+                name = aliases.get(name, name)
+                if name not in shapes:
+                    if not is_known(name):
                         unexpected.append(key)
                     continue
-                value = file.get_tensor(key)
-                if value.shape != wanted[name]:
-                    raise CheckpointError(
-                        f"{where}{path.name}: {key} has shape {list(value.shape)}, expected {list(wanted[name])}"
-                    )
-                # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
-                value = value.to(dtype) if value.is_floating_point() else value
-                weights[name] = place(torch_to_numpy(value))
-    missing = sorted(set(wanted) - set(weights))
+                shape = file.get_slice(key).get_shape()
+                if shape != list(shapes[name]):
+                    raise CheckpointError(f"{where}{path.name}: {key} has shape {shape}, expected {list(shapes[name])}")
+                take(name, file, key)
+                found.add(name)
+    missing = sorted(set(shapes) - found)
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
-        raise CheckpointError(f"{where} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)")
-    return LoadedModule(module, jax.block_until_ready(weights))
+        raise CheckpointError(
+            f"{where.rstrip()} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)"
+        )

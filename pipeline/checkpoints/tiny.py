@@ -1,4 +1,4 @@
-"""Small checkpoints of CogVideoX 1.5's shape in diffusers' layout.
+"""Small checkpoints of the CogVideoX models' shapes in diffusers' layout.
 
 The trained one (`TRAINED_FOLDER`, made by `pipeline.train_tiny`) follows captions of drawn shapes. The random one is
 made where it is wanted, always the same for one `TinySpec`: for tests of parity, which ask nothing of the picture.
@@ -8,14 +8,14 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.model import noise_schedule
@@ -27,7 +27,10 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?
 
 @dataclasses.dataclass(frozen=True)
 class TinySpec:
-    """Sizes of the tiny checkpoint. Patches, rotary embedding and scheduler are always those of CogVideoX 1.5."""
+    """Sizes of the tiny checkpoint. Patches, positions, an image's channels and the scheduler are those of `published`.
+
+    sample_height, sample_width: the latents that a model with positions of its own is for; None for all as published.
+    """
 
     num_layers: int = 2
     num_attention_heads: int = 4
@@ -39,6 +42,15 @@ class TinySpec:
     vae_block_out_channels: tuple[int, int, int, int] = (16, 32, 32, 32)
     vae_layers_per_block: int = 1
     seed: int = 0
+    published: str = "zai-org/CogVideoX1.5-5B"
+    sample_height: int | None = None
+    sample_width: int | None = None
+    sample_frames: int | None = None
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the configurations of the published model."""
+        return PUBLISHED_CONFIGS[self.published]
 
     @property
     def name(self) -> str:
@@ -62,7 +74,7 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
             modules = build_modules(spec)
         for seed, module in enumerate(modules.values(), start=spec.seed):
             _randomize(module, seed)
-        write_checkpoint(Path(building, "whole"), modules)
+        write_checkpoint(Path(building, "whole"), modules, configs=spec.configs)
         try:
             Path(building, "whole").rename(folder)
         except OSError:
@@ -87,34 +99,51 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
-    names = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim")
-    sizes = {name: getattr(spec, name) for name in (*names, "max_text_seq_length")}
+    names: tuple[str, ...] = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "time_embed_dim",
+        "text_embed_dim",
+    )
+    names += ("max_text_seq_length", "sample_height", "sample_width", "sample_frames")
+    sizes = {name: value for name in names if (value := getattr(spec, name)) is not None}
+    published = spec.configs["transformer"]
+    if "ofs_embed_dim" in published:
+        sizes["ofs_embed_dim"] = spec.time_embed_dim
     channels, layers = spec.vae_block_out_channels, spec.vae_layers_per_block
     vae_sizes = {"block_out_channels": channels, "layers_per_block": layers, "norm_num_groups": 8}
     return {
         "text_encoder": T5EncoderModel(text_config),
-        "transformer": CogVideoXTransformer3DModel.from_config({**COGVIDEOX_1_5_5B["transformer"], **sizes}),
-        "vae": AutoencoderKLCogVideoX.from_config({**COGVIDEOX_1_5_5B["vae"], **vae_sizes}),
+        "transformer": CogVideoXTransformer3DModel.from_config({**published, **sizes}),
+        "vae": AutoencoderKLCogVideoX.from_config({**spec.configs["vae"], **vae_sizes}),
     }
 
 
-def build_scheduler() -> Any:
-    """Build CogVideoX 1.5's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    return noise_schedule.build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
+def build_scheduler(configs: Mapping[str, Mapping[str, Any]] = COGVIDEOX_1_5_5B) -> Any:
+    """Build CogVideoX's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
+    return noise_schedule.build_scheduler(configs["scheduler"])
 
 
-def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files."""
+def write_checkpoint(
+    folder: Path,
+    modules: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    configs: Mapping[str, Mapping[str, Any]] = COGVIDEOX_1_5_5B,
+) -> None:
+    """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files. configs: published."""
     build_tokenizer().save_pretrained(folder / "tokenizer")
-    build_scheduler().save_pretrained(folder / "scheduler")
+    build_scheduler(configs).save_pretrained(folder / "scheduler")
     modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
     for part in ("transformer", "vae"):
         modules[part].save_config(folder / part)
     for part, stem in STEMS.items():
-        weights = {name: value.detach().to(dtype).contiguous() for name, value in modules[part].named_parameters()}
+        weights = {name: value.detach().to(dtype).contiguous() for name, value in _saved(modules[part])}
         save_file(weights, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
+    config = modules["transformer"].config
+    from_image = config["in_channels"] != config["out_channels"]
     index = {
-        "_class_name": "CogVideoXPipeline",
+        "_class_name": "CogVideoXImageToVideoPipeline" if from_image else "CogVideoXPipeline",
         "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
@@ -124,14 +153,21 @@ def write_checkpoint(folder: Path, modules: Mapping[str, Any], dtype: torch.dtyp
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _saved(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a file of weights holds: parameters, tied ones once, and learned positions."""
+    yield from module.named_parameters()
+    saved = module.state_dict().keys()
+    yield from ((name, value) for name, value in module.named_buffers() if name in saved)
+
+
 def _randomize(module: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from a generator seeded here, by name: the same whatever the library's default."""
+    """Fill every weight from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in sorted(_saved(module)):
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             value = (0.0 if name.endswith("bias") else 1.0) + 0.1 * value  # 1: a norm's scale
-        else:
+        elif not name.endswith("pos_embedding"):  # which is added to values of order 1
             value /= parameter[0].numel() ** 0.5  # the fan-in
         if name == "decoder.conv_out.conv.weight":
             value *= 0.3  # most pixels then lie within [0, 1], as a trained decoder's do

@@ -34,8 +34,10 @@ class DenoiseStep:
     - old_x0: the x0 of the step before, float32 of the same shape (zeros at first); donated
     - noise: of the same shape, or a scalar 0 for schedulers without noise
     - embeddings: [2 or 1, text tokens, text_embed_dim]: negative, positive; positive alone without guidance
-    - rotary: cosines and sines, see `pipeline.model.latents.rotary_rows`; for the stock block as diffusers makes them
+    - rotary: cosines and sines, see `pipeline.model.latents.rotary_rows`; for the stock block as diffusers makes them;
+      None for a model without
     - timestep: int32 []; guidance_scale: float32 []; coefficients: float32 [6], a row of `StepTable`
+    - conditions: name -> [rows, channels] in the weights' dtype, those of `TransformerShape.condition_channels`
 
     and returns (sample, x0, whether all of it is finite). Guidance and scheduler are computed in float32.
     """
@@ -72,10 +74,15 @@ class DenoiseStep:
         share = DeviceShare(self.plan, self.layout)
         own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)
         names = ("sample", "x0", "noise", "embeddings", "rotary", "scalar", "scalar", "scalar")
+        conditions = {name: self._spec("condition") for name in self.shape.condition_channels}
         return jax.shard_map(
             functools.partial(self._step, block=own_block),
             mesh=self.mesh,
-            in_specs=({name: self.plan.stacked_weight_spec(name) for name in weights}, *map(self._spec, names)),
+            in_specs=(
+                {name: self.plan.stacked_weight_spec(name) for name in weights},
+                *map(self._spec, names),
+                conditions,
+            ),
             out_specs=(self._spec("sample"), self._spec("x0"), _REPLICATED),
             check_vma=False,
         )
@@ -94,11 +101,11 @@ class DenoiseStep:
         module.attn1.set_processor(SplashAttentionProcessor(over_mesh))
         stock = jax_function(module)
 
-        def step(x, weights, temb, is_text, cos, sin):  # type: ignore[no-untyped-def]
+        def step(x, weights, temb, is_text, rotary):  # type: ignore[no-untyped-def]
             x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(DP)))
             text, video = x[:, : self.layout.text], x[:, self.layout.text :]
             temb = jnp.broadcast_to(temb, (x.shape[0], *temb.shape))
-            video, text = stock(weights, video, text, temb, image_rotary_emb=(cos, sin))
+            video, text = stock(weights, video, text, temb, image_rotary_emb=rotary)
             return jnp.concatenate([text, video], axis=1)
 
         return step
@@ -108,15 +115,28 @@ class DenoiseStep:
         rows, scalar = PartitionSpec(split), _REPLICATED
         columns, prompts = PartitionSpec(None, split), PartitionSpec(DP)
         specs = {"sample": rows, "x0": rows, "embeddings": prompts, "rotary": columns, "scalar": scalar}
+        specs["condition"] = rows
         return {**specs, "noise": rows if self.noisy else scalar}[argument]
 
     @jax.named_scope("denoise")
     def _step(
-        self, weights, sample, old_x0, noise, embeddings, rotary, timestep, guidance_scale, coefficients, *, block
+        self,
+        weights,
+        sample,
+        old_x0,
+        noise,
+        embeddings,
+        rotary,
+        timestep,
+        guidance_scale,
+        coefficients,
+        conditions,
+        *,
+        block,
     ):  # type: ignore[no-untyped-def]
         share = DeviceShare(self.plan, self.layout)
         prediction = transformer(
-            weights, sample, embeddings, timestep, rotary, shape=self.shape, share=share, block=block
+            weights, sample, embeddings, timestep, rotary, conditions, shape=self.shape, share=share, block=block
         ).astype(jnp.float32)
         in_shard_map = not self.plan.uses_stock_block
         with jax.named_scope("guidance"):

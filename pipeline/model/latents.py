@@ -17,7 +17,8 @@ class LatentGeometry:
     """Sizes of the latents of one video.
 
     num_frames: latent frames that are decoded. padding_frames: leading ones that only fill the last temporal patch;
-    they are denoised along and then dropped. height, width: in latents. patch: of time, height and width, in latents.
+    they are denoised along and then dropped. num_channels: of the sample. height, width: in latents. patch: of time,
+    height and width, in latents.
     """
 
     num_frames: int
@@ -31,14 +32,15 @@ class LatentGeometry:
     def from_request(cls, request: GenerateRequest, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Self:
         """Return the geometry of a request under the configurations of transformer/ and vae/."""
         spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+        patch_size_t = transformer["patch_size_t"] or 1
         num_frames = (request.num_frames - 1) // int(vae["temporal_compression_ratio"]) + 1
         return cls(
             num_frames=num_frames,
-            padding_frames=-num_frames % transformer["patch_size_t"],
-            num_channels=transformer["in_channels"],
+            padding_frames=-num_frames % patch_size_t,
+            num_channels=transformer["out_channels"],
             height=request.height // spatial,
             width=request.width // spatial,
-            patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
+            patch=(patch_size_t, transformer["patch_size"], transformer["patch_size"]),
         )
 
     @property
@@ -78,18 +80,23 @@ def from_rows(rows: np.ndarray, geometry: LatentGeometry, layout: TokenLayout) -
     return patches.transpose(0, 4, 3, 1, 5, 2, 6).reshape(geometry.shape)
 
 
-def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers' for CogVideoX 1.5 ("slice")."""
+def rotary_embedding(geometry: LatentGeometry, transformer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return cosines and sines, each float32 [video tokens, head_dim], as diffusers'; None for a model without.
+
+    CogVideoX 1.5 numbers rows and columns ("slice"), 1.0 stretches those of its own size over the video ("linspace").
+    """
+    if not transformer["use_rotary_positional_embeddings"]:
+        return None
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
     patch_size, (frames, *size) = transformer["patch_size"], geometry.grid
+    height, width = (transformer[f"sample_{side}"] // patch_size for side in ("height", "width"))
+    grid: dict[str, Any] = {"grid_type": "slice", "crops_coords": None, "max_size": (height, width)}
+    if transformer["patch_size_t"] is None:
+        grid = {"grid_type": "linspace", "crops_coords": get_resize_crop_region_for_grid(tuple(size), width, height)}
     cos, sin = get_3d_rotary_pos_embed(
-        embed_dim=transformer["attention_head_dim"],
-        crops_coords=None,
-        grid_size=tuple(size),
-        temporal_size=frames,
-        grid_type="slice",
-        max_size=(transformer["sample_height"] // patch_size, transformer["sample_width"] // patch_size),
+        embed_dim=transformer["attention_head_dim"], grid_size=tuple(size), temporal_size=frames, **grid
     )
     return torch_to_numpy(cos.float()), torch_to_numpy(sin.float())
 
@@ -103,3 +110,24 @@ def rotary_rows(tables: tuple[np.ndarray, np.ndarray], layout: TokenLayout) -> t
         return half
 
     return rows(tables[0], 1.0), rows(tables[1], 0.0)
+
+
+def position_rows(
+    geometry: LatentGeometry, transformer: Mapping[str, Any], layout: TokenLayout, learned: np.ndarray | None
+) -> np.ndarray:
+    """Return what is added to the embedded tokens, float32 [rows, channels]: sines and cosines as diffusers' CogVideoX.
+
+    learned: the checkpoint's own instead, [1, tokens, channels], for exactly this many tokens.
+    """
+    from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+    channels = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    rows = np.zeros((layout.rows, channels), np.float32)
+    if learned is not None:
+        rows[: layout.tokens] = learned[0]
+        return rows
+    frames, height, width = geometry.grid
+    scales = (transformer[f"{axis}_interpolation_scale"] for axis in ("spatial", "temporal"))
+    positions = get_3d_sincos_pos_embed(channels, (width, height), frames, *scales)
+    rows[layout.text : layout.tokens] = torch_to_numpy(positions.flatten(0, 1).float())
+    return rows

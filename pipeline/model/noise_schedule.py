@@ -55,13 +55,16 @@ def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") ->
     return classes[name].from_config(config)
 
 
-def step_table(scheduler: Any, num_inference_steps: int) -> StepTable:
-    """Read the coefficients of every step off a stock CogVideoX DDIM or DPM scheduler (see the module's docstring)."""
+def step_table(scheduler: Any, num_inference_steps: int, first: int = 0) -> StepTable:
+    """Read the coefficients of every step off a stock CogVideoX DDIM or DPM scheduler (see the module's docstring).
+
+    first: the index of the step that is the first, where those before it are left out.
+    """
     limit = scheduler.config.num_train_timesteps
     if num_inference_steps > limit:
         raise RequestError(f"num_inference_steps={num_inference_steps}: this scheduler has at most {limit}")
     scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps
+    timesteps = scheduler.timesteps[first:]
     probed = [_probe_step(scheduler, *pair) for pair in zip(timesteps, [None, *timesteps[:-1]], strict=True)]
     rows, draws = zip(*probed, strict=True)
     for index, row in enumerate(rows):

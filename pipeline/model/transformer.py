@@ -1,7 +1,8 @@
 """CogVideoX's transformer as a function of arrays, written for one device's share of the work.
 
-It computes what diffusers' CogVideoXTransformer3DModel (1.5, rotary) computes, from the same weights, on tokens: rows
-are the text tokens, then the video's patches, then padding, which is dropped before attention and never seen by anyone.
+It computes what diffusers' CogVideoXTransformer3DModel computes for every published CogVideoX, from the same weights,
+on tokens: rows are the text tokens, then the video's patches, then padding, which is dropped before attention and never
+seen by anyone. What differs between the models is data: patches, rotary tables, added positions, an image, `ofs`.
 Queries, keys and values are made in the layout that the attention kernel reads, [batch, heads, head_dim, sequence].
 
 Matrix products, residuals and activations are in the weights' dtype (bfloat16 as published), accumulated in float32.
@@ -30,25 +31,37 @@ QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
 Weights = Mapping[str, jax.Array]
 #: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+#: Cosines and sines, float32 [head_dim / 2, rows] each, 1 and 0 where the row is no video token; None without rotation.
+Rotary = tuple[jax.Array, jax.Array] | None
 
 _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
-#: Names of sizes in transformer/config.json.
-_SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|(?!ofs)\w+_(dim|channels|length)")
+#: Names of sizes in transformer/config.json, and those of them that a model may do without.
+_SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
+_OPTIONAL = ("patch_size_t", "ofs_embed_dim")
+_OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerShape:
-    """The fields of transformer/config.json that the program uses. Raises CheckpointError for another architecture."""
+    """The fields of transformer/config.json that the program uses. Raises CheckpointError for another architecture.
+
+    in_channels: those beyond out_channels are an image's. patch_size_t: 1 in CogVideoX 1.0. ofs_embed_dim: None without
+    the `ofs` embedding. learned_positions: whether the checkpoint has positions to be added.
+    """
 
     num_layers: int
     num_heads: int
     head_dim: int
     in_channels: int
+    out_channels: int
     patch_size: int
     patch_size_t: int
     norm_eps: float
     flip_sin_to_cos: bool
     freq_shift: int
+    ofs_embed_dim: int | None
+    rotary: bool
+    learned_positions: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -59,19 +72,44 @@ class TransformerShape:
         wrong += [
             (name, "a whole number above 0")
             for name, value in config.items()
-            if _SIZE.fullmatch(name) and (type(value) is not int or value < 1)
+            if _SIZE.fullmatch(name)
+            and (type(value) is not int or value < 1)
+            and not (value is None and name in _OPTIONAL)
         ]
         if not wrong and config["attention_head_dim"] % 16:
             wrong = [("attention_head_dim", "a multiple of 16, whose rotary pairs divide over time, height and width")]
+        if not wrong and config["in_channels"] not in (config["out_channels"], 2 * config["out_channels"]):
+            wrong = [("in_channels", "out_channels, or twice as many: an image beside the noise")]
+        if not wrong and config["ofs_embed_dim"] not in (None, config["time_embed_dim"]):
+            wrong = [("ofs_embed_dim", f"null or time_embed_dim, {config['time_embed_dim']}, to which it is added")]
         if wrong:
             name, expected = wrong[0]
             raise CheckpointError(f"transformer/config.json: {name}={config.get(name)!r}, expected {expected}")
-        renamed = {"num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}
-        return cls(**{each.name: config[renamed.get(each.name, each.name)] for each in dataclasses.fields(cls)})
+        renamed = {
+            "num_heads": "num_attention_heads",
+            "head_dim": "attention_head_dim",
+            "rotary": "use_rotary_positional_embeddings",
+            "learned_positions": "use_learned_positional_embeddings",
+        }
+        fields = {each.name: config[renamed.get(each.name, each.name)] for each in dataclasses.fields(cls)}
+        return cls(**{**fields, "patch_size_t": fields["patch_size_t"] or 1})
 
     @property
     def patch_channels(self) -> int:
-        return self.in_channels * self.patch_size_t * self.patch_size**2
+        """Return the channels of a patch of the sample."""
+        return self.out_channels * self.patch_size_t * self.patch_size**2
+
+    @property
+    def takes_image(self) -> bool:
+        return self.in_channels > self.out_channels
+
+    @property
+    def condition_channels(self) -> dict[str, int]:
+        """Return the channels of further arguments: an image's patches, and positions to add; [rows, channels] each."""
+        found = {"image": (self.in_channels - self.out_channels) * self.patch_size_t * self.patch_size**2}
+        if self.learned_positions or not self.rotary:
+            found["positions"] = self.num_heads * self.head_dim
+        return {name: channels for name, channels in found.items() if channels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +163,17 @@ class DeviceShare:
         return lax.dynamic_slice_in_dim(text, lax.axis_index(MODEL) * rows, rows, axis=1)
 
     def to_heads(self, x: Float[Array, "b heads d rows"]) -> Float[Array, "b local_heads d all_rows"]:
-        """Exchange some rows of all heads for all rows of some heads, for attention."""
-        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True) if self._splits else x
+        """Exchange some rows of all heads for all rows of some heads, for attention; the first heads fill up."""
+        if not self._splits:
+            return x
+        missing = -x.shape[1] % self.plan.model
+        x = jnp.concatenate([x, x[:, :missing]], axis=1) if missing else x
+        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True)
 
-    def to_rows(self, x: Float[Array, "b local_heads d all_rows"]) -> Float[Array, "b heads d rows"]:
+    def to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
         """Invert `to_heads`."""
-        return lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
+        x = lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
+        return x if x.shape[1] == num_heads or not self._splits else x[:, :num_heads]
 
     @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
@@ -161,19 +204,22 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
 
 
 def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
-    """Return x @ weight^T + bias in x's dtype. x: [..., in]."""
-    return jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]) + weights[f"{name}.bias"]
+    """Return x @ weight^T + bias, where there is one, in x's dtype. x: [..., in]."""
+    out, bias = jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]), weights.get(f"{name}.bias")
+    return out if bias is None else out + bias
 
 
-def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
-    """Embed a timestep, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
-    half = shape.num_heads * shape.head_dim // 2
+def scalar_embedding(
+    weights: Weights, shape: TransformerShape, name: str, num_waves: int, value: jax.Array, dtype: Any
+) -> jax.Array:
+    """Embed a number, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
+    half = num_waves // 2
     exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shape.freq_shift)
-    angles = timestep.astype(jnp.float32) * jnp.exp(exponent)
+    angles = value.astype(jnp.float32) * jnp.exp(exponent)
     waves = [jnp.sin(angles), jnp.cos(angles)]
     embedding = jnp.concatenate(waves[::-1] if shape.flip_sin_to_cos else waves).astype(dtype)
-    embedding = jax.nn.silu(linear(embedding, weights, "time_embedding.linear_1"))
-    return linear(embedding, weights, "time_embedding.linear_2")
+    embedding = jax.nn.silu(linear(embedding, weights, f"{name}.linear_1"))
+    return linear(embedding, weights, f"{name}.linear_2")
 
 
 def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, is_text: jax.Array, eps: float) -> Any:
@@ -199,13 +245,16 @@ def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Arra
     return out if bias is None else out + bias.reshape(-1, head_dim)[:, :, None]
 
 
-def _norm_rotary(x: jax.Array, weights: Weights, name: str, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _norm_rotary(x: jax.Array, weights: Weights, name: str, rotary: Rotary) -> jax.Array:
     """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
     normed = x.astype(jnp.float32)
     mean = normed.mean(2, keepdims=True)
     variance = jnp.square(normed - mean).mean(2, keepdims=True)
     weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
     normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
+    if rotary is None:
+        return normed.astype(x.dtype)
+    cos, sin = rotary
     even, odd = jnp.split(normed, 2, axis=2)
     return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=2).astype(x.dtype)
 
@@ -215,8 +264,7 @@ def block(
     weights: Weights,
     temb: Float[Array, " time_embed_dim"],
     is_text: jax.Array,
-    cos: Float[Array, "half_head rows"],
-    sin: Float[Array, "half_head rows"],
+    rotary: Rotary,
     *,
     shape: TransformerShape,
     share: DeviceShare,
@@ -231,15 +279,15 @@ def block(
     with jax.named_scope("qkv"):
         q, k, v = (_heads(h, weights, f"attn1.to_{name}", shape.head_dim) for name in "qkv")
     with jax.named_scope("qk_norm_rotary"):
-        q = _norm_rotary(q, weights, "attn1.norm_q", cos, sin)
-        k = _norm_rotary(k, weights, "attn1.norm_k", cos, sin)
+        q = _norm_rotary(q, weights, "attn1.norm_q", rotary)
+        k = _norm_rotary(k, weights, "attn1.norm_k", rotary)
     with jax.named_scope("to_heads"):
         q, k, v = share.to_heads(q), share.to_heads(k), share.to_heads(v)
     tokens = share.layout.tokens
     with jax.named_scope("attention"):
         out = attend(q, k[..., :tokens], v[..., :tokens])
     with jax.named_scope("to_rows"):
-        out = share.to_rows(out)
+        out = share.to_rows(out, shape.num_heads)
     with jax.named_scope("attention_out"):
         weight = weights["attn1.to_out.0.weight"]
         out = share.reduce(jnp.einsum("bhds,chd->bsc", out, weight.reshape(weight.shape[0], -1, shape.head_dim)))
@@ -259,7 +307,8 @@ def transformer(
     tokens: Float[Array, "rows patch_channels"],
     embeddings: Float[Array, "batch text text_embed_dim"],
     timestep: Int[Array, ""],
-    rotary: tuple[jax.Array, jax.Array],
+    rotary: Rotary,
+    conditions: Mapping[str, jax.Array],
     *,
     shape: TransformerShape,
     share: DeviceShare,
@@ -267,21 +316,28 @@ def transformer(
 ) -> Float[Array, "batch rows patch_channels"]:
     """Return the model's output on this device's rows; those of text and padding are arbitrary.
 
-    tokens: patches of the latents at their rows, in the weights' dtype. rotary: cosines and sines, each float32
-    [head_dim / 2, rows], 1 and 0 where the row is no video token. block: `(x, layer's weights, temb, is_text, cos,
-    sin) -> x`.
+    tokens: patches of the latents at their rows, in the weights' dtype. conditions: see
+    `TransformerShape.condition_channels`. block: `(x, layer's weights, temb, is_text, rotary) -> x`.
     """
     dtype = tokens.dtype
     is_text = share.row_ids() < share.layout.text
     with jax.named_scope("embed"):
-        temb = timestep_embedding(weights, shape, timestep, dtype)
+        channels = shape.num_heads * shape.head_dim
+        temb = scalar_embedding(weights, shape, "time_embedding", channels, timestep, dtype)
+        if shape.ofs_embed_dim is not None:
+            ofs = scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, jnp.asarray(_OFS), dtype)
+            temb = temb + ofs
+        if "image" in conditions:
+            tokens = jnp.concatenate([tokens, conditions["image"]], axis=-1)
         text = share.local_text(linear(embeddings, weights, "patch_embed.text_proj"))
         video = linear(tokens, weights, "patch_embed.proj")
         x = jnp.where(is_text[:, None], text, video)
+        if "positions" in conditions:
+            x = x + conditions["positions"]
     blocks = {name.removeprefix(BLOCKS): value for name, value in weights.items() if name.startswith(BLOCKS)}
 
     def layer(x: jax.Array, layer_weights: Weights) -> tuple[jax.Array, None]:
-        return block(x, layer_weights, temb, is_text, *rotary), None
+        return block(x, layer_weights, temb, is_text, rotary), None
 
     with jax.named_scope("blocks"):
         x, _ = lax.scan(layer, x, blocks)

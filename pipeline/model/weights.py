@@ -4,6 +4,7 @@ Names and shapes otherwise stay those of the stock checkpoint: "transformer_bloc
 [layers, out, in].
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from pipeline.model.placement import put
 from pipeline.model.sharding import ParallelPlan
 
 BLOCKS = "transformer_blocks."
+#: Added to tokens before the first block, where the model has learned them: an argument of the step, no weight.
+POSITIONS = "patch_embed.pos_embedding"
+_PATCHES = "patch_embed.proj.weight"  # in CogVideoX 1.0 of a convolution, [out, in, height, width]
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 #: Rotary pairs lie next to each other in a checkpoint: (0, 1), (2, 3), ... Where queries and keys are permuted alike,
 #: scores do not change; first all even, then all odd elements of a head let the pairs be formed by slices.
@@ -46,6 +50,7 @@ def place_weights(
             heads = [value.reshape(-1, head_dim, *value.shape[1:]) for value in values]
             values = [np.concatenate([x[:, ::2], x[:, 1::2]], axis=1).reshape(values[0].shape) for x in heads]
         value = np.stack(values) if key.startswith(BLOCKS) else values[0]
+        value = value.reshape(len(value), -1) if key == _PATCHES else value
         placed[key] = put(value, NamedSharding(mesh, plan.stacked_weight_spec(key)))
     return placed
 
@@ -58,6 +63,7 @@ def abstract_weights(
     for key, names in stack_names(shapes).items():
         shape = tuple(shapes[names[0]])
         shape = (len(names), *shape) if key.startswith(BLOCKS) else shape
+        shape = (shape[0], math.prod(shape[1:])) if key == _PATCHES else shape
         sharding = NamedSharding(mesh, plan.stacked_weight_spec(key))
         abstract[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return abstract

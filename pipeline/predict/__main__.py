@@ -8,6 +8,7 @@ from typing import Any
 from offline_tpu.options import checked_options
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
@@ -33,7 +34,8 @@ class PredictConfig(GenerateConfig):
 
 _UNUSED = (
     *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
-    *("compilation_cache", "verbose"),
+    *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
+    *("lora", "transformer", "context_frames", "context_overlap"),
 )
 
 
@@ -49,6 +51,8 @@ def main(settings: PredictConfig) -> int:
     configs, source = part_configs(
         request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
     )
+    if TransformerShape.from_config(configs["transformer"]).takes_image:
+        request = dataclasses.replace(request, image="any")
     check_request(request, configs)
     predictor = Predictor(
         topology=settings.topology,

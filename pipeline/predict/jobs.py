@@ -80,7 +80,7 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
     program, step = denoise_program(dataclasses.replace(request, attention=on_tpu), job.configs, plan, job.devices)
     num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
-    shape = AttentionShape(num_prompts // plan.dp, sizes.num_heads // plan.model, tokens, tokens, sizes.head_dim)
+    shape = AttentionShape(num_prompts // plan.dp, plan.local_heads(sizes.num_heads), tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None

@@ -1,5 +1,6 @@
 """Compiles the programs of a prediction, each in a process of its own, and takes the best plan."""
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -69,8 +70,10 @@ class Predictor:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
             return resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
 
-        choices = _AUTO if parallel.plan == "auto" else (parallel,)
-        plans = list(dict.fromkeys(map(plan_of, choices)))
+        plans = [plan_of(_AUTO[0] if parallel.plan == "auto" else parallel)]
+        if parallel.plan == "auto":
+            with contextlib.suppress(RequestError):  # of heads that do not divide, which the first plan takes
+                plans = list(dict.fromkeys([*plans, *map(plan_of, _AUTO[1:])]))
         if plans[0].model == 1:
             plans = plans[:1]  # with one device a prompt the plans are the same
         elif parallel.plan == "auto":

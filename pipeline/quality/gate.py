@@ -116,7 +116,7 @@ def make_videos(
     The initial noise of a seed is drawn in float32 and then rounded to the request's dtype, so that it is the same for
     all. Raises what the stages raise.
     """
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
     configs = read_configs(checkpoint)
     check_request(request, configs)
     stages = Stages()

@@ -1,4 +1,4 @@
-"""The JSON-lines file of a batch: one request a line, all checked before any work."""
+"""A batch: requests from a file, JSON lines or plain text, or of one prompt with several seeds. All checked first."""
 
 import collections
 import dataclasses
@@ -8,15 +8,19 @@ from typing import Any
 
 from pipeline.requests.config import AttentionConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.limits import MAX_VIDEOS
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
 
-LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)))
+LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)), "num_videos")
+
+
+_PLAIN_SUFFIX = ".txt"  # of a file of prompts, one a line
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of a batch's file: its number from 1, and the folder's name."""
+    """A video of a batch: the number of its line, from 1, and the folder's name."""
 
     line: int
     request: GenerateRequest
@@ -24,11 +28,16 @@ class Entry:
 
 
 def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
-    """Read a file's lines; `config` has the keys they leave out. Raises RequestError, a message for each wrong line."""
+    """Read a file's lines; `config` has the keys they leave out. Raises RequestError, a message for each wrong line.
+
+    A file *.txt holds a prompt a line, any other a JSON object a line.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at other breaks, which a string may hold
     except OSError as error:
-        raise RequestError(f"prompts={str(path)!r}: {error.strerror}; expected a file of JSON lines") from error
+        raise RequestError(
+            f"prompts={str(path)!r}: {error.strerror}; expected a file of JSON lines, or *.txt"
+        ) from error
     except UnicodeDecodeError as error:
         raise RequestError(f"prompts={str(path)!r}: not UTF-8 text ({error})") from error
     entries: list[Entry] = []
@@ -37,18 +46,18 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
+        parse = _parse_plain if path.suffix == _PLAIN_SUFFIX else _parse_line
         try:
-            entry = _parse_line(text, number, config)
-            if entry.name in taken:
-                raise RequestError(
-                    f"would go to {entry.name!r} as line {taken[entry.name]} does; give it another seed or name, "
-                    "e.g. name={line}-{slug}"
-                )
+            for entry in parse(text, number, config):
+                if entry.name in taken:
+                    raise RequestError(
+                        f"would go to {entry.name!r} as line {taken[entry.name]} does; give it another seed or name, "
+                        "e.g. name={line}-{slug}"
+                    )
+                taken[entry.name] = number
+                entries.append(entry)
         except RequestError as error:
             errors.append(f"{path}:{number}: {error}")
-            continue
-        taken[entry.name] = number
-        entries.append(entry)
     if not entries and not errors:
         errors.append(f'{path}: holds no prompts; expected lines like {{"prompt": "a cat", "seed": 1}}')
     if errors:
@@ -56,7 +65,26 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     return entries
 
 
-def _parse_line(text: str, number: int, config: GenerateConfig) -> Entry:
+def entries_of(config: GenerateConfig, number: int = 1) -> list[Entry]:
+    """Return the `num_videos` videos of a configuration's prompt, their seeds counted up from `seed`.
+
+    number: of the line. Raises RequestError.
+    """
+    count, request = config.num_videos, to_request(config)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_VIDEOS:
+        raise RequestError(f"num_videos={count!r}: expected a whole number from 1 to {MAX_VIDEOS}")
+    requests = [dataclasses.replace(request, seed=request.seed + index) for index in range(count)]
+    entries = [Entry(number, request, run_name(request, config.name, number)) for request in requests]
+    if len({entry.name for entry in entries}) < count:
+        raise RequestError(f"name={config.name!r}: the same for {count} videos; expected one with {{seed}} in it")
+    return entries
+
+
+def _parse_plain(text: str, number: int, config: GenerateConfig) -> list[Entry]:
+    return entries_of(dataclasses.replace(config, prompt=text.strip()), number)
+
+
+def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:
     try:
         fields = json.loads(text, object_pairs_hook=_unique)
     except RequestError:
@@ -69,11 +97,9 @@ def _parse_line(text: str, number: int, config: GenerateConfig) -> Entry:
         raise RequestError(f"{unknown[0]!r}: no such key; expected some of {', '.join(LINE_KEYS)}")
     if "prompt" not in fields:
         raise RequestError('no "prompt" in it; expected e.g. {"prompt": "a cat"}')
-    name = fields.pop("name", config.name)
     if "attention" in fields:
         fields["attention"] = _attention(fields["attention"], config.attention)
-    request = to_request(dataclasses.replace(config, **fields))
-    return Entry(number, request, run_name(request, name, number))
+    return entries_of(dataclasses.replace(config, **fields), number)
 
 
 def _attention(fields: Any, defaults: AttentionConfig) -> AttentionConfig:

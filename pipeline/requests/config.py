@@ -50,6 +50,16 @@ class GenerateConfig:
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None
     seed: int = 42
+    num_videos: int = 1
+    image: str | None = None
+    noise_aug_strength: float = 0.0
+    video: str | None = None
+    strength: float = 0.8
+    latents: str | None = None
+    lora: Any = None
+    transformer: str | None = None
+    context_frames: int | None = None
+    context_overlap: int = 16
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     stages: Any = "text,denoise,vae"

@@ -25,6 +25,8 @@ class ModelDefaults:
     one_size: bool = dataclasses.field(default=False, kw_only=True)
 
 
+_AS_PUBLISHED: dict[str, Any] = {"dtype": "bfloat16", "num_inference_steps": 50, "guidance_scale": 6.0}
+_480P: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "fps": 8, **_AS_PUBLISHED}  # CogVideoX 1.0
 MODELS: Mapping[str, ModelDefaults] = {
     # Comes with the package, trained on drawn shapes of this size.
     "tiny": ModelDefaults(
@@ -38,19 +40,20 @@ MODELS: Mapping[str, ModelDefaults] = {
         guidance_scale=1.5,
         one_size=True,
     ),
-    # As published: bfloat16, about 5 s of 720p. Dynamic guidance is off: diffusers' feeds timesteps to a formula for
-    # step indices, and guidance jumps.
+    # Each as published; the scheduler is the checkpoint's. About 6 s of 480p from CogVideoX 1.0, and about 5 s of 720p
+    # or 768p from 1.5. Dynamic guidance is off: diffusers' feeds timesteps to a formula for step indices, and guidance
+    # jumps.
+    "cogvideox-2b": ModelDefaults("zai-org/CogVideoX-2b", **_480P),
+    "cogvideox-5b": ModelDefaults("zai-org/CogVideoX-5b", **_480P),
+    "cogvideox-5b-i2v": ModelDefaults("zai-org/CogVideoX-5b-I2V", **_480P),
     "cogvideox1.5-5b": ModelDefaults(
-        "zai-org/CogVideoX1.5-5B",
-        "bfloat16",
-        height=720,
-        width=1280,
-        num_frames=81,
-        fps=16,
-        num_inference_steps=50,
-        guidance_scale=6.0,
+        "zai-org/CogVideoX1.5-5B", height=720, width=1280, num_frames=81, fps=16, **_AS_PUBLISHED
+    ),
+    "cogvideox1.5-5b-i2v": ModelDefaults(
+        "zai-org/CogVideoX1.5-5B-I2V", height=768, width=1360, num_frames=81, fps=16, **_AS_PUBLISHED
     ),
 }
+_FORMER_OWNER, _OWNER = "THUDM/", "zai-org/"  # whose ids the Hub still takes
 #: Fields of a request whose defaults are the model's.
 MODEL_FIELDS = tuple(
     field.name for field in dataclasses.fields(ModelDefaults) if field.name not in ("checkpoint", "one_size")
@@ -59,6 +62,7 @@ MODEL_FIELDS = tuple(
 
 def model_defaults(checkpoint: str, model: str = "tiny") -> ModelDefaults:
     """Return the defaults of the model published as `checkpoint`; where it is none's (a folder), those of `model`."""
+    checkpoint = checkpoint.replace(_FORMER_OWNER, _OWNER, 1) if checkpoint.startswith(_FORMER_OWNER) else checkpoint
     return next((defaults for defaults in MODELS.values() if defaults.checkpoint == checkpoint), MODELS[model])
 
 

@@ -12,6 +12,7 @@ from pipeline.requests.limits import (
     MAX_GUIDANCE,
     MAX_SIDE,
     MAX_STEPS,
+    MAX_STRENGTH,
     SIZE_MULTIPLE,
 )
 from pipeline.requests.models import fill_in_defaults
@@ -83,6 +84,18 @@ class AttentionOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraFile:
+    """A LoRA: a file of safetensors, or a folder that PEFT has written, and how strongly it is applied (0: not)."""
+
+    path: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_text("lora", self.path, "a file of safetensors, or PEFT's folder")
+        _require_number(f"lora={self.path!r}: strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH, int | float)
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateRequest:
     """One video.
 
@@ -90,7 +103,14 @@ class GenerateRequest:
     Hub id. height, width: pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off
     at 1 or below. fps: frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own,
     or a CogVideoX scheduler built from its configuration. What is left out, or None, is as `pipeline.requests.models`
-    says for the checkpoint. Raises RequestError.
+    says for the checkpoint.
+
+    image: a file, the first frame, for image-to-video models. noise_aug_strength: deviation of noise on the image,
+    whose values are from -1 to 1. video: a file whose first num_frames frames are made anew. strength: the part of the
+    denoising steps that a video is put through. latents: a file of safetensors, the initial noise instead of that of
+    the seed. lora: merged into the transformer's weights. transformer: a file of safetensors with the transformer's
+    weights instead of the checkpoint's. context_frames: as many frames as the model sees at a time, 8k + 1, in windows
+    that overlap by context_overlap frames, a multiple of 8; None: all. Raises RequestError.
     """
 
     prompt: str
@@ -108,6 +128,15 @@ class GenerateRequest:
     dtype: Dtype = _OF_MODEL
     scheduler: Scheduler = _OF_MODEL
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
+    image: str | None = None
+    noise_aug_strength: float = 0.0
+    video: str | None = None
+    strength: float = 0.8
+    latents: str | None = None
+    lora: tuple[LoraFile, ...] = ()
+    transformer: str | None = None
+    context_frames: int | None = None
+    context_overlap: int = 16
 
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
@@ -132,6 +161,42 @@ class GenerateRequest:
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         require_choice("dtype", self.dtype, Dtype)
         require_choice("scheduler", self.scheduler, Scheduler)
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Raise RequestError for an image, a video, latents or a LoRA that cannot be, or not together."""
+        for name in ("image", "video", "latents", "transformer"):
+            if getattr(self, name) is not None:
+                _require_text(name, getattr(self, name), "the path of a file, or null")
+        given = [name for name in ("image", "video") if getattr(self, name) is not None]
+        _require(len(given) < 2, f"image={self.image!r} and video={self.video!r}: expected one of them")
+        _require(self.video is None or self.latents is None, "video and latents: a video is the initial latents itself")
+        _require_number("noise_aug_strength", self.noise_aug_strength, 0, 1, int | float)
+        _require_number("strength", self.strength, 0, 1, int | float)
+        if self.noise_aug_strength:
+            _require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
+        if self.context_frames is not None:
+            _require_number("context_frames", self.context_frames, 1, MAX_FRAMES)
+            require_multiple("context_frames", self.context_frames, FRAME_MULTIPLE, 1)
+            _require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
+            require_multiple("context_overlap", self.context_overlap, FRAME_MULTIPLE)
+            _require(self.image is None, "context_frames and image: only the first window would see the image")
+        if self.video is not None and self.steps_left_out == self.num_inference_steps:
+            steps = self.num_inference_steps
+            raise RequestError(
+                f"strength={self.strength}: leaves none of {steps} steps; expected {1 / steps:g} or more"
+            )
+
+    @property
+    def steps_left_out(self) -> int:
+        """Return how many of the first denoising steps a video is not put through (as diffusers); else 0."""
+        steps = self.num_inference_steps
+        return 0 if self.video is None else steps - min(int(steps * self.strength), steps)
+
+    @property
+    def encodes(self) -> bool:
+        """Return whether the VAE's encoder is needed."""
+        return self.image is not None or self.video is not None
 
     @property
     def prompts(self) -> list[str]:
@@ -155,9 +220,27 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
         raise
     except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
         raise RequestError(f"attention: {error}") from error
-    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention"}
+    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention", "lora"}
     fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
-    return GenerateRequest(**fields, attention=attention)
+    return GenerateRequest(**fields, attention=attention, lora=parse_lora(config.lora))
+
+
+def parse_lora(value: Any) -> tuple[LoraFile, ...]:
+    """Parse LoRAs: None, a path, "path:strength", or a list of these. Raises RequestError."""
+    entries = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    return tuple(entry if isinstance(entry, LoraFile) else _parse_one_lora(entry) for entry in entries)
+
+
+def _parse_one_lora(text: Any) -> LoraFile:
+    _require_text("lora", text, "path or path:strength, or a list of them")
+    path, colon, strength = text.rpartition(":")
+    if not colon or not strength or set(strength) & set("/\\") or strength.endswith(".safetensors"):
+        return LoraFile(text)
+    try:
+        number = float(strength)
+    except ValueError as error:
+        raise RequestError(f"lora={text!r}: {strength!r} is no strength; expected path:1.0") from error
+    return LoraFile(path, number)
 
 
 def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]:

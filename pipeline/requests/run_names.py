@@ -13,6 +13,10 @@ from pipeline.requests.request import GenerateRequest
 DEFAULT_NAME = "{slug}-{width}x{height}x{num_frames}-seed{seed}-{digest}"
 _REQUEST_FIELDS = ("seed", *MODEL_FIELDS)
 NAME_FIELDS = ("slug", "digest", "line", *_REQUEST_FIELDS)
+_LATER = {
+    **{"image": None, "noise_aug_strength": 0.0, "video": None, "strength": 0.8},
+    **{"latents": None, "lora": (), "transformer": None, "context_frames": None, "context_overlap": 16},
+}
 _MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longer
 
 
@@ -26,6 +30,8 @@ def run_name(request: GenerateRequest, name: str | None = None, line: int = 1) -
     values = {field: getattr(request, field) for field in _REQUEST_FIELDS}
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower())[:40].strip("-") or "video"
     decisive = {field: value for field, value in dataclasses.asdict(request).items() if field != "fps"}
+    # What came later is left out where it is not used: folders of earlier versions keep their names.
+    decisive = {field: value for field, value in decisive.items() if field not in _LATER or value != _LATER[field]}
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     values |= {"slug": slug, "digest": digest, "line": line}
     try:

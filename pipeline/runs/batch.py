@@ -52,31 +52,35 @@ class Item:
 
 def prepare(
     entries: Sequence[Entry],
-    path: Path,
+    path: Path | None,
     stages: Sequence[Stage],
     output_dir: Path,
     run_options: RunOptions,
     cache_dir: Path | None = None,
 ) -> list[Item]:
-    """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError."""
+    """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError.
+
+    path: None where there is no file, and the entries differ in their seeds.
+    """
     found: dict[Any, tuple[Configs, Checkpoint, dict[Stage, str]]] = {}
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
         request = entry.request
-        which = (request.checkpoint, request.revision)
+        needed = needed_stages(stages, request)
+        which = (request.checkpoint, request.revision, request.transformer, needed)
         try:
             if which not in found:
-                checkpoint = resolve_checkpoint(*which, cache_dir)
-                found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed_stages(stages))
+                checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+                found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed)
             configs, checkpoint, identities = found[which]
             check_request(request, configs)
             run_dir = output_dir / entry.name
             items.append(Item(entry, RequestRun(request, stages, run_dir, checkpoint, identities, run_options)))
         except PipelineError as error:
-            errors.append(f"{path}:{entry.line}: {error}")
+            errors.append(f"{path}:{entry.line}: {error}" if path is not None else str(error))
     if errors:
-        raise RequestError(*errors)
+        raise RequestError(*dict.fromkeys(errors))
     return items
 
 

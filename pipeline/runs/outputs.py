@@ -15,8 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.checkpoints.lora import lora_identity
 from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
 from pipeline.requests.errors import StageOutputError
+from pipeline.requests.media import file_digests
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.progress import StageTimings
 from splash_workbench.files import atomic_path, write_json
@@ -46,7 +48,7 @@ class StageKey:
 
 
 def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage, str]) -> StageKey:
-    """Return the key of a stage's output. identities: of the checkpoint's parts, for this stage and those before it."""
+    """Return the key of a stage's output. identities: of the checkpoint's parts, see `needed_stages`. RequestError."""
     guided = request.do_classifier_free_guidance
     fields: dict[str, Any] = {
         "prompt": request.prompt,
@@ -62,10 +64,28 @@ def stage_key(request: GenerateRequest, stage: Stage, identities: Mapping[Stage,
             "use_dynamic_cfg": request.use_dynamic_cfg and guided,
             "attention": dataclasses.asdict(request.attention),
             "denoise_weights": identities["denoise"],
+            **_input_fields(request, identities),
         }
     if stage == "vae":
         fields["vae_weights"] = identities["vae"]
     return StageKey(stage, fields)
+
+
+def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> dict[str, Any]:
+    """Return what further inputs of the denoise stage are, of those that a request has: outputs without stay as before.
+
+    Raises RequestError for a file that cannot be read.
+    """
+    fields: dict[str, Any] = file_digests(request)
+    if request.image is not None:
+        fields |= {"noise_aug_strength": request.noise_aug_strength, "encoder_weights": identities["vae"]}
+    if request.video is not None:
+        fields |= {"strength": request.strength, "encoder_weights": identities["vae"]}
+    if request.context_frames is not None:
+        fields |= {"context_frames": request.context_frames, "context_overlap": request.context_overlap}
+    if request.lora:
+        fields["lora"] = list(lora_identity(request.lora))
+    return fields
 
 
 def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], details: Mapping[str, Any]) -> None:

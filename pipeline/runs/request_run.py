@@ -20,6 +20,7 @@ from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.model.attention import resolve_attention
 from pipeline.requests.errors import RequestError, StageOutputError
+from pipeline.requests.media import check_files
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_names import run_name
@@ -84,6 +85,7 @@ class RequestRun:
 
         identities: of the checkpoint's `needed_stages`.
         """
+        check_files(request)
         require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
         self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
         self.context = StageContext(checkpoint, request, identities, run_options.parallel)
@@ -140,11 +142,21 @@ class RequestRun:
         state_file = StateFile(self.run_dir, fingerprint, options.checkpoint_every, options.resume)
         if options.preview_every and clock:
             clock.progress = PreviewWriter(self.run_dir, options.preview_every, clock.progress, context.checkpoint)
-        return {"latents": stages.denoise(context, embeddings, state_file=state_file)}, {
+        moments = self._encode_source(context, stages)
+        return {"latents": stages.denoise(context, embeddings, None, state_file, moments)}, {
             "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,
         }
+
+    def _encode_source(self, context: StageContext, stages: Stages) -> np.ndarray | None:
+        """Encode the request's image or video, if it has one, timed by itself."""
+        if not self.request.encodes:
+            return None
+        clock = StageClock("encode", context.clock.progress if context.clock else no_progress)
+        moments = stages.encode_source(dataclasses.replace(context, clock=clock))
+        self.timings.append(clock.timings)
+        return moments
 
     @property
     def _embedding_names(self) -> list[str]:
@@ -218,9 +230,13 @@ class RequestRun:
         return path
 
 
-def needed_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages asked for and all before them, whose weights decide what they make."""
-    return STAGES[: STAGES.index(stages[-1]) + 1]
+def needed_stages(stages: Sequence[Stage], request: GenerateRequest) -> tuple[Stage, ...]:
+    """Return the stages asked for and all before them, whose weights decide what they make.
+
+    With "vae" where an image or a video is encoded for them.
+    """
+    encodes = request.encodes and "denoise" in stages
+    return STAGES if encodes else STAGES[: STAGES.index(stages[-1]) + 1]
 
 
 def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
@@ -263,9 +279,9 @@ def generate(
     UserError where the folder cannot be written to or another process is at work there.
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
     check_request(request, read_configs(checkpoint))
-    identities = checkpoint.identities(*needed_stages(stages))
+    identities = checkpoint.identities(*needed_stages(stages, request))
     run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
     with run.locked():
         loaded = Stages()
@@ -291,7 +307,7 @@ def warm_up(
         raise RequestError(f"stages={','.join(stages)}: warming up starts from nothing; expected text first")
     with tempfile.TemporaryDirectory() as folder:
         result = generate(
-            dataclasses.replace(request, num_inference_steps=1),
+            dataclasses.replace(request, num_inference_steps=1, strength=1.0),
             stages=stages,
             run_dir=Path(folder),
             run_options=dataclasses.replace(run_options or RunOptions(), resume=False),

@@ -15,7 +15,8 @@ from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
-from pipeline.model.vae_decoder import DecoderShape, arrange
+from pipeline.model.vae_decoder import DecoderShape
+from pipeline.model.vae_layers import arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS
@@ -23,7 +24,16 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage, to_request
 from pipeline.stages.denoise import abstract_arguments, build_step
 from pipeline.stages.text import encode_program, weight_sharding
-from pipeline.stages.vae import DECODER_PREFIXES, cache_like, decode_program, frame_batches, latent_sharding
+from pipeline.stages.vae import (
+    DECODER_PREFIXES,
+    ENCODER_PREFIXES,
+    cache_like,
+    decode_program,
+    encode_frames_program,
+    frame_batches,
+    frame_sharding,
+    latent_sharding,
+)
 from splash_workbench.program import Program
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -77,13 +87,41 @@ def text_program(request: GenerateRequest, configs: Configs, devices: Sequence[j
 def vae_programs(
     request: GenerateRequest, configs: Configs, devices: Sequence[jax.Device]
 ) -> list[tuple[Program, int]]:
-    """Return the decoding of the first batch of latent frames, and of any other where there are, and how often each."""
+    """Return the decoding of the first batch of latent frames, and of any other where there are, and how often each.
+
+    Before them the encoding, likewise, where the request has an image or a video.
+    """
     config = configs["vae"]
     dtype = jnp.dtype(request.dtype)
     module: Any = build_module("vae", config, getattr(torch, request.dtype))
-    geometry = LatentGeometry.from_request(request, configs["transformer"], config)
+    shape, geometry = (
+        DecoderShape.from_config(config),
+        LatentGeometry.from_request(request, configs["transformer"], config),
+    )
     channels, height, width = geometry.shape[2:]
     sharding = latent_sharding(geometry.shape, devices)
+    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
+    latents = [(1, stop - start, channels, height, width) for start, stop in batches]
+    programs = []
+    if request.encodes:
+        num_frames = 1 if request.image is not None else request.num_frames
+        batches = list(frame_batches(num_frames, module.num_sample_frames_batch_size))
+        frames = [(stop - start, request.height, request.width, 3) for start, stop in batches]
+        split = frame_sharding(sharding)
+        programs += _batch_programs(encode_frames_program(shape, split), module, ENCODER_PREFIXES, dtype, frames, split)
+    decode = decode_program(shape, True, sharding)
+    return [*programs, *_batch_programs(decode, module, DECODER_PREFIXES, dtype, latents, sharding)]
+
+
+def _batch_programs(
+    jitted: Any,
+    module: Any,
+    prefixes: tuple[str, ...],
+    dtype: Any,
+    inputs: Sequence[tuple[int, ...]],
+    sharding: NamedSharding,
+) -> list[tuple[Program, int]]:
+    """Return a half of the VAE on its first batch, and on any other where there are, and how often each runs."""
     mesh = cast(Mesh, sharding.mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     weights = {
@@ -91,18 +129,15 @@ def vae_programs(
             jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
         )
         for name, value in module.named_parameters()
-        if name.startswith(DECODER_PREFIXES)
+        if name.startswith(prefixes)
     }
-    jitted = decode_program(DecoderShape.from_config(module.config), True, sharding)
-    batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     programs, cache = [], None
-    for index, (start, stop) in enumerate(batches[:2]):
-        latents = jax.ShapeDtypeStruct((1, stop - start, channels, height, width), dtype, sharding=sharding)
-        carried = {2: 1} if index else {}
-        program = Program(jitted, (weights, latents, cache), mesh, carried, _SCALE)
-        programs.append((program, len(batches) - 1 if index else 1))
+    for index, shape in enumerate(inputs[:2]):
+        batch = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        program = Program(jitted, (weights, batch, cache), mesh, {2: 1} if index else {}, _SCALE)
+        programs.append((program, len(inputs) - 1 if index else 1))
         with jax.set_mesh(mesh):
-            cache = cache_like(jax.eval_shape(jitted, weights, latents, cache)[1], sharding)
+            cache = cache_like(jax.eval_shape(jitted, weights, batch, cache)[1], sharding)
     return programs
 
 

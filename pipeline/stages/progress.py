@@ -18,19 +18,21 @@ from splash_workbench.errors import UserError
 from splash_workbench.profiles.sessions import Recorder, safe_name
 
 Phase = Literal["load", "compile", "run"]
+#: What is loaded and timed: a stage, or the VAE's encoder, which works for the stage "denoise".
+Work = Stage | Literal["encode"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StageEvent:
     """Something a stage has begun (step 0) or a step it has done.
 
-    step, total_steps: of the phase "run"; a step is a denoising step, a batch of latent frames, or the whole encoding.
+    step, total_steps: of the phase "run"; a step is a denoising step, a batch of frames, or the whole encoding.
     step_time_s: of the step just done, None at the beginning. preview: of a denoising step, what the video would be if
     this step were the last: float32 latents [1, frames, channels, height, width], copied from the device when called,
     which is possible until the callback returns.
     """
 
-    stage: Stage
+    stage: Work
     phase: Phase
     step: int = 0
     total_steps: int = 0
@@ -88,7 +90,7 @@ class StageTimings:
     profiled: whether a profiler ran meanwhile, which takes time of its own.
     """
 
-    stage: Stage
+    stage: Work
     load_time_s: float = 0.0
     compile_time_s: float = 0.0
     run_time_s: float = 0.0
@@ -105,7 +107,7 @@ class StageTimings:
 class StageClock:
     """Time a stage and its steps, name the steps in a profile, and tell of each."""
 
-    def __init__(self, stage: Stage, progress: Progress = no_progress):
+    def __init__(self, stage: Work, progress: Progress = no_progress):
         self.timings, self.progress = StageTimings(stage), progress
 
     @contextlib.contextmanager

@@ -1,9 +1,12 @@
-"""The three stages, text -> denoise -> vae, each loaded when a request first wants it and kept by its key."""
+"""The three stages, text -> denoise -> vae, each loaded when a request first wants it and kept by its key.
+
+The VAE's encoder, which an image or a video needs before it is denoised, is loaded and kept like a stage.
+"""
 
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +14,22 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
+from pipeline.checkpoints.lora import lora_identity
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.stages.conditioning import source_frames
 from pipeline.stages.denoise import Denoiser
-from pipeline.stages.progress import StageClock
+from pipeline.stages.progress import StageClock, Work
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
-from pipeline.stages.vae import VaeDecoder
+from pipeline.stages.vae import VaeDecoder, VaeEncoder
 from splash_workbench.trial_status import is_out_of_memory
 
 #: (stage, key, load) -> the loaded stage of this key, from before or by calling `load`.
-KeepLoaded = Callable[[Stage, Hashable, Callable[[], Any]], Any]
-_CLASSES: Mapping[Stage, Any] = {"text": TextEncoder, "denoise": Denoiser, "vae": VaeDecoder}
+KeepLoaded = Callable[[Work, Hashable, Callable[[], Any]], Any]
+_CLASSES: Mapping[Work, Any] = {"text": TextEncoder, "encode": VaeEncoder, "denoise": Denoiser, "vae": VaeDecoder}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,13 @@ class StageContext:
         num_heads = _num_heads(self.checkpoint, self.identities["denoise"])
         return resolve_plan(self.parallel, jax.device_count(), self.request.do_classifier_free_guidance, num_heads)
 
-    def loaded_key(self, stage: Stage) -> Hashable:
+    def loaded_key(self, stage: Work) -> Hashable:
         """Return what tells a loaded stage from others: contexts with equal keys share it. Raises RequestError."""
-        key = self.identities[stage], self.request.dtype
-        return (*key, self.request.attention, self.plan) if stage == "denoise" else key
+        request = self.request
+        key = self.identities["vae" if stage == "encode" else stage], request.dtype
+        if stage != "denoise":
+            return key
+        return (*key, request.attention, self.plan, lora_identity(request.lora))
 
 
 @functools.cache  # a batch asks for every line, and the Hub answers over the network
@@ -67,17 +75,18 @@ class Stages:
 
     def __init__(self, keep_loaded: KeepLoaded | None = None):
         self._keep_loaded = keep_loaded
-        self._held: dict[Stage, tuple[Hashable, Any]] = {}
+        self._held: dict[Work, tuple[Hashable, Any]] = {}
 
-    def holds(self, *stages: Stage) -> bool:
+    def holds(self, *stages: Work) -> bool:
         return self._held.keys() >= set(stages)
 
-    def drop(self, stage: Stage) -> None:
-        """Free the memory of a stage."""
-        self._held.pop(stage, None)
+    def drop(self, stage: Work) -> None:
+        """Free the memory of a stage; with "denoise" that of the encoder, which works for it."""
+        for each in (stage, "encode") if stage == "denoise" else (stage,):
+            self._held.pop(each, None)
         gc.collect()  # torch modules are cyclic
 
-    def _hold(self, stage: Stage, key: Hashable, load: Callable[[], Any]) -> Any:
+    def _hold(self, stage: Work, key: Hashable, load: Callable[[], Any]) -> Any:
         if stage in self._held and self._held[stage][0] != key:
             self.drop(stage)
         if stage not in self._held:
@@ -88,27 +97,38 @@ class Stages:
         """Encode prompts to T5 embeddings [prompts, text tokens, text_embed_dim]."""
         return self._run("text", context, lambda text: text.encode(prompts, context.clock))
 
+    def encode_source(self, context: StageContext, pictures: Sequence[Any] | None = None) -> np.ndarray | None:
+        """Encode the request's image or video, see `VaeEncoder.encode`; None without.
+
+        pictures: PIL images instead of the file. The encoder's identity is that of the stage "vae". RequestError.
+        """
+        if not context.request.encodes:
+            return None
+        frames = source_frames(context.request, pictures)  # first: loading takes longer
+        return self._run("encode", context, lambda encoder: encoder.encode(frames, context.clock))
+
     def denoise(
         self,
         context: StageContext,
         embeddings: np.ndarray,
         latents: np.ndarray | None = None,
         state_file: StateFile | None = None,
+        moments: np.ndarray | None = None,
     ) -> np.ndarray:
         """Denoise latents [1, frames, channels, height, width]; arguments as of `Denoiser.denoise`."""
-        arguments = (context.request, embeddings, context.clock, latents, state_file)
+        arguments = (context.request, embeddings, context.clock, latents, state_file, moments)
         return self._run("denoise", context, lambda denoiser: denoiser.denoise(*arguments))
 
     def decode(self, context: StageContext, latents: np.ndarray, quantize: bool = True) -> np.ndarray:
         """Decode latents to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`."""
         return self._run("vae", context, lambda decoder: decoder.decode(latents, context.clock, quantize))
 
-    def loaded(self, stage: Stage, context: StageContext) -> Any:
-        """Return the loaded stage of a request: a TextEncoder, Denoiser or VaeDecoder."""
+    def loaded(self, stage: Work, context: StageContext) -> Any:
+        """Return the loaded stage of a request: a TextEncoder, VaeEncoder, Denoiser or VaeDecoder."""
         request = context.request
         options: tuple[Any, ...] = ()
         if stage == "denoise":
-            options = request.attention, context.parallel, request.do_classifier_free_guidance
+            options = request.attention, context.parallel, request.do_classifier_free_guidance, request.lora
 
         def load() -> Any:
             with (context.clock or StageClock(stage)).measure("load"):
@@ -116,7 +136,7 @@ class Stages:
 
         return (self._keep_loaded or self._hold)(stage, context.loaded_key(stage), load)
 
-    def _run(self, stage: Stage, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
+    def _run(self, stage: Work, context: StageContext, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
         import_libraries()
         try:
             return compute(self.loaded(stage, context))

@@ -1,13 +1,16 @@
-"""Stage "vae": latents -> frames, with the weights of a stock AutoencoderKLCogVideoX.
+"""Both halves of the VAE, with the weights of a stock AutoencoderKLCogVideoX.
 
-As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count), each batch handing
-the ends of its activations (the convolution cache) to the next. Two compiled programs serve any length.
+VaeDecoder: stage "vae", latents -> frames. VaeEncoder: the frames of an image or a video -> latents.
+
+As stock, frames are decoded in batches of two latent frames (three in the first, for an odd count) and encoded in
+batches of eight frames (nine in the first), each batch handing the ends of its activations (the convolution cache) to
+the next. Two compiled programs serve any length.
 
 Over several devices a batch is split along its width, or height, whatever divides better; convolutions exchange the
 edges that they need, and group norms sum their statistics over the whole, so that nothing is approximated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,64 +23,77 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.model.placement import SPLIT, put, split_mesh, to_host
-from pipeline.model.vae_decoder import DecoderShape, arrange, decode
+from pipeline.model.vae_decoder import DecoderShape, decode
+from pipeline.model.vae_encoder import encode
+from pipeline.model.vae_layers import arrange
 from pipeline.requests.errors import NonFiniteError
 from pipeline.stages.progress import StageClock
 
-DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
+DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 #: Of the cache, [resnets, frames, columns, rows, strips, channels].
 CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 
 
-class VaeDecoder:
-    """A loaded VAE decoder. Keeps its compiled programs for the next latents; drop the object to free its memory."""
+class _VaeHalf:
+    """A loaded half of the VAE. Keeps its compiled programs for the next input; drop the object to free its memory."""
+
+    _prefixes: tuple[str, ...]
+    _input, _output = "", ""  # what they are, for messages
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
-        """Load the decoder's half of vae/. Raises CheckpointError."""
-        self._devices = jax.devices()
+        """Load this half of vae/. Raises CheckpointError."""
+        self._devices, self._dtype = jax.devices(), dtype
         everywhere = NamedSharding(split_mesh(self._devices, 1), PartitionSpec())
         loaded = load_module(
             checkpoint,
             "vae",
             dtype,
-            keep=lambda name: name.startswith(DECODER_PREFIXES),
+            keep=lambda name: name.startswith(self._prefixes),
             place=lambda value: put(arrange(value), everywhere),
         )
         module: Any = loaded.module
+        self._module = module
         self._weights = loaded.weights
-        self._frame_batch_size = int(module.num_latent_frames_batch_size)
         self._shape = DecoderShape.from_config(module.config)
         self._compiled: dict[Any, Any] = {}
 
-    def decode(self, latents: np.ndarray, clock: StageClock | None = None, quantize: bool = True) -> np.ndarray:
-        """Decode to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
+    def _run(
+        self,
+        inputs: Sequence[jax.Array],
+        batches: Sequence[tuple[int, int]],
+        kind: Hashable,
+        program: Callable[[NamedSharding], Any],
+        clock: StageClock,
+    ) -> np.ndarray:
+        """Return what the program makes of all inputs, one after the other. batches: start and stop of each.
 
-        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever the clock's
-        `progress` raises, which is called once a batch of latent frames.
+        kind: tells this program from others of this half. Raises NonFiniteError, and what `clock.progress` raises.
         """
-        clock = clock or StageClock("vae")
-        batches = list(frame_batches(latents.shape[1], self._frame_batch_size))
-        sharding = latent_sharding(latents.shape, self._devices)
-        inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
-        programs = self._compile(inputs, quantize, clock)
-        frames, cache = [], None
+        programs = self._compile(inputs, kind, program, clock)
+        outputs, cache = [], None
         with clock.measure("run"):
             clock.start(len(batches))
-            for index, (batch, program) in enumerate(zip(inputs, programs, strict=True)):
-                decoded, cache, finite = program(self._weights, batch, cache)
+            for index, (batch, compiled) in enumerate(zip(inputs, programs, strict=True)):
+                output, cache, finite = compiled(self._weights, batch, cache)
                 if not bool(finite):
                     start, stop = batches[index]
                     raise NonFiniteError(
-                        f"vae: batch {index + 1} of {len(batches)} (latent frames {start} to {stop - 1}): the frames "
-                        "hold NaN or infinity; try dtype=float32"
+                        f"{clock.timings.stage}: batch {index + 1} of {len(batches)} ({self._input} {start} to "
+                        f"{stop - 1}): the {self._output} hold NaN or infinity; try dtype=float32"
                     )
-                frames.append(to_host(decoded))
+                outputs.append(to_host(output))
                 clock.tick()
-        return np.concatenate(frames)
+        return np.concatenate(outputs)
 
-    def _compile(self, batches: Sequence[jax.Array], quantize: bool, clock: StageClock) -> list[Any]:
+    def _compile(
+        self,
+        batches: Sequence[jax.Array],
+        kind: Hashable,
+        program: Callable[[NamedSharding], Any],
+        clock: StageClock,
+    ) -> list[Any]:
         """Return the compiled program of each batch; all but the first share one. New ones compile side by side."""
-        keys = [(batch.shape, batch.dtype, index == 0, quantize) for index, batch in enumerate(batches)]
+        keys = [(batch.shape, batch.dtype, index == 0, kind) for index, batch in enumerate(batches)]
         if not set(keys) <= set(self._compiled):
             with clock.measure("compile"):
                 lowered: dict[Any, Any] = {}
@@ -85,13 +101,59 @@ class VaeDecoder:
                 for key, batch in zip(keys, batches, strict=True):
                     assert isinstance(batch.sharding, NamedSharding)
                     if key not in lowered:
-                        program = decode_program(self._shape, quantize, batch.sharding)
-                        lowered[key] = program.lower(self._weights, batch, cache)
+                        lowered[key] = program(batch.sharding).lower(self._weights, batch, cache)
                     cache = cache_like(lowered[key].out_info[1], batch.sharding)
                 new = [key for key in lowered if key not in self._compiled]
                 with ThreadPoolExecutor(len(new)) as pool:
                     self._compiled.update(zip(new, pool.map(lambda key: lowered[key].compile(), new), strict=True))
         return [self._compiled[key] for key in keys]
+
+
+class VaeDecoder(_VaeHalf):
+    """The decoder's half."""
+
+    _prefixes = DECODER_PREFIXES
+    _input, _output = "latent frames", "frames"
+
+    def decode(self, latents: np.ndarray, clock: StageClock | None = None, quantize: bool = True) -> np.ndarray:
+        """Decode to frames [frames, height, width, 3]: uint8, or float32 in [0, 1] without `quantize`.
+
+        latents: [1, latent frames, channels, height, width]. Raises NonFiniteError, and whatever the clock's
+        `progress` raises, which is called once a batch of latent frames.
+        """
+        batches = list(frame_batches(latents.shape[1], int(self._module.num_latent_frames_batch_size)))
+        sharding = latent_sharding(latents.shape, self._devices)
+        inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
+
+        def program(sharding: NamedSharding) -> Any:
+            return decode_program(self._shape, quantize, sharding)
+
+        return self._run(inputs, batches, quantize, program, clock or StageClock("vae"))
+
+
+class VaeEncoder(_VaeHalf):
+    """The encoder's half."""
+
+    _prefixes = ENCODER_PREFIXES
+    _input, _output = "frames", "latents"
+
+    def encode(self, frames: np.ndarray, clock: StageClock | None = None) -> np.ndarray:
+        """Encode to means and log variances, float32 [1, 2 channels, latent frames, height, width], as stock has them.
+
+        frames: float32 [frames, height, width, 3] in [-1, 1]: one, or 8k + 1, or 8k. Raises NonFiniteError, and
+        whatever the clock's `progress` raises, which is called once a batch of frames.
+        """
+        batches = list(frame_batches(len(frames), int(self._module.num_sample_frames_batch_size)))
+        latents = (side // self._shape.spatial_factor for side in frames.shape[1:3])
+        sharding = frame_sharding(latent_sharding((1, 1, 1, *latents), self._devices))
+        frames = frames.astype(jnp.dtype(str(self._dtype).removeprefix("torch.")))
+        inputs = [put(frames[start:stop], sharding) for start, stop in batches]
+
+        def program(sharding: NamedSharding) -> Any:
+            return encode_frames_program(self._shape, sharding)
+
+        moments = self._run(inputs, batches, None, program, clock or StageClock("encode"))
+        return moments.transpose(3, 0, 1, 2)[None]
 
 
 def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:
@@ -126,6 +188,33 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
     return jax.jit(over_mesh, donate_argnums=2)
 
 
+def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
+    """Return (weights, frames of a batch, cache) -> (moments, cache, is all finite) under jit, the cache donated.
+
+    sharding: of the frames [frames, height, width, 3], as `frame_sharding` makes it; the moments are split alike.
+    """
+    mesh = sharding.mesh
+    by_height = len(sharding.spec) == 2  # then height and width change places around the encoder
+
+    @jax.named_scope("encode")
+    def program(weights: Any, frames: jax.Array, cache: Any) -> Any:
+        if by_height:
+            frames = frames.swapaxes(1, 2)
+            weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
+        moments, cache = encode(weights, frames, cache, shape, mesh.shape[SPLIT])
+        moments = moments.swapaxes(1, 2) if by_height else moments
+        return moments, cache, lax.pmin(jnp.isfinite(moments).all().astype(jnp.int32), SPLIT)
+
+    over_mesh = jax.shard_map(
+        program,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), sharding.spec, CACHE_SPEC),
+        out_specs=(sharding.spec, CACHE_SPEC, PartitionSpec()),
+        check_vma=False,
+    )
+    return jax.jit(over_mesh, donate_argnums=2)
+
+
 def cache_like(cache: Any, sharding: NamedSharding) -> Any:
     """Return abstract arrays of a cache, split as the program returns it. sharding: of the latents."""
     sharding = NamedSharding(sharding.mesh, CACHE_SPEC)
@@ -141,8 +230,14 @@ def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> Name
     return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
 
 
+def frame_sharding(latents: NamedSharding) -> NamedSharding:
+    """Split frames [frames, height, width, channels] as their latents are split."""
+    by_height = len(latents.spec) == 4
+    return NamedSharding(latents.mesh, PartitionSpec(None, SPLIT) if by_height else PartitionSpec(None, None, SPLIT))
+
+
 def frame_batches(num_frames: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of each batch of latent frames; the remainder goes with the first, as in stock."""
+    """Yield start and stop of each batch of frames; the remainder goes with the first, as in stock."""
     start, stop = 0, min(batch_size + num_frames % batch_size, num_frames)
     while start < num_frames:
         yield start, stop

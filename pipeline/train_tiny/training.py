@@ -231,7 +231,9 @@ def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, to
     *_, frames, channels, height, width = shape
     patch = config.patch_size_t, config.patch_size, config.patch_size
     geometry = LatentGeometry(frames, 0, channels, height, width, patch)
-    cos, sin = map(torch.from_numpy, rotary_embedding(geometry, config))
+    tables = rotary_embedding(geometry, config)
+    assert tables is not None, "the tiny model's shape is that of CogVideoX 1.5"
+    cos, sin = map(torch.from_numpy, tables)
     return cos, sin
 
 

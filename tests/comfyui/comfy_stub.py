@@ -181,6 +181,13 @@ def install(models_dir: Path) -> Comfy:
     previews = types.SimpleNamespace(NoPreviews="none", Auto="auto")
     module("comfy.cli_args", args=types.SimpleNamespace(preview_method="auto"), LatentPreviewMethod=previews)
     folders = {"diffusers": [str(models_dir / "diffusers")]}
-    module("folder_paths", models_dir=str(models_dir), get_folder_paths=folders.__getitem__)
+    loras = models_dir / "loras"
+    module(
+        "folder_paths",
+        models_dir=str(models_dir),
+        get_folder_paths=folders.__getitem__,
+        get_filename_list=lambda kind: sorted(path.name for path in loras.glob("*")),
+        get_full_path=lambda kind, name: str(loras / name) if (loras / name).is_file() else None,
+    )
     module("server", PromptServer=types.SimpleNamespace(instance=comfy))
     return comfy

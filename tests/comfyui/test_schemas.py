@@ -42,7 +42,10 @@ PUBLISHED = {
     # Published with fps as an INT, also as an output, which Create Video (FLOAT) refuses.
     "CogVideoXTPUVAEDecoder": ([("latents", "COGVIDEOX_LATENTS", None), ("fps", "FLOAT", 16)], ["IMAGE", "FLOAT"]),
 }
-NODES = [*PUBLISHED, "CogVideoXTPUInfo"]
+NODES = [
+    *PUBLISHED,
+    *("CogVideoXTPUInfo", "CogVideoXTPUModel", "CogVideoXTPUImage", "CogVideoXTPUVideo", "CogVideoXTPULora"),
+]
 
 
 @pytest.mark.parametrize("node", PUBLISHED)
@@ -96,6 +99,7 @@ def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]
 def test_defaults_are_the_full_models(part: Any, schemas: dict[str, Any]) -> None:
     model = MODELS["cogvideox1.5-5b"]
     assert model.checkpoint == part("settings").DEFAULT_MODEL
+    assert {*part("settings").PUBLISHED, "tiny"} == {each.checkpoint for each in MODELS.values()}
     slots = {
         slot.id: slot for name in ("CogVideoXTPUSampler", "CogVideoXTPUVAEDecoder") for slot in schemas[name].inputs
     }

@@ -29,7 +29,7 @@ BUILTIN = {
     ),
 }
 _OPTIONAL = {"audio"}
-_PYTHON = {"INT": int, "FLOAT": (int, float), "STRING": str, "COMBO": str}
+_PYTHON = {"INT": int, "FLOAT": (int, float), "STRING": str, "COMBO": str, "BOOLEAN": bool}
 
 
 def check_workflow(workflow: dict[str, Any], schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,7 @@ def _drop_control(workflow: dict[str, Any]) -> None:
 
 
 def _wrong_option(workflow: dict[str, Any]) -> None:
-    workflow["nodes"][1]["widgets_values"][-1] = "euler"
+    workflow["nodes"][1]["widgets_values"][-2] = "euler"
 
 
 def _int_to_float(workflow: dict[str, Any]) -> None:

@@ -25,6 +25,12 @@ def model_folders() -> list[Path]:
     return [Path(folder) for folder in [*folder_paths.get_folder_paths("diffusers"), folder_paths.models_dir]]
 
 
+def lora_files() -> dict[str, str]:
+    """Return the LoRAs in ComfyUI's folders for them: name -> path."""
+    found = {name: folder_paths.get_full_path("loras", name) for name in folder_paths.get_filename_list("loras")}
+    return {name: path for name, path in found.items() if path is not None and name.endswith(".safetensors")}
+
+
 def interrupt_if_asked() -> None:
     """Raise ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()

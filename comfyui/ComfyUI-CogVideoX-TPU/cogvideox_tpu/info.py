@@ -46,6 +46,8 @@ def report(
     dtype = settings.resolve_dtype(settings.AUTO, model_id)
     request = GenerateRequest("any", model_id, **fields, dtype=dtype, attention=attention)  # type: ignore[arg-type]
     configs, _ = part_configs(model_id.strip(), lambda: settings.find_checkpoint(model_id))
+    if TransformerShape.from_config(configs["transformer"]).takes_image:
+        request = dataclasses.replace(request, image="any")
     check_request(request, configs)
     # With diffusers' defaults for what a configuration leaves out.
     module: Any = build_module("transformer", configs["transformer"], torch.float32)
@@ -54,7 +56,7 @@ def report(
     plan = resolve_plan(parallel, num_devices, request.do_classifier_free_guidance, sizes.num_heads)
     patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches
     seq_len = transformer["max_text_seq_length"] + patches
-    heads_a_device = sizes.num_heads // plan.model
+    heads_a_device = plan.local_heads(sizes.num_heads)
     shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
     lines = [
         f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "

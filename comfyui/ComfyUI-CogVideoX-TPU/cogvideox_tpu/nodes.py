@@ -1,12 +1,13 @@
 """The nodes: their schemas, and calls of `stages`. What they say to users is in locales/en/nodeDefs.json."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import info, settings, stages
+from . import host, info, settings, stages
 from .host import NodeProgress
 
 MAX_SEED = 2**53 - 1  # the largest that a browser holds exactly
@@ -82,6 +83,71 @@ class CogVideoXTextEncoder(io.ComfyNode):
         return io.NodeOutput(stages.encode(**values, progress=NodeProgress(cls.hidden.unique_id)))
 
 
+class CogVideoXTPUModel(io.ComfyNode):
+    """A model's id, from a list."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema("CogVideoXTPUModel", [_combo("model", settings.model_ids())], [io.String])
+
+    @classmethod
+    @settings.in_widget_terms
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings.checked_widgets(cls.define_schema(), values)["model"])
+
+
+class CogVideoXTPUImage(io.ComfyNode):
+    """The first frame, for an image-to-video model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        noise = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
+        inputs = [(EmbedsIO, "embeddings", {}), (io.Image, "image", {}), (io.Float, "noise_aug_strength", noise)]
+        return _schema("CogVideoXTPUImage", inputs, [EmbedsIO])
+
+    @classmethod
+    @settings.in_widget_terms
+    def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
+        values = settings.checked_widgets(cls.define_schema(), values)
+        return io.NodeOutput(dataclasses.replace(embeddings, **values))
+
+
+class CogVideoXTPUVideo(io.ComfyNode):
+    """Frames that are made anew, by a text-to-video model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 0.8, "min": 0.0, "max": 1.0, "step": 0.01}
+        inputs = [(EmbedsIO, "embeddings", {}), (io.Image, "images", {}), (io.Float, "strength", strength)]
+        return _schema("CogVideoXTPUVideo", inputs, [EmbedsIO])
+
+    @classmethod
+    @settings.in_widget_terms
+    def execute(cls, embeddings: Any, images: Any, **values: Any) -> io.NodeOutput:
+        values = settings.checked_widgets(cls.define_schema(), values)
+        return io.NodeOutput(dataclasses.replace(embeddings, video=images, **values))
+
+
+class CogVideoXTPULora(io.ComfyNode):
+    """A LoRA; several, one after the other."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        limit = float(_LIMITS["MAX_STRENGTH"] or 0)
+        inputs = [
+            (EmbedsIO, "embeddings", {}),
+            _combo("lora_name", host.lora_files() or [settings.NO_LORA]),
+            (io.Float, "strength", {"default": min(1.0, limit), "min": -limit, "max": limit, "step": 0.01}),
+        ]
+        return _schema("CogVideoXTPULora", inputs, [EmbedsIO])
+
+    @classmethod
+    @settings.in_widget_terms
+    def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
+        values = settings.checked_widgets(cls.define_schema(), values)
+        return io.NodeOutput(stages.with_lora(embeddings, values["lora_name"], values["strength"]))
+
+
 class CogVideoXTPUSampler(io.ComfyNode):
     """Embeddings -> latents."""
 
@@ -95,6 +161,7 @@ class CogVideoXTPUSampler(io.ComfyNode):
             _num_devices(0),
             *_PLAN_AND_KERNEL,
             _combo("scheduler", settings.SCHEDULERS, optional=True),
+            (io.Boolean, "use_dynamic_cfg", {"default": False, "optional": True}),
         ]
         return _schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 
@@ -158,4 +225,13 @@ class CogVideoXTPUInfo(io.ComfyNode):
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
-NODES: list[type[io.ComfyNode]] = [CogVideoXTextEncoder, CogVideoXTPUSampler, CogVideoXTPUVAEDecoder, CogVideoXTPUInfo]
+NODES: list[type[io.ComfyNode]] = [
+    CogVideoXTextEncoder,
+    CogVideoXTPUSampler,
+    CogVideoXTPUVAEDecoder,
+    CogVideoXTPUInfo,
+    CogVideoXTPUModel,
+    CogVideoXTPUImage,
+    CogVideoXTPUVideo,
+    CogVideoXTPULora,
+]

@@ -21,6 +21,15 @@ from . import host
 
 TINY = "tiny"
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
+#: The models by their Hub ids; the tests compare them with the pipeline's.
+PUBLISHED = (
+    DEFAULT_MODEL,
+    "zai-org/CogVideoX1.5-5B-I2V",
+    "zai-org/CogVideoX-5b",
+    "zai-org/CogVideoX-5b-I2V",
+    "zai-org/CogVideoX-2b",
+)
+NO_LORA = "no file in models/loras"
 _MODEL_IDS = "a Hub id (owner/name), a folder under ComfyUI's models folder, or tiny"
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
@@ -48,7 +57,8 @@ _WIDGET_TERMS = (
     (r"\bcheckpoint=", "model_id="),
     (r"\btiny, tiny-random, a folder, or a Hub id\b", _MODEL_IDS),
     (r"\btiny, tiny-random, an existing folder, or owner/name\b", _MODEL_IDS),
-    (r"\bmodel=cogvideox1\.5-5b\b", f"model_id={DEFAULT_MODEL}"),
+    (r"\bexpected image=path instead of video\b", "expected the node CogVideoX TPU Image instead of Video"),
+    (r"\bexpected image=path\b", "expected the node CogVideoX TPU Image before the sampler"),
     (r"\btopology='[a-z0-9]+-(\d+)'", r"num_devices=\1"),
     (r"\bexpected [a-z0-9]+-N with N one of ([\d, ]+\d), or chips as [a-z0-9:]+", r"expected one of \1"),
     (r"\bparallel\.num_devices=", "num_devices="),
@@ -158,9 +168,23 @@ def in_widget_terms(execute: _Function) -> _Function:
 
 
 def _in_widget_terms(message: str) -> str:
+    from pipeline.requests.models import MODELS
+
+    for name in sorted(MODELS, key=len, reverse=True):  # a name begins another
+        model_id = f"model_id={MODELS[name].checkpoint}"
+        message = re.sub(rf"\bmodel={re.escape(name)}(?![\w-])", model_id, message)
     for pattern, term in _WIDGET_TERMS:
         message = re.sub(pattern, term, message)
     return message
+
+
+def model_ids() -> list[str]:
+    """Return what the dropdown offers: published models, "tiny", and folders with a model below ComfyUI's folders."""
+    found: dict[Path, str] = {}
+    for folder in host.model_folders():
+        for path in sorted([*folder.glob("*/model_index.json"), *folder.glob("*/*/model_index.json")]):
+            found.setdefault(path.parent, path.parent.relative_to(folder).as_posix())
+    return [*PUBLISHED, TINY, *found.values()]
 
 
 def checked_widgets(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,27 +4,71 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import models, settings
+from . import host, models, settings
+
+_GIVEN = "as given"  # in place of a path, for what comes over a link
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embeds:
-    """COGVIDEOX_EMBEDS. prompts: embeddings [2, text tokens, text_embed_dim], of the negative prompt and the prompt."""
+    """COGVIDEOX_EMBEDS: encoded prompts, and what else the sampler begins with.
+
+    prompts: embeddings [2, text tokens, text_embed_dim], of the negative prompt and the prompt. image, video: float32
+    [frames, height, width, channels] in 0 to 1, as ComfyUI's IMAGE. loras: of `pipeline.requests.request.LoraFile`.
+    """
 
     checkpoint: Any  # pipeline.checkpoints.loading.Checkpoint
     prompt: str
     negative_prompt: str
     dtype: str
     prompts: np.ndarray
+    image: torch.Tensor | None = None
+    noise_aug_strength: float = 0.0
+    video: torch.Tensor | None = None
+    strength: float = 0.8
+    loras: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:  # what Preview Any shows: of the checkpoint nothing, whose folder is the server's
         text = f"prompt={self.prompt!r}, negative_prompt={self.negative_prompt!r}"
-        return f"embeddings {list(self.prompts.shape)} {self.prompts.dtype}, {text}"
+        given = [f"{name} {list(x.shape)}" for name in ("image", "video") if (x := getattr(self, name)) is not None]
+        given += [f"LoRA {Path(lora.path).name} {lora.strength:g}" for lora in self.loras]
+        return ", ".join([f"embeddings {list(self.prompts.shape)} {self.prompts.dtype}", text, *given])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return what these are in a GenerateRequest; of an image or a video, that there is one."""
+        found: dict[str, Any] = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "checkpoint": self.checkpoint.name,
+            "dtype": self.dtype,
+            "lora": self.loras,
+        }
+        if self.image is not None:
+            found |= {"image": _GIVEN, "noise_aug_strength": self.noise_aug_strength}
+        if self.video is not None:
+            found |= {"video": _GIVEN, "strength": self.strength}
+        return found
+
+    def pictures(self, num_frames: int) -> list[Any] | None:
+        """Return the image, or the first frames of the video, as PIL images. Raises RequestError for too few."""
+        from PIL import Image
+
+        from pipeline.requests.errors import RequestError
+
+        frames, count = (self.image, 1) if self.video is None else (self.video, num_frames)
+        if frames is None:
+            return None
+        if len(frames) < count:
+            raise RequestError(f"images: {len(frames)} frames; expected num_frames={count} of them, or a smaller one")
+        pixels = (frames[:count, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        return [Image.fromarray(each) for each in pixels]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +115,7 @@ def _context(stage: Any, checkpoint: Any, request: Any, progress: Any, **more: A
     configs = read_configs(checkpoint)
     if stage != "text":  # whose request has no size yet
         check_request(request, configs)
-    identities = checkpoint.identities(stage)
+    identities = checkpoint.identities("vae" if stage == "encode" else stage)
     return StageContext(checkpoint, request, identities, clock=StageClock(stage, progress), **more)
 
 
@@ -96,14 +140,7 @@ def sampling_request(
     """
     from pipeline.requests.request import GenerateRequest
 
-    of_text: dict[str, Any] = {"prompt": "not known yet"}
-    if embeds is not None:
-        of_text = {
-            "prompt": embeds.prompt,
-            "negative_prompt": embeds.negative_prompt,
-            "checkpoint": embeds.checkpoint.name,
-            "dtype": embeds.dtype,
-        }
+    of_text: dict[str, Any] = {"prompt": "not known yet"} if embeds is None else embeds.fields
     request = GenerateRequest(**of_text, **fields, attention=settings.attention_options(kernel))
     parallel = settings.parallel_options(parallel_plan, num_devices)
     settings.check_devices(request.attention, parallel)
@@ -115,7 +152,11 @@ def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Laten
     prompts = embeds.prompts if request.do_classifier_free_guidance else embeds.prompts[1:]
     with _running("denoise") as stages:
         context = _context("denoise", embeds.checkpoint, request, progress, parallel=parallel)
-        return Latents(embeds.checkpoint, request, stages.denoise(context, prompts))
+        moments = None
+        if request.encodes:
+            pictures = embeds.pictures(request.num_frames)
+            moments = stages.encode_source(_context("encode", embeds.checkpoint, request, progress), pictures)
+        return Latents(embeds.checkpoint, request, stages.denoise(context, prompts, moments=moments))
 
 
 def decode(latents: Latents, progress: Any) -> torch.Tensor:
@@ -126,3 +167,14 @@ def decode(latents: Latents, progress: Any) -> torch.Tensor:
             frames = stages.decode(context, latents.latents, quantize=False)
             _frames[latents] = torch.from_numpy(np.array(frames))  # a copy: JAX's arrays are read-only
     return _frames[latents]
+
+
+def with_lora(embeds: Embeds, name: str, strength: float) -> Embeds:
+    """Add a LoRA of ComfyUI's folders. Raises RequestError where there is none of the name."""
+    from pipeline.requests.errors import RequestError
+    from pipeline.requests.request import LoraFile
+
+    path = host.lora_files().get(name)
+    if path is None:
+        raise RequestError(f"lora_name={name!r}: expected a file of safetensors in ComfyUI's models/loras")
+    return dataclasses.replace(embeds, loras=(*embeds.loras, LoraFile(path, strength)))

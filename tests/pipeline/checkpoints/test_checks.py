@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.checks import check_request, read_configs
@@ -46,7 +49,15 @@ WRONG = [
     ("transformer", {"sample_width": "wide"}, "sample_width='wide', expected a whole number"),
     ("transformer", {"num_layers": "two"}, "transformer/config.json"),
     ("transformer", {"text_embed_dim": 21}, "text_embed_dim=21, but text_encoder/config.json: d_model=20"),
-    ("transformer", {"in_channels": 8, "out_channels": 8}, "in_channels=8, but vae/config.json: latent_channels=16"),
+    ("transformer", {"in_channels": 8, "out_channels": 8}, "out_channels=8, but vae/config.json: latent_channels=16"),
+    ("transformer", {"in_channels": 33}, "in_channels=33, expected out_channels, or twice as many"),
+    ("transformer", {"ofs_embed_dim": 512}, "ofs_embed_dim=512, expected null or time_embed_dim, 24"),
+    ("transformer", {"in_channels": 32}, "image=null: .* is an image-to-video model; expected image=path"),
+    (
+        "transformer",
+        {"patch_size_t": None, "sample_frames": 5},
+        "num_frames=9: .* is for 5 frames; expected num_frames=5 or less",
+    ),
     ("vae", {"act_fn": "relu"}, "vae/config.json: act_fn='relu', expected 'silu'"),
     ("vae", {"temporal_compression_ratio": 6}, "temporal_compression_ratio=6"),
     ("vae", {"norm_num_groups": 7}, "vae/config.json: ValueError"),
@@ -71,6 +82,47 @@ def test_decided_before_any_weight_is_read(folder, request_of, tmp_path, no_weig
     entries = [Entry(1, request, "one")]
     with pytest.raises(RequestError, match=f"lines:1: .*{message}"):
         prepare(entries, Path("lines"), ("text", "denoise", "vae"), tmp_path / "out", RunOptions())
+
+
+FROM_IMAGE = {"in_channels": 32, "sample_height": 6, "sample_width": 10, "sample_frames": 9}
+LEARNED = {**FROM_IMAGE, "use_learned_positional_embeddings": True, "patch_size_t": None}
+WRONG_INPUTS = [
+    ({}, {"image": "image.png"}, "image='.*': .* is a text-to-video model; expected model=cogvideox-5b-i2v or"),
+    (FROM_IMAGE, {"video": "a.mp4"}, "image=null: .* expected image=path instead of video, which a text model takes"),
+    (FROM_IMAGE, {"image": "absent.png"}, "image='absent.png': No such file or directory; expected a file such as PNG"),
+    (LEARNED, {"image": "image.png", "height": 32}, "height=32: .* learned positions, for height=48 only"),
+    (LEARNED, {"image": "image.png", "width": 96}, "width=96: .* learned positions, for width=80 only"),
+    (LEARNED, {"image": "image.png", "num_frames": 1}, "num_frames=1: .* learned positions, for num_frames=9 only"),
+    ({"patch_size_t": None, "sample_frames": 49}, {"num_frames": 81}, "num_frames=81: .* for 49 frames; expected num"),
+    ({}, {"latents": "image.png"}, "latents='.*image.png': .*expected a file of safetensors with one tensor"),
+    ({}, {"video": "image.png", "strength": 0.5}, "video='.*image.png': holds 1 frames; expected num_frames=9 of them"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), WRONG_INPUTS)
+def test_inputs_that_do_not_fit_the_model(folder, request_of, tmp_path, no_weights, config, changes, message):
+    _change(folder, "transformer", **config)
+    Image.new("RGB", (80, 48)).save(tmp_path / "image.png")
+    paths = {name: str(tmp_path / value) for name, value in changes.items() if value == "image.png"}
+    with pytest.raises(PipelineError, match=message) as error:
+        generate(request_of(checkpoint=str(folder), **{**changes, **paths}), run_dir=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_with_other_norms(folder, request_of, tmp_path, no_weights):
+    _change(folder, "vae", norm_eps=1e-5)
+    check_request(request_of(), read_configs(Checkpoint("mine", folder)))
+    with pytest.raises(CheckpointError, match="norm_eps=1e-05, expected 1e-06 to encode"):
+        generate(request_of(checkpoint=str(folder), video="a.mp4"), run_dir=tmp_path / "run")
+
+
+def test_latents_of_another_size(tiny_folder, request_of, tmp_path):
+    configs, path = read_configs(Checkpoint("small", tiny_folder)), tmp_path / "noise.safetensors"
+    save_file({"latents": torch.zeros(1, 4, 16, 6, 10)}, path)
+    check_request(request_of(latents=str(path)), configs)
+    with pytest.raises(RequestError, match=r"has shape \[1, 4, 16, 6, 10\]; expected \[1, 6, 16, 6, 10\]"):
+        check_request(request_of(latents=str(path), num_frames=17), configs)
 
 
 def test_a_size_beyond_the_published_rotary_table(tmp_path, no_weights):
@@ -106,19 +158,7 @@ def test_what_a_configuration_leaves_out_is_diffusers_default(folder):
     assert configs["vae"]["temporal_compression_ratio"] == 4
 
 
-V1 = {"patch_size_t": None, "patch_bias": True}
 OTHER_KINDS = [
-    (
-        {"transformer": {**V1, "use_rotary_positional_embeddings": False}},
-        "a CogVideoX-2b checkpoint .*not rotary",
-    ),
-    ({"transformer": V1}, r"this is a CogVideoX-5b checkpoint .*CogVideoX 1\.0: no patch_size_t"),
-    (
-        {"transformer": {**V1, "in_channels": 32, "use_learned_positional_embeddings": True}},
-        "this is a CogVideoX-5b-I2V checkpoint .*image to video",
-    ),
-    ({"transformer": {"in_channels": 32, "ofs_embed_dim": 512}}, "this is a CogVideoX1.5-5B-I2V .*image to video"),
-    ({"transformer": {"in_channels": 33}}, "image to video, in_channels=33"),
     (
         {"transformer": {"_class_name": "WanTransformer3DModel"}},
         "is for .WanTransformer3DModel.",
@@ -133,7 +173,9 @@ def test_another_model_is_named_before_any_other_complaint(folder, changes, mess
     for part, values in changes.items():
         _change(folder, part, **values)
     _change(folder, "vae", act_fn="relu")
-    with pytest.raises(CheckpointError, match=f"{message}.*; supported here: CogVideoX 1.5, text to video"):
+    with pytest.raises(
+        CheckpointError, match=f"{message}.*; supported here: CogVideoX, model=tiny, model=cogvideox-2b"
+    ):
         read_configs(Checkpoint("mine", folder))
 
 

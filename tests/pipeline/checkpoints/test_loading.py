@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoints import loading
+from pipeline.checkpoints.checks import read_configs
 from pipeline.checkpoints.loading import Checkpoint, load_module, resolve_checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.errors import CheckpointError
@@ -256,3 +259,52 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.delenv(provenance.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert provenance.user_cache_dir() == tmp_path / "cogvideox-splash"
+
+
+def _single_file(folder: Path, path: Path, prefix: str, dtype: torch.dtype) -> Checkpoint:
+    weights = load_file(folder / WEIGHTS)
+    save_file({prefix + name: value.to(dtype) for name, value in weights.items()}, path)
+    return resolve_checkpoint(str(folder), transformer=str(path))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
+def test_a_transformer_in_a_single_file(prefix, folder, tmp_path):
+    checkpoint = _single_file(folder, tmp_path / "one.safetensors", prefix, torch.float16)
+    (folder / WEIGHTS).unlink()
+    read_configs(checkpoint)
+    loaded = load_module(checkpoint, "transformer", torch.float32).weights
+    assert {str(value.dtype) for value in loaded.values()} == {"float32"}
+    assert "transformer_blocks.0.attn1.to_q.weight" in loaded
+
+
+def test_eight_bit_floats_are_read(folder, tmp_path):
+    checkpoint = _single_file(folder, tmp_path / "one.safetensors", "", torch.float8_e4m3fn)
+    weights = load_module(checkpoint, "transformer", torch.bfloat16).weights
+    actual, expected = weights["proj_out.weight"], _load(folder).weights["proj_out.weight"]
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=0.07, atol=2e-3)
+
+
+def test_a_single_file_is_part_of_what_the_weights_are(folder, tmp_path):
+    own = resolve_checkpoint(str(folder))
+    first = _single_file(folder, tmp_path / "one.safetensors", "", torch.float32)
+    second = _single_file(folder, tmp_path / "two.safetensors", "", torch.float16)
+    stages = ("text", "denoise")
+    (text, denoise), *others = (tuple(each.identities(*stages).values()) for each in (own, first, second))
+    assert all(other[0] == text for other in others)
+    assert len({denoise, *(other[1] for other in others)}) == 3
+    on_hub = dataclasses.replace(first, folder=None, repo_id="a/b", commit="c")
+    assert on_hub.identity("vae") == "a/b@c" != on_hub.identity("transformer")
+
+
+def test_a_single_file_of_another_model_is_refused_by_its_header(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load_module", lambda *args: pytest.fail("a weight is read"))
+    other = ensure_tiny_checkpoint(tmp_path, SMALL)
+    checkpoint = _single_file(other, tmp_path / "one.safetensors", "", torch.float32)
+    checkpoint = dataclasses.replace(checkpoint, folder=folder)
+    with pytest.raises(CheckpointError, match=r"^transformer='.*has shape \[\d.*\], expected \[") as error:
+        read_configs(checkpoint)
+    assert "\n" not in str(error.value)
+    for name, message in (("absent.safetensors", "no such file"), ("one.bin", "a file of another kind")):
+        (tmp_path / "one.bin").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"transformer='.*{message}; expected a file of safetensors"):
+            resolve_checkpoint("tiny", transformer=str(tmp_path / name))

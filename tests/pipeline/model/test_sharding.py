@@ -230,6 +230,15 @@ def test_plans_for_devices(options, num_devices, guided, expected):
     assert resolve_plan(ParallelOptions(**options), num_devices, guided, 48) == expected
 
 
+@pytest.mark.parametrize(("num_devices", "local_heads"), [(8, 8), (16, 4), (32, 2), (64, 1), (12, 5)])
+def test_thirty_heads_over_devices_that_divide_them_or_nearly(num_devices, local_heads):
+    """As in CogVideoX-2b: two of them are computed twice."""
+    assert resolve_plan(ParallelOptions(), num_devices, True, 30).local_heads(30) == local_heads
+    if 30 % (num_devices // 2):
+        with pytest.raises(RequestError, match="do not divide 30 heads; expected 2 x one of 1, 2, 3, 5, 6, 10, 15, 30"):
+            resolve_plan(ParallelOptions("megatron"), num_devices, True, 30)
+
+
 @pytest.mark.parametrize(
     ("options", "num_devices", "message"),
     [

@@ -11,7 +11,8 @@ from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import split_mesh
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.vae_decoder import DecoderShape, _Layer, arrange, cut, join, num_strips
+from pipeline.model.vae_decoder import DecoderLayer, DecoderShape
+from pipeline.model.vae_layers import Layer, arrange, cut, join, num_strips
 from pipeline.requests.errors import CheckpointError
 
 
@@ -52,7 +53,7 @@ def test_norm_is_stocks(frames, latent_frames, rng):
     weights = {f"norm.{k}": arrange(jnp.asarray(torch_to_numpy(v))) for k, v in module.named_parameters()}
 
     def norm(weights, x, z):
-        return _Layer(weights, None, z, num_groups=3, num_shards=1).norm_silu("norm", x)
+        return DecoderLayer(weights, None, 3, 1, z).norm_silu("norm", x)
 
     actual = _on_one_device(norm, weights, _strips(x, 4), jnp.asarray(z[0].transpose(1, 3, 2, 0)))
     inputs = (torch.from_numpy(value).double() for value in (x, z))
@@ -66,7 +67,7 @@ def test_statistics_of_bfloat16_are_taken_in_float32(rng):
     weights = {"norm.weight": jnp.ones(2, jnp.bfloat16), "norm.bias": jnp.zeros(2, jnp.bfloat16)}
 
     def norm(weights, x):
-        return _Layer(weights, None, x[..., 0, :], num_groups=1, num_shards=1)._group_norm("norm", x)
+        return Layer(weights, None, num_groups=1, num_shards=1)._group_norm("norm", x)
 
     factor, offset = _on_one_device(norm, weights, x)
     exact = np.asarray(x, np.float64)

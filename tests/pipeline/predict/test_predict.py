@@ -167,7 +167,9 @@ def test_a_request_survives_json(request_of):
 
 
 def test_flops_of_the_full_step():
-    shape = TransformerShape(42, 48, 64, 16, 2, 2, 1e-5, True, 0)
+    shape = TransformerShape.from_config(
+        part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))[0]["transformer"]
+    )
     flops = step_flops(shape, TokenLayout(226, 39600, 4), 2)
     # 42 layers x 2 prompts: 113 M weights in products with 39826 tokens, and 39826^2 scores of 48 x 64, twice.
     expected = 84 * (2 * 113.2e6 * 39826 + 4 * 39826**2 * 3072)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.models import MODEL_FIELDS, MODELS
+from pipeline.requests.models import MODEL_FIELDS, MODELS, model_defaults
 from pipeline.requests.request import GenerateRequest, to_request
 from splash_workbench.provenance import CONFIG_DIR
 
@@ -52,7 +52,9 @@ def test_a_folder_takes_the_defaults_of_the_model_that_is_named(tmp_path):
 
 
 def test_guidance_of_the_models():
-    assert {name: defaults.guidance_scale for name, defaults in MODELS.items()} == {
-        "tiny": 1.5,
-        "cogvideox1.5-5b": 6.0,
-    }
+    assert MODELS["tiny"].guidance_scale == 1.5
+    assert {defaults.guidance_scale for name, defaults in MODELS.items() if name != "tiny"} == {6.0}
+
+
+def test_the_hubs_former_ids_have_the_same_defaults():
+    assert model_defaults("THUDM/CogVideoX-5b-I2V") == MODELS["cogvideox-5b-i2v"]

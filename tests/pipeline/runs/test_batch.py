@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
-from pipeline.requests.batch_file import read_entries
+from pipeline.requests.batch_file import entries_of, read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
 from pipeline.requests.options import RunOptions
-from pipeline.requests.request import STAGES
+from pipeline.requests.request import STAGES, LoraFile
 from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun
@@ -53,6 +53,36 @@ def _run(folder, config, *lines, options=None, progress=lambda event: None, **mo
     items = _prepare(folder, config, *lines, options=options, **more)
     Batch(items, folder / "results.jsonl", progress, lambda place, text: said.append(f"{place} {text}")).run_all()
     return items, said
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path, config):
+    path = tmp_path / "prompts.txt"
+    path.write_text('a cat, "sitting"\n\n  {"prompt": 1} \n')
+    entries = read_entries(path, config)
+    assert [(entry.line, entry.request.prompt) for entry in entries] == [(1, 'a cat, "sitting"'), (3, '{"prompt": 1}')]
+
+
+def test_several_videos_of_a_prompt_have_seeds_of_their_own(tmp_path, config):
+    config.num_videos = 2
+    path = _write(tmp_path, {"prompt": "a", "seed": 5}, {"prompt": "b", "num_videos": 1, "lora": ["x:0.5"]})
+    entries = read_entries(path, config)
+    assert [(entry.request.prompt, entry.request.seed) for entry in entries] == [("a", 5), ("a", 6), ("b", 42)]
+    assert len({entry.name for entry in entries}) == 3
+    assert entries[2].request.lora == (LoraFile("x", 0.5),)
+    config.prompt, config.num_videos = "a", 3
+    assert [entry.request.seed for entry in entries_of(config)] == [42, 43, 44]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_videos": 0}, "num_videos=0: expected a whole number from 1 to 1000"),
+        ({"num_videos": 2, "name": "x"}, "name='x': the same for 2 videos; expected one with {seed}"),
+    ],
+)
+def test_several_videos_that_cannot_be(changes, message, config):
+    with pytest.raises(RequestError, match=message):
+        entries_of(dataclasses.replace(config, prompt="a", **changes))
 
 
 def test_lines_take_what_they_leave_out_from_the_command_line(tmp_path, config):

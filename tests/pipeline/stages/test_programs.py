@@ -1,7 +1,9 @@
+import dataclasses
+
 import jax
 import pytest
 
-from pipeline.stages.programs import model_program, model_request
+from pipeline.stages.programs import model_program, model_request, vae_programs
 
 
 @pytest.mark.parametrize("stage", ["text", "denoise", "vae"])
@@ -13,6 +15,34 @@ def test_the_published_models_programs_need_no_weights(stage: str) -> None:
     assert parameters == pytest.approx(expected[stage], rel=0.05)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(made.program.arguments))
     assert made.arguments["num_frames"] == 81
+
+
+#: Of the transformers, as their checkpoints' files have them: positions that are learned are an argument, no weight.
+PARAMETERS = {"cogvideox-2b": 1.69e9, "cogvideox-5b": 5.57e9, "cogvideox-5b-i2v": 5.57e9, "cogvideox1.5-5b-i2v": 5.57e9}
+CONDITIONS = {
+    "cogvideox-2b": {"positions": 1920},
+    "cogvideox-5b": {},
+    "cogvideox-5b-i2v": {"image": 64, "positions": 3072},
+    "cogvideox1.5-5b-i2v": {"image": 128},
+}
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_every_published_models_step_has_its_arguments(model: str) -> None:
+    weights, *arguments = model_program(model, "denoise", jax.devices()[:1], None).program.arguments
+    assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == pytest.approx(PARAMETERS[model], rel=0.02)
+    assert {name: value.shape[1] for name, value in arguments[-1].items()} == CONDITIONS[model]
+    assert (arguments[4] is None) == (model == "cogvideox-2b"), "rotary tables"
+
+
+def test_a_video_is_encoded_in_batches() -> None:
+    request, configs, _ = model_request("cogvideox-5b", 1, None)
+    programs = vae_programs(dataclasses.replace(request, video="any"), configs, jax.devices()[:1])
+    assert [count for _, count in programs] == [1, 5, 1, 5]
+    assert [program.arguments[1].shape for program, _ in programs] == [
+        *((frames, 480, 720, 3) for frames in (9, 8)),
+        *((1, frames, 16, 60, 90) for frames in (3, 2)),
+    ]
 
 
 def test_small_chips_hold_the_weights_in_parts() -> None:

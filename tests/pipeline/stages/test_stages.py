@@ -293,7 +293,7 @@ def test_dropping_a_stage_frees_its_weights(checkpoint, encoder, request_of):
 
 def test_geometry_of_the_full_model(request_of):
     request = request_of(height=720, width=1280, num_frames=81)
-    transformer = {"in_channels": 16, "patch_size_t": 2, "patch_size": 2}
+    transformer = {"out_channels": 16, "patch_size_t": 2, "patch_size": 2}
     vae = {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
     geometry = LatentGeometry.from_request(request, transformer, vae)
     assert (geometry.num_frames, geometry.padding_frames) == (21, 1)

@@ -1,0 +1,163 @@
+"""LoRAs: names of their weights as trainers give them, whether they fit a transformer, and merging them into it.
+
+Known are the names of PEFT and diffusers (`transformer.transformer_blocks.0.attn1.to_q.lora_A.weight`), the same below
+`diffusion_model.` as ComfyUI has them, and those of kohya's scripts and of VideoX-Fun
+(`lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.checkpoints.weight_files import open_weights
+from pipeline.requests.errors import CheckpointError
+from pipeline.requests.media import content_digest
+from pipeline.requests.request import LoraFile
+
+_PREFIX = re.compile(
+    r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_unet_+|lora_transformer_+)?"
+)
+_HALF = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(\.\w+)?\.weight")
+_DOWN = ("lora_A", "lora_down", "lora.down")
+#: Of other kinds of adapters, which are not merged here.
+_OTHER = re.compile(
+    r"dora_scale|lora_magnitude_vector|hada_w|lokr_|oft_|lora_B\.(\w+\.)?bias|\.diff(_b)?$|(lora_te|text_encoder)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one weight's change, by their keys in a file. scale: of their product, at strength 1."""
+
+    down: str
+    up: str
+    scale: float
+
+
+def lora_identity(loras: Sequence[LoraFile]) -> tuple[str, ...]:
+    """Return what tells LoRAs from others, by their content and strengths. Raises RequestError."""
+    return tuple(f"{content_digest('lora', lora.path)} at {lora.strength:g}" for lora in loras)
+
+
+def check_loras(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], of: str) -> None:
+    """Raise CheckpointError for a LoRA that does not fit a transformer, from the headers of its files.
+
+    shapes: of the transformer's weights, by their stock names. of: the checkpoint, for messages.
+    """
+    for lora in loras:
+        with _opened(lora) as (file, config):
+            _pairs(lora, file, config, shapes, of)
+
+
+def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> None:
+    """Add LoRAs to stock weights on the host, in float32, each rounded once to its dtype. Raises as `check_loras`."""
+    shapes = {name: value.shape for name, value in weights.items()}
+    factors: dict[str, list[tuple[Any, LoraPair, float]]] = {}
+    with contextlib.ExitStack() as files:
+        for lora in loras:
+            file, config = files.enter_context(_opened(lora))
+            for name, pair in _pairs(lora, file, config, shapes, of).items():
+                factors.setdefault(name, []).append((file, pair, lora.strength * pair.scale))
+        for name, changes in factors.items():  # one weight after the other: all changes in float32 are twice the model
+            weight = weights[name].astype(np.float32)
+            for file, pair, scale in changes:
+                up, down = (_matrix(file.get_tensor(key)) for key in (pair.up, pair.down))
+                weight += scale * (up @ down).reshape(weight.shape)
+            weights[name] = weight.astype(weights[name].dtype)
+
+
+def _matrix(tensor: Any) -> np.ndarray:
+    return tensor.float().flatten(1).numpy()
+
+
+@contextlib.contextmanager
+def _opened(lora: LoraFile) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Open a LoRA: its weights, and PEFT's settings, from beside them or as diffusers keeps them among them."""
+    where, path = f"lora={lora.path!r}: ", Path(lora.path).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{where}no such file; expected a file of safetensors, or PEFT's folder")
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(found) != 1 or found[0].suffix != ".safetensors":
+        instead = f"holds {len(found)} files of safetensors" if path.is_dir() else "a file of another kind"
+        raise CheckpointError(f"{where}{instead}; expected one of safetensors")
+    with open_weights(found[0], where) as file:
+        beside = path / "adapter_config.json"
+        try:
+            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
+            if beside.is_file():
+                settings = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}its settings are not readable ({error})") from error
+        yield file, settings
+
+
+def _pairs(
+    lora: LoraFile, file: Any, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], of: str
+) -> dict[str, LoraPair]:
+    """Return the pairs of a LoRA by the stock names of what they change. Raises CheckpointError where one is wrong."""
+    where = f"lora={lora.path!r}: "
+    keys = list(file.keys())
+    if other := next((key for key in keys if _OTHER.search(key)), None) or ("DoRA" if config.get("use_dora") else None):
+        raise CheckpointError(f"{where}{other}: not a plain LoRA of the transformer, and nothing else is merged here")
+    halves: dict[str, dict[str, str]] = {}
+    alphas: dict[str, str] = {}
+    names = {name.removesuffix(".weight").replace(".", "_"): name for name in shapes if name.endswith(".weight")}
+    unknown = []
+    for key in keys:
+        match = _HALF.fullmatch(key)
+        base = match[1] if match else key.removesuffix(".alpha")
+        name = names.get(base[_prefix_length(base) :].replace(".", "_"))
+        if name is None or (match is None and base == key):
+            unknown.append(key)
+        elif match:
+            halves.setdefault(name, {})["down" if match[2] in _DOWN else "up"] = key
+        else:
+            alphas[name] = key
+    if unknown or not halves:
+        what = f"{unknown[0]} (and {len(unknown) - 1} more)" if unknown else "an empty file"
+        raise CheckpointError(
+            f"{where}{what} fits no weight of {of}: a LoRA of another model, or with names of an unknown trainer"
+        )
+    pairs = {}
+    for name, both in halves.items():
+        if len(both) < 2:
+            raise CheckpointError(f"{where}only one half, {next(iter(both.values()))}; it was not saved whole")
+        down, up = (tuple(file.get_slice(both[half]).get_shape()) for half in ("down", "up"))
+        out, *rest = shapes[name]
+        if len(up) < 2 or (*up[:2], math.prod(down[1:])) != (out, down[0], math.prod(rest)):
+            raise CheckpointError(
+                f"{where}{both['up']} {list(up)} times {both['down']} {list(down)} is no {list(shapes[name])} as "
+                f"{name} of {of}: a LoRA of another model"
+            )
+        try:
+            alpha = file.get_tensor(alphas[name]).item() if name in alphas else None
+            scale = _scale(name, down[0], alpha, config)
+        except (ValueError, TypeError, RuntimeError, AttributeError, re.error) as error:
+            raise CheckpointError(f"{where}no scale of {name} in it ({error})") from error
+        pairs[name] = LoraPair(both["down"], both["up"], scale)
+    return pairs
+
+
+def _prefix_length(key: str) -> int:
+    match = _PREFIX.match(key)
+    return match.end() if match else 0
+
+
+def _scale(name: str, rank: int, alpha: float | None, config: Mapping[str, Any]) -> float:
+    """Return alpha over rank: the file's own alpha, else the settings', else 1."""
+    if alpha is None:
+        patterns: Iterator[float] = (
+            value
+            for pattern, value in (config.get("alpha_pattern") or {}).items()
+            if re.fullmatch(rf"(.*\.)?{pattern}", name.removesuffix(".weight"))
+        )
+        alpha = next(patterns, config.get("lora_alpha", rank))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

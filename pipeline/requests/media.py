@@ -1,0 +1,127 @@
+"""Files that a request names: images, videos and latents, opened, and told apart by their content."""
+
+import functools
+import hashlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+
+from pipeline.requests.errors import RequestError
+from pipeline.requests.request import GenerateRequest
+
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def content_digest(name: str, path: str) -> str:
+    """Return a digest of a file's bytes, or of a folder's files; of a field `name`, for RequestError's message."""
+    found = Path(path).expanduser()
+    files = sorted(file for file in found.iterdir() if file.is_file()) if found.is_dir() else [found]
+    try:
+        return "+".join(_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    except OSError as error:
+        raise RequestError(f"{name}={path!r}: {error.strerror}; expected a file") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, modified_ns: int, size: int) -> str:
+    """modified_ns, size: of the file, whose digest is taken anew when they change."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
+
+
+def open_image(path: str) -> Image.Image:
+    """Read an image as RGB, turned upright as its camera noted, transparency dropped. Raises RequestError."""
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else "no image that can be read"
+        raise RequestError(f"image={path!r}: {problem}; expected a file such as PNG, JPEG or WebP") from error
+
+
+def read_video(path: str, num_frames: int) -> list[Image.Image]:
+    """Read the first frames of a video, as RGB. Raises RequestError where it has fewer, or cannot be read."""
+    frames = list(_ppm_images(_decode(path, num_frames)))
+    _check_count(path, len(frames), num_frames)
+    return frames
+
+
+def check_video(path: str, num_frames: int) -> None:
+    """Raise RequestError unless a video has so many frames that can be read."""
+    _check_count(path, len(_decode(path, num_frames, "-vf", "scale=1:1")) // len(b"P6\n1 1\n255\n000"), num_frames)
+
+
+def _check_count(path: str, count: int, num_frames: int) -> None:
+    if count < num_frames:
+        raise RequestError(
+            f"video={path!r}: holds {count} frames; expected num_frames={num_frames} of them, or a smaller num_frames"
+        )
+
+
+def _decode(path: str, num_frames: int, *options: str) -> bytes:
+    """Return frames as PPM images, one behind the other."""
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise RequestError(f"video={path!r}: no such file; expected a video")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{source}", "-frames:v", str(num_frames)]
+    command += [*options, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0 or not done.stdout:
+        words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no frames in it"]
+        raise RequestError(f"video={path!r}: ffmpeg cannot read it ({words[0]}); expected a video such as mp4")
+    return done.stdout
+
+
+def _ppm_images(data: bytes) -> Iterator[Image.Image]:
+    start = 0
+    while start < len(data):
+        _, size, _, _ = data[start : start + 40].split(b"\n", 3)
+        width, height = map(int, size.split())
+        pixels = data.index(b"\n255\n", start) + len(b"\n255\n")
+        start = pixels + 3 * width * height
+        yield Image.frombytes("RGB", (width, height), data[pixels:start])
+
+
+def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:
+    """Read the one tensor, or that named "latents", of a file of safetensors, a torch.Tensor.
+
+    shape: expected. Raises RequestError.
+    """
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            name = "latents" if "latents" in names else names[0]
+            if len(names) > 1 and name != "latents":
+                raise RequestError(f"latents={path!r}: holds {', '.join(names[:5])}; expected one tensor, or 'latents'")
+            tensor = file.get_tensor(name)
+    except (SafetensorError, OSError, IndexError) as error:
+        raise RequestError(f"latents={path!r}: {error}; expected a file of safetensors with one tensor") from error
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise RequestError(
+            f"latents={path!r}: has shape {list(tensor.shape)}; expected {list(shape)}: 1, frames, channels, height, "
+            "width, with padding frames"
+        )
+    return tensor
+
+
+def check_files(request: GenerateRequest) -> None:
+    """Raise RequestError for an image or video of a request that cannot be read."""
+    if request.image is not None:
+        open_image(request.image)
+    if request.video is not None:
+        check_video(request.video, request.num_frames)
+
+
+def file_digests(request: GenerateRequest) -> dict[str, Any]:
+    """Return what tells apart the content of the files that a request names: field -> digest, of those it has."""
+    names = ("image", "video", "latents")
+    return {name: content_digest(name, path) for name in names if (path := getattr(request, name)) is not None}
