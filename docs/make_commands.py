@@ -14,7 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 
 PAGE = Path(__file__).with_name("commands.md")
 COMMANDS = (
-    *("tuning.sweep", "tuning.choose", "tuning.results", "tuning.report", "tuning.peers", "tuning.validate"),
+    *(
+        "tuning.sweep",
+        "tuning.sweep:kernel_main",
+        "tuning.choose",
+        "tuning.results",
+        "tuning.report",
+        "tuning.peers",
+        "tuning.validate",
+    ),
     *(
         "tuning.hparams",
         "tuning.selfcheck",
@@ -24,6 +32,8 @@ COMMANDS = (
         "pipeline.train_tiny",
     ),
 )
+#: Of entry points that one command has beside `main`.
+_TITLES = {"tuning.sweep:kernel_main": "tuning.sweep kernel=FILE.py:CLASS"}
 _LONGEST = 80  # characters of a default that are shown
 _INTRODUCTION = """# Commands
 
@@ -36,8 +46,9 @@ value of `key=a,b`. This page is made by `python docs/make_commands.py`.
 
 def main_of(module: str) -> Any:
     """Return the entry point of a command."""
-    found = importlib.import_module(module)
-    return (found if hasattr(found, "main") else importlib.import_module(f"{module}.__main__")).main
+    name, _, entry = module.partition(":")
+    found = importlib.import_module(name)
+    return getattr(found if hasattr(found, "main") else importlib.import_module(f"{name}.__main__"), entry or "main")
 
 
 def defaults_of(module: str) -> DictConfig:
@@ -58,7 +69,8 @@ def page() -> str:
 
 def _section(module: str) -> str:
     keys, defaults = main_of(module).keys, defaults_of(module)
-    lines = [f"\n## {module}\n", "| key | type | default |", "|---|---|---|"]
+    title = _TITLES.get(module, module)
+    lines = [f"\n## {title}\n", "| key | type | default |", "|---|---|---|"]
     for key, kind in keys.items():
         if not dataclasses.is_dataclass(kind) or OmegaConf.select(defaults, key) is None:
             default = json.dumps(OmegaConf.to_container(OmegaConf.create([OmegaConf.select(defaults, key)]))[0])

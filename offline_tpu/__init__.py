@@ -3,6 +3,7 @@
 from offline_tpu.collectives import Collective as Collective
 from offline_tpu.compile import predict as predict
 from offline_tpu.compile import topology_mesh as topology_mesh
+from offline_tpu.compile import trace as trace
 from offline_tpu.libtpu import SOURCES as SOURCES
 from offline_tpu.libtpu import SUPPORTED_LIBTPU as SUPPORTED_LIBTPU
 from offline_tpu.libtpu import capture as capture

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import archive, integers, libtpu
@@ -156,6 +157,11 @@ def predict(
         return prediction(facts, dump_dir, lambda: traced)
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
+
+
+def trace(fn: Callable[..., Any], *args: Any, device: DeviceSpec) -> ClosedJaxpr:
+    """Return the program that `predict` would compile for one chip of a device, traced."""
+    return _trace(fn, args, device, None)[0].jaxpr
 
 
 def _costs(

@@ -18,6 +18,7 @@ FOLDERS = (
     "offline_tpu.schedule",
     "offline_tpu",
     "tuning.trials",
+    "tuning.kernels",
     "tuning.backends",
     "tuning.search",
     "tuning.traces",

@@ -23,8 +23,8 @@ from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import context_of
 from tuning.backends.evaluate import Evaluator
-from tuning.backends.kernels import KERNELS
 from tuning.backends.offline import OFFLINE
+from tuning.kernels.attention import ATTENTION_KERNELS
 from tuning.search.schemas import DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables
 from tuning.trials.records import Trial, objective
@@ -79,10 +79,11 @@ def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) 
     if quantized.entry is not None:
         found.append(Entrant(quantized.block_sizes, quantized.variant.to_dict()))
     lines = [f"splash_attn runs {choice.reason}"]
+    kernels = {kernel.name: kernel for kernel in ATTENTION_KERNELS}
     for peer in peers:
-        if peer.kernel not in KERNELS:
-            raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(KERNELS)}.")
-        kernel = KERNELS[peer.kernel]
+        if peer.kernel not in kernels:
+            raise ValueError(f"peers.kernel={peer.kernel!r}: expected one of {', '.join(kernels)}.")
+        kernel = kernels[peer.kernel]
         if not kernel.installed:
             lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
             continue

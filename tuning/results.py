@@ -39,24 +39,25 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
     ValueError where no trial at all has a wanted value, with those there are.
     """
     if workload is not None:
-        there = sorted({f"{trial.workload} ({trial.shape} {trial.dtype})" for trial in trials})
+        there = sorted({f"{trial.workload} ({trial.call} {trial.dtype})" for trial in trials})
         trials = [trial for trial in trials if (trial.shape, trial.dtype) == workload.identity]
         if not trials:
             name = f"workload={workload.name} ({workload.shape} {workload.dtype})"
             raise ValueError(f"{name}: on record are {', '.join(there)}.")
     for name, value in wanted.items():
+        name = "call" if name == "shape" else name
         if value is None:
             continue
         there = list(Status) if name == "status" else sorted({str(getattr(trial, name)) for trial in trials})
         if value not in there:
-            raise ValueError(f"{name}={value!r}: on record are {', '.join(there)}.")
+            raise ValueError(f"{'shape' if name == 'call' else name}={value!r}: on record are {', '.join(there)}.")
         trials = [trial for trial in trials if str(getattr(trial, name)) == value]
     names: dict[tuple[object, ...], str] = {}
     for trial in sorted(trials, key=lambda trial: trial.workload):
-        names.setdefault((trial.shape, trial.dtype), trial.workload)
+        names.setdefault((trial.call, trial.dtype), trial.workload)
 
     def rank(trial: Trial) -> tuple[Any, ...]:
-        group = (names[trial.shape, trial.dtype], str(trial.shape), trial.dtype, trial.device, trial.backend)
+        group = (names[trial.call, trial.dtype], trial.call, trial.dtype, trial.device, trial.backend)
         return (*group, trial.status is not Status.OK, objective(trial))
 
     return sorted(trials, key=rank)

@@ -1,18 +1,14 @@
 """Find the fastest block sizes and variant of the kernel: `python -m tuning.sweep --help`."""
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from offline_tpu.options import options_text
 from splash_attn import tuned
@@ -26,20 +22,22 @@ from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
 from splash_workbench.workers.room import room_line
 from tuning import hparams
+from tuning import kernel_sweeps as kernels
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
+from tuning.kernel_sweeps import capture
+from tuning.passes import Passes, best_of
+from tuning.search import kernel_settings
+from tuning.search.kernel_settings import KernelSweepSchema
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
-from tuning.search.space import Candidate, Candidates, enumerate_candidates
+from tuning.search.space import Candidates
 from tuning.search.study import Search, storage_errors
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
-from tuning.trials.promote import Promotion, promote, todays_choice
+from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, objective
-
-#: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
-_ASKED_PER_WORKER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +82,19 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     """
     workload, backend = settings.workload, settings.backend
     target = backend.find_target(settings.device)
-    captured = backend.capture(backend.sources)
+    captured = capture(settings)
     context = context_of(workload, target, backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
-    if settings.promote and target.device_kind.startswith("TPU"):
+    if settings.promote and settings.tuned_path is not None:
+        require_writable(f"tuned={settings.tuned_path}", settings.tuned_path.parent)
+    elif settings.promote and target.device_kind.startswith("TPU"):
         require_writable(f"promote={settings.promote}", settings.promotion_dir or tuned.user_dir())
     directory = sweeps_dir / f"{workload.name}-{target.name}-{backend.name}-{context[:8]}"
     state, path = directory / "state", directory / records.TRIALS_FILE
     vmem_limit_bytes = target.spec.vmem_bytes if settings.vmem_pruning and target.spec else None
-    candidates = enumerate_candidates(settings.space, workload.shape, vmem_limit_bytes, workload.itemsize)
+    space: Any = settings.space  # which knows its own kind of workload
+    candidates = from_config(lambda: space.candidates(workload, vmem_limit_bytes))
     if not candidates.valid:
         raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
@@ -110,6 +111,8 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         cache_dir=cache.directory / "numerics" if cache else sweeps_dir / ".numerics",
         cache=cache,
         compiler_options=settings.compiler_options,
+        source=settings.source,
+        bound_ms=kernels.bound_ms(settings, target),
     )
     if settings.compiler_options:
         backend.check_options(target, settings.compiler_options)
@@ -119,6 +122,12 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         stack.callback(shutil.rmtree, state / "work", ignore_errors=True)
         recorded = from_config(lambda: records.read(path))
         on_record = {trial.key: trial for trial in records.reusable(recorded, settings.timeout_s)}
+        if not settings.quick:
+            on_record = {key: trial for key, trial in on_record.items() if trial.compiled == "whole"}
+        if settings.source is not None and not on_record:
+            stack.callback(runner.cancel)
+            kernels.look(settings, evaluator)
+            runner.usage.job_count = 0  # it is no candidate
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
         study_name = f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}"
         storage_path = state / "study.sqlite3"
@@ -127,80 +136,34 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
             for line in _introduction(settings, target, candidates, search, path):
                 report(line)
             start = time.monotonic()
-            evaluated_count = _evaluate_all(settings, search, evaluator, on_record, path)
+            passes = Passes(settings, search, evaluator, on_record, path)
+            passes.run()
         wall_time_s = time.monotonic() - start
+    for line in _what_was_learnt(search):
+        report(line)
     if cache and cache.trouble:
         report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
-    winner = _best(trials)
-    return SweepResult(directory, tuple(trials), winner, candidates, evaluated_count, wall_time_s, runner.usage)
+    return SweepResult(
+        directory, tuple(trials), best_of(trials), candidates, passes.evaluated_count, wall_time_s, runner.usage
+    )
 
 
-def _evaluate_all(
-    settings: SweepSettings, search: Search, evaluator: Evaluator, on_record: dict[str, Trial], path: Path
-) -> int:
-    """Ask, evaluate, record and tell until the budget is spent. Return how many candidates were evaluated.
-
-    A trial is recorded as soon as it is made, but told in the order in which the candidates were asked, each followed
-    by one question: what the search then asks depends on its seed and on `workers`, not on which worker was faster.
-    """
-    evaluated_count = 0
-    bar = tqdm(total=search.budget, initial=len(search.told), disable=not settings.progress, unit="trial", leave=False)
-    pool = concurrent.futures.ThreadPoolExecutor(settings.workers)
-    untold: collections.deque[tuple[Candidate, concurrent.futures.Future[Trial]]] = collections.deque()
-
-    def make(candidate: Candidate | tuned.Choice) -> Trial:
-        trial = evaluator.evaluate(candidate.block_sizes, candidate.variant.to_dict())
-        jsonl.append(path, trial)  # on disk first: the study can be put right from it, not the other way
-        return trial
-
-    def ask() -> None:
-        nonlocal evaluated_count
-        candidate = search.ask()
-        if candidate is None:
-            return
-        if candidate.key in on_record:  # another study of this context has evaluated it
-            future: concurrent.futures.Future[Trial] = concurrent.futures.Future()
-            future.set_result(on_record[candidate.key])
-        else:
-            future = pool.submit(make, candidate)
-            evaluated_count += 1
-        future.add_done_callback(lambda _: bar.update())
-        untold.append((candidate, future))
-
-    try:
-        for _ in range(_ASKED_PER_WORKER * settings.workers):
-            ask()
-        while untold:
-            candidate, future = untold.popleft()
-            search.tell(candidate, future.result())
-            if (found := _best(search.told.values())) is not None:
-                bar.set_postfix_str(f"best {found.time_ms:.3f} ms {found.label} {found.block_sizes}", refresh=False)
-            ask()
-        if settings.promote and not settings.compiler_options and (winner := _best(search.told.values())) is not None:
-            choice = todays_choice(winner, settings.promotion_dir)  # what it must beat to be promoted
-            known = on_record.keys() | {trial.key for trial in search.told.values()}
-            if choice is not None and records.config_key(choice.block_sizes, choice.variant.to_dict()) not in known:
-                make(choice)
-                evaluated_count += 1
-        return evaluated_count
-    finally:
-        evaluator.runner.cancel()
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-
-
-def _best(trials: Iterable[Trial]) -> Trial | None:
-    """Return the fastest ok trial, the first of several; None where no time is known."""
-    timed = (trial for trial in trials if trial.status is Status.OK and trial.time_ms is not None)
-    return min(timed, key=objective, default=None)
+def _what_was_learnt(search: Search) -> Iterator[str]:
+    if search.stopped:
+        yield search.stopped
+    if search.ruled_out:
+        yield f"{len(search.ruled_out)} not tried: smaller ones exceed VMEM"
+    if len(importances := search.importances()) > 1:
+        yield f"what matters: {', '.join(f'{name} {part:.0%}' for name, part in importances.items() if part >= 0.005)}"
 
 
 def _introduction(
     settings: SweepSettings, target: Target, candidates: Candidates, search: Search, path: Path
 ) -> Iterator[str]:
     workload = settings.workload
-    yield f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}, backend {settings.backend.name}"
+    call = workload.name if workload.shape is None else f"{workload.name}: {workload.shape} {workload.dtype}"
+    yield f"{call} on {target.device_kind}, backend {settings.backend.name}"
     if settings.compiler_options:
         yield f"compiler options: {options_text(settings.compiler_options)}"
     reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
@@ -213,21 +176,40 @@ def _introduction(
     yield f"records: {path}"
 
 
-def _draw(result: SweepResult, on_record: Sequence[Trial]) -> Path | None:
+def _draw(result: SweepResult, on_record: Sequence[Trial], names: tuple[str, str]) -> Path | None:
     """Draw all that is on record, exact or int8 as the winner is. Return the path, None where there was nothing."""
     exact = result.winner is None or records.is_exact(result.winner.variant)
     newest = {trial.key: trial for trial in on_record}.values()
-    figure = heatmap.draw([trial for trial in newest if records.is_exact(trial.variant) == exact])
+    figure = heatmap.draw([trial for trial in newest if records.is_exact(trial.variant) == exact], names)
     if figure is None:
         return None
-    save_png(figure, result.directory / heatmap.file_name(exact))
-    return result.directory / heatmap.file_name(exact)
+    path = result.directory / heatmap.file_name(exact, names)
+    save_png(figure, path)
+    return path
 
 
 @cli.command("sweep", SweepSchema, free=("compiler_options",))
-def main(config: SweepSchema) -> int:
-    """Run the command; return its exit code."""
-    settings = from_config(lambda: settings_from(config))
+def attention_main(config: SweepSchema) -> int:
+    """Run the command for splash_attn; return its exit code."""
+    return run(from_config(lambda: settings_from(config)), config)
+
+
+@cli.command("sweep_kernel", KernelSweepSchema, free=("workload", "space", "compiler_options"))
+def kernel_main(config: KernelSweepSchema) -> int:
+    """Run the command for a user's kernel; return its exit code."""
+    return run(from_config(lambda: kernel_settings.settings_from(config)), config)
+
+
+def main() -> int:
+    """Run the command, for the kernel that its arguments name; return its exit code."""
+    return kernel_main() if any(argument.startswith("kernel=") for argument in sys.argv[1:]) else attention_main()
+
+
+main.keys = attention_main.keys  # type: ignore[attr-defined] # for what describes the command
+
+
+def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int:
+    """Sweep, print and draw; return the exit code."""
     if config.profile:
         sessions.require_tensorboard("profile=true")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
@@ -239,15 +221,21 @@ def main(config: SweepSchema) -> int:
     if crashed := sum(trial.status is Status.CRASHED for trial in result.trials):
         print(f"{crashed} crashed, which may be this machine's fault: the same command tries them again")
     on_record = records.read(result.directory / records.TRIALS_FILE)
-    picture = _draw(result, on_record)
+    picture = _draw(result, on_record, settings.heatmap)
     promotion: Promotion | None = None
     if (best := result.winner) is not None:
         kernel = "" if best.kernel_time_ms is None else f", kernel alone {best.kernel_time_ms:.3f} ms"
         print(f"winner: {best.config}: {best.label} {best.time_ms:.3f} ms{kernel} on {best.device_kind}")
+        for line in kernels.comparison_lines(best, on_record, settings):
+            print(line)
         if picture:
             print(f"heat map: {picture}")
         if settings.promote:
-            promotion = promote(best, on_record, settings.promotion_dir)
+            promotion = (
+                promote(best, on_record, settings.promotion_dir)
+                if settings.tuned_path is None
+                else kernels.promote(best, on_record, settings)
+            )
             print(f"{promotion.path}: {'promoted' if promotion.written else 'not changed'}, {promotion.reason}")
     cli.write_json(
         config.json,
@@ -267,7 +255,7 @@ def main(config: SweepSchema) -> int:
     if config.profile:
         logdir = Path(config.logdir)
         print(f"hparams: {hparams.write(result.trials, logdir, result.directory.name)}")
-        for line in of_sweep.write(result.trials, logdir, config.profile_top):
+        for line in of_sweep.write(result.trials, logdir, config.profile_top, settings.source):
             print(line)
     if not any(trial.status is Status.OK for trial in result.trials):
         print("no candidate was ok", file=sys.stderr)

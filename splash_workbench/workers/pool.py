@@ -118,6 +118,12 @@ class Runner:
                 break
         return outcome
 
+    def stages(self) -> list[tuple[str, float]]:
+        """Return what each job that runs is at, and for how many seconds."""
+        with self._lock:
+            found = [worker.stage for worker in self._running]
+        return [(stage, time.monotonic() - since) for stage, since in found]
+
     def cancel(self) -> None:
         """End all workers; every `run`, present and future, raises CancelledError."""
         with self._lock:
@@ -173,6 +179,8 @@ class _Worker:
     def __init__(self, directory: Path, kind: frozenset[tuple[str, str]], environment: Mapping[str, str]) -> None:
         self.kind = kind
         self.job_count = 0
+        #: What the job that runs is at, and since when on the monotonic clock.
+        self.stage = ("start", time.monotonic())
         self._directory = directory
         # The worker ends when the other end of this closes: when this process does, however this process ends.
         self._connection, theirs = multiprocessing.Pipe()
@@ -197,20 +205,24 @@ class _Worker:
     ) -> tuple[Outcome, bool]:
         """Return the outcome of a job, and whether the worker can take another one."""
         self.job_count += 1
+        self.stage = ("start" if self.job_count == 1 else "begin", time.monotonic())
         os.truncate(self._log_path, 0)  # it is open for appending: what comes next stands at the start
         start = time.monotonic()
         result: dict[str, Any] = {}
         try:
             request = {"target": target, "payload": payload, "timeout_s": timeout_s}
             self._connection.send_bytes(json.dumps(request).encode())
-            while not self._connection.poll(max(0.0, min(_SAMPLE_S, start + timeout_s - time.monotonic()))):
+            while True:
+                if self._connection.poll(max(0.0, min(_SAMPLE_S, start + timeout_s - time.monotonic()))):
+                    result = json.loads(self._connection.recv_bytes())
+                    if set(result) != {"stage"}:
+                        status, error = Status(result.pop("status")), result.pop("error", None)
+                        break
+                    self.stage, result = (result["stage"], time.monotonic()), {}
                 sample()
                 if time.monotonic() >= start + timeout_s:
                     status, error = Status.TIMEOUT, f"killed after the time limit of {timeout_s:g} s"
                     break
-            else:
-                result = json.loads(self._connection.recv_bytes())
-                status, error = Status(result.pop("status")), result.pop("error", None)
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_REAP_S)

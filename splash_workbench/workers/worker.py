@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from splash_workbench.trial_status import Status, TrialError
+from splash_workbench.workers import stages
 
 #: Past the parent's own limit, for the case that the parent is gone and this process no longer runs Python code.
 _ALARM_GRACE_S = 30
@@ -35,6 +36,7 @@ def main(folder: str, descriptor: str) -> NoReturn:
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     os.set_inheritable(int(descriptor), False)  # what a job starts must not keep the connection open
     connection = Connection(int(descriptor))
+    stages.listen(lambda stage: connection.send_bytes(json.dumps({"stage": stage}).encode()))
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests, Path(folder)), daemon=True).start()
     while True:

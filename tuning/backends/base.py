@@ -15,7 +15,7 @@ from splash_workbench import provenance
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
-from tuning.trials.workloads import Workload
+from tuning.trials.workloads import KernelCall, Workload
 
 _PROBE_TIMEOUT_S = 120.0
 
@@ -73,6 +73,7 @@ class Backend:
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.
       timed: whether an ok trial has a time.
+      quick: whether a first pass can tell the time of a candidate with less; see `tuning.backends.quick`.
     """
 
     name: str
@@ -85,10 +86,11 @@ class Backend:
     cacheable: bool = True
     exclusive: bool = False
     timed: bool = True
+    quick: bool = False
 
 
 def context_of(
-    workload: Workload,
+    workload: Workload | KernelCall,
     target: Target,
     backend: Backend,
     captured: provenance.Environment,
@@ -97,6 +99,6 @@ def context_of(
     """Return a hash of everything that makes the times of two trials comparable, the candidate apart."""
     flags = {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"}
     options = [options_text(compiler_options)] if compiler_options else []
-    parts = [*options, str(workload.shape), workload.dtype, target.device_kind, backend.name]
+    parts = [*options, workload.call, workload.dtype, target.device_kind, backend.name]
     parts += [captured.kernel_hash, captured.backend_hash]
     return provenance.stable_hash(json.dumps([*parts, captured.compiler_versions, flags], sort_keys=True))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from splash_workbench.records.jsonl import decode
+from splash_workbench.workers import stages
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request
 from tuning.backends.numerics import check_numerics
@@ -28,4 +29,5 @@ INTERPRET = Backend(
 
 def check_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics in interpret mode."""
+    stages.enter("check")
     return check_numerics(decode(payload, Request), "pallas_interpret")

@@ -9,11 +9,15 @@ from splash_attn.api import Implementation
 from splash_workbench.errors import UserError
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, compile_error
-from tuning.backends import device_times, kernels
+from splash_workbench.workers import stages
+from tuning.backends import device_times
 from tuning.backends.base import Backend, Target, probe
 from tuning.backends.jobs import Request, normal_arguments
 from tuning.backends.numerics import check_numerics
 from tuning.trials.bound import known_device
+
+#: In no op's name.
+_NO_OP = "\0"
 
 
 def _find_target(device: str) -> Target:
@@ -31,7 +35,7 @@ def _find_target(device: str) -> Target:
 MEASURE = Backend(
     name="measure",
     job="tuning.backends.measure:measure_candidate",
-    sources=("tuning/backends/device_times.py", "splash_workbench/profiles/reader.py", "tuning/backends/kernels.py"),
+    sources=("tuning/backends/device_times.py", "splash_workbench/profiles/reader.py", "tuning/kernels/attention.py"),
     find_target=_find_target,
     cacheable=False,
     exclusive=True,
@@ -42,30 +46,33 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics and time the op on the first device that JAX finds here."""
     request = decode(payload, Request)
     device = jax.devices()[0]
-    on_tpu = device.platform == "tpu"
-    kernel = kernels.KERNELS[request.kernel]
-    implementation: Implementation = "pallas_tpu" if on_tpu else "pallas_interpret"
+    on_chip = device.platform == ("tpu" if request.found.platform == "tpu" else "gpu")
+    kernel = request.found
+    implementation: Implementation = "pallas_tpu" if on_chip else "pallas_interpret"
+    stages.enter("check")
     checked = check_numerics(request, implementation)
     if checked["status"] != Status.OK:
         return checked
-    arguments = normal_arguments(request.abstract_args())
+    arguments = normal_arguments(request.arguments())
+    stages.enter("compile")
     start = time.perf_counter()
     try:
         lowered = jax.jit(request.timed(implementation)).lower(*arguments)
-        compiled = lowered.compile(compiler_options={**request.compiler_options} or None)
+        compiled = lowered.compile(compiler_options={**request.options_of_compiler} or None)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     compile_time_s = time.perf_counter() - start
+    stages.enter("measure")
     try:
         timed = device_times.measure(
-            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name
+            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name or _NO_OP
         )
     except jax.errors.JaxRuntimeError as error:
         if device.platform == "cpu":
             raise  # the host's memory, and no fact about a device
         raise compile_error(error) from error
     notes = [*kernel.notes, *timed.notes]
-    if not on_tpu:
+    if not on_chip:
         notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
     return checked | {
         "label": "measured",

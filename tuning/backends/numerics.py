@@ -1,45 +1,34 @@
-"""Check a candidate kernel: the same blocks and variant on a small odd shape, against the reference."""
+"""Check a candidate: the same tunables on a small workload, against the reference."""
 
 import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-import splash_attn
 from splash_attn.api import Implementation
-from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status
 from tuning.backends.jobs import Request
-from tuning.backends.kernels import KERNELS, Attention
+from tuning.kernels.attention import AttentionKernel
 from tuning.trials.records import Numerics
 
-_SOURCES = ("tuning/backends/numerics.py", "tuning/backends/kernels.py", "splash_attn/reference.py")
-#: Rows past one whole block: two blocks each way with a partial second one, of prime and distinct size.
-_EXTRA_Q, _EXTRA_KV = 211, 307
-#: Largest base-2 logit that each head can have: one that the fixed-bound softmax takes, one that it does not.
-_BOUNDS = (50.0, 120.0)
-#: With int8, whose error grows with it, also: the first is the only head that runs in int8.
-_INT8_BOUNDS = (16.0, 50.0, 120.0)
-
-#: Limits of ||actual - expected|| / ||expected|| over all rows, and of the worst row. bfloat16 rounds q * scale,
-#: k - mean(k), the probabilities and the output, each by up to 2^-8 of itself; with logits of deviation 2.5 (first
-#: head) to 6 (second) that comes to 0.007 over all and 0.04 in the worst of some thousand rows. A row that is wrong is
-#: off by about 1. float32 has the same limits: the Pallas kernels multiply in bfloat16 whatever the input.
-TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
-#: int8: the error that it is allowed, which is for the rms; for the worst row the same share more as above.
-INT8_TOLERANCE = (INT8_ERROR_BUDGET, 8 * INT8_ERROR_BUDGET)
+_SOURCES = ("tuning/backends/numerics.py", "tuning/kernels/*.py", "splash_attn/reference.py")
+#: XLA computes the same without its optimisations, and an interpreted kernel is a long program that runs once.
+_CPU_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:
     """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error."""
-    found = check_once(request, implementation, request.attention(implementation))
+    config, _ = request.checked()
+    found = check_once(request, implementation, request.function(implementation, config))
     fields = {"numerics": dataclasses.asdict(found)}
     if found.passed:
         return fields | {"status": Status.OK}
@@ -52,13 +41,13 @@ def check_numerics(request: Request, implementation: Implementation) -> dict[str
 
 def check_path(request: Request, implementation: Implementation) -> Path:
     """Return where a check is kept, named by everything that its outcome depends on."""
-    options = request.options
-    if implementation == "pallas_interpret":
+    config, workload = request.checked()
+    shown = repr(config)
+    if implementation == "pallas_interpret" and isinstance(request.found, AttentionKernel):
         # What only the TPU compiler sees changes nothing here: such candidates share one check.
-        compile_only = KERNELS[request.kernel].compile_only
-        options = {name: value for name, value in options.items() if name not in compile_only}
-    blocks = dataclasses.asdict(request.block_sizes)
-    call = [request.kernel, request.kernel_hash, request.shape.head_dim, request.dtype, blocks, options, implementation]
+        options = [pair for pair in config.options if pair[0] not in request.found.compile_only]
+        shown = repr((config.block_sizes, options))
+    call = [request.kernel, request.kernel_hash, repr(workload), shown, implementation]
     return Path(request.cache_dir) / f"{stable_hash(json.dumps([*call, _checker()], sort_keys=True))}.json"
 
 
@@ -68,68 +57,63 @@ def _checker() -> str:
     return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
 
 
-def check_once(request: Request, implementation: Implementation, attention: Attention) -> Numerics:
+def check_once(request: Request, implementation: Implementation, function: Callable[..., Any]) -> Numerics:
     """Return the check from the cache, or made now and put there if that can be written."""
     path = check_path(request, implementation)
     with contextlib.suppress(OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
         found = decode(json.loads(path.read_bytes()), Numerics)
-        ran = (found.implementation, found.block_sizes, found.tolerance, found.row_tolerance)
+        ran = {"implementation": implementation} | _about(request)
         negative = min(found.rms_error, found.max_row_error, found.max_abs_error) < 0
-        if ran == (implementation, str(request.block_sizes), *_tolerances(request)) and not negative:
+        if all(getattr(found, name) == value for name, value in ran.items()) and not negative:
             return found
-    numerics = check(request, implementation, attention)
+    numerics = check(request, implementation, function)
     with contextlib.suppress(OSError), atomic_path(path) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(numerics)))
     return numerics
 
 
-def _tolerances(request: Request) -> tuple[float, float]:
-    """Return the limits of the error over all rows and of the worst row."""
-    return INT8_TOLERANCE if request.options.get("qk_dtype") == "int8" else TOLERANCES[request.dtype]
+def _about(request: Request) -> dict[str, Any]:
+    """Return the fields of a check that say what ran."""
+    config, workload = request.checked()
+    tolerance, row_tolerance = request.found.limits(config, request.workload)
+    limits = {"tolerance": tolerance, "row_tolerance": row_tolerance}
+    if not isinstance(request.found, AttentionKernel):
+        return limits | {"config": str(config), "sizes": str(workload)}
+    lengths = {name: getattr(workload.shape, name) for name in ("q_seq_len", "kv_seq_len", "num_heads")}
+    return limits | lengths | {"block_sizes": str(config.block_sizes)}
 
 
-def check(request: Request, implementation: Implementation, attention: Attention) -> Numerics:
-    """Run `attention` on two heads, just past one block of q and one of kv, and compare.
+def check(request: Request, implementation: Implementation, function: Callable[..., Any]) -> Numerics:
+    """Run `function` on the kernel's inputs for a check, and compare with its reference."""
+    arguments = request.found.inputs(request.checked()[1])
+    options: Any = _CPU_OPTIONS if jax.devices()[0].platform == "cpu" else None
+    actual_tree = jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
+    expected_tree = request.found.reference(*arguments)
+    actual_leaves, expected_leaves = jax.tree.leaves(actual_tree), jax.tree.leaves(expected_tree)
+    if len(actual_leaves) != len(expected_leaves):
+        raise ValueError(f"{len(actual_leaves)} results: expected {len(expected_leaves)}, as the reference returns.")
+    errors = [_errors(*pair) for pair in zip(actual_leaves, expected_leaves, strict=True)]
+    worst = [float(np.max(column)) for column in zip(*errors, strict=True)]  # np.max keeps NaN
+    return Numerics(
+        implementation=implementation,
+        rms_error=worst[0],
+        max_row_error=worst[1],
+        max_abs_error=worst[2],
+        **_about(request),
+    )
 
-    The keys have a common offset, as before K-smoothing. Few keys dominate each row, so that a key too many or too few,
-    or a lost rescale, shows. The largest |q| max|k - mean(k)| of the two heads lie to either side of what the
-    fixed-bound softmax takes (about 112 base-2 exponents at these lengths): every way through a kernel is checked.
-    """
-    import jax.numpy as jnp
 
-    blocks, head_dim = request.block_sizes, request.shape.head_dim
-    q_seq_len, kv_seq_len = blocks.block_q + _EXTRA_Q, blocks.block_kv + _EXTRA_KV
-    if not KERNELS[request.kernel].exact_at_any_length:
-        q_seq_len, kv_seq_len = 2 * blocks.block_q, 2 * blocks.block_kv
-    rng = np.random.default_rng(0)
-
-    int8 = request.options.get("qk_dtype") == "int8"
-    bounds = np.array(_INT8_BOUNDS if int8 else _BOUNDS, np.float32)
-
-    def normal(rows: int) -> np.ndarray:
-        return rng.standard_normal((1, len(bounds), rows, head_dim), dtype=np.float32)
-
-    q, k, v = normal(q_seq_len), normal(kv_seq_len), normal(kv_seq_len)
-    longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
-    q *= bounds[:, None, None] / (longest * head_dim**-0.5 * np.log2(np.e))
-    k += 2.0
-    arguments = [jnp.asarray(x, dtype=request.dtype) for x in (q, k, v)]
-    actual = np.asarray(attention(*arguments)).astype(np.float32)
-    expected = np.asarray(splash_attn.attention_reference(*arguments, dtype=np.float64)).astype(np.float32)
+def _errors(actual_array: Any, expected_array: Any) -> tuple[float, float, float]:
+    """Return the relative error over all of a result, that of its worst row, and the largest difference."""
+    actual = np.asarray(actual_array).astype(np.float32)
+    expected = np.asarray(expected_array).astype(np.float32)
     if actual.shape != expected.shape:
         raise ValueError(f"output shape {actual.shape}: expected {expected.shape}.")
     difference = actual - expected
-    rows = np.linalg.norm(difference, axis=-1) / np.linalg.norm(expected, axis=-1)
-    tolerance, row_tolerance = _tolerances(request)
-    return Numerics(
-        implementation=implementation,
-        q_seq_len=q_seq_len,
-        kv_seq_len=kv_seq_len,
-        num_heads=len(bounds),
-        block_sizes=str(blocks),
-        rms_error=float(np.linalg.norm(difference) / np.linalg.norm(expected)),
-        max_row_error=float(rows.max()),
-        max_abs_error=float(np.abs(difference).max()),
-        tolerance=tolerance,
-        row_tolerance=row_tolerance,
-    )
+    norm = float(np.linalg.norm(expected))
+    row_count = max(1, expected.size // max(1, expected.shape[-1] if expected.ndim else 1))
+    least = max(norm / row_count**0.5, 1e-30) * 1e-3  # a row of nearly nothing is compared with the others
+    rows = np.linalg.norm(np.atleast_1d(difference), axis=-1)
+    row_norms = np.maximum(np.linalg.norm(np.atleast_1d(expected), axis=-1), least)
+    total = float(np.linalg.norm(difference) / max(norm, 1e-30))
+    return total, float((rows / row_norms).max(initial=0.0)), float(np.abs(difference).max(initial=0.0))

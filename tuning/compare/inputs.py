@@ -182,7 +182,7 @@ def _of_trial(name: str, trial: Trial) -> Run:
             samples.setdefault(named_scope(op.scope) or NO_SCOPE, [0.0])[0] += op.time_s
         samples[ALL_OPS] = [sum(op.time_s for op in trial.ops)]
         spaces[""] = of_sweep.space_of_trial(trial)
-    config = {"workload": trial.workload, "shape": str(trial.shape), "config": trial.config}
+    config = {"workload": trial.workload, "shape": trial.call, "config": trial.config}
     return Run(name, trial.label, trial.device_kind, made_by, (samples,), trial.notes, spaces, config=config)
 
 

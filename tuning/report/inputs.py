@@ -84,6 +84,7 @@ class Inputs:
             for folder in ("sweeps", "peers")
             for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
             for trial in self._lines(path, Trial, "trial")
+            if trial.shape is not None
         ]
         groups: dict[tuple[object, ...], list[Trial]] = {}
         for (folder, path, _), trial in zip(read, named_apart([trial for *_, trial in read]), strict=True):

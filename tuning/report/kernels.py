@@ -116,6 +116,7 @@ def _roofline(
     spec: DeviceSpec, label: str, trials: Sequence[Trial], traffic: dict[tuple[object, ...], int], kernels: list[str]
 ) -> dict[str, Any]:
     shape, workload = trials[0].shape, trials[0].workload
+    assert shape is not None, "the report is of attention"
     best: dict[str, Trial] = {}
     for trial in sorted(trials, key=lambda t: (_kernel_time(t), t.key)):
         best.setdefault(series(trial), trial)

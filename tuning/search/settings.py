@@ -17,8 +17,9 @@ from tuning.backends.registry import BACKENDS
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
-from tuning.trials.records import VARIANT_PREFIX
-from tuning.trials.workloads import Workload
+from tuning.search.tunables import TunableSpace
+from tuning.trials.records import OUR_KERNEL, VARIANT_PREFIX
+from tuning.trials.workloads import KernelCall, Workload
 
 
 @dataclasses.dataclass
@@ -50,6 +51,8 @@ class SweepSchema:
     results_dir: str = MISSING
     cache: bool = MISSING
     promote: Any = MISSING
+    quick: bool = MISSING
+    heatmap: list[str] | None = None
     json: str | None = None
     progress: bool = MISSING
     profile: bool = MISSING
@@ -59,14 +62,18 @@ class SweepSchema:
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """One sweep; see configs/sweep.yaml for what each field means. Raises ValueError for a value out of range."""
+    """One sweep; see configs/sweep.yaml for what each field means. Raises ValueError for a value out of range.
 
-    workload: Workload
+    source: where a user's kernel is, see `tuning.kernels.loading.find`; None: it is ours. tuned_path: where its winner
+    goes.
+    """
+
+    workload: Workload | KernelCall
     device: str
     backend: Backend
     measure: Mapping[str, Any]
     search: SearchSettings
-    space: Space
+    space: Space | TunableSpace
     workers: int
     timeout_s: float
     vmem_pruning: bool
@@ -75,6 +82,10 @@ class SweepSettings:
     promote: bool | str
     progress: bool
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quick: bool = True
+    heatmap: tuple[str, str] = ("block_q", "block_kv")
+    source: str | None = None
+    tuned_path: Path | None = None
 
     def __post_init__(self) -> None:
         if self.promote not in (True, False, "shipped"):
@@ -85,10 +96,23 @@ class SweepSettings:
             )
         if self.compiler_options and not self.backend.timed:
             raise ValueError(f"compiler_options: expected none with backend={self.backend.name}: it times nothing.")
+        for name in self.heatmap:
+            if name not in (names := [name.removeprefix(VARIANT_PREFIX) for name in self.space.choices]):
+                raise ValueError(f"heatmap={list(self.heatmap)}: expected two of {', '.join(names)}.")
         check_timeout_s(self.timeout_s)
         if unknown := set(self.measure) - {field.name for field in dataclasses.fields(MeasureSettings)}:
             raise ValueError(f"backend.measure.{min(unknown)}: no such setting.")
         decode(self.measure, MeasureSettings)
+
+    @property
+    def kernel_name(self) -> str:
+        """The name that records have."""
+        return self.workload.kernel if isinstance(self.workload, KernelCall) else OUR_KERNEL
+
+    @property
+    def default_options(self) -> dict[str, Any]:
+        """The tunables of a user's kernel that its winner must beat."""
+        return self.space.defaults if isinstance(self.space, TunableSpace) else {}
 
     @property
     def promotion_dir(self) -> Path | None:
@@ -114,8 +138,20 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         compiler_options=checked_options(config.compiler_options),
         workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
         results_dir=Path(config.results_dir),
-        **{name: getattr(config, name) for name in ("timeout_s", "vmem_pruning", "cache", "promote", "progress")},
+        **{
+            name: getattr(config, name)
+            for name in ("timeout_s", "vmem_pruning", "cache", "promote", "quick", "progress")
+        },
+        heatmap=heatmap_names(config.heatmap, ("block_q", "block_kv")),
     )
+
+
+def heatmap_names(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, str]:
+    """Return the two tunables of a heat map, the rows first. Raises ValueError for more or fewer."""
+    names = tuple(given) if given is not None else default
+    if len(names) != 2:
+        raise ValueError(f"heatmap={list(names)}: expected two tunables.")
+    return names[0], names[1]
 
 
 def _space(config: SpaceSchema) -> Space:

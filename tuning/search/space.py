@@ -12,21 +12,35 @@ from splash_attn.kernel import vmem_bytes_estimate
 from splash_attn.tuned import fit_block_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 from tuning.trials.records import VARIANT_PREFIX, config_key
+from tuning.trials.workloads import Workload
 
 _BLOCK_FIELDS = tuple(field.name for field in dataclasses.fields(BlockSizes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to run the kernel."""
+    """One way to run a kernel: block sizes and variant of an attention, or the configuration of another kernel."""
 
-    block_sizes: BlockSizes
-    variant: Variant
+    block_sizes: BlockSizes | None
+    variant: Any
 
     @functools.cached_property
     def key(self) -> str:
         """Return the same string for the same candidate, in every process."""
-        return config_key(self.block_sizes, self.variant.to_dict())
+        return config_key(self.block_sizes, self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the variant or configuration as a record has it."""
+        return dataclasses.asdict(self.variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The candidates of a space to search for one workload, and how many were left out by reason."""
+
+    valid: tuple[Candidate, ...]
+    pruned: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +78,11 @@ class Space:
                 raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
 
     @property
+    def grows_with(self) -> tuple[str, ...]:
+        """Return the parameters with which the need for VMEM grows."""
+        return ("block_q", "block_kv")
+
+    @property
     def fingerprint(self) -> str:
         """Return what a study's name is made from; `first` and the name do not change what is searched."""
         choices = {name: list(values) for name, values in self.choices.items()}
@@ -82,6 +101,18 @@ class Space:
             for name, values in self.choices.items()
         }
 
+    def candidate_of(self, parameters: Mapping[str, Any]) -> Candidate:
+        """Return the candidate of parameters; see the function of that name."""
+        return candidate_of(parameters)
+
+    def parameters_of(self, candidate: Candidate) -> dict[str, Any]:
+        """Return the parameters of a candidate; see the function of that name."""
+        return parameters_of(candidate, self)
+
+    def candidates(self, workload: Workload, vmem_limit_bytes: int | None = None) -> Candidates:
+        """Return the candidates for a workload; see `enumerate_candidates`."""
+        return enumerate_candidates(self, workload.shape, vmem_limit_bytes, workload.itemsize)
+
     def fitted_to(self, shape: AttentionShape) -> Self:
         """Return the space with each block_q the smallest that needs no more blocks; see `tuned.fit_block_q`."""
 
@@ -95,14 +126,6 @@ class Space:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The candidates of a space to search for one workload, and how many were left out by reason."""
-
-    valid: tuple[Candidate, ...]
-    pruned: dict[str, int]
-
-
 def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
     """Return the candidate of parameters. Raises ValueError where BlockSizes or Variant refuses them."""
     blocks = {name: parameters[name] for name in _BLOCK_FIELDS}
@@ -113,6 +136,7 @@ def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
 def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
     """Return the parameters of a candidate that the space lists, so that `candidate_of` gives it back."""
     variant = candidate.variant.to_dict()
+    assert candidate.block_sizes is not None
     values = dataclasses.asdict(candidate.block_sizes) | {VARIANT_PREFIX + name: variant[name] for name in variant}
     return {name: values[name] for name in space.choices}
 
@@ -134,6 +158,7 @@ def enumerate_candidates(
         except (ValueError, NotImplementedError) as error:
             return f"not a kernel: {error}"
         blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
+        assert blocks is not None
         # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
         if blocks.block_kv >= shape.kv_seq_len + blocks.block_kv_compute:
             return "block_kv longer than the padded kv sequence"

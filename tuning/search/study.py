@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
-from tuning.search.space import Candidate, Candidates, Space, candidate_of, parameters_of
+from tuning.search.space import Candidate, Candidates, Space
+from tuning.search.tunables import TunableSpace
 from tuning.trials.records import Trial, objective
 
 _SAMPLERS = ("grid", "random", "tpe")
@@ -28,6 +29,8 @@ _SAMPLERS = ("grid", "random", "tpe")
 _MAX_REJECTIONS = 15
 #: Trials after which TPE follows what it has learnt; the candidates that a space names first count.
 _STARTUP_TRIALS = 6
+#: A gain of less than this part of the time is none: estimates of a first pass are off by as much (docs/tuning.md).
+GAIN = 0.01
 
 
 @dataclasses.dataclass
@@ -35,18 +38,21 @@ class SearchSettings:
     """How to search, and when to stop: fields of configs/search/*.yaml. Raises ValueError for a value out of range.
 
     sampler: grid (the space's order), random (shuffled) or tpe; max_trials: of all runs of the study, None for all
-    there are.
+    there are; patience: stop after so many trials in a row that gain less than the estimates are sure of (GAIN).
     """
 
     sampler: str = MISSING
     max_trials: int | None = None
     seed: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in _SAMPLERS:
             raise ValueError(f"search.sampler={self.sampler!r}: expected one of {_SAMPLERS}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"search.seed={self.seed}: expected 0 to {2**32 - 1}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"search.patience={self.patience}: expected at least 1, or null to use up max_trials.")
         if self.max_trials is not None and self.max_trials < 1:
             raise ValueError(f"search.max_trials={self.max_trials}: expected at least 1, or null for every candidate.")
 
@@ -72,7 +78,7 @@ class Search:
         self,
         storage_path: Path,
         study_name: str,
-        space: Space,
+        space: Space | TunableSpace,
         candidates: Candidates,
         settings: SearchSettings,
         on_record: Mapping[str, Trial],
@@ -90,6 +96,10 @@ class Search:
             for name, values in space.choices.items()
         }
         self._asked: dict[str, optuna.trial.Trial] = {}
+        #: Candidates that need not be tried: smaller ones exceeded VMEM.
+        self.ruled_out: set[str] = set()
+        #: Why the search ended before its budget was spent, in words.
+        self.stopped: str | None = None
         self.told: dict[str, Trial] = {}
         with storage_errors(storage_path, LookupError, ValueError, RuntimeError):
             self._study = optuna.create_study(
@@ -105,11 +115,12 @@ class Search:
     @property
     def budget(self) -> int:
         """Return how many candidates this study will have when it is done."""
-        return min(self._settings.max_trials or len(self._valid), len(self._valid))
+        left = len(self._valid) - len(self.ruled_out)
+        return min(self._settings.max_trials or left, left)
 
     def ask(self) -> Candidate | None:
         """Return a candidate not asked before, or None: the budget is spent, or no candidate is left."""
-        if len(self.told) + len(self._asked) >= self.budget:
+        if len(self.told) + len(self._asked) >= self.budget or self._has_settled():
             return None
         rejections = 0
         while True:
@@ -133,9 +144,44 @@ class Search:
         """Take what became of a candidate that `ask` gave. Its record is on disk by now."""
         self._tell(self._asked.pop(candidate.key).number, record)
         self.told[candidate.key] = record
+        if record.status is Status.OUT_OF_MEMORY:
+            self._rule_out(candidate)
+
+    def importances(self) -> dict[str, float]:
+        """Return how much of the difference between good and bad candidates each parameter explains, most first.
+
+        Empty where too few candidates are known, or no parameter differs.
+        """
+        with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError):
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+            return {name: part for name, part in found.items() if part > 0}
+        return {}
+
+    def _has_settled(self) -> bool:
+        """Return whether the last trials gained nothing, and say so in `stopped`."""
+        patience = self._settings.patience
+        times = [objective(trial) for trial in self.told.values() if trial.status is Status.OK]
+        if patience is None or len(times) <= patience:
+            return False
+        if min(times[-patience:]) < (1 - GAIN) * min(times[:-patience]):
+            return False
+        self.stopped = f"stopped after {len(self.told)} trials: the last {patience} gained less than {GAIN:.0%}"
+        return True
+
+    def _rule_out(self, small: Candidate) -> None:
+        """Leave out candidates that are as large in every parameter that VMEM grows with, and otherwise the same."""
+        grows = [name for name in self._space.grows_with if name in self._numbers]
+        least = self._space.parameters_of(small)
+        for key, candidate in self._valid.items():
+            values = self._space.parameters_of(candidate)
+            rest_same = all(values[name] == least[name] for name in values if name not in grows)
+            if grows and rest_same and all(values[n] >= least[n] for n in grows) and not self._seen(key):
+                self.ruled_out.add(key)
 
     def _seen(self, key: str) -> bool:
-        return key in self.told or key in self._asked
+        return key in self.told or key in self._asked or key in self.ruled_out
 
     def _tell(self, number: int, record: Trial) -> None:
         if record.status is Status.OK:
@@ -150,13 +196,13 @@ class Search:
         numbers = self._numbers
         values = {name: numbers[name][value] if name in numbers else value for name, value in parameters.items()}
         try:
-            return self._valid.get(candidate_of(values).key)
-        except ValueError:
+            return self._valid.get(self._space.candidate_of(values).key)
+        except (ValueError, NotImplementedError):
             return None  # not a kernel, e.g. block_kv_compute does not divide block_kv
 
     def _encode(self, candidate: Candidate) -> dict[str, Any]:
         """Return a candidate as Optuna's parameters."""
-        numbers, parameters = self._numbers, parameters_of(candidate, self._space)
+        numbers, parameters = self._numbers, self._space.parameters_of(candidate)
         return {name: numbers[name].index(value) if name in numbers else value for name, value in parameters.items()}
 
     def _resume(self, on_record: Mapping[str, Trial]) -> tuple[Candidate, ...]:
@@ -176,12 +222,15 @@ class Search:
                 self.told[candidate.key] = record
             else:
                 interrupted[candidate.key] = candidate
-        return tuple(interrupted.values())
+        for key, record in self.told.items():
+            if record.status is Status.OUT_OF_MEMORY and key in self._valid:
+                self._rule_out(self._valid[key])
+        return tuple(candidate for key, candidate in interrupted.items() if key not in self.ruled_out)
 
     def _propose(self) -> Iterator[Candidate]:
         """Yield candidates that do not wait for the sampler: interrupted, named first, then all but for TPE."""
         proposals = list(self.interrupted)
-        proposals += [candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
+        proposals += [self._space.candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":
             rest = list(self._valid.values())
             if self._settings.sampler == "random":

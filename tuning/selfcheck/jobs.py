@@ -18,7 +18,7 @@ from splash_workbench.program import Program
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError, compile_error
 from splash_workbench.workers.room import available_memory_bytes
-from tuning.backends import kernels, numerics
+from tuning.backends import numerics
 from tuning.backends.jobs import Request
 from tuning.selfcheck.chip import Chip, Prepared, chip_named
 from tuning.validate import programs
@@ -55,7 +55,7 @@ def check_kernel(payload: dict[str, Any]) -> dict[str, Any]:
     """Compare the kernel with float64 at lengths that no block divides. Payload: chip and a Request."""
     chip, request = chip_named(payload["chip"]), decode(payload, Request)
     try:
-        found = numerics.check(request, chip.checked, request.attention(chip.checked))
+        found = numerics.check(request, chip.checked, request.function(chip.checked))
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error
     limits = f"rms {found.tolerance:.2e}, worst row {found.row_tolerance:.2e}"
@@ -68,16 +68,15 @@ def check_kernel(payload: dict[str, Any]) -> dict[str, Any]:
 def time_kernel(payload: dict[str, Any]) -> dict[str, Any]:
     """Time attention from the projections on, and compare rows of its result. Payload: chip and a Request."""
     chip, request = chip_named(payload["chip"]), decode(payload, Request)
-    program = Program(jax.jit(request.timed(chip.timed)), request.abstract_args())
-    int8 = request.options["qk_dtype"] == "int8"
-    limit = numerics.INT8_TOLERANCE[0] if int8 else numerics.TOLERANCES[request.dtype][0]
+    program = Program(jax.jit(request.timed(chip.timed)), tuple(request.arguments()))
+    shape, (limit, _) = request.workload.shape, request.found.limits(request.config, request.workload)
 
     def check(prepared: Prepared) -> None:
-        error = _rows_error(prepared, request.shape)
+        error = _rows_error(prepared, shape)
         if not error <= limit:
             raise TrialError(Status.WRONG, f"rms error {error:.2e} over rows of the result (limit {limit:.2e})")
 
-    return _timed(chip, program, kernels.KERNELS[request.kernel].op_name, check)
+    return _timed(chip, program, request.found.op_name, check)
 
 
 def time_row(payload: dict[str, Any]) -> dict[str, Any]:

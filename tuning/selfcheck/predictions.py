@@ -23,7 +23,6 @@ from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.trial_status import Status, compile_error
 from splash_workbench.workers.pool import JOBS_PER_WORKER, CancelledError, Runner
-from tuning.backends import kernels
 from tuning.backends.jobs import Request
 from tuning.selfcheck.records import Predicted, failure_text
 from tuning.selfcheck.tasks import Task, topology_of
@@ -114,11 +113,11 @@ class Predictions:
 def predict_kernel(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict what `jobs.time_kernel` times on the chip. Payload: a Request, its device a known name."""
     request = jsonl.decode(payload, Request)
-    grid_sizes, _ = kernels.KERNELS[request.kernel].assume(request.shape, request.options)
+    grid_sizes, _ = request.found.assume(request.config, request.workload)
     device = devices.by_name(request.device)
     try:
         prediction = offline_tpu.predict(
-            request.timed("pallas_tpu"), *request.abstract_args(), device=device, grid_sizes=grid_sizes
+            request.timed("pallas_tpu"), *request.arguments(), device=device, grid_sizes=grid_sizes
         )
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise compile_error(error) from error

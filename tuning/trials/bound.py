@@ -27,14 +27,21 @@ def known_device(device_kind: str) -> DeviceSpec | None:
     return next((spec for spec in DEVICES.values() if spec.device_kind == device_kind), None)
 
 
-def mxu_bound_ms(shape: AttentionShape, device: DeviceSpec) -> float | None:
-    """Return the bf16 bound of Q K^T and P V, None for a device whose matrix units are not known here.
+def roofline_ms(flops: float | None, hbm_bytes: float | None, device: DeviceSpec) -> float | None:
+    """Return the least time of a bf16 program by its FLOPs and the bytes it must move; None where neither is known."""
+    seconds = [flops / device.flops_per_cycle / device.cores / device.clock_hz] if flops else []
+    seconds += [hbm_bytes / device.hbm_bytes_per_s / device.cores] if hbm_bytes else []
+    return max(seconds) * 1e3 if seconds else None
+
+
+def mxu_bound_ms(shape: AttentionShape | None, device: DeviceSpec) -> float | None:
+    """Return the bf16 bound of Q K^T and P V; None for a device whose matrix units are not known here, or no attention.
 
     Q K^T contracts over head_dim only: it pays for whole arrays, however little of the rows it fills. P V contracts
     over the keys and runs at full rate when the probabilities are the stationary operand.
     """
     rows = _MXU_ROWS.get(device.device_kind)
-    if rows is None:
+    if rows is None or shape is None:
         return None
     scores = shape.batch_size * shape.num_heads * shape.q_seq_len * shape.kv_seq_len
     passes = -(-shape.head_dim // rows)
@@ -43,7 +50,7 @@ def mxu_bound_ms(shape: AttentionShape, device: DeviceSpec) -> float | None:
     return (qk_cycles + pv_cycles) / device.cores / device.clock_hz * 1e3
 
 
-def bf16_bound_ms(shape: AttentionShape, dtype: str, device_kind: str) -> float | None:
+def bf16_bound_ms(shape: AttentionShape | None, dtype: str, device_kind: str) -> float | None:
     """Return the bound of a bfloat16 call; None for another dtype or an unknown device."""
     device = known_device(device_kind)
     return mxu_bound_ms(shape, device) if device is not None and dtype == "bfloat16" else None
@@ -56,6 +63,8 @@ def bound_fraction(bound_ms: float | None, time_ms: float | None, exact: bool) -
 
 def kernel_bound_fraction(trial: Trial) -> float | None:
     """Return the bound over the time of a trial's kernel alone; None where that is not known."""
+    if trial.bound_ms is not None:
+        return bound_fraction(trial.bound_ms, trial.kernel_time_ms or trial.time_ms, True)
     bound_ms = bf16_bound_ms(trial.shape, trial.dtype, trial.device_kind)
     return bound_fraction(bound_ms, trial.kernel_time_ms, is_exact(trial.variant))
 

@@ -1,8 +1,9 @@
-"""The picture of a sweep: block_q x block_kv, the best time over everything else in each cell."""
+"""The picture of a sweep: two tunables, and in each cell the best time over everything else."""
 
 import collections
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,28 +13,40 @@ from splash_workbench.trial_status import Status
 from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
 
+#: The tunables of attention's heat map.
+ATTENTION = ("block_q", "block_kv")
 
-def file_name(exact: bool) -> str:
+
+def file_name(exact: bool, names: tuple[str, str] = ATTENTION) -> str:
     """Return the picture's name. Candidates that are not exact rank apart, and have a picture of their own."""
+    if names != ATTENTION:
+        return f"heatmap-{names[0]}-{names[1]}.png"
     return "heatmap.png" if exact else "heatmap-int8.png"
 
 
-def draw(trials: Sequence[Trial]) -> Figure | None:
-    """Draw the ok trials of one sweep, the winner marked. Returns None where there is nothing to draw."""
-    timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.block_sizes is not None]
+def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure | None:
+    """Draw the ok trials of one sweep, the winner marked. Returns None where there is nothing to draw.
+
+    names: of the tunables, rows first.
+    """
+    timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and set(names) <= t.tunables.keys()]
     if not timed:
         return None
-    if len(kinds := {(str(t.shape), t.dtype, t.device_kind, t.label) for t in timed}) != 1:
+    if len(kinds := {(t.call, t.dtype, t.device_kind, t.label) for t in timed}) != 1:
         raise ValueError(f"{kinds=}: expected trials of one shape, dtype, device kind and label.")
-    best: dict[tuple[int, int], Trial] = {}
+
+    def cell_of(trial: Trial) -> tuple[Any, Any]:
+        return trial.tunables[names[0]], trial.tunables[names[1]]
+
+    best: dict[tuple[Any, Any], Trial] = {}
     for trial in sorted(timed, key=_time, reverse=True):
-        best[trial.block_sizes.block_q, trial.block_sizes.block_kv] = trial  # type: ignore[union-attr]
+        best[cell_of(trial)] = trial
     failures = collections.defaultdict(set)
     for trial in trials:
-        if trial.block_sizes is not None and trial.status is not Status.OK:
-            failures[trial.block_sizes.block_q, trial.block_sizes.block_kv].add(trial.status.value.replace("_", " "))
-    rows = sorted({block_q for block_q, _ in best | failures}, reverse=True)
-    columns = sorted({block_kv for _, block_kv in best | failures})
+        if set(names) <= trial.tunables.keys() and trial.status is not Status.OK:
+            failures[cell_of(trial)].add(trial.status.value.replace("_", " "))
+    rows = sorted({row for row, _ in best | failures}, key=_order, reverse=True)
+    columns = sorted({column for _, column in best | failures}, key=_order)
     times = [[_time(best[r, c]) if (r, c) in best else float("nan") for c in columns] for r in rows]
 
     # At least as wide as the title's first line.
@@ -44,15 +57,16 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
     edges = ([number - 0.5 for number in range(len(values) + 1)] for values in (columns, rows))
     axes.pcolormesh(*edges, np.ma.masked_invalid(times), cmap="viridis_r")
     axes.invert_yaxis()
-    winner = min(timed, key=_time)
+    winner = min([t for t in timed if t.compiled == "whole"] or timed, key=_time)
     middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
-    for row, block_q in enumerate(rows):
-        for column, block_kv in enumerate(columns):
-            cell = (block_q, block_kv)
+    for row, row_value in enumerate(rows):
+        for column, column_value in enumerate(columns):
+            cell = (row_value, column_value)
             if cell in best:
                 trial = best[cell]
                 colour = "#fefefe" if _time(trial) > middle else "black"
-                text = f"{_time(trial):.4g}\n/{trial.block_sizes.block_kv_compute}"  # type: ignore[union-attr]
+                compute = f"\n/{trial.block_sizes.block_kv_compute}" if trial.block_sizes and names == ATTENTION else ""
+                text = f"{_time(trial):.4g}{compute}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
                 if trial is winner:
                     frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3)
@@ -62,16 +76,26 @@ def draw(trials: Sequence[Trial]) -> Figure | None:
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color="dimgrey")
     axes.set_xticks(range(len(columns)), labels=[str(c) for c in columns])
     axes.set_yticks(range(len(rows)), labels=[str(r) for r in rows])
-    axes.set_xlabel("block_kv (in the cell: ms, / block_kv_compute)", color=LIGHT["ink"])
-    axes.set_ylabel("block_q", color=LIGHT["ink"])
+    in_cell = "ms, / block_kv_compute" if names == ATTENTION else "ms"
+    axes.set_xlabel(f"{names[1]} (in the cell: {in_cell})", color=LIGHT["ink"])
+    axes.set_ylabel(names[0], color=LIGHT["ink"])
     axes.set_title(
-        f"{winner.workload} ({winner.shape} {winner.dtype}) on {winner.device}: {winner.label} ms, best of each cell\n"
+        f"{_about(winner)} on {winner.device}: {winner.label} ms, best of each cell\n"
         + textwrap.fill(f"winner {winner.time_ms:.3f} ms: {winner.config}", width=int(12 * size[0])),
         fontsize=9,
         color=LIGHT["ink"],
     )
     axes.tick_params(colors=LIGHT["ink"])
     return figure
+
+
+def _about(trial: Trial) -> str:
+    return trial.workload if trial.shape is None else f"{trial.workload} ({trial.shape} {trial.dtype})"
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    """Return a key that puts numbers before text and None."""
+    return (False, value) if isinstance(value, int | float) else (True, str(value))
 
 
 def _time(trial: Trial) -> float:

@@ -18,7 +18,7 @@ def entry_of(trial: Trial) -> tuned.TunedEntry:
     """Return the tuned entry of a trial. Raises ValueError for one that is not ok, timed, checked, and ours."""
     if trial.status is not Status.OK or trial.time_ms is None or trial.label is None or trial.block_sizes is None:
         raise ValueError(f"status={trial.status}, time_ms={trial.time_ms}: expected an ok trial with a time.")
-    if trial.kernel != "splash_attn" or trial.numerics is None:
+    if trial.kernel != "splash_attn" or trial.numerics is None or trial.shape is None:
         raise ValueError(f"kernel={trial.kernel!r}, numerics={trial.numerics}: expected splash_attn, checked.")
     environment = trial.environment
     return tuned.TunedEntry(
@@ -50,7 +50,7 @@ class Promotion:
 
 def todays_choice(winner: Trial, directory: Path | None = None) -> tuned.Choice | None:
     """Return what `attention()` would run today for the winner's call; None where that is not our kernel."""
-    if not winner.device_kind.startswith("TPU"):
+    if not winner.device_kind.startswith("TPU") or winner.shape is None:
         return None
     qk_dtype = Variant.from_dict(winner.variant).qk_dtype
     return tuned.choose(winner.device_kind, winner.shape, winner.dtype, qk_dtype=qk_dtype, directory=directory)

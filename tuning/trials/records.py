@@ -5,7 +5,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offline_tpu.prediction import OpCost
 from splash_attn.types import AttentionShape, BlockSizes
@@ -13,31 +13,39 @@ from splash_workbench.provenance import Environment
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id, utc_now
 from splash_workbench.trial_status import Label, Status
+from tuning.trials.workloads import sizes_text
 
 SCHEMA_VERSION = 1
 TRIALS_FILE = "trials.jsonl"
 #: Before the fields of a variant, in tables and in the parameters of a space.
 VARIANT_PREFIX = "variant."
+OUR_KERNEL = "splash_attn"
+#: What stands behind a prediction, the most exact first; see Trial.
+Compiled = Literal["whole", "kernel", "shorter"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The candidate kernel against the reference in float32, on a small odd shape, with the candidate's own blocks.
+    """A candidate against the reference, on a small odd shape.
 
     implementation: what ran, "pallas_interpret", or "pallas_tpu" on a TPU; rms_error: ||actual - expected|| /
-    ||expected||; max_row_error: the same for the worst query row; tolerance, row_tolerance: their limits.
+    ||expected||; max_row_error: the same for the worst row; tolerance, row_tolerance: their limits; block_sizes,
+    q_seq_len, kv_seq_len, num_heads: what ran, of an attention; config, sizes: of another kernel. The blocks need not
+    be the candidate's: those of a first pass are checked with smaller ones of the same structure.
     """
 
     implementation: str
-    q_seq_len: int
-    kv_seq_len: int
-    num_heads: int
-    block_sizes: str
     rms_error: float
     max_row_error: float
     max_abs_error: float
     tolerance: float
     row_tolerance: float
+    block_sizes: str = ""
+    q_seq_len: int | None = None
+    kv_seq_len: int | None = None
+    num_heads: int | None = None
+    config: str = ""
+    sizes: str = ""
 
     @property
     def passed(self) -> bool:
@@ -51,7 +59,12 @@ class Trial:
 
     Attributes:
       context: hash of what makes times comparable: workload, device, backend, sources, versions.
-      kernel: "splash_attn" or a peer's name; block_sizes: None for a kernel without.
+      kernel: "splash_attn", a peer's name, or the class of a user's kernel.
+      shape, block_sizes: of an attention; sizes: the fields of another kernel's workload; its tunables are in variant.
+      compiled: what stands behind a prediction: the "whole" op; the "kernel" alone, beside which the rest of the op is
+        that of another candidate; or two "shorter" kernels, from which this one is extrapolated.
+      estimate_ms: of a whole op, what was predicted of the same candidate before by less.
+      bound_ms: the least time that FLOPs and bytes allow, as the kernel says them; for attention see `trials.bound`.
       compiler_options: flags of libtpu that were given for this program; empty: its defaults.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
@@ -68,7 +81,7 @@ class Trial:
     context: str
     kernel: str
     workload: str
-    shape: AttentionShape
+    shape: AttentionShape | None
     dtype: str
     device: str
     device_kind: str
@@ -95,6 +108,10 @@ class Trial:
     error: str | None = None
     log_tail: str | None = None
     conclusive: bool | None = None
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compiled: Compiled = "whole"
+    estimate_ms: float | None = None
+    bound_ms: float | None = None
     record_id: str = dataclasses.field(default_factory=new_id)
     created_at: str = dataclasses.field(default_factory=utc_now)
     schema_version: int = SCHEMA_VERSION
@@ -125,6 +142,16 @@ class Trial:
     def key(self) -> str:
         """A text that is equal for trials of the same block sizes and variant."""
         return config_key(self.block_sizes, self.variant)
+
+    @property
+    def call(self) -> str:
+        """What is called, in one word: the attention's shape, or the sizes of another kernel's workload."""
+        return str(self.shape) if self.shape is not None else sizes_text(self.sizes)
+
+    @property
+    def tunables(self) -> dict[str, Any]:
+        """Block sizes and variant by name, as one mapping."""
+        return (dataclasses.asdict(self.block_sizes) if self.block_sizes else {}) | self.variant
 
     @property
     def config(self) -> str:

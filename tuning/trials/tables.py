@@ -133,7 +133,7 @@ def _row(trial: Trial) -> dict[str, Any]:
 
     return {
         "workload": trial.workload,
-        "shape": str(trial.shape),
+        "shape": trial.call,
         "device": trial.device,
         "backend": trial.backend,
         "kernel": trial.kernel,

@@ -42,6 +42,16 @@ class Workload:
             )
 
     @property
+    def call(self) -> str:
+        """What is called, in one word."""
+        return str(self.shape)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Return nothing: the shape says all."""
+        return {}
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return _ITEMSIZES[self.dtype]
@@ -81,6 +91,36 @@ class Workload:
         return self if right else dataclasses.replace(self, name=_derived(self.name, *self.identity))
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A call of a kernel that is no attention: the kernel's name, and the fields of its workload."""
+
+    kernel: str
+    sizes: Mapping[str, Any]
+    shape = None
+
+    @property
+    def call(self) -> str:
+        """What is called, in one word."""
+        return sizes_text(self.sizes)
+
+    @property
+    def name(self) -> str:
+        """Return a name for a folder."""
+        name = _clean(f"{self.kernel}-{self.call}")
+        return name if len(name) < _MAX_NAME_LENGTH else f"{self.kernel}-{stable_hash(self.call)}"
+
+    @property
+    def dtype(self) -> str:
+        """Return the workload's dtype, where it has a field of that name."""
+        return str(self.sizes.get("dtype", ""))
+
+
+def sizes_text(sizes: Mapping[str, Any]) -> str:
+    """Return the fields of a workload in one word, e.g. "m8192-n4096-bfloat16"."""
+    return "-".join(f"{name}{value}" if isinstance(value, int) else str(value) for name, value in sizes.items())
+
+
 def names() -> tuple[str, ...]:
     """Return every workload that `load` knows."""
     return tuple(sorted(path.stem for path in _WORKLOAD_DIR.glob("*.yaml")))
@@ -98,10 +138,14 @@ def named_apart(trials: Sequence["Trial"]) -> list["Trial"]:
     named = [(_clean(trial.workload), trial) for trial in trials]
     meanings = collections.defaultdict(set)
     for name, trial in named:
-        meanings[name].add((trial.shape, trial.dtype))
+        if trial.shape is not None:  # another kernel's workload is named by its sizes
+            meanings[name].add((trial.shape, trial.dtype))
     published = {name: load(name).identity for name in meanings.keys() & set(names())}
     found = []
     for name, trial in named:
+        if trial.shape is None:
+            found.append(trial)
+            continue
         identity = (trial.shape, trial.dtype)
         right = len(meanings[name]) == 1 or published.get(name) == identity
         name = name if right else _derived(name, *identity)

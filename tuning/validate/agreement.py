@@ -120,7 +120,7 @@ def pairs_of(trials: Iterable[Trial]) -> list[Pair]:
     for trial in sorted(trials, key=lambda trial: trial.created_at):
         if trial.status is Status.OK and trial.time_ms is not None and trial.label in newest:
             source = trial.environment.kernel_hash
-            call = (str(trial.shape), trial.dtype, trial.device_kind, str(trial.compiler_options))
+            call = (trial.call, trial.dtype, trial.device_kind, str(trial.compiler_options))
             key: tuple[str, ...] = (trial.kernel, source, *call, trial.key)
             newest[trial.label][key] = trial
     found = []

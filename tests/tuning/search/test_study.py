@@ -211,3 +211,36 @@ def test_a_study_that_cannot_be_read_is_one_refusal(
         database.execute(statement)
     with pytest.raises(UserError, match=r"study\.sqlite3: this study cannot be read or written \(.*delete it"):
         make_search("tpe")
+
+
+def test_what_exceeds_vmem_rules_out_what_is_larger(
+    make_search: Callable[..., Search], trial_of: Callable[..., Trial]
+) -> None:
+    search = make_search()
+    while (candidate := search.ask()) is not None:
+        too_large = candidate.block_sizes.block_q >= 256
+        search.tell(candidate, trial_of(candidate, **({"status": Status.OUT_OF_MEMORY} if too_large else {})))
+    # Of the 12: the four of block_q 128, and of block_q 256 the smaller block_kv, with each block_kv_compute.
+    assert len(search.told) == 6 and len(search.ruled_out) == 6
+    assert make_search(known=search.told).ask() is None
+
+
+def test_a_search_that_gains_nothing_stops_and_says_so(
+    make_search: Callable[..., Search], trial_of: Callable[..., Trial], tmp_path: Path
+) -> None:
+    settings = SearchSettings("grid", None, 0, patience=3)
+    search = Search(tmp_path / "other.sqlite3", "study", Space("test", CHOICES), CANDIDATES, settings, {})
+    while (candidate := search.ask()) is not None:
+        search.tell(candidate, trial_of(candidate))
+    # Times fall with block_q: four candidates each of 128, 256 and 384, in this order.
+    assert search.stopped == "stopped after 4 trials: the last 3 gained less than 1%"
+    with pytest.raises(ValueError, match=r"search\.patience=0: expected at least 1"):
+        SearchSettings("grid", None, 0, patience=0)
+
+
+def test_the_parameter_that_matters_is_told(make_search: Callable[..., Search], trial_of: Callable[..., Trial]) -> None:
+    search = make_search()
+    while (candidate := search.ask()) is not None:
+        search.tell(candidate, trial_of(candidate))
+    found = search.importances()
+    assert next(iter(found)) == "block_q"

@@ -1,0 +1,89 @@
+"""A kernel for tests, that compiles in no time: x * 2 + 1."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from tuning.kernels import Kernel, Unrolled, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int = one_of(8, 16, 64)
+    add_first: bool = one_of(False, True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    rows: int = 128
+
+
+class Scaled(Kernel[Config, Sizes]):
+    Config, Workload = Config, Sizes
+
+    def arguments(self, workload):
+        return [jax.ShapeDtypeStruct((workload.rows, 128), jnp.float32)]
+
+    def build(self, config):
+        def body(x_ref, out_ref):
+            for row in range(0, config.block, 8):  # unrolled
+                x = x_ref[row : row + 8]
+                out_ref[row : row + 8] = (x + 0.5) * 2 if config.add_first else x * 2 + 1
+
+        def scaled(x):
+            block = pl.BlockSpec((config.block, 128), lambda i: (i, 0))
+            grid = (x.shape[0] // config.block,)
+            out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            call = pl.pallas_call(body, grid=grid, in_specs=[block], out_specs=block, out_shape=out, name="scaled")
+            return call(x.T.T + 1.0) - 2.0
+
+        return scaled
+
+    def reference(self, x):
+        return x * 2 + (2 if os.environ.get("SCALED_IS_WRONG") else 1)
+
+    def is_valid(self, config, workload):
+        return workload.rows % config.block == 0 or "block does not divide rows"
+
+    def unrolled(self, config, workload):
+        def shorter(block):
+            return dataclasses.replace(config, block=block)
+
+        return Unrolled(config.block, workload.rows // config.block, shorter, lengths=(16, 32), least=8)
+
+    def check_config(self, config, workload):
+        return dataclasses.replace(config, block=8)
+
+
+class Idle(Scaled):
+    """Its tunable `add_first` changes nothing."""
+
+    def build(self, config):
+        return super().build(dataclasses.replace(config, add_first=False))
+
+
+class Flat(Scaled):
+    """Returns another shape than its reference."""
+
+    def build(self, config):
+        call = super().build(config)
+        return lambda x: call(x).reshape(-1)
+
+
+class NanWhereUnwritten(Scaled):
+    """Leaves the last row of each block unwritten."""
+
+    def build(self, config):
+        def body(x_ref, out_ref):
+            out_ref[: config.block - 1] = x_ref[: config.block - 1] * 2 + 1
+
+        def scaled(x):
+            block = pl.BlockSpec((config.block, 128), lambda i: (i, 0))
+            out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            grid = (x.shape[0] // config.block,)
+            return pl.pallas_call(body, grid=grid, in_specs=[block], out_specs=block, out_shape=out, name="scaled")(x)
+
+        return scaled

@@ -1,0 +1,148 @@
+"""A user's kernel that lacks something, or has it wrong, is one line."""
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splash_workbench.provenance import REPO_ROOT
+from tuning.kernels import Kernel, KernelError, loading
+from tuning.kernels.protocol import tunables
+from tuning.search.tunables import TunableSpace, call_of
+
+GOOD = """
+import dataclasses
+import jax, jax.numpy as jnp
+from tuning.kernels import Kernel, compiler_option, one_of
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    factor: int = one_of(range(2, 6, 2))
+    flag: bool | None = compiler_option("xla_flag", None, True)
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    n: int
+    dtype: str = "float32"
+
+class Double(Kernel):
+    Config, Workload = Config, Sizes
+    def arguments(self, workload): return [jax.ShapeDtypeStruct((workload.n,), workload.dtype)]
+    def build(self, config): return lambda x: x * config.factor
+    def reference(self, x): return x * 2
+    def is_valid(self, config, workload): return config.factor < 4 or "factor too large"
+"""
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a kernel's file, with replacements; return its FILE:CLASS."""
+
+    def write(*replacements: tuple[str, str], name: str = "Double") -> str:
+        text = GOOD
+        for old, new in replacements:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "double.py").write_text(textwrap.dedent(text))
+        return f"{tmp_path / 'double.py'}:{name}"
+
+    return write
+
+
+def test_a_kernel_is_found_and_lists_its_configurations(write: Write) -> None:
+    spec = write()
+    kernel = loading.find(spec)
+    assert tunables(kernel) == {"factor": (2, 4), "flag": (None, True)}
+    call = call_of(kernel, {"n": 12})
+    assert (call.call, call.name, call.dtype) == ("n12-float32", "Double-n12-float32", "float32")
+    space = TunableSpace(kernel, tunables(kernel))
+    found = space.candidates(call)
+    assert [candidate.options for candidate in found.valid] == [{"factor": 2, "flag": f} for f in (None, True)]
+    assert found.pruned == {"factor too large": 2}
+    assert space.first == ({"factor": 2, "flag": None},)
+    assert kernel.compiler_options(found.valid[1].variant) == {"xla_flag": "true"}
+    assert kernel.compiler_options(found.valid[0].variant) == {}
+    assert kernel.hbm_bytes(kernel.Workload(n=12)) == 12 * 4 * 2
+    assert loading.find(spec) is kernel and loading.spec_of(kernel) == spec
+
+
+def test_the_hash_is_of_the_file_and_of_what_it_imports_beside_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("FACTOR = 2\n")
+    spec = write(("import dataclasses\n", "import dataclasses\nimport beside\n"))
+    first = loading.hash_of(spec)
+    (tmp_path / "beside.py").write_text("FACTOR = 2  # a comment\n")
+    assert loading.hash_of(spec) == first
+    (tmp_path / "beside.py").write_text("FACTOR = 3\n")
+    assert loading.hash_of(spec) != first
+
+
+@pytest.mark.parametrize(
+    ("replacements", "message"),
+    [
+        ((("    def reference(self, x): return x * 2\n", ""),), "Double: expected the method reference"),
+        ((("(frozen=True)", ""),), "Double.Config: not hashable; expected @dataclasses.dataclass"),
+        ((("    Config, Workload = Config, Sizes\n", "    Workload = Sizes\n"),), "Double.Config: expected a frozen"),
+        ((("one_of(range(2, 6, 2))", "2"),), "Double.Config.factor: expected values, as in"),
+        ((("one_of(range(2, 6, 2))", "one_of(2, 2)"),), r"Double.Config.factor=\[2, 2\]: expected each value once"),
+        ((("one_of(range(2, 6, 2))", "one_of(2, default=3)"),), "its default 3 is not one of its values"),
+        ((("one_of(range(2, 6, 2))", "one_of((1, 2), (3, 4))"),), "a tuple is kept in no record"),
+        ((("import jax, ", "import no_such_module, jax, "),), r"double\.py:3: ModuleNotFoundError: No module"),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    requires = ('no_such',)"),),
+            "no_such is not installed",
+        ),
+        ((("class Double(Kernel):", "class Double(Kernel):\n    def __init__(self, n): self.n = n"),), "without arg"),
+        ((("class Double(Kernel):", "class Double(Kernel)"),), r"double\.py.*SyntaxError"),
+    ],
+)
+def test_what_is_wrong_with_a_kernel_is_one_line(
+    write: Write, replacements: tuple[tuple[str, str], ...], message: str
+) -> None:
+    with pytest.raises(KernelError, match=message) as caught:
+        loading.find(write(*replacements))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_that_is_not_there(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match="no kernel 'Triple'; its subclasses of Kernel are: Double"):
+        loading.find(write(name="Triple"))
+    with pytest.raises(KernelError, match="there is no file"):
+        loading.find(f"{tmp_path / 'absent.py'}:Double")
+    with pytest.raises(KernelError, match="kernel=nonsense: expected splash_attn, jax_splash"):
+        loading.find("nonsense")
+
+
+def test_values_that_do_not_fit(write: Write) -> None:
+    kernel = loading.find(write())
+    with pytest.raises(KernelError, match=r"workload\.m: Double\.Workload has n, dtype"):
+        call_of(kernel, {"m": 1})
+    with pytest.raises(KernelError, match=r"workload\.n: expected a value"):
+        call_of(kernel, {})
+    with pytest.raises(KernelError, match=r"workload\.dtype=3: expected str"):
+        call_of(kernel, {"n": 1, "dtype": 3})
+    with pytest.raises(KernelError, match=r"space\.block: Double has factor, flag"):
+        TunableSpace(kernel, {"block": (1,)})
+    with pytest.raises(KernelError, match=r"configurations, expected at most"):
+        TunableSpace(kernel, {"factor": tuple(range(2000)), "flag": tuple(range(2000))})
+
+
+def test_a_file_that_tunes_when_it_is_imported_is_refused(write: Write) -> None:
+    loop = "\nfrom tuning.autotune import autotune\nautotune(Double(), Sizes(n=4))\n"
+    spec = write(("    def is_valid", "    def is_valid"))
+    path = Path(spec.rpartition(":")[0])
+    path.write_text(path.read_text() + loop)
+    with pytest.raises(KernelError, match=r"tunes when it is imported; put that under"):
+        loading.find(spec)
+
+
+@pytest.mark.parametrize("path", sorted((REPO_ROOT / "examples" / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_the_examples_are_kernels(path: Path) -> None:
+    namespace = loading._run(path)
+    kinds = [k for k in vars(namespace).values() if isinstance(k, type) and issubclass(k, Kernel) and k is not Kernel]
+    (kind,) = kinds
+    kernel = loading.checked(kind)
+    workload = kernel.Workload()
+    assert TunableSpace(kernel, tunables(kernel)).candidates(call_of(kernel, {})).valid
+    assert kernel.hbm_bytes(workload)

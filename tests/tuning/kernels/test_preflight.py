@@ -1,0 +1,62 @@
+"""What a look at a user's kernel finds before its sweep."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splash_workbench.trial_status import TrialError
+from tuning.backends.preflight import look
+
+SCALED = Path(__file__).with_name("scaled.py")
+SPACE = {"block": [8, 16, 64], "add_first": [False, True]}
+
+
+@pytest.fixture
+def look_at(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Look at a kernel of scaled.py, as a sweep that predicts nothing does."""
+
+    def look_at(name: str) -> dict[str, Any]:
+        return look(
+            {
+                "kernel": f"{SCALED}:{name}",
+                "kernel_hash": "h",
+                "shape": None,
+                "dtype": "",
+                "block_sizes": None,
+                "options": {"block": 8, "add_first": False},
+                "device": "local",
+                "cache_dir": str(tmp_path),
+                "measure": {},
+                "sizes": {"rows": 64},
+                "space": SPACE if name != "NanWhereUnwritten" else {"block": SPACE["block"]},
+                "traces": True,
+            }
+        )
+
+    return look_at
+
+
+def test_nothing_is_said_of_a_good_kernel(look_at: Callable[[str], dict[str, Any]]) -> None:
+    assert look_at("Scaled") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Idle", r"Idle\.Config\.add_first changes nothing: JAX traces the same program for False, True"),
+        ("Flat", r"Flat: build returns \['\[8192\]'\], and the reference \['\[64, 128\]'\]"),
+        ("NanWhereUnwritten", r"Config\(block=8, add_first=False\) disagrees with the reference: rms_error=nan"),
+    ],
+)
+def test_what_is_wrong_is_one_line(look_at: Callable[[str], dict[str, Any]], name: str, message: str) -> None:
+    with pytest.raises(TrialError, match=message) as caught:
+        look_at(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reference_that_disagrees(look_at: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALED_IS_WRONG", "1")
+    with pytest.raises(TrialError, match=r"Scaled: the default configuration .* disagrees with the reference"):
+        look_at("Scaled")

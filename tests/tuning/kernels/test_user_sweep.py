@@ -1,0 +1,186 @@
+"""Sweeps of a user's kernel: what the attention kernel has, it has."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splash_workbench.errors import UserError
+from splash_workbench.trial_status import Status
+from sweeps import quiet, with_job
+from tuning import sweep
+from tuning.autotune import Best, autotune
+from tuning.backends.registry import BACKENDS
+from tuning.kernels import KernelError, loading, promoted
+from tuning.search.kernel_settings import kernel_settings
+from tuning.search.study import SearchSettings
+from tuning.trials import heatmap, records, tables
+
+pytestmark = pytest.mark.compile  # each starts worker processes
+
+SCALED = f"{Path(__file__).with_name('scaled.py')}:Scaled"
+KIND = "TPU v6 lite"
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Best[Any], Path, Path]:
+    """A sweep of six configurations, predicted for a v6e: (the best, results, tuned entries)."""
+    pytest.importorskip("libtpu")
+    folder = tmp_path_factory.mktemp("user")
+    kernel = loading.find(SCALED)
+    best = autotune(
+        kernel,
+        kernel.Workload(rows=128),
+        sampler="grid",
+        max_trials=None,
+        workers=1,
+        promote=True,
+        tuned_path=folder / "tuned.json",
+        results_dir=folder / "results",
+        cache=False,
+        progress=False,
+    )
+    return best, folder / "results", folder / "tuned.json"
+
+
+def test_the_winner_was_compiled_whole_beside_its_estimate(tuned: tuple[Best[Any], Path, Path]) -> None:
+    best, results, _ = tuned
+    assert len(best.trials) == 6 and {trial.status for trial in best.trials} == {Status.OK}
+    assert best.trial.compiled == "whole" and best.label == "predicted"
+    # Some microseconds, in which what the op begins and ends with counts.
+    assert best.trial.estimate_ms == pytest.approx(best.time_ms, rel=1)
+    assert best.config.block == 64  # the fewest steps
+    assert {trial.compiled for trial in best.trials} > {"whole"}
+    assert best.trial.bound_ms is not None and best.trial.bound_ms < best.time_ms
+    (path,) = results.rglob(records.TRIALS_FILE)
+    of_64 = [trial for trial in records.read(path) if trial.tunables["block"] == 64]
+    assert of_64[0].compiled == "shorter" and of_64[0].cycles
+    assert "add_first" in tables.table(best.trials)
+    assert heatmap.draw(best.trials, ("add_first", "block")) is not None
+    assert best.trial.numerics is not None and "block=64" in best.trial.numerics.config
+
+
+def test_it_is_promoted_and_looked_up(tuned: tuple[Best[Any], Path, Path]) -> None:
+    best, _, path = tuned
+    kernel = loading.find(SCALED)
+    assert best.promoted == "it beats the default configuration"
+    found = promoted.lookup(kernel, kernel.Workload(rows=128), device_kind=KIND, path=path)
+    assert found == best.config
+    with pytest.raises(KernelError, match=r"tuned\.json: no entry of Scaled for \{'rows': 64\} on 'TPU v6 lite'"):
+        promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path)
+    default = kernel.Config()
+    assert promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path, default=default) is default
+    (entry,) = promoted.read(path)
+    assert promoted.promote(path, dataclasses.replace(entry, time_ms=entry.time_ms * 2))[0] is False
+    assert promoted.promote(path, dataclasses.replace(entry, time_ms=entry.time_ms * 2, source="other"))[0] is True
+
+
+def test_the_same_again_evaluates_nothing(tuned: tuple[Best[Any], Path, Path]) -> None:
+    best, results, path = tuned
+    kernel = loading.find(SCALED)
+    again = autotune(
+        kernel,
+        sampler="grid",
+        max_trials=None,
+        workers=1,
+        results_dir=results,
+        tuned_path=path,
+        cache=False,
+        progress=False,
+    )
+    assert again.trial.record_id == best.trial.record_id
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tuning.sweep", *arguments])
+        code = sweep.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_the_command_checks_a_kernel_and_says_what_it_does(run: Run, tmp_path: Path) -> None:
+    arguments = (f"kernel={SCALED}", "workload.rows=64", "space.block=[8,16]", "backend=interpret", "workers=1")
+    code, out, err = run(*arguments, "search=grid", "json=out.json")
+    assert code == 0, err
+    assert "Scaled-rows64 on TPU v6 lite, backend interpret" in out
+    assert "4/4 block=16" in err and ": ok" in err
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["candidates"], found["evaluated"], found["statuses"]) == (4, 4, {"ok": 4})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kernel=absent.py:A",), "kernel=absent.py:A: there is no file absent.py"),
+        ((f"kernel={SCALED}", "workload.columns=3"), "workload.columns: Scaled.Workload has rows"),
+        ((f"kernel={SCALED}", "space.block=8"), "space.block=8: expected a list"),
+        ((f"kernel={SCALED}", "heatmap=[block,rows]"), "heatmap=['block', 'rows']: expected two of block, add_first"),
+        ((f"kernel={SCALED}", "workload.rows=12"), "no candidate can be valid; pruned {'block does not divide"),
+        ((f"kernel={SCALED}", "vmem_pruning=true"), "vmem_pruning: no such key"),
+    ],
+)
+def test_a_mistake_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_gpus_kernel_is_not_predicted() -> None:
+    with pytest.raises(KernelError, match="GpuAttention is for a GPU: backend=offline predicts TPUs"):
+        kernel_settings(_gpu(), {}, **_defaults(backend="offline"))
+
+
+@pytest.mark.parametrize(("job", "status"), [("abort", Status.CRASHED), ("out_of_memory", Status.OUT_OF_MEMORY)])
+def test_a_kernel_that_fails_costs_only_its_trial(tmp_path: Path, job: str, status: Status) -> None:
+    made = kernel_settings(loading.find(SCALED), {}, **_defaults(results_dir=tmp_path, max_trials=2))
+    result = sweep.sweep(with_job(job, made), report=quiet)
+    assert {trial.status for trial in result.trials} == {status}
+    assert {trial.kernel for trial in result.trials} == {"Scaled"}
+
+
+def test_a_wrong_kernel_ends_before_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALED_IS_WRONG", "1")
+    with pytest.raises(UserError, match="disagrees with the reference"):
+        autotune(loading.find(SCALED), backend="interpret", results_dir=tmp_path, workers=1, progress=False)
+    assert not list(tmp_path.rglob(records.TRIALS_FILE))
+
+
+def _gpu() -> Any:
+    path = Path(__file__).parents[3] / "examples/kernels/gpu_attention.py"
+    return loading.find(f"{path}:GpuAttention")
+
+
+def _defaults(**changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "space": {},
+        "device": "v6e",
+        "backend": "interpret",
+        "measure": {},
+        "search": SearchSettings("grid", changes.pop("max_trials", None), 0),
+        "compiler_options": {},
+        "workers": 1,
+        "timeout_s": 1800.0,
+        "results_dir": Path("results"),
+        "tuned_path": None,
+        "heatmap": None,
+        "cache": False,
+        "promote": False,
+        "quick": True,
+        "progress": False,
+    }
+    assert settings["backend"] in BACKENDS
+    return settings | changes

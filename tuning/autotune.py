@@ -1,0 +1,126 @@
+"""Tune a kernel from Python: `best = autotune(MyKernel(), workload, device="v6e")`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic
+
+from splash_workbench.errors import from_config
+from tuning import kernel_sweeps
+from tuning.kernels import KernelError, loading
+from tuning.kernels.protocol import C, Kernel, W
+from tuning.search.kernel_settings import kernel_settings
+from tuning.search.study import SearchSettings
+from tuning.sweep import SweepResult, sweep
+from tuning.trials import records
+from tuning.trials.records import Trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Best(Generic[C]):
+    """The winner of a sweep.
+
+    Attributes:
+      config: of the kernel.
+      time_ms: of a call; label: how it was got, "predicted" or "measured". None where the backend gives no time.
+      call: the function of the winner, for arrays on the device.
+      trial: its record; trials: all of the sweep, best first.
+      promoted: whether it was written to the file of tuned entries, and why or why not.
+    """
+
+    config: C
+    time_ms: float | None
+    label: str | None
+    call: Callable[..., Any]
+    trial: Trial
+    trials: tuple[Trial, ...]
+    promoted: str
+
+
+def autotune(
+    kernel: Kernel[C, W],
+    workload: W | None = None,
+    *,
+    device: str = "v6e",
+    backend: str = "offline",
+    space: Mapping[str, Sequence[Any]] | None = None,
+    sampler: str = "tpe",
+    max_trials: int | None = 20,
+    seed: int = 0,
+    workers: int | None = None,
+    timeout_s: float = 300.0,
+    quick: bool = True,
+    promote: bool = False,
+    tuned_path: Path | str | None = None,
+    results_dir: Path | str = "results",
+    compiler_options: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+) -> Best[C]:
+    """Find the fastest configuration of a kernel; what `python -m tuning.sweep kernel=FILE.py:CLASS` does.
+
+    The same call again resumes. Workers start Python anew and load the kernel's file: call this under
+    `if __name__ == "__main__":`.
+
+    Args:
+      workload: an instance of the kernel's Workload; None: its defaults.
+      device: "v6e", "v5e", "v5p" or "v7x" with backend="offline" or "interpret"; "local" with "measure".
+      space: values of tunables instead of the kernel's own.
+      sampler, max_trials, seed: see configs/search; max_trials=None: every configuration.
+      quick: see configs/sweep_kernel.yaml.
+      promote: write the winner to `tuned_path` (None: beside the kernel's file) if it beats the default configuration.
+      report: called with the lines that the command prints first.
+
+    Raises:
+      UserError: the kernel, or something else that was given, is wrong; the message is one line.
+    """
+
+    def settings() -> Any:
+        loading.refuse_while_loading()
+        loading.checked(type(kernel))
+        if workload is not None and not isinstance(workload, kernel.Workload):
+            raise KernelError(f"{workload=}: expected a {kernel.name}.Workload.")
+        sizes = dataclasses.asdict(workload) if workload is not None else {}  # type: ignore[call-overload]
+        return kernel_settings(
+            kernel,
+            sizes,
+            space={name: tuple(values) for name, values in (space or {}).items()},
+            device=device,
+            backend=backend,
+            measure={},
+            search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=seed),
+            compiler_options=compiler_options or {},
+            workers=workers,
+            timeout_s=timeout_s,
+            results_dir=Path(results_dir),
+            tuned_path=Path(tuned_path) if tuned_path is not None else None,
+            heatmap=None,
+            cache=cache,
+            promote=promote,
+            quick=quick,
+            progress=progress,
+        )
+
+    made = from_config(settings)
+    result = sweep(made, report=report)
+    winner = result.winner or _right(result)
+    config = kernel.config_of(None, winner.variant)
+    promoted = "not asked for"
+    if promote and result.winner is not None:
+        on_record = records.read(result.directory / records.TRIALS_FILE)
+        promoted = kernel_sweeps.promote(winner, on_record, made).reason
+    label = winner.label.value if winner.label else None
+    return Best(config, winner.time_ms, label, kernel.build(config), winner, result.trials, promoted)
+
+
+def _right(result: SweepResult) -> Trial:
+    """Return the first ok trial of a backend that times nothing. Raises UserError where no trial is ok."""
+
+    def first() -> Trial:
+        for trial in result.trials:
+            if trial.status == "ok":
+                return trial
+        raise KernelError(f"no candidate was ok; the first is {result.trials[0].status}: {result.trials[0].error}")
+
+    return from_config(first)

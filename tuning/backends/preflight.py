@@ -1,0 +1,96 @@
+"""Look at a user's kernel before its sweep: what is wrong with it is one line, and no trial."""
+
+import re
+from typing import Any
+
+import jax
+
+import offline_tpu
+from offline_tpu.machine import devices
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status, TrialError
+from splash_workbench.workers import stages
+from tuning.backends.jobs import Request
+from tuning.backends.numerics import check_numerics
+from tuning.kernels.protocol import abstract
+
+#: Of objects in the text of a traced program: another one each time.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def look(payload: dict[str, Any]) -> dict[str, Any]:
+    """Check the default configuration against the reference, and that each tunable changes something.
+
+    Payload: the Request of the default configuration; `space`, the values of each tunable; `traces`, whether programs
+    can be traced for the device. Raises TrialError with one line for the user.
+    """
+    stages.enter("look at the kernel")
+    request = decode(payload, Request)
+    name = request.found.name
+    try:
+        arguments = abstract(request.found.arguments(request.workload))
+    except Exception as error:
+        raise _refusal(f"{name}.arguments", error) from error
+    expected = _shapes(f"{name}.reference", request.found.reference, arguments)
+    actual = _shapes(f"{name}.build", request.function("pallas_interpret"), arguments)
+    if expected != actual:
+        raise TrialError(Status.WRONG, f"{name}: build returns {actual}, and the reference {expected}.")
+    if payload["traces"]:
+        for tunable, values in payload["space"].items():
+            _refuse_idle(request, tunable, values)
+    try:
+        checked = check_numerics(request, "pallas_interpret")
+    except Exception as error:
+        raise _refusal(f"{name} on this machine's CPU", error) from error
+    if checked["status"] != Status.OK:
+        shown = f"the default configuration {request.config}"
+        raise TrialError(Status.WRONG, f"{name}: {shown} disagrees with the reference: {checked['error']}.")
+    return {}
+
+
+def _refusal(what: str, error: Exception) -> TrialError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return TrialError(Status.WRONG, f"{what}: {type(error).__name__}: {lines[0]}")
+
+
+def _shapes(what: str, function: Any, arguments: list[Any]) -> list[str]:
+    try:
+        found = jax.eval_shape(function, *arguments)
+    except Exception as error:
+        raise _refusal(what, error) from error
+    return [f"{list(x.shape)}" for x in jax.tree.leaves(found)]
+
+
+def _refuse_idle(request: Request, tunable: str, values: list[Any]) -> None:
+    """Raise TrialError for a tunable with whose values the program stays the same."""
+    if len(values) < 2:
+        return
+    seen = set()
+    for value in values:
+        try:
+            config = request.found.config_of(None, request.options | {tunable: value})
+            if request.found.is_valid(config, request.workload) is not True:
+                continue
+            text = _program(request, config)
+        except Exception:
+            continue  # what cannot be traced is a trial of its own
+        seen.add((text, str(request.found.compiler_options(config))))
+        if len(seen) > 1:
+            return
+    if len(seen) == 1:
+        listed = ", ".join(map(str, values))
+        raise TrialError(
+            Status.WRONG,
+            f"{request.found.name}.Config.{tunable} changes nothing: JAX traces the same program for {listed}; use it "
+            "in build, or leave it out.",
+        )
+
+
+def _program(request: Request, config: Any) -> str:
+    function = request.timed("pallas_tpu", config)
+    arguments = abstract(request.arguments())
+    if request.found.platform == "tpu" and request.device in devices.DEVICES:
+        traced = offline_tpu.trace(function, *arguments, device=devices.by_name(request.device))
+    else:
+        traced = jax.make_jaxpr(function)(*arguments)
+    return _ADDRESS.sub("", str(traced))

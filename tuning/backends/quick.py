@@ -1,0 +1,277 @@
+"""Predict a candidate by compiling less than all of it.
+
+Of the op only the Pallas kernels that run are compiled. The rest of the op, which is the same for all candidates around
+whose kernels JAX traces the same program, is compiled once. A kernel that says in which dimension its code is unrolled
+is compiled at two shorter lengths, from which its own is extrapolated.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+import offline_tpu
+from offline_tpu.dump import UNKNOWN_TRIPS
+from offline_tpu.machine.devices import DeviceSpec
+from offline_tpu.prediction import Prediction
+from splash_workbench.files import atomic_path
+from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
+from splash_workbench.records.jsonl import decode
+from tuning.backends.jobs import Request
+from tuning.kernels.protocol import abstract, known_values
+
+#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time.
+_FEW = 4
+_SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What kernels cost, or the op around them. Times in ms, of a call of the op.
+
+    unknown_trips: integers that are not known decide how often a kernel's loops run.
+    """
+
+    time_ms: float
+    cycles: int = 0
+    vmem_bytes: int = 0
+    spill_count: int = 0
+    fill_count: int = 0
+    code_bytes: int = 0
+    compile_time_s: float = 0.0
+    code_load_ms: float = 0.0
+    unknown_trips: bool = False
+
+
+def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction | None:
+    """Return the fields of a Trial by a first pass, or the prediction of the whole op where that had to be compiled.
+
+    None where nothing less than the whole op tells its time.
+    """
+    if known_values(request.arguments()):
+        return None  # what a kernel does depends on integers that the op around it computes
+    unrolled = request.found.unrolled(request.config, request.workload)
+    configs, lengths = [request.config], (0, 0)
+    if request.compiled == "shorter" and unrolled and unrolled.lengths and unrolled.length > max(unrolled.lengths):
+        lengths = unrolled.lengths
+        configs = [unrolled.shorter(length) for length in lengths]
+    traced = [_Op(request, config, device) for config in configs]
+    if not traced[0].kernels:
+        return None
+    shortest = traced[0]
+    if unrolled and unrolled.length > unrolled.least:
+        shortest = _Op(request, unrolled.shorter(unrolled.least), device)
+    rest = shortest.rest_on_record()
+    if rest is None:
+        whole, rest = shortest.compile_whole()
+        if shortest is traced[0] and len(traced) == 1:
+            return whole
+    costs = [op.kernel_cost() for op in traced]
+    if any(cost.unknown_trips for cost in costs):
+        return None
+    fields = {
+        "time_samples_ms": [rest.time_ms + costs[-1].time_ms],
+        "kernel_time_ms": costs[-1].time_ms,
+        **{name: getattr(costs[-1], name) for name in ("cycles", "vmem_bytes", "spill_count", "fill_count")},
+        "code_bytes": costs[-1].code_bytes,
+        "compile_time_s": rest.compile_time_s + sum(cost.compile_time_s for cost in costs),
+        "compiled": "kernel",
+        "notes": [],
+    }
+    if unrolled is not None and len(costs) == 2:
+        steps = [unrolled.steps] + [_steps(request, config) for config in configs]
+        per_step = [cost.cycles / count for cost, count in zip(costs, steps[1:], strict=True)]
+        cycles = steps[0] * _line(lengths, per_step)(unrolled.length)
+        # What a step waits for memory beside its work is no line: the longer kernel waits least, as the candidate does.
+        waits_ms = (costs[1].time_ms - costs[1].cycles / device.clock_hz * 1e3) / steps[2]
+        time_ms = cycles / device.clock_hz * 1e3 + steps[0] * max(0.0, waits_ms)
+        fields |= {"time_samples_ms": [rest.time_ms + time_ms], "kernel_time_ms": time_ms, "cycles": round(cycles)}
+        fields |= {"compiled": "shorter", **dict.fromkeys(("vmem_bytes", "spill_count", "fill_count", "code_bytes"))}
+    elif costs[-1].code_load_ms:
+        loaded = f"loaded anew in every trip: {costs[-1].code_load_ms:.3f} ms counted"
+        fields["notes"] = [f"the kernel's loop spans pieces of code, {loaded}"]
+    return fields
+
+
+def _steps(request: Request, config: Any) -> int:
+    unrolled = request.found.unrolled(config, request.workload)
+    assert unrolled is not None, "a shorter configuration is unrolled in the same dimension"
+    return unrolled.steps
+
+
+def _line(lengths: tuple[int, int], values: list[float]) -> Callable[[int], float]:
+    """Return the line through two points."""
+    slope = (values[1] - values[0]) / (lengths[1] - lengths[0])
+    return lambda length: values[0] + slope * (length - lengths[0])
+
+
+class _Op:
+    """The traced op of a configuration, and the Pallas kernels in it that run."""
+
+    def __init__(self, request: Request, config: Any, device: DeviceSpec) -> None:
+        self._request, self._config, self._device = request, config, device
+        self._function = request.timed("pallas_tpu", config)
+        self._grid_sizes, _ = request.found.assume(config, request.workload)
+        self._arguments = abstract(request.arguments())
+
+    @functools.cached_property
+    def _traced(self) -> core.ClosedJaxpr:
+        return offline_tpu.trace(self._function, *self._arguments, device=self._device)
+
+    @functools.cached_property
+    def kernels(self) -> list[core.JaxprEqn]:
+        """The calls of kernels that run, once each."""
+        found = _kernel_calls(self._traced.jaxpr)
+        return [call for call in found if self._grid_sizes.get(_name(call)) != 0]
+
+    def kernel_cost(self) -> Cost:
+        """Return what the kernels cost alone, from the cache or compiled now."""
+
+        def cost() -> Cost:
+            return _sum([self._alone(call) for call in self.kernels], [self._repeats(call) for call in self.kernels])
+
+        path = self._path("kernel", repr(self._config))
+        found = _read(path)
+        if found is None:
+            found = cost()
+            _keep(path, found)
+        return found
+
+    def _repeats(self, call: core.JaxprEqn) -> float:
+        """Return how often what is predicted of a kernel runs: of a grid size that data decide, a few are enough."""
+        return max(1.0, self._grid_sizes.get(_name(call), 0) / _FEW)
+
+    def rest_on_record(self) -> Cost | None:
+        """Return what the op costs around its kernels, from the cache; None where it is not there."""
+        return _read(self._path("rest", _outline(self._traced.jaxpr)))
+
+    def compile_whole(self) -> tuple[Prediction, Cost]:
+        """Return the prediction of the op, and what it costs around its kernels, which is kept."""
+        prediction = self._predict(self._function, *self._arguments, grid_sizes=self._grid_sizes)
+        rest = [op for op in prediction.ops if op.category != "kernel"]
+        # What the fallbacks cost that have nothing to do is part of the rest.
+        rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
+        cost = Cost(sum(op.time_s for op in rest) * 1e3, compile_time_s=prediction.compile_time_s)
+        _keep(self._path("rest", _outline(self._traced.jaxpr)), cost)
+        return prediction, cost
+
+    def _alone(self, call: core.JaxprEqn) -> Prediction:
+        def kernel(*operands: Any) -> Any:
+            return call.primitive.bind(*operands, **call.params)
+
+        kernel.__name__ = _name(call)  # the compiler names the op so
+        operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]  # type: ignore[attr-defined]
+        return self._predict(
+            kernel, *operands, grid_sizes={name: min(size, _FEW) for name, size in self._grid_sizes.items()}
+        )
+
+    def _runs(self, op_name: str) -> bool:
+        return any(op_name.rsplit(".", 1)[0] == _name(call) for call in self.kernels)
+
+    def _predict(self, function: Callable[..., Any], *arguments: Any, grid_sizes: Mapping[str, int]) -> Prediction:
+        return offline_tpu.predict(
+            function,
+            *arguments,
+            device=self._device,
+            grid_sizes=grid_sizes,
+            compiler_options=self._request.options_of_compiler,
+        )
+
+    def _path(self, what: str, about: str) -> Path:
+        request = self._request
+        key = [what, request.kernel, request.kernel_hash, repr(request.workload), request.device, _versions()]
+        key += [about, json.dumps(request.options_of_compiler, sort_keys=True)]
+        return Path(request.cache_dir) / f"{what}-{stable_hash(json.dumps(key))}.json"
+
+
+def _read(path: Path) -> Cost | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # absent, torn by a full disk, or not ours
+        found = decode(json.loads(path.read_bytes()), Cost)
+        if found.time_ms >= 0:
+            return dataclasses.replace(found, compile_time_s=0.0)
+    return None
+
+
+def _keep(path: Path, cost: Cost) -> None:
+    with contextlib.suppress(OSError), atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(cost)))
+
+
+@functools.cache
+def _versions() -> str:
+    return json.dumps([source_hash(_SOURCES), package_versions(COMPILER_PACKAGES)], sort_keys=True)
+
+
+def _name(call: core.JaxprEqn) -> str:
+    return str(call.params.get("name") or "kernel")
+
+
+def _sum(predictions: list[Prediction], repeats: list[float]) -> Cost:
+    kernels = zip(predictions, repeats, strict=True)
+    ops = [
+        (op, op.calls * repeat) for prediction, repeat in kernels for op in prediction.ops if op.category == "kernel"
+    ]
+    return Cost(
+        time_ms=sum(op.time_s * runs / op.calls for op, runs in ops) * 1e3,
+        cycles=round(sum(op.cycles * runs for op, runs in ops)),
+        vmem_bytes=max((op.vmem_bytes for op, _ in ops), default=0),
+        spill_count=round(sum(op.spill_count * runs for op, runs in ops)),
+        fill_count=round(sum(op.fill_count * runs for op, runs in ops)),
+        code_bytes=sum(op.code_bytes for op, _ in ops),
+        compile_time_s=sum(prediction.compile_time_s for prediction in predictions),
+        code_load_ms=sum(op.code_load_s * runs for op, runs in ops) * 1e3,
+        unknown_trips=any(UNKNOWN_TRIPS in op.unresolved for op, _ in ops),
+    )
+
+
+def _jaxprs(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part
+
+
+def _kernel_calls(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """Return the calls of Pallas kernels of a program; none where one is in a loop or a branch, and may run often."""
+    found: list[core.JaxprEqn] = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn)
+            continue
+        inner = [call for body in _jaxprs(eqn.params) for call in _kernel_calls(body)]
+        if inner and eqn.primitive.name in ("while", "scan", "cond"):
+            return []
+        found += inner
+    return found
+
+
+def _outline(jaxpr: core.Jaxpr) -> str:
+    """Return a program as text, with kernels by their operands and results only."""
+    numbers: dict[Any, int] = {}
+
+    def atom(x: Any) -> str:
+        if isinstance(x, core.Literal):
+            return repr(x.val)
+        return f"{numbers.setdefault(x, len(numbers))}:{x.aval}"
+
+    lines = []
+    for eqn in jaxpr.eqns:
+        shown = f"{list(map(atom, eqn.invars))} -> {list(map(atom, eqn.outvars))}"
+        if eqn.primitive.name == "pallas_call":
+            lines.append(f"kernel {_name(eqn)} {shown}")
+            continue
+        bodies = [_outline(body) for body in _jaxprs(eqn.params)]
+        kinds = int | float | str | tuple | np.dtype | None
+        plain = {name: repr(value) for name, value in eqn.params.items() if isinstance(value, kinds)}
+        plain = {name: v for name, v in plain.items() if "0x" not in v and "jaxpr" not in v.lower() and "{" not in v}
+        lines.append(f"{eqn.primitive.name} {sorted(plain.items())} {shown} {bodies}")
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""Tell the user how a sweep goes: a line for each finished trial, and what the workers are at."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
+
+from splash_workbench.trial_status import Status
+from tuning.trials.records import Trial
+
+#: Seconds between two looks at the workers, on a terminal and in a file.
+_TERMINAL_S, _FILE_S = 1.0, 30.0
+_ERROR_CHARACTERS = 90
+_SAYS = {"whole": "", "kernel": ", kernel compiled alone", "shorter": ", from shorter kernels"}
+
+
+class Feedback:
+    """Lines on stderr for one sweep, and on a terminal a bar below them; a context manager.
+
+    stages: returns what each running job is at, and for how many seconds; see `Runner.stages`.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        stages: Callable[[], list[tuple[str, float]]],
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._enabled, self._stages = enabled, stages
+        self._terminal = self._stream.isatty()
+        self._start, self._done_before = time.monotonic(), done
+        self._done, self._total = done, total
+        self._best: Trial | None = None
+        self._end, self._lock = threading.Event(), threading.Lock()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="trial",
+            leave=False,
+            file=self._stream,
+            disable=not (enabled and self._terminal),
+        )
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Feedback":
+        if self._enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._bar.close()
+
+    def finished(self, trial: Trial, *, refined: bool = False) -> None:
+        """Say what became of a trial. refined: it was tried before, by less than now."""
+        with self._lock:
+            self._total += refined
+            self._done += 1
+            timed = trial.status is Status.OK and trial.time_ms is not None
+            if timed and (self._best is None or trial.time_ms < (self._best.time_ms or 0.0)):  # type: ignore[operator]
+                self._best = trial
+            self._bar.total = self._total
+            self._bar.update()
+            self._say(f"{self._done}/{self._total} {describe(trial)}{self._best_text(trial)}{self._left_text()}")
+
+    def known(self) -> None:
+        """Count a trial that was on record."""
+        with self._lock:
+            self._done += 1
+            self._done_before += 1
+            self._bar.update()
+
+    def _best_text(self, trial: Trial) -> str:
+        if self._best is None or self._best is trial:
+            return " (best so far)" if self._best is trial else ""
+        return f" (best {self._best.time_ms:.4g} ms)"
+
+    def _left_text(self) -> str:
+        count, left = self._done - self._done_before, self._total - self._done
+        if not count or left <= 0:
+            return ""
+        return f"; about {_duration((time.monotonic() - self._start) / count * left)} left"
+
+    def _watch(self) -> None:
+        while not self._end.wait(_TERMINAL_S if self._terminal else _FILE_S):
+            at = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self._stages())
+            with self._lock:
+                if self._terminal:
+                    self._bar.set_postfix_str(f"workers: {at or 'none'}")
+                elif at:
+                    self._say(f"{self._done}/{self._total} workers: {at}{self._left_text()}")
+
+    def _say(self, line: str) -> None:
+        if self._enabled:
+            self._bar.write(line, file=self._stream)
+            self._stream.flush()
+
+
+def describe(trial: Trial) -> str:
+    """Return a trial's configuration and what became of it, in one line."""
+    config = f"{trial.block_sizes} " if trial.block_sizes else ""
+    config += " ".join(f"{name}={value}" for name, value in trial.variant.items() if value not in (None, False))
+    if trial.status is not Status.OK:
+        return f"{config}: {trial.status} {(trial.error or '')[:_ERROR_CHARACTERS]}".rstrip()
+    if trial.time_ms is None:
+        return f"{config}: ok"
+    label = f"{trial.time_ms:.4g} ms {trial.label}" if trial.label else f"{trial.time_ms:.4g} ms"
+    return f"{config}: {label}{_SAYS[trial.compiled]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,104 @@
+"""Do what only a sweep of a user's kernel does: look at it first, bound it, promote to a file of the user's own."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from splash_workbench import provenance
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.trial_status import Status
+from tuning.backends.base import Target
+from tuning.backends.evaluate import Evaluator
+from tuning.kernels import loading, promoted
+from tuning.search.settings import SweepSettings
+from tuning.search.tunables import TunableSpace
+from tuning.trials import records
+from tuning.trials.bound import kernel_bound_fraction, roofline_ms
+from tuning.trials.promote import Promotion
+from tuning.trials.records import Trial
+
+
+def capture(settings: SweepSettings) -> provenance.Environment:
+    """Describe this process and the kernel's sources, for the records of a sweep."""
+    captured = settings.backend.capture(settings.backend.sources)
+    if settings.source is None:
+        return captured
+    packages = provenance.package_versions(loading.find(settings.source).requires)
+    hashed = loading.hash_of(settings.source)
+    return dataclasses.replace(captured, kernel_hash=hashed, versions=captured.versions | packages)
+
+
+def bound_ms(settings: SweepSettings, target: Target) -> float | None:
+    """Return the least time of a user's kernel on a device, by its FLOPs and bytes; None where it is not known."""
+    if settings.source is None or target.spec is None:
+        return None
+    kernel = loading.find(settings.source)
+    workload, spec = kernel.Workload(**settings.workload.sizes), target.spec
+    return from_config(lambda: roofline_ms(kernel.flops(workload), kernel.hbm_bytes(workload), spec))
+
+
+def look(settings: SweepSettings, evaluator: Evaluator) -> None:
+    """Look at a user's kernel in a worker. Raises UserError with what is wrong with it."""
+    assert isinstance(settings.space, TunableSpace)
+    payload = evaluator.payload(None, settings.space.defaults, settings.kernel_name, "shorter")
+    outcome = evaluator.runner.run(
+        "tuning.backends.preflight:look",
+        payload | {"space": dict(settings.space.choices), "traces": settings.backend.quick},
+        timeout_s=settings.timeout_s,
+        variables=functools.partial(settings.backend.worker_env, evaluator.target),
+    )
+    if outcome.status is not Status.OK:
+        raise UserError(str(outcome.error))
+
+
+def comparison_lines(winner: Trial, trials: Sequence[Trial], settings: SweepSettings) -> Iterator[str]:
+    """Yield what the winner's first estimate was, its bound, and what the default configuration costs beside it."""
+    if winner.estimate_ms is not None and winner.time_ms is not None:
+        off = winner.estimate_ms / winner.time_ms - 1
+        yield f"its first estimate: {winner.estimate_ms:.3f} ms, {abs(off):.1%} {'below' if off < 0 else 'above'}"
+    if settings.source is None or winner.time_ms is None:
+        return
+    if (fraction := kernel_bound_fraction(winner)) is not None:
+        yield f"bound by FLOPs and bytes: {winner.bound_ms:.3f} ms, {fraction:.0%} of it reached"
+    default = _default(winner, trials, settings)
+    if default is None or default.time_ms is None:
+        yield f"the default configuration has no time: {default.status if default else 'not tried'}"
+    elif default.key != winner.key:
+        times = default.time_ms / winner.time_ms
+        yield f"the default configuration: {default.time_ms:.3f} ms, {times:.2f} times the winner's"
+
+
+def promote(winner: Trial, trials: Sequence[Trial], settings: SweepSettings) -> Promotion:
+    """Write the winner to the user's file if it beats the kernel's default configuration."""
+    path: Path | None = settings.tuned_path
+    assert path is not None and winner.time_ms is not None and winner.label is not None
+    default = _default(winner, trials, settings)
+    if default is None:
+        return Promotion(False, "no trial of the default configuration", path)
+    if default.key == winner.key:
+        return Promotion(False, "the default configuration is the best", path)
+    if default.time_ms is not None and default.time_ms <= winner.time_ms:
+        return Promotion(False, f"the default configuration takes {default.time_ms:.4g} ms", path)
+    if winner.compiler_options:
+        return Promotion(False, "its compiler options are not tunables: a call does not know them", path)
+    environment = winner.environment
+    entry = promoted.Entry(
+        kernel=winner.kernel,
+        device_kind=winner.device_kind,
+        sizes=winner.sizes,
+        config=winner.variant,
+        label=winner.label.value,
+        time_ms=winner.time_ms,
+        default_ms=default.time_ms,
+        record_id=winner.record_id,
+        source=promoted.source_of(environment.kernel_hash, environment.backend_hash, environment.compiler_versions),
+        created_at=winner.created_at,
+    )
+    written, reason = from_config(lambda: promoted.promote(path, entry))
+    return Promotion(written, reason, path)
+
+
+def _default(winner: Trial, trials: Sequence[Trial], settings: SweepSettings) -> Trial | None:
+    key = records.config_key(None, settings.default_options)
+    return next((t for t in reversed(trials) if t.key == key and t.context == winner.context), None)

@@ -1,0 +1,168 @@
+"""Find a kernel by its name, or in a file of the user's, and refuse one that cannot be tuned."""
+
+import ast
+import contextvars
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
+from tuning.kernels.attention import ATTENTION_KERNELS
+from tuning.kernels.protocol import Kernel, KernelError, tunables
+
+#: Kernels by name.
+KERNELS: dict[str, Kernel[Any, Any]] = {kernel.name: kernel for kernel in ATTENTION_KERNELS}
+#: Set while a kernel's file is run, which must not start a sweep itself.
+_loading: contextvars.ContextVar[str | None] = contextvars.ContextVar("loading", default=None)
+
+
+def find(spec: str) -> Kernel[Any, Any]:
+    """Return the kernel of a name in KERNELS or of "FILE.py:CLASS". Raises KernelError in one line."""
+    if spec in KERNELS:
+        return KERNELS[spec]
+    text, colon, name = spec.rpartition(":")
+    if not colon or not text.endswith(".py"):
+        raise KernelError(f"kernel={spec}: expected {', '.join(KERNELS)}, or FILE.py:CLASS.")
+    path = Path(text).expanduser().absolute()
+    if not path.is_file():
+        raise KernelError(f"kernel={spec}: there is no file {text}.")
+    return _from_file(path, path.stat().st_mtime_ns, name)
+
+
+def spec_of(kernel: Kernel[Any, Any]) -> str:
+    """Return the text with which another process finds a kernel. Raises KernelError where it has no file."""
+    if KERNELS.get(kernel.name) is kernel:
+        return kernel.name
+    try:
+        path = inspect.getsourcefile(type(kernel))
+    except (OSError, TypeError):
+        path = None
+    if path is None or not path.endswith(".py") or not Path(path).is_file():
+        raise KernelError(f"{kernel.name}: expected a class in a .py file, which the worker processes can read.")
+    return f"{Path(path).absolute()}:{type(kernel).__qualname__}"
+
+
+def file_name(spec: str) -> str:
+    """Return a kernel's "FILE.py:CLASS" without the folder."""
+    path, colon, name = spec.rpartition(":")
+    return f"{Path(path).name}{colon}{name}"
+
+
+def file_of(spec: str) -> Path | None:
+    """Return the file of a user's kernel; None for one of KERNELS."""
+    return None if spec in KERNELS else Path(spec.rpartition(":")[0]).expanduser().absolute()
+
+
+def hash_of(spec: str) -> str:
+    """Return the hash of a kernel's sources: the user's file and the files beside it that it imports."""
+    path = file_of(spec)
+    if path is None:
+        return source_hash(KERNEL_SOURCES)
+    found = sorted(_with_imports(path, set()))
+    return stable_hash(" ".join(source_hash((other.name,), other.parent) for other in found))
+
+
+def refuse_while_loading() -> None:
+    """Raise KernelError inside a kernel's file that is being loaded: each worker would start a sweep of its own."""
+    if (path := _loading.get()) is not None:
+        raise KernelError(f'{path} tunes when it is imported; put that under `if __name__ == "__main__":`.')
+
+
+def _with_imports(path: Path, seen: set[Path]) -> set[Path]:
+    """Return a file and what it imports from its own folder."""
+    if path in seen:
+        return seen
+    seen.add(path)
+    for name in _imported(path):
+        for other in (path.parent / f"{name}.py", path.parent / name / "__init__.py"):
+            if other.is_file() and path.parent != REPO_ROOT:
+                _with_imports(other, seen)
+    return seen
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _from_file(path: Path, mtime_ns: int, name: str) -> Kernel[Any, Any]:
+    del mtime_ns  # part of the cache's key only
+    module = _run(path)
+    kind = getattr(module, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, Kernel) or kind is Kernel:
+        kinds = {n: k for n, k in vars(module).items() if isinstance(k, type) and k is not Kernel}
+        there = ", ".join(n for n, k in kinds.items() if issubclass(k, Kernel)) or "none"
+        raise KernelError(f"{path.name}: no kernel {name!r}; its subclasses of Kernel are: {there}.")
+    return checked(kind)
+
+
+def _run(path: Path) -> types.ModuleType:
+    """Return the module of a file, under a name that no other module has."""
+    name = f"_kernel_{path.stem}_{stable_hash(str(path))}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.parent))
+    token = _loading.set(path.name)
+    try:
+        module_spec.loader.exec_module(module)
+    except KernelError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == str(path)]  # type: ignore[arg-type]
+        at = f":{lines[-1]}" if lines else ""
+        raise KernelError(f"{path.name}{at}: {type(error).__name__}: {error}") from error
+    finally:
+        _loading.reset(token)
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:
+    """Return a kernel of a class, with its tunables and workload checked. Raises KernelError in one line."""
+    name = kind.__name__
+    if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise KernelError(f"{name}: expected the method{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    for part in ("Config", "Workload"):
+        found = getattr(kind, part, None)
+        if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+            raise KernelError(f"{name}.{part}: expected a frozen dataclass, got {found!r}.")
+        if not found.__dataclass_params__.frozen or found.__hash__ is None:  # type: ignore[attr-defined]
+            raise KernelError(f"{name}.{part}: not hashable; expected @dataclasses.dataclass(frozen=True).")
+    try:
+        kernel = kind()
+    except TypeError as error:
+        raise KernelError(f"{name}: cannot be made without arguments ({error}).") from error
+    for package in kernel.requires:
+        if importlib.util.find_spec(package.partition(".")[0]) is None:
+            raise KernelError(f"{name}: {package} is not installed.")
+    for tunable, values in tunables(kernel).items():
+        where = f"{name}.Config.{tunable}"
+        if not values:
+            raise KernelError(f"{where}: expected values, as in `{tunable}: int = one_of(128, 256)`.")
+        check_values(where, values)
+        default = next(f.default for f in dataclasses.fields(kernel.Config) if f.name == tunable)
+        if default not in values:
+            raise KernelError(f"{where}: its default {default!r} is not one of its values {list(values)}.")
+    return kernel
+
+
+def check_values(where: str, values: tuple[Any, ...]) -> None:
+    """Raise KernelError for values of a tunable that are not plain, or stand there twice."""
+    for value in values:
+        if not isinstance(value, int | float | str | None):
+            kind = type(value).__name__
+            raise KernelError(f"{where}={value!r}: a {kind} is kept in no record; expected a number, text, or None.")
+    if len(set(values)) != len(values):
+        raise KernelError(f"{where}={list(values)}: expected each value once.")

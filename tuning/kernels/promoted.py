@@ -1,0 +1,124 @@
+"""Keep the winner of a user's kernel in a file of the user's, and look it up from a program."""
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import msgspec
+
+from splash_workbench.files import atomic_path
+from splash_workbench.provenance import stable_hash
+from tuning.kernels.loading import file_of, spec_of
+from tuning.kernels.protocol import C, Kernel, KernelError, W
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The best configuration known of a kernel for a workload on a kind of device.
+
+    label: how time_ms and default_ms (of the default configuration; None where it has no time) were got. record_id: the
+    Trial that won. source: a hash of the kernel's source, versions and backend: only such times can be compared.
+    """
+
+    kernel: str
+    device_kind: str
+    sizes: dict[str, Any]
+    config: dict[str, Any]
+    label: str
+    time_ms: float
+    default_ms: float | None
+    record_id: str
+    source: str
+    created_at: str
+
+    @property
+    def call(self) -> tuple[str, str, str, str]:
+        """What the entry is for."""
+        return self.kernel, self.device_kind, json.dumps(self.sizes, sort_keys=True), self.label
+
+
+@dataclasses.dataclass(frozen=True)
+class PromotedFile:
+    """The file, as it is on disk."""
+
+    schema_version: Literal[1]
+    entries: tuple[Entry, ...]
+
+
+def default_path(kernel: Kernel[Any, Any]) -> Path:
+    """Return where a kernel's winners go unless told otherwise: matmul_tuned.json beside matmul.py."""
+    path = file_of(spec_of(kernel))
+    if path is None:
+        raise KernelError(f"{kernel.name}: expected a kernel in a file of its own.")
+    return path.with_name(f"{path.stem}_tuned.json")
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    """Return the entries of a file, none where there is none. Raises KernelError where it cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=PromotedFile).entries
+    except FileNotFoundError:
+        return ()
+    except (msgspec.DecodeError, OSError) as error:
+        raise KernelError(f"{path}: unreadable tuned entries ({error}).") from error
+
+
+def lookup(
+    kernel: Kernel[C, W],
+    workload: W,
+    *,
+    device_kind: str | None = None,
+    path: Path | str | None = None,
+    default: C | None = None,
+) -> C:
+    """Return the promoted configuration of a kernel for exactly this workload, a measured one before a predicted one.
+
+    Args:
+      device_kind: as jax.Device.device_kind; None: that of JAX's default device.
+      path: of the file; None: `default_path`.
+      default: what to return where there is no such entry.
+
+    Raises:
+      KernelError: there is no such entry and no default, or its tunables are no longer those of the kernel.
+    """
+    kind = device_kind or jax.devices()[0].device_kind
+    file = Path(path) if path is not None else default_path(kernel)
+    sizes = dataclasses.asdict(workload)  # type: ignore[call-overload]
+    entries = [e for e in read(file) if (e.kernel, e.device_kind, e.sizes) == (kernel.name, kind, sizes)]
+    if not entries:
+        if default is not None:
+            return default
+        raise KernelError(
+            f"{file.name}: no entry of {kernel.name} for {sizes} on {kind!r}; tune it, or give a default."
+        )
+    return kernel.config_of(None, min(entries, key=lambda entry: entry.label != "measured").config)
+
+
+def promote(path: Path, new: Entry) -> tuple[bool, str]:
+    """Write an entry if it beats the one in its place. Return whether it was written, and why or why not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.stem}.lock")
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            entries = read(path)
+            old = next((entry for entry in entries if entry.call == new.call), None)
+            if old is not None and old.source == new.source and old.time_ms <= new.time_ms:
+                return False, f"not better than the {old.time_ms:.4g} ms of the entry there"
+            kept = [entry for entry in entries if entry.call != new.call]
+            ordered = sorted([*kept, new], key=lambda entry: entry.call)
+            content = dataclasses.asdict(PromotedFile(1, tuple(ordered)))
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            lock.unlink(missing_ok=True)
+    except OSError as error:
+        return False, f"cannot be written ({error}); tuned=PATH names another file"
+    return True, "it beats the default configuration"
+
+
+def source_of(kernel_hash: str, backend_hash: str, versions: dict[str, str]) -> str:
+    """Return the hash of what makes times comparable."""
+    return stable_hash(json.dumps([kernel_hash, backend_hash, versions], sort_keys=True))

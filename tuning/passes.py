@@ -1,0 +1,162 @@
+"""The passes of a sweep: search, compile whole what may win, and time what would run today."""
+
+import collections
+import concurrent.futures
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from splash_attn import tuned
+from splash_attn.types import BlockSizes
+from splash_workbench.records import jsonl
+from splash_workbench.trial_status import Status
+from tuning.backends.evaluate import Evaluator
+from tuning.feedback import Feedback
+from tuning.search.settings import SweepSettings
+from tuning.search.space import Candidate
+from tuning.search.study import Search
+from tuning.trials import records
+from tuning.trials.promote import todays_choice
+from tuning.trials.records import Compiled, Trial, objective
+
+#: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
+_ASKED_PER_WORKER = 2
+#: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
+#: must be: twice the largest error seen of such a pass (docs/tuning.md).
+_FINALISTS, _NEAR = 3, 1.02
+
+
+class Passes:
+    """One run of a sweep; `run` does all of it.
+
+    Attributes:
+      evaluated_count: trials made by this run, from the cache or by a job; the others were on record.
+    """
+
+    def __init__(
+        self,
+        settings: SweepSettings,
+        search: Search,
+        evaluator: Evaluator,
+        on_record: Mapping[str, Trial],
+        path: Path,
+    ) -> None:
+        self._settings, self._search, self._evaluator = settings, search, evaluator
+        self._on_record, self._path = on_record, path
+        self._first_pass: Compiled = "shorter" if settings.quick and settings.backend.quick else "whole"
+        self.evaluated_count = 0
+
+    def run(self) -> None:
+        """Ask, evaluate, record and tell until the budget is spent; then settle which candidate wins."""
+        search = self._search
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._settings.workers)
+        stages = self._evaluator.runner.stages
+        with Feedback(search.budget, len(search.told), stages, enabled=self._settings.progress) as self._feedback:
+            try:
+                self._explore()
+                if self._first_pass != "whole":
+                    self._settle()
+                if self._settings.promote and not self._settings.compiler_options:
+                    self._time_todays_choice()
+            finally:
+                self._evaluator.runner.cancel()
+                self._pool.shutdown(cancel_futures=True)
+
+    def _make(
+        self,
+        block_sizes: BlockSizes | None,
+        options: Mapping[str, object],
+        compiled: Compiled,
+        before: Trial | None = None,
+    ) -> Trial:
+        estimate_ms = (before.estimate_ms or before.time_ms) if before is not None else None
+        kernel = self._settings.kernel_name
+        trial = self._evaluator.evaluate(block_sizes, options, kernel, compiled=compiled, estimate_ms=estimate_ms)
+        jsonl.append(self._path, trial)  # on disk first: the study can be put right from it, not the other way
+        self.evaluated_count += 1
+        self._feedback.finished(trial, refined=before is not None)
+        return trial
+
+    def _explore(self) -> None:
+        """Evaluate what the search asks for.
+
+        A trial is recorded as soon as it is made, but told in the order in which the candidates were asked, each
+        followed by one question: what the search then asks depends on its seed and on `workers`, not on which worker
+        was faster.
+        """
+        untold: collections.deque[tuple[Candidate, concurrent.futures.Future[Trial]]] = collections.deque()
+
+        def ask() -> None:
+            candidate = self._search.ask()
+            if candidate is None:
+                return
+            if candidate.key in self._on_record:  # another study of this context has evaluated it
+                future: concurrent.futures.Future[Trial] = concurrent.futures.Future()
+                future.set_result(self._on_record[candidate.key])
+                self._feedback.known()
+            else:
+                future = self._pool.submit(self._make, candidate.block_sizes, candidate.options, self._first_pass)
+            untold.append((candidate, future))
+
+        for _ in range(_ASKED_PER_WORKER * self._settings.workers):
+            ask()
+        while untold:
+            candidate, future = untold.popleft()
+            self._search.tell(candidate, future.result())
+            ask()
+
+    def _settle(self) -> None:
+        """Compile the best at their own length, and the best of them whole, until the best is known by a whole one."""
+        told = self._search.told
+        near = self._expected()
+        near = [t for t in near if t.compiled == "shorter" and objective(t) <= _NEAR * objective(near[0])][:_FINALISTS]
+        for trial in self._pool.map(lambda before: self._refined(before, "kernel"), near):
+            told[trial.key] = trial
+        while ranked := self._expected():
+            best = ranked[0]
+            if best.compiled == "whole":
+                return
+            trial = self._refined(best, "whole")
+            told[trial.key] = trial
+
+    def _refined(self, before: Trial, compiled: Compiled) -> Trial:
+        return self._make(before.block_sizes, before.variant, compiled, before)
+
+    def _expected(self) -> list[Trial]:
+        """Return the ok trials by what a whole compile is expected to say, the best first.
+
+        Estimates are taken to be off by as much as those were that have been settled.
+        """
+        timed = [t for t in self._search.told.values() if t.status is Status.OK and t.time_ms is not None]
+        settled = [objective(t) / t.estimate_ms for t in timed if t.estimate_ms and t.compiled != "shorter"]
+        factor = statistics.median(settled) if settled else 1.0
+        return sorted(timed, key=lambda t: objective(t) * (factor if t.compiled == "shorter" else 1.0))
+
+    def _time_todays_choice(self) -> None:
+        """Evaluate what would run today, which the winner must beat to be promoted, as exactly as it needs."""
+        winner = best_of(self._search.told.values())
+        if winner is None:
+            return
+        told = self._search.told
+        known = dict(self._on_record) | told
+        for block_sizes, options in self._todays(winner):
+            key = records.config_key(block_sizes, options)
+            trial = known.get(key)
+            if trial is None:
+                trial = self._make(block_sizes, options, self._first_pass)
+            near = trial.time_ms is not None and trial.time_ms < _NEAR * objective(winner)
+            if trial.compiled != "whole" and near:
+                self._make(block_sizes, options, "whole", trial)
+
+    def _todays(self, winner: Trial) -> Iterator[tuple[BlockSizes | None, dict[str, object]]]:
+        choice: tuned.Choice | None = todays_choice(winner, self._settings.promotion_dir)
+        if choice is not None:
+            yield choice.block_sizes, choice.variant.to_dict()
+        elif self._settings.source is not None:
+            yield None, self._settings.default_options
+
+
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """Return the fastest ok trial of a whole op, the first of several; None where no time is known."""
+    timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.compiled == "whole"]
+    return min(timed, key=objective, default=None)

@@ -1,0 +1,120 @@
+"""List the configurations of a kernel that is no attention: the product of its tunables, less what is not valid."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tuning.kernels import Kernel, KernelError, loading
+from tuning.kernels.protocol import tunables
+from tuning.search.space import Candidate, Candidates
+from tuning.trials.workloads import KernelCall
+
+#: More are not listed, for each is looked at before the search.
+_MOST = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TunableSpace:
+    """Values of the tunables of a kernel; `first` names the default configuration, where it is among them.
+
+    Raises KernelError for values that are none, or too many.
+    """
+
+    kernel: Kernel[Any, Any]
+    choices: Mapping[str, tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        known = tunables(self.kernel)
+        for name, values in self.choices.items():
+            if name not in known:
+                raise KernelError(f"space.{name}: {self.kernel.name} has {', '.join(known)}.")
+            if not values:
+                raise KernelError(f"space.{name}=[]: expected one or more values.")
+            loading.check_values(f"space.{name}", values)
+        if (count := math.prod(map(len, self.choices.values()))) > _MOST:
+            raise KernelError(f"space: {count} configurations, expected at most {_MOST}; give fewer values.")
+
+    @property
+    def name(self) -> str:
+        """Return the name of the kernel, whose space it is."""
+        return self.kernel.name
+
+    @property
+    def grows_with(self) -> tuple[str, ...]:
+        """Return the tunables with which the need for VMEM grows."""
+        return self.kernel.vmem_grows_with
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what a study's name is made from."""
+        return json.dumps({name: list(values) for name, values in self.choices.items()}, sort_keys=True)
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Return the parameters of the default configuration."""
+        return dataclasses.asdict(self.kernel.Config())
+
+    @property
+    def first(self) -> tuple[Mapping[str, Any], ...]:
+        """Return what to try before anything else."""
+        inside = all(value in self.choices[name] for name, value in self.defaults.items())
+        return (self.defaults,) if inside else ()
+
+    def complete(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters with what they leave out."""
+        return {name: parameters.get(name, self.defaults[name]) for name in self.choices}
+
+    def candidate_of(self, parameters: Mapping[str, Any]) -> Candidate:
+        """Return the candidate of parameters. Raises ValueError where Config refuses them."""
+        return Candidate(None, self.kernel.Config(**parameters))
+
+    def parameters_of(self, candidate: Candidate) -> dict[str, Any]:
+        """Return the parameters of a candidate."""
+        return candidate.options
+
+    def candidates(self, call: KernelCall, vmem_limit_bytes: int | None = None) -> Candidates:
+        """Return the configurations that the kernel calls valid for a workload. Raises KernelError where it fails."""
+        del vmem_limit_bytes  # the compiler says what does not fit
+        workload = self.kernel.Workload(**call.sizes)
+        valid: list[Candidate] = []
+        pruned: collections.Counter[str] = collections.Counter()
+        for values in itertools.product(*self.choices.values()):
+            parameters = dict(zip(self.choices, values, strict=True))
+            try:
+                candidate = self.candidate_of(parameters)
+            except (ValueError, NotImplementedError) as error:
+                pruned[f"not a configuration: {error}"] += 1
+                continue
+            try:
+                verdict = self.kernel.is_valid(candidate.variant, workload)
+            except Exception as error:
+                what = f"{self.name}.is_valid({candidate.variant})"
+                raise KernelError(f"{what}: {type(error).__name__}: {error}") from error
+            if verdict is True:
+                valid.append(candidate)
+            else:
+                pruned[verdict if isinstance(verdict, str) else "is_valid says no"] += 1
+        return Candidates(tuple(valid), dict(pruned.most_common()))
+
+
+def call_of(kernel: Kernel[Any, Any], given: Mapping[str, Any]) -> KernelCall:
+    """Return a kernel's workload with the fields given. Raises KernelError for one that is not a field, or missing."""
+    fields = {field.name: field for field in dataclasses.fields(kernel.Workload)}
+    for name, value in given.items():
+        if name not in fields:
+            raise KernelError(f"workload.{name}: {kernel.name}.Workload has {', '.join(fields)}.")
+        default = fields[name].default
+        if default is not dataclasses.MISSING and type(value) is not type(default):
+            raise KernelError(f"workload.{name}={value!r}: expected {type(default).__name__}, as {default!r}.")
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+    if missing:
+        raise KernelError(f"workload.{missing[0]}: expected a value; {kernel.name}.Workload has no default for it.")
+    try:
+        return KernelCall(kernel.name, dataclasses.asdict(kernel.Workload(**given)))
+    except (ValueError, TypeError) as error:
+        raise KernelError(f"workload: {error}") from error
