@@ -50,9 +50,7 @@ def open_storage(url: str) -> BaseStorage:
         Path(url).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(url))
     except ImportError as error:
-        raise UserError(
-            f"{option}: its driver is not installed ({error}); pip install psycopg[binary], or redis."
-        ) from error
+        raise UserError(f"{option}: its driver is not installed ({error}); install the extra cluster.") from error
     except ArgumentError as error:
         raise UserError(f"{option}: expected a file, redis://... or the URL of a database ({error}).") from error
 
