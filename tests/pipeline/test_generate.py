@@ -123,7 +123,7 @@ def test_bad_attention_options(argument, message):
         (("prompt=x", "prompts=y"), "error: prompts='y' and prompt='x': expected one of them"),
         (("prompt=x", "name=a/b"), "error: name='a/b': expected the name of one folder"),
         (("prompt=x", "checkpoint=./nowhere"), "error: checkpoint='./nowhere': no such folder"),
-        (("prompt=x", "model=nope"), "error: model=nope: no such option; expected one of cogvideox1.5-5b, tiny"),
+        (("prompt=x", "model=nope"), "error: model=nope: no such option; expected one of cogvideox-2b, cogvideox-5b,"),
         (("prompt=x", "sead=1"), "error: sead: no such key; did you mean seed? See --help"),
         (("prompt=x", "height=tall"), "error: height=tall: Value 'tall'"),
         (("prompt=a", "cat"), "error: cat: expected key=value"),
