@@ -12,7 +12,7 @@ from hydra.types import RunMode
 
 from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
-from splash_workbench.accelerator import accelerator_visible
+from splash_workbench.accelerator import accelerator_visible, tpu_visible
 from splash_workbench.cli import command
 
 if TYPE_CHECKING:  # what imports jax and torch is imported once the options are read
@@ -32,6 +32,8 @@ def default_model() -> str:
 def _default_backend() -> str:
     if not accelerator_visible():
         return "cpu"  # known without starting JAX, which a mere --help should not do
+    if any(argument.startswith("distributed.") for argument in sys.argv[1:]):
+        return "tpu" if tpu_visible() else "cpu"  # JAX must not start before the hosts have met
     import jax
 
     return jax.default_backend()
@@ -46,15 +48,21 @@ def _default_backend() -> str:
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
     _check_combination(settings)
-    from pipeline.terminal import Interrupted, Terminal
+    from pipeline.requests.options import to_distributed
+    from pipeline.runs.hosts import together
+    from pipeline.stages.progress import Interrupted
+    from pipeline.terminal import Terminal
 
     _set_up_logging(settings.verbose)
     terminal = Terminal()
     try:
-        with terminal.handling_signals():
+        with together(to_distributed(settings)) as hosts, terminal.handling_signals():
+            terminal.hosts = hosts
             return _generate(settings, terminal)
     except Interrupted as error:
         terminal.close()
+        if error.everywhere and terminal.hosts is not None and not terminal.hosts.is_first:
+            return 128 + error.signal_number  # the first process says it
         said = f"interrupted {terminal.where}"
         if not settings.warm_up:
             command = "the same command" if settings.resume else "the same command without resume=false"
@@ -205,4 +213,6 @@ def _path(value: str | None) -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from pipeline.runs.hosts import end_with
+
+    sys.exit(end_with(main))

@@ -10,18 +10,11 @@ from types import FrameType
 from tqdm import tqdm
 
 from pipeline.runs.batch import Item
-from pipeline.stages.progress import StageEvent, StageTimings
+from pipeline.runs.hosts import Hosts
+from pipeline.stages.progress import Interrupted, StageEvent, StageTimings
 
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
 _UNITS = {"text": "prompts", "encode": "batches", "denoise": "steps", "vae": "batches"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. signal_number: which. between_steps: whether the step it came in was ended first."""
-
-    def __init__(self, signal_number: int, between_steps: bool):
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number, self.between_steps = signal_number, between_steps
 
 
 class Terminal:
@@ -29,9 +22,13 @@ class Terminal:
 
     A signal raises Interrupted at the end of the step in which it comes; between steps, e.g. while loading or
     compiling, at once, as the second signal does anywhere.
+
+    hosts: those that run the same command, where there are several. A signal that one of them gets in a step raises
+    Interrupted on all at the end of it. Only the first process shows anything.
     """
 
     def __init__(self) -> None:
+        self.hosts: Hosts | None = None
         self._place = ""  # where in a batch this is, e.g. "[2 of 3]"; stands before every line
         self._bar: tqdm | None = None
         self._last: StageEvent | None = None
@@ -46,6 +43,8 @@ class Terminal:
 
     def __call__(self, event: StageEvent) -> None:
         self._last, name = event, f"{self._place} {event.stage:<8}".lstrip()
+        if self.hosts is not None:
+            self.hosts.note(self.where)
         if event.phase != "run":
             self.close()
             tqdm.write(f"  {name} {event.phase} ...")
@@ -56,6 +55,7 @@ class Terminal:
                 initial=event.step,  # not 0 where a stage is resumed
                 desc=name,
                 unit=_UNITS[event.stage],
+                disable=self.hosts is not None and not self.hosts.is_first,
                 bar_format=_BAR_FORMAT,
             )
         elif self._bar is not None:
@@ -63,8 +63,11 @@ class Terminal:
             self._bar.update(event.step - self._bar.n)
             if event.step == event.total_steps:
                 self.close()
-        if self._pending is not None:
-            raise Interrupted(self._pending, between_steps=True)
+        pending = self._pending
+        if event.phase == "run" and self.hosts is not None:
+            pending = self.hosts.agree_on_signal(pending)  # one that comes meanwhile is for the next step
+        if pending is not None:
+            raise Interrupted(pending, between_steps=True, everywhere=event.phase == "run")
 
     def close(self) -> None:
         """Leave the last line on the screen."""

@@ -17,6 +17,11 @@ def accelerator_visible() -> bool:
     return any(glob.glob(pattern) for pattern in _TPU_DEVICE_FILES + _GPU_DEVICE_FILES)
 
 
+def tpu_visible() -> bool:
+    """Return whether files or variables of a TPU are seen, without touching a device or importing JAX."""
+    return any(os.environ.get(name) for name in _TPU_VARIABLES) or any(map(glob.glob, _TPU_DEVICE_FILES))
+
+
 def quiet_jax_without_accelerator() -> bool:
     """Choose JAX's CPU backend where libtpu is installed but there is no accelerator for it to find. Returns whether.
 

@@ -32,7 +32,7 @@ from tuning.search import kernel_settings
 from tuning.search.kernel_settings import KernelSweepSchema
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidates
-from tuning.search.study import Search, storage_errors
+from tuning.search.study import Search, storage_errors, where
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
@@ -131,13 +131,18 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         fingerprint = provenance.stable_hash(settings.space.fingerprint)
         study_name = f"{settings.space.name}-{settings.search.sampler}-{settings.search.seed}-{fingerprint}"
         storage_path = state / "study.sqlite3"
-        with storage_errors(storage_path):
+        if settings.search.storage is not None:
+            study_name = f"{directory.name}/{study_name}"  # other workloads may be in the same storage
+        with storage_errors(where(settings.search, storage_path)):
             search = Search(storage_path, study_name, settings.space, candidates, settings.search, on_record)
+            stack.callback(search.close)
             for line in _introduction(settings, target, candidates, search, path):
                 report(line)
             start = time.monotonic()
             passes = Passes(settings, search, evaluator, on_record, path)
             passes.run()
+            for trial in _from_others(search, recorded, path):
+                jsonl.append(path, trial)
         wall_time_s = time.monotonic() - start
     for line in _what_was_learnt(search):
         report(line)
@@ -147,6 +152,14 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     return SweepResult(
         directory, tuple(trials), best_of(trials), candidates, passes.evaluated_count, wall_time_s, runner.usage
     )
+
+
+def _from_others(search: Search, recorded: Sequence[Trial], path: Path) -> list[Trial]:
+    """Return the records of a study that other sweeps made, and that are not in this one's file."""
+    if not search.is_shared:
+        return []
+    here = {trial.record_id for trial in (*recorded, *records.read(path))}
+    return [trial for trial in search.told.values() if trial.record_id not in here]
 
 
 def _what_was_learnt(search: Search) -> Iterator[str]:

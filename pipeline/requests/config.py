@@ -28,6 +28,17 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass
+class DistributedConfig:
+    """See `DistributedOptions`."""
+
+    enabled: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout_s: float = 1800.0
+
+
+@dataclasses.dataclass
 class GenerateConfig:
     """Keys of the command line. Types are checked by Hydra, values by `GenerateRequest`.
 
@@ -62,6 +73,7 @@ class GenerateConfig:
     context_overlap: int = 16
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     stages: Any = "text,denoise,vae"
     run_dir: str | None = None
     output_dir: str = "videos"

@@ -46,6 +46,48 @@ def to_parallel(config: GenerateConfig) -> ParallelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedOptions:
+    """How the hosts that run the same command meet.
+
+    coordinator: "host:port" of process 0, as every process reaches it; process_id: from 0; these and num_processes are
+    given together, or found by JAX (a TPU of several hosts, Slurm, Open MPI). timeout_s: how long hosts wait for one
+    another at the beginning, and for one that does not go on. Raises RequestError.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        names = ("coordinator", "num_processes", "process_id")
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing and len(missing) < len(names):
+            raise RequestError(
+                f"distributed.{missing[0]}=null: expected a value beside those of "
+                f"{', '.join(name for name in names if name not in missing)}"
+            )
+        if not 1 <= self.timeout_s <= 7 * 86400:
+            raise RequestError(f"distributed.timeout_s={self.timeout_s:g}: expected seconds from 1 to {7 * 86400}")
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise RequestError(f"distributed.coordinator={self.coordinator!r}: expected HOST:PORT of process 0")
+        if self.num_processes < 1:
+            raise RequestError(f"distributed.num_processes={self.num_processes}: expected 1 or more")
+        if not 0 <= self.process_id < self.num_processes:
+            raise RequestError(f"distributed.process_id={self.process_id}: expected 0 to {self.num_processes - 1}")
+
+
+def to_distributed(config: GenerateConfig) -> DistributedOptions | None:
+    """Return the checked options of a resolved configuration, None for one host. Raises RequestError."""
+    given = dataclasses.asdict(config.distributed)
+    options = DistributedOptions(**{name: value for name, value in given.items() if name != "enabled"})
+    return options if config.distributed.enabled or options.coordinator is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """Options of a run that do not change its result.
 

@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import Stage
+from pipeline.runs.hosts import check_same
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
 from pipeline.stages.stages import Stages
@@ -103,7 +106,11 @@ class Batch:
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item. Raises UserError, before any work, where another process is at work on one of them."""
+        """Run every item. Raises UserError, before any work, where another process is at work on one of them.
+
+        With several processes whatever is no PipelineError ends the batch: the others may not have met it.
+        """
+        check_same([item.run.described for item in self.items])
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:
@@ -163,9 +170,12 @@ class Batch:
             if stage == run.stages[-1]:
                 item.result = run.finish(self._results_path)
                 item.status = "done"
-                (run.run_dir / ERROR_NAME).unlink(missing_ok=True)
+                if jax.process_index() == 0:
+                    (run.run_dir / ERROR_NAME).unlink(missing_ok=True)
                 self._tell(item, f"done: {item.result.video_path or item.result.run_dir}")
         except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, PipelineError):
+                raise
             self._fail(item, stage, error)
         finally:
             item.time_s += time.perf_counter() - start
@@ -186,6 +196,8 @@ class Batch:
             "traceback": None if expected else traceback.format_exception(error),
             "request": dataclasses.asdict(item.run.request),
         }
+        if jax.process_index() != 0:
+            return
         with contextlib.suppress(OSError):  # e.g. a full disk, which may be what failed
             write_json(item.run.run_dir / ERROR_NAME, record)
 

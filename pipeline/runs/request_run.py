@@ -19,12 +19,14 @@ import numpy as np
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.model.attention import resolve_attention
+from pipeline.model.placement import on_first_process
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.media import check_files
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_names import run_name
 from pipeline.runs import records
+from pipeline.runs.hosts import check_same
 from pipeline.runs.outputs import (
     UNREADABLE,
     StageKey,
@@ -86,7 +88,8 @@ class RequestRun:
         identities: of the checkpoint's `needed_stages`.
         """
         check_files(request)
-        require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
+        if jax.process_index() == 0:
+            require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
         self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
         self.context = StageContext(checkpoint, request, identities, run_options.parallel)
         self.keys = {stage: stage_key(request, stage, identities) for stage in identities}
@@ -99,6 +102,11 @@ class RequestRun:
     @property
     def request(self) -> GenerateRequest:
         return self.context.request
+
+    @property
+    def described(self) -> list[Any]:
+        """What is run, by readable names; JSON-able."""
+        return [list(self.stages), *(dict(key.fields) for key in self.keys.values())]
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes out of the folder, but for those of the same run. Raises UserError if one is there."""
@@ -113,7 +121,7 @@ class RequestRun:
     def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
         key = self.keys[stage]
-        saved = self._saved(key) if self.run_options.resume else None
+        saved = on_first_process(lambda: self._saved(key)) if self.run_options.resume else None
         if saved is not None:
             self.details[stage] = saved
             self.timings.append(saved["timings"])
@@ -122,7 +130,8 @@ class RequestRun:
             context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
             timings = dataclasses.asdict(clock.timings)
-            save_stage(self.run_dir, key, arrays, {**self.details[stage], "timings": timings})
+            details = {**self.details[stage], "timings": timings}
+            on_first_process(lambda: save_stage(self.run_dir, key, arrays, details))
             self.timings.append(clock.timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
@@ -164,7 +173,13 @@ class RequestRun:
         return ["negative_prompt_embeds", "prompt_embeds"][-len(self.request.prompts) :]
 
     def finish(self, results_path: Path | None = None) -> GenerateResult:
-        """Record the timings, and write the video where its stage was among those run."""
+        """Record the timings, and write the video where its stage was among those run: the first process does.
+
+        All processes must call it, as `run_stage` and `finished`.
+        """
+        return on_first_process(lambda: self._finish(results_path))
+
+    def _finish(self, results_path: Path | None) -> GenerateResult:
         if "denoise" in self.keys and "denoise" not in self.details:
             with contextlib.suppress(StageOutputError):
                 self.details["denoise"] = check_stage(self.run_dir, self.keys["denoise"])
@@ -178,6 +193,9 @@ class RequestRun:
 
     def finished(self) -> GenerateResult | None:
         """Return the result where the video of exactly this request is already there, even if stage outputs are not."""
+        return on_first_process(self._finished)
+
+    def _finished(self) -> GenerateResult | None:
         try:
             sidecar = json.loads((self.run_dir / SIDECAR_NAME).read_text(encoding="utf-8"))
             timings = tuple(map(reused_timings, sidecar["stages"]))
@@ -208,7 +226,7 @@ class RequestRun:
             return {}
         before = STAGES[STAGES.index(stage) - 1]
         try:
-            return load_stage(self.run_dir, self.keys[before])
+            return on_first_process(lambda: load_stage(self.run_dir, self.keys[before]))
         except StageOutputError as error:
             raise StageOutputError(
                 f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
@@ -283,6 +301,7 @@ def generate(
     check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages, request))
     run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+    check_same([run.described])
     with run.locked():
         loaded = Stages()
         for stage in stages:

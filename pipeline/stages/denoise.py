@@ -33,7 +33,7 @@ from pipeline.requests.media import read_latents
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile
 from pipeline.stages.conditioning import image_condition, noisy_video, sample_posterior
-from pipeline.stages.progress import StageClock, StageEvent
+from pipeline.stages.progress import Interrupted, StageClock, StageEvent
 from pipeline.stages.resume import DenoiseState, StateFile
 from pipeline.stages.windows import Windows
 from splash_attn.types import AttentionShape
@@ -207,9 +207,10 @@ class DenoiseLoop:
             self._save(event.step)
         try:
             self._clock.progress(event if event.step else dataclasses.replace(event, step=self._start))
-        except BaseException:
-            # Other processes may not be interrupted, or at another step, and fetching takes all of them.
-            if new and file is not None and not due and jax.process_count() == 1:
+        except BaseException as error:
+            # Fetching takes all processes, and others may not be interrupted, or at another step.
+            together = jax.process_count() == 1 or (isinstance(error, Interrupted) and error.everywhere)
+            if new and file is not None and not due and together:
                 self._save(event.step)
             raise
 

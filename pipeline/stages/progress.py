@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,19 @@ from pipeline.requests.errors import RequestError
 from pipeline.requests.request import GenerateRequest, Stage
 from splash_workbench.errors import UserError
 from splash_workbench.profiles.sessions import Recorder, safe_name
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    signal_number: which. between_steps: whether the step it came in was ended first. everywhere: whether every process
+    raises it, after the same step; a single process is every process.
+    """
+
+    def __init__(self, signal_number: int, between_steps: bool, everywhere: bool = False):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number, self.between_steps, self.everywhere = signal_number, between_steps, everywhere
+
 
 Phase = Literal["load", "compile", "run"]
 #: What is loaded and timed: a stage, or the VAE's encoder, which works for the stage "denoise".

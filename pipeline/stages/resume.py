@@ -11,6 +11,7 @@ import safetensors.torch
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
+from pipeline.model.placement import from_first_process
 from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
 from splash_workbench.files import atomic_path, remove_leftovers
 
@@ -57,11 +58,15 @@ class StateFile:
 
     def load(self) -> DenoiseState | None:
         """Read the saved state, None where there is none of this fingerprint."""
-        state = _parse(_from_first_process(self._path), self._fingerprint, self._path) if self._resume else None
+        state = _parse(self._data(), self._fingerprint, self._path) if self._resume else None
         if state is not None:
             self.resumed_at_step = state.step
             logger.info("denoise: going on after step %d, from %s", state.step, self._path)
         return state
+
+    def _data(self) -> bytes:
+        """Return the file's content as the first process sees it; empty without the file."""
+        return from_first_process(self._path.read_bytes() if jax.process_index() == 0 and self._path.exists() else b"")
 
     def due(self, step: int, step_times_s: list[float]) -> bool:
         """Return whether the state should be saved after this step. step_times_s: of all steps done so far."""
@@ -102,11 +107,3 @@ def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         logger.warning("denoise: %s is not readable (%s); starting anew", path, error)
         return None
-
-
-def _from_first_process(path: Path) -> bytes:
-    """Return a file's content as the first process sees it, on every process; empty without the file."""
-    data = path.read_bytes() if jax.process_index() == 0 and path.exists() else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.frombuffer(data.ljust(length, b"\0"), np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes() if length else b""

@@ -94,6 +94,14 @@ class SweepSettings:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
             )
+        if self.search.storage is not None:
+            if self.quick and self.backend.quick:
+                raise ValueError("search.storage: expected quick=false beside it: a first pass is of one sweep alone.")
+            if self.promote:
+                raise ValueError(
+                    "search.storage: expected promote=false beside it; the same command without search.storage then "
+                    "promotes from the merged records."
+                )
         if self.compiler_options and not self.backend.timed:
             raise ValueError(f"compiler_options: expected none with backend={self.backend.name}: it times nothing.")
         for name in self.heatmap:

@@ -7,6 +7,7 @@ that was running when the sweep died is asked again, unless its record had alrea
 import contextlib
 import dataclasses
 import random
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
+from tuning.search.shared import SharedStudy, open_storage, shown
 from tuning.search.space import Candidate, Candidates, Space
 from tuning.search.tunables import TunableSpace
 from tuning.trials.records import Trial, objective
@@ -29,6 +31,8 @@ _SAMPLERS = ("grid", "random", "tpe")
 _MAX_REJECTIONS = 15
 #: Trials after which TPE follows what it has learnt; the candidates that a space names first count.
 _STARTUP_TRIALS = 6
+#: Between two looks at what other sweeps do, where this one has nothing left but to wait for them.
+_WAIT_S = 0.5
 #: A gain of less than this part of the time is none: estimates of a first pass are off by as much (docs/tuning.md).
 GAIN = 0.01
 
@@ -38,13 +42,15 @@ class SearchSettings:
     """How to search, and when to stop: fields of configs/search/*.yaml. Raises ValueError for a value out of range.
 
     sampler: grid (the space's order), random (shuffled) or tpe; max_trials: of all runs of the study, None for all
-    there are; patience: stop after so many trials in a row that gain less than the estimates are sure of (GAIN).
+    there are; patience: stop after so many trials in a row that gain less than the estimates are sure of (GAIN);
+    storage: of a study that several sweeps work on, see `tuning.search.shared`; None: of this sweep alone.
     """
 
     sampler: str = MISSING
     max_trials: int | None = None
     seed: int = 0
     patience: int | None = None
+    storage: str | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in _SAMPLERS:
@@ -58,7 +64,7 @@ class SearchSettings:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
+def storage_errors(path: Path | str, *more: type[Exception]) -> Iterator[None]:
     """Raise UserError for what the study's file is to blame for: errors of the storage, and `more` while it is read."""
     kinds: tuple[type[Exception], ...] = (SQLAlchemyError, optuna.exceptions.OptunaError, *more)
     try:
@@ -72,7 +78,10 @@ def storage_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
 
 
 class Search:
-    """Ask candidates one by one, never one twice, and be told their trials; on_record: by the candidate's key."""
+    """Ask candidates one by one, never one twice, and be told their trials; on_record: by the candidate's key.
+
+    With settings.storage other sweeps ask and tell, too: what they have told is in `told`.
+    """
 
     def __init__(
         self,
@@ -84,7 +93,8 @@ class Search:
         on_record: Mapping[str, Trial],
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage_path.parent.mkdir(parents=True, exist_ok=True)
+        if settings.storage is None:
+            storage_path.parent.mkdir(parents=True, exist_ok=True)
         self._space = space
         self._valid = {candidate.key: candidate for candidate in candidates.valid}
         self._settings = settings
@@ -101,15 +111,23 @@ class Search:
         #: Why the search ended before its budget was spent, in words.
         self.stopped: str | None = None
         self.told: dict[str, Trial] = {}
-        with storage_errors(storage_path, LookupError, ValueError, RuntimeError):
+        #: Candidates that other sweeps are at.
+        self._taken: set[str] = set()
+        self._shared: SharedStudy | None = None
+        with storage_errors(where(settings, storage_path), LookupError, ValueError, RuntimeError):
             self._study = optuna.create_study(
-                storage=f"sqlite:///{storage_path}",
+                storage=open_storage(settings.storage) if settings.storage else f"sqlite:///{storage_path}",
                 study_name=study_name,
                 sampler=_make_sampler(settings),
                 load_if_exists=True,
             )
             #: Candidates that were running when an earlier run died, and are asked first.
-            self.interrupted = self._resume(on_record)
+            self.interrupted: tuple[Candidate, ...] = ()
+            if settings.storage is None:
+                self.interrupted = self._resume(on_record)
+            else:
+                self._shared = SharedStudy(self._study)
+                self._hear(self._shared)
         self._proposals = self._propose()
 
     @property
@@ -119,21 +137,62 @@ class Search:
         return min(self._settings.max_trials or left, left)
 
     def ask(self) -> Candidate | None:
-        """Return a candidate not asked before, or None: the budget is spent, or no candidate is left."""
-        if len(self.told) + len(self._asked) >= self.budget or self._has_settled():
-            return None
+        """Return a candidate not asked before, or None: the budget is spent, or no candidate is left.
+
+        Of a shared study the last ones may be other sweeps': once this sweep has none, it waits for them, and takes
+        over those of one that died.
+        """
+        while True:
+            if self._shared is not None:
+                self._hear(self._shared)
+            open_count = self.budget - len(self.told) - len(self._asked)
+            if open_count <= 0 or self._has_settled():
+                return None
+            if open_count > len(self._taken):
+                candidate = self._ask()
+                if candidate is not None:
+                    return candidate
+            elif self._asked:
+                return None
+            time.sleep(_WAIT_S)
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether other sweeps may work on the study."""
+        return self._shared is not None
+
+    def close(self) -> None:
+        """Leave a shared study."""
+        if self._shared is not None:
+            self._shared.close()
+
+    def _hear(self, shared: SharedStudy) -> None:
+        """Take what other sweeps have told, and what they are at."""
+        seen = shared.look()
+        self._taken = seen.taken & self._valid.keys()
+        for key in seen.records.keys() - self.told.keys() - self._asked.keys():
+            if key in self._valid:
+                self.told[key] = seen.records[key]
+                if self.told[key].status is Status.OUT_OF_MEMORY:
+                    self._rule_out(self._valid[key])
+
+    def _ask(self) -> Candidate | None:
+        """Return a candidate not asked before; None where other sweeps have just taken the rest."""
         rejections = 0
         while True:
             forced = next(self._proposals, None)
             if forced is None and rejections >= _MAX_REJECTIONS:
-                forced = self._rng.choice([c for key, c in self._valid.items() if not self._seen(key)])
+                unseen = [c for key, c in self._valid.items() if not self._seen(key)]
+                if not unseen:
+                    return None
+                forced = self._rng.choice(unseen)
             if forced is not None:
                 self._study.enqueue_trial(self._encode(forced))
             trial = self._study.ask(self._distributions)
             candidate = self._candidate(trial.params)
             if candidate is None:
                 self._study.tell(trial, state=TrialState.PRUNED)  # TPE learns to avoid it
-            elif self._seen(candidate.key):
+            elif self._seen(candidate.key) or not self._claimed(trial, candidate):
                 self._study.tell(trial, state=TrialState.FAIL)  # TPE ignores it
             else:
                 self._asked[candidate.key] = trial
@@ -142,7 +201,16 @@ class Search:
 
     def tell(self, candidate: Candidate, record: Trial) -> None:
         """Take what became of a candidate that `ask` gave. Its record is on disk by now."""
-        self._tell(self._asked.pop(candidate.key).number, record)
+        trial = self._asked.pop(candidate.key)
+        if self._shared is None:
+            self._tell(trial.number, record)
+        else:
+            with contextlib.suppress(ValueError, RuntimeError):  # finished: another took this sweep for dead
+                self._shared.publish(trial, record)
+                if record.conclusive or record.status is Status.TIMEOUT:
+                    self._tell(trial.number, record)
+                else:  # maybe this machine's fault: another sweep may try it
+                    self._study.tell(trial.number, state=TrialState.FAIL)
         self.told[candidate.key] = record
         if record.status is Status.OUT_OF_MEMORY:
             self._rule_out(candidate)
@@ -183,7 +251,14 @@ class Search:
                 self.ruled_out.add(key)
 
     def _seen(self, key: str) -> bool:
-        return key in self.told or key in self._asked or key in self.ruled_out
+        return key in self.told or key in self._asked or key in self.ruled_out or key in self._taken
+
+    def _claimed(self, trial: optuna.trial.Trial, candidate: Candidate) -> bool:
+        """Return whether a candidate is this sweep's to evaluate; notes those that another has."""
+        if self._shared is None or self._shared.claim(trial, candidate.key):
+            return True
+        self._taken.add(candidate.key)
+        return False
 
     def _tell(self, number: int, record: Trial) -> None:
         if record.status is Status.OK:
@@ -241,6 +316,11 @@ class Search:
         for candidate in proposals:
             if candidate.key in self._valid and not self._seen(candidate.key):
                 yield candidate
+
+
+def where(settings: SearchSettings, storage_path: Path) -> Path | str:
+    """Return where a study is, for a message."""
+    return shown(settings.storage) if settings.storage else storage_path
 
 
 def _make_sampler(settings: SearchSettings) -> optuna.samplers.BaseSampler:

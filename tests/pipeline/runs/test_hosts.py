@@ -1,0 +1,153 @@
+"""One command in several processes with simulated devices: the video of one process, and they end together."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from helpers import PLENTY_S, environment_with_repo, wait_until
+from pipeline.requests.config import DistributedConfig, GenerateConfig
+from pipeline.requests.errors import RequestError
+from pipeline.requests.options import DistributedOptions, to_distributed
+from pipeline.stages.resume import STATE_NAME
+
+#: As in tests/pipeline/model/test_sharding.py: plans differ in the order of sums.
+LATENT_TOLERANCE = 2e-4
+
+
+class Group:
+    """Processes that run one command in folders of their own; only the first may write to its."""
+
+    def __init__(self, folder: Path, compiled: Path, checkpoint: Path, count: int, *arguments: str, devices: int = 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folders = [folder / str(index) for index in range(count)]
+        together = (f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}")
+        variables = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        }
+        self.processes = []
+        for index, cwd in enumerate(self.folders):
+            cwd.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "pipeline.generate", "prompt=a red circle", f"checkpoint={checkpoint}"]
+            command += ["model=tiny", "height=32", "width=48", "num_frames=9", "seed=7", "run_dir=run", *arguments]
+            if count > 1:
+                command += [*together, f"distributed.process_id={index}"]
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=environment_with_repo() | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.processes.append(process)
+
+    def finish(self) -> list[tuple[int, str, str]]:
+        """Return exit code, stdout and stderr of each process."""
+        try:
+            outputs = [process.communicate(timeout=PLENTY_S) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, *output) for process, output in zip(self.processes, outputs, strict=True)]
+
+    def wait_for_state(self) -> None:
+        """Wait until a denoising step was saved."""
+
+        def there() -> bool:
+            assert all(process.poll() is None for process in self.processes), self.finish()
+            return (self.folders[0] / "run" / STATE_NAME).exists()
+
+        wait_until(there, "the first saved step")
+
+
+@pytest.mark.compile
+def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder):
+    """A signal to one of them ends both after a step; they write in the first one's folder only."""
+    steps = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
+    interrupted = Group(tmp_path, compiled, tiny_folder, 2, *steps)
+    interrupted.wait_for_state()
+    interrupted.processes[1].send_signal(signal.SIGTERM)
+    (code, _, shown), (other_code, other_printed, _) = interrupted.finish()
+    assert (code, other_code) == (128 + signal.SIGTERM,) * 2, shown
+    assert "interrupted in denoise after step" in shown and "goes on from there" in shown
+    assert all(line.startswith("[Gloo]") for line in other_printed.splitlines())
+    run_dir = tmp_path / "0" / "run"
+    assert sorted(path.name for path in run_dir.iterdir()) == [STATE_NAME, "text.json", "text.safetensors"]
+
+    last = ("num_inference_steps=2", "resume=false")
+    ((code, _, shown),) = Group(tmp_path / "one", compiled, tiny_folder, 1, *last, devices=2).finish()
+    assert code == 0, shown
+    several = Group(tmp_path, compiled, tiny_folder, 2, *last).finish()
+    assert [code for code, _, _ in several] == [0, 0], several
+    assert "video: run/video.mp4" in several[0][1]
+    assert list((tmp_path / "1").iterdir()) == []
+    actual, expected = (
+        load_file(folder / "denoise.safetensors")["latents"] for folder in (run_dir, tmp_path / "one/0/run")
+    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
+    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (run_dir, tmp_path / "one/0/run"))
+    assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, compiled, tiny_folder):
+    arguments = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
+    group = Group(tmp_path, compiled, tiny_folder, 2, *arguments)
+    group.wait_for_state()
+    group.processes[victim].kill()
+    codes_and_texts = group.finish()
+    code, _, shown = codes_and_texts[1 - victim]
+    assert code not in (0, -signal.SIGKILL)
+    host = socket.gethostname()
+    if victim == 1:
+        assert f"error: process 1 on {host} is lost: no sign of life" in shown
+        assert "the same command on every host goes on from what is saved" in shown
+    else:  # JAX's own message
+        assert f"process 1 on {host}, of 2; process 0 on {host} writes" in shown
+        assert "coordination service" in shown
+        return
+    resumed = Group(tmp_path, compiled, tiny_folder, 2, *arguments).finish()
+    assert [code for code, _, _ in resumed] == [0, 0], resumed
+    assert '"resumed_at_step": null' not in (tmp_path / "0" / "run" / "denoise.json").read_text()
+
+
+@pytest.mark.compile
+def test_an_error_of_one_process_ends_all_and_names_it(tmp_path, compiled, tiny_folder):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "own.safetensors").touch()  # which process 1 does not have
+    group = Group(tmp_path, compiled, tiny_folder, 2, "transformer=own.safetensors", "stages=text")
+    for code, _, shown in group.finish():
+        assert code != 0
+        assert "own.safetensors" in shown
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "host:1"}, "distributed.num_processes=null: expected a value beside those of coordinator"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "expected HOST:PORT of process 0"),
+        ({"coordinator": "host:1", "num_processes": 0, "process_id": 0}, "num_processes=0: expected 1 or more"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id=2: expected 0 to 1"),
+        ({"timeout_s": 0}, "timeout_s=0: expected seconds from 1 to"),
+    ],
+)
+def test_bad_options_are_refused(given, message):
+    with pytest.raises(RequestError, match=message):
+        DistributedOptions(**given)
+
+
+def test_one_host_is_the_default():
+    assert to_distributed(GenerateConfig()) is None
+    assert to_distributed(GenerateConfig(distributed=DistributedConfig(enabled=True))) == DistributedOptions()
