@@ -81,6 +81,7 @@ def heat_map() -> None:
 def plans() -> None:
     """Write plans.png: seconds a denoise step by plan and kind of work, beside what was reported."""
     runs = jsonl.read(ROOT / "results/predict.jsonl", PredictionRecord)
+    runs = [run for run in runs if run.video.checkpoint == "zai-org/CogVideoX1.5-5B"]
     newest = {run.plan.plan: run for run in runs if run.other_plans or run.plan.plan == "seed_tp"}
     ours, published = newest["ulysses"], newest["seed_tp"]
     others = ours.other_plans.items()

@@ -225,7 +225,8 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     """
     newest: dict[tuple[str, str], PredictionRecord] = {}
     for report in reports:
-        case = f"{report.video.size}, {report.video.num_inference_steps} steps on {report.topology}"
+        video = report.video
+        case = f"{Path(video.checkpoint).name}, {video.size}, {video.num_inference_steps} steps on {report.topology}"
         case += f", {options_text(report.compiler_options)}" if report.compiler_options else ""
         key = (case, str(_plan(report)))
         newest[key] = _joined(newest[key], report) if key in newest else report
@@ -247,8 +248,8 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     if any(report.reported for report in reports):
         seed = REPORTED_SEED
         lines.append(
-            f"| 1280x720x81, 50 steps on v6e-8 | published nodes | {seed.step_time_s} | | | {seed.total_time_s} "
-            f"| | | reported: {seed.source} |"
+            "| CogVideoX1.5-5B, 1280x720x81, 50 steps on v6e-8 | published nodes "
+            f"| {seed.step_time_s} | | | {seed.total_time_s} | | | reported: {seed.source} |"
         )
     notes = sorted({note for report in newest.values() for note in report.notes})
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"

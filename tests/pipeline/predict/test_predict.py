@@ -96,6 +96,13 @@ def test_compiler_options_are_in_the_record_and_in_the_table(request_of, capsys)
     assert decode(older, PredictionRecord).compiler_options == {}
 
 
+def test_two_models_of_one_size_have_a_line_each(request_of):
+    prediction = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.9)}, {})
+    requests = [request_of(**FULL | {"checkpoint": f"zai-org/{name}"}) for name in ("CogVideoX-5b", "CogVideoX-2b")]
+    table = markdown_table([make_report(request, "v6e-8", prediction, "built in") for request in requests])
+    assert [f"| CogVideoX-{name}, 1280x720x81" in table for name in ("2b", "5b")] == [True, True]
+
+
 def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
     request = request_of(**FULL, dtype="bfloat16", num_inference_steps=50)
     others = {"megatron dp=2 x model=4": 1.25, "ulysses dp=2 x model=4, weights sharded": "does not fit"}
