@@ -146,6 +146,7 @@ def test_bad_arguments_of_the_command_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow("1 min")
 @pytest.mark.compile
 def test_the_page_says_what_its_code_prints() -> None:
     page = (REPO_ROOT / "docs" / "offline_tpu.md").read_text(encoding="utf-8")

@@ -198,6 +198,7 @@ def test_sixteen_devices_give_the_same(cache, tmp_path):
         np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
+@pytest.mark.slow("1 min")
 @pytest.mark.compile
 def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):
     with socket.socket() as free:

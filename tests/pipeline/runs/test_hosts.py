@@ -100,7 +100,7 @@ def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow("1 min"))])
 def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, compiled, tiny_folder):
     arguments = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
     group = Group(tmp_path, compiled, tiny_folder, 2, *arguments)

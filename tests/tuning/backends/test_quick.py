@@ -18,6 +18,7 @@ pytest.importorskip("libtpu")
 V6E = devices.by_name("v6e")
 
 
+@pytest.mark.slow("1 min")
 @pytest.mark.compile
 def test_a_first_pass_comes_near(make_evaluator: Callable[..., Evaluator]) -> None:
     workload = workloads.load("cogvideox_720p")  # operands that VMEM does not hold
