@@ -24,7 +24,6 @@ q and k keep the values that they came with (int8 apart): the scale and log2(e) 
 operand is rounded a second time.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -329,28 +328,3 @@ def splash_attention_kernel(
 def kernel_name(variant: Variant) -> str:
     """What profiles and compiler dumps call the kernel."""
     return f"splash_attention_{variant.softmax}" + ("_int8" if variant.qk_dtype == "int8" else "")
-
-
-def slow_grid_sizes(shape: AttentionShape, variant: Variant) -> dict[str, int]:
-    """Return the other end of what `assumed_grid_sizes` assumes: all heads go to the slowest fallback, online softmax.
-
-    Empty where nothing depends on the data.
-    """
-    assumed, _ = assumed_grid_sizes(shape, variant)
-    online = {kernel_name(Variant(softmax="online")): shape.batch_size * shape.num_heads} if assumed else {}
-    return dict.fromkeys(assumed, 0) | online
-
-
-def assumed_grid_sizes(shape: AttentionShape, variant: Variant) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return what a prediction assumes of a call: all heads go to the kernel of `variant`, and none to its fallbacks.
-
-    Returns:
-      Heads by Pallas kernel name, as `offline_tpu.predict` takes them, and the assumption in words; both empty where
-      nothing depends on the data.
-    """
-    if variant.softmax == "online":
-        return {}, ()
-    heads = shape.batch_size * shape.num_heads
-    ways = [variant, dataclasses.replace(variant, qk_dtype="bfloat16"), Variant(softmax="online")]
-    grid_sizes = {kernel_name(way): 0 for way in ways} | {kernel_name(variant): heads}
-    return grid_sizes, (f"assumes that {kernel_name(variant)} may have all {heads} heads",)

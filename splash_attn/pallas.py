@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from splash_attn import gates
-from splash_attn.kernel import splash_attention_kernel
+from splash_attn.kernel import kernel_name, splash_attention_kernel
 from splash_attn.markers import without_gradient
 from splash_attn.quantize import quantize_qk
 from splash_attn.tiles import short_unroll_q
-from splash_attn.types import BlockSizes, Variant
+from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_attn.xla import saturate
 
 LOG2_E = math.log2(math.e)
@@ -121,3 +121,28 @@ def _attention(
         out = run(head_ids=head_ids, num_heads=(way == index).sum(dtype=jnp.int32), out=out)
     assert out is not None
     return restore(out)
+
+
+def slow_grid_sizes(shape: AttentionShape, variant: Variant) -> dict[str, int]:
+    """Return the other end of what `assumed_grid_sizes` assumes: all heads go to the slowest fallback, online softmax.
+
+    Empty where nothing depends on the data.
+    """
+    assumed, _ = assumed_grid_sizes(shape, variant)
+    online = {kernel_name(Variant(softmax="online")): shape.batch_size * shape.num_heads} if assumed else {}
+    return dict.fromkeys(assumed, 0) | online
+
+
+def assumed_grid_sizes(shape: AttentionShape, variant: Variant) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return what a prediction assumes of a call: all heads go to the kernel of `variant`, and none to its fallbacks.
+
+    Returns:
+      Heads by Pallas kernel name, as `offline_tpu.predict` takes them, and the assumption in words; both empty where
+      nothing depends on the data.
+    """
+    if variant.softmax == "online":
+        return {}, ()
+    heads = shape.batch_size * shape.num_heads
+    ways = [variant, dataclasses.replace(variant, qk_dtype="bfloat16"), Variant(softmax="online")]
+    grid_sizes = {kernel_name(way): 0 for way in ways} | {kernel_name(variant): heads}
+    return grid_sizes, (f"assumes that {kernel_name(variant)} may have all {heads} heads",)

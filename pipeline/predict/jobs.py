@@ -16,7 +16,7 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TokenLayout, TransformerShape
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
-from splash_attn.kernel import assumed_grid_sizes, slow_grid_sizes
+from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
 from splash_attn.types import AttentionShape
 from splash_workbench.program import Program
 from splash_workbench.records.jsonl import decode

@@ -17,7 +17,7 @@ import numpy as np
 import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
-from splash_attn.kernel import assumed_grid_sizes
+from splash_attn.pallas import assumed_grid_sizes
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 from tuning.kernels.protocol import Kernel, Unrolled
 from tuning.trials import workloads
