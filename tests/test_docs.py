@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 TEXTS = [*PAGES, *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))]
 #: Made by commands, or written down as examples.
-NOT_HERE = ("demo/", "videos/", "shapes/", "build/", "results/generate.jsonl", "tokamax/")
+NOT_HERE = ("demo/", "videos/", "shapes/", "build/", "results/generate.jsonl", "tokamax/", "ironwood/")
 
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
