@@ -9,7 +9,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from splash_workbench.trial_status import Status
-from tuning.trials.records import Trial
+from tuning.trials.records import Trial, objective
 
 #: Seconds between two looks at the workers, on a terminal and in a file.
 _TERMINAL_S, _FILE_S = 1.0, 30.0
@@ -37,7 +37,7 @@ class Feedback:
         self._terminal = self._stream.isatty()
         self._start, self._done_before = time.monotonic(), done
         self._done, self._total = done, total
-        self._best: Trial | None = None
+        self._timed: dict[str, Trial] = {}  # the newest of each configuration
         self._end, self._lock = threading.Event(), threading.Lock()
         self._bar = tqdm(
             total=total,
@@ -63,11 +63,10 @@ class Feedback:
     def finished(self, trial: Trial, *, refined: bool = False) -> None:
         """Say what became of a trial. refined: it was tried before, by less than now."""
         with self._lock:
-            self._total += refined
             self._done += 1
-            timed = trial.status is Status.OK and trial.time_ms is not None
-            if timed and (self._best is None or trial.time_ms < (self._best.time_ms or 0.0)):  # type: ignore[operator]
-                self._best = trial
+            self._total = max(self._total + refined, self._done)  # today's choice is not in the budget
+            if trial.status is Status.OK and trial.time_ms is not None:
+                self._timed[trial.config] = trial
             self._bar.total = self._total
             self._bar.update()
             self._say(f"{self._done}/{self._total} {describe(trial)}{self._best_text(trial)}{self._left_text()}")
@@ -80,9 +79,10 @@ class Feedback:
             self._bar.update()
 
     def _best_text(self, trial: Trial) -> str:
-        if self._best is None or self._best is trial:
-            return " (best so far)" if self._best is trial else ""
-        return f" (best {self._best.time_ms:.4g} ms)"
+        best = min(self._timed.values(), key=objective, default=None)
+        if best is None or best is trial:
+            return " (best so far)" if best is trial else ""
+        return f" (best {best.time_ms:.4g} ms)"
 
     def _left_text(self) -> str:
         count, left = self._done - self._done_before, self._total - self._done

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 
 from helpers import wait_until
+from splash_attn.types import BlockSizes
 from splash_workbench.trial_status import Status
 from tuning import feedback
 from tuning.feedback import Feedback
@@ -15,13 +16,17 @@ def test_a_line_for_each_trial_with_the_best_and_the_time_left(make_trial: Calla
     with Feedback(3, 0, list, stream=stream) as lines:
         lines.finished(make_trial(time_samples_ms=(12.5,)))
         lines.finished(make_trial(status=Status.OUT_OF_MEMORY, error="RESOURCE_EXHAUSTED: vmem"))
-        lines.finished(make_trial(time_samples_ms=(11.5,), compiled="shorter"))
-        lines.finished(make_trial(time_samples_ms=(11.75,), compiled="whole"), refined=True)
-    first, second, third, fourth = stream.getvalue().splitlines()
+        other = {"block_sizes": BlockSizes(512, 512, 128)}
+        lines.finished(make_trial(time_samples_ms=(11.5,), compiled="shorter", **other))
+        lines.finished(make_trial(time_samples_ms=(12.75,), compiled="whole", **other), refined=True)
+        lines.finished(make_trial(time_samples_ms=(13.5,)))
+    first, second, third, fourth, fifth = stream.getvalue().splitlines()
     assert first.startswith("1/3 256/512/128 softmax=fixed_bound") and "12.5 ms predicted (best so far); about" in first
     assert second.endswith("out_of_memory RESOURCE_EXHAUSTED: vmem (best 12.5 ms); about 0 s left")
     assert third.endswith("11.5 ms predicted, from shorter kernels (best so far)")
-    assert fourth.startswith("4/4") and fourth.endswith("11.75 ms predicted (best 11.5 ms)")
+    # What is refined takes its estimate's place, and a trial beside the budget adds to it.
+    assert fourth.startswith("4/4") and fourth.endswith("12.75 ms predicted (best 12.5 ms)")
+    assert fifth.startswith("5/5") and fifth.endswith("13.5 ms predicted (best 12.75 ms)")
 
 
 def test_a_file_is_told_what_the_workers_are_at(monkeypatch) -> None:

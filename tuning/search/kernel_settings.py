@@ -13,36 +13,19 @@ from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.kernels import Kernel, KernelError, loading
 from tuning.kernels.protocol import tunables
-from tuning.search.schemas import BackendSchema, DeviceSchema
-from tuning.search.settings import SweepSettings, heatmap_names
-from tuning.search.study import SearchSettings
+from tuning.search.settings import AnySweepSchema, SweepSettings, heatmap_names
 from tuning.search.tunables import TunableSpace, call_of
 
 
 @dataclasses.dataclass
-class KernelSweepSchema:
+class KernelSweepSchema(AnySweepSchema):
     """Fields of configs/sweep_kernel.yaml; becomes a SweepSettings."""
 
     kernel: str = MISSING
     workload: dict[str, Any] = dataclasses.field(default_factory=dict)
     space: dict[str, Any] = dataclasses.field(default_factory=dict)
-    device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
-    backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
-    search: SearchSettings = MISSING
-    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    workers: int | None = None
-    timeout_s: float = MISSING
-    results_dir: str = MISSING
-    cache: bool = MISSING
     promote: bool = MISSING
     tuned: str | None = None
-    quick: bool = MISSING
-    heatmap: list[str] | None = None
-    json: str | None = None
-    progress: bool = MISSING
-    profile: bool = MISSING
-    profile_top: int = MISSING
-    logdir: str = MISSING
 
 
 def settings_from(config: KernelSweepSchema) -> SweepSettings:

@@ -36,21 +36,17 @@ class SpaceSchema:
 
 
 @dataclasses.dataclass
-class SweepSchema:
-    """Fields of configs/sweep.yaml; becomes a SweepSettings."""
+class AnySweepSchema:
+    """What configs/sweep.yaml and configs/sweep_kernel.yaml have in common."""
 
-    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
     device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSettings = MISSING
-    space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
     timeout_s: float = MISSING
-    vmem_pruning: bool = MISSING
     results_dir: str = MISSING
     cache: bool = MISSING
-    promote: Any = MISSING
     quick: bool = MISSING
     heatmap: list[str] | None = None
     json: str | None = None
@@ -58,6 +54,16 @@ class SweepSchema:
     profile: bool = MISSING
     profile_top: int = MISSING
     logdir: str = MISSING
+
+
+@dataclasses.dataclass
+class SweepSchema(AnySweepSchema):
+    """Fields of configs/sweep.yaml; becomes a SweepSettings."""
+
+    workload: WorkloadSchema = dataclasses.field(default_factory=WorkloadSchema)
+    space: SpaceSchema = dataclasses.field(default_factory=SpaceSchema)
+    vmem_pruning: bool = MISSING
+    promote: Any = MISSING
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,10 @@ KIND = "TPU v6 lite"
 ROWS = 2**17
 
 
+#: Of both sweeps of the six configurations.
+GRID: dict[str, Any] = {"sampler": "grid", "max_trials": None, "workers": 1, "cache": False, "progress": False}
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Best[Any], Path, Path]:
     """A sweep of six configurations, predicted for a v6e: (the best, results, tuned entries)."""
@@ -38,14 +42,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Best[Any], Path, Pa
     best = autotune(
         kernel,
         kernel.Workload(rows=ROWS),
-        sampler="grid",
-        max_trials=None,
-        workers=1,
         promote=True,
         tuned_path=folder / "tuned.json",
         results_dir=folder / "results",
-        cache=False,
-        progress=False,
+        **GRID,
     )
     return best, folder / "results", folder / "tuned.json"
 
@@ -84,18 +84,10 @@ def test_it_is_promoted_and_looked_up(tuned: tuple[Best[Any], Path, Path]) -> No
 def test_the_same_again_evaluates_nothing(tuned: tuple[Best[Any], Path, Path]) -> None:
     best, results, path = tuned
     kernel = loading.find(SCALED)
-    again = autotune(
-        kernel,
-        kernel.Workload(rows=ROWS),
-        sampler="grid",
-        max_trials=None,
-        workers=1,
-        results_dir=results,
-        tuned_path=path,
-        cache=False,
-        progress=False,
-    )
-    assert again.trial.record_id == best.trial.record_id
+    (trials,) = results.rglob(records.TRIALS_FILE)
+    before = trials.read_bytes()
+    again = autotune(kernel, kernel.Workload(rows=ROWS), results_dir=results, tuned_path=path, **GRID)
+    assert again.trial.record_id == best.trial.record_id and trials.read_bytes() == before
 
 
 Run = Callable[..., tuple[int, str, str]]
