@@ -42,7 +42,8 @@ def from_first_process(data: bytes) -> bytes:
 def on_first_process(compute: Callable[[], T]) -> T:
     """Call on the first process only; return there and on all others what it returned, or raise what it raised.
 
-    All processes must call it. What is returned must be something that can be pickled.
+    All processes must call it. What is returned must be something that can be pickled: it comes from a process of the
+    same job, which runs the same program.
     """
     if jax.process_count() == 1:
         return compute()

@@ -2,7 +2,7 @@
 
 A candidate is claimed before it is evaluated. Optuna numbers trials, but two sweeps may propose the same candidate at
 once; so a claim is first wanted, then held: of two that are wanted the higher number withdraws, and the lower waits
-until it has (Lamport's bakery).
+until it has (Lamport's bakery). Optuna's own heartbeats are no help: they are of databases, and of `study.optimize`.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import PLENTY_S, environment_with_repo, wait_until
 from pipeline.requests.config import DistributedConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions, to_distributed
+from pipeline.runs import hosts
 from pipeline.stages.resume import STATE_NAME
 
 #: As in tests/pipeline/model/test_sharding.py: plans differ in the order of sums.
@@ -151,3 +153,17 @@ def test_bad_options_are_refused(given, message):
 def test_one_host_is_the_default():
     assert to_distributed(GenerateConfig()) is None
     assert to_distributed(GenerateConfig(distributed=DistributedConfig(enabled=True))) == DistributedOptions()
+
+
+def test_a_hang_ends_at_its_limit_and_names_the_host_that_is_behind(monkeypatch):
+    watch, ended = hosts.Hosts(timeout_s=60), []
+    monkeypatch.setattr(watch, "_end", lambda message, exit_code: ended.append((message, exit_code)))
+    monkeypatch.setattr(watch, "_count", 2)
+    states = {0: hosts._State("a", events=3), 1: hosts._State("b", events=2, where="in step 7")}
+    watch._look_at(states)
+    assert not ended
+    monkeypatch.setattr(watch, "_since", time.monotonic() - 61)
+    watch._look_at(states)
+    ((message, exit_code),) = ended
+    assert message.startswith("process 1 on b has not gone on for 60 s (distributed.timeout_s) in step 7; noticed by")
+    assert exit_code == 1
