@@ -111,6 +111,7 @@ def timing_table(timings: Sequence[StageTimings]) -> str:
         lines.append(
             f"  {timing.stage:<8} {timing.load_time_s:>8.2f} {timing.compile_time_s:>10.2f} {timing.run_time_s:>8.2f} "
             f"{len(timing.step_times_s):>6} {step}"
+            + (f"  {timing.steps_computed} steps computed" if timing.steps_computed is not None else "")
             + ("  reused, times of the run that made it" if timing.reused else "")
         )
     ran = [timing for timing in timings if not timing.reused]

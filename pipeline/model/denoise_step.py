@@ -12,15 +12,42 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.model.attention import SplashAttentionProcessor, attention_function
+from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import DP, MODEL, ParallelPlan
 from pipeline.model.torchax_bridge import jax_function
-from pipeline.model.transformer import DeviceShare, TokenLayout, TransformerShape, block, transformer
+from pipeline.model.transformer import DeviceShare, TransformerShape, block, transformer
 from pipeline.requests.request import AttentionOptions
 
 _REPLICATED = PartitionSpec()
 #: Predicted for v6e at 720p: products read their operands less often with twice the default (0.35 ms a layer), and the
 #: exchange of one of q, k, v runs beside the projection of another (0.75 ms a layer).
 TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enable_async_all_to_all": "true"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepWork:
+    """What one denoising step computes, see `Reuse`. blocks: whether it runs them. negative: also that prompt."""
+
+    blocks: bool = True
+    negative: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Reuse:
+    """What the steps of a run keep for later ones, which may then do less. The fields say whether it is kept.
+
+    residual: what the blocks add to their input; a step that does not run them adds it again. guidance: what the
+    positive prompt's output has more than the negative's; a step without the negative prompt takes it. first_block:
+    threshold; each step runs the first block, and the others only where what it adds has changed by more, relative to
+    what it added in the last step that ran them, the mean of absolute values over the video's tokens.
+    """
+
+    residual: bool = False
+    guidance: bool = False
+    first_block: float | None = None
+
+
+EVERYTHING, NOTHING = StepWork(), Reuse()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +65,9 @@ class DenoiseStep:
       None for a model without
     - timestep: int32 []; guidance_scale: float32 []; coefficients: float32 [6], a row of `StepTable`
     - conditions: name -> [rows, channels] in the weights' dtype, those of `TransformerShape.condition_channels`
+    - kept: name -> array, those of `kept_arrays`, of the step before (zeros at first); donated
 
-    and returns (sample, x0, whether all of it is finite). Guidance and scheduler are computed in float32.
+    and returns (sample, x0, whether all of it is finite, kept). Guidance and scheduler are computed in float32.
     """
 
     shape: TransformerShape
@@ -50,16 +78,35 @@ class DenoiseStep:
     guided: bool
     noisy: bool = False  # whether the scheduler adds noise
     stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, where the plan uses it
+    reuse: Reuse = NOTHING
+    work: StepWork = EVERYTHING
+
+    def kept_arrays(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what `reuse` keeps, without values. dtype: of the weights."""
+        rows, prompts = self.layout.rows, 2 if self.guided else 1
+        tokens = (prompts, rows, self.shape.num_heads * self.shape.head_dim)
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if self.reuse.residual:
+            arrays["residual"] = tokens, dtype
+        if self.reuse.first_block is not None:
+            arrays["first_residual"] = tokens, dtype
+            arrays["steps_reused"] = (), jnp.int32
+        if self.reuse.guidance:
+            arrays["guidance"] = (rows, self.shape.patch_channels), jnp.float32
+        return {
+            name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(name))
+            for name, (shape, kind) in arrays.items()
+        }
 
     def sharding(self, argument: str) -> NamedSharding:
         """Return the sharding of an argument of the program other than the weights."""
         return NamedSharding(self.mesh, self._spec(argument))
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
-        """Return `program` under jit, sample and old_x0 donated."""
+        """Return `program` under jit; sample, old_x0 and kept donated."""
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
         options = TPU_COMPILER_OPTIONS if on_tpu else None
-        return jax.jit(self.program(weights), donate_argnums=(1, 2), compiler_options=options)
+        return jax.jit(self.program(weights), donate_argnums=(1, 2, 10), compiler_options=options)
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
         """Return the function to be jitted with the mesh set; of `weights` only the names count."""
@@ -75,6 +122,7 @@ class DenoiseStep:
         own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)
         names = ("sample", "x0", "noise", "embeddings", "rotary", "scalar", "scalar", "scalar")
         conditions = {name: self._spec("condition") for name in self.shape.condition_channels}
+        kept = {name: self._spec(name) for name in self.kept_arrays(jnp.float32)}
         return jax.shard_map(
             functools.partial(self._step, block=own_block),
             mesh=self.mesh,
@@ -82,8 +130,9 @@ class DenoiseStep:
                 {name: self.plan.stacked_weight_spec(name) for name in weights},
                 *map(self._spec, names),
                 conditions,
+                kept,
             ),
-            out_specs=(self._spec("sample"), self._spec("x0"), _REPLICATED),
+            out_specs=(self._spec("sample"), self._spec("x0"), _REPLICATED, kept),
             check_vma=False,
         )
 
@@ -115,7 +164,9 @@ class DenoiseStep:
         rows, scalar = PartitionSpec(split), _REPLICATED
         columns, prompts = PartitionSpec(None, split), PartitionSpec(DP)
         specs = {"sample": rows, "x0": rows, "embeddings": prompts, "rotary": columns, "scalar": scalar}
-        specs["condition"] = rows
+        specs |= {"condition": rows, "guidance": rows}
+        specs |= dict.fromkeys(("residual", "first_residual"), PartitionSpec(DP, split))
+        specs["steps_reused"] = scalar
         return {**specs, "noise": rows if self.noisy else scalar}[argument]
 
     @jax.named_scope("denoise")
@@ -131,20 +182,35 @@ class DenoiseStep:
         guidance_scale,
         coefficients,
         conditions,
+        kept,
         *,
         block,
     ):  # type: ignore[no-untyped-def]
-        share = DeviceShare(self.plan, self.layout)
+        share, kept = DeviceShare(self.plan, self.layout), dict(kept)
         prediction = transformer(
-            weights, sample, embeddings, timestep, rotary, conditions, shape=self.shape, share=share, block=block
+            weights,
+            sample,
+            embeddings,
+            timestep,
+            rotary,
+            conditions,
+            shape=self.shape,
+            share=share,
+            block=block,
+            run=functools.partial(self._run_blocks, kept, share),
         ).astype(jnp.float32)
         in_shard_map = not self.plan.uses_stock_block
         with jax.named_scope("guidance"):
-            if self.guided:
+            if self.guided and not self.work.negative:
+                (positive,) = prediction
+                prediction = positive + (guidance_scale - 1) * kept["guidance"]
+            elif self.guided:
                 if in_shard_map and self.plan.dp > 1:
                     prediction = lax.all_gather(prediction, DP, axis=0, tiled=True)
                 negative, positive = prediction
                 prediction = negative + guidance_scale * (positive - negative)
+                if self.reuse.guidance:
+                    kept["guidance"] = positive - negative
             else:
                 (prediction,) = prediction
         with jax.named_scope("scheduler"):
@@ -158,4 +224,74 @@ class DenoiseStep:
             finite = jnp.isfinite(after).all()
             if in_shard_map and self.plan.splits_sequence:
                 finite = lax.pmin(finite.astype(jnp.int32), MODEL) > 0
-        return after.astype(sample.dtype), x0, finite
+        return after.astype(sample.dtype), x0, finite, kept
+
+    def _run_blocks(
+        self,
+        kept: dict[str, jax.Array],
+        share: DeviceShare,
+        x: jax.Array,
+        layer: Callable[..., Any],
+        blocks: Mapping[str, jax.Array],
+    ) -> jax.Array:
+        """Return x after the blocks, run or not, as `reuse` and `work` say; changes `kept`."""
+
+        def layers(x: jax.Array, start: int = 0, stop: int = self.shape.num_layers) -> jax.Array:
+            if (start, stop) == (0, self.shape.num_layers):
+                return lax.scan(layer, x, blocks)[0]
+
+            def indexed(x: jax.Array, index: jax.Array) -> Any:  # a slice of the weights would be a copy of them
+                return layer(x, {name: lax.dynamic_index_in_dim(w, index, 0, False) for name, w in blocks.items()})
+
+            return lax.scan(indexed, x, jnp.arange(start, stop))[0]
+
+        if not self.reuse.residual:
+            return layers(x)
+        # Of prompts that are not computed the residual stays; the positive one is the last.
+        prompts = slice(-x.shape[0], None)
+        with jax.named_scope("reuse"):
+            if self.reuse.first_block is not None:
+                return self._decide_by_first_block(kept, prompts, share, x, layers)
+            if not self.work.blocks:
+                return x + kept["residual"][prompts]
+            after = layers(x)
+            kept["residual"] = kept["residual"].at[prompts].set(after - x)
+            return after
+
+    def _decide_by_first_block(
+        self,
+        kept: dict[str, jax.Array],
+        prompts: slice,
+        share: DeviceShare,
+        x: jax.Array,
+        layers: Callable[..., jax.Array],
+    ) -> jax.Array:
+        after_first = layers(x, 0, 1)
+        first, old_first, residual = after_first - x, kept["first_residual"][prompts], kept["residual"][prompts]
+        rows = share.row_ids()[:, None]
+        is_video = (rows >= self.layout.text) & (rows < self.layout.tokens)
+        changes = [
+            jnp.where(is_video, jnp.abs(value.astype(jnp.float32)), 0).sum()
+            for value in (first.astype(jnp.float32) - old_first.astype(jnp.float32), old_first)
+        ]
+        if self.plan.splits_sequence:
+            changes = [lax.psum(change, MODEL) for change in changes]
+        if self.plan.dp > 1 and not self.plan.uses_stock_block:
+            changes = [lax.psum(change, DP) for change in changes]
+        change, whole = changes
+
+        def run_others() -> tuple[jax.Array, ...]:
+            after = layers(after_first, 1)
+            return after, after - after_first, first
+
+        def reuse() -> tuple[jax.Array, ...]:
+            return after_first + residual, residual, old_first
+
+        assert self.reuse.first_block is not None
+        # Zeros of before the first step are no residual: no change is less than a part of nothing.
+        is_same = change < self.reuse.first_block * whole
+        after, residual, first = lax.cond(is_same, reuse, run_others)
+        kept["steps_reused"] += is_same.astype(jnp.int32)
+        kept["residual"] = kept["residual"].at[prompts].set(residual)
+        kept["first_residual"] = kept["first_residual"].at[prompts].set(first)
+        return after

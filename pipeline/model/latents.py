@@ -8,7 +8,6 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.transformer import TokenLayout
 from pipeline.requests.request import GenerateRequest
 
 
@@ -58,6 +57,33 @@ class LatentGeometry:
     def num_patches(self) -> int:
         """Return the number of video tokens."""
         return math.prod(self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Rows of the joint sequence: text, video, padding. padded: up to whole tiles, needed where rows are split."""
+
+    text: int
+    video: int
+    num_shards: int
+    padded: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.text + self.video
+
+    @property
+    def rows_per_shard(self) -> int:
+        if not self.padded:
+            assert self.num_shards == 1, self
+            return self.tokens
+        rows = -(-self.tokens // self.num_shards)
+        multiple = 128 if rows >= 2048 else 8  # the lane count, where that costs little
+        return -(-rows // multiple) * multiple
+
+    @property
+    def rows(self) -> int:
+        return self.num_shards * self.rows_per_shard
 
 
 def to_rows(latents: np.ndarray, geometry: LatentGeometry, layout: TokenLayout) -> np.ndarray:

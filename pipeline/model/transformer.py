@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import MODEL, ParallelPlan
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
@@ -31,6 +32,8 @@ QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
 Weights = Mapping[str, jax.Array]
 #: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+#: (x, a scan's step over layers, the stacked weights of the blocks) -> x after the blocks.
+RunBlocks = Callable[[jax.Array, Callable[..., Any], Weights], jax.Array]
 #: Cosines and sines, float32 [head_dim / 2, rows] each, 1 and 0 where the row is no video token; None without rotation.
 Rotary = tuple[jax.Array, jax.Array] | None
 
@@ -110,33 +113,6 @@ class TransformerShape:
         if self.learned_positions or not self.rotary:
             found["positions"] = self.num_heads * self.head_dim
         return {name: channels for name, channels in found.items() if channels}
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLayout:
-    """Rows of the joint sequence: text, video, padding. padded: up to whole tiles, needed where rows are split."""
-
-    text: int
-    video: int
-    num_shards: int
-    padded: bool = True
-
-    @property
-    def tokens(self) -> int:
-        return self.text + self.video
-
-    @property
-    def rows_per_shard(self) -> int:
-        if not self.padded:
-            assert self.num_shards == 1, self
-            return self.tokens
-        rows = -(-self.tokens // self.num_shards)
-        multiple = 128 if rows >= 2048 else 8  # the lane count, where that costs little
-        return -(-rows // multiple) * multiple
-
-    @property
-    def rows(self) -> int:
-        return self.num_shards * self.rows_per_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +196,16 @@ def scalar_embedding(
     embedding = jnp.concatenate(waves[::-1] if shape.flip_sin_to_cos else waves).astype(dtype)
     embedding = jax.nn.silu(linear(embedding, weights, f"{name}.linear_1"))
     return linear(embedding, weights, f"{name}.linear_2")
+
+
+def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
+    """Return what conditions the blocks, [time_embed_dim] in dtype: the timestep, and `ofs` where the model has it."""
+    channels = shape.num_heads * shape.head_dim
+    embedding = scalar_embedding(weights, shape, "time_embedding", channels, timestep, dtype)
+    if shape.ofs_embed_dim is None:
+        return embedding
+    ofs = jnp.asarray(_OFS)
+    return embedding + scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, ofs, dtype)
 
 
 def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, is_text: jax.Array, eps: float) -> Any:
@@ -313,20 +299,17 @@ def transformer(
     shape: TransformerShape,
     share: DeviceShare,
     block: Callable[..., jax.Array],
+    run: RunBlocks,
 ) -> Float[Array, "batch rows patch_channels"]:
     """Return the model's output on this device's rows; those of text and padding are arbitrary.
 
     tokens: patches of the latents at their rows, in the weights' dtype. conditions: see
-    `TransformerShape.condition_channels`. block: `(x, layer's weights, temb, is_text, rotary) -> x`.
+    `TransformerShape.condition_channels`. block: `(x, layer's weights, temb, is_text, rotary) -> x`. run: how often.
     """
     dtype = tokens.dtype
     is_text = share.row_ids() < share.layout.text
     with jax.named_scope("embed"):
-        channels = shape.num_heads * shape.head_dim
-        temb = scalar_embedding(weights, shape, "time_embedding", channels, timestep, dtype)
-        if shape.ofs_embed_dim is not None:
-            ofs = scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, jnp.asarray(_OFS), dtype)
-            temb = temb + ofs
+        temb = timestep_embedding(weights, shape, timestep, dtype)
         if "image" in conditions:
             tokens = jnp.concatenate([tokens, conditions["image"]], axis=-1)
         text = share.local_text(linear(embeddings, weights, "patch_embed.text_proj"))
@@ -340,7 +323,7 @@ def transformer(
         return block(x, layer_weights, temb, is_text, rotary), None
 
     with jax.named_scope("blocks"):
-        x, _ = lax.scan(layer, x, blocks)
+        x = run(x, layer, blocks)
     with jax.named_scope("project_out"):
         x = layer_norm(x, weights["norm_final.weight"], weights["norm_final.bias"], shape.norm_eps).astype(dtype)
         shift, scale = jnp.split(linear(jax.nn.silu(temb), weights, "norm_out.linear").astype(jnp.float32), 2)

@@ -4,14 +4,15 @@ import collections
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipeline.requests.config import AttentionConfig, GenerateConfig
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.limits import MAX_VIDEOS
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
 
+T = TypeVar("T")
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)), "num_videos")
 
 
@@ -97,16 +98,17 @@ def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:
         raise RequestError(f"{unknown[0]!r}: no such key; expected some of {', '.join(LINE_KEYS)}")
     if "prompt" not in fields:
         raise RequestError('no "prompt" in it; expected e.g. {"prompt": "a cat"}')
-    if "attention" in fields:
-        fields["attention"] = _attention(fields["attention"], config.attention)
+    for name in ("attention", "cache"):
+        if name in fields:
+            fields[name] = _group(name, fields[name], getattr(config, name))
     return entries_of(dataclasses.replace(config, **fields), number)
 
 
-def _attention(fields: Any, defaults: AttentionConfig) -> AttentionConfig:
-    names = [field.name for field in dataclasses.fields(AttentionConfig)]
+def _group(name: str, fields: Any, defaults: T) -> T:
+    names = [field.name for field in dataclasses.fields(defaults)]  # type: ignore[arg-type]
     if not isinstance(fields, dict) or set(fields) - set(names):
-        raise RequestError(f"attention={fields!r}: expected an object of some of {', '.join(names)}")
-    return dataclasses.replace(defaults, **fields)
+        raise RequestError(f"{name}={fields!r}: expected an object of some of {', '.join(names)}")
+    return dataclasses.replace(defaults, **fields)  # type: ignore[type-var]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
+from pipeline.requests.reuse import CacheConfig
 
 
 @dataclasses.dataclass
@@ -71,6 +72,8 @@ class GenerateConfig:
     transformer: str | None = None
     context_frames: int | None = None
     context_overlap: int = 16
+    quality: str = "exact"
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

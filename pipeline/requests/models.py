@@ -60,9 +60,14 @@ MODEL_FIELDS = tuple(
 )
 
 
+def current_id(checkpoint: str) -> str:
+    """Return a checkpoint's name, of one that the Hub has under a former owner, too, its present one."""
+    return checkpoint.replace(_FORMER_OWNER, _OWNER, 1) if checkpoint.startswith(_FORMER_OWNER) else checkpoint
+
+
 def model_defaults(checkpoint: str, model: str = "tiny") -> ModelDefaults:
     """Return the defaults of the model published as `checkpoint`; where it is none's (a folder), those of `model`."""
-    checkpoint = checkpoint.replace(_FORMER_OWNER, _OWNER, 1) if checkpoint.startswith(_FORMER_OWNER) else checkpoint
+    checkpoint = current_id(checkpoint)
     return next((defaults for defaults in MODELS.values() if defaults.checkpoint == checkpoint), MODELS[model])
 
 

@@ -16,6 +16,7 @@ from pipeline.requests.limits import (
     SIZE_MULTIPLE,
 )
 from pipeline.requests.models import fill_in_defaults
+from pipeline.requests.reuse import CacheOptions, Quality, to_cache
 from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
@@ -110,7 +111,9 @@ class GenerateRequest:
     denoising steps that a video is put through. latents: a file of safetensors, the initial noise instead of that of
     the seed. lora: merged into the transformer's weights. transformer: a file of safetensors with the transformer's
     weights instead of the checkpoint's. context_frames: as many frames as the model sees at a time, 8k + 1, in windows
-    that overlap by context_overlap frames, a multiple of 8; None: all. Raises RequestError.
+    that overlap by context_overlap frames, a multiple of 8; None: all. quality: a preset of
+    `pipeline.requests.reuse` for what attention and cache leave open; "exact": nothing is approximated that they do not
+    name. Raises RequestError.
     """
 
     prompt: str
@@ -137,6 +140,8 @@ class GenerateRequest:
     transformer: str | None = None
     context_frames: int | None = None
     context_overlap: int = 16
+    quality: Quality = "exact"
+    cache: CacheOptions = dataclasses.field(default_factory=CacheOptions)
 
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
@@ -161,6 +166,7 @@ class GenerateRequest:
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         require_choice("dtype", self.dtype, Dtype)
         require_choice("scheduler", self.scheduler, Scheduler)
+        require_choice("quality", self.quality, Quality)
         self._check_inputs()
 
     def _check_inputs(self) -> None:
@@ -220,9 +226,9 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
         raise
     except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
         raise RequestError(f"attention: {error}") from error
-    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention", "lora"}
+    names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention", "cache", "lora"}
     fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
-    return GenerateRequest(**fields, attention=attention, lora=parse_lora(config.lora))
+    return GenerateRequest(**fields, attention=attention, cache=to_cache(config.cache), lora=parse_lora(config.lora))
 
 
 def parse_lora(value: Any) -> tuple[LoraFile, ...]:

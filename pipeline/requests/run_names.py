@@ -9,6 +9,7 @@ import string
 from pipeline.requests.errors import RequestError
 from pipeline.requests.models import MODEL_FIELDS
 from pipeline.requests.request import GenerateRequest
+from pipeline.requests.reuse import CacheOptions
 
 DEFAULT_NAME = "{slug}-{width}x{height}x{num_frames}-seed{seed}-{digest}"
 _REQUEST_FIELDS = ("seed", *MODEL_FIELDS)
@@ -16,6 +17,7 @@ NAME_FIELDS = ("slug", "digest", "line", *_REQUEST_FIELDS)
 _LATER = {
     **{"image": None, "noise_aug_strength": 0.0, "video": None, "strength": 0.8},
     **{"latents": None, "lora": (), "transformer": None, "context_frames": None, "context_overlap": 16},
+    **{"quality": "exact", "cache": dataclasses.asdict(CacheOptions())},
 }
 _MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longer
 

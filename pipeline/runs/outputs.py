@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from pipeline.checkpoints.lora import lora_identity
 from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
 from pipeline.requests.errors import StageOutputError
-from pipeline.requests.media import file_digests
+from pipeline.requests.media import content_digest, file_digests
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.progress import StageTimings
 from splash_workbench.files import atomic_path, write_json
@@ -83,6 +83,11 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields |= {"strength": request.strength, "encoder_weights": identities["vae"]}
     if request.context_frames is not None:
         fields |= {"context_frames": request.context_frames, "context_overlap": request.context_overlap}
+    if request.cache.is_used:
+        cache = dataclasses.asdict(request.cache)
+        if request.cache.ratios is not None:
+            cache["ratios"] = content_digest("cache.ratios", request.cache.ratios)
+        fields["cache"] = cache
     if request.lora:
         fields["lora"] = list(lora_identity(request.lora))
     return fields

@@ -92,9 +92,9 @@ class RequestRun:
             require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
         self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
         self.context = StageContext(checkpoint, request, identities, run_options.parallel)
-        self.keys = {stage: stage_key(request, stage, identities) for stage in identities}
+        self.keys = {stage: stage_key(self.request, stage, identities) for stage in identities}
         if "denoise" in stages:
-            _check_attention_device(request)
+            _check_attention_device(self.request)
         self.loaded_keys = {stage: self.context.loaded_key(stage) for stage in stages}
         self.timings: list[StageTimings] = []
         self.details: dict[Stage, dict[str, Any]] = {}

@@ -11,18 +11,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.loading import build_module, resolve_checkpoint, use_compilation_cache
-from pipeline.model.denoise_step import DenoiseStep
-from pipeline.model.latents import LatentGeometry
+from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
+from pipeline.model.latents import LatentGeometry, TokenLayout
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae_decoder import DecoderShape
 from pipeline.model.vae_layers import arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import GenerateRequest, Stage, to_request
-from pipeline.stages.denoise import abstract_arguments, build_step
+from pipeline.requests.request import AttentionOptions, GenerateRequest, Stage, to_request
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import (
     DECODER_PREFIXES,
@@ -43,8 +43,36 @@ _SCALE = 0.02
 _ROOMY_BYTES = 24 * 2**30
 
 
+def build_step(
+    module: Any,
+    geometry: LatentGeometry,
+    text_seq_len: int,
+    plan: ParallelPlan,
+    devices: Sequence[jax.Device],
+    *,
+    attention: AttentionOptions,
+    guided: bool,
+    noisy: bool,
+    reuse: Reuse = NOTHING,
+) -> DenoiseStep:
+    """Return the step for a stock transformer (on the meta device will do), sizes of a request, and a plan.
+
+    Raises CheckpointError when the transformer is not of CogVideoX's kind.
+    """
+    shape = TransformerShape.from_config(module.config)
+    stock = plan.uses_stock_block
+    layout = TokenLayout(text_seq_len, geometry.num_patches, plan.sequence_shards, padded=not stock)
+    stock_block = module.transformer_blocks[0] if stock else None
+    return DenoiseStep(shape, layout, plan, plan.mesh(devices), attention, guided, noisy, stock_block, reuse)
+
+
 def denoise_program(
-    request: GenerateRequest, configs: Configs, plan: ParallelPlan, devices: Sequence[jax.Device]
+    request: GenerateRequest,
+    configs: Configs,
+    plan: ParallelPlan,
+    devices: Sequence[jax.Device],
+    reuse: Reuse = NOTHING,
+    work: StepWork = EVERYTHING,
 ) -> tuple[Program, DenoiseStep]:
     """Return one denoising step, and what it was made from. configs: of the checkpoint's parts."""
     config = configs["transformer"]
@@ -60,11 +88,44 @@ def denoise_program(
         attention=request.attention,
         guided=request.do_classifier_free_guidance,
         noisy=False,
+        reuse=reuse,
     )
+    step = dataclasses.replace(step, work=work)
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
     weights = abstract_weights(shapes, dtype, plan, step.mesh)
     arguments = (weights, *abstract_arguments(step, module.config, dtype))
-    return Program(step.jitted(weights), arguments, step.mesh, carried={1: 0, 2: 1}, scale=_SCALE), step
+    return Program(step.jitted(weights), arguments, step.mesh, carried={1: 0, 2: 1, 10: 3}, scale=_SCALE), step
+
+
+def abstract_arguments(step: DenoiseStep, config: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:
+    """Return the arguments of the step's program after the weights, as ShapeDtypeStructs with shardings.
+
+    config: of the transformer. dtype: of weights, embeddings and latents.
+    """
+
+    def array(name: str, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=step.sharding(name))
+
+    layout, channels = step.layout, step.shape.patch_channels
+    half, prompts = step.shape.head_dim // 2, 2 if step.guided and step.work.negative else 1
+    table = (layout.video, 2 * half) if step.plan.uses_stock_block else (half, layout.rows)
+    rotary = array("rotary", jnp.float32, *table)
+    conditions = {
+        name: array("condition", dtype, layout.rows, channels)
+        for name, channels in step.shape.condition_channels.items()
+    }
+    return (
+        array("sample", dtype, layout.rows, channels),
+        array("x0", jnp.float32, layout.rows, channels),
+        array("noise", dtype, layout.rows, channels) if step.noisy else array("noise", jnp.float32),
+        array("embeddings", dtype, prompts, layout.text, config["text_embed_dim"]),
+        (rotary, rotary) if step.shape.rotary else None,
+        array("scalar", jnp.int32),
+        array("scalar", jnp.float32),
+        array("scalar", jnp.float32, 6),
+        conditions,
+        step.kept_arrays(dtype),
+    )
 
 
 def text_program(request: GenerateRequest, configs: Configs, devices: Sequence[jax.Device]) -> Program:

@@ -101,7 +101,8 @@ def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
 class StageTimings:
     """Time of a stage, in seconds. step_times_s: raw, one a step; their sum is less than run_time_s by what is between.
 
-    profiled: whether a profiler ran meanwhile, which takes time of its own.
+    profiled: whether a profiler ran meanwhile, which takes time of its own. steps_computed: of the denoising steps, how
+    many ran the transformer's blocks; None: all.
     """
 
     stage: Work
@@ -111,11 +112,14 @@ class StageTimings:
     step_times_s: list[float] = dataclasses.field(default_factory=list)
     reused: bool = False
     profiled: bool = False
+    steps_computed: int | None = None
 
     @property
     def step_time_s(self) -> float | None:
-        """Median of the steps, None without any."""
-        return statistics.median(self.step_times_s) if self.step_times_s else None
+        """Median of the steps, of those that were computed; None without any."""
+        # One that reuses another's blocks takes a fraction of its time.
+        computed = sorted(self.step_times_s)[-(self.steps_computed or len(self.step_times_s)) :]
+        return statistics.median(computed) if computed else None
 
 
 class StageClock:

@@ -18,6 +18,7 @@ from splash_workbench.files import atomic_path, remove_leftovers
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "denoise.partial.safetensors"
+_KEPT = "kept."
 #: Without a number of steps of the user's, the state is saved after about so much work: a kill costs no more, and the
 #: 30 MB of 81 frames at 720p, fetched and written in a fraction of a second, less than a hundredth of the time.
 TARGET_INTERVAL_S = 30.0
@@ -29,7 +30,7 @@ class DenoiseState:
 
     step: how many are done. sample: latents [1, frames with padding, channels, height, width] in the weights' dtype.
     x0: of the step before, float32 of the same shape. generator: the noise generator's state, uint8. step_times_s: of
-    the steps done.
+    the steps done. kept: by name, what earlier steps left for the next one; empty where it reads nothing of it.
     """
 
     step: int
@@ -37,6 +38,7 @@ class DenoiseState:
     x0: np.ndarray
     generator: np.ndarray
     step_times_s: list[float]
+    kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class StateFile:
@@ -80,6 +82,7 @@ class StateFile:
         if jax.process_index() != 0:
             return
         arrays = {**vars(state), "fingerprint": np.frombuffer(self._fingerprint.encode(), np.uint8)}
+        arrays |= {_KEPT + name: value for name, value in arrays.pop("kept").items()}
         data = safetensors.torch.save({name: numpy_to_torch(np.asarray(array)) for name, array in arrays.items()})
         try:
             with atomic_path(self._path) as temporary:
@@ -103,7 +106,9 @@ def _parse(data: bytes, fingerprint: str, path: Path) -> DenoiseState | None:
             logger.warning("denoise: %s belongs to another request, plan or version; starting anew", path)
             return None
         step, step_times_s = int(arrays.pop("step")), arrays.pop("step_times_s").tolist()
-        return DenoiseState(step=step, step_times_s=step_times_s, **arrays)
+        kept = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_KEPT)}
+        kept = {name.removeprefix(_KEPT): value for name, value in kept.items()}
+        return DenoiseState(step=step, step_times_s=step_times_s, kept=kept, **arrays)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         logger.warning("denoise: %s is not readable (%s); starting anew", path, error)
         return None

@@ -21,6 +21,7 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.conditioning import source_frames
 from pipeline.stages.denoise import Denoiser
+from pipeline.stages.presets import settle, settle_parallel
 from pipeline.stages.progress import StageClock, Work
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
@@ -34,7 +35,7 @@ _CLASSES: Mapping[Work, Any] = {"text": TextEncoder, "encode": VaeEncoder, "deno
 
 @dataclasses.dataclass(frozen=True)
 class StageContext:
-    """One request as a stage sees it.
+    """One request as a stage sees it, with what its quality chooses filled in. Raises RequestError.
 
     identities: of the weights of the stages to run, see `Checkpoint.identities`. clock: of the stage being run; None
     where nobody wants its times.
@@ -45,6 +46,10 @@ class StageContext:
     identities: Mapping[Stage, str]
     parallel: ParallelOptions = dataclasses.field(default_factory=ParallelOptions)
     clock: StageClock | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "request", settle(self.request, self.checkpoint))
+        object.__setattr__(self, "parallel", settle_parallel(self.parallel, self.request))
 
     @property
     def plan(self) -> ParallelPlan:

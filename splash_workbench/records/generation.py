@@ -8,12 +8,17 @@ from splash_workbench.records.base import Devices, PipelineRecord, new_id
 
 
 class StageTimes(msgspec.Struct, frozen=True):
-    """Seconds that a stage took. step_times_s: raw, one a step; without the time between steps."""
+    """Seconds that a stage took.
+
+    step_times_s: raw, one a step; without the time between steps. steps_computed: of the denoising steps, how many ran
+    the transformer's blocks; None: all.
+    """
 
     load_time_s: float
     compile_time_s: float
     run_time_s: float
     step_times_s: tuple[float, ...]
+    steps_computed: int | None = None
 
 
 class GenerationRecord(PipelineRecord, frozen=True, kw_only=True):

@@ -15,8 +15,8 @@ import pytest
 
 from helpers import PLENTY_S
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan, resolve_plan
-from pipeline.model.transformer import TokenLayout
 from pipeline.model.weights import stack_names
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import ParallelOptions

@@ -9,8 +9,9 @@ import pytest
 from helpers import PLENTY_S
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
+from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
-from pipeline.model.transformer import TokenLayout, TransformerShape
+from pipeline.model.transformer import TransformerShape
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.report import make_report, markdown_table, print_report

@@ -1,0 +1,74 @@
+"""Command line: `python -m pipeline.calibrate`. Makes MagCache's ratios of a checkpoint, from one run of it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from pipeline.generate import default_model
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.errors import RequestError
+from splash_workbench import cli
+from splash_workbench.files import require_writable
+
+
+@dataclasses.dataclass
+class CalibrateConfig(GenerateConfig):
+    """Keys of the command line: those of generate, and where the ratios go."""
+
+    output: str | None = None
+
+
+_UNUSED = (
+    *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up", "stages"),
+    *("num_videos", "profile", "profile_run", "logdir", "results_path", "quality", "cache.*", "distributed.*"),
+    *("context_frames", "context_overlap"),
+)
+
+
+@cli.command(
+    "calibrate",
+    CalibrateConfig,
+    text_or_list=("lora",),
+    unused=_UNUSED,
+    resolvers={"default_model": default_model},
+)
+def main(settings: CalibrateConfig) -> int:
+    """Run the command; return its exit code."""
+    from pipeline.calibrate.magnitudes import measure_ratios
+    from pipeline.checkpoints.checks import check_request, read_configs
+    from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+    from pipeline.checkpoints.magcache import ratios_path, write_ratios
+    from pipeline.requests.media import check_files
+    from pipeline.requests.options import to_parallel
+    from pipeline.requests.request import STAGES, to_request
+    from pipeline.stages.stages import StageContext
+    from pipeline.terminal import Terminal
+
+    request = to_request(settings)
+    if request.num_inference_steps < 2:
+        raise RequestError(f"num_inference_steps={request.num_inference_steps}: expected 2 or more to compare")
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+    path = Path(settings.output) if settings.output else ratios_path(checkpoint)
+    require_writable(f"output={str(path)!r}", path.parent)
+    check_request(request, read_configs(checkpoint))
+    check_files(request)
+    if settings.compilation_cache:
+        use_compilation_cache()
+    identities = checkpoint.identities(*STAGES)
+    terminal = Terminal()
+    try:
+        ratios = measure_ratios(StageContext(checkpoint, request, identities, to_parallel(settings)), terminal)
+    finally:
+        terminal.close()
+    names = ("checkpoint", "prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    made_by = {"made_by": "python -m pipeline.calibrate", "weights": identities["denoise"]}
+    made_by |= {name: getattr(request, name) for name in (*names, "scheduler", "seed", "dtype")}
+    write_ratios(path, ratios, made_by)
+    print("  ".join(f"{ratio:.3f}" for ratio in ratios.ratios))
+    print(f"ratios: {path}; cache=magcache takes them" + (f" with cache.ratios={path}" if settings.output else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
