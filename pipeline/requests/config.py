@@ -71,6 +71,7 @@ class GenerateConfig:
     transformer: str | None = None
     context_frames: int | None = None
     context_overlap: int = 16
+    quantization: str | None = None
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

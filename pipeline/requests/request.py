@@ -23,6 +23,7 @@ Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["checkpoint", "ddim", "dpm"]
+Quantization = Literal["int8"]
 _OF_MODEL: Any = None  # filled in by __post_init__
 
 
@@ -137,6 +138,7 @@ class GenerateRequest:
     transformer: str | None = None
     context_frames: int | None = None
     context_overlap: int = 16
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
@@ -161,6 +163,8 @@ class GenerateRequest:
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         require_choice("dtype", self.dtype, Dtype)
         require_choice("scheduler", self.scheduler, Scheduler)
+        if self.quantization is not None:
+            require_choice("quantization", self.quantization, Quantization)
         self._check_inputs()
 
     def _check_inputs(self) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, load_module
-from pipeline.checkpoints.lora import merge_loras
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.placed import place_transformer
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import (
@@ -24,14 +24,13 @@ from pipeline.model.latents import (
 )
 from pipeline.model.noise_schedule import build_scheduler, guidance_scales, step_table
 from pipeline.model.placement import put, to_host
-from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.transformer import TokenLayout, TransformerShape
-from pipeline.model.weights import POSITIONS, place_weights
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.media import read_latents
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile
+from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile, Quantization
 from pipeline.stages.conditioning import image_condition, noisy_video, sample_posterior
 from pipeline.stages.progress import Interrupted, StageClock, StageEvent
 from pipeline.stages.resume import DenoiseState, StateFile
@@ -241,24 +240,23 @@ class Denoiser:
         parallel: ParallelOptions | None = None,
         guided: bool = True,
         loras: Sequence[LoraFile] = (),
+        quantization: Quantization | None = None,
     ):
         """Load transformer/ and the configurations of scheduler/ and vae/.
 
         guided: whether requests will use guidance; decides over dp where `parallel` leaves it open. loras: merged into
-        the weights.
+        the weights. quantization: of these.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
         self.attention, self.devices = attention, jax.devices()
         self.configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
         config, num_devices = self.configs["transformer"], len(self.devices)
         self.plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
-        loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
-        self.module: Any = loaded.module
-        merge_loras(loaded.weights, loras, f"checkpoint={checkpoint.name!r}")
+        check_quantization(quantization, self.plan)
+        placed = place_transformer(checkpoint, dtype, self.plan, self.plan.mesh(self.devices), loras, quantization)
+        self.module, self.weights = placed.module, placed.weights
         #: The checkpoint's own, [1, tokens, channels]; None where positions are computed.
-        self.positions = loaded.weights.pop(POSITIONS, None)
-        mesh = self.plan.mesh(self.devices)
-        self.weights = place_weights(loaded.weights, config["attention_head_dim"], self.plan, mesh)
+        self.positions = placed.positions
         self._compiled: dict[Any, Any] = {}
 
     def denoise(

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
 from pipeline.checkpoints.lora import lora_identity
-from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
@@ -49,8 +49,13 @@ class StageContext:
     @property
     def plan(self) -> ParallelPlan:
         """How the denoise stage shares the devices here. Raises RequestError for a plan that does not fit them."""
-        num_heads = _num_heads(self.checkpoint, self.identities["denoise"])
-        return resolve_plan(self.parallel, jax.device_count(), self.request.do_classifier_free_guidance, num_heads)
+        num_heads, guided = (
+            _num_heads(self.checkpoint, self.identities["denoise"]),
+            self.request.do_classifier_free_guidance,
+        )
+        plan = resolve_plan(self.parallel, jax.device_count(), guided, num_heads)
+        check_quantization(self.request.quantization, plan)
+        return plan
 
     def loaded_key(self, stage: Work) -> Hashable:
         """Return what tells a loaded stage from others: contexts with equal keys share it. Raises RequestError."""
@@ -58,7 +63,7 @@ class StageContext:
         key = self.identities["vae" if stage == "encode" else stage], request.dtype
         if stage != "denoise":
             return key
-        return (*key, request.attention, self.plan, lora_identity(request.lora))
+        return (*key, request.attention, self.plan, lora_identity(request.lora), request.quantization)
 
 
 @functools.cache  # a batch asks for every line, and the Hub answers over the network
@@ -128,7 +133,8 @@ class Stages:
         request = context.request
         options: tuple[Any, ...] = ()
         if stage == "denoise":
-            options = request.attention, context.parallel, request.do_classifier_free_guidance, request.lora
+            guided = request.do_classifier_free_guidance
+            options = request.attention, context.parallel, guided, request.lora, request.quantization
 
         def load() -> Any:
             with (context.clock or StageClock(stage)).measure("load"):
