@@ -68,8 +68,9 @@ class DenoiseStep:
         attend = attention_function(self.attention)
 
         def attend_transposed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            # The kernel reads q and v, and writes, transposed: these transposes and its own cancel in the compiler.
-            return attend(q.swapaxes(2, 3), k.swapaxes(2, 3), v.swapaxes(2, 3)).swapaxes(2, 3)
+            # The kernel reads and writes transposed: these transposes and its own cancel in the compiler.
+            q, k, v = (x.swapaxes(2, 3) for x in (q, k, v))
+            return attend(q, k, v, kv_seq_len=self.layout.tokens).swapaxes(2, 3)
 
         share = DeviceShare(self.plan, self.layout)
         own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)

@@ -12,9 +12,10 @@ float32 it differs in the order of sums only.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -37,6 +38,7 @@ _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "sil
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
+_GROUPS = int(__import__("os").environ.get("NG", "2"))
 _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
@@ -174,15 +176,41 @@ class DeviceShare:
         x = lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
         return x if x.shape[1] == num_heads or not self._splits else x[:, :num_heads]
 
-    def quantized_to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Quantized:
-        """Quantize attention's output, and exchange it as `to_rows` does, with half the bytes."""
-        largest = jnp.abs(x.astype(jnp.float32)).max((1, 2))
+    def head_groups(self, num_heads: int) -> int:
+        """Return in how many groups heads are attended to: one is exchanged beside another's attention."""
+        return _GROUPS if self._splits and num_heads % (self.plan.model * _GROUPS) == 0 else 1
+
+    def group_of_heads(self, weights: Weights, group: int, groups: int) -> Weights:
+        """Return the weights of q, k and v for some of every device's heads."""
+        if groups == 1:
+            return weights
+        found = {}
+        for name, value in weights.items():
+            if re.match(r"attn1\.to_[qkv]\.", name):
+                by_device = value.reshape(self.plan.model, groups, -1, *value.shape[1:])
+                value = by_device[:, group].reshape(-1, *value.shape[1:])
+            found[name] = value
+        return found
+
+    def join_groups(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Put heads of groups, each [batch, heads, head_dim, rows], in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        by_device = [x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:]) for x in parts]
+        return jnp.stack(by_device, axis=2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
+
+    def attended_rows(self, parts: Sequence[jax.Array], num_heads: int, quantize: bool) -> jax.Array | Quantized:
+        """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes."""
+        if not quantize:
+            return self.join_groups([self.to_rows(each, num_heads // len(parts)) for each in parts])
+        wide = [x.astype(jnp.float32) for x in parts]
+        largest = functools.reduce(jnp.maximum, (jnp.abs(x).max((1, 2)) for x in wide))
         step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.model > 1 else largest)
-        values = self.to_rows(int8.to_steps(x.astype(jnp.float32), step[:, None, None]), num_heads)
+        values = [self.to_rows(int8.to_steps(x, step[:, None, None]), num_heads // len(parts)) for x in wide]
         if self._splits:
             rows = self.layout.rows_per_shard
             step = lax.dynamic_slice_in_dim(step, lax.axis_index(MODEL) * rows, rows, axis=1)
-        return Quantized(values, step)
+        return Quantized(self.join_groups(values), step)
 
     def quantize_hidden(self, x: Float[Array, "b rows hidden"], weights: Weights, dtype: Any) -> Quantized:
         """Quantize what the feed-forward's activation leaves, in float32; read once more in `dtype`."""
@@ -242,18 +270,20 @@ def block(
     with jax.named_scope("norm1"):
         modulation = linear(conditioning, weights, "norm1.linear")
         h, gate = modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps, quantize)
-    with jax.named_scope("qkv"):
-        q, k, v = (project_heads(h, weights, f"attn1.to_{name}", shape.head_dim, x.dtype) for name in "qkv")
-    with jax.named_scope("qk_norm_rotary"):
-        q = norm_rotary(q, weights, "attn1.norm_q", rotary)
-        k = norm_rotary(k, weights, "attn1.norm_k", rotary)
-    with jax.named_scope("to_heads"):
-        q, k, v = share.to_heads(q), share.to_heads(k), share.to_heads(v)
-    tokens = share.layout.tokens
+    groups, exchanged = share.head_groups(shape.num_heads), []
+    for group in range(groups):
+        of_group = share.group_of_heads(weights, group, groups)
+        with jax.named_scope("qkv"):
+            q, k, v = (project_heads(h, of_group, f"attn1.to_{name}", shape.head_dim, x.dtype) for name in "qkv")
+        with jax.named_scope("qk_norm_rotary"):
+            q = norm_rotary(q, weights, "attn1.norm_q", rotary)
+            k = norm_rotary(k, weights, "attn1.norm_k", rotary)
+        with jax.named_scope("to_heads"):
+            exchanged.append([share.to_heads(each) for each in (q, k, v)])
     with jax.named_scope("attention"):
-        out = attend(q, k[..., :tokens], v[..., :tokens])
+        parts = [attend(*each) for each in exchanged]
     with jax.named_scope("to_rows"):
-        attended = share.quantized_to_rows(out, shape.num_heads) if quantize else share.to_rows(out, shape.num_heads)
+        attended = share.attended_rows(parts, shape.num_heads, quantize)
     with jax.named_scope("attention_out"):
         out = share.reduce(join_heads(attended, weights, "attn1.to_out.0").astype(x.dtype))
         x = x + (gate * (out + weights["attn1.to_out.0.bias"])).astype(x.dtype)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from pipeline.model.layers.int8 import Quantized
-from pipeline.model.layers.norm_kernel import in_xla, modulate_quantize
+from pipeline.model.layers.norm_kernel import modulate_in_xla, modulate_on_tpu
+from pipeline.model.layers.qk_kernel import norm_rotary_on_tpu
 
 QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
 Weights = Mapping[str, jax.Array]
@@ -37,28 +37,32 @@ def modulate(
     def by_row(text: jax.Array, video: jax.Array) -> jax.Array:
         return jnp.where(is_text[:, None], text, video)
 
-    if quantize:
-        norm_weight, norm_bias = (weights[f"{name}.norm.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
-        scales = 1 + jnp.stack([text_scale, scale])
-        shifts = norm_bias * scales + jnp.stack([text_shift, shift])
-        arguments = x, norm_weight * scales, shifts, is_text.sum(dtype=jnp.int32)
-        on_tpu, elsewhere = (functools.partial(function, eps=eps) for function in (modulate_quantize, in_xla))
-        return lax.platform_dependent(*arguments, tpu=on_tpu, default=elsewhere), by_row(text_gate, gate)
-    normed = layer_norm(x, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"], eps)
-    modulated = (normed * (1 + by_row(text_scale, scale)) + by_row(text_shift, shift)).astype(x.dtype)
-    # Computed once, here: XLA would otherwise compute it anew for every tile of the product that reads it; and with
-    # channels last in memory, which the feed-forward's products want, though q, k and v would have it otherwise.
-    modulated = with_layout_constraint(lax.optimization_barrier(modulated), Layout((0, 1, 2)))
+    norm_weight, norm_bias = (weights[f"{name}.norm.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
+    scales = 1 + jnp.stack([text_scale, scale])
+    shifts = norm_bias * scales + jnp.stack([text_shift, shift])
+    arguments = x, norm_weight * scales, shifts, is_text.sum(dtype=jnp.int32)
+    on_tpu, elsewhere = (
+        functools.partial(function, eps=eps, quantize=quantize) for function in (modulate_on_tpu, modulate_in_xla)
+    )
+    modulated = lax.platform_dependent(*arguments, tpu=on_tpu, default=elsewhere)
     return modulated, by_row(text_gate, gate)
 
 
 def norm_rotary(x: jax.Array, weights: Weights, name: str, rotary: Rotary) -> jax.Array:
     """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
+    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
+    on_tpu, elsewhere = (
+        functools.partial(function, eps=QK_NORM_EPS) for function in (norm_rotary_on_tpu, norm_rotary_in_xla)
+    )
+    return lax.platform_dependent(x, weight, bias, rotary, tpu=on_tpu, default=elsewhere)
+
+
+def norm_rotary_in_xla(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary, eps: float) -> jax.Array:
+    """Return what `norm_rotary_on_tpu` does, on any device."""
     normed = x.astype(jnp.float32)
     mean = normed.mean(2, keepdims=True)
     variance = jnp.square(normed - mean).mean(2, keepdims=True)
-    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
-    normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
+    normed = (normed - mean) * lax.rsqrt(variance + eps) * weight[:, None] + bias[:, None]
     if rotary is None:
         return normed.astype(x.dtype)
     cos, sin = rotary

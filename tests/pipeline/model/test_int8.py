@@ -8,7 +8,7 @@ import pytest
 from pipeline.model.layers import int8
 from pipeline.model.layers.int8 import Quantized
 from pipeline.model.layers.linears import join_heads, product, project_heads
-from pipeline.model.layers.norm_kernel import in_xla, modulate_quantize
+from pipeline.model.layers.norm_kernel import modulate_in_xla, modulate_on_tpu
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.weights import BLOCKS, place_weights, stacked_shapes
 
@@ -118,8 +118,8 @@ def test_a_channel_that_is_always_0_is_smoothed_by_1():
 def test_the_norm_kernel_rounds_what_the_norm_gives(num_text, dtype, rng):
     x = jnp.asarray(rng.normal(size=(2, 43, 384)), dtype)
     scale, shift = (jnp.asarray(rng.normal(size=(2, 384)), jnp.float32) for _ in range(2))
-    actual = modulate_quantize(x, scale, shift, jnp.int32(num_text), 1e-5, interpret=True)
-    expected = in_xla(x, scale, shift, jnp.int32(num_text), 1e-5)
+    actual = modulate_on_tpu(x, scale, shift, jnp.int32(num_text), 1e-5, True, interpret=True)
+    expected = modulate_in_xla(x, scale, shift, jnp.int32(num_text), 1e-5, True)
     np.testing.assert_allclose(actual.scale, expected.scale, rtol=2e-2 if dtype == "bfloat16" else 1e-5)
     difference = np.abs(actual.values.astype(np.int32) - expected.values.astype(np.int32))
     assert difference.max() <= 1 and difference.mean() < 0.01
