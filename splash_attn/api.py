@@ -62,6 +62,7 @@ def attention(
     qk_dtype: QkDtype | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
+    kv_seq_len: int | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """`softmax(scale * q k^T) v`, exact at any length: padding never takes part in the softmax.
 
@@ -86,6 +87,7 @@ def attention(
         (plain JAX in bounded memory). None means "pallas_tpu" on a TPU and "xla" elsewhere; the choice is logged. The
         device is that of the mesh in context, that to which the arrays are committed, or JAX's default.
       interpret: the same as implementation="pallas_interpret".
+      kv_seq_len: how many of the keys and values count; those behind may hold anything. None: all.
 
     Returns:
       The attention output in q's dtype.
@@ -99,6 +101,10 @@ def attention(
     if not isinstance(k_smooth, bool | np.bool):
         raise ValueError(f"k_smooth={k_smooth!r}: expected True or False, known when tracing.")
     shape = check_shapes(q, k, v)
+    if kv_seq_len is not None:
+        if type(kv_seq_len) is not int or not 0 < kv_seq_len <= shape.kv_seq_len:
+            raise ValueError(f"{kv_seq_len=}: expected 1 to {shape.kv_seq_len}, the keys that there are.")
+        shape = dataclasses.replace(shape, kv_seq_len=kv_seq_len)
     scale = shape.head_dim**-0.5 if scale is None else as_number(scale)
     resolution = resolve(
         shape,
@@ -124,6 +130,7 @@ def attention(
             resolution=resolution,
             asked=interpret or implementation is not None,
             score_bytes=_XLA_SCORE_BYTES,
+            kv_seq_len=shape.kv_seq_len,
         )
 
 
@@ -201,7 +208,11 @@ def _device_kind(*arrays: jax.Array | np.ndarray) -> str:
     return jax.devices(default)[0].device_kind
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "k_smooth", "resolution", "asked", "score_bytes"), inline=True)
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "k_smooth", "resolution", "asked", "score_bytes", "kv_seq_len"),
+    inline=True,
+)
 def _run(
     q: jax.Array,
     k: jax.Array,
@@ -212,8 +223,10 @@ def _run(
     resolution: Resolution,
     asked: bool,
     score_bytes: int,
+    kv_seq_len: int,
 ) -> jax.Array:
     if resolution.implementation == "xla":
+        k, v = k[:, :, :kv_seq_len], v[:, :, :kv_seq_len]
         out = attention_xla(q, k, v, scale=scale, k_smooth=k_smooth, score_bytes=score_bytes)
         return out if asked else chosen_off_tpu(out)
     assert resolution.block_sizes is not None and resolution.variant is not None
@@ -226,4 +239,5 @@ def _run(
         block_sizes=resolution.block_sizes,
         variant=resolution.variant,
         interpret=resolution.implementation == "pallas_interpret",
+        kv_seq_len=kv_seq_len,
     )

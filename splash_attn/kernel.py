@@ -51,9 +51,12 @@ def vmem_bytes_estimate(shape: AttentionShape, block_sizes: BlockSizes, variant:
     sublanes_dim = -(-shape.head_dim // SUBLANES) * SUBLANES
     lanes_dim = -(-shape.head_dim // LANES) * LANES
     q_and_out = 2 * 2 * sublanes_dim * block_sizes.block_q * itemsize
-    k_and_v = 2 * (lanes_dim + sublanes_dim) * block_sizes.block_kv * itemsize
+    int8 = variant.qk_dtype == "int8"
+    k_and_v = 2 * ((lanes_dim if int8 else sublanes_dim) + sublanes_dim) * block_sizes.block_kv * itemsize
     scratch = (sublanes_dim + 2 * SUBLANES + tiles.row_scratch_rows(variant) + SUBLANES) * 4 * block_sizes.block_q
     scratch += itemsize * math.prod(tiles.side_scratch_shape(sublanes_dim, block_sizes, variant))
+    keys, key_lanes = tiles.key_scratch_shape(shape.head_dim, block_sizes, variant)
+    scratch += itemsize * keys * -(-key_lanes // LANES) * LANES
     scratch += 4 * math.prod(tiles.score_scratch_shape(block_sizes, variant))
     return q_and_out + k_and_v + scratch
 
@@ -84,7 +87,7 @@ def _kernel_body(
     head_ids_ref,  # [heads] in SMEM: which head each grid row works on
     v_scale_ref,  # [heads] in SMEM: see `splash_attention_kernel`
     q_ref,  # [head_dim, block_q]
-    k_ref,  # [block_kv, head_dim]
+    k_ref,  # [head_dim, block_kv]; int8: [block_kv, head_dim]
     v_ref,  # [head_dim, block_kv]
     per_query_ref,  # [1, block_q]: see `splash_attention_kernel`
     *refs,  # the output of an earlier call that this one continues, if there is one; the output; the scratch
@@ -95,7 +98,7 @@ def _kernel_body(
 ):
     # row_scratch_ref holds what the softmax needs for each query, 8 rows of it: the sum by sublane ("fixed_bound"), the
     # scale of the scores (int8), or the running maximum and then the scale of the scores ("online").
-    o_ref, side_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref = refs[-5:]
+    o_ref, side_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref, key_scratch_ref = refs[-6:]
     bq, bkv, bkv_compute = block_sizes.block_q, block_sizes.block_kv, block_sizes.block_kv_compute
     head_dim = q_ref.shape[0]
     kv_block = pl.program_id(2)
@@ -117,15 +120,21 @@ def _kernel_body(
             first_row = lax.broadcasted_iota(jnp.int32, (SHIFT_ROWS, bq), 0) == 0
             side_scratch_ref[...] = jnp.where(first_row, -per_query_ref[...], 0).astype(side_scratch_ref.dtype)
 
+    if not int8:  # here, since in HBM keys with head_dim last would fill half of each register's lanes
+        for start in range(0, bkv, LANES):
+            keys = k_ref[:, start : start + LANES].swapaxes(0, 1)
+            if tiles.shifted(variant):
+                keys = jnp.concatenate([keys, jnp.ones((LANES, SHIFT_ROWS), keys.dtype)], axis=1)
+            key_scratch_ref[start : start + LANES] = keys
+
     def score_slot(tile: Tile):
         keys, queries = tile.shape
         return s_scratch_ref.at[tile.index % s_scratch_ref.shape[0], :keys, :queries]
 
     def scores(tile: Tile) -> jax.Array:
         """K Q^T of one tile, [keys, queries], as base-2 exponents ("online" scales it later); masked past the end."""
-        k, q = k_ref[tile.keys, :], (o_ref if online else q_ref)[:, tile.queries]
+        k, q = (k_ref if int8 else key_scratch_ref)[tile.keys, :], (o_ref if online else q_ref)[:, tile.queries]
         if tiles.shifted(variant):
-            k = jnp.concatenate([k, jnp.ones((k.shape[0], SHIFT_ROWS), k.dtype)], axis=1)
             q = jnp.concatenate([q, side_scratch_ref[:, tile.queries]], axis=0)
         s = lax.dot_general(k, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if int8 else jnp.float32)
         if int8:
@@ -225,7 +234,7 @@ def _kernel_body(
 
 def splash_attention_kernel(
     q: Float[Array, "heads head_dim q_seq"] | Int[Array, "heads head_dim q_seq"],
-    k: Float[Array, "heads kv_seq head_dim"] | Int[Array, "heads kv_seq head_dim"],
+    k: Float[Array, "heads head_dim kv_seq"] | Int[Array, "heads kv_seq head_dim"],
     v: Float[Array, "heads head_dim kv_seq"],
     *,
     block_sizes: BlockSizes,
@@ -236,13 +245,14 @@ def splash_attention_kernel(
     head_ids: Int[Array, " heads"] | None = None,
     num_heads: Int[Array, ""] | int | None = None,
     out: Float[Array, "heads head_dim q_seq"] | None = None,
+    kv_seq_len: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "heads head_dim q_seq"]:
     """One kernel call.
 
     Args:
       q: queries, transposed: head_dim on sublanes and the sequence on lanes, as the score tiles need them.
-      k: keys; v: values, transposed. Lengths need not divide by the block sizes.
+      k: keys, transposed, too; in int8 not. v: values, transposed. Lengths need not divide by the block sizes.
       exponent_scale: q . k times this is a base-2 exponent: the attention's scale * log2(e).
       per_query: float32. "fixed_bound": what is subtracted from q . k, rounded to bfloat16 here; none of it where left
         out. With int8 q and k: what q . k is multiplied with, instead of exponent_scale. "online": not used.
@@ -251,6 +261,7 @@ def splash_attention_kernel(
       head_ids, num_heads: compute only the heads head_ids[:num_heads]. Both may be traced, so that the choice can be
         made on the device. Default: every head.
       out: where to leave the heads that are not computed (donated). Default: they are undefined.
+      kv_seq_len: how many of the keys count; those behind may hold anything. Default: all.
 
     Returns:
       O^T, in v's dtype.
@@ -259,7 +270,7 @@ def splash_attention_kernel(
       ValueError: int8 without per_query, or operands that are not what the variant says.
     """
     heads, head_dim, q_seq_len = q.shape
-    kv_seq_len = k.shape[1]
+    kv_seq_len = v.shape[2] if kv_seq_len is None else kv_seq_len
     int8 = variant.qk_dtype == "int8"
     if int8 != (q.dtype == jnp.int8) or int8 != (k.dtype == jnp.int8):
         raise ValueError(f"{q.dtype=} {k.dtype=}: expected {variant.qk_dtype}, as the variant says.")
@@ -272,10 +283,11 @@ def splash_attention_kernel(
     if v_scale is None:
         v_scale = jnp.ones(heads, jnp.float32)
     bq, bkv = block_sizes.block_q, block_sizes.block_kv
+    keys = pl.BlockSpec((None, head_dim, bkv), lambda i, h, j, ids, _: (ids[h], 0, j))
     in_specs = [
         pl.BlockSpec((None, head_dim, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
-        pl.BlockSpec((None, bkv, head_dim), lambda i, h, j, ids, _: (ids[h], j, 0)),
-        pl.BlockSpec((None, head_dim, bkv), lambda i, h, j, ids, _: (ids[h], 0, j)),
+        pl.BlockSpec((None, bkv, head_dim), lambda i, h, j, ids, _: (ids[h], j, 0)) if int8 else keys,
+        keys,
         pl.BlockSpec((None, 1, bq), lambda i, h, j, ids, _: (ids[h], 0, i)),
     ]
     operands = [head_ids, v_scale, q, k, v, per_query[:, None]]
@@ -309,6 +321,7 @@ def splash_attention_kernel(
                 pltpu.VMEM((tiles.row_scratch_rows(variant), bq), jnp.float32),
                 pltpu.VMEM((head_dim + (SUBLANES if online or int8 else 0), bq), jnp.float32),
                 pltpu.VMEM(tiles.score_scratch_shape(block_sizes, variant), jnp.float32),
+                pltpu.VMEM(tiles.key_scratch_shape(head_dim, block_sizes, variant), v.dtype),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((heads, head_dim, operands[2].shape[2]), v.dtype),

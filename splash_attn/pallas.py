@@ -41,10 +41,10 @@ def _to_bfloat16(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.bfloat16 else saturate(x.astype(jnp.float32), jnp.bfloat16)
 
 
-def _half_centred(k: jax.Array) -> jax.Array:
-    """Half of k less its mean over the sequence, in float32: the whole might not fit."""
+def _half_centred(k: jax.Array, kv_seq_len: int) -> jax.Array:
+    """Half of k less its mean over the sequence, the last axis, in float32: the whole might not fit."""
     half = k.astype(jnp.float32) * 0.5
-    return half - (half * (1 / k.shape[-2])).sum(axis=-2, keepdims=True)
+    return half - (half * (1 / kv_seq_len)).sum(axis=-1, keepdims=True)
 
 
 def _attention(
@@ -57,19 +57,27 @@ def _attention(
     block_sizes: BlockSizes,
     variant: Variant,
     interpret: bool,
+    kv_seq_len: int,
 ) -> jax.Array:
-    batch_size, num_heads, q_seq_len, head_dim = q.shape
-    kv_seq_len = k.shape[2]
+    batch_size, num_heads, _, head_dim = q.shape
     # Keys in bfloat16 are used as they are: subtracting their mean would round them again, for nothing.
     smooth_keys = k_smooth and k.dtype != jnp.bfloat16
     exponent_scale = max(-(2.0**126), min(2.0**126, scale * LOG2_E * (2 if smooth_keys else 1)))
-    ks = _to_bfloat16(_half_centred(k) if smooth_keys else k).reshape(-1, kv_seq_len, head_dim)
-    qs = _to_bfloat16(q).reshape(-1, q_seq_len, head_dim).swapaxes(1, 2)
-    vs = _to_bfloat16(v).reshape(-1, kv_seq_len, head_dim).swapaxes(1, 2)
-    largest_v = jnp.abs(vs).max((1, 2)).astype(jnp.float32)
+    # head_dim on sublanes and the sequence on lanes: no register is half empty.
+    qs, kt, vs = (x.reshape(-1, *x.shape[2:]).swapaxes(1, 2) for x in (q, k, v))
+
+    def counted(x: jax.Array) -> jax.Array:
+        """Return zeros for the keys that do not count."""
+        return x if x.shape[2] == kv_seq_len else jnp.where(jnp.arange(x.shape[2]) < kv_seq_len, x, 0)
+
+    ks = _to_bfloat16(_half_centred(counted(kt), kv_seq_len) if smooth_keys else kt)
+    qs, vs = _to_bfloat16(qs), _to_bfloat16(vs)
+    largest_v = jnp.abs(counted(vs)).max((1, 2)).astype(jnp.float32)
     v_scale = gates.power_of_two_scale(largest_v, log2_target=60)
     heads = batch_size * num_heads
-    call = functools.partial(splash_attention_kernel, block_sizes=block_sizes, interpret=interpret)
+    call = functools.partial(
+        splash_attention_kernel, block_sizes=block_sizes, interpret=interpret, kv_seq_len=kv_seq_len
+    )
     in_bfloat16 = functools.partial(call, qs, ks, vs, exponent_scale=exponent_scale)
 
     def restore(out: jax.Array) -> jax.Array:
@@ -85,22 +93,24 @@ def _attention(
     common: dict[str, Any] = {"exponent_scale": exponent_scale, "kv_seq_len": kv_seq_len}
     log2_max_v = jnp.log2(largest_v)
     k32 = ks.astype(jnp.float32)
-    centre = k32.mean(axis=1, keepdims=True) if k_smooth else jnp.zeros((heads, 1, head_dim), jnp.float32)
+    centre = jnp.zeros((heads, head_dim, 1), jnp.float32)
+    if k_smooth:
+        centre = counted(k32).sum(axis=2, keepdims=True) / kv_seq_len
     exact = gates.fixed_bound_exact(
         gates.max_length(qs),
-        gates.max_length((k32 - centre).swapaxes(1, 2)),  # head_dim last, XLA may write k32 - centre out, slowly
-        gates.max_length(centre.swapaxes(1, 2)),
+        gates.max_length(counted(k32 - centre)),
+        gates.max_length(centre),
         log2_max_v,
         centred=k_smooth,
         **common,
     )
-    shift = (qs.astype(jnp.float32) * centre.swapaxes(1, 2)).sum(axis=1)
+    shift = (qs.astype(jnp.float32) * centre).sum(axis=1)
     # Each head goes to the first that may have it; a kernel leaves the heads of the others alone.
     ways: list[tuple[jax.Array, Callable[..., jax.Array]]] = [
         (exact, functools.partial(in_bfloat16, per_query=shift, variant=fixed))
     ]
     if variant.qk_dtype == "int8":
-        quantized = quantize_qk(qs, ks, exponent_scale)
+        quantized = quantize_qk(qs, ks[..., :kv_seq_len].swapaxes(1, 2), exponent_scale)
         accurate = gates.int8_accurate(
             quantized.q_length,
             quantized.k_length,

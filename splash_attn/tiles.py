@@ -70,6 +70,13 @@ def side_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant)
     return SHIFT_ROWS, block_sizes.block_q if shifted(variant) else LANES
 
 
+def key_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
+    """Return a block of keys, with the ones beside them that meet a shift; one idle tile with int8."""
+    if variant.qk_dtype == "int8":
+        return SHIFT_ROWS, LANES
+    return block_sizes.block_kv, head_dim + (SHIFT_ROWS if shifted(variant) else 0)
+
+
 def score_scratch_shape(block_sizes: BlockSizes, variant: Variant) -> tuple[int, int, int]:
     """Tiles in flight, of which "online" keeps the scores in VMEM; one idle tile otherwise."""
     if variant.softmax != "online":

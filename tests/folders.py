@@ -29,6 +29,7 @@ FOLDERS = (
     "tuning.selfcheck",
     "tuning",
     "pipeline.requests",
+    "pipeline.model.layers",
     "pipeline.model",
     "pipeline.checkpoints",
     "pipeline.stages",

@@ -3,7 +3,8 @@
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from pipeline.checkpoints.loading import Checkpoint, build_module, check_names, weight_shapes, with_defaults
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
+from pipeline.checkpoints.quantized import check_quantized, is_quantized
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
@@ -20,7 +22,7 @@ from pipeline.requests.errors import CheckpointError, PipelineError, RequestErro
 from pipeline.requests.limits import MAX_FRAMES
 from pipeline.requests.media import read_latents
 from pipeline.requests.models import MODELS
-from pipeline.requests.request import GenerateRequest, require_multiple
+from pipeline.requests.request import GenerateRequest, LoraFile, require_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,11 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
     except CheckpointError as error:
         raise checkpoint.error(str(error)) from error
     if checkpoint.transformer is not None:
-        check_names(checkpoint, "transformer", weight_shapes(modules["transformer"]))
+        shapes = weight_shapes(modules["transformer"])
+        if is_quantized(checkpoint.transformer):
+            check_quantized(checkpoint.transformer, shapes)
+        else:
+            check_names(checkpoint, "transformer", shapes)
     return configs
 
 
@@ -117,11 +123,26 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
         raise CheckpointError(f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode")
     if request.latents is not None:
         read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
-    if request.lora:
-        module = build_module("transformer", transformer, torch.float32)
-        check_loras(request.lora, weight_shapes(module), f"checkpoint={request.checkpoint!r}")
+    check_transformer(request.transformer, request.quantization, request.lora, transformer, request.checkpoint)
     _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
     _warn_of_size(request.checkpoint, request.width, request.height, request.num_frames)
+
+
+def check_transformer(
+    path: str | None, quantization: str | None, loras: Sequence[LoraFile], config: Mapping[str, Any], checkpoint: str
+) -> None:
+    """Raise RequestError or CheckpointError for LoRAs, or a file of weights, that cannot be used so."""
+    if path is not None and is_quantized(Path(path).expanduser()):
+        if quantization is None:
+            raise RequestError(f"transformer={path!r}: its weights are int8; expected quantization=int8, too")
+        if loras:
+            raise RequestError(
+                f"transformer={path!r} and lora={loras[0].path!r}: nothing is merged into int8 weights; expected the "
+                "LoRA to be merged when they are made, python -m pipeline.quantize lora=..."
+            )
+    if loras:
+        module = build_module("transformer", config, torch.float32)
+        check_loras(loras, weight_shapes(module), f"checkpoint={checkpoint!r}")
 
 
 def _check_source(request: GenerateRequest, shape: TransformerShape) -> None:

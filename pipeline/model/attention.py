@@ -16,18 +16,18 @@ from splash_attn import tuned
 from splash_attn.api import Resolution, resolve
 from splash_attn.types import AttentionShape
 
-#: q, k, v, each [batch, heads, sequence, head_dim], to the output.
-AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+#: q, k, v, each [batch, heads, sequence, head_dim], and kv_seq_len where not all keys count, to the output.
+AttentionFunction = Callable[..., jax.Array]
 
 
 def attention_function(options: AttentionOptions) -> AttentionFunction:
     """Return `splash_attn.attention` with these options. It raises RequestError for options that fit no such call."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv_seq_len: int | None = None) -> jax.Array:
         try:
-            shape = AttentionShape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+            shape = AttentionShape(q.shape[0], q.shape[1], q.shape[2], kv_seq_len or k.shape[2], q.shape[3])
             resolve_attention(options, shape, q.dtype.name)
-            return splash_attn.attention(q, k, v, **vars(options))
+            return splash_attn.attention(q, k, v, kv_seq_len=kv_seq_len, **vars(options))
         except RequestError:
             raise
         except (ValueError, NotImplementedError) as error:  # e.g. implementation=pallas_tpu where there is no TPU

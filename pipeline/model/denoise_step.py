@@ -115,8 +115,9 @@ class DenoiseStep:
         attend = attention_function(self.attention)
 
         def attend_transposed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            # The kernel reads q and v, and writes, transposed: these transposes and its own cancel in the compiler.
-            return attend(q.swapaxes(2, 3), k.swapaxes(2, 3), v.swapaxes(2, 3)).swapaxes(2, 3)
+            # The kernel reads and writes transposed: these transposes and its own cancel in the compiler.
+            q, k, v = (x.swapaxes(2, 3) for x in (q, k, v))
+            return attend(q, k, v, kv_seq_len=self.layout.tokens).swapaxes(2, 3)
 
         share = DeviceShare(self.plan, self.layout)
         own_block = functools.partial(block, shape=self.shape, share=share, attend=attend_transposed)
@@ -241,7 +242,7 @@ class DenoiseStep:
                 return lax.scan(layer, x, blocks)[0]
 
             def indexed(x: jax.Array, index: jax.Array) -> Any:  # a slice of the weights would be a copy of them
-                return layer(x, {name: lax.dynamic_index_in_dim(w, index, 0, False) for name, w in blocks.items()})
+                return layer(x, jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, 0, False), blocks))
 
             return lax.scan(indexed, x, jnp.arange(start, stop))[0]
 

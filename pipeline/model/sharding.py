@@ -40,10 +40,11 @@ SEED_RULES: Rules = {
     r".*\.ff\.net\.2\.weight$": (MODEL, None),
 }
 MEGATRON_RULES: Rules = {
-    r".*\.to_[qkv]\.(weight|bias)$": (MODEL,),
+    r".*\.to_[qkv]\.(weight|bias|weight_scale)$": (MODEL,),
     r".*\.to_out\.0\.weight$": (None, MODEL),
-    r".*\.ff\.net\.0\.proj\.(weight|bias)$": (MODEL,),
+    r".*\.ff\.net\.0\.proj\.(weight|bias|weight_scale)$": (MODEL,),
     r".*\.ff\.net\.2\.weight$": (None, MODEL),
+    r".*\.ff\.net\.2\.smoothing$": (MODEL,),
 }
 #: Weights at rest: every matrix of the blocks by its rows.
 SHARDED_RULES: Rules = {r"transformer_blocks\..*(linear|to_[qkv]|to_out\.0|proj|ff\.net\.2)\.weight$": (MODEL,)}
@@ -131,6 +132,15 @@ def resolve_plan(parallel: ParallelOptions, num_devices: int, guided: bool, num_
             f"expected {dp} x one of {divisors}"
         )
     return plan
+
+
+def check_quantization(quantization: str | None, plan: ParallelPlan) -> None:
+    """Raise RequestError for a plan that cannot take quantized weights."""
+    if quantization is not None and plan.uses_stock_block:
+        raise RequestError(
+            f"quantization={quantization} and parallel={plan.plan}: its block is diffusers' own, in dtype only; "
+            "expected parallel=ulysses, ulysses_sharded or megatron"
+        )
 
 
 def _heads_fit(plan: ParallelPlan, num_heads: int) -> bool:

@@ -12,35 +12,36 @@ float32 it differs in the order of sums only.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pipeline.model.latents import TokenLayout
+from pipeline.model.layers import int8
+from pipeline.model.layers.int8 import Quantized
+from pipeline.model.layers.linears import Weights, join_heads, linear, product, project_heads
+from pipeline.model.layers.norms import Rotary, layer_norm, modulate, norm_rotary
 from pipeline.model.sharding import MODEL, ParallelPlan
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
 
-QK_NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXBlock
-Weights = Mapping[str, jax.Array]
 #: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 #: (x, a scan's step over layers, the stacked weights of the blocks) -> x after the blocks.
 RunBlocks = Callable[[jax.Array, Callable[..., Any], Weights], jax.Array]
-#: Cosines and sines, float32 [head_dim / 2, rows] each, 1 and 0 where the row is no video token; None without rotation.
-Rotary = tuple[jax.Array, jax.Array] | None
 
 _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "norm_elementwise_affine": True}
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
+_GROUPS = int(__import__("os").environ.get("NG", "2"))
 _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
@@ -151,6 +152,50 @@ class DeviceShare:
         x = lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
         return x if x.shape[1] == num_heads or not self._splits else x[:, :num_heads]
 
+    def head_groups(self, num_heads: int) -> int:
+        """Return in how many groups heads are attended to: one is exchanged beside another's attention."""
+        return _GROUPS if self._splits and num_heads % (self.plan.model * _GROUPS) == 0 else 1
+
+    def group_of_heads(self, weights: Weights, group: int, groups: int) -> Weights:
+        """Return the weights of q, k and v for some of every device's heads."""
+        if groups == 1:
+            return weights
+        found = {}
+        for name, value in weights.items():
+            if re.match(r"attn1\.to_[qkv]\.", name):
+                by_device = value.reshape(self.plan.model, groups, -1, *value.shape[1:])
+                value = by_device[:, group].reshape(-1, *value.shape[1:])
+            found[name] = value
+        return found
+
+    def join_groups(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """Put heads of groups, each [batch, heads, head_dim, rows], in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        by_device = [x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:]) for x in parts]
+        return jnp.stack(by_device, axis=2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
+
+    def attended_rows(self, parts: Sequence[jax.Array], num_heads: int, quantize: bool) -> jax.Array | Quantized:
+        """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes."""
+        if not quantize:
+            return self.join_groups([self.to_rows(each, num_heads // len(parts)) for each in parts])
+        wide = [x.astype(jnp.float32) for x in parts]
+        largest = functools.reduce(jnp.maximum, (jnp.abs(x).max((1, 2)) for x in wide))
+        step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.model > 1 else largest)
+        values = [self.to_rows(int8.to_steps(x, step[:, None, None]), num_heads // len(parts)) for x in wide]
+        if self._splits:
+            rows = self.layout.rows_per_shard
+            step = lax.dynamic_slice_in_dim(step, lax.axis_index(MODEL) * rows, rows, axis=1)
+        return Quantized(self.join_groups(values), step)
+
+    def quantize_hidden(self, x: Float[Array, "b rows hidden"], weights: Weights, dtype: Any) -> Quantized:
+        """Quantize what the feed-forward's activation leaves, in float32; read once more in `dtype`."""
+        x = x * weights[f"ff.net.2.{int8.SMOOTHING}"]
+        largest = jnp.abs(x).max(-1)
+        step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.sums_partial_products else largest)
+        rounded, step = lax.optimization_barrier((x.astype(dtype), step))
+        return Quantized(lax.optimization_barrier(int8.to_steps(rounded.astype(jnp.float32), step[..., None])), step)
+
     @jax.named_scope("all_reduce")
     def reduce(self, x: jax.Array) -> jax.Array:
         """Sum over devices that each hold a part of a contraction."""
@@ -169,20 +214,6 @@ class DeviceShare:
     @property
     def _splits(self) -> bool:
         return self.plan.sequence_shards > 1
-
-
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Normalize over the last axis in float32, whatever the dtypes. Returns float32."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    return (x - mean) * lax.rsqrt(variance + eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
-
-
-def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
-    """Return x @ weight^T + bias, where there is one, in x's dtype. x: [..., in]."""
-    out, bias = jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]), weights.get(f"{name}.bias")
-    return out if bias is None else out + bias
 
 
 def scalar_embedding(
@@ -208,43 +239,6 @@ def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.
     return embedding + scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, ofs, dtype)
 
 
-def _modulate(x: jax.Array, weights: Weights, name: str, modulation: jax.Array, is_text: jax.Array, eps: float) -> Any:
-    """Normalize, shift and scale by kind of row. Returns that in x's dtype, and the gate, float32 [rows, channels]."""
-    shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation.astype(jnp.float32), 6)
-
-    def by_row(text: jax.Array, video: jax.Array) -> jax.Array:
-        return jnp.where(is_text[:, None], text, video)
-
-    normed = layer_norm(x, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"], eps)
-    modulated = normed * (1 + by_row(text_scale, scale)) + by_row(text_shift, shift)
-    # Computed once, here: XLA would otherwise compute it anew for every tile of the product that reads it; and with
-    # channels last in memory, which the feed-forward's products want, though q, k and v would have it otherwise.
-    modulated = with_layout_constraint(lax.optimization_barrier(modulated.astype(x.dtype)), Layout((0, 1, 2)))
-    return modulated, by_row(text_gate, gate)
-
-
-def _heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
-    """Project [batch, rows, channels] to [batch, heads, head_dim, rows], the bias added, in x's dtype."""
-    weight = weights[f"{name}.weight"]
-    out = jnp.einsum("bsc,hdc->bhds", x, weight.reshape(-1, head_dim, weight.shape[1]))
-    bias = weights.get(f"{name}.bias")
-    return out if bias is None else out + bias.reshape(-1, head_dim)[:, :, None]
-
-
-def _norm_rotary(x: jax.Array, weights: Weights, name: str, rotary: Rotary) -> jax.Array:
-    """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
-    normed = x.astype(jnp.float32)
-    mean = normed.mean(2, keepdims=True)
-    variance = jnp.square(normed - mean).mean(2, keepdims=True)
-    weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32)[:, None] for part in ("weight", "bias"))
-    normed = (normed - mean) * lax.rsqrt(variance + QK_NORM_EPS) * weight + bias
-    if rotary is None:
-        return normed.astype(x.dtype)
-    cos, sin = rotary
-    even, odd = jnp.split(normed, 2, axis=2)
-    return jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=2).astype(x.dtype)
-
-
 def block(
     x: Float[Array, "batch rows channels"],
     weights: Weights,
@@ -258,33 +252,39 @@ def block(
 ) -> Float[Array, "batch rows channels"]:
     """Apply one CogVideoXBlock to this device's rows (or heads)."""
     weights = share.whole_weights(weights)
-    conditioning = jax.nn.silu(temb)
+    conditioning, quantize = jax.nn.silu(temb), f"ff.net.2.{int8.SCALE}" in weights
     with jax.named_scope("norm1"):
         modulation = linear(conditioning, weights, "norm1.linear")
-        h, gate = _modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps)
-    with jax.named_scope("qkv"):
-        q, k, v = (_heads(h, weights, f"attn1.to_{name}", shape.head_dim) for name in "qkv")
-    with jax.named_scope("qk_norm_rotary"):
-        q = _norm_rotary(q, weights, "attn1.norm_q", rotary)
-        k = _norm_rotary(k, weights, "attn1.norm_k", rotary)
-    with jax.named_scope("to_heads"):
-        q, k, v = share.to_heads(q), share.to_heads(k), share.to_heads(v)
-    tokens = share.layout.tokens
+        h, gate = modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps, quantize)
+    groups, exchanged = share.head_groups(shape.num_heads), []
+    for group in range(groups):
+        of_group = share.group_of_heads(weights, group, groups)
+        with jax.named_scope("qkv"):
+            q, k, v = (project_heads(h, of_group, f"attn1.to_{name}", shape.head_dim, x.dtype) for name in "qkv")
+        with jax.named_scope("qk_norm_rotary"):
+            q = norm_rotary(q, weights, "attn1.norm_q", rotary)
+            k = norm_rotary(k, weights, "attn1.norm_k", rotary)
+        with jax.named_scope("to_heads"):
+            exchanged.append([share.to_heads(each) for each in (q, k, v)])
     with jax.named_scope("attention"):
-        out = attend(q, k[..., :tokens], v[..., :tokens])
+        parts = [attend(*each) for each in exchanged]
     with jax.named_scope("to_rows"):
-        out = share.to_rows(out, shape.num_heads)
+        attended = share.attended_rows(parts, shape.num_heads, quantize)
     with jax.named_scope("attention_out"):
-        weight = weights["attn1.to_out.0.weight"]
-        out = share.reduce(jnp.einsum("bhds,chd->bsc", out, weight.reshape(weight.shape[0], -1, shape.head_dim)))
+        out = share.reduce(join_heads(attended, weights, "attn1.to_out.0").astype(x.dtype))
         x = x + (gate * (out + weights["attn1.to_out.0.bias"])).astype(x.dtype)
     with jax.named_scope("norm2"):
         modulation = linear(conditioning, weights, "norm2.linear")
-        h, gate = _modulate(x, weights, "norm2", modulation, is_text, shape.norm_eps)
+        h, gate = modulate(x, weights, "norm2", modulation, is_text, shape.norm_eps, quantize)
     with jax.named_scope("feed_forward"):
-        h = linear(h, weights, "ff.net.0.proj")
-        h = lax.optimization_barrier(jax.nn.gelu(h.astype(jnp.float32), approximate=True).astype(x.dtype))
-        out = share.reduce(jnp.einsum("...i,oi->...o", h, weights["ff.net.2.weight"]))
+        hidden = product(h, weights, "ff.net.0.proj") + weights["ff.net.0.proj.bias"]
+        hidden = jax.nn.gelu(hidden.astype(jnp.float32), approximate=True)
+        h = (
+            share.quantize_hidden(hidden, weights, x.dtype)
+            if quantize
+            else lax.optimization_barrier(hidden.astype(x.dtype))
+        )
+        out = share.reduce(product(h, weights, "ff.net.2").astype(x.dtype))
         return x + (gate * (out + weights["ff.net.2.bias"])).astype(x.dtype)
 
 

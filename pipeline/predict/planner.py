@@ -10,7 +10,7 @@ from typing import Any
 
 from offline_tpu import check_versions, worker_environment
 from offline_tpu.compile import parse_topology
-from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
@@ -68,7 +68,9 @@ class Predictor:
 
         def plan_of(choice: ParallelOptions) -> ParallelPlan:
             choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            return resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
+            plan = resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
+            check_quantization(self.request.quantization, plan)
+            return plan
 
         plans = [plan_of(_AUTO[0] if parallel.plan == "auto" else parallel)]
         if parallel.plan == "auto":

@@ -137,6 +137,8 @@ def print_report(report: PredictionRecord) -> None:
     shown = ((name, v if isinstance(v, str) else f"{v:.3f} s a step") for name, v in report.other_plans.items())
     others = "".join(f"; {name}: {value}" for name, value in shown)
     print(f"  plan {_plan(report)}" + others)
+    if quantization := report.request.get("quantization"):
+        print(f"  quantization {quantization}: the linears of the transformer's blocks")
     if report.compiler_options:
         print(f"  compiler options {options_text(report.compiler_options)}")
     for stage, result in report.stages.items():
@@ -227,6 +229,8 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     for report in reports:
         video = report.video
         case = f"{Path(video.checkpoint).name}, {video.size}, {video.num_inference_steps} steps on {report.topology}"
+        quantization = report.request.get("quantization")
+        case += f", quantization={quantization}" if quantization else ""
         case += f", {options_text(report.compiler_options)}" if report.compiler_options else ""
         key = (case, str(_plan(report)))
         newest[key] = _joined(newest[key], report) if key in newest else report

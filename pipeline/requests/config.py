@@ -74,6 +74,7 @@ class GenerateConfig:
     context_overlap: int = 16
     quality: str = "exact"
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    quantization: str | None = None
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

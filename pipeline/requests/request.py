@@ -24,6 +24,7 @@ Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["checkpoint", "ddim", "dpm"]
+Quantization = Literal["none", "int8"]
 _OF_MODEL: Any = None  # filled in by __post_init__
 
 
@@ -142,6 +143,7 @@ class GenerateRequest:
     context_overlap: int = 16
     quality: Quality = "exact"
     cache: CacheOptions = dataclasses.field(default_factory=CacheOptions)
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name, value in fill_in_defaults(vars(self)).items():
@@ -167,6 +169,8 @@ class GenerateRequest:
         require_choice("dtype", self.dtype, Dtype)
         require_choice("scheduler", self.scheduler, Scheduler)
         require_choice("quality", self.quality, Quality)
+        if self.quantization is not None:
+            require_choice("quantization", self.quantization, Quantization)
         self._check_inputs()
 
     def _check_inputs(self) -> None:

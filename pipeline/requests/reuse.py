@@ -151,6 +151,6 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "exact": Preset(),
-    "fast": Preset(int8=True, teacache=0.2, magcache=0.06),
-    "fastest": Preset(int8=True, teacache=0.3, magcache=0.12, unconditional_every=2),
+    "fast": Preset(int8=True, teacache=0.2, magcache=0.12),
+    "fastest": Preset(int8=True, teacache=0.3, magcache=0.24, unconditional_every=2),
 }

@@ -18,6 +18,7 @@ _LATER = {
     **{"image": None, "noise_aug_strength": 0.0, "video": None, "strength": 0.8},
     **{"latents": None, "lora": (), "transformer": None, "context_frames": None, "context_overlap": 16},
     **{"quality": "exact", "cache": dataclasses.asdict(CacheOptions())},
+    "quantization": None,
 }
 _MAX_LENGTH = 200  # bytes; file systems take 255, and temporary names are longer
 

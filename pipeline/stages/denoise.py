@@ -7,16 +7,15 @@ import jax
 import numpy as np
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, load_module
-from pipeline.checkpoints.lora import merge_loras
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.placed import place_transformer
 from pipeline.model.attention import describe_attention
 from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.placement import to_host
-from pipeline.model.sharding import resolve_plan
+from pipeline.model.sharding import check_quantization, resolve_plan
 from pipeline.model.transformer import TransformerShape
-from pipeline.model.weights import POSITIONS, place_weights
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile
+from pipeline.requests.request import AttentionOptions, GenerateRequest, LoraFile, Quantization
 from pipeline.stages.denoise_loop import DenoiseLoop
 from pipeline.stages.progress import StageClock
 from pipeline.stages.resume import StateFile
@@ -36,24 +35,23 @@ class Denoiser:
         parallel: ParallelOptions | None = None,
         guided: bool = True,
         loras: Sequence[LoraFile] = (),
+        quantization: Quantization | None = None,
     ):
         """Load transformer/ and the configurations of scheduler/ and vae/.
 
         guided: whether requests will use guidance; decides over dp where `parallel` leaves it open. loras: merged into
-        the weights.
+        the weights. quantization: of these.
         Raises CheckpointError, and RequestError where the plan does not fit the devices.
         """
         self.attention, self.devices = attention, jax.devices()
         self.configs = {part: checkpoint.config(part) for part in ("transformer", "vae", "scheduler")}
         config, num_devices = self.configs["transformer"], len(self.devices)
         self.plan = resolve_plan(parallel or ParallelOptions(), num_devices, guided, config["num_attention_heads"])
-        loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
-        self.module: Any = loaded.module
-        merge_loras(loaded.weights, loras, f"checkpoint={checkpoint.name!r}")
+        check_quantization(quantization, self.plan)
+        placed = place_transformer(checkpoint, dtype, self.plan, self.plan.mesh(self.devices), loras, quantization)
+        self.module, self.weights = placed.module, placed.weights
         #: The checkpoint's own, [1, tokens, channels]; None where positions are computed.
-        self.positions = loaded.weights.pop(POSITIONS, None)
-        mesh = self.plan.mesh(self.devices)
-        self.weights = place_weights(loaded.weights, config["attention_head_dim"], self.plan, mesh)
+        self.positions = placed.positions
         self._compiled: dict[Any, Any] = {}
 
     def denoise(

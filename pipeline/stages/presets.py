@@ -1,7 +1,7 @@
 """What a request leaves open to its quality, its checkpoint and the platform, filled in before any work."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,44 @@ from pipeline.requests.request import GenerateRequest
 from pipeline.requests.reuse import PRESETS
 
 
-def settle(request: GenerateRequest, checkpoint: Checkpoint) -> GenerateRequest:
-    """Return the request with its quality's choices in it. Raises RequestError where the checkpoint does not allow it.
+def settle(
+    request: GenerateRequest,
+    transformer: Callable[[], Mapping[str, Any]],
+    ratios: Callable[[], Path],
+    on_tpu: bool,
+) -> GenerateRequest:
+    """Return the request with its quality's choices in it. Raises RequestError where the checkpoint does not allow them.
 
-    int8 of attention is the kernel's: where XLA's attention runs, a preset leaves that exact.
+    Attention in int8 is the kernel's: where XLA's attention runs, a preset leaves it exact.
+
+    Args:
+      transformer: its configuration, with diffusers' defaults; called where a cache needs it.
+      ratios: where the checkpoint's ratios are; called by magcache without a path.
+      on_tpu: whether the kernel runs where the request names no implementation.
     """
     preset, cache, attention = PRESETS[request.quality], request.cache, request.attention
-    if preset.int8 and attention.qk_dtype is None and attention.variant is None and _runs_kernel(request):
+    kernel = attention.implementation != "xla" and (attention.implementation is not None or on_tpu)
+    if preset.int8 and kernel and attention.qk_dtype is None and attention.variant is None:
         attention = dataclasses.replace(attention, qk_dtype="int8")
+    quantization = request.quantization or ("int8" if preset.int8 else None)
     name = current_id(request.checkpoint)
     if cache.method == "teacache" or (cache.method is None and preset.teacache is not None):
-        name = base_checkpoint(name, checkpoint.config("transformer"))
+        name = base_checkpoint(name, transformer())
     cache = preset.cache(cache, name)
     if cache.method == "magcache":
-        path = ratios_path(checkpoint) if cache.ratios is None else Path(cache.ratios)
+        path = ratios() if cache.ratios is None else Path(cache.ratios)
         read_ratios(path)
         cache = dataclasses.replace(cache, ratios=str(path))
     if not request.do_classifier_free_guidance:
         cache = dataclasses.replace(cache, unconditional_every=1)  # there is no negative prompt to be left out
-    return dataclasses.replace(request, attention=attention, cache=cache)
+    quantization = None if quantization == "none" else quantization
+    return dataclasses.replace(request, attention=attention, cache=cache, quantization=quantization)
+
+
+def settle_here(request: GenerateRequest, checkpoint: Checkpoint) -> GenerateRequest:
+    """Return `settle` for the devices that are here."""
+    on_tpu = jax.default_backend() == "tpu"
+    return settle(request, lambda: checkpoint.config("transformer"), lambda: ratios_path(checkpoint), on_tpu)
 
 
 def settle_parallel(parallel: ParallelOptions, request: GenerateRequest) -> ParallelOptions:
@@ -63,8 +82,3 @@ def base_checkpoint(name: str, transformer: Mapping[str, Any]) -> str:
         if TransformerShape.from_config(with_defaults("transformer", configs["transformer"])) == shape:
             return published
     return name
-
-
-def _runs_kernel(request: GenerateRequest) -> bool:
-    implementation = request.attention.implementation
-    return implementation != "xla" and (implementation is not None or jax.default_backend() == "tpu")

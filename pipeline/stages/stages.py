@@ -15,13 +15,13 @@ import torch
 
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
 from pipeline.checkpoints.lora import lora_identity
-from pipeline.model.sharding import ParallelPlan, resolve_plan
+from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.conditioning import source_frames
 from pipeline.stages.denoise import Denoiser
-from pipeline.stages.presets import settle, settle_parallel
+from pipeline.stages.presets import settle_here, settle_parallel
 from pipeline.stages.progress import StageClock, Work
 from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
@@ -48,14 +48,19 @@ class StageContext:
     clock: StageClock | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "request", settle(self.request, self.checkpoint))
+        object.__setattr__(self, "request", settle_here(self.request, self.checkpoint))
         object.__setattr__(self, "parallel", settle_parallel(self.parallel, self.request))
 
     @property
     def plan(self) -> ParallelPlan:
         """How the denoise stage shares the devices here. Raises RequestError for a plan that does not fit them."""
-        num_heads = _num_heads(self.checkpoint, self.identities["denoise"])
-        return resolve_plan(self.parallel, jax.device_count(), self.request.do_classifier_free_guidance, num_heads)
+        num_heads, guided = (
+            _num_heads(self.checkpoint, self.identities["denoise"]),
+            self.request.do_classifier_free_guidance,
+        )
+        plan = resolve_plan(self.parallel, jax.device_count(), guided, num_heads)
+        check_quantization(self.request.quantization, plan)
+        return plan
 
     def loaded_key(self, stage: Work) -> Hashable:
         """Return what tells a loaded stage from others: contexts with equal keys share it. Raises RequestError."""
@@ -63,7 +68,7 @@ class StageContext:
         key = self.identities["vae" if stage == "encode" else stage], request.dtype
         if stage != "denoise":
             return key
-        return (*key, request.attention, self.plan, lora_identity(request.lora))
+        return (*key, request.attention, self.plan, lora_identity(request.lora), request.quantization)
 
 
 @functools.cache  # a batch asks for every line, and the Hub answers over the network
@@ -133,7 +138,8 @@ class Stages:
         request = context.request
         options: tuple[Any, ...] = ()
         if stage == "denoise":
-            options = request.attention, context.parallel, request.do_classifier_free_guidance, request.lora
+            guided = request.do_classifier_free_guidance
+            options = request.attention, context.parallel, guided, request.lora, request.quantization
 
         def load() -> Any:
             with (context.clock or StageClock(stage)).measure("load"):

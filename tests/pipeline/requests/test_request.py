@@ -37,6 +37,7 @@ def test_defaults_are_valid_and_frozen():
         ({"checkpoint": ""}, r"checkpoint=''"),
         ({"dtype": "float64"}, r"dtype='float64': expected one of float32, bfloat16"),
         ({"scheduler": "euler"}, r"scheduler='euler': expected one of checkpoint, ddim, dpm"),
+        ({"quantization": "int4"}, r"quantization='int4': expected one of none, int8"),
     ],
 )
 def test_bad_values_name_value_and_expectation(changes, message):

@@ -11,7 +11,7 @@ from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions
 from pipeline.requests.reuse import TEACACHE_COEFFICIENTS, CacheOptions
 from pipeline.stages.denoise import Denoiser
-from pipeline.stages.presets import base_checkpoint, settle
+from pipeline.stages.presets import base_checkpoint, settle_here
 from pipeline.stages.progress import StageClock
 from pipeline.stages.resume import StateFile
 from pipeline.stages.step_schedule import magcache_steps, teacache_steps
@@ -48,7 +48,7 @@ def cached(request_of, checkpoint, ratios):
     def make(**options):
         if options.get("method") == "magcache":
             options.setdefault("ratios", str(ratios))
-        return settle(request_of(num_inference_steps=STEPS, cache=CacheOptions(**options)), checkpoint)
+        return settle_here(request_of(num_inference_steps=STEPS, cache=CacheOptions(**options)), checkpoint)
 
     return make
 
@@ -185,20 +185,20 @@ def test_a_window_reuses_its_own(denoiser, embeddings, cached):
 
 
 def test_presets_choose_what_the_checkpoint_allows(request_of, checkpoint, ratios):
-    fast = settle(request_of(quality="fast", cache=CacheOptions("magcache", ratios=str(ratios))), checkpoint)
-    assert (fast.cache.method, fast.cache.threshold, fast.attention.qk_dtype) == ("magcache", 0.06, None)
+    fast = settle_here(request_of(quality="fast", cache=CacheOptions("magcache", ratios=str(ratios))), checkpoint)
+    assert (fast.cache.method, fast.cache.threshold, fast.attention.qk_dtype) == ("magcache", 0.12, None)
     kernel = AttentionOptions("pallas_interpret")
     exact = request_of(attention=kernel)
-    assert settle(exact, checkpoint).attention == kernel
+    assert settle_here(exact, checkpoint).attention == kernel
     off = request_of(quality="fastest", cache=CacheOptions("none"), attention=kernel)
-    settled = settle(off, checkpoint)
+    settled = settle_here(off, checkpoint)
     assert (settled.attention.qk_dtype, settled.cache.unconditional_every) == ("int8", 2)
-    unguided = settle(dataclasses.replace(off, guidance_scale=1.0), checkpoint)
+    unguided = settle_here(dataclasses.replace(off, guidance_scale=1.0), checkpoint)
     assert unguided.cache.unconditional_every == 1
     with pytest.raises(RequestError, match=r"no ratios at .*magcache.json .*python -m pipeline.calibrate"):
-        settle(request_of(quality="fast"), checkpoint)
+        settle_here(request_of(quality="fast"), checkpoint)
     with pytest.raises(RequestError, match="cache=teacache: no polynomial is published for checkpoint="):
-        settle(request_of(cache=CacheOptions("teacache")), checkpoint)
+        settle_here(request_of(cache=CacheOptions("teacache")), checkpoint)
 
 
 def test_a_checkpoint_of_a_published_shape_takes_its_polynomial(checkpoint):

@@ -1,0 +1,71 @@
+"""A transformer's weights in int8 as one file of safetensors, which `transformer=PATH` reads again.
+
+Names and shapes are those of the denoise step, blocks stacked along layers: no other program reads it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from pipeline.checkpoints.weight_files import open_weights
+from pipeline.model.placement import to_host
+from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
+from pipeline.model.weights import POSITIONS, stacked_shapes
+from pipeline.requests.errors import CheckpointError
+from splash_workbench.files import atomic_path
+
+_METADATA = {"format": "pt", "made_by": "cogvideox-splash", "quantization": "int8"}
+
+
+def is_quantized(path: Path) -> bool:
+    """Return whether a file of safetensors is one of these. Raises CheckpointError where it cannot be read."""
+    with open_weights(path, f"transformer={str(path)!r}: ") as file:
+        return (file.metadata() or {}).get("quantization") == "int8"
+
+
+def save_quantized(weights: Mapping[str, Any], positions: np.ndarray | None, path: Path) -> None:
+    """Write quantized weights as `place_weights` makes them, whole on the host. positions: learned ones, if any."""
+    tensors = {name: numpy_to_torch(np.array(to_host(value))) for name, value in weights.items()}
+    if positions is not None:
+        tensors[POSITIONS] = numpy_to_torch(positions)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=_METADATA)
+
+
+def check_quantized(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError unless a file has the weights of a transformer of these stock shapes, from its header."""
+    read_quantized(path, shapes, torch.float32, None)
+
+
+def read_quantized(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    place: Callable[[str, np.ndarray], Any] | None,
+) -> dict[str, Any]:
+    """Read weights one after the other; those in floating point take `dtype`, but for what belongs to int8.
+
+    shapes: of the stock weights. place: puts a weight on the devices, by its name; None: only check names and shapes.
+    Raises CheckpointError.
+    """
+    where, expected = f"transformer={str(path)!r}: ", stacked_shapes(shapes, quantize=True)
+    found: dict[str, Any] = {}
+    with open_weights(path, where) as file:
+        names = set(file.keys())
+        if wrong := sorted(names ^ set(expected)):
+            problem = "has" if wrong[0] in names else "lacks"
+            raise CheckpointError(f"{where}{problem} {wrong[0]} ({len(wrong)} such): int8 weights of another model")
+        for name, (shape, kind) in expected.items():
+            actual = tuple(file.get_slice(name).get_shape())
+            if actual != shape:
+                raise CheckpointError(f"{where}{name} has shape {list(actual)}, expected {list(shape)}")
+            if place is not None:
+                value = file.get_tensor(name)
+                value = value if kind in (jnp.int8, jnp.float32) else value.to(dtype)
+                found[name] = place(name, torch_to_numpy(value))
+    return found

@@ -1,0 +1,49 @@
+"""Linears of a block in the layouts that it needs, of activations in the weights' dtype or in int8."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pipeline.model.layers import int8
+from pipeline.model.layers.int8 import Quantized
+
+Weights = Mapping[str, jax.Array]
+
+
+def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
+    """Return x @ weight^T + bias, where there is one, in x's dtype. x: [..., in]."""
+    out, bias = jnp.einsum("...i,oi->...o", x, weights[f"{name}.weight"]), weights.get(f"{name}.bias")
+    return out if bias is None else out + bias
+
+
+def product(x: jax.Array | Quantized, weights: Weights, name: str) -> jax.Array:
+    """Return x @ weight^T of [batch, rows, in], without bias: in x's dtype, of int8 in float32."""
+    weight = weights[f"{name}.weight"]
+    if not isinstance(x, Quantized):
+        return jnp.einsum("...i,oi->...o", x, weight)
+    out = int8.matmul("bsi,oi->bso", x.values, weight)
+    return out * x.scale[:, :, None] * weights[f"{name}.{int8.SCALE}"]
+
+
+def project_heads(x: jax.Array | Quantized, weights: Weights, name: str, head_dim: int, dtype: jnp.dtype) -> jax.Array:
+    """Project [batch, rows, channels] to [batch, heads, head_dim, rows], the bias added, in `dtype`."""
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    weight = weight.reshape(-1, head_dim, weight.shape[1])
+    if isinstance(x, Quantized):
+        scale = weights[f"{name}.{int8.SCALE}"].reshape(-1, head_dim)[:, :, None]
+        out = int8.matmul("bsc,hdc->bhds", x.values, weight) * x.scale[:, None, None] * scale
+    else:
+        out = jnp.einsum("bsc,hdc->bhds", x, weight)
+    return (out if bias is None else out + bias.reshape(-1, head_dim)[:, :, None]).astype(dtype)
+
+
+def join_heads(x: jax.Array | Quantized, weights: Weights, name: str) -> jax.Array:
+    """Project [batch, heads, head_dim, rows] to [batch, rows, channels], without bias: of int8 in float32."""
+    weight = weights[f"{name}.weight"]
+    values = x.values if isinstance(x, Quantized) else x
+    weight = weight.reshape(weight.shape[0], -1, values.shape[2])
+    if not isinstance(x, Quantized):
+        return jnp.einsum("bhds,chd->bsc", x, weight)
+    out = int8.matmul("bhds,chd->bsc", x.values, weight)
+    return out * x.scale[:, :, None] * weights[f"{name}.{int8.SCALE}"]

@@ -1,0 +1,78 @@
+"""LayerNorm and rotary embedding of queries or keys as one TPU kernel: one read and one write.
+
+XLA reads them three times, and writes the two halves of each head before it joins them.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+LANES = 128
+_MAX_ROWS = 2048
+_HEADS = 4
+
+
+def norm_rotary_on_tpu(
+    x: Float[Array, "batch heads head_dim rows"],
+    weight: Float[Array, " head_dim"],
+    bias: Float[Array, " head_dim"],
+    rotary: tuple[Float[Array, "half rows"], Float[Array, "half rows"]] | None,
+    eps: float,
+    interpret: bool = False,
+) -> Float[Array, "batch heads head_dim rows"]:
+    """Return what `pipeline.model.layers.norms.norm_rotary_in_xla` does; weight and bias in float32."""
+    batch, heads, head_dim, rows = x.shape
+    block_rows, block_heads = _block_rows(rows), math.gcd(heads, _HEADS)
+    chunk = LANES if block_rows % LANES == 0 else block_rows
+    affine = [jnp.broadcast_to(each[:, None], (head_dim, chunk)) for each in (weight, bias)]
+    table = pl.BlockSpec((head_dim // 2, block_rows), lambda b, i, h: (0, i))
+    whole = pl.BlockSpec((head_dim, chunk), lambda b, i, h: (0, 0))
+    block = pl.BlockSpec((None, block_heads, head_dim, block_rows), lambda b, i, h: (b, h, 0, i))
+    tables = [] if rotary is None else list(rotary)
+    return pl.pallas_call(
+        functools.partial(_kernel, eps=eps),
+        name="norm_rotary",
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(batch, pl.cdiv(rows, block_rows), heads // block_heads),
+        in_specs=[block, whole, whole, *[table] * len(tables)],
+        out_specs=block,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
+        interpret=interpret,
+    )(x, *affine, *tables)
+
+
+def _block_rows(rows: int) -> int:
+    """Return how many rows, on lanes, are taken at a time: whole registers that divide them, or all of a few."""
+    if rows <= _MAX_ROWS:
+        return rows
+    assert rows % LANES == 0, rows
+    return next(size for size in range(_MAX_ROWS, 0, -LANES) if rows % size == 0)
+
+
+def _kernel(x_ref: Any, weight_ref: Any, bias_ref: Any, *refs: Any, eps: float) -> None:
+    *tables, out_ref = refs
+    block_heads, head_dim, block_rows = x_ref.shape
+    chunk, half = weight_ref.shape[1], head_dim // 2
+
+    def columns(index: jax.Array, _: tuple[()]) -> tuple[()]:
+        rows = pl.ds(pl.multiple_of(index * chunk, chunk), chunk)
+        weight, bias = weight_ref[...], bias_ref[...]
+        cos_sin = [table[:, rows] for table in tables]
+        for head in range(block_heads):
+            x = x_ref[head, :, rows].astype(jnp.float32)
+            x -= x.mean(0, keepdims=True)
+            x = x * lax.rsqrt(jnp.square(x).mean(0, keepdims=True) + eps) * weight + bias
+            if cos_sin:
+                (cos, sin), even, odd = cos_sin, x[:half], x[half:]
+                x = jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin])
+            out_ref[head, :, rows] = x.astype(out_ref.dtype)
+        return ()
+
+    lax.fori_loop(0, block_rows // chunk, columns, ())

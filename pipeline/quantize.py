@@ -1,0 +1,54 @@
+"""Command line: `python -m pipeline.quantize output=PATH`. Keeps a transformer's weights in int8."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.requests.errors import RequestError
+from splash_workbench import cli
+
+
+@dataclasses.dataclass
+class QuantizeConfig:
+    """Keys of the command line."""
+
+    checkpoint: str = "tiny"
+    revision: str | None = None
+    transformer: str | None = None
+    lora: Any = None
+    dtype: str = "bfloat16"
+    output: str | None = None
+    cache_dir: str | None = None
+
+
+@cli.command("quantize", QuantizeConfig, text_or_list=("lora",))
+def main(settings: QuantizeConfig) -> int:
+    """Run the command; return its exit code."""
+    if not (settings.output or "").endswith(".safetensors"):
+        raise RequestError(f"output={settings.output!r}: expected a file *.safetensors to write")
+    output = Path(str(settings.output))
+    import torch
+
+    from pipeline.checkpoints.checks import check_transformer, read_configs
+    from pipeline.checkpoints.loading import resolve_checkpoint
+    from pipeline.checkpoints.quantized import save_quantized
+    from pipeline.requests.options import ParallelOptions
+    from pipeline.requests.request import AttentionOptions, Dtype, parse_lora, require_choice
+    from pipeline.stages.denoise import Denoiser
+
+    require_choice("dtype", settings.dtype, Dtype)
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    checkpoint = resolve_checkpoint(settings.checkpoint, settings.revision, cache_dir, settings.transformer)
+    configs, loras = read_configs(checkpoint), parse_lora(settings.lora)
+    check_transformer(settings.transformer, "int8", loras, configs["transformer"], settings.checkpoint)
+    one_device = ParallelOptions(num_devices=1)
+    dtype = getattr(torch, settings.dtype)
+    denoiser = Denoiser(checkpoint, dtype, AttentionOptions(), one_device, False, loras, "int8")
+    save_quantized(denoiser.weights, denoiser.positions, output)
+    print(f"int8 weights: {output}, {output.stat().st_size / 1e9:.2f} GB; use transformer={output} quantization=int8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

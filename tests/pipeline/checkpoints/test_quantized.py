@@ -1,0 +1,71 @@
+"""int8 weights as a file: what is read is what was written, and a file that does not fit is refused beforehand."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import quantize
+from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.checkpoints.quantized import is_quantized
+from pipeline.requests.errors import CheckpointError, RequestError
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import AttentionOptions, LoraFile
+from pipeline.stages.denoise import Denoiser
+
+ONE = ParallelOptions(num_devices=1)
+
+
+@pytest.fixture(scope="module")
+def file(tiny_folder, tmp_path_factory) -> Path:
+    """The session's checkpoint in int8, made by the command."""
+    path = tmp_path_factory.mktemp("int8") / "int8.safetensors"
+    argv, sys.argv = sys.argv, ["quantize", f"checkpoint={tiny_folder}", f"output={path}", "dtype=float32"]
+    try:
+        assert quantize.main() == 0
+    finally:
+        sys.argv = argv
+    return path
+
+
+def test_what_is_read_is_what_was_written(file, tiny_folder, checkpoint):
+    again = resolve_checkpoint(str(tiny_folder), transformer=str(file))
+    read_configs(again)
+    expected, actual = (
+        Denoiser(each, torch.float32, AttentionOptions(), ONE, quantization="int8").weights
+        for each in (checkpoint, again)
+    )
+    assert is_quantized(file) and actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype
+        np.testing.assert_array_equal(actual[name], value, err_msg=name)
+    stock = sum(path.stat().st_size for path in (tiny_folder / "transformer").glob("*.safetensors"))
+    assert file.stat().st_size < stock / 2  # of float32, whose norms stay
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "its weights are int8; expected quantization=int8, too"),
+        ({"quantization": "int8", "lora": (LoraFile("x.safetensors"),)}, "nothing is merged into int8 weights"),
+    ],
+)
+def test_requests_that_cannot_use_it(changes, message, file, checkpoint, request_of):
+    with pytest.raises(RequestError, match=message):
+        check_request(request_of(transformer=str(file), **changes), read_configs(checkpoint))
+
+
+@pytest.mark.parametrize("what", ["a weight less", "another shape"])
+def test_files_that_do_not_fit(what, file, tiny_folder, tmp_path):
+    tensors, name = load_file(file), "transformer_blocks.ff.net.2.smoothing"
+    value = tensors.pop(name)
+    if what == "another shape":
+        tensors[name] = value[:, :-1].clone()
+    save_file(tensors, tmp_path / "wrong.safetensors", metadata={"quantization": "int8"})
+    message = f"lacks {name}" if what == "a weight less" else f"{name} has shape "
+    with pytest.raises(CheckpointError, match=message):
+        read_configs(resolve_checkpoint(str(tiny_folder), transformer=str(tmp_path / "wrong.safetensors")))
