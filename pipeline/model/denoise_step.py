@@ -31,6 +31,9 @@ class StepWork:
     blocks: bool = True
     negative: bool = True
 
+    def __str__(self) -> str:
+        return ("computed" if self.blocks else "reused") + ("" if self.negative else ", positive prompt only")
+
 
 @dataclasses.dataclass(frozen=True)
 class Reuse:

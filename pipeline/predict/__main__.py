@@ -7,18 +7,23 @@ from typing import Any
 
 from offline_tpu.options import checked_options
 from pipeline.checkpoints.checks import check_request, part_configs
-from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor
+from pipeline.predict.presets import predict_presets, settle_presets
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import to_parallel
 from pipeline.requests.request import parse_stages, to_request
+from pipeline.requests.reuse import PRESETS
+from pipeline.stages.presets import settle_parallel
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
 from splash_workbench.workers.room import check_timeout_s
+
+ALL = "all"  # presets of quality
 
 
 @dataclasses.dataclass
@@ -30,6 +35,7 @@ class PredictConfig(GenerateConfig):
     timeout_s: float = 1200.0
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     results_path: str | None = None
+    quality: str = ALL
 
 
 _UNUSED = (
@@ -45,25 +51,35 @@ def main(settings: PredictConfig) -> int:
     from_config(lambda: check_timeout_s(settings.timeout_s))
     settings.prompt = settings.prompt or "any"  # its length is padded away
     options = from_config(lambda: checked_options(settings.compiler_options))
-    request = to_request(settings)
+    names = tuple(PRESETS) if settings.quality == ALL else (settings.quality,)
+    request = to_request(dataclasses.replace(settings, quality=names[0]))
     stages = parse_stages(settings.stages)
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    configs, source = part_configs(
-        request.checkpoint, lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
-    )
+    found: list[Checkpoint] = []
+
+    def find() -> Checkpoint:
+        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
+        return found[0]
+
+    configs, source = part_configs(request.checkpoint, find)
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
+    settled, refused = settle_presets(request, names, configs, found[0] if found else None)
+    first = next(iter(settled.values()))
+    parallel = settle_parallel(to_parallel(settings), first.request)
     predictor = Predictor(
         topology=settings.topology,
-        request=request,
+        request=first.request,
+        reuse=first.schedule.reuse,
         configs=configs,
         timeout_s=settings.timeout_s,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         compiler_options=options,
     )
-    prediction = predictor.predict(stages, to_parallel(settings))
-    report = make_report(request, settings.topology, prediction, source, options)
+    prediction = predictor.predict(stages, parallel)
+    presets, failed = predict_presets(settled, predictor, prediction, to_parallel(settings))
+    report = make_report(first.request, settings.topology, prediction, source, options, presets, (*refused, *failed))
     print_report(report)
     if settings.json is not None:
         write_json(Path(settings.json), jsonl.encode(report))

@@ -12,6 +12,7 @@ import jax
 from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
+from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
@@ -37,7 +38,10 @@ _VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_acti
 
 @dataclasses.dataclass(frozen=True)
 class StageJob:
-    """One stage to predict. configs: of the checkpoint's parts. compiler_options: flags of libtpu."""
+    """One stage to predict.
+
+    configs: of the checkpoint's parts. compiler_options: flags of libtpu. reuse, work: of a denoising step.
+    """
 
     stage: Stage
     topology: str
@@ -45,6 +49,8 @@ class StageJob:
     request: GenerateRequest
     configs: Mapping[str, Mapping[str, Any]]
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    reuse: Reuse = NOTHING
+    work: StepWork = EVERYTHING
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -79,13 +85,17 @@ def predict_model(payload: dict[str, Any]) -> dict[str, Any]:
 def _denoise(job: StageJob) -> dict[str, Any]:
     request, plan = job.request, job.plan
     on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
-    program, step = denoise_program(dataclasses.replace(request, attention=on_tpu), job.configs, plan, job.devices)
-    num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
+    request_on_tpu = dataclasses.replace(request, attention=on_tpu)
+    program, step = denoise_program(request_on_tpu, job.configs, plan, job.devices, job.reuse, job.work)
+    tokens, sizes = step.layout.tokens, step.shape
+    num_prompts = len(request.prompts) if job.work.negative else 1
     shape = AttentionShape(num_prompts // plan.dp, plan.local_heads(sizes.num_heads), tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
+    if not job.work.blocks:
+        return summary(_predict(job, program)) | {"num_layers": sizes.num_layers}
     prediction = _predict(job, program, grid_sizes, slow_grid_sizes(shape, resolution.variant))
     flops = step_flops(sizes, step.layout, num_prompts)
     return summary(prediction) | {

@@ -10,6 +10,7 @@ from typing import Any
 
 from offline_tpu import check_versions, worker_environment
 from offline_tpu.compile import parse_topology
+from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
 from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
@@ -42,7 +43,8 @@ class VideoPrediction:
 class Predictor:
     """Predict stages of one request on one topology.
 
-    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them.
+    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them. reuse: between
+    denoising steps.
     """
 
     topology: str
@@ -51,6 +53,7 @@ class Predictor:
     timeout_s: float
     say: Callable[[str], None]
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reuse: Reuse = NOTHING
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
@@ -104,11 +107,25 @@ class Predictor:
         others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
         return VideoPrediction(best, results, others, failures)
 
-    def _run(self, stage: Stage, plan: ParallelPlan) -> dict[str, Any]:
+    def step(
+        self, like: ParallelPlan, parallel: ParallelOptions, work: StepWork
+    ) -> tuple[ParallelPlan, dict[str, Any]]:
+        """Return a kind of denoising step, with a plan like another's, but that `parallel` lays out the two prompts.
+
+        Raises what `predict` does.
+        """
+        guided, num_heads = self.request.do_classifier_free_guidance, self.configs["transformer"]["num_attention_heads"]
+        choice = dataclasses.replace(parallel, plan=like.plan, weights=like.weights)
+        plan = resolve_plan(choice, like.num_devices, guided, num_heads)
+        return plan, self._run("denoise", plan, work)
+
+    def _run(self, stage: Stage, plan: ParallelPlan, work: StepWork = EVERYTHING) -> dict[str, Any]:
         device, _ = parse_topology(self.topology)
         denoise = stage == "denoise"
-        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}" if denoise else ""))
-        job = StageJob(stage, self.topology, plan, self.request, self.configs, dict(self.compiler_options))
+        kind = "" if work == EVERYTHING else f", {work}"
+        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}{kind}" if denoise else ""))
+        options = dict(self.compiler_options)
+        job = StageJob(stage, self.topology, plan, self.request, self.configs, options, self.reuse, work)
         with tempfile.TemporaryDirectory() as folder:
             outcome = Runner(Path(folder)).run(
                 "pipeline.predict.jobs:predict_stage",

@@ -24,6 +24,7 @@ from splash_workbench.records.prediction import (
     STAGES,
     Plan,
     PredictionRecord,
+    PresetPrediction,
     ReportedVideo,
     StagePrediction,
     hbm_fields,
@@ -51,14 +52,19 @@ def make_report(
     prediction: VideoPrediction,
     config_source: str,
     compiler_options: Mapping[str, str] | None = None,
+    presets: Mapping[str, PresetPrediction] | None = None,
+    more_notes: Sequence[str] = (),
 ) -> PredictionRecord:
-    """Return the record of a prediction. All times and bytes are predicted, but for the field `reported`."""
+    """Return the record of a prediction. All times and bytes are predicted, but for the field `reported`.
+
+    presets: of quality; the request's own decides over the time of its steps.
+    """
     stages: dict[str, StagePrediction] = {
         stage: decode(result, StagePrediction) for stage, result in prediction.stages.items()
     }
     denoise = stages.get("denoise")
     step_time_s = denoise.time_s if denoise else None
-    notes: list[str] = []
+    notes: list[str] = [*more_notes]
     if denoise is not None and prediction.plan.uses_stock_block:
         step_time_s, note = _with_seed_kernel(denoise)
         notes.append(note)
@@ -67,6 +73,9 @@ def make_report(
     stage_times = {stage: result.time_s for stage, result in stages.items()}
     if step_time_s is not None:
         stage_times["denoise"] = step_time_s * request.num_inference_steps
+    own = (presets or {}).get(request.quality)
+    if own is not None:
+        stage_times["denoise"] = own.stage_times_s["denoise"]
     total_time_s = sum(stage_times.values()) if set(stages) == set(STAGES) else None
     slow_total_time_s = None
     if total_time_s and denoise and denoise.slow_time_s and step_time_s == denoise.time_s:
@@ -91,6 +100,7 @@ def make_report(
         other_plans=prediction.others,
         failures={str(stage): reason for stage, reason in prediction.failures.items()},
         reported=REPORTED_SEED if is_reported else None,
+        presets=dict(presets or {}),
         notes=tuple(notes),
         environment=libtpu.with_compiler(environment(_SOURCES)),
     )
@@ -161,8 +171,31 @@ def print_report(report: PredictionRecord) -> None:
             f"  reported for the published pipeline: {reported.step_time_s} s a step, "
             f"{reported.total_time_s} s in all ({reported.source})"
         )
+    if report.presets:
+        _print_presets(report)
     for note in report.notes:
         print(f"  note: {note}")
+
+
+def _print_presets(report: PredictionRecord) -> None:
+    print(
+        f"\n  {'quality':<9} {'computed':>9} {'s a step':>9} {'denoise s':>9} {'total s':>8}  {'interval':<15} HBM GiB"
+    )
+    for name, preset in report.presets.items():
+        total = "" if preset.total_time_s is None else f"{preset.total_time_s:.2f}"
+        ends = preset.total_interval_s
+        between = "" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+        print(
+            f"  {name:<9} {preset.steps_computed:>3} of {preset.steps:>2} {preset.step_time_s:>9.3f} "
+            f"{preset.stage_times_s['denoise']:>9.2f} {total:>8}  {between:<15} {preset.peak_hbm_gib:>7.2f}"
+        )
+        for kind in preset.kinds:
+            parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.3f}" for part, seconds in kind.breakdown_s.items())
+            print(f"    {kind.count:>3} x {kind.time_s:.3f} s {kind.work}: {parts}")
+        cpu = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in preset.compile_cpu_s.items())
+        print(f"    compiling, CPU s: {cpu}" + (f"\n    {preset.note}" if preset.note else ""))
+    if (reported := report.reported) is not None:
+        print(f"  {'reported':<9} {'':>9} {reported.step_time_s:>9.3f} {'':>9} {reported.total_time_s:>8.2f}")
 
 
 def _print_stage(report: PredictionRecord, stage: str, result: StagePrediction) -> None:

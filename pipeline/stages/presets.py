@@ -24,7 +24,7 @@ def settle(
     ratios: Callable[[], Path],
     on_tpu: bool,
 ) -> GenerateRequest:
-    """Return the request with its quality's choices in it. Raises RequestError where the checkpoint does not allow them.
+    """Return the request with its quality's choices in it. RequestError where the checkpoint does not allow it.
 
     Attention in int8 is the kernel's: where XLA's attention runs, a preset leaves it exact.
 

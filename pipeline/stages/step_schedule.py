@@ -65,7 +65,7 @@ def step_schedule(cache: CacheOptions, guided: bool, timesteps: np.ndarray, embe
         blocks = magcache_steps(ratios.tolist(), cache.threshold, cache.max_reused, cache.first_steps)
     every = cache.unconditional_every or 1 if guided else 1
     first_block = cache.threshold if method == "first_block" else None
-    return StepSchedule(Reuse(method != "none", every > 1, first_block), tuple(_with_prompts(blocks, every)))
+    return StepSchedule(Reuse(method != "none", every > 1, first_block), tuple(with_prompts(blocks, every)))
 
 
 def teacache_steps(embeddings: np.ndarray, coefficients: Sequence[float], threshold: float) -> list[bool]:
@@ -107,7 +107,7 @@ def magcache_steps(ratios: Sequence[float], threshold: float, max_reused: int, f
     return runs
 
 
-def _with_prompts(blocks: Sequence[bool], every: int) -> list[StepWork]:
+def with_prompts(blocks: Sequence[bool], every: int) -> list[StepWork]:
     """Return the steps' work: of those that run the blocks each `every`-th, and the last, has the negative prompt.
 
     A step that does not run them has the prompts of the step that it reuses.

@@ -78,6 +78,45 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         return msgspec.structs.replace(self, programs=programs, ops=(), collectives=(), timeline=())
 
 
+class StepKind(msgspec.Struct, frozen=True, kw_only=True):
+    """Denoising steps that do the same work.
+
+    Attributes:
+      work: in words, "computed" or "reused", and of which prompts. count: how many there are.
+      time_s, interval_s, breakdown_s, peak_hbm_bytes, compile_cpu_s: as of StagePrediction, of one of them.
+    """
+
+    work: str
+    count: int
+    time_s: float
+    interval_s: tuple[float, float] | None = None
+    breakdown_s: dict[str, float]
+    peak_hbm_bytes: int
+    compile_cpu_s: float
+
+
+class PresetPrediction(msgspec.Struct, frozen=True, kw_only=True):
+    """A video with one of the presets of quality.
+
+    Attributes:
+      step_time_s: of a step that computes all. steps, steps_computed: how many there are, and run the blocks.
+      kinds: of steps. stage_times_s, total_time_s, total_interval_s: as of PredictionRecord.
+      compile_cpu_s: by stage, of all its programs. note: what was assumed of the steps.
+    """
+
+    plan: Plan
+    steps: int
+    steps_computed: int
+    step_time_s: float
+    kinds: tuple[StepKind, ...]
+    stage_times_s: dict[str, float]
+    total_time_s: float | None
+    total_interval_s: tuple[float, float] | None = None
+    peak_hbm_gib: float
+    compile_cpu_s: dict[str, float]
+    note: str | None = None
+
+
 class ReportedVideo(msgspec.Struct, frozen=True):
     """Seconds that somebody else reported for the same video."""
 
@@ -99,6 +138,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
       slow_total_time_s: as `total_time_s`, with StagePrediction.slow_time_s for the step.
       other_plans: of each plan not taken, its step time, or why it cannot be.
       failures: why a stage cannot be predicted.
+      presets: by name, where they were asked for.
       reported: by others for the same video on the same chips.
     """
 
@@ -122,6 +162,7 @@ class PredictionRecord(PipelineRecord, frozen=True, kw_only=True):
     other_plans: dict[str, float | str] = msgspec.field(default_factory=dict)
     failures: dict[str, str] = msgspec.field(default_factory=dict)
     reported: ReportedVideo | None
+    presets: dict[str, PresetPrediction] = msgspec.field(default_factory=dict)
     notes: tuple[str, ...]
 
     def without_ops(self) -> Self:

@@ -1,0 +1,203 @@
+"""What each preset of quality costs: how many denoising steps run the transformer's blocks, and what a step takes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.magcache import ratios_path
+from pipeline.model.denoise_step import EVERYTHING, Reuse, StepWork
+from pipeline.model.noise_schedule import build_scheduler, step_table
+from pipeline.model.sharding import ParallelPlan
+from pipeline.model.transformer import TransformerShape
+from pipeline.predict.planner import Predictor, VideoPrediction
+from pipeline.requests.errors import PipelineError, RequestError
+from pipeline.requests.models import current_id
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import GenerateRequest
+from pipeline.requests.reuse import REPORTED_FRACTIONS
+from pipeline.stages.presets import base_checkpoint, settle, settle_parallel
+from pipeline.stages.step_schedule import StepSchedule, embed_timesteps, step_schedule, with_prompts
+from splash_workbench.records.jsonl import decode, encode
+from splash_workbench.records.prediction import (
+    GIB,
+    STAGES,
+    Plan,
+    PresetPrediction,
+    StagePrediction,
+    StepKind,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetSteps:
+    """A quality's request, with its choices filled in, and the work of its steps. note: what was assumed of them."""
+
+    request: GenerateRequest
+    schedule: StepSchedule
+    note: str | None
+
+
+def preset_steps(
+    request: GenerateRequest, quality: str, configs: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> PresetSteps:
+    """Return the steps of a request with a quality.
+
+    configs: of the checkpoint's parts. checkpoint: None where no weights are to be fetched: how often TeaCache runs the
+    blocks is then as its authors' times say. Raises RequestError where that is not known.
+    """
+    request = dataclasses.replace(request, quality=quality)  # type: ignore[arg-type]
+    transformer = configs["transformer"]
+
+    def ratios() -> Path:
+        if checkpoint is None:
+            raise RequestError(
+                f"cache=magcache: of checkpoint={request.checkpoint!r} no ratios are here; expected cache.ratios=path, "
+                "a file of python -m pipeline.calibrate"
+            )
+        return ratios_path(checkpoint)
+
+    request = settle(request, lambda: transformer, ratios, on_tpu=True)
+    scheduler = build_scheduler(configs["scheduler"], request.scheduler)
+    timesteps = step_table(scheduler, request.num_inference_steps).timesteps
+    guided = request.do_classifier_free_guidance
+    if request.cache.method == "teacache" and checkpoint is None:
+        return _as_reported(request, transformer, timesteps)
+
+    def embed(timesteps: np.ndarray) -> np.ndarray:
+        assert checkpoint is not None
+        weights = _embedding_weights(checkpoint.weight_files("transformer"))
+        return embed_timesteps(weights, TransformerShape.from_config(transformer), timesteps)
+
+    schedule = step_schedule(request.cache, guided, timesteps, embed)
+    decided = request.cache.method == "first_block"
+    note = "cache=first_block decides in the run: every step is counted as if it ran all blocks" if decided else None
+    return PresetSteps(request, schedule, note)
+
+
+def settle_presets(
+    request: GenerateRequest, names: Sequence[str], configs: Mapping[str, Any], checkpoint: Checkpoint | None
+) -> tuple[dict[str, PresetSteps], list[str]]:
+    """Return the steps of each quality, and why those of others are not known. Raises RequestError for a single one."""
+    settled, refused = {}, []
+    for name in names:
+        try:
+            settled[name] = preset_steps(request, name, configs, checkpoint)
+        except RequestError as error:
+            if name == names[0]:
+                raise
+            refused.append(f"quality={name}: {error}")
+    return settled, refused
+
+
+def _as_reported(request: GenerateRequest, transformer: Mapping[str, Any], timesteps: np.ndarray) -> PresetSteps:
+    """Return steps of which as many run the blocks as TeaCache's authors' times say, evenly spread."""
+    name, steps = base_checkpoint(current_id(request.checkpoint), transformer), len(timesteps)
+    known = {threshold: part for (of, threshold), part in REPORTED_FRACTIONS.items() if of == name}
+    threshold = request.cache.threshold or 0.0
+    if not known or threshold > max(known):
+        thresholds = f"thresholds up to {max(known)}" if known else "no threshold"
+        raise RequestError(
+            f"cache.threshold={threshold}: how many steps TeaCache computes follows from weights; for "
+            f"checkpoint={request.checkpoint!r} its authors report {thresholds}; expected such, or a folder"
+        )
+    part = float(np.interp(threshold, [0.0, *known], [1.0, *known.values()]))
+    count = min(max(round(part * steps), 1), steps)
+    blocks = [False] * steps
+    for index in np.round(np.linspace(0, steps - 1, count)).astype(int):
+        blocks[index] = True
+    guided = request.do_classifier_free_guidance
+    every = request.cache.unconditional_every or 1 if guided else 1
+    return PresetSteps(
+        request,
+        StepSchedule(Reuse(residual=True, guidance=every > 1), tuple(with_prompts(blocks, every))),
+        f"{count} of {steps} steps computed: assumed from the times that TeaCache's authors report for threshold "
+        f"{threshold:g} on an H100; the checkpoint's weights decide",
+    )
+
+
+def _embedding_weights(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Read the weights that embed timesteps, as float32."""
+    weights: dict[str, np.ndarray] = {}
+    for path in files:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = [name for name in file.keys() if "_embedding." in name]  # noqa: SIM118
+            weights |= {name: file.get_tensor(name).float().numpy() for name in names}
+    return weights
+
+
+def predict_presets(
+    settled: Mapping[str, PresetSteps],
+    predictor: Predictor,
+    prediction: VideoPrediction,
+    parallel: ParallelOptions,
+) -> tuple[dict[str, PresetPrediction], list[str]]:
+    """Return what each preset costs, and why others cannot be predicted.
+
+    settled: by name; the first is the one of `prediction`, whose other stages they share. predictor: of that.
+    """
+    stages = {stage: decode(result, StagePrediction) for stage, result in prediction.stages.items()}
+    if "denoise" not in stages or prediction.plan.uses_stock_block:
+        return {}, []
+    presets, notes = {}, []
+    for index, (name, steps) in enumerate(settled.items()):
+        own = dataclasses.replace(predictor, request=steps.request, reuse=steps.schedule.reuse)
+        plan, kinds = prediction.plan, {EVERYTHING: stages["denoise"]} if index == 0 else {}
+        try:
+            for work in dict.fromkeys((EVERYTHING, *steps.schedule.steps)):
+                if work not in kinds:
+                    settled_parallel = settle_parallel(parallel, steps.request)
+                    plan, result = own.step(prediction.plan, settled_parallel, work)
+                    kinds[work] = decode(result, StagePrediction)
+        except PipelineError as error:
+            notes.append(f"quality={name}: {error}")
+            continue
+        others: dict[str, StagePrediction] = {stage: result for stage, result in stages.items() if stage != "denoise"}
+        presets[name] = _preset(steps, plan, kinds, others)
+    return presets, notes
+
+
+def _preset(
+    steps: PresetSteps,
+    plan: ParallelPlan,
+    kinds: Mapping[StepWork, StagePrediction],
+    others: Mapping[str, StagePrediction],
+) -> PresetPrediction:
+    works = steps.schedule.steps
+    counted = tuple(
+        StepKind(
+            work=str(work),
+            count=works.count(work),
+            time_s=result.time_s,
+            interval_s=result.interval_s,
+            breakdown_s=result.breakdown_s,
+            peak_hbm_bytes=result.peak_hbm_bytes,
+            compile_cpu_s=result.compile_cpu_s,
+        )
+        for work, result in kinds.items()
+    )
+    parts: list[tuple[StepKind | StagePrediction, int]] = [(kind, kind.count) for kind in counted]
+    parts += [(result, 1) for result in others.values()]
+    times = {stage: result.time_s for stage, result in others.items()}
+    times["denoise"] = sum(kind.time_s * kind.count for kind in counted)
+    whole = set(times) == set(STAGES)
+    intervals = [(part.interval_s, count) for part, count in parts if part.interval_s is not None]
+    known = whole and len(intervals) == len(parts)
+    compile_cpu_s = {stage: result.compile_cpu_s for stage, result in others.items()}
+    return PresetPrediction(
+        plan=decode(encode(plan), Plan),
+        steps=len(works),
+        steps_computed=steps.schedule.steps_computed,
+        step_time_s=kinds[EVERYTHING].time_s,
+        kinds=counted,
+        stage_times_s=times,
+        total_time_s=sum(times.values()) if whole else None,
+        total_interval_s=tuple(sum(ends[end] * n for ends, n in intervals) for end in (0, 1)) if known else None,  # type: ignore[arg-type]
+        peak_hbm_gib=max(part.peak_hbm_bytes for part, _ in parts) / GIB,
+        compile_cpu_s=compile_cpu_s | {"denoise": sum(kind.compile_cpu_s for kind in counted)},
+        note=steps.note,
+    )
