@@ -14,6 +14,8 @@ from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
 #: Bytes of compiled programs to keep for the next run; above it those used longest ago go.
 _COMPILED_BYTES = 2**30
+#: Seconds of compiling under which a program is not worth a file.
+_LEAST_COMPILE_S = 0.1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +36,7 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     folder = cache.mkdir("jax") if cache else tmp_path_factory.mktemp("jax")
     options = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": _LEAST_COMPILE_S,
         "jax_compilation_cache_max_size": _COMPILED_BYTES,  # a limit also makes JAX lock the folder
     }
     before = {name: getattr(jax.config, name) for name in options}
@@ -43,6 +45,16 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def shared_programs(compiled: Path) -> dict[str, str]:
+    """Return the variables with which a process finds the programs that the tests have compiled, and adds its own."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_LEAST_COMPILE_S),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(_COMPILED_BYTES),
+    }
 
 
 @pytest.fixture(autouse=True)
