@@ -34,6 +34,10 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     """
     cache = getattr(pytestconfig, "cache", None)  # absent with `-p no:cacheprovider`
     folder = cache.mkdir("jax") if cache else tmp_path_factory.mktemp("jax")
+    # Without the time of its use, of a process that was killed or had no limit, one entry keeps JAX from adding others.
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("cache") + "atime").exists():
+            entry.unlink(missing_ok=True)
     options = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": _LEAST_COMPILE_S,
