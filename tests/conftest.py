@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from helpers import set_aside
 from splash_attn import tuned
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
@@ -46,6 +47,7 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
+    set_aside()
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
