@@ -67,7 +67,7 @@ clean:  ## delete what tools leave behind; the environment, caches of the user a
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The two ends of the ranges in pyproject.toml, in environments of their own. On x86-64 each brings a CUDA build of torch:
-# several GB. The offline model is for one jaxlib: what it predicts is left out, and what compiles.
+# several GB. The offline model is for one jaxlib: what it predicts is left out, and what compiles, but for the kernel and a few runs.
 OLDEST := jax==0.10.2 jaxlib==0.10.2 torch==2.11.0
 NEWEST := jax==0.11.2 jaxlib==0.11.2 torch==2.13.0
 # PYTHON: 3.12 or newer, which JAX 0.11 needs.
@@ -76,6 +76,7 @@ test-versions-%:
 	$(PYTHON) -m venv .cache/versions/$*
 	.cache/versions/$*/bin/python -m pip install --quiet --editable '.[test]' $($*)
 	.cache/versions/$*/bin/python -m pytest -q -m 'not slow and not compile' --ignore=tests/pipeline/predict tests/splash_attn tests/splash_workbench tests/pipeline
+	.cache/versions/$*/bin/python -m pytest -q tests/splash_attn/test_kernel.py tests/pipeline/runs/test_request_run.py tests/pipeline/runs/test_resume.py tests/pipeline/runs/test_preview.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

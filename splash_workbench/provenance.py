@@ -91,7 +91,7 @@ def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
     with _PARSER_LOCK:
         for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
             digest.update(path.relative_to(root).as_posix().encode())
-            digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode())
+            digest.update(_code_of(path.read_text()))
     return digest.hexdigest()[:16]
 
 
@@ -100,12 +100,15 @@ def stable_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
+@functools.lru_cache(maxsize=256)  # of texts, not of paths: a file that changes meanwhile is read anew
+def _code_of(source: str) -> bytes:
+    """Return what the interpreter sees of a source."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
-    return tree
+    return ast.dump(tree).encode()
 
 
 @functools.cache

@@ -9,11 +9,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from helpers import set_aside
 from splash_attn import tuned
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
 #: Bytes of compiled programs to keep for the next run; above it those used longest ago go.
 _COMPILED_BYTES = 2**30
+#: Seconds of compiling under which a program is not worth a file.
+_LEAST_COMPILE_S = 0.1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,17 +35,32 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     """
     cache = getattr(pytestconfig, "cache", None)  # absent with `-p no:cacheprovider`
     folder = cache.mkdir("jax") if cache else tmp_path_factory.mktemp("jax")
+    # Without the time of its use, of a process that was killed or had no limit, one entry keeps JAX from adding others.
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("cache") + "atime").exists():
+            entry.unlink(missing_ok=True)
     options = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": _LEAST_COMPILE_S,
         "jax_compilation_cache_max_size": _COMPILED_BYTES,  # a limit also makes JAX lock the folder
     }
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
         jax.config.update(name, value)
+    set_aside()
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def shared_programs(compiled: Path) -> dict[str, str]:
+    """Return the variables with which a process finds the programs that the tests have compiled, and adds its own."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_LEAST_COMPILE_S),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(_COMPILED_BYTES),
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import set_aside
 from pipeline.checkpoints import loading
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 
@@ -108,7 +109,9 @@ def values() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+    folder = ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+    set_aside()
+    return folder
 
 
 @pytest.fixture

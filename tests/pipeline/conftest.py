@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import set_aside
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.request import GenerateRequest
@@ -24,7 +25,9 @@ SPEC = TinySpec(
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+    folder = ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
+    set_aside()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -202,17 +202,18 @@ def test_runs_of_a_multirun_have_a_folder_each(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.compile
-def test_from_the_command_to_the_video(tmp_path, tiny_folder):
+def test_from_the_command_to_the_video(tmp_path, tiny_folder, shared_programs):
     """In a process of its own, without JAX_PLATFORMS: nothing of libtpu's may show."""
     arguments = (
         "prompt=it's a cat, or not",
         f"checkpoint={tiny_folder}",
-        "height=32",
-        "width=48",
+        "height=48",
+        "width=80",
+        "num_frames=9",
         "num_inference_steps=2",
         "fps=5",
     )
-    done = _run(tmp_path, *arguments, JAX_PLATFORMS="")
+    done = _run(tmp_path, *arguments, JAX_PLATFORMS="", **shared_programs)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "videos"]
     (run_dir,) = (tmp_path / "videos").iterdir()
@@ -223,7 +224,7 @@ def test_from_the_command_to_the_video(tmp_path, tiny_folder):
     assert json.loads(line)["request"]["prompt"] == "it's a cat, or not"
     for noise in ("Warning", "libtpu", "TPU_ACCELERATOR_TYPE", "deprecat", "torchvision", "Traceback"):
         assert noise not in done.stderr
-    again = _run(tmp_path, *arguments, "stages=vae", "fps=6")
+    again = _run(tmp_path, *arguments, "stages=vae", "fps=6", **shared_programs)
     assert again.returncode == 0, again.stderr
     assert "reused" in again.stdout
     assert len((tmp_path / "results" / "generate.jsonl").read_text().splitlines()) == 1

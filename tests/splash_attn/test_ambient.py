@@ -32,6 +32,7 @@ def test_the_program_for_a_tpu_is_the_same_under_every_setting(dtypes: list[str]
     assert json.loads(done.stdout) == []
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "settings",
     [

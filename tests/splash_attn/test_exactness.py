@@ -124,7 +124,7 @@ def random_heads(count: int) -> Callable[[Callable], Callable]:
 
 @SMOOTHING
 @SOFTMAXES
-@random_heads(256)
+@random_heads(128)
 def test_random_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
     check_heads(softmax, k_smooth, case)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from scipy import stats
+import scipy  # its stats, which workers wait a second for, only where they are used
 
 from splash_workbench.profiles import profiler, reader
 from splash_workbench.profiles.xla_pb2 import XSpace
@@ -114,7 +114,7 @@ def median_ci_fraction(samples: Sequence[float]) -> float:
     The interval is between order statistics (binomial with p = 1/2): no distribution is assumed.
     """
     ordered = sorted(samples)
-    below = int(stats.binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5))
+    below = int(scipy.stats.binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5))
     low, high = ordered[max(below - 1, 0)], ordered[min(len(ordered) - below, len(ordered) - 1)]
     return (high - low) / 2 / statistics.median(ordered)
 
@@ -128,7 +128,7 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
     third = len(samples) // 3
     if third >= 2 and min(samples) != max(samples):
         drift = (statistics.median(samples[-third:]) - statistics.median(samples[:third])) / median
-        if abs(drift) > _WORTH_SAYING and stats.kendalltau(range(len(samples)), samples).pvalue < _TREND_P:
+        if abs(drift) > _WORTH_SAYING and scipy.stats.kendalltau(range(len(samples)), samples).pvalue < _TREND_P:
             cause = "the device throttles, or something else came to run on it" if drift > 0 else "too little warm-up"
             notes.append(f"drift: {drift:+.1%} from the first to the last third of the samples ({cause}?)")
     if modes := _two_modes(samples):
@@ -138,7 +138,7 @@ def quality_notes(samples: Sequence[float], target_ci_fraction: float) -> list[s
             "(the device is shared, or changes its clock?)"
         )
     else:
-        spread = stats.median_abs_deviation(samples, scale="normal")
+        spread = scipy.stats.median_abs_deviation(samples, scale="normal")
         limit = max(_OUTLIER_DEVIATIONS * spread, _WORTH_SAYING * median)
         slow_count = sum(x - median > limit for x in samples)
         if slow_count > _MANY_OUTLIERS * len(samples):
@@ -159,7 +159,7 @@ def _two_modes(samples: Sequence[float]) -> tuple[tuple[float, int], tuple[float
         return None
     fast, slow = ordered[:split], ordered[split:]
     apart = statistics.median(slow) - statistics.median(fast)
-    spread = max(stats.median_abs_deviation(part, scale="normal") for part in (fast, slow))
+    spread = max(scipy.stats.median_abs_deviation(part, scale="normal") for part in (fast, slow))
     if apart < _WORTH_SAYING * statistics.median(ordered) or apart < _MODE_DEVIATIONS * spread:
         return None
     return (statistics.median(fast), len(fast)), (statistics.median(slow), len(slow))

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from splash_workbench.trial_status import Label, Status
 from tuning.trials.figures import LIGHT, log_axes
@@ -107,7 +107,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Return the rank correlation; None where one side does not vary."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    return float(stats.spearmanr(x, y).statistic)
+    return float(scipy.stats.spearmanr(x, y).statistic)
 
 
 def pairs_of(trials: Iterable[Trial]) -> list[Pair]:

@@ -47,6 +47,7 @@ folder = Path(settings["checkpoint"])
 checkpoint = Checkpoint("small", folder)
 results = {}
 embeddings = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
+jax.config.update("jax_disable_most_optimizations", True)  # to compile faster; the VAE would run slower for it
 for name, (options, changes) in settings["runs"].items():
     request = GenerateRequest(
         "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
@@ -80,6 +81,7 @@ if settings["processes"] > 1:
     state_file = StateFile(state, "x")
     results["resumed"] = denoiser.denoise(request, embeddings, state_file=state_file)
     assert state_file.resumed_at_step == 1
+jax.config.update("jax_disable_most_optimizations", False)
 if settings["vae"]:
     decoder = VaeDecoder(checkpoint, torch.float32)
     results["frames"] = decoder.decode(results["base"], quantize=False)

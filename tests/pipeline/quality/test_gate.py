@@ -110,25 +110,29 @@ def command(monkeypatch, tmp_path: Path, *arguments: str) -> int:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("harms", [[0], [1, 2]], ids=["equal", "harmed"])
 @pytest.mark.usefixtures("plant")
-def test_planted_harm_is_seen(monkeypatch, tmp_path, capsys, harms):
-    names = {HARMS[number].__name__: number for number in harms}
+def test_planted_harm_is_seen_and_nothing_else(monkeypatch, tmp_path, capsys):
     planted = (
-        f"{{name: {name}, attention: {{implementation: pallas_interpret, variant: {{lookahead: {number}}}}}}}"
-        for name, number in names.items()
+        f"{{name: {harm.__name__}, attention: {{implementation: pallas_interpret, variant: {{lookahead: {number}}}}}}}"
+        for number, harm in enumerate(HARMS)
     )
     code = command(monkeypatch, tmp_path, f"candidates=[{','.join(planted)}]", "num_inference_steps=2", "num_frames=9")
     reference, *records = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
     assert reference["psnr_db"] == [None] and reference["failures"] == []
-    assert [record["candidate"] for record in (reference, *records)] == ["reference", *names]
+    assert [record["candidate"] for record in records] == [harm.__name__ for harm in HARMS]
+    assert reference["candidate"] == "reference"
     assert all(record["label"] == "measured" and record["device"]["platform"] == "cpu" for record in records)
     printed = capsys.readouterr().out
-    if harms == [0]:
-        assert code == 0 and records[0]["failures"] == [], printed
-    else:
-        assert code == 1 and all(record["failures"][0].startswith("PSNR") for record in records), printed
-        assert "over budget" in printed
+    equal, *harmed = (record["failures"] for record in records)
+    assert equal == [] and all(failures[0].startswith("PSNR") for failures in harmed), printed
+    assert code == 1 and "over budget" in printed
+
+
+def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, rng):
+    drawn = video(rng)
+    monkeypatch.setattr(judge, "variant_videos", lambda *arguments: drawn)
+    assert command(monkeypatch, tmp_path, "candidates=[{name: same}]") == 0
+    assert "all within budget" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ ROOT = Path(generate.__file__).resolve().parents[1]
 
 @pytest.fixture
 def config(tiny_folder) -> GenerateConfig:
-    return GenerateConfig(checkpoint=str(tiny_folder), height=48, width=80, num_inference_steps=2)
+    return GenerateConfig(checkpoint=str(tiny_folder), height=48, width=80, num_frames=9, num_inference_steps=2)
 
 
 def _write(folder: Path, *lines: dict | str) -> Path:
@@ -145,7 +145,7 @@ BAD_LINES = [
     ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
     ({"prompt": "x", "name": 3}, "name=3"),
     ({"prompt": "x", "name": "{nope}"}, "unknown field {nope}"),
-    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x17-seed42-"),
+    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x9-seed42-"),
 ]
 
 
@@ -285,7 +285,7 @@ def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatc
     monkeypatch.setattr(Denoiser, "denoise", run_denoise)
     items, _ = _run(tmp_path, config, *({"prompt": "x", "seed": seed, "name": f"{seed}"} for seed in range(1, 4)))
     assert [item.status for item in items] == ["failed", "failed", "done"]
-    assert items[0].error.startswith("denoise: not enough device memory for 80x48, 17 frames, float32; try a smaller")
+    assert items[0].error.startswith("denoise: not enough device memory for 80x48, 9 frames, float32; try a smaller")
     assert items[1].error.startswith("denoise: KeyError: 'a bug")
     traceback = json.loads((tmp_path / "videos" / "2" / "error.json").read_text())["traceback"]
     assert "run_denoise" in "".join(traceback)

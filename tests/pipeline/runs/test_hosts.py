@@ -15,7 +15,9 @@ from helpers import PLENTY_S, environment_with_repo, wait_until
 from pipeline.requests.config import DistributedConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions, to_distributed
+from pipeline.requests.request import GenerateRequest
 from pipeline.runs import hosts
+from pipeline.runs.request_run import generate
 from pipeline.stages.resume import STATE_NAME
 
 #: As in tests/pipeline/model/test_sharding.py: plans differ in the order of sums.
@@ -25,24 +27,19 @@ LATENT_TOLERANCE = 2e-4
 class Group:
     """Processes that run one command in folders of their own; only the first may write to its."""
 
-    def __init__(self, folder: Path, compiled: Path, checkpoint: Path, count: int, *arguments: str, devices: int = 1):
+    def __init__(self, folder: Path, programs: dict[str, str], checkpoint: Path, count: int, *arguments: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.folders = [folder / str(index) for index in range(count)]
         together = (f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}")
-        variables = {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        }
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **programs}
         self.processes = []
         for index, cwd in enumerate(self.folders):
             cwd.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "pipeline.generate", "prompt=a red circle", f"checkpoint={checkpoint}"]
-            command += ["model=tiny", "height=32", "width=48", "num_frames=9", "seed=7", "run_dir=run", *arguments]
-            if count > 1:
-                command += [*together, f"distributed.process_id={index}"]
+            command += ["model=tiny", "height=48", "width=80", "num_frames=9", "seed=7", "run_dir=run", *arguments]
+            command += [*together, f"distributed.process_id={index}"]
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -73,10 +70,13 @@ class Group:
 
 
 @pytest.mark.compile
-def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder):
+@pytest.mark.parametrize(
+    "stages", ["text,denoise", pytest.param("text,denoise,vae", marks=pytest.mark.slow("1 min"))], ids=str
+)
+def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_programs, tiny_folder):
     """A signal to one of them ends both after a step; they write in the first one's folder only."""
     steps = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
-    interrupted = Group(tmp_path, compiled, tiny_folder, 2, *steps)
+    interrupted = Group(tmp_path, shared_programs, tiny_folder, 2, *steps)
     interrupted.wait_for_state()
     interrupted.processes[1].send_signal(signal.SIGTERM)
     (code, _, shown), (other_code, other_printed, _) = interrupted.finish()
@@ -86,26 +86,30 @@ def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder
     run_dir = tmp_path / "0" / "run"
     assert sorted(path.name for path in run_dir.iterdir()) == [STATE_NAME, "text.json", "text.safetensors"]
 
-    last = ("num_inference_steps=2", "resume=false")
-    ((code, _, shown),) = Group(tmp_path / "one", compiled, tiny_folder, 1, *last, devices=2).finish()
-    assert code == 0, shown
-    several = Group(tmp_path, compiled, tiny_folder, 2, *last).finish()
-    assert [code for code, _, _ in several] == [0, 0], several
-    assert "video: run/video.mp4" in several[0][1]
-    assert list((tmp_path / "1").iterdir()) == []
-    actual, expected = (
-        load_file(folder / "denoise.safetensors")["latents"] for folder in (run_dir, tmp_path / "one/0/run")
+    request = GenerateRequest(
+        "a red circle", str(tiny_folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
     )
+    one = tmp_path / "one"
+    generate(request, run_dir=one, stages=stages.split(","))
+    several = Group(
+        tmp_path, shared_programs, tiny_folder, 2, "num_inference_steps=2", "resume=false", f"stages={stages}"
+    ).finish()
+    assert [code for code, _, _ in several] == [0, 0], several
+    assert list((tmp_path / "1").iterdir()) == []
+    actual, expected = (load_file(folder / "denoise.safetensors")["latents"] for folder in (run_dir, one))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
-    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (run_dir, tmp_path / "one/0/run"))
+    if not stages.endswith("vae"):
+        return
+    assert "video: run/video.mp4" in several[0][1]
+    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (run_dir, one))
     assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow("1 min"))])
-def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, compiled, tiny_folder):
+def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, shared_programs, tiny_folder):
     arguments = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
-    group = Group(tmp_path, compiled, tiny_folder, 2, *arguments)
+    group = Group(tmp_path, shared_programs, tiny_folder, 2, *arguments)
     group.wait_for_state()
     group.processes[victim].kill()
     codes_and_texts = group.finish()
@@ -119,16 +123,16 @@ def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, 
         assert f"process 1 on {host}, of 2; process 0 on {host} writes" in shown
         assert "coordination service" in shown
         return
-    resumed = Group(tmp_path, compiled, tiny_folder, 2, *arguments).finish()
+    resumed = Group(tmp_path, shared_programs, tiny_folder, 2, *arguments).finish()
     assert [code for code, _, _ in resumed] == [0, 0], resumed
     assert '"resumed_at_step": null' not in (tmp_path / "0" / "run" / "denoise.json").read_text()
 
 
 @pytest.mark.compile
-def test_an_error_of_one_process_ends_all_and_names_it(tmp_path, compiled, tiny_folder):
+def test_an_error_of_one_process_ends_all_and_names_it(tmp_path, shared_programs, tiny_folder):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "own.safetensors").touch()  # which process 1 does not have
-    group = Group(tmp_path, compiled, tiny_folder, 2, "transformer=own.safetensors", "stages=text")
+    group = Group(tmp_path, shared_programs, tiny_folder, 2, "transformer=own.safetensors", "stages=text")
     for code, _, shown in group.finish():
         assert code != 0
         assert "own.safetensors" in shown

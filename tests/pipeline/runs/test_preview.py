@@ -11,6 +11,7 @@ from pipeline.runs import preview
 from pipeline.runs.request_run import generate
 
 
+@pytest.mark.compile
 def test_preview_pictures(request_of, tmp_path, monkeypatch, caplog):
     request = request_of(num_inference_steps=2)
     stages, options = ["text", "denoise"], RunOptions(preview_every=2)

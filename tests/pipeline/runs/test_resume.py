@@ -40,6 +40,7 @@ def test_an_interrupted_run_goes_on_with_the_step_it_was_in(changes, same, ran, 
     assert not (run_dir / STATE_NAME).exists()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("damage", "message"),
     [("other request", "belongs to another request"), ("truncated", "is not readable"), ("no resume", "")],
@@ -67,6 +68,7 @@ def test_a_state_that_does_not_fit_is_not_taken(damage, message, same, tmp_path,
     assert not (tmp_path / STATE_NAME).exists()
 
 
+@pytest.mark.compile
 def test_an_unwritable_state_is_a_warning(same, tmp_path, caplog, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -25,7 +25,13 @@ def traced(tmp_path_factory, tiny_folder):
     """Result, sessions and logdir of one traced run."""
     folder = tmp_path_factory.mktemp("traced")
     request = GenerateRequest(
-        prompt="a red circle", checkpoint=str(tiny_folder), height=48, width=80, num_inference_steps=3, seed=7
+        prompt="a red circle",
+        checkpoint=str(tiny_folder),
+        height=48,
+        width=80,
+        num_frames=9,
+        num_inference_steps=3,
+        seed=7,
     )
     settings = GenerateConfig(profile=True, profile_run="small", logdir=str(folder / "runs"))
     with tracing(recorder_of(settings, request)):

@@ -30,7 +30,7 @@ PREDICTED = {
     "text": Predicted(time_ms=10.0, interval_ms=(9.0, 11.0), says="planted"),
     "vae": Predicted(time_ms=15.0, says="planted"),
 }
-SMALL = AttentionShape(1, 2, 203, 331, 64)
+SMALL = AttentionShape(1, 1, 67, 131, 64)
 
 
 class PlantedPredictions:
