@@ -29,6 +29,7 @@ COMMANDS = (
         "pipeline.generate",
         "pipeline.predict",
         "pipeline.quality",
+        "pipeline.calibrate",
         "pipeline.quantize",
         "pipeline.train_tiny",
     ),

@@ -18,6 +18,7 @@ HYDRA_COMMANDS = {
     "pipeline.generate": "height=tall",
     "pipeline.predict": "timeout_s=long",
     "pipeline.quality": "seeds=[one]",
+    "pipeline.calibrate": "num_inference_steps=many",
     "pipeline.quantize": "output=weights.bin",
     "pipeline.train_tiny": "vae.steps=many",
 }

@@ -30,6 +30,7 @@ class QualityConfig(GenerateConfig):
     seeds: list[int] = dataclasses.field(default_factory=list)
     kernel: str = "pallas_interpret"
     budget: Budget = dataclasses.field(default_factory=Budget)
+    reuse: Budget = dataclasses.field(default_factory=Budget)
     follows: float = 0.0
     candidates: list[Any] = dataclasses.field(default_factory=list)
     only: list[str] = dataclasses.field(default_factory=list)
