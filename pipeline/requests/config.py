@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
+from splash_workbench.engines.settings import EngineSchema
 
 
 @dataclasses.dataclass
@@ -74,6 +75,7 @@ class GenerateConfig:
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    engine: EngineSchema = dataclasses.field(default_factory=EngineSchema)
     stages: Any = "text,denoise,vae"
     run_dir: str | None = None
     output_dir: str = "videos"
