@@ -12,6 +12,7 @@ from typing import Any
 from splash_workbench.engines.runner import scratch_dir
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.provenance import Environment, package_versions, user_cache_dir
+from splash_workbench.records.base import new_id
 from tuning.backends.base import Backend
 from tuning.kernels import loading
 
@@ -24,7 +25,8 @@ class OnNode:
       environment: of the driver, which its records will have.
       source, files: a user's kernel, see `loading.find`, and what it is made of: name in the folder -> content; None
         and nothing for one of `loading.KERNELS`.
-      keep: whether checks of numerics are kept in the node's cache folder. It may be on storage that all nodes share.
+      keep: whether checks of numerics are kept in the node's cache folder, maybe on storage that all nodes share;
+        else they are shared by the candidates of this sweep alone.
     """
 
     backend: Backend
@@ -32,6 +34,7 @@ class OnNode:
     source: str | None
     files: Mapping[str, bytes]
     keep: bool
+    sweep_id: str = dataclasses.field(default_factory=new_id)
 
     def __call__(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Return the payload. Raises UserError where what is installed here is not what the driver has."""
@@ -46,7 +49,7 @@ class OnNode:
                     f"engine=ray: node {socket.gethostname()} has {what} {found}, the driver {expected}; expected the "
                     "same installation on every node."
                 )
-        folder = user_cache_dir() / "tuning" if self.keep else scratch_dir()
+        folder = user_cache_dir() / "tuning" if self.keep else scratch_dir() / self.sweep_id
         changes: dict[str, Any] = {"cache_dir": str(folder / "numerics")}
         if self.source is not None:
             changes["kernel"] = self._kernel_here(self.source)
