@@ -1,5 +1,6 @@
 """One command in several processes with simulated devices: the video of one process, and they end together."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from helpers import PLENTY_S, environment_with_repo, wait_until
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.config import DistributedConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions, to_distributed
@@ -72,6 +74,14 @@ class Group:
         wait_until(there, "the first saved step")
 
 
+def _same_video(several: Path, one: Path) -> None:
+    """Assert that two run folders hold the same video, to rounding."""
+    actual, expected = (load_file(folder / "denoise.safetensors")["latents"] for folder in (several, one))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
+    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (several, one))
+    assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
+
+
 @pytest.mark.compile
 def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder):
     """A signal to one of them ends both after a step; they write in the first one's folder only."""
@@ -93,12 +103,36 @@ def test_several_processes_make_the_video_of_one(tmp_path, compiled, tiny_folder
     assert [code for code, _, _ in several] == [0, 0], several
     assert "video: run/video.mp4" in several[0][1]
     assert list((tmp_path / "1").iterdir()) == []
-    actual, expected = (
-        load_file(folder / "denoise.safetensors")["latents"] for folder in (run_dir, tmp_path / "one/0/run")
-    )
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
-    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (run_dir, tmp_path / "one/0/run"))
-    assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
+    _same_video(run_dir, tmp_path / "one/0/run")
+
+
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny checkpoint whose heads divide over eight devices."""
+    spec = TinySpec(1, 8, 16, 24, 20, text_layers=1, max_text_seq_length=19, vae_block_out_channels=(8, 8, 16, 16))
+    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), spec)
+
+
+@pytest.mark.slow("4 min")
+def test_four_processes_of_two_devices_make_the_video_of_one_of_eight(tmp_path, compiled, eight_heads):
+    """Killing one ends the others, and the next run goes on from what is saved."""
+    steps = ("num_inference_steps=20", "checkpoint_every=1")
+    ((code, _, shown),) = Group(tmp_path / "one", compiled, eight_heads, 1, *steps, devices=8).finish()
+    assert code == 0, shown
+    killed = Group(tmp_path, compiled, eight_heads, 4, *steps, devices=2)
+    killed.wait_for_state()
+    killed.processes[2].kill()
+    for index, (code, _, shown) in enumerate(killed.finish()):
+        assert code == -signal.SIGKILL if index == 2 else code not in (0, -signal.SIGKILL), shown
+        assert index == 2 or "process 2 on" in shown, shown
+    assert not (tmp_path / "0" / "run" / "denoise.json").exists()
+    several = Group(tmp_path, compiled, eight_heads, 4, *steps, devices=2).finish()
+    assert [code for code, _, _ in several] == [0] * 4, several
+    details = json.loads((tmp_path / "0" / "run" / "denoise.json").read_text())
+    assert details["resumed_at_step"] > 0
+    assert (details["parallel"]["dp"], details["parallel"]["model"]) == (2, 4)
+    assert [list((tmp_path / str(index)).iterdir()) for index in (1, 2, 3)] == [[]] * 3
+    _same_video(tmp_path / "0" / "run", tmp_path / "one/0/run")
 
 
 @pytest.mark.compile

@@ -176,7 +176,8 @@ def _sweeps_one_killed(
     merged = records.read(result.directory / records.TRIALS_FILE)
     assert len({trial.key for trial in merged}) == len(merged) == count
     times = Counter(log.read_text().splitlines())
-    assert len(times) == count and sum(times.values()) == count + 1  # the lost one
+    # Twice: the one that was lost, and maybe the one before it, which was on record there and not told yet.
+    assert len(times) == count and count < sum(times.values()) <= count + 2
     assert result.winner is not None and alone.winner is not None and result.winner.key == alone.winner.key
     blocks = [json.loads(line) for line in times]
     assert all(dataclasses.asdict(trial.block_sizes) in blocks for trial in merged)
