@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 
+from helpers import PLENTY_S
 from pipeline.requests.request import Stage
 from pipeline.runs.messages import Done, Job, Ready
 
@@ -20,7 +22,7 @@ class FakeSlice:
     """Does with a line what its prompt says; adds "line stages" to the file `log` for each piece of work."""
 
     def __init__(self, job: Job) -> None:
-        self._job = job
+        self._job, self._stop, self._stopped = job, threading.Event(), threading.Event()
 
     def prepare(self) -> Ready:
         found = []
@@ -42,6 +44,11 @@ class FakeSlice:
             case "lost once" if not (self._job.output_dir / "was lost").exists():
                 (self._job.output_dir / "was lost").touch()
                 os._exit(1)
+            case "long":
+                assert self._stop.wait(PLENTY_S)
+                (self._job.output_dir / "stopped").touch()
+                self._stopped.set()
+                return Done("interrupted", None, None, 0.1)
             case "fails":
                 return Done("failed", "denoise: it holds NaN", None, 0.1)
         folder = self._job.output_dir / entry.name
@@ -54,3 +61,5 @@ class FakeSlice:
 
     def stop(self, signal_number: int) -> None:
         del signal_number
+        self._stop.set()
+        assert self._stopped.wait(PLENTY_S)

@@ -4,8 +4,10 @@ First the text of all lines, then the rest, as in a batch of one machine and for
 cluster has room for them and go as they like; results and failures are told, recorded and counted here.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import queue
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +38,6 @@ class _Member:
 
     number: int
     actor: Any
-    ref: Any
     ready: Ready | None = None
     doing: tuple[int, tuple[Stage, ...]] | None = None
     group: int | None = None
@@ -59,6 +60,7 @@ class Fleet:
         self.lines = [Line(entry) for entry in job.entries]
         self._cluster, self._job, self._results_path, self._say, self._kind = cluster, job, results_path, say, kind
         self._members: list[_Member] = []
+        self._answers: queue.SimpleQueue[tuple[_Member, Any]] = queue.SimpleQueue()
         self._count, self._failed_starts = 0, 0
         self._reference: Ready | None = None  # the first slice that was ready
         self._losses = [0] * len(self.lines)
@@ -81,15 +83,14 @@ class Fleet:
                 self._kill(member)
 
     def _loop(self) -> None:
-        ray, told, self._since = self._cluster.ray, time.monotonic(), time.monotonic()
+        told = time.monotonic()
         if self._cluster.settings.slices is None:
             self._cluster.require_room()
         while any(line.status == "waiting" for line in self.lines):
             self._grow()
-            refs = {member.ref: member for member in self._members if member.ref is not None}
-            done, _ = ray.wait(list(refs), num_returns=1, timeout=_LOOK_S)
-            for ref in done:
-                self._hear(refs[ref], ref)
+            with contextlib.suppress(queue.Empty):
+                member, ref = self._answers.get(timeout=_LOOK_S)
+                self._hear(member, ref)
             for member in self._members:
                 self._hand_out(member)
             if time.monotonic() - told > _TELL_S:
@@ -104,12 +105,17 @@ class Fleet:
             self._count += 1
             options = self._cluster.options() | {"max_restarts": 0, "concurrency_groups": {"watch": 2}}
             actor = self._cluster.ray.remote(**_given(options))(self._kind).remote(self._job)
-            self._members.append(_Member(self._count, actor, actor.prepare.remote()))
+            self._members.append(_Member(self._count, actor))
+            self._ask(self._members[-1], actor.prepare.remote())
+
+    def _ask(self, member: _Member, ref: Any) -> None:
+        """Hear of a call's end. In a queue, because a signal that comes while Ray waits is lost in it."""
+        ref.future().add_done_callback(lambda _: self._answers.put((member, ref)))
 
     def _hear(self, member: _Member, ref: Any) -> None:
         """Take what a slice has made, or that it is lost."""
         errors = self._cluster.ray.exceptions
-        member.ref, doing, member.doing = None, member.doing, None
+        doing, member.doing = member.doing, None
         try:
             answer = self._cluster.ray.get(ref)
         except errors.RayTaskError as error:
@@ -160,7 +166,8 @@ class Fleet:
             member.group, stages = groups[index], self._job.stages
         else:
             return
-        member.doing, member.ref = (index, stages), member.actor.work.remote(index, stages)
+        member.doing = index, stages
+        self._ask(member, member.actor.work.remote(index, stages))
 
     def _take(self, member: _Member, index: int, stages: tuple[Stage, ...], done: Done) -> None:
         line = self.lines[index]
@@ -206,11 +213,10 @@ class Fleet:
 
     def _stop(self, signal_number: int) -> None:
         """Let the slices end the steps that they are at, and save them."""
-        ray = self._cluster.ray
         refs = [self._watch(member.actor.stop).remote(signal_number) for member in self._members if member.doing]
         if refs:
             self._say("", f"{len(refs)} slices stop after the step that they are at")
-            ray.wait(refs, num_returns=len(refs), timeout=_STOP_S)
+            concurrent.futures.wait([ref.future() for ref in refs], timeout=_STOP_S)
 
     def _overview(self) -> str:
         ray, counts = self._cluster.ray, {"done": 0, "failed": 0, "waiting": 0}

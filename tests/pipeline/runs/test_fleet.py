@@ -3,8 +3,11 @@
 import collections
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,10 @@ from pipeline.requests.request import STAGES
 from pipeline.runs import fleet
 from pipeline.runs.fleet import Fleet, new_marker
 from pipeline.runs.messages import Job
-from pipeline.terminal import batch_table
+from pipeline.stages.progress import Interrupted
+from pipeline.terminal import Terminal, batch_table
 from ray_nodes import ray_nodes
-from splash_workbench.engines.cluster import connected
+from splash_workbench.engines.cluster import Cluster, connected
 from splash_workbench.engines.settings import EngineSettings
 
 
@@ -55,9 +59,11 @@ def test_lines_are_handed_out_again_and_new_slices_join(tmp_path, monkeypatch):
 
         made = Fleet(cluster, job, results, say, FakeSlice)
         made.run_all()
-        again = Fleet(cluster, dataclasses.replace(job, entries=(job.entries[0],)), results, said.append, FakeSlice)
-        again._say = lambda place, text: None
+        again = Fleet(cluster, dataclasses.replace(job, entries=job.entries[:1]), results, say, FakeSlice)
         again.run_all()
+        with Terminal().handling_signals(), pytest.raises(Interrupted, match="SIGTERM"):
+            _stopped_while_it_works(cluster, tmp_path, config)
+        assert (tmp_path / "stopped/videos/stopped").exists()
     status = {line.entry.request.prompt: line.status for line in made.lines}
     assert status == {prompt: "done" for prompt in prompts} | {"lost": "failed", "fails": "failed"}
     assert again.lines[0].status == "finished before"
@@ -74,6 +80,23 @@ def test_lines_are_handed_out_again_and_new_slices_join(tmp_path, monkeypatch):
     assert "slice 2: 1 x fake on host" in said
     assert any("; slice 1: line " in line for line in said) or any("; slice 2: line " in line for line in said)
     assert not list(job.output_dir.glob(".slices-*"))
+
+
+def _stopped_while_it_works(cluster: Cluster, folder: Path, config: GenerateConfig) -> None:
+    """Get a signal while a slice is at a line; its step is ended first."""
+    job = _job(folder / "stopped", config, "long")
+    log = job.output_dir / "log"
+
+    def send() -> None:
+        wait_until(lambda: log.exists() and "text,denoise,vae" in log.read_text(), "the long line")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        Fleet(cluster, job, None, lambda place, text: None, FakeSlice).run_all()
+    finally:
+        sender.join()
 
 
 @pytest.mark.slow("4 min")
