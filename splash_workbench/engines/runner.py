@@ -93,9 +93,10 @@ class ClusterRunner(Runner):
         return answer.outcome
 
     def stages(self) -> list[tuple[str, float]]:
-        """Return for each job how long ago it was asked for."""
+        """Return how many jobs are asked for, as one stage, and for how long the oldest is."""
         with self._lock:
-            return [("on the cluster", time.monotonic() - since) for since in self._refs.values()]
+            asked = list(self._refs.values())
+        return [(f"{len(asked)} on the cluster, the oldest", time.monotonic() - min(asked))] if asked else []
 
     def cancel(self) -> None:
         """End all jobs; every `run`, present and future, raises CancelledError."""

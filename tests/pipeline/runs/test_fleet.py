@@ -25,11 +25,14 @@ from pipeline.requests.request import STAGES
 from pipeline.runs import fleet
 from pipeline.runs.fleet import Fleet, new_marker
 from pipeline.runs.messages import Job
+from pipeline.runs.request_run import LOCK_NAME, RequestRun
+from pipeline.runs.slices import Slice
 from pipeline.stages.progress import Interrupted
 from pipeline.terminal import Terminal, batch_table
 from ray_nodes import ray_nodes
 from splash_workbench.engines.cluster import Cluster, connected
 from splash_workbench.engines.settings import EngineSettings
+from splash_workbench.files import locked
 
 
 def _job(folder: Path, config: GenerateConfig, *prompts: str) -> Job:
@@ -146,6 +149,36 @@ def test_twelve_prompts_over_three_slices_one_of_which_is_killed(tmp_path, tiny_
                 np.testing.assert_array_equal(actual[array], expected[array])
     counted = len((tmp_path / "results" / "generate.jsonl").read_text().splitlines())
     assert counted == len((tmp_path / "alone.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_slice_looks_at_all_lines_before_it_works(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}
+    monkeypatch.setattr(RequestRun, "_compute", lambda *args: (made, {}))
+    config = GenerateConfig(checkpoint=str(tiny_folder), height=48, width=80, guidance_scale=1)
+    job = dataclasses.replace(_job(tmp_path, config, "a", "b"), compilation_cache=False)
+    (message,) = Slice(job).prepare().errors
+    assert message.startswith(f"output_dir={tmp_path / 'videos'}: node ") and "does not see it" in message
+    job.output_dir.mkdir()
+    (job.output_dir / job.marker).touch()
+    wrong = dataclasses.replace(job.entries[0].request, checkpoint="nowhere")
+    wrong_job = dataclasses.replace(job, entries=(dataclasses.replace(job.entries[0], request=wrong),))
+    (message,) = Slice(wrong_job).prepare().errors
+    assert message.startswith("checkpoint='nowhere': no such folder")
+    first, second = Slice(job), Slice(job)
+    ready = first.prepare()
+    assert (ready.errors, ready.finished, ready.groups) == ((), (None, None), (0, 0))
+    assert second.prepare().digest == ready.digest
+    assert first.work(0, ("text",)).status == "waiting"
+    with locked(job.output_dir / "1" / LOCK_NAME, "busy"):
+        busy = second.work(0, STAGES)
+    assert busy.status == "failed" and "another process is at work there" in str(busy.error)
+    third = Slice(job)
+    third.prepare()
+    done = third.work(0, STAGES)  # whose text another slice has made
+    assert done.status == "done" and done.result is not None and done.result.record is not None
+    (finished, _) = Slice(job).prepare().finished
+    assert finished is not None and finished.video_path == done.result.video_path
 
 
 @pytest.mark.parametrize(
