@@ -188,7 +188,8 @@ def _run_fleet(
             fleet.run_all()
         finally:
             terminal.close()
-            print(batch_table(fleet.lines), flush=True)
+            if any(line.status != "waiting" for line in fleet.lines):
+                print(batch_table(fleet.lines), flush=True)
     return 1 if any(line.status == "failed" for line in fleet.lines) else 0
 
 

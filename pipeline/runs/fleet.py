@@ -118,14 +118,14 @@ class Fleet:
         doing, member.doing = member.doing, None
         try:
             answer = self._cluster.ray.get(ref)
-        except errors.RayTaskError as error:
-            cause = (str(error.cause or error).strip().splitlines() or [""])[-1]
-            raise UserError(
-                f"engine=ray: slice {member.number} failed ({cause}); expected this package, installed alike, on every "
-                "node; Ray's logs there say more."
-            ) from error
         except errors.RayError as error:
-            self._lose(member, doing, str(error).strip().splitlines()[0])
+            lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+            if isinstance(error, errors.RayTaskError) or "creation task" in lines[0]:  # it lives, and cannot work
+                raise UserError(
+                    f"engine=ray: slice {member.number} failed ({lines[-1]}); expected this package, installed alike, "
+                    "on every node; Ray's logs there say more."
+                ) from error
+            self._lose(member, doing, lines[0])
             return
         if isinstance(answer, Ready):
             self._welcome(member, answer)
@@ -225,6 +225,8 @@ class Fleet:
         said = f"{counts['done']} of {len(self.lines)} done"
         if counts["failed"]:
             said += f", {counts['failed']} failed"
+        if starting := sum(member.ready is None for member in self._members):
+            said += f"; {starting} of {len(self._members)} slices start, or wait for room"
         at = {member: self._watch(member.actor.where).remote() for member in self._members if member.doing}
         ready, _ = ray.wait(list(at.values()), num_returns=len(at), timeout=1.0) if at else ([], [])
         for member, ref in at.items():
