@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,8 +15,12 @@ from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.errors import RequestError
 from splash_workbench.accelerator import accelerator_visible, tpu_visible
 from splash_workbench.cli import command
+from splash_workbench.engines.settings import EngineSettings, engine_from
+from splash_workbench.errors import from_config
+from splash_workbench.files import require_writable
 
 if TYPE_CHECKING:  # what imports jax and torch is imported once the options are read
+    from pipeline.requests.batch_file import Entry
     from pipeline.requests.options import RunOptions
     from pipeline.requests.request import Stage
     from pipeline.terminal import Terminal
@@ -32,8 +37,9 @@ def default_model() -> str:
 def _default_backend() -> str:
     if not accelerator_visible():
         return "cpu"  # known without starting JAX, which a mere --help should not do
-    if any(argument.startswith("distributed.") for argument in sys.argv[1:]):
-        return "tpu" if tpu_visible() else "cpu"  # JAX must not start before the hosts have met
+    if any(argument.startswith(("distributed.", "engine=")) for argument in sys.argv[1:]):
+        # JAX must not start before the hosts have met, and not here where slices want the chips.
+        return "tpu" if tpu_visible() else "cpu"
     import jax
 
     return jax.default_backend()
@@ -43,11 +49,13 @@ def _default_backend() -> str:
     "generate",
     GenerateConfig,
     text_or_list=("stages", "lora"),
+    free=("engine.resources",),
     resolvers={"default_model": default_model, "request": request_field},
 )
 def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
-    _check_combination(settings)
+    engine = from_config(lambda: engine_from(settings.engine))
+    _check_combination(settings, engine)
     from pipeline.requests.options import to_distributed
     from pipeline.runs.hosts import together
     from pipeline.stages.progress import Interrupted
@@ -58,7 +66,7 @@ def main(settings: GenerateConfig) -> int:
     try:
         with together(to_distributed(settings)) as hosts, terminal.handling_signals():
             terminal.hosts = hosts
-            return _generate(settings, terminal)
+            return _generate(settings, engine, terminal)
     except Interrupted as error:
         terminal.close()
         if error.everywhere and terminal.hosts is not None and not terminal.hosts.is_first:
@@ -73,7 +81,7 @@ def main(settings: GenerateConfig) -> int:
         terminal.close()
 
 
-def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
+def _generate(settings: GenerateConfig, engine: EngineSettings | None, terminal: "Terminal") -> int:
     """Run what is asked for; return the exit code."""
     from pipeline.requests.options import RunOptions, to_parallel
     from pipeline.requests.request import parse_stages, to_request
@@ -87,6 +95,8 @@ def _generate(settings: GenerateConfig, terminal: "Terminal") -> int:
     stages, run_options = parse_stages(settings.stages), RunOptions(settings.resume, to_parallel(settings), *every)
     cache_dir, results_path = _path(settings.cache_dir), _path(settings.results_path)
     if settings.prompts is not None or settings.num_videos != 1:
+        if engine is not None:
+            return _run_fleet(settings, stages, run_options, engine, terminal)
         return _run_batch(settings, stages, run_options, terminal)
     request = to_request(settings)
     run_dir = _path(settings.run_dir) or Path(settings.output_dir) / run_name(request, settings.name)
@@ -126,12 +136,10 @@ def _run_batch(
     run_options: "RunOptions",
     terminal: "Terminal",
 ) -> int:
-    from pipeline.requests.batch_file import entries_of, read_entries
     from pipeline.runs.batch import Batch, prepare
     from pipeline.terminal import batch_table
 
-    path = _path(settings.prompts)
-    entries = read_entries(path, settings) if path is not None else entries_of(settings)
+    path, entries = _entries(settings)
     output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
     items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
     _begin(settings, ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries)))
@@ -144,7 +152,65 @@ def _run_batch(
     return 1 if any(item.status == "failed" for item in items) else 0
 
 
-def _check_combination(settings: GenerateConfig) -> None:
+def _run_fleet(
+    settings: GenerateConfig,
+    stages: tuple["Stage", ...],
+    run_options: "RunOptions",
+    engine: EngineSettings,
+    terminal: "Terminal",
+) -> int:
+    """Run a batch on the slices of a cluster; start no JAX here, which would take their chips."""
+    from pipeline.runs.fleet import Fleet, new_marker
+    from pipeline.runs.slices import Job
+    from pipeline.terminal import batch_table
+    from splash_workbench.engines.cluster import connected
+
+    path, entries = _entries(settings)
+    output_dir = Path(settings.output_dir).absolute()
+    require_writable(f"output_dir={settings.output_dir!r}", output_dir)
+    job = Job(
+        entries=tuple(entries),
+        path=path,
+        stages=stages,
+        folder=Path.cwd(),
+        output_dir=output_dir,
+        marker=new_marker(),
+        run_options=run_options,
+        cache_dir=_path(settings.cache_dir),
+        compilation_cache=settings.compilation_cache,
+        omp_threads=os.environ.get("OMP_NUM_THREADS"),
+    )
+    with connected(engine, show_output=settings.verbose) as cluster:
+        checkpoints = ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries))
+        print(f"model {HydraConfig.get().runtime.choices['model']}, checkpoint {checkpoints}, on {cluster.line()}")
+        fleet = Fleet(cluster, job, _path(settings.results_path), terminal.say)
+        try:
+            fleet.run_all()
+        finally:
+            terminal.close()
+            if any(line.status != "waiting" for line in fleet.lines):
+                print(batch_table(fleet.lines), flush=True)
+    return 1 if any(line.status == "failed" for line in fleet.lines) else 0
+
+
+def _entries(settings: GenerateConfig) -> tuple[Path | None, list["Entry"]]:
+    """Return the file of a batch and what it asks for. Raises RequestError."""
+    from pipeline.requests.batch_file import entries_of, read_entries
+
+    path = _path(settings.prompts)
+    return path, read_entries(path, settings) if path is not None else entries_of(settings)
+
+
+def _check_combination(settings: GenerateConfig, engine: EngineSettings | None) -> None:
+    if engine is not None:
+        if settings.prompts is None and settings.num_videos == 1:
+            raise RequestError("engine=ray: hands out the lines of a batch; expected prompts=FILE, or num_videos=")
+        if settings.distributed.enabled or settings.distributed.coordinator is not None:
+            raise RequestError("engine=ray and distributed.enabled: expected one of them; a slice is of one host")
+        if not settings.resume:
+            raise RequestError(
+                "engine=ray and resume=false: a line goes on where another slice was lost; expected another output_dir"
+            )
     if (path := settings.prompts) is not None:
         if not path.strip():
             raise RequestError("prompts='': expected a file of JSON lines, or *.txt")

@@ -9,7 +9,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from pipeline.runs.batch import Item
+from pipeline.runs.batch import Line
 from pipeline.runs.hosts import Hosts
 from pipeline.stages.progress import Interrupted, StageEvent, StageTimings
 
@@ -120,7 +120,7 @@ def timing_table(timings: Sequence[StageTimings]) -> str:
     return "\n".join(lines)
 
 
-def batch_table(items: Sequence[Item]) -> str:
+def batch_table(items: Sequence[Line]) -> str:
     """Return a table of what became of every line of a batch, and how many there are of each."""
     lines = [f"  {'line':>4}  {'result':<15}  {'seconds':>8}  video, folder or error"]
     for item in items:

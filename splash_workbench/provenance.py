@@ -25,7 +25,8 @@ KERNEL_SOURCES = tuple(
 #: Packages whose version can change a time, or whether a kernel compiles.
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
-_FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+#: Environment variables that JAX, XLA and libtpu read.
+FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
 
 #: Names the folder of all caches; what is in it can be made again.
 CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"
@@ -64,7 +65,7 @@ class Environment:
 def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
-    flags = {name: os.environ[name] for name in _FLAG_VARIABLES if os.environ.get(name)}
+    flags = {name: os.environ[name] for name in FLAG_VARIABLES if os.environ.get(name)}
     return Environment(
         versions=package_versions(packages),
         # Where a dump goes changes nothing, and the path is nobody's business.

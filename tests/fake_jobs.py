@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
 from splash_workbench.trial_status import Status, TrialError, compile_error
 from splash_workbench.workers import stages
@@ -61,6 +62,38 @@ def bowl_of_uneven_speed(payload: dict[str, Any]) -> dict[str, Any]:
     """`bowl`, now one and now another first done."""
     time.sleep(random.choice((0, 0, 0.2)))
     return bowl(payload)
+
+
+def slow_bowl(payload: dict[str, Any]) -> dict[str, Any]:
+    """`bowl`, a second later."""
+    trial = bowl(payload)
+    time.sleep(1)
+    return trial
+
+
+def bowl_that_is_lost_once(payload: dict[str, Any]) -> dict[str, Any]:
+    """`bowl`, but the first job of all ends with the process that its worker belongs to, as if the machine was lost."""
+    try:
+        os.close(os.open(os.environ["FAKE_JOBS_LOST"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return bowl(payload)
+    return lost(payload)
+
+
+def lost(payload: dict[str, Any]) -> dict[str, Any]:
+    """Kill the process that this worker belongs to, and so this one."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+    raise AssertionError("not reached")
+
+
+def on_no_node(payload: dict[str, Any]) -> dict[str, Any]:
+    """Refuse every node."""
+    raise UserError("this node is not fit")
+
+
+def on_any_node(payload: dict[str, Any]) -> dict[str, Any]:
+    return payload
 
 
 def by_block_q(payload: dict[str, Any]) -> dict[str, Any]:

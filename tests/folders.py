@@ -12,6 +12,7 @@ FOLDERS = (
     "splash_workbench",
     "splash_workbench.records",
     "splash_workbench.workers",
+    "splash_workbench.engines",
     "splash_workbench.profiles",
     "offline_tpu.machine",
     "offline_tpu.hlo",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from pipeline.requests.config import GenerateConfig
 from splash_workbench.overrides import Keys, used_keys
+from tuning.search.settings import SweepSchema
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -18,7 +20,8 @@ DEPLOY = ROOT / "deploy"
 
 def _checked(arguments: list[str]) -> None:
     """Raise UserError for a key that pipeline.generate does not have."""
-    Keys(used_keys(GenerateConfig, ()), ("model", "parallel"), ("stages", "lora")).checked(arguments)
+    groups, free = ("model", "parallel", "engine"), ("engine.resources",)
+    Keys(used_keys(GenerateConfig, ()), groups, ("stages", "lora"), free=free).checked(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,45 @@ def test_the_job_set_calls_the_command_with_keys_that_it_has(job_set):
     assert container["command"] == ["python", "-m", "pipeline.generate"]
     assert "distributed.enabled=true" in container["args"]
     _checked(container["args"])
+
+
+@pytest.fixture(scope="module")
+def ray_job() -> dict[str, Any]:
+    return yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+
+
+def test_the_ray_job_has_what_its_controller_requires(ray_job):
+    assert (ray_job["apiVersion"], ray_job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = ray_job["spec"]
+    assert set(spec) <= {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} | {
+        "rayClusterSpec"
+    }
+    head, (workers,) = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert set(head) == {"rayStartParams", "template"} and head["rayStartParams"]["num-cpus"] == "0"
+    names = {"groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template"}
+    assert set(workers) == names and workers["numOfHosts"] == 1  # a slice is of one host
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
+    for group in (head, workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert all(isinstance(variable["value"], str) for variable in container["env"])
+    pod = workers["template"]["spec"]
+    width, height = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert str(width * height) == pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+
+
+def test_the_ray_job_calls_commands_with_keys_that_they_have(ray_job):
+    shell, option, script = shlex.split(ray_job["spec"]["entrypoint"])
+    assert (shell, option) == ("bash", "-c")
+    command = shlex.split(script.partition(" && ")[2])
+    assert command[:3] == ["python", "-m", "pipeline.generate"] and "engine=ray" in command
+    chips = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert f"engine.resources={{TPU:{chips['resources']['limits']['google.com/tpu']}}}" in command
+    _checked(command[3:])
+    (sweep,) = re.findall(r"python -m tuning\.sweep (.*)", (DEPLOY / "rayjob.yaml").read_text())
+    Keys(used_keys(SweepSchema, ()), ("engine", "workload")).checked(shlex.split(sweep))
 
 
 #: Stands for Slurm: srun starts two tasks, each on a node of its own.
@@ -90,6 +132,17 @@ def test_slurm_starts_sweeps_on_one_study_and_merges(tmp_path):
     lines = [line.split("|")[:-1] for line in done.stdout.splitlines()]
     assert [line[-1] for line in lines] == [f"results_dir=/shared/results{end}" for end in ("-0", "-1", "")]
     assert all("search.storage=/shared/study.log" in line for line in lines)
+
+
+def test_slurm_starts_ray_on_each_host(tmp_path):
+    done = _slurm(tmp_path, "pipeline.generate", "prompts=a b.jsonl", "engine=ray", "engine.resources={TPU:8}")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|")[:-1] for line in done.stdout.splitlines()]
+    ray = ["-m", "ray.scripts.scripts", "symmetric-run", "--address", "node1:8476", "--min-nodes", "2", "--"]
+    assert [line[:8] for line in lines] == [ray] * 2
+    assert lines[0][8:] == [str(tmp_path / "python3-that-shows"), "-m", "pipeline.generate", *lines[0][11:]]
+    assert lines[0][11:] == ["prompts=a b.jsonl", "engine=ray", "engine.resources={TPU:8}"]
+    _checked(lines[0][11:])
 
 
 def test_slurm_refuses_other_commands(tmp_path):

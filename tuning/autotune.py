@@ -92,6 +92,7 @@ def autotune(
             search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=seed),
             compiler_options=compiler_options or {},
             workers=workers,
+            engine=None,
             timeout_s=timeout_s,
             results_dir=Path(results_dir),
             tuned_path=Path(tuned_path) if tuned_path is not None else None,

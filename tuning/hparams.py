@@ -100,13 +100,14 @@ def main(settings: HParamsSchema) -> int:
     results_dir, logdir = Path(settings.results_dir), Path(settings.logdir)
     sessions.require_tensorboard("python -m tuning.hparams")
     workload = settings.workload.frozen() if settings.workload else None
-    count = 0
+    sweeps: dict[str, list[Trial]] = {}  # the same one may be in the folders of several machines
     for path in sorted(results_dir.rglob(TRIALS_FILE)):
-        trials = [t for t in records.read(path) if workload is None or (t.shape, t.dtype) == workload.identity]
-        if trials:
-            print(f"{len(trials)} trials: {write(trials, logdir, path.parent.name)}")
-            count += len(trials)
-    if not count:
+        found = [t for t in records.read(path) if workload is None or (t.shape, t.dtype) == workload.identity]
+        sweeps.setdefault(path.parent.name, []).extend(found)
+    for name, trials in sweeps.items():
+        if trials := records.once(trials):
+            print(f"{len(trials)} trials: {write(trials, logdir, name)}")
+    if not any(sweeps.values()):
         wanted = f" of workload={workload.name} ({workload.shape} {workload.dtype})" if workload else ""
         raise UserError(f"results_dir={results_dir}: no trials{wanted}; run python -m tuning.sweep first.")
     print(f"look: {sessions.tensorboard_command(logdir)}\n      http://127.0.0.1:{sessions.PORT}/#hparams")

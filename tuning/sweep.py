@@ -13,6 +13,8 @@ from typing import Any
 from offline_tpu.options import options_text
 from splash_attn import tuned
 from splash_workbench import cli, provenance
+from splash_workbench.engines.cluster import Cluster, connected
+from splash_workbench.engines.runner import ClusterRunner
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
@@ -20,13 +22,14 @@ from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
-from splash_workbench.workers.room import room_line
+from splash_workbench.workers.room import WORKER_BYTES, room_line
 from tuning import hparams
 from tuning import kernel_sweeps as kernels
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
 from tuning.kernel_sweeps import capture
+from tuning.on_nodes import OnNode, shipped_files
 from tuning.passes import Passes, best_of
 from tuning.search import kernel_settings
 from tuning.search.kernel_settings import KernelSweepSchema
@@ -78,8 +81,16 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
 
     Raises:
       UserError: the device does not fit the backend or is not there, no candidate can be valid, a folder or file
-        cannot be written or read, or the same sweep is running.
+        cannot be written or read, the same sweep is running, or the engine is not there.
     """
+    if settings.engine is None:
+        return _sweep(settings, report, None)
+    with connected(settings.engine) as cluster:
+        workers = settings.workers or cluster.require_room(WORKER_BYTES)
+        return _sweep(dataclasses.replace(settings, workers=workers), report, cluster)
+
+
+def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Cluster | None) -> SweepResult:
     workload, backend = settings.workload, settings.backend
     target = backend.find_target(settings.device)
     captured = capture(settings)
@@ -98,7 +109,11 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
     if not candidates.valid:
         raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
     cache = JobCache.of_user(settings.cache)
-    runner = Runner(state / "work", jobs_per_worker=JOBS_PER_WORKER)
+    if cluster is None:
+        runner = Runner(state / "work", jobs_per_worker=JOBS_PER_WORKER)
+    else:
+        files = shipped_files(settings.source)
+        runner = ClusterRunner(cluster, OnNode(backend, captured, settings.source, files, settings.cache))
     evaluator = Evaluator(
         runner=runner,
         workload=workload,
@@ -136,7 +151,8 @@ def sweep(settings: SweepSettings, *, report: Callable[[str], None] = print) -> 
         with storage_errors(where(settings.search, storage_path)):
             search = Search(storage_path, study_name, settings.space, candidates, settings.search, on_record)
             stack.callback(search.close)
-            for line in _introduction(settings, target, candidates, search, path):
+            where_run = cluster.line() if cluster is not None else room_line()
+            for line in _introduction(settings, target, candidates, search, path, where_run):
                 report(line)
             start = time.monotonic()
             passes = Passes(settings, search, evaluator, on_record, path)
@@ -172,7 +188,7 @@ def _what_was_learnt(search: Search) -> Iterator[str]:
 
 
 def _introduction(
-    settings: SweepSettings, target: Target, candidates: Candidates, search: Search, path: Path
+    settings: SweepSettings, target: Target, candidates: Candidates, search: Search, path: Path, where_run: str
 ) -> Iterator[str]:
     workload = settings.workload
     call = workload.name if workload.shape is None else f"{workload.name}: {workload.shape} {workload.dtype}"
@@ -185,7 +201,7 @@ def _introduction(
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:
         resumed += f", {len(search.interrupted)} asked for and not finished come first"
-    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once ({room_line()}){resumed}"
+    yield f"{settings.search.sampler} search of {search.budget}, {settings.workers} at once ({where_run}){resumed}"
     yield f"records: {path}"
 
 
@@ -201,13 +217,13 @@ def _draw(result: SweepResult, on_record: Sequence[Trial], names: tuple[str, str
     return path
 
 
-@cli.command("sweep", SweepSchema, free=("compiler_options",))
+@cli.command("sweep", SweepSchema, free=("compiler_options", "engine.resources"))
 def attention_main(config: SweepSchema) -> int:
     """Run the command for splash_attn; return its exit code."""
     return run(from_config(lambda: settings_from(config)), config)
 
 
-@cli.command("sweep_kernel", KernelSweepSchema, free=("workload", "space", "compiler_options"))
+@cli.command("sweep_kernel", KernelSweepSchema, free=("workload", "space", "compiler_options", "engine.resources"))
 def kernel_main(config: KernelSweepSchema) -> int:
     """Run the command for a user's kernel; return its exit code."""
     return run(from_config(lambda: kernel_settings.settings_from(config)), config)

@@ -41,7 +41,7 @@ class PredictConfig(GenerateConfig):
 _UNUSED = (
     *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
     *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
-    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*"),
+    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*", "engine*"),
 )
 
 

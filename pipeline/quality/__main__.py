@@ -10,7 +10,7 @@ _UNUSED = (
     *("prompt", "prompts", "seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
     *("preview_every", "warm_up", "profile", "profile_run", "logdir", "verbose", "num_videos", "image"),
     *("noise_aug_strength", "video", "strength", "latents", "lora", "transformer", "context_frames"),
-    *("context_overlap", "distributed.*"),
+    *("context_overlap", "distributed.*", "engine*"),
 )
 
 

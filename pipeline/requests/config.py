@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
 from pipeline.requests.reuse import CacheConfig
+from splash_workbench.engines.settings import EngineSchema
 
 
 @dataclasses.dataclass
@@ -78,6 +79,7 @@ class GenerateConfig:
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    engine: EngineSchema = dataclasses.field(default_factory=EngineSchema)
     stages: Any = "text,denoise,vae"
     run_dir: str | None = None
     output_dir: str = "videos"

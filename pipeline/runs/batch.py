@@ -39,18 +39,24 @@ Status = Literal["waiting", "done", "finished before", "failed"]
 
 
 @dataclasses.dataclass(eq=False)
-class Item:
+class Line:
     """A line of the batch, and its result.
 
     error: why it failed, in one line. time_s: spent on it in this run, with what it was the first to load and compile.
     """
 
     entry: Entry
-    run: RequestRun
     status: Status = "waiting"
     error: str | None = None
     result: GenerateResult | None = None
     time_s: float = 0.0
+
+
+@dataclasses.dataclass(eq=False)
+class Item(Line):
+    """A line that is run in this process."""
+
+    run: RequestRun = dataclasses.field(kw_only=True)
 
 
 def prepare(
@@ -79,7 +85,8 @@ def prepare(
             configs, checkpoint, identities = found[which]
             check_request(request, configs)
             run_dir = output_dir / entry.name
-            items.append(Item(entry, RequestRun(request, stages, run_dir, checkpoint, identities, run_options)))
+            run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+            items.append(Item(entry, run=run))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}" if path is not None else str(error))
     if errors:
@@ -122,6 +129,24 @@ class Batch:
             for item in self._waiting():
                 locks.enter_context(item.run.locked())
             self._run_waiting(self.items[0].run.stages)
+
+    def run_one(self, item: Item, stages: Sequence[Stage]) -> None:
+        """Run those of an item's stages that are not done; it stays "waiting" while others are to be run.
+
+        What is loaded is kept for the next one, but for text, which is not kept beside the others.
+        """
+        for stage in ("denoise", "vae") if tuple(stages) == ("text",) else ("text",):
+            self._stages.drop(stage)
+        done = {timing.stage for timing in item.run.timings}
+        for stage in stages:
+            if stage in done:
+                continue
+            if self._apart:
+                self._stages.drop("denoise" if stage == "vae" else "vae")
+            self._attempt(item, stage)
+            if stage == "vae" and item.status == "waiting":  # it did not fit beside the transformer
+                self._stages.drop("denoise")
+                self._attempt(item, stage)
 
     def _run_waiting(self, stages: Sequence[Stage]) -> None:
         for item in self._in_order("text") if "text" in stages else ():

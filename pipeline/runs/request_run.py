@@ -59,12 +59,14 @@ _FREE_BYTES = 2**20  # on the disk of a run's folder; a full one has none
 class GenerateResult:
     """Folder, video and timings of a run. video_path: None unless the stage "vae" was among those asked for.
 
-    timings: one of every stage asked for; those of a reused stage are from the run that made it.
+    timings: one of every stage asked for; those of a reused stage are from the run that made it. record: of them; None
+    where the video was there already.
     """
 
     run_dir: Path
     video_path: Path | None
     timings: tuple[StageTimings, ...]
+    record: GenerationRecord | None = None
 
 
 class RequestRun:
@@ -189,7 +191,7 @@ class RequestRun:
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
         if results_path is not None and not all(timing.reused for timing in self.timings):
             jsonl.append(results_path, record)  # last: the video matters more
-        return GenerateResult(self.run_dir, video_path, tuple(self.timings))
+        return GenerateResult(self.run_dir, video_path, tuple(self.timings), record)
 
     def finished(self) -> GenerateResult | None:
         """Return the result where the video of exactly this request is already there, even if stage outputs are not."""

@@ -50,6 +50,17 @@ def test_writing_again_replaces(trials, tmp_path):
     assert len(list(folder.glob("*/events.out.tfevents.*"))) == 1
 
 
+def test_a_sweep_of_several_machines_is_one(trials, make_trial, tmp_path, monkeypatch, capsys):
+    """Both have the same study's folder; some records are in both."""
+    for machine, theirs in (("a", trials), ("b", [*trials[:1], make_trial()])):
+        for trial in theirs:
+            jsonl.append(tmp_path / "results" / machine / "sweeps" / "s" / records.TRIALS_FILE, trial)
+    monkeypatch.setattr("sys.argv", ["hparams", f"results_dir={tmp_path / 'results'}", f"logdir={tmp_path / 'runs'}"])
+    assert hparams.main() == 0
+    assert "3 trials: " in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / "hparams" / "s").iterdir())) == 3
+
+
 def test_command(trials, tmp_path, monkeypatch, capsys):
     for trial in trials:
         jsonl.append(tmp_path / "results" / "sweeps" / "s" / records.TRIALS_FILE, trial)

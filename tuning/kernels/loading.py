@@ -64,8 +64,12 @@ def hash_of(spec: str) -> str:
     path = file_of(spec)
     if path is None:
         return source_hash(KERNEL_SOURCES)
-    found = sorted(_with_imports(path, set()))
-    return stable_hash(" ".join(source_hash((other.name,), other.parent) for other in found))
+    return stable_hash(" ".join(source_hash((other.name,), other.parent) for other in files_of(path)))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a kernel's file and those beside it that it imports; of a package its __init__.py."""
+    return sorted(_with_imports(path, set()))
 
 
 def refuse_while_loading() -> None:

@@ -41,7 +41,7 @@ class Inputs:
 
     Attributes:
       entries: (device kind, tuned entry); of `tuned_dir`, or without one the user's and the shipped ones.
-      sweeps, peers: one for each folder.
+      sweeps, peers: one for each folder. Of those of several machines, each record once.
       validation: of `tuning.validate`, or the reported rows alone.
       predicted, generated, quality: the lines of the pipeline's files.
       files: (file, what it holds) of each file that was read.
@@ -52,12 +52,14 @@ class Inputs:
         self.results_dir, self.validation_path, self.tuned_dir = results_dir, validation_path, tuned_dir
         self.files: list[tuple[str, str]] = []
         self.torn: list[str] = []
+        #: results_dir, and each machine's folder in it: one that has records, and is none of a sweep's.
+        self._folders = [results_dir, *sorted(folder for folder in results_dir.glob("*") if _of_machine(folder))]
         self.entries = self._tuned_entries(tuned_dir)
         self.sweeps, self.peers = self._trial_files()
         self.validation = self._validation(validation_path)
-        self.predicted = self._lines(results_dir / "predict.jsonl", PredictionRecord, "prediction")
-        self.generated = self._lines(results_dir / "generate.jsonl", GenerationRecord, "run")
-        self.quality = self._lines(results_dir / "quality.jsonl", QualityRecord, "comparison")
+        self.predicted = self._all_lines("predict.jsonl", PredictionRecord, "prediction")
+        self.generated = self._all_lines("generate.jsonl", GenerationRecord, "run")
+        self.quality = self._all_lines("quality.jsonl", QualityRecord, "comparison")
 
     def _shown(self, path: Path) -> str:
         """Return a path as the page names it."""
@@ -77,15 +79,22 @@ class Inputs:
         self._count(self._shown(path), len(found), what)
         return found
 
+    def _all_lines(self, name: str, kind: type[T], what: str) -> list[T]:
+        """Read a file of results_dir, and those of that name in the folders of machines below it."""
+        return [line for folder in self._folders for line in self._lines(folder / name, kind, what)]
+
     def _trial_files(self) -> tuple[list[TrialFile], list[TrialFile]]:
         """Read the trials of every folder in sweeps and in peers, one name for each shape."""
         read = [
             (folder, self._shown(path), trial)
             for folder in ("sweeps", "peers")
-            for path in sorted((self.results_dir / folder).glob(f"*/{TRIALS_FILE}"))
+            for machine in self._folders
+            for path in sorted((machine / folder).glob(f"*/{TRIALS_FILE}"))
             for trial in self._lines(path, Trial, "trial")
             if trial.shape is not None
         ]
+        kept = {(folder, trial.record_id): (folder, path, trial) for folder, path, trial in reversed(read)}
+        read = list(kept.values())[::-1]
         groups: dict[tuple[object, ...], list[Trial]] = {}
         for (folder, path, _), trial in zip(read, named_apart([trial for *_, trial in read]), strict=True):
             groups.setdefault((folder, path, *_kind(trial)), []).append(trial)
@@ -112,6 +121,10 @@ class Inputs:
                 entries += [(file.device_kind, entry) for entry in file.entries]
                 self._count(f"{name}/{path.name}", len(file.entries), "tuned entry", "tuned entries")
         return entries
+
+
+def _of_machine(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("sweeps", "peers", "predict.jsonl", "generate.jsonl"))
 
 
 def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFile]]:

@@ -8,12 +8,12 @@ from typing import Any
 from omegaconf import MISSING
 
 from offline_tpu.options import checked_options
-from splash_workbench.workers.room import worker_count
+from splash_workbench.engines.settings import EngineSettings, engine_from
 from tuning.backends.base import Backend
 from tuning.backends.registry import BACKENDS
 from tuning.kernels import Kernel, KernelError, loading
 from tuning.kernels.protocol import tunables
-from tuning.search.settings import AnySweepSchema, SweepSettings, heatmap_names
+from tuning.search.settings import AnySweepSchema, SweepSettings, heatmap_names, workers_of
 from tuning.search.tunables import TunableSpace, call_of
 
 
@@ -47,6 +47,7 @@ def settings_from(config: KernelSweepSchema) -> SweepSettings:
         measure=config.backend.measure,
         search=config.search,
         compiler_options=config.compiler_options,
+        engine=engine_from(config.engine),
         workers=config.workers,
         results_dir=Path(config.results_dir),
         tuned_path=Path(config.tuned) if config.tuned else None,
@@ -64,6 +65,7 @@ def kernel_settings(
     backend: str,
     compiler_options: Mapping[str, Any],
     workers: int | None,
+    engine: EngineSettings | None,
     heatmap: list[str] | None,
     tuned_path: Path | None,
     **rest: Any,
@@ -85,7 +87,8 @@ def kernel_settings(
         device=device,
         backend=chosen,
         compiler_options=checked_options(compiler_options),
-        workers=worker_count(1 if workers is None and chosen.exclusive else workers),
+        engine=engine,
+        workers=workers_of(workers, chosen, engine),
         vmem_pruning=False,
         heatmap=heatmap_names(heatmap, names if len(names) == 2 else names * 2),
         source=source,

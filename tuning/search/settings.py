@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from offline_tpu.options import checked_options
 from splash_attn import tuned
+from splash_workbench.engines.settings import EngineSchema, EngineSettings, engine_from
 from splash_workbench.records.jsonl import decode
 from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.backends.base import Backend
@@ -42,6 +43,7 @@ class AnySweepSchema:
     device: DeviceSchema = dataclasses.field(default_factory=DeviceSchema)
     backend: BackendSchema = dataclasses.field(default_factory=BackendSchema)
     search: SearchSettings = MISSING
+    engine: EngineSchema = dataclasses.field(default_factory=EngineSchema)
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     workers: int | None = None
     timeout_s: float = MISSING
@@ -70,8 +72,8 @@ class SweepSchema(AnySweepSchema):
 class SweepSettings:
     """One sweep; see configs/sweep.yaml for what each field means. Raises ValueError for a value out of range.
 
-    source: where a user's kernel is, see `tuning.kernels.loading.find`; None: it is ours. tuned_path: where its winner
-    goes.
+    workers: processes at once; 0: as many as the engine's cluster has room for. source: where a user's kernel is, see
+    `tuning.kernels.loading.find`; None: it is ours. tuned_path: where its winner goes. engine: None for this machine.
     """
 
     workload: Workload | KernelCall
@@ -92,10 +94,21 @@ class SweepSettings:
     heatmap: tuple[str, str] = ("block_q", "block_kv")
     source: str | None = None
     tuned_path: Path | None = None
+    engine: EngineSettings | None = None
 
     def __post_init__(self) -> None:
         if self.promote not in (True, False, "shipped"):
             raise ValueError(f"promote={self.promote!r}: expected true, false or shipped.")
+        if self.engine is not None:
+            if self.backend.exclusive:
+                raise ValueError(
+                    f"engine=ray: expected backend=offline or interpret, got {self.backend.name}: times of several "
+                    "chips are of no one chip."
+                )
+            if self.search.storage is not None:
+                raise ValueError("engine=ray and search.storage: expected one of them; see docs/scale.md.")
+            if self.engine.slices is not None:
+                raise ValueError(f"engine.slices={self.engine.slices}: it is of pipeline.generate; expected workers=.")
         if self.backend.exclusive and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: expected 1 with backend={self.backend.name}: trials cannot share the device."
@@ -150,7 +163,8 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         search=config.search,
         space=_space(config.space).fitted_to(workload.shape),
         compiler_options=checked_options(config.compiler_options),
-        workers=worker_count(1 if config.workers is None and backend.exclusive else config.workers),
+        engine=(engine := engine_from(config.engine)),
+        workers=workers_of(config.workers, backend, engine),
         results_dir=Path(config.results_dir),
         **{
             name: getattr(config, name)
@@ -158,6 +172,13 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         },
         heatmap=heatmap_names(config.heatmap, ("block_q", "block_kv")),
     )
+
+
+def workers_of(requested: int | None, backend: Backend, engine: EngineSettings | None) -> int:
+    """Return how many candidates a sweep is at, see SweepSettings. Raises ValueError for a number below 1."""
+    if requested is None and engine is not None:
+        return 0
+    return worker_count(1 if requested is None and backend.exclusive else requested)
 
 
 def heatmap_names(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, str]:

@@ -189,5 +189,10 @@ def reusable(trials: Iterable[Trial], timeout_s: float) -> list[Trial]:
 
 
 def read_all(results_dir: Path) -> list[Trial]:
-    """Return every trial under a results folder."""
-    return [trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path)]
+    """Return every trial under a results folder, once each: the folders of several machines may hold the same."""
+    return once(trial for path in sorted(results_dir.rglob(TRIALS_FILE)) for trial in read(path))
+
+
+def once(found: Iterable[Trial]) -> list[Trial]:
+    """Return the first of trials that are the same record."""
+    return list({trial.record_id: trial for trial in reversed(list(found))}.values())[::-1]

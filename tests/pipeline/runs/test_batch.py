@@ -269,6 +269,36 @@ def test_where_two_stages_do_not_fit_all_is_denoised_first(full, tmp_path, confi
     assert ran == ["text a", "text b", "text c", *expected[full]]
 
 
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [
+        ("vae", ["denoise a", "vae a", "vae a", "denoise b", "vae b", "denoise c", "vae c"]),
+        ("denoise", ["denoise a", "vae a", "denoise b", "denoise b", "vae b", "denoise c", "vae c"]),
+    ],
+)
+def test_one_item_at_a_time(full, expected, tmp_path, config, monkeypatch):
+    """As a slice runs them: text first, then the rest of each; where two stages do not fit, one makes room."""
+    ran = []
+
+    def compute(self, stage, context, inputs, stages):
+        stages._hold(stage, 0, lambda: 0)
+        ran.append(f"{stage} {self.run_dir.name}")
+        assert stage == "text" or not stages.holds("text")
+        if stage == full and stages.holds("denoise", "vae"):
+            raise DeviceMemoryError("full")
+        return {"prompt_embeds": np.ones(1), "latents": np.ones(1), "frames": np.zeros((2, 16, 16, 3), np.uint8)}, {}
+
+    monkeypatch.setattr(RequestRun, "_compute", compute)
+    items = _prepare(tmp_path, config, *({"prompt": "x", "name": name} for name in "abc"))
+    made = Batch(items)
+    for stages in (("text",), STAGES):
+        assert [item.status for item in items] == ["waiting"] * 3
+        for item in items:
+            made.run_one(item, stages)
+    assert [item.status for item in items] == ["done"] * 3
+    assert ran == ["text a", "text b", "text c", *expected]
+
+
 @pytest.mark.compile
 def test_what_never_fits_fails_and_the_rest_goes_on(tmp_path, config, monkeypatch):
     original = Denoiser.denoise

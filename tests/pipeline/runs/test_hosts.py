@@ -1,5 +1,6 @@
 """One command in several processes with simulated devices: the video of one process, and they end together."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from helpers import PLENTY_S, environment_with_repo, wait_until
+from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.config import DistributedConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions, to_distributed
@@ -27,19 +29,29 @@ LATENT_TOLERANCE = 2e-4
 class Group:
     """Processes that run one command in folders of their own; only the first may write to its."""
 
-    def __init__(self, folder: Path, programs: dict[str, str], checkpoint: Path, count: int, *arguments: str):
+    def __init__(
+        self,
+        folder: Path,
+        programs: dict[str, str],
+        checkpoint: Path,
+        count: int,
+        *arguments: str,
+        devices: int = 1,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.folders = [folder / str(index) for index in range(count)]
         together = (f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}")
-        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **programs}
+        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        variables |= programs
         self.processes = []
         for index, cwd in enumerate(self.folders):
             cwd.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "pipeline.generate", "prompt=a red circle", f"checkpoint={checkpoint}"]
             command += ["model=tiny", "height=48", "width=80", "num_frames=9", "seed=7", "run_dir=run", *arguments]
-            command += [*together, f"distributed.process_id={index}"]
+            if count > 1:
+                command += [*together, f"distributed.process_id={index}"]
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -69,6 +81,16 @@ class Group:
         wait_until(there, "the first saved step")
 
 
+def _same_video(several: Path, one: Path, frames: bool = True) -> None:
+    """Assert that two run folders hold the same video, to rounding."""
+    actual, expected = (load_file(folder / "denoise.safetensors")["latents"] for folder in (several, one))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
+    if not frames:
+        return
+    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (several, one))
+    assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "stages", ["text,denoise", pytest.param("text,denoise,vae", marks=pytest.mark.slow("1 min"))], ids=str
@@ -96,13 +118,38 @@ def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_progra
     ).finish()
     assert [code for code, _, _ in several] == [0, 0], several
     assert list((tmp_path / "1").iterdir()) == []
-    actual, expected = (load_file(folder / "denoise.safetensors")["latents"] for folder in (run_dir, one))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=LATENT_TOLERANCE)
-    if not stages.endswith("vae"):
-        return
-    assert "video: run/video.mp4" in several[0][1]
-    actual, expected = (load_file(folder / "vae.safetensors")["frames"] for folder in (run_dir, one))
-    assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
+    whole = stages.endswith("vae")
+    assert ("video: run/video.mp4" in several[0][1]) == whole
+    _same_video(run_dir, one, frames=whole)
+
+
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny checkpoint whose heads divide over eight devices."""
+    spec = TinySpec(1, 8, 16, 24, 20, text_layers=1, max_text_seq_length=19, vae_block_out_channels=(8, 8, 16, 16))
+    return ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), spec)
+
+
+@pytest.mark.slow("4 min")
+def test_four_processes_of_two_devices_make_the_video_of_one_of_eight(tmp_path, shared_programs, eight_heads):
+    """Killing one ends the others, and the next run goes on from what is saved."""
+    steps = ("num_inference_steps=20", "checkpoint_every=1")
+    ((code, _, shown),) = Group(tmp_path / "one", shared_programs, eight_heads, 1, *steps, devices=8).finish()
+    assert code == 0, shown
+    killed = Group(tmp_path, shared_programs, eight_heads, 4, *steps, devices=2)
+    killed.wait_for_state()
+    killed.processes[2].kill()
+    for index, (code, _, shown) in enumerate(killed.finish()):
+        assert code == -signal.SIGKILL if index == 2 else code not in (0, -signal.SIGKILL), shown
+        assert index == 2 or "process 2 on" in shown, shown
+    assert not (tmp_path / "0" / "run" / "denoise.json").exists()
+    several = Group(tmp_path, shared_programs, eight_heads, 4, *steps, devices=2).finish()
+    assert [code for code, _, _ in several] == [0] * 4, several
+    details = json.loads((tmp_path / "0" / "run" / "denoise.json").read_text())
+    assert details["resumed_at_step"] > 0
+    assert (details["parallel"]["dp"], details["parallel"]["model"]) == (2, 4)
+    assert [list((tmp_path / str(index)).iterdir()) for index in (1, 2, 3)] == [[]] * 3
+    _same_video(tmp_path / "0" / "run", tmp_path / "one/0/run")
 
 
 @pytest.mark.compile

@@ -3,6 +3,7 @@
 import dataclasses
 import html.parser
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
 from tuning.report import __main__ as report
+from tuning.report.inputs import Inputs
 from tuning.trials import promote
 from tuning.trials.records import Trial
 
@@ -98,6 +100,18 @@ def test_the_same_records_give_the_same_bytes(run: Run, fill: Callable[[], Path]
         "parity.svg",
         "roofline-tiny-v6e-predicted.svg",
     }
+
+
+def test_records_of_several_machines_count_once(fill: Callable[[], Path], tmp_path: Path) -> None:
+    """Folders of two machines, as sweeps on one study leave them: each has the records of both."""
+    results = fill()
+    for name in ("results-0", "results-1"):
+        shutil.copytree(results, tmp_path / "shared" / name)
+    alone, merged = (Inputs(folder, folder / "validate") for folder in (results, tmp_path / "shared"))
+    for found, expected in ((merged.sweeps, alone.sweeps), (merged.peers, alone.peers)):
+        ids = [sorted(trial.record_id for file in files for trial in file.trials) for files in (found, expected)]
+        assert ids[0] == ids[1] and ids[0]
+    assert (len(merged.generated), len(merged.predicted)) == (2 * len(alone.generated), 2 * len(alone.predicted))
 
 
 def test_pictures_of_what_is_gone_are_removed(run: Run, fill: Callable[[], Path], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tuning.trials.records import Trial
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
+CHOICES_24 = {"block_q": (128, 256, 384, 512), "block_kv": (256, 512, 768), "block_kv_compute": (128, 256)}
 CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
 
 
@@ -139,18 +140,28 @@ if __name__ == "__main__":
 """
 
 
-def _two_sweeps_one_killed(storage: str, make_settings: Callable[..., SweepSettings], tmp_path: Path, monkeypatch):
-    """Start two sweeps as processes, kill one in the middle, and merge."""
+def _sweeps_one_killed(
+    storage: str,
+    make_settings: Callable[..., SweepSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    others: int = 1,
+    **changes: Any,
+) -> None:
+    """Start sweeps as processes, kill one of them in the middle, and merge. changes: of the settings."""
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     search = SearchSettings("grid", storage=storage)
 
     def settings_of(name: str) -> SweepSettings:
-        made = make_settings(search=search, quick=False, workers=1, results_dir=tmp_path / name)
+        made = make_settings(search=search, quick=False, workers=1, results_dir=tmp_path / name, **changes)
         return with_job("bowl_of_uneven_speed", made)
 
     processes = []
-    for name, more in (("killed", {"FAKE_JOBS_HANG_AFTER": "3"}), ("other", {})):
+    alone = sweep(with_job("bowl", make_settings(results_dir=tmp_path / "alone", **changes)), report=quiet)
+    count = len(alone.trials)
+    log.unlink()
+    for name, more in (("killed", {"FAKE_JOBS_HANG_AFTER": "3"}), *((f"other{n}", {}) for n in range(others))):
         path = tmp_path / f"{name}.pickle"
         path.write_bytes(pickle.dumps(settings_of(name)))
         command = [sys.executable, "-c", _SWEEP, str(path)]
@@ -159,21 +170,22 @@ def _two_sweeps_one_killed(storage: str, make_settings: Callable[..., SweepSetti
             wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= 4, "a candidate that hangs")
             assert processes[0].poll() is None
     processes[0].send_signal(signal.SIGKILL)
-    assert processes[1].wait(PLENTY_S) == 0
+    assert [process.wait(PLENTY_S) for process in processes[1:]] == [0] * others
     result = sweep(settings_of("merged"), report=quiet)
     assert result.evaluated_count == 0
     merged = records.read(result.directory / records.TRIALS_FILE)
-    assert len({trial.key for trial in merged}) == len(merged) == 12
+    assert len({trial.key for trial in merged}) == len(merged) == count
     times = Counter(log.read_text().splitlines())
-    assert len(times) == 12 and sorted(times.values())[:-1] == [1] * 11 and sum(times.values()) == 13  # the lost one
-    assert result.winner is None or result.winner.time_ms == min(trial.time_ms for trial in merged)
+    # Twice: the one that was lost, and maybe the one before it, which was on record there and not told yet.
+    assert len(times) == count and count < sum(times.values()) <= count + 2
+    assert result.winner is not None and alone.winner is not None and result.winner.key == alone.winner.key
     blocks = [json.loads(line) for line in times]
     assert all(dataclasses.asdict(trial.block_sizes) in blocks for trial in merged)
 
 
 @pytest.mark.compile
 def test_two_sweeps_on_a_journal_one_killed(make_settings, tmp_path, monkeypatch):
-    _two_sweeps_one_killed(str(tmp_path / "journal.log"), make_settings, tmp_path, monkeypatch)
+    _sweeps_one_killed(str(tmp_path / "journal.log"), make_settings, tmp_path, monkeypatch)
 
 
 @contextlib.contextmanager
@@ -201,9 +213,9 @@ def _server(folder: Path, user: dict[str, Any]) -> Iterator[str]:
 
 
 @pytest.mark.slow("2 min")
-def test_two_sweeps_on_postgresql_one_killed(make_settings, tmp_path, monkeypatch):
+def test_three_sweeps_of_24_candidates_on_postgresql_one_killed(make_settings, tmp_path, monkeypatch):
     pytest.importorskip("psycopg")
     if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
         pytest.skip("no PostgreSQL here")
     with _postgresql() as url:
-        _two_sweeps_one_killed(url, make_settings, tmp_path, monkeypatch)
+        _sweeps_one_killed(url, make_settings, tmp_path, monkeypatch, others=2, space=Space("24", CHOICES_24))

@@ -1,0 +1,1 @@
+"""Engines: what runs the work where it is not this machine alone."""
