@@ -38,7 +38,7 @@ _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "sil
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
-OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
+_OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ def transformer(
         channels = shape.num_heads * shape.head_dim
         temb = scalar_embedding(weights, shape, "time_embedding", channels, timestep, dtype)
         if shape.ofs_embed_dim is not None:
-            ofs = scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, jnp.asarray(OFS), dtype)
+            ofs = scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, jnp.asarray(_OFS), dtype)
             temb = temb + ofs
         if "image" in conditions:
             tokens = jnp.concatenate([tokens, conditions["image"]], axis=-1)

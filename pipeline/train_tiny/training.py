@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from pipeline.checkpoints.shapes import Scene, draw, random_scene
 from pipeline.model.latents import LatentGeometry, rotary_embedding
-from pipeline.model.transformer import OFS
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
 
 logger = logging.getLogger(__name__)
+
+_OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 #: The loss of a step, and what to report of it.
 Loss = tuple[torch.Tensor, dict[str, float]]
@@ -263,7 +264,7 @@ def diffusion_loss(
     at the last timestep, where the sample is noise alone: every video starts there.
     """
     last = scheduler.config.num_train_timesteps - 1
-    more = {} if conditions is None else {"ofs": torch.full((1,), OFS)}
+    more = {} if conditions is None else {"ofs": torch.full((1,), _OFS)}
 
     def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         chosen = torch.from_numpy(rng.integers(0, len(latents), batch_size))
