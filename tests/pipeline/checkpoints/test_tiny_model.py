@@ -64,8 +64,8 @@ def test_two_videos_follow_their_prompts():
 
 
 def test_what_changes_it_is_small_and_says_how_it_was_made():
-    for folder, what in ((SHIPPED["tiny-outline"], "outline"), (I2V_FOLDER, "i2v")):
-        assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+    for folder, what, most in ((SHIPPED["tiny-outline"], "outline", 1e6), (I2V_FOLDER, "i2v", 3e6)):
+        assert sum(path.stat().st_size for path in folder.iterdir()) < most
         made = json.loads((folder / "training.json").read_text())
         assert (made["made_by"], made["settings"]["what"]) == ("python -m pipeline.train_tiny", what)
         assert made["losses"]["step"] == made["settings"]["transformer"]["steps"]
