@@ -46,7 +46,7 @@ KINDS = {
 
 def demo() -> None:
     """Write demo.webp: the video that the tiny model makes for `make demo`, four times as large."""
-    frames = _video("prompt=a red circle moves right")
+    (frames,) = _videos(["a red circle moves right"])
     large = [frame.resize((frame.width * 4, frame.height * 4), Image.Resampling.LANCZOS) for frame in frames]
     times = [round(1000 / MODELS["tiny"].fps)] * (len(large) - 1) + [1000]
     large[0].save(PICTURES / "demo.webp", save_all=True, append_images=large[1:], duration=times, loop=0, quality=80)
@@ -56,8 +56,7 @@ def lora() -> None:
     """Write lora.png: the same two videos without the tiny LoRA, at half and at full strength, a row each."""
     rows = []
     for strength in (0, 0.5, 1):
-        prompts = ("a red circle moves right", "a yellow star grows")
-        videos = [_video(f"prompt={prompt}", f"lora=tiny-outline:{strength}") for prompt in prompts]
+        videos = _videos(["a red circle moves right", "a yellow star grows"], f"lora=tiny-outline:{strength}")
         rows.append([video[frame] for video in videos for frame in _SHOWN])
     _sheet(rows).save(PICTURES / "lora.png", optimize=True)
 
@@ -68,23 +67,30 @@ def image() -> None:
     tiny = MODELS["tiny-i2v"]
     Image.fromarray(draw(scene, 1, tiny.height, tiny.width)[0]).save(PICTURES / "square.png")
     given = Image.open(PICTURES / "square.png")
-    rows = []
-    for motion in ("moves right", "moves up", "grows"):
-        arguments = (f"prompt=a red square {motion}", "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
-        rows.append([given, *(_video(*arguments)[frame] for frame in _SHOWN)])
-    _sheet(rows).save(PICTURES / "image.png", optimize=True)
+    prompts = [f"a red square {motion}" for motion in ("moves right", "moves up", "grows")]
+    videos = _videos(prompts, "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
+    _sheet([[given, *(video[frame] for frame in _SHOWN)] for video in videos]).save(
+        PICTURES / "image.png", optimize=True
+    )
 
 
 _SHOWN = (0, 5, 10, 16)  # frames of the tiny model's videos
 
 
-def _video(*arguments: str) -> list[Image.Image]:
-    """Return the frames of a video that `pipeline.generate` makes."""
+def _videos(prompts: list[str], *arguments: str) -> list[list[Image.Image]]:
+    """Return the frames of the videos that `pipeline.generate` makes of prompts."""
     with tempfile.TemporaryDirectory() as folder:
-        _run("pipeline.generate", *arguments, f"output_dir={folder}", "results_path=null")
-        reader = imageio_ffmpeg.read_frames(next(Path(folder).glob("*/*.mp4")))
-        size = next(reader)["size"]
-        return [Image.frombytes("RGB", size, frame) for frame in reader]
+        file = Path(folder, "prompts.txt")
+        file.write_text("\n".join(prompts) + "\n")
+        output = (f"output_dir={folder}", "name={line}", "results_path=null")
+        _run("pipeline.generate", f"prompts={file}", *arguments, *output)
+        return [_frames(next(Path(folder, str(line)).glob("*.mp4"))) for line in range(1, len(prompts) + 1)]
+
+
+def _frames(video: Path) -> list[Image.Image]:
+    reader = imageio_ffmpeg.read_frames(video)
+    size = next(reader)["size"]
+    return [Image.frombytes("RGB", size, frame) for frame in reader]
 
 
 def _sheet(rows: list[list[Image.Image]], scale: int = 2, gap: int = 4) -> Image.Image:
