@@ -46,7 +46,7 @@ KINDS = {
 
 def demo() -> None:
     """Write demo.webp: the video that the tiny model makes for `make demo`, four times as large."""
-    (frames,) = _videos(["a red circle moves right"])
+    (frames,) = _videos([{"prompt": "a red circle moves right"}])
     large = [frame.resize((frame.width * 4, frame.height * 4), Image.Resampling.LANCZOS) for frame in frames]
     times = [round(1000 / MODELS["tiny"].fps)] * (len(large) - 1) + [1000]
     large[0].save(PICTURES / "demo.webp", save_all=True, append_images=large[1:], duration=times, loop=0, quality=80)
@@ -54,11 +54,12 @@ def demo() -> None:
 
 def lora() -> None:
     """Write lora.png: the same two videos without the tiny LoRA, at half and at full strength, a row each."""
-    rows = []
-    for strength in (0, 0.5, 1):
-        videos = _videos(["a red circle moves right", "a yellow star grows"], f"lora=tiny-outline:{strength}")
-        rows.append([video[frame] for video in videos for frame in _SHOWN])
-    _sheet(rows).save(PICTURES / "lora.png", optimize=True)
+    prompts = ("a red circle moves right", "a yellow star grows")
+    lines = [{"prompt": prompt, "lora": f"tiny-outline:{by}"} for by in (0, 0.5, 1) for prompt in prompts]
+    shown = [[video[frame] for frame in _SHOWN] for video in _videos(lines)]
+    _sheet([[*left, *right] for left, right in zip(shown[::2], shown[1::2], strict=True)]).save(
+        PICTURES / "lora.png", optimize=True
+    )
 
 
 def image() -> None:
@@ -67,8 +68,8 @@ def image() -> None:
     tiny = MODELS["tiny-i2v"]
     Image.fromarray(draw(scene, 1, tiny.height, tiny.width)[0]).save(PICTURES / "square.png")
     given = Image.open(PICTURES / "square.png")
-    prompts = [f"a red square {motion}" for motion in ("moves right", "moves up", "grows")]
-    videos = _videos(prompts, "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
+    lines = [{"prompt": f"a red square {motion}"} for motion in ("moves right", "moves up", "grows")]
+    videos = _videos(lines, "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
     _sheet([[given, *(video[frame] for frame in _SHOWN)] for video in videos]).save(
         PICTURES / "image.png", optimize=True
     )
@@ -77,14 +78,14 @@ def image() -> None:
 _SHOWN = (0, 5, 10, 16)  # frames of the tiny model's videos
 
 
-def _videos(prompts: list[str], *arguments: str) -> list[list[Image.Image]]:
-    """Return the frames of the videos that `pipeline.generate` makes of prompts."""
+def _videos(lines: list[dict[str, str]], *arguments: str) -> list[list[Image.Image]]:
+    """Return the frames of the videos that `pipeline.generate` makes of the lines of a batch file."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "prompts.txt")
-        file.write_text("\n".join(prompts) + "\n")
+        file = Path(folder, "prompts.jsonl")
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         output = (f"output_dir={folder}", "name={line}", "results_path=null")
         _run("pipeline.generate", f"prompts={file}", *arguments, *output)
-        return [_frames(next(Path(folder, str(line)).glob("*.mp4"))) for line in range(1, len(prompts) + 1)]
+        return [_frames(next(Path(folder, str(line)).glob("*.mp4"))) for line in range(1, len(lines) + 1)]
 
 
 def _frames(video: Path) -> list[Image.Image]:
