@@ -1,8 +1,8 @@
 """Draw the pictures of README.md and docs/ from the records: `python docs/pictures/make.py [NAME ...]`.
 
-NAME is one of demo, heatmap, plans, layer, thumbnails (all of these without a NAME), or step. `step` compiles the
-denoise step of the 5B model for a v6e-8 (three minutes of CPU) and keeps the ops of one layer in step.json, which
-`layer` draws.
+NAME is one of demo, lora, image, heatmap, plans, layer, thumbnails (all of these without a NAME), or step. `step`
+compiles the denoise step of the 5B model for a v6e-8 (three minutes of CPU) and keeps the ops of one layer in
+step.json, which `layer` draws.
 """
 
 import json
@@ -18,6 +18,8 @@ import imageio_ffmpeg
 import matplotlib
 from PIL import Image
 
+from pipeline.checkpoints.shapes import Scene, draw
+from pipeline.requests.models import MODELS
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
 from tuning.trials import heatmap, records
@@ -44,19 +46,68 @@ KINDS = {
 
 def demo() -> None:
     """Write demo.webp: the video that the tiny model makes for `make demo`, four times as large."""
-    with tempfile.TemporaryDirectory() as folder:
-        _run("pipeline.generate", "prompt=a red circle moves right", f"output_dir={folder}", "results_path=null")
-        reader = imageio_ffmpeg.read_frames(next(Path(folder).glob("*/*.mp4")))
-        video = next(reader)
-        size = video["size"]
-        frames = [Image.frombytes("RGB", size, frame) for frame in reader]
-    large = [frame.resize((size[0] * 4, size[1] * 4), Image.Resampling.LANCZOS) for frame in frames]
-    times = [round(1000 / video["fps"])] * (len(large) - 1) + [1000]
+    (frames,) = _videos([{"prompt": "a red circle moves right"}])
+    large = [frame.resize((frame.width * 4, frame.height * 4), Image.Resampling.LANCZOS) for frame in frames]
+    times = [round(1000 / MODELS["tiny"].fps)] * (len(large) - 1) + [1000]
     large[0].save(PICTURES / "demo.webp", save_all=True, append_images=large[1:], duration=times, loop=0, quality=80)
 
 
+def lora() -> None:
+    """Write lora.png: the same two videos without the tiny LoRA, at half and at full strength, a row each."""
+    prompts = ("a red circle moves right", "a yellow star grows")
+    lines = [{"prompt": prompt, "lora": f"tiny-outline:{by}"} for by in (0, 0.5, 1) for prompt in prompts]
+    shown = [[video[frame] for frame in _SHOWN] for video in _videos(lines)]
+    _sheet([[*left, *right] for left, right in zip(shown[::2], shown[1::2], strict=True)]).save(
+        PICTURES / "lora.png", optimize=True
+    )
+
+
+def image() -> None:
+    """Write square.png, a drawn image, and image.png: it, and frames of what the tiny model makes of it, a row each."""
+    scene = Scene("red", "square", "moves right", (0.45, 0.5), (1.0, 0.5), 0.2, 0.2, background=55)
+    tiny = MODELS["tiny-i2v"]
+    Image.fromarray(draw(scene, 1, tiny.height, tiny.width)[0]).save(PICTURES / "square.png")
+    given = Image.open(PICTURES / "square.png")
+    lines = [{"prompt": f"a red square {motion}"} for motion in ("moves right", "moves up", "grows")]
+    videos = _videos(lines, "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
+    _sheet([[given, *(video[frame] for frame in _SHOWN)] for video in videos]).save(
+        PICTURES / "image.png", optimize=True
+    )
+
+
+_SHOWN = (0, 5, 10, 16)  # frames of the tiny model's videos
+
+
+def _videos(lines: list[dict[str, str]], *arguments: str) -> list[list[Image.Image]]:
+    """Return the frames of the videos that `pipeline.generate` makes of the lines of a batch file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts.jsonl")
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        output = (f"output_dir={folder}", "name={line}", "results_path=null")
+        _run("pipeline.generate", f"prompts={file}", *arguments, *output)
+        return [_frames(next(Path(folder, str(line)).glob("*.mp4"))) for line in range(1, len(lines) + 1)]
+
+
+def _frames(video: Path) -> list[Image.Image]:
+    reader = imageio_ffmpeg.read_frames(video)
+    size = next(reader)["size"]
+    return [Image.frombytes("RGB", size, frame) for frame in reader]
+
+
+def _sheet(rows: list[list[Image.Image]], scale: int = 2, gap: int = 4) -> Image.Image:
+    """Return pictures of one size in rows, on white."""
+    width, height = (side * scale for side in rows[0][0].size)
+    size = len(rows[0]) * (width + gap) - gap, len(rows) * (height + gap) - gap
+    sheet = Image.new("RGB", size, "white")
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            large = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(large, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
 def thumbnails() -> None:
-    """Write the ComfyUI templates' .jpg: frames of demo.webp, and the picture of the 720p workflow."""
+    """Write the ComfyUI templates' .jpg: frames of demo.webp, the pictures of LoRA and image, and the 720p workflow."""
     with Image.open(PICTURES / "demo.webp") as video:
         width, height = video.size
         sheet = Image.new("RGB", (2 * width, 2 * height))
@@ -64,6 +115,8 @@ def thumbnails() -> None:
             video.seek(frame)
             sheet.paste(video.convert("RGB"), (tile % 2 * width, tile // 2 * height))
     sheet.save(TEMPLATES / "cogvideox_t2v_tiny.jpg", quality=85)
+    for name, picture in (("lora", "lora.png"), ("i2v", "image.png")):
+        Image.open(PICTURES / picture).save(TEMPLATES / f"cogvideox_{name}_tiny.jpg", quality=85)
     Image.open(TEMPLATES / "cogvideox_t2v_720p.png").convert("RGB").save(
         TEMPLATES / "cogvideox_t2v_720p.jpg", quality=85
     )
@@ -231,6 +284,8 @@ def _save(figure: Any, name: str) -> None:
 
 DRAW: dict[str, Callable[[], None]] = {
     "demo": demo,
+    "lora": lora,
+    "image": image,
     "heatmap": heat_map,
     "plans": plans,
     "layer": layer,

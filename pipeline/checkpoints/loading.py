@@ -18,13 +18,16 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
+from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
 from pipeline.checkpoints.weight_files import STEMS, files_to_fetch, open_weights, weight_files
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
 from splash_workbench.provenance import user_cache_dir
 
-TINY, RANDOM = "tiny", "tiny-random"
+TINY, RANDOM, TINY_I2V = "tiny", "tiny-random", "tiny-i2v"
+#: Made in the cache folder when they are asked for.
+_MADE = {TINY_I2V: ensure_tiny_i2v, RANDOM: ensure_tiny_checkpoint}
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
@@ -163,10 +166,10 @@ class Checkpoint:
 def resolve_checkpoint(
     name: str, revision: str | None = None, cache_dir: Path | None = None, transformer: str | None = None
 ) -> Checkpoint:
-    """Find a checkpoint: "tiny" of this package, "tiny-random", a local folder, or a Hub id "owner/name".
+    """Find a checkpoint: "tiny" or "tiny-i2v" of this package, "tiny-random", a local folder, or a Hub id "owner/name".
 
-    "tiny-random" is made in the cache folder. transformer: a file with other weights for its transformer. Raises
-    CheckpointError when it is none of these or cannot be reached.
+    "tiny-i2v" and "tiny-random" are made in the cache folder. transformer: a file with other weights for its
+    transformer. Raises CheckpointError when it is none of these or cannot be reached.
     """
     found = _resolve(name, revision, cache_dir)
     if transformer is None:
@@ -180,17 +183,18 @@ def resolve_checkpoint(
 
 def _resolve(name: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
     folder = TRAINED_FOLDER if name == TINY else Path(name).expanduser()
-    if name == RANDOM or folder.is_dir():
+    if name in _MADE or folder.is_dir():
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
             )
-        return Checkpoint(name, ensure_tiny_checkpoint(cache_dir or user_cache_dir()) if name == RANDOM else folder)
+        return Checkpoint(name, _MADE[name](cache_dir or user_cache_dir()) if name in _MADE else folder)
     if folder.is_file():
         raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise CheckpointError(
-            f"checkpoint={name!r}: no such folder; expected tiny, tiny-random, an existing folder, or owner/name"
+            f"checkpoint={name!r}: no such folder; expected {', '.join((TINY, *_MADE))}, an existing folder, or "
+            "owner/name"
         )
     return hub_checkpoint(name, revision)
 

@@ -21,6 +21,8 @@ from pipeline.requests.errors import CheckpointError
 from pipeline.requests.media import content_digest
 from pipeline.requests.request import LoraFile
 
+#: LoRAs that come with the package, by the names that stand for their paths.
+SHIPPED: Mapping[str, Path] = {"tiny-outline": Path(__file__).parents[1] / "tiny_lora"}
 _PREFIX = re.compile(
     r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_unet_+|lora_transformer_+)?"
 )
@@ -43,7 +45,7 @@ class LoraPair:
 
 def lora_identity(loras: Sequence[LoraFile]) -> tuple[str, ...]:
     """Return what tells LoRAs from others, by their content and strengths. Raises RequestError."""
-    return tuple(f"{content_digest('lora', lora.path)} at {lora.strength:g}" for lora in loras)
+    return tuple(f"{content_digest('lora', str(_path(lora)))} at {lora.strength:g}" for lora in loras)
 
 
 def check_loras(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], of: str) -> None:
@@ -73,6 +75,10 @@ def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> 
             weights[name] = weight.astype(weights[name].dtype)
 
 
+def _path(lora: LoraFile) -> Path:
+    return SHIPPED.get(lora.path) or Path(lora.path).expanduser()
+
+
 def _matrix(tensor: Any) -> np.ndarray:
     return tensor.float().flatten(1).numpy()
 
@@ -80,9 +86,10 @@ def _matrix(tensor: Any) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(lora: LoraFile) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Open a LoRA: its weights, and PEFT's settings, from beside them or as diffusers keeps them among them."""
-    where, path = f"lora={lora.path!r}: ", Path(lora.path).expanduser()
+    where, path = f"lora={lora.path!r}: ", _path(lora)
     if not path.exists():
-        raise CheckpointError(f"{where}no such file; expected a file of safetensors, or PEFT's folder")
+        names = ", ".join(SHIPPED)
+        raise CheckpointError(f"{where}no such file; expected {names}, a file of safetensors, or PEFT's folder")
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(found) != 1 or found[0].suffix != ".safetensors":
         instead = f"holds {len(found)} files of safetensors" if path.is_dir() else "a file of another kind"

@@ -29,6 +29,7 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = {
 }
 MOTIONS = (*DIRECTIONS, "grows", "shrinks")
 BACKGROUND_GREYS = (20, 90)  # darkest and brightest
+OUTLINE_WIDTH = 3 / 64  # of the tiny LoRA's outlines, in units of the shorter side: what the tiny VAE can show
 
 _REACH = 1.25  # how far a shape reaches from its centre, in its radius
 _STAR_INNER = 0.45
@@ -106,8 +107,11 @@ def random_scene(
     return Scene(colour, shape, motion, *ends, *radii, background=round(float(uniform(*BACKGROUND_GREYS))))
 
 
-def draw(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
-    """Draw the scene's video, uint8 [num_frames, height, width, 3], edges smoothed over a pixel."""
+def draw(scene: Scene, num_frames: int, height: int, width: int, line_width: float | None = None) -> np.ndarray:
+    """Draw the scene's video, uint8 [num_frames, height, width, 3], edges smoothed over a pixel.
+
+    line_width: of outlines instead of filled shapes, in units of the shorter side, on their inside.
+    """
     short = min(height, width)
     along = np.linspace(0, 1, num_frames)[:, None]
     centre = (1 - along) * np.array(scene.start) + along * np.array(scene.end)
@@ -115,6 +119,8 @@ def draw(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
     y, x = ((np.arange(height) + 0.5) / short)[:, None], (np.arange(width) + 0.5) / short
     dx, dy = x - centre[:, :1, None], y - centre[:, 1:, None]
     distance = signed_distance(scene.shape, dx / radius, dy / radius) * radius
+    if line_width is not None:
+        distance = np.maximum(distance, -distance - line_width)
     coverage = np.clip(0.5 - distance * short, 0, 1)[..., None]
     frames = coverage * np.array(COLOURS[scene.colour]) + (1 - coverage) * scene.background
     return np.round(frames).astype(np.uint8)

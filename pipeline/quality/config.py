@@ -32,6 +32,7 @@ class QualityConfig(GenerateConfig):
     budget: Budget = dataclasses.field(default_factory=Budget)
     reuse: Budget = dataclasses.field(default_factory=Budget)
     follows: float = 0.0
+    first_frame_db: float = 0.0
     candidates: list[Any] = dataclasses.field(default_factory=list)
     only: list[str] = dataclasses.field(default_factory=list)
     videos_dir: str | None = None

@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
+from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.model.transformer import TransformerShape
 from pipeline.quality.config import Budget
 from pipeline.quality.read_back import Reading, fractions, read_video
 from pipeline.requests.errors import PipelineError
@@ -31,6 +34,8 @@ from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 
 Say = Callable[[str], None]
+_DRAWN = "drawn"  # in place of an image's path
+IMAGE_SPREAD = 0.3  # of drawn first frames, as configs/what/i2v.yaml has it
 _TIMEOUT_S = 86400.0  # of videos on simulated devices
 
 
@@ -103,6 +108,29 @@ def _similarity(video: np.ndarray, reference: np.ndarray) -> tuple[float, float]
     return float(psnr), float(np.mean(ssim))
 
 
+def first_frames(
+    request: GenerateRequest, prompts: Sequence[str], seeds: Sequence[int], cache_dir: Path | None = None
+) -> np.ndarray | None:
+    """Draw what the videos of captions begin with, uint8 [prompts x seeds, height, width, 3]; None of a text model."""
+    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir)
+    if not TransformerShape.from_config(checkpoint.config("transformer")).takes_image:
+        return None
+    size = request.height, request.width
+    drawn = []
+    for prompt in prompts:
+        for seed in seeds:
+            rng = np.random.default_rng([seed, *prompt.encode()])
+            scene = random_scene(rng, *size, spread=IMAGE_SPREAD, **parse_caption(prompt))  # type: ignore[arg-type]
+            drawn.append(draw(scene, 1, *size)[0])
+    return np.stack(drawn)
+
+
+def first_frame_psnr(videos: np.ndarray, images: np.ndarray) -> list[float]:
+    """Return the PSNR in dB of each video's first frame with its image. videos: as of `compare`. images: uint8."""
+    pairs = zip(videos, images / np.float32(255), strict=True)
+    return [float(peak_signal_noise_ratio(image, video[0], data_range=1.0)) for video, image in pairs]
+
+
 def make_videos(
     request: GenerateRequest,
     parallel: ParallelOptions,
@@ -114,8 +142,11 @@ def make_videos(
     """Make float32 videos [prompts x seeds, frames, height, width, 3] in [0, 1], seeds running fastest.
 
     The initial noise of a seed is drawn in float32 and then rounded to the request's dtype, so that it is the same for
-    all. Raises what the stages raise.
+    all. An image-to-video model begins with `first_frames`. Raises what the stages raise.
     """
+    images = first_frames(request, prompts, seeds, cache_dir)
+    if images is not None:
+        request = dataclasses.replace(request, image=_DRAWN)
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
     configs = read_configs(checkpoint)
     check_request(request, configs)
@@ -123,7 +154,7 @@ def make_videos(
     base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
     base.loaded_key("denoise")  # raises for a plan that does not fit, before the text is encoded
     geometry = LatentGeometry.from_request(request, configs["transformer"], configs["vae"])
-    videos = []
+    videos: list[np.ndarray] = []
     for prompt in prompts:
         prompted = dataclasses.replace(request, prompt=prompt)
         embeddings = stages.encode(base, prompted.prompts)
@@ -131,7 +162,9 @@ def make_videos(
             noise = torch.randn(geometry.shape, generator=torch.Generator().manual_seed(seed))
             noise = noise.to(getattr(torch, request.dtype))
             context = dataclasses.replace(base, request=dataclasses.replace(prompted, seed=seed))
-            latents = stages.denoise(context, embeddings, latents=torch_to_numpy(noise))
+            pictures = None if images is None else [Image.fromarray(images[len(videos)])]
+            moments = stages.encode_source(context, pictures)
+            latents = stages.denoise(context, embeddings, latents=torch_to_numpy(noise), moments=moments)
             videos.append(stages.decode(context, latents, quantize=False))
             say(f"{len(videos)} of {len(prompts) * len(seeds)} videos")
     return np.stack(videos)

@@ -12,7 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
 from pipeline.checkpoints.shapes import parse_caption
 from pipeline.quality.config import Budget, QualityConfig
-from pipeline.quality.gate import Comparison, QualityVariant, compare, to_uint8, variant_videos
+from pipeline.quality.gate import (
+    Comparison,
+    QualityVariant,
+    compare,
+    first_frame_psnr,
+    first_frames,
+    to_uint8,
+    variant_videos,
+)
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import to_parallel
 from pipeline.requests.request import to_request
@@ -46,6 +54,8 @@ def judge(settings: QualityConfig) -> int:
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
+    if not settings.first_frame_db >= 0:
+        raise UserError(f"first_frame_db={settings.first_frame_db}: expected 0 or more, in dB")
     resolve_checkpoint(reference.request.checkpoint, reference.request.revision, cache_dir)
     if settings.videos_dir is not None:
         require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
@@ -58,6 +68,8 @@ def judge(settings: QualityConfig) -> int:
         return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
 
     expected = videos_of(reference)
+    images = first_frames(reference.request, settings.captions, settings.seeds, cache_dir)
+    first_frame_db = [] if images is None else first_frame_psnr(expected, images)
     if settings.videos_dir is not None:
         for caption, seed, video in zip(captions, settings.seeds * len(settings.captions), expected, strict=True):
             path = Path(settings.videos_dir) / f"{caption.replace(' ', '-')}-seed{seed}.mp4"
@@ -70,6 +82,10 @@ def judge(settings: QualityConfig) -> int:
         failures = outcome.failures
         if candidate is reference and outcome.read_back["all"] < settings.follows:
             failures = [f"follows its prompts in {outcome.read_back['all']:.0%}, expected {settings.follows:.0%}"]
+        if candidate is reference and first_frame_db:
+            print(f"  first frames beside their images: {min(first_frame_db):.1f} dB or more", flush=True)
+            if min(first_frame_db) < settings.first_frame_db:
+                failures.append(f"first frame {min(first_frame_db):.1f} dB < {settings.first_frame_db:g} dB")
         failed = failed or bool(failures)
         print(_row(outcome, failures), flush=True)
         if settings.results_path is not None:

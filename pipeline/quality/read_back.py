@@ -45,12 +45,21 @@ def read_video(frames: np.ndarray) -> Reading:
     regions = {index: region for index, region in found.items() if region is not None}
     if len(regions) < max(2, _MIN_SEEN * len(frames)):
         return Reading(None, None, None, 0.0)
-    masks = list(regions.values())
+    masks = [ndimage.binary_fill_holes(mask) for mask in regions.values()]  # of an outline, what it encloses
     pixels = np.median(np.concatenate([frames[index][_core(mask)] for index, mask in regions.items()]), axis=0)
     colour = min(COLOURS, key=lambda name: float(np.linalg.norm(pixels - np.array(COLOURS[name]))))
     overlaps = np.mean([_overlaps(mask) for mask in masks], axis=0)
     best = int(np.argmax(overlaps))
     return Reading(colour, SHAPES[best], _motion(list(regions), masks, len(frames)), float(overlaps[best]))
+
+
+def filled_fraction(frames: np.ndarray) -> float:
+    """Return how much of what the shape's outline encloses is the shape's, as the mean of the frames; NaN without one.
+
+    About 1 for a filled shape, less for an outline. frames: uint8 [frames, height, width, 3].
+    """
+    masks = [mask for frame in frames.astype(np.float64) if (mask := _region(frame)) is not None]
+    return float(np.mean([mask.sum() / ndimage.binary_fill_holes(mask).sum() for mask in masks])) if masks else np.nan
 
 
 def fractions(readings: Sequence[Reading], captions: Sequence[str]) -> dict[str, float]:

@@ -27,19 +27,14 @@ class ModelDefaults:
 
 _AS_PUBLISHED: dict[str, Any] = {"dtype": "bfloat16", "num_inference_steps": 50, "guidance_scale": 6.0}
 _480P: dict[str, Any] = {"height": 480, "width": 720, "num_frames": 49, "fps": 8, **_AS_PUBLISHED}  # CogVideoX 1.0
+_TINY: dict[str, Any] = {
+    **{"dtype": "float32", "height": 64, "width": 96, "num_frames": 17, "fps": 8},
+    **{"num_inference_steps": 8, "guidance_scale": 1.5, "one_size": True},
+}
 MODELS: Mapping[str, ModelDefaults] = {
-    # Comes with the package, trained on drawn shapes of this size.
-    "tiny": ModelDefaults(
-        "tiny",
-        "float32",
-        height=64,
-        width=96,
-        num_frames=17,
-        fps=8,
-        num_inference_steps=8,
-        guidance_scale=1.5,
-        one_size=True,
-    ),
+    # Come with the package, trained on drawn shapes of this size.
+    "tiny": ModelDefaults("tiny", **_TINY),
+    "tiny-i2v": ModelDefaults("tiny-i2v", **_TINY),
     # Each as published; the scheduler is the checkpoint's. About 6 s of 480p from CogVideoX 1.0, and about 5 s of 720p
     # or 768p from 1.5. Dynamic guidance is off: diffusers' feeds timesteps to a formula for step indices, and guidance
     # jumps.

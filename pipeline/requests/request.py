@@ -87,13 +87,16 @@ class AttentionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
-    """A LoRA: a file of safetensors, or a folder that PEFT has written, and how strongly it is applied (0: not)."""
+    """A LoRA and how strongly it is applied (0: not).
+
+    path: "tiny-outline" of this package, a file of safetensors, or a folder that PEFT has written.
+    """
 
     path: str
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_text("lora", self.path, "a file of safetensors, or PEFT's folder")
+        _require_text("lora", self.path, "tiny-outline, a file of safetensors, or PEFT's folder")
         _require_number(f"lora={self.path!r}: strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH, int | float)
 
 
@@ -101,11 +104,11 @@ class LoraFile:
 class GenerateRequest:
     """One video.
 
-    prompt: may be empty. checkpoint: "tiny", "tiny-random", a folder in diffusers layout, or a Hub id. revision: of a
-    Hub id. height, width: pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-free guidance, off
-    at 1 or below. fps: frames a second of the mp4. dtype: of weights and activations. scheduler: the checkpoint's own,
-    or a CogVideoX scheduler built from its configuration. What is left out, or None, is as `pipeline.requests.models`
-    says for the checkpoint.
+    prompt: may be empty. checkpoint: "tiny", "tiny-i2v", "tiny-random", a folder in diffusers layout, or a Hub id.
+    revision: of a Hub id. height, width: pixels, multiples of 16. num_frames: 8k + 1. guidance_scale: classifier-
+    free guidance, off at 1 or below. fps: frames a second of the mp4. dtype: of weights and activations. scheduler:
+    the checkpoint's own, or a CogVideoX scheduler built from its configuration. What is left out, or None, is as
+    `pipeline.requests.models` says for the checkpoint.
 
     image: a file, the first frame, for image-to-video models. noise_aug_strength: deviation of noise on the image,
     whose values are from -1 to 1. video: a file whose first num_frames frames are made anew. strength: the part of the
@@ -150,7 +153,7 @@ class GenerateRequest:
             object.__setattr__(self, name, value)
         _require_text("prompt", self.prompt, 'some text, e.g. prompt="a red circle moves right"', empty=True)
         _require_text("negative_prompt", self.negative_prompt, "text (empty for none)", empty=True)
-        _require_text("checkpoint", self.checkpoint, "tiny, tiny-random, a folder, or a Hub id")
+        _require_text("checkpoint", self.checkpoint, "tiny, tiny-i2v, tiny-random, a folder, or a Hub id")
         if self.revision is not None:
             _require_text("revision", self.revision, "a branch, tag or commit of a Hub id")
         for name in ("height", "width"):

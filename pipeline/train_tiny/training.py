@@ -27,6 +27,8 @@ from splash_workbench.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+_OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
+
 #: The loss of a step, and what to report of it.
 Loss = tuple[torch.Tensor, dict[str, float]]
 LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
@@ -43,9 +45,9 @@ def check_ranges(settings: Any, **ranges: tuple[float, float]) -> None:
 class Loop:
     """An optimization.
 
-    matrix_rate: learning rate of Muon, for matrices and convolutions. other_rate: of AdamW, for all else. Both rise
-    over warm_up_steps, stay, and fall in a line to 0 over the last decay_fraction of the steps. ema_decay: of the
-    averaged weights, which are what comes out.
+    matrix_rate: learning rate of Muon, for matrices and convolutions. other_rate: of AdamW, for all else and for a
+    LoRA. Both rise over warm_up_steps, stay, and fall in a line to 0 over the last decay_fraction of the steps.
+    ema_decay: of the averaged weights, which are what comes out.
     """
 
     steps: int = 1
@@ -97,18 +99,19 @@ def optimize(
 ) -> tuple[list[dict[str, float]], float]:
     """Run a loop from where `state_path` left off; `modules` end up with the averaged weights.
 
+    Trained is what requires a gradient.
     loss_of: of a step, with generators that depend on seed and step alone, so that a resumed run goes on as it would
     have. Returns the means of what it reports, over every `save_every` steps, and the CPU seconds of all its runs.
     """
     trained = torch.nn.ModuleDict(modules)
     average = copy.deepcopy(trained)
-    named = list(trained.named_parameters())
-    is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention", name) for name, p in named}
+    named = [(name, parameter) for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    is_matrix = {id(p): p.ndim > 1 and not re.search("shared|relative_attention|lora_", name) for name, p in named}
     matrices, others = ([p for _, p in named if is_matrix[id(p)] == wanted] for wanted in (True, False))
-    optimizers = {
-        "matrices": Muon(matrices, loop.matrix_rate),
-        "others": torch.optim.AdamW(others, loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    }
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if matrices:  # a LoRA has none
+        optimizers["matrices"] = Muon(matrices, loop.matrix_rate)
+    optimizers["others"] = torch.optim.AdamW(others, loop.other_rate, betas=(0.9, 0.98), weight_decay=0.0)
     first, history, recent = 0, [], []
     cpu_time_s, started = 0.0, time.process_time()
     if state_path.exists():
@@ -217,10 +220,15 @@ def _window(
 
 
 @torch.no_grad()
-def encode_clips(vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int) -> Iterator[torch.Tensor]:
-    """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each."""
+def encode_clips(
+    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, line_width: float | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each.
+
+    num_frames: 1 for the first frames as images. line_width: see `draw`.
+    """
     for start in tqdm(range(0, len(scenes), 4), desc="latents", mininterval=5):
-        batch = [draw(scene, num_frames, height, width) for scene in scenes[start : start + 4]]
+        batch = [draw(scene, num_frames, height, width, line_width) for scene in scenes[start : start + 4]]
         with torch.autocast("cpu", torch.bfloat16):
             means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
         yield from means.float().transpose(1, 2)
@@ -247,13 +255,16 @@ def diffusion_loss(
     rotary: tuple[torch.Tensor, torch.Tensor],
     batch_size: int,
     caption_dropout: float,
+    conditions: torch.Tensor | None = None,
 ) -> LossOf:
     """Return the loss of the velocity: its squared error at random timesteps.
 
     latents: scaled, [clips, latent frames with padding, 16, h, w]. token_ids: [clips, tokens]. empty_ids: of "".
-    One example in ten is at the last timestep, where the sample is noise alone: every video starts there.
+    conditions: of the shape of `latents`, what stands beside them for an image-to-video model. One example in ten is
+    at the last timestep, where the sample is noise alone: every video starts there.
     """
     last = scheduler.config.num_train_timesteps - 1
+    more = {} if conditions is None else {"ofs": torch.full((1,), _OFS)}
 
     def loss_of(step: int, rng: np.random.Generator, generator: torch.Generator) -> Loss:
         chosen = torch.from_numpy(rng.integers(0, len(latents), batch_size))
@@ -264,9 +275,12 @@ def diffusion_loss(
         noise = torch.randn(clean.shape, generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         velocity = scheduler.get_velocity(clean, noise, timesteps)
+        if conditions is not None:
+            noisy = torch.cat([noisy, conditions[chosen]], dim=2)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = text_encoder(ids)[0]
-            predicted = transformer(noisy, embeddings, timesteps, image_rotary_emb=rotary, return_dict=False)[0]
+            inputs = {"timestep": timesteps, "image_rotary_emb": rotary, **more}
+            predicted = transformer(noisy, embeddings, return_dict=False, **inputs)[0]
         errors = (predicted.float() - velocity).square().mean(dim=(1, 2, 3, 4))
         report = {"loss": errors.mean().item(), "loss_last": errors[timesteps == last].mean().item()}
         return errors.mean(), report

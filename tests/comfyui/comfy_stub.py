@@ -4,6 +4,7 @@ Schemas accept exactly the keywords that ComfyUI 0.3.64 accepts, the oldest vers
 keyword, which would make that version refuse the whole pack, is a TypeError here too.
 """
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -106,6 +107,7 @@ class Comfy:
 
     def __init__(self, models_dir: Path):
         self.models_dir = models_dir
+        self.output_dir, self.input_dir = (Path(f"{models_dir}_{kind}") for kind in ("output", "input"))
         self.interrupt_after: str | None = None  # set the flag once a progress text begins with this
         self.interrupted = False
         self.texts: list[tuple[str, str]] = []
@@ -161,7 +163,7 @@ def install(models_dir: Path) -> Comfy:
         NodeOutput=NodeOutput,
         Custom=_type,
         Hidden=types.SimpleNamespace(unique_id="UNIQUE_ID"),
-        **{name: _type(name.upper()) for name in ("Int", "Float", "String", "Boolean", "Combo", "Image")},
+        **{name: _type(name.upper()) for name in ("Int", "Float", "String", "Boolean", "Combo", "Image", "Latent")},
     )
     ui = types.SimpleNamespace(PreviewText=lambda value: {"text": (value,)})
     import torch
@@ -182,9 +184,23 @@ def install(models_dir: Path) -> Comfy:
     module("comfy.cli_args", args=types.SimpleNamespace(preview_method="auto"), LatentPreviewMethod=previews)
     folders = {"diffusers": [str(models_dir / "diffusers")]}
     loras = models_dir / "loras"
+
+    def get_save_image_path(prefix: str, folder: str) -> tuple[str, str, int, str, str]:
+        """As ComfyUI's: a number that no file of the prefix has, and nothing outside the folder."""
+        full = Path(os.path.abspath(Path(folder, os.path.dirname(prefix))))
+        if not full.is_relative_to(folder):
+            raise Exception("Saving image outside the output folder is not allowed.")
+        full.mkdir(parents=True, exist_ok=True)
+        stem = os.path.basename(prefix)
+        counter = len(list(full.glob(f"{stem}_*"))) + 1
+        return str(full), stem, counter, os.path.dirname(prefix), prefix
+
     module(
         "folder_paths",
         models_dir=str(models_dir),
+        get_output_directory=lambda: str(comfy.output_dir),
+        get_input_directory=lambda: str(comfy.input_dir),
+        get_save_image_path=get_save_image_path,
         get_folder_paths=folders.__getitem__,
         get_filename_list=lambda kind: sorted(path.name for path in loras.glob("*")),
         get_full_path=lambda kind, name: str(loras / name) if (loras / name).is_file() else None,

@@ -1,6 +1,7 @@
 """The pack, loaded as ComfyUI loads it, over a stand-in for ComfyUI."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +78,8 @@ def comfy(_loaded: Any):
     comfy.interrupt_after, comfy.interrupted = None, False
     for log in (comfy.texts, comfy.bars, comfy.previews):
         log.clear()
+    for folder in (comfy.output_dir, comfy.input_dir):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

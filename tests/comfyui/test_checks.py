@@ -81,7 +81,7 @@ def test_every_node_checks_its_widgets(
             "denoise: try more chips, parallel_plan=ulysses, weights sharded, or",
         ),
         (
-            "checkpoint='x': no such folder; expected tiny, tiny-random, an existing folder, or owner/name",
+            "checkpoint='x': no such folder; expected tiny, tiny-i2v, tiny-random, an existing folder, or owner/name",
             "model_id='x'",
         ),
     ],

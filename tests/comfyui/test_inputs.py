@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.checkpoints import loading
+from pipeline.checkpoints.lora import SHIPPED
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.request import GenerateRequest, LoraFile
@@ -53,7 +54,7 @@ def test_the_models_to_choose_from(nodes: dict[str, Any], comfy: Any) -> None:
         (folder / "model_index.json").write_text("{}")
     (slot,) = nodes["CogVideoXTPUModel"].define_schema().inputs
     assert slot.options[0] == "zai-org/CogVideoX1.5-5B" and "zai-org/CogVideoX-2b" in slot.options
-    assert slot.options[-3:] == ["tiny", "mine", "sub/other"]
+    assert slot.options[-4:] == ["tiny", "tiny-i2v", "mine", "sub/other"]
     assert nodes["CogVideoXTPUModel"].execute(model="mine").args == ("mine",)
     with pytest.raises(RequestError, match=r"model='none': expected one of zai-org/CogVideoX1\.5-5B"):
         nodes["CogVideoXTPUModel"].execute(model="none")
@@ -62,7 +63,7 @@ def test_the_models_to_choose_from(nodes: dict[str, Any], comfy: Any) -> None:
 def test_loras_are_chained(nodes: dict[str, Any], loras: Path, embeds: Any) -> None:
     node = nodes["CogVideoXTPULora"]
     slots = {slot.id: slot for slot in node.define_schema().inputs}
-    assert slots["lora_name"].options == ["other.safetensors", "style.safetensors"]
+    assert slots["lora_name"].options == ["other.safetensors", "style.safetensors", "tiny-outline"]
     (once,) = node.execute(embeds, lora_name="style.safetensors", strength=0.5).args
     (twice,) = node.execute(once, lora_name="other.safetensors", strength=-1.0).args
     assert [(Path(lora.path).name, lora.strength) for lora in twice.loras] == [
@@ -75,11 +76,11 @@ def test_loras_are_chained(nodes: dict[str, Any], loras: Path, embeds: Any) -> N
         node.execute(embeds, lora_name="../x", strength=1.0)
 
 
-def test_without_loras_the_list_says_so(nodes: dict[str, Any], comfy: Any, embeds: Any) -> None:
+def test_a_lora_of_the_package(nodes: dict[str, Any], comfy: Any, embeds: Any, part: Any) -> None:
     (name,) = [slot.options for slot in nodes["CogVideoXTPULora"].define_schema().inputs if slot.id == "lora_name"]
-    assert name == ["no file in models/loras"]
-    with pytest.raises(RequestError, match="expected a file of safetensors in ComfyUI's models/loras"):
-        nodes["CogVideoXTPULora"].execute(embeds, lora_name=name[0], strength=1.0)
+    assert tuple(name) == part("settings").TINY_LORAS == tuple(SHIPPED)
+    (with_it,) = nodes["CogVideoXTPULora"].execute(embeds, lora_name=name[0], strength=1.0).args
+    assert with_it.loras == (LoraFile("tiny-outline"),)
 
 
 WRONG = [
@@ -87,7 +88,7 @@ WRONG = [
     (
         "CogVideoXTPUImage",
         {"image": torch.zeros(1, 8, 8, 3)},
-        "is a text-to-video model; expected model_id=zai-org/CogVideoX-5b-I2V or model_id=zai-org/CogVideoX1.5-5B-I2V",
+        "is a text-to-video model; expected model_id=tiny-i2v or model_id=zai-org/CogVideoX-5b-I2V or ",
     ),
     (
         "CogVideoXTPUVideo",

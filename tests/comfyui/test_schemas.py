@@ -45,6 +45,8 @@ PUBLISHED = {
 NODES = [
     *PUBLISHED,
     *("CogVideoXTPUInfo", "CogVideoXTPUModel", "CogVideoXTPUImage", "CogVideoXTPUVideo", "CogVideoXTPULora"),
+    *("CogVideoXTPUToLatent", "CogVideoXTPUFromLatent"),
+    *("CogVideoXTPUSaveEmbeddings", "CogVideoXTPULoadEmbeddings", "CogVideoXTPUSaveLatents", "CogVideoXTPULoadLatents"),
 ]
 
 
@@ -99,7 +101,7 @@ def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]
 def test_defaults_are_the_full_models(part: Any, schemas: dict[str, Any]) -> None:
     model = MODELS["cogvideox1.5-5b"]
     assert model.checkpoint == part("settings").DEFAULT_MODEL
-    assert {*part("settings").PUBLISHED, "tiny"} == {each.checkpoint for each in MODELS.values()}
+    assert {*part("settings").PUBLISHED, *part("settings").TINY_MODELS} == {each.checkpoint for each in MODELS.values()}
     slots = {
         slot.id: slot for name in ("CogVideoXTPUSampler", "CogVideoXTPUVAEDecoder") for slot in schemas[name].inputs
     }

@@ -9,14 +9,36 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipeline.checkpoints.shapes import BACKGROUND_GREYS, COLOURS, parse_caption
 from pipeline.requests.models import MODEL_FIELDS, MODELS
 
-NAMES = ("cogvideox_t2v_720p", "cogvideox_t2v_tiny")
+TEXT = ["CogVideoXTextEncoder", "CogVideoXTPUSampler", "CogVideoXTPUVAEDecoder", "CreateVideo", "SaveVideo"]
+DRAWN = ["EmptyImage", "EmptyImage", "ImageCompositeMasked", "CogVideoXTPUImage"]
+#: Template -> the nodes in it, in their order.
+NODES = {
+    "cogvideox_t2v_720p": TEXT,
+    "cogvideox_t2v_tiny": TEXT,
+    "cogvideox_lora_tiny": [TEXT[0], "CogVideoXTPULora", *TEXT[1:]],
+    "cogvideox_i2v_tiny": [TEXT[0], *DRAWN, *TEXT[1:]],
+}
+NAMES = tuple(NODES)
 # ComfyUI's own nodes, as of 0.3.64: inputs (name, type, is it a widget), outputs.
 BUILTIN = {
     "CreateVideo": (
         [("images", "IMAGE", False), ("audio", "AUDIO", False), ("fps", "FLOAT", True)],
         ["VIDEO"],
+    ),
+    "EmptyImage": ([(name, "INT", True) for name in ("width", "height", "batch_size", "color")], ["IMAGE"]),
+    "ImageCompositeMasked": (
+        [
+            ("destination", "IMAGE", False),
+            ("source", "IMAGE", False),
+            ("mask", "MASK", False),
+            ("x", "INT", True),
+            ("y", "INT", True),
+            ("resize_source", "BOOLEAN", True),
+        ],
+        ["IMAGE"],
     ),
     "SaveVideo": (
         [
@@ -28,7 +50,7 @@ BUILTIN = {
         [],
     ),
 }
-_OPTIONAL = {"audio"}
+_OPTIONAL = {"audio", "mask"}
 _PYTHON = {"INT": int, "FLOAT": (int, float), "STRING": str, "COMBO": str, "BOOLEAN": bool}
 
 
@@ -89,14 +111,8 @@ def load(pack_dir: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_workflow_fits_the_schemas(pack_dir: Path, schemas: dict[str, Any], name: str) -> None:
     workflow = load(pack_dir, name)
-    values = check_workflow(workflow, schemas)
-    assert list(values) == [
-        "CogVideoXTextEncoder",
-        "CogVideoXTPUSampler",
-        "CogVideoXTPUVAEDecoder",
-        "CreateVideo",
-        "SaveVideo",
-    ]
+    check_workflow(workflow, schemas)
+    assert [node["type"] for node in workflow["nodes"]] == NODES[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,13 +144,31 @@ def test_720p_workflow_has_the_published_values(pack_dir: Path, schemas: dict[st
     assert values["CogVideoXTPUVAEDecoder"]["fps"] == 16
 
 
-def test_tiny_workflow_runs_on_one_device_without_a_download(pack_dir: Path, schemas: dict[str, Any]) -> None:
-    values = check_workflow(load(pack_dir, "cogvideox_t2v_tiny"), schemas)
-    assert values["CogVideoXTextEncoder"]["model_id"] == "tiny"
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("cogvideox_t2v_tiny", "tiny"), ("cogvideox_lora_tiny", "tiny"), ("cogvideox_i2v_tiny", "tiny-i2v")],
+)
+def test_tiny_workflows_run_on_one_device_without_a_download(
+    pack_dir: Path, schemas: dict[str, Any], name: str, model: str
+) -> None:
+    values = check_workflow(load(pack_dir, name), schemas)
+    assert values["CogVideoXTextEncoder"]["model_id"] == model
     assert values["CogVideoXTPUSampler"]["num_devices"] == 1
-    assert values["CogVideoXTPUVAEDecoder"]["fps"] == MODELS["tiny"].fps
-    for name in set(MODEL_FIELDS) & set(values["CogVideoXTPUSampler"]):
-        assert values["CogVideoXTPUSampler"][name] == getattr(MODELS["tiny"], name), name
+    assert values["CogVideoXTPUVAEDecoder"]["fps"] == MODELS[model].fps
+    for field in set(MODEL_FIELDS) & set(values["CogVideoXTPUSampler"]):
+        assert values["CogVideoXTPUSampler"][field] == getattr(MODELS[model], field), field
+
+
+def test_the_image_template_draws_what_its_prompt_names(pack_dir: Path, schemas: dict[str, Any]) -> None:
+    """By ComfyUI's own nodes, so that nothing needs to be uploaded: a red square on grey, as the model knows them."""
+    workflow = load(pack_dir, "cogvideox_i2v_tiny")
+    assert parse_caption(workflow["nodes"][0]["widgets_values"][0])["shape"] == "square"
+    ground, square, (x, y, resize) = (node["widgets_values"] for node in workflow["nodes"][1:4])
+    assert ground[:2] == [MODELS["tiny-i2v"].width, MODELS["tiny-i2v"].height] and not resize
+    assert tuple(square[3].to_bytes(3)) == COLOURS["red"] and square[0] == square[1]
+    grey = ground[3].to_bytes(3)
+    assert len(set(grey)) == 1 and BACKGROUND_GREYS[0] <= grey[0] <= BACKGROUND_GREYS[1]
+    assert 0 < x < x + square[0] < ground[0] and 0 < y < y + square[1] < ground[1]
 
 
 def _drop_control(workflow: dict[str, Any]) -> None:

@@ -31,6 +31,29 @@ def lora_files() -> dict[str, str]:
     return {name: path for name, path in found.items() if path is not None and name.endswith(".safetensors")}
 
 
+def path_to_save(filename_prefix: str, suffix: str) -> tuple[Path, str]:
+    """Return a new file's path under ComfyUI's output folder, and its name there. Raises what ComfyUI raises."""
+    root = Path(folder_paths.get_output_directory())
+    folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
+    name = f"{stem}_{counter:05}_{suffix}"
+    return Path(folder, name), Path(subfolder, name).as_posix()
+
+
+def saved_files(suffix: str) -> dict[str, Path]:
+    """Return files of a kind under ComfyUI's output and input folders: name, as ComfyUI writes them -> path."""
+    found = {}
+    for kind, root in (("output", folder_paths.get_output_directory()), ("input", folder_paths.get_input_directory())):
+        for path in sorted(Path(root).rglob(f"*{suffix}")):
+            found[f"{path.relative_to(root).as_posix()} [{kind}]"] = path
+    return found
+
+
+def file_version(name: str, suffix: str) -> str:
+    """Return what changes with the content of one of `saved_files`; "" where it is not there."""
+    path = saved_files(suffix).get(name)
+    return f"{path.stat().st_mtime_ns} {path.stat().st_size}" if path else ""
+
+
 def interrupt_if_asked() -> None:
     """Raise ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,53 +1,22 @@
-"""The nodes: their schemas, and calls of `stages`. What they say to users is in locales/en/nodeDefs.json."""
+"""The nodes: their schemas, and calls of `stages`."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import host, info, settings, stages
+from . import exchange_nodes, host, info, settings, stages
 from .host import NodeProgress
+from .schema import MODEL_ID, EmbedsIO, LatentsIO, combo, node_schema
 
 MAX_SEED = 2**53 - 1  # the largest that a browser holds exactly
-_TEXTS = json.loads(Path(__file__).parents[1].joinpath("locales", "en", "nodeDefs.json").read_text(encoding="utf-8"))
 _LIMITS = settings.limits()
-
-EmbedsIO = io.Custom("COGVIDEOX_EMBEDS")
-LatentsIO = io.Custom("COGVIDEOX_LATENTS")
-
-
-def _schema(node_id: str, inputs: list[Any], outputs: list[Any], **keywords: Any) -> io.Schema:
-    """Return a schema with the node's texts. inputs, outputs: (type, id, keywords) and types."""
-    texts = _TEXTS[node_id]
-    return io.Schema(
-        node_id=node_id,
-        display_name=texts["display_name"],
-        category="CogVideoX TPU",
-        description=texts["description"],
-        inputs=[kind.Input(name, tooltip=texts["inputs"][name]["tooltip"], **more) for kind, name, more in inputs],
-        outputs=[
-            kind.Output(
-                display_name=texts["outputs"][str(index)]["name"], tooltip=texts["outputs"][str(index)]["tooltip"]
-            )
-            for index, kind in enumerate(outputs)
-        ],
-        hidden=[io.Hidden.unique_id],
-        **keywords,
-    )
-
-
-def _combo(name: str, options: Any, **keywords: Any) -> tuple[Any, str, dict[str, Any]]:
-    """Describe a choice; its default is the first option."""
-    return io.Combo, name, {"options": list(options), "default": next(iter(options)), **keywords}
 
 
 def _num_devices(minimum: int) -> tuple[Any, str, dict[str, Any]]:
     return io.Int, "num_devices", {"default": 8, "min": minimum, "max": 4096}
 
 
-_MODEL_ID = (io.String, "model_id", {"default": settings.DEFAULT_MODEL})
 _SIDE = {"min": 16, "max": _LIMITS["MAX_SIDE"], "step": _LIMITS["SIZE_MULTIPLE"]}
 _FRAMES = {"min": 1, "max": _LIMITS["MAX_FRAMES"], "step": _LIMITS["FRAME_MULTIPLE"]}
 _SIZE = [
@@ -58,8 +27,8 @@ _SIZE = [
     (io.Float, "guidance_scale", {"default": 6.0, "min": 0.0, "max": _LIMITS["MAX_GUIDANCE"], "step": 0.1}),
 ]
 _PLAN_AND_KERNEL = [
-    _combo("parallel_plan", settings.PARALLEL_PLANS, optional=True),
-    _combo("kernel", settings.KERNELS, optional=True),
+    combo("parallel_plan", settings.PARALLEL_PLANS, optional=True),
+    combo("kernel", settings.KERNELS, optional=True),
 ]
 
 
@@ -71,10 +40,10 @@ class CogVideoXTextEncoder(io.ComfyNode):
         inputs = [
             (io.String, "prompt", {"multiline": True, "default": ""}),
             (io.String, "negative_prompt", {"multiline": True, "default": ""}),
-            _MODEL_ID,
-            _combo("dtype", settings.DTYPES, optional=True),
+            MODEL_ID,
+            combo("dtype", settings.DTYPES, optional=True),
         ]
-        return _schema("CogVideoXTextEncoder", inputs, [EmbedsIO])
+        return node_schema("CogVideoXTextEncoder", inputs, [EmbedsIO])
 
     @classmethod
     @settings.in_widget_terms
@@ -88,7 +57,7 @@ class CogVideoXTPUModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema("CogVideoXTPUModel", [_combo("model", settings.model_ids())], [io.String])
+        return node_schema("CogVideoXTPUModel", [combo("model", settings.model_ids())], [io.String])
 
     @classmethod
     @settings.in_widget_terms
@@ -103,7 +72,7 @@ class CogVideoXTPUImage(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         noise = {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
         inputs = [(EmbedsIO, "embeddings", {}), (io.Image, "image", {}), (io.Float, "noise_aug_strength", noise)]
-        return _schema("CogVideoXTPUImage", inputs, [EmbedsIO])
+        return node_schema("CogVideoXTPUImage", inputs, [EmbedsIO])
 
     @classmethod
     @settings.in_widget_terms
@@ -119,7 +88,7 @@ class CogVideoXTPUVideo(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         strength = {"default": 0.8, "min": 0.0, "max": 1.0, "step": 0.01}
         inputs = [(EmbedsIO, "embeddings", {}), (io.Image, "images", {}), (io.Float, "strength", strength)]
-        return _schema("CogVideoXTPUVideo", inputs, [EmbedsIO])
+        return node_schema("CogVideoXTPUVideo", inputs, [EmbedsIO])
 
     @classmethod
     @settings.in_widget_terms
@@ -136,10 +105,10 @@ class CogVideoXTPULora(io.ComfyNode):
         limit = float(_LIMITS["MAX_STRENGTH"] or 0)
         inputs = [
             (EmbedsIO, "embeddings", {}),
-            _combo("lora_name", host.lora_files() or [settings.NO_LORA]),
+            combo("lora_name", [*host.lora_files(), *settings.TINY_LORAS]),
             (io.Float, "strength", {"default": min(1.0, limit), "min": -limit, "max": limit, "step": 0.01}),
         ]
-        return _schema("CogVideoXTPULora", inputs, [EmbedsIO])
+        return node_schema("CogVideoXTPULora", inputs, [EmbedsIO])
 
     @classmethod
     @settings.in_widget_terms
@@ -160,10 +129,10 @@ class CogVideoXTPUSampler(io.ComfyNode):
             (io.Int, "seed", {"default": 42, "min": 0, "max": MAX_SEED, "control_after_generate": True}),
             _num_devices(0),
             *_PLAN_AND_KERNEL,
-            _combo("scheduler", settings.SCHEDULERS, optional=True),
+            combo("scheduler", settings.SCHEDULERS, optional=True),
             (io.Boolean, "use_dynamic_cfg", {"default": False, "optional": True}),
         ]
-        return _schema("CogVideoXTPUSampler", inputs, [LatentsIO])
+        return node_schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 
     @classmethod
     @settings.in_widget_terms
@@ -188,7 +157,7 @@ class CogVideoXTPUVAEDecoder(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         fps = {"default": 16.0, "min": 1.0, "max": _LIMITS["MAX_FPS"], "step": 0.001}
         inputs = [(LatentsIO, "latents", {}), (io.Float, "fps", fps)]
-        return _schema("CogVideoXTPUVAEDecoder", inputs, [io.Image, io.Float])
+        return node_schema("CogVideoXTPUVAEDecoder", inputs, [io.Image, io.Float])
 
     @classmethod
     @settings.in_widget_terms
@@ -203,14 +172,14 @@ class CogVideoXTPUInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs = [
-            _MODEL_ID,
+            MODEL_ID,
             *_SIZE,
             _num_devices(1),
-            _combo("device", info.DEVICE_KINDS),
+            combo("device", info.DEVICE_KINDS),
             (io.Boolean, "predict", {"default": False}),
             *_PLAN_AND_KERNEL,
         ]
-        return _schema("CogVideoXTPUInfo", inputs, [io.String], is_output_node=True)
+        return node_schema("CogVideoXTPUInfo", inputs, [io.String], is_output_node=True)
 
     @classmethod
     def fingerprint_inputs(cls, device: str, **values: Any) -> str:
@@ -234,4 +203,5 @@ NODES: list[type[io.ComfyNode]] = [
     CogVideoXTPUImage,
     CogVideoXTPUVideo,
     CogVideoXTPULora,
+    *exchange_nodes.NODES,
 ]

@@ -19,7 +19,9 @@ from urllib.parse import unquote, urlparse
 
 from . import host
 
-TINY = "tiny"
+#: Come with the package cogvideox-splash: models, and LoRAs for them.
+TINY_MODELS = ("tiny", "tiny-i2v")
+TINY_LORAS = ("tiny-outline",)
 DEFAULT_MODEL = "zai-org/CogVideoX1.5-5B"
 #: The models by their Hub ids; the tests compare them with the pipeline's.
 PUBLISHED = (
@@ -29,8 +31,8 @@ PUBLISHED = (
     "zai-org/CogVideoX-5b-I2V",
     "zai-org/CogVideoX-2b",
 )
-NO_LORA = "no file in models/loras"
-_MODEL_IDS = "a Hub id (owner/name), a folder under ComfyUI's models folder, or tiny"
+NO_FILE = "no file yet"
+_MODEL_IDS = "a Hub id (owner/name), a folder under ComfyUI's models folder, tiny or tiny-i2v"
 AUTO = "auto"
 DTYPES = (AUTO, "bfloat16", "float32")
 SCHEDULERS = ("checkpoint", "ddim", "dpm")
@@ -55,8 +57,8 @@ KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
 _WIDGET_TERMS = (
     (r" revision=None\b", ""),
     (r"\bcheckpoint=", "model_id="),
-    (r"\btiny, tiny-random, a folder, or a Hub id\b", _MODEL_IDS),
-    (r"\btiny, tiny-random, an existing folder, or owner/name\b", _MODEL_IDS),
+    (r"\btiny, tiny-i2v, tiny-random, a folder, or a Hub id\b", _MODEL_IDS),
+    (r"\btiny, tiny-i2v, tiny-random, an existing folder, or owner/name\b", _MODEL_IDS),
     (r"\bexpected image=path instead of video\b", "expected the node CogVideoX TPU Image instead of Video"),
     (r"\bexpected image=path\b", "expected the node CogVideoX TPU Image before the sampler"),
     (r"\btopology='[a-z0-9]+-(\d+)'", r"num_devices=\1"),
@@ -179,12 +181,12 @@ def _in_widget_terms(message: str) -> str:
 
 
 def model_ids() -> list[str]:
-    """Return what the dropdown offers: published models, "tiny", and folders with a model below ComfyUI's folders."""
+    """Return what the dropdown offers: published models, the tiny ones, and folders with a model below ComfyUI's."""
     found: dict[Path, str] = {}
     for folder in host.model_folders():
         for path in sorted([*folder.glob("*/model_index.json"), *folder.glob("*/*/model_index.json")]):
             found.setdefault(path.parent, path.parent.relative_to(folder).as_posix())
-    return [*PUBLISHED, TINY, *found.values()]
+    return [*PUBLISHED, *TINY_MODELS, *found.values()]
 
 
 def checked_widgets(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _expected(slot: Any, value: Any) -> str | None:
 
 
 def find_checkpoint(model_id: str) -> Any:
-    """Return the pipeline's Checkpoint of a model_id: "tiny", a folder under ComfyUI's models folder, or owner/name.
+    """Return the pipeline's Checkpoint of a model_id: one of TINY_MODELS, a folder under ComfyUI's models, owner/name.
 
     Nothing else is opened: a path is taken only below one of `host.model_folders()`, as written, so that a link which
     the server's owner has put there may point elsewhere.
@@ -227,8 +229,8 @@ def find_checkpoint(model_id: str) -> Any:
     from pipeline.requests.errors import CheckpointError
 
     model_id = model_id.strip()
-    if model_id == TINY:
-        return resolve_checkpoint(TINY)
+    if model_id in TINY_MODELS:
+        return resolve_checkpoint(model_id)
     folder = _local_folder(model_id)
     if folder is not None:
         return Checkpoint(name=model_id, folder=folder)

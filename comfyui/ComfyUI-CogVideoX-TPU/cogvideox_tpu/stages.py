@@ -12,7 +12,7 @@ import torch
 
 from . import host, models, settings
 
-_GIVEN = "as given"  # in place of a path, for what comes over a link
+GIVEN = "as given"  # in place of a path, for what comes over a link
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +51,9 @@ class Embeds:
             "lora": self.loras,
         }
         if self.image is not None:
-            found |= {"image": _GIVEN, "noise_aug_strength": self.noise_aug_strength}
+            found |= {"image": GIVEN, "noise_aug_strength": self.noise_aug_strength}
         if self.video is not None:
-            found |= {"video": _GIVEN, "strength": self.strength}
+            found |= {"video": GIVEN, "strength": self.strength}
         return found
 
     def pictures(self, num_frames: int) -> list[Any] | None:
@@ -170,11 +170,11 @@ def decode(latents: Latents, progress: Any) -> torch.Tensor:
 
 
 def with_lora(embeds: Embeds, name: str, strength: float) -> Embeds:
-    """Add a LoRA of ComfyUI's folders. Raises RequestError where there is none of the name."""
+    """Add a LoRA of ComfyUI's folders, or of the package. Raises RequestError where there is none of the name."""
     from pipeline.requests.errors import RequestError
     from pipeline.requests.request import LoraFile
 
-    path = host.lora_files().get(name)
+    path = host.lora_files().get(name, name if name in settings.TINY_LORAS else None)
     if path is None:
         raise RequestError(f"lora_name={name!r}: expected a file of safetensors in ComfyUI's models/loras")
     return dataclasses.replace(embeds, loras=(*embeds.loras, LoraFile(path, strength)))

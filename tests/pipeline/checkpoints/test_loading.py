@@ -160,7 +160,7 @@ def test_a_sentencepiece_tokenizer_loads(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nope", "no such folder; expected tiny, tiny-random, an existing folder, or owner/name"),
+        ("./nope", "no such folder; expected tiny, tiny-i2v, tiny-random, an existing folder, or owner/name"),
         ("nope", "no such folder"),
         ("a/b/c", "no such folder"),
         ("own er/na me", "not a valid Hub id"),

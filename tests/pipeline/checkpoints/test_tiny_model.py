@@ -5,13 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from PIL import Image
+from safetensors.numpy import load_file
 
-from pipeline.checkpoints.loading import load_module, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.loading import Checkpoint, load_module, resolve_checkpoint, with_defaults
+from pipeline.checkpoints.lora import SHIPPED, merge_loras
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
-from pipeline.quality.gate import make_videos, to_uint8
-from pipeline.quality.read_back import fractions, read_video
+from pipeline.checkpoints.tiny_i2v import I2V_FOLDER
+from pipeline.quality.gate import first_frame_psnr, first_frames, make_videos, to_uint8
+from pipeline.quality.read_back import filled_fraction, fractions, read_video
+from pipeline.requests.errors import CheckpointError
+from pipeline.requests.models import MODELS
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import GenerateRequest, LoraFile
 
 SEED = 1001  # the training drew its scenes and noise from other generators: every seed is held out
 
@@ -33,8 +42,6 @@ def test_it_is_small_and_whole():
 
 
 def test_stock_diffusers_reads_it():
-    from diffusers import CogVideoXPipeline
-
     pipe = CogVideoXPipeline.from_pretrained(TRAINED_FOLDER, dtype=torch.float32)
     assert pipe.transformer.config.patch_size_t == 2 and not pipe.transformer.config.patch_bias
     assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.config.prediction_type == "v_prediction"
@@ -54,6 +61,81 @@ def test_two_videos_follow_their_prompts():
     prompts = ["a blue circle moves down", "a yellow circle moves left"]
     readings = [read_video(frames) for frames in show(prompts, [SEED])]
     assert fractions(readings, prompts)["all"] == 1.0, readings
+
+
+def test_what_changes_it_is_small_and_says_how_it_was_made():
+    for folder, what, most in ((SHIPPED["tiny-outline"], "outline", 1e6), (I2V_FOLDER, "i2v", 3e6)):
+        assert sum(path.stat().st_size for path in folder.iterdir()) < most
+        made = json.loads((folder / "training.json").read_text())
+        assert (made["made_by"], made["settings"]["what"]) == ("python -m pipeline.train_tiny", what)
+        assert made["losses"]["step"] == made["settings"]["transformer"]["steps"]
+
+
+def stock_video(pipe, prompt: str, **inputs) -> np.ndarray:
+    """float32 [frames, height, width, 3] in [0, 1], of diffusers: nothing is compiled."""
+    tiny = MODELS["tiny"]
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    fields = {name: getattr(tiny, name) for name in names}
+    pipe.set_progress_bar_config(disable=True)
+    generator, tokens = torch.Generator().manual_seed(SEED), pipe.transformer.config.max_text_seq_length
+    made = pipe(prompt=prompt, generator=generator, max_sequence_length=tokens, output_type="np", **fields, **inputs)
+    return made.frames[0]
+
+
+def test_the_lora_draws_outlines_by_its_strength():
+    """And what its prompt says still."""
+    prompt = "a red circle moves right"
+    weights = load_file(TRAINED_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
+    pipe = CogVideoXPipeline.from_pretrained(TRAINED_FOLDER, dtype=torch.float32)
+    filled = {}
+    for strength in (0.0, 0.5, 1.0):
+        merged = {name: value.astype(np.float32) for name, value in weights.items()}
+        merge_loras(merged, [LoraFile("tiny-outline", strength)], "tiny")
+        pipe.transformer.load_state_dict({name: torch.from_numpy(value) for name, value in merged.items()})
+        frames = to_uint8(stock_video(pipe, prompt))
+        filled[strength] = filled_fraction(frames)
+        assert all(read_video(frames).agrees(prompt).values()), strength
+    assert filled[0.0] > 0.97 and filled[1.0] < 0.8 and filled[1.0] < filled[0.5] < filled[0.0], filled
+
+
+def test_the_lora_of_another_model():
+    configs = {part: with_defaults(part, config) for part, config in COGVIDEOX_1_5_5B.items()}
+    request = GenerateRequest("a", "zai-org/CogVideoX1.5-5B", lora=(LoraFile("tiny-outline"),))
+    with pytest.raises(CheckpointError, match=r"lora='tiny-outline': .* a LoRA of another model"):
+        check_request(request, configs)
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """The folder that tiny-i2v is put together in."""
+    folder = resolve_checkpoint("tiny-i2v", cache_dir=tmp_path_factory.mktemp("cache")).folder
+    assert folder is not None
+    return folder
+
+
+def test_the_image_model_shares_the_tiny_models_files(image_folder):
+    """In diffusers' layout, made once."""
+    folder = image_folder
+    configs = read_configs(Checkpoint("x", folder))
+    assert (configs["transformer"]["in_channels"], configs["vae"]["invert_scale_latents"]) == (32, True)
+    for part in ("text_encoder/model", "vae/diffusion_pytorch_model"):
+        assert (folder / f"{part}.safetensors").read_bytes() == (TRAINED_FOLDER / f"{part}.safetensors").read_bytes()
+    made = (folder / "transformer").stat().st_mtime_ns
+    assert resolve_checkpoint("tiny-i2v", cache_dir=folder.parent).folder == folder
+    assert (folder / "transformer").stat().st_mtime_ns == made
+
+
+def test_an_image_moves_as_its_prompt_says(image_folder):
+    """Of scenes that the training did not draw: the first frame is the image, and the rest follows the prompt."""
+    prompts = ["a purple square moves up", "a green circle moves left"]
+    images = first_frames(GenerateRequest("x", str(image_folder)), prompts, [SEED])
+    assert images is not None
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained(image_folder, dtype=torch.float32)
+    pairs = zip(prompts, images, strict=True)
+    videos = np.stack([stock_video(pipe, prompt, image=Image.fromarray(image)) for prompt, image in pairs])
+    readings = [read_video(to_uint8(video)) for video in videos]
+    assert fractions(readings, prompts)["all"] == 1.0, readings
+    assert min(first_frame_psnr(videos, images)) > 20
 
 
 @pytest.mark.slow("1 min")

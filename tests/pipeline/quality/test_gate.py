@@ -139,6 +139,7 @@ def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, r
     ("argument", "message"),
     [
         ("captions=[a cat]", "prompt='a cat': expected 'a COLOUR SHAPE MOTION'"),
+        ("first_frame_db=-1", "first_frame_db=-1.0: expected 0 or more, in dB"),
         ("seeds=[]", "captions, seeds: expected at least one each"),
         ("only=[nobody]", "only=['nobody']: expected some of online"),
         ("candidates=[{dtype: bfloat16}]", "candidates: expected a name"),

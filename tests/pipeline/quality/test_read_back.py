@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pipeline.checkpoints.shapes import MOTIONS, SHAPES, captions, draw, parse_caption, random_scene
-from pipeline.quality.read_back import Reading, fractions, read_video
+from pipeline.checkpoints.shapes import MOTIONS, OUTLINE_WIDTH, SHAPES, captions, draw, parse_caption, random_scene
+from pipeline.quality.read_back import Reading, filled_fraction, fractions, read_video
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
 
@@ -34,6 +34,15 @@ def test_at_another_size(rng):
     for motion in MOTIONS:
         caption = f"a blue star {motion}"
         assert all(read_video(drawn(rng, caption, 96, 80)).agrees(caption).values()), caption
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outlines_are_told_from_filled_shapes_and_read_as_they(rng, shape):
+    scene = random_scene(rng, HEIGHT, WIDTH, "yellow", shape, "moves left")
+    filled, outline = (draw(scene, FRAMES, HEIGHT, WIDTH, width) for width in (None, OUTLINE_WIDTH))
+    assert filled_fraction(filled) == 1.0 and filled_fraction(outline) < 0.75
+    assert all(read_video(outline).agrees(scene.caption).values())
+    assert np.isnan(filled_fraction(np.zeros_like(filled)))
 
 
 def test_reversed_in_time_is_the_other_way(rng):

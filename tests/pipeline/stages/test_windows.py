@@ -10,7 +10,7 @@ import torch
 from pipeline.checkpoints.checks import check_request
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
-from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
+from pipeline.checkpoints.tiny import TRAINED_FOLDER, TinySpec, ensure_tiny_checkpoint
 from pipeline.model.latents import rotary_embedding
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions, GenerateRequest
@@ -109,6 +109,29 @@ def _stock(folder: Path, request: GenerateRequest, embeddings: np.ndarray, windo
         latents, x0 = scheduler.step(blended, x0, timestep, before, latents, generator=generator, return_dict=False)
         before = timestep
     return latents.numpy()
+
+
+def _jumps(prompt: str, context_overlap: int) -> np.ndarray:
+    """How much each frame of the tiny model's video of three windows differs from the one before: mean of 8-bit RGB."""
+    from diffusers import CogVideoXPipeline
+
+    request = GenerateRequest(prompt, num_frames=33, context_frames=17, context_overlap=context_overlap, seed=1001)
+    pipe = CogVideoXPipeline.from_pretrained(TRAINED_FOLDER, dtype=torch.float32)
+    windows = Windows.from_request(request, pipe.transformer.config, pipe.vae.config)
+    tokens = pipe.transformer.config.max_text_seq_length
+    positive, negative = pipe.encode_prompt(prompt, "", max_sequence_length=tokens)
+    latents = _stock(TRAINED_FOLDER, request, torch.cat([negative, positive]).numpy(), windows)
+    with torch.no_grad():
+        video = pipe.decode_latents(torch.from_numpy(latents[:, windows.whole.padding_frames :]))[0]
+    return np.abs(np.diff(video.clamp(-1, 1).numpy() * 127.5, axis=1)).mean((0, 2, 3))
+
+
+def test_where_windows_meet_nothing_jumps():
+    """Of what stands still, in a video twice as long as the model's. Windows that do not overlap show their seam."""
+    blended, cut = (_jumps("a blue square stands still", overlap) for overlap in (8, 0))
+    print(blended.round(2), cut.round(2))
+    assert blended.max() < 4 * np.median(blended)
+    assert cut.max() > 2 * blended.max()
 
 
 @pytest.mark.compile

@@ -7,12 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXImageToVideoPipeline
 
+from pipeline.checkpoints.checks import read_configs
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
+from pipeline.checkpoints.lora import merge_loras
 from pipeline.checkpoints.shapes import captions
 from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler
+from pipeline.checkpoints.tiny_i2v import write_tiny_i2v
 from pipeline.model.latents import LatentGeometry, rotary_embedding
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import GenerateRequest, LoraFile
 from pipeline.train_tiny import __main__ as train_tiny
 from pipeline.train_tiny.training import Loop, Muon, diffusion_loss, optimize, rotary_tables
 
@@ -20,8 +24,8 @@ ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_atten
 STEPS = ["vae.steps=4", "transformer.steps=2", "transformer.batch_size=2"]
 
 
-def command(monkeypatch, tmp_path, *arguments: str) -> int:
-    folders = (f"folder={tmp_path / 'out'}", f"work_dir={tmp_path / 'work'}")
+def command(monkeypatch, tmp_path, *arguments: str, out: str = "out") -> int:
+    folders = (f"folder={tmp_path / out}", f"work_dir={tmp_path / ('work_' + out)}")
     monkeypatch.setattr(sys, "argv", ["train_tiny", *folders, *ARGUMENTS, *STEPS, *arguments])
     return train_tiny.main()
 
@@ -34,13 +38,41 @@ def test_a_short_training_leaves_a_checkpoint(monkeypatch, tmp_path, capsys):
         weights = load_module(checkpoint, part, torch.float32).weights
         assert all(np.isfinite(np.asarray(value)).all() for value in weights.values()), part
     made = json.loads((tmp_path / "out" / "training.json").read_text())
-    latents = np.load(tmp_path / "work" / "latents.npy")
+    latents = np.load(tmp_path / "work_out" / "latents.npy")
     assert latents.shape == (len(captions()), 3, 16, 4, 6)
     assert (
         made["scaling_factor"] == checkpoint.config("vae")["scaling_factor"] == pytest.approx(1 / latents.std(), 1e-3)
     )
     assert command(monkeypatch, tmp_path, "clips_per_caption=2") == 2, "other settings in the same work_dir"
     assert "holds a run with other settings; expected another folder" in capsys.readouterr().err
+    base = (f"base={tmp_path / 'out'}", "rank=2", "max_text_seq_length=16")
+    assert command(monkeypatch, tmp_path, "what=outline", *base, out="lora") == 0
+    _check_lora(tmp_path, checkpoint)
+    assert command(monkeypatch, tmp_path, "what=i2v", *base, out="i2v") == 0
+    _check_image_model(tmp_path)
+
+
+def _check_lora(folder, checkpoint):
+    """It fits its base, changes what it is for, and its clips are of outlines."""
+    before = load_module(checkpoint, "transformer", torch.float32, place=lambda value: value).weights
+    after = dict(before)
+    merge_loras(after, [LoraFile(str(folder / "lora"))], "base")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    layers = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    assert changed == {f"transformer_blocks.0.{layer}.weight" for layer in layers}
+    filled, outlines = (np.load(folder / name / "latents.npy") for name in ("work_out", "work_lora"))
+    assert filled.shape == outlines.shape and not np.allclose(filled, outlines, atol=0.1)
+    assert json.loads((folder / "lora" / "training.json").read_text())["settings"]["what"] == "outline"
+
+
+def _check_image_model(folder):
+    """What it changes of its base makes a checkpoint that stock diffusers reads."""
+    write_tiny_i2v(folder / "out", folder / "i2v", folder / "whole")
+    configs = read_configs(resolve_checkpoint(str(folder / "whole")))
+    assert (configs["transformer"]["in_channels"], configs["vae"]["invert_scale_latents"]) == (32, True)
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained(folder / "whole", dtype=torch.float32)
+    assert pipe.transformer.ofs_embedding.linear_2.weight.any(), "trained: it begins at 0"
+    assert pipe.transformer.patch_embed.proj.weight[:, 128:].any()
 
 
 def test_an_interrupted_loop_goes_on_as_if_it_had_not_been(tmp_path, recwarn):
@@ -83,6 +115,22 @@ def test_muon_steps_by_a_nearly_orthogonal_matrix(shape):
     assert (weight.detach() * weight.grad).sum() < 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("base=/tmp",), "base=/tmp: expected null for what=model"),
+        (("what=outline", "num_layers=5"), "num_layers=5: expected 4, as the base has"),
+        (("what=i2v", "start_from=x"), "start_from=x: expected transformer.pt of another work_dir, for what=model"),
+        (("what=film",), "what=film: no such option; expected one of i2v, model, outline"),
+    ],
+)
+def test_settings_that_cannot_be(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["train_tiny", f"work_dir={tmp_path / 'work'}", *arguments])
+    monkeypatch.chdir(tmp_path)
+    assert train_tiny.main() == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_training_sees_what_inference_sees():
     """Rotary tables and shapes are those of the default request, with its padding frame."""
     modules = build_modules(TinySpec(num_layers=1, num_attention_heads=1))
@@ -108,8 +156,8 @@ def test_the_loss_is_of_the_velocity_and_caption_dropout_takes_the_caption():
     class Transformer(torch.nn.Module):
         """Knows the answer at the last timestep: the sample is noise, and the velocity is minus the latents."""
 
-        def forward(self, noisy, embeddings, timesteps, image_rotary_emb, return_dict):
-            seen["timesteps"] = timesteps
+        def forward(self, noisy, embeddings, timestep, image_rotary_emb, return_dict, ofs=None):
+            seen["timesteps"], seen["noisy"], seen["ofs"] = timestep, noisy, ofs
             chosen = embeddings[:, 0, 0].long()
             return (-latents[chosen],)
 
@@ -120,3 +168,7 @@ def test_the_loss_is_of_the_velocity_and_caption_dropout_takes_the_caption():
     assert (seen["timesteps"] == 999).sum() == 2  # one in ten
     diffusion_loss(*arguments, caption_dropout=1.0)(0, np.random.default_rng(0), torch.Generator())
     assert not seen["ids"].any()
+    conditions = torch.randn(latents.shape)
+    diffusion_loss(*arguments, 0.0, conditions)(0, np.random.default_rng(0), torch.Generator())
+    beside, chosen = seen["noisy"][:, :, 1:], seen["ids"][:, 0]
+    assert torch.equal(beside, conditions[chosen]) and seen["ofs"].tolist() == [2.0]

@@ -1,0 +1,128 @@
+"""The schema of configs/train_tiny.yaml, and what is the same for all that is trained."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
+from pipeline.checkpoints.tiny import build_tokenizer
+from pipeline.requests.request import GenerateRequest
+from pipeline.runs.records import environment
+from pipeline.train_tiny.training import Loop, check_ranges, encode_clips
+from splash_workbench.errors import UserError
+from splash_workbench.files import atomic_path, require_writable, write_json
+from splash_workbench.records.base import utc_now
+
+PROVENANCE_NAME = "training.json"
+
+
+@dataclasses.dataclass
+class TrainTinyConfig:
+    """Keys of the command line."""
+
+    what: str = "model"
+    base: str | None = None
+    folder: str = "tiny_model"
+    work_dir: str = "tiny_train"
+    seed: int = 0
+    height: int = 64
+    width: int = 96
+    num_frames: int = 17
+    num_layers: int = 4
+    num_attention_heads: int = 4
+    max_text_seq_length: int = 32
+    rank: int = 8
+    clips_per_caption: int = 2
+    spread: float = 0.1
+    start_from: str | None = None
+    kl_weight: float = 5e-4
+    caption_dropout: float = 0.1
+    vae: Loop = dataclasses.field(default_factory=Loop)
+    transformer: Loop = dataclasses.field(default_factory=Loop)
+
+
+def check_settings(settings: TrainTinyConfig) -> None:
+    """Raise UserError, before any work, for what cannot be."""
+    sizes = ("num_layers", "num_attention_heads", "max_text_seq_length", "clips_per_caption", "rank")
+    fractions = dict.fromkeys(("spread", "kl_weight", "caption_dropout"), (0, 1))
+    check_ranges(settings, seed=(0, 2**63 - 1), **dict.fromkeys(sizes, (1, 10**4)), **fractions)
+    GenerateRequest("any", height=settings.height, width=settings.width, num_frames=settings.num_frames)
+    if settings.start_from is not None and not (settings.what == "model" and Path(settings.start_from).is_file()):
+        raise UserError(
+            f"start_from={settings.start_from}: expected transformer.pt of another work_dir, for what=model."
+        )
+    if settings.what == "model" and settings.base is not None:
+        raise UserError(f"base={settings.base}: expected null for what=model, which begins from nothing.")
+    require_writable(f"folder={settings.folder}", Path(settings.folder))
+
+
+def asked_for(settings: TrainTinyConfig) -> dict[str, Any]:
+    """Return the settings that decide what comes out."""
+    fields = dataclasses.asdict(settings)
+    return {name: fields[name] for name in fields if name not in ("folder", "work_dir")}
+
+
+def begin(settings: TrainTinyConfig) -> Path:
+    """Return the folder of the training's state. Raises UserError where it holds another training's."""
+    work_dir, asked = Path(settings.work_dir), asked_for(settings)
+    if (work_dir / "settings.json").exists() and json.loads((work_dir / "settings.json").read_text()) != asked:
+        raise UserError(f"work_dir={str(work_dir)!r}: holds a run with other settings; expected another folder")
+    write_json(work_dir / "settings.json", asked)
+    torch.manual_seed(settings.seed)
+    return work_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnClips:
+    """Drawn videos: their scenes, and how to encode them once, at the size of the settings."""
+
+    settings: TrainTinyConfig
+    work_dir: Path
+    line_width: float | None = None
+
+    @functools.cached_property
+    def scenes(self) -> list[Scene]:
+        """`clips_per_caption` scenes of every caption."""
+        settings = self.settings
+        rng, size = np.random.default_rng([settings.seed, 1]), (settings.height, settings.width)
+        wanted = [parse_caption(caption) for caption in captions() for _ in range(settings.clips_per_caption)]
+        return [random_scene(rng, *size, spread=settings.spread, **attributes) for attributes in wanted]  # type: ignore[arg-type]
+
+    def token_ids(self, *more: str) -> torch.Tensor:
+        """Return the tokens of the captions and of `more` texts, [texts, tokens]."""
+        texts, length = [*(scene.caption for scene in self.scenes), *more], self.settings.max_text_seq_length
+        return build_tokenizer()(texts, padding="max_length", max_length=length, return_tensors="pt")["input_ids"]
+
+    def latents(self, vae: Any, num_frames: int | None = None) -> torch.Tensor:
+        """Return unscaled latents [clips, latent frames, 16, h, w], of whole videos or of their first frames as images.
+
+        What is encoded is kept in `work_dir`.
+        """
+        count = num_frames or self.settings.num_frames
+        path = self.work_dir / ("latents.npy" if num_frames is None else f"latents{count}.npy")
+        if not path.exists():
+            clips = encode_clips(vae, self.scenes, count, self.settings.height, self.settings.width, self.line_width)
+            with atomic_path(path) as temporary:
+                np.save(temporary, torch.stack(list(clips)).numpy())
+        return torch.from_numpy(np.load(path))
+
+
+def padded(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
+    """Return scaled latents [clips, frames, 16, h, w] with the leading frame that fills the last temporal patch."""
+    return torch.cat([latents[:, :1]] * (-latents.shape[1] % patch_size_t) + [latents], dim=1)
+
+
+def write_provenance(folder: Path, settings: TrainTinyConfig, **more: Any) -> None:
+    """Write beside what was trained how it was made."""
+    provenance = {
+        "made_by": "python -m pipeline.train_tiny",
+        "settings": asked_for(settings),
+        "finished_at": utc_now(),
+        "environment": dataclasses.asdict(environment()),
+    }
+    write_json(folder / PROVENANCE_NAME, {**provenance, **more})
