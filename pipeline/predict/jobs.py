@@ -13,7 +13,7 @@ from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.sharding import ParallelPlan
-from pipeline.model.transformer import TokenLayout, TransformerShape
+from pipeline.model.transformer import DeviceShare, TokenLayout, TransformerShape
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
@@ -80,7 +80,9 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
     program, step = denoise_program(dataclasses.replace(request, attention=on_tpu), job.configs, plan, job.devices)
     num_prompts, tokens, sizes = len(request.prompts), step.layout.tokens, step.shape
-    shape = AttentionShape(num_prompts // plan.dp, plan.local_heads(sizes.num_heads), tokens, tokens, sizes.head_dim)
+    groups = DeviceShare(plan, step.layout).head_groups(sizes.num_heads)  # a call each
+    num_heads = plan.local_heads(sizes.num_heads) // groups
+    shape = AttentionShape(num_prompts // plan.dp, num_heads, tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
