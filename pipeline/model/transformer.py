@@ -13,7 +13,6 @@ float32 it differs in the order of sums only.
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -26,7 +25,17 @@ from jaxtyping import Array, Float, Int
 from pipeline.model.latents import TokenLayout
 from pipeline.model.layers import int8
 from pipeline.model.layers.int8 import Quantized
-from pipeline.model.layers.linears import Weights, join_heads, linear, product, project_heads
+from pipeline.model.layers.linears import (
+    Waves,
+    Weights,
+    group_of_heads,
+    inputs_by_groups,
+    join_heads,
+    linear,
+    product,
+    project_heads,
+    scalar_embedding,
+)
 from pipeline.model.layers.norms import Rotary, layer_norm, modulate, norm_rotary
 from pipeline.model.sharding import MODEL, ParallelPlan
 from pipeline.model.weights import BLOCKS
@@ -41,7 +50,9 @@ _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "sil
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
-_GROUPS = int(__import__("os").environ.get("NG", "2"))
+#: Of the heads of a device: while it attends to those of one, those of another are on their way.
+_GROUPS = 2
+_OUT = "attn1.to_out.0.weight"
 _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
@@ -103,6 +114,10 @@ class TransformerShape:
         """Return the channels of a patch of the sample."""
         return self.out_channels * self.patch_size_t * self.patch_size**2
 
+    def waves(self, number: int) -> Waves:
+        """Return the waves that embed a number."""
+        return Waves(number, self.flip_sin_to_cos, self.freq_shift)
+
     @property
     def takes_image(self) -> bool:
         return self.in_channels > self.out_channels
@@ -145,40 +160,28 @@ class DeviceShare:
             return x
         missing = -x.shape[1] % self.plan.model
         x = jnp.concatenate([x, x[:, :missing]], axis=1) if missing else x
-        return lax.all_to_all(x, MODEL, split_axis=1, concat_axis=3, tiled=True)
+        x = x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:])
+        # Joined by hand: of an exchange along rows, XLA copies what it received twice.
+        return jnp.concatenate(list(lax.all_to_all(x, MODEL, split_axis=1, concat_axis=0)), axis=3)
 
     def to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
         """Invert `to_heads`."""
-        x = lax.all_to_all(x, MODEL, split_axis=3, concat_axis=1, tiled=True) if self._splits else x
-        return x if x.shape[1] == num_heads or not self._splits else x[:, :num_heads]
+        if not self._splits:
+            return x
+        x = lax.all_to_all(jnp.stack(jnp.split(x, self.plan.model, axis=3)), MODEL, split_axis=0, concat_axis=1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_heads]
 
     def head_groups(self, num_heads: int) -> int:
         """Return in how many groups heads are attended to: one is exchanged beside another's attention."""
         return _GROUPS if self._splits and num_heads % (self.plan.model * _GROUPS) == 0 else 1
 
-    def group_of_heads(self, weights: Weights, group: int, groups: int) -> Weights:
-        """Return the weights of q, k and v for some of every device's heads."""
-        if groups == 1:
-            return weights
-        found = {}
-        for name, value in weights.items():
-            if re.match(r"attn1\.to_[qkv]\.", name):
-                by_device = value.reshape(self.plan.model, groups, -1, *value.shape[1:])
-                value = by_device[:, group].reshape(-1, *value.shape[1:])
-            found[name] = value
-        return found
-
-    def join_groups(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Put heads of groups, each [batch, heads, head_dim, rows], in their order."""
-        if len(parts) == 1:
-            return parts[0]
-        by_device = [x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:]) for x in parts]
-        return jnp.stack(by_device, axis=2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
-
     def attended_rows(self, parts: Sequence[jax.Array], num_heads: int, quantize: bool) -> jax.Array | Quantized:
-        """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes."""
+        """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes.
+
+        Heads come out group by group.
+        """
         if not quantize:
-            return self.join_groups([self.to_rows(each, num_heads // len(parts)) for each in parts])
+            return jnp.concatenate([self.to_rows(each, num_heads // len(parts)) for each in parts], axis=1)
         wide = [x.astype(jnp.float32) for x in parts]
         largest = functools.reduce(jnp.maximum, (jnp.abs(x).max((1, 2)) for x in wide))
         step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.model > 1 else largest)
@@ -186,7 +189,7 @@ class DeviceShare:
         if self._splits:
             rows = self.layout.rows_per_shard
             step = lax.dynamic_slice_in_dim(step, lax.axis_index(MODEL) * rows, rows, axis=1)
-        return Quantized(self.join_groups(values), step)
+        return Quantized(jnp.concatenate(values, axis=1), step)
 
     def quantize_hidden(self, x: Float[Array, "b rows hidden"], weights: Weights, dtype: Any) -> Quantized:
         """Quantize what the feed-forward's activation leaves, in float32; read once more in `dtype`."""
@@ -216,27 +219,14 @@ class DeviceShare:
         return self.plan.sequence_shards > 1
 
 
-def scalar_embedding(
-    weights: Weights, shape: TransformerShape, name: str, num_waves: int, value: jax.Array, dtype: Any
-) -> jax.Array:
-    """Embed a number, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
-    half = num_waves // 2
-    exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shape.freq_shift)
-    angles = value.astype(jnp.float32) * jnp.exp(exponent)
-    waves = [jnp.sin(angles), jnp.cos(angles)]
-    embedding = jnp.concatenate(waves[::-1] if shape.flip_sin_to_cos else waves).astype(dtype)
-    embedding = jax.nn.silu(linear(embedding, weights, f"{name}.linear_1"))
-    return linear(embedding, weights, f"{name}.linear_2")
-
-
 def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
     """Return what conditions the blocks, [time_embed_dim] in dtype: the timestep, and `ofs` where the model has it."""
-    channels = shape.num_heads * shape.head_dim
-    embedding = scalar_embedding(weights, shape, "time_embedding", channels, timestep, dtype)
+    waves = shape.waves(shape.num_heads * shape.head_dim)
+    embedding = scalar_embedding(weights, "time_embedding", waves, timestep, dtype)
     if shape.ofs_embed_dim is None:
         return embedding
     ofs = jnp.asarray(_OFS)
-    return embedding + scalar_embedding(weights, shape, "ofs_embedding", shape.ofs_embed_dim, ofs, dtype)
+    return embedding + scalar_embedding(weights, "ofs_embedding", shape.waves(shape.ofs_embed_dim), ofs, dtype)
 
 
 def block(
@@ -258,7 +248,7 @@ def block(
         h, gate = modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps, quantize)
     groups, exchanged = share.head_groups(shape.num_heads), []
     for group in range(groups):
-        of_group = share.group_of_heads(weights, group, groups)
+        of_group = group_of_heads(weights, share.plan.model, group, groups)
         with jax.named_scope("qkv"):
             q, k, v = (project_heads(h, of_group, f"attn1.to_{name}", shape.head_dim, x.dtype) for name in "qkv")
         with jax.named_scope("qk_norm_rotary"):
@@ -271,7 +261,8 @@ def block(
     with jax.named_scope("to_rows"):
         attended = share.attended_rows(parts, shape.num_heads, quantize)
     with jax.named_scope("attention_out"):
-        out = share.reduce(join_heads(attended, weights, "attn1.to_out.0").astype(x.dtype))
+        ordered = {**weights, _OUT: inputs_by_groups(weights[_OUT], share.plan.model, groups)}
+        out = share.reduce(join_heads(attended, ordered, "attn1.to_out.0").astype(x.dtype))
         x = x + (gate * (out + weights["attn1.to_out.0.bias"])).astype(x.dtype)
     with jax.named_scope("norm2"):
         modulation = linear(conditioning, weights, "norm2.linear")

@@ -15,7 +15,7 @@ from pipeline.model.attention import resolve_attention
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
-from pipeline.model.transformer import TransformerShape
+from pipeline.model.transformer import DeviceShare, TransformerShape
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
@@ -89,7 +89,9 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     program, step = denoise_program(request_on_tpu, job.configs, plan, job.devices, job.reuse, job.work)
     tokens, sizes = step.layout.tokens, step.shape
     num_prompts = len(request.prompts) if job.work.negative else 1
-    shape = AttentionShape(num_prompts // plan.dp, plan.local_heads(sizes.num_heads), tokens, tokens, sizes.head_dim)
+    groups = DeviceShare(plan, step.layout).head_groups(sizes.num_heads)  # a call each
+    num_heads = plan.local_heads(sizes.num_heads) // groups
+    shape = AttentionShape(num_prompts // plan.dp, num_heads, tokens, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None

@@ -137,3 +137,16 @@ def test_reference_in_float32_and_float64_agree() -> None:
     np.testing.assert_allclose(actual, attention_reference(q, k, v, dtype=np.float64), atol=2e-6)
     with pytest.raises(ValueError, match=r"expected numpy\.float32 or numpy\.float64"):
         attention_reference(q, k, v, dtype=np.float16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_seq_len": 0}, r"kv_seq_len=0: expected 1 to 6, the keys that there are"),
+        ({"kv_seq_len": 7}, r"kv_seq_len=7: expected 1 to 6"),
+    ],
+)
+def test_lengths_that_cannot_be(options, message):
+    q, k = jnp.zeros((1, 1, 8, 16)), jnp.zeros((1, 1, 6, 16))
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, k, **options)

@@ -1,6 +1,7 @@
 """The kernel, interpreted on the CPU, against float64. Memory that was never written reads as NaN there."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -196,3 +197,17 @@ def test_error_is_that_of_bfloat16_operands(variant: Variant) -> None:
         actual = attention(q, k, v, interpret=True, block_sizes=SMALL, variant=variant)
         ours, theirs = (np.sqrt(np.mean((np.asarray(x, np.float64) - expected) ** 2)) for x in (actual, plain))
         assert ours < 1.5 * theirs
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", [Variant(softmax="online"), Variant(), Variant(qk_dtype="int8")], ids=str)
+@pytest.mark.parametrize(("length", "kv_seq_len"), [(300, 277), (768, 700), (400, 331)])
+def test_keys_that_do_not_count(variant, length, kv_seq_len):
+    """The same as of the keys that count alone, whatever lies behind them."""
+    rng = np.random.default_rng(7)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 2, length, 32)), jnp.bfloat16) for _ in range(3))
+    behind = jnp.arange(length)[:, None] >= kv_seq_len
+    call = functools.partial(attention, variant=variant, block_sizes=SMALL, interpret=True)
+    actual = call(q, jnp.where(behind, 3e4, k), jnp.where(behind, -1e30, v), kv_seq_len=kv_seq_len)
+    expected = call(q, k[:, :, :kv_seq_len], v[:, :, :kv_seq_len])
+    np.testing.assert_allclose(actual.astype(np.float32), expected.astype(np.float32), rtol=0, atol=2**-8)

@@ -1,6 +1,9 @@
 """Linears of a block in the layouts that it needs, of activations in the weights' dtype or in int8."""
 
+import math
+import re
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,25 @@ from pipeline.model.layers import int8
 from pipeline.model.layers.int8 import Quantized
 
 Weights = Mapping[str, jax.Array]
+
+
+class Waves(NamedTuple):
+    """Sines and cosines of diffusers' Timesteps."""
+
+    number: int
+    cosines_first: bool
+    freq_shift: int
+
+
+def scalar_embedding(weights: Weights, name: str, waves: Waves, value: jax.Array, dtype: Any) -> jax.Array:
+    """Embed a number, [time_embed_dim], as diffusers' Timesteps (float32) and TimestepEmbedding (in dtype)."""
+    half = waves.number // 2
+    exponent = -math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - waves.freq_shift)
+    angles = value.astype(jnp.float32) * jnp.exp(exponent)
+    both = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(both[::-1] if waves.cosines_first else both).astype(dtype)
+    embedding = jax.nn.silu(linear(embedding, weights, f"{name}.linear_1"))
+    return linear(embedding, weights, f"{name}.linear_2")
 
 
 def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
@@ -47,3 +69,22 @@ def join_heads(x: jax.Array | Quantized, weights: Weights, name: str) -> jax.Arr
         return jnp.einsum("bhds,chd->bsc", x, weight)
     out = int8.matmul("bhds,chd->bsc", x.values, weight)
     return out * x.scale[:, :, None] * weights[f"{name}.{int8.SCALE}"]
+
+
+def group_of_heads(weights: Weights, devices: int, group: int, groups: int) -> Weights:
+    """Return a layer's weights, of those of q, k and v only the rows for one group of each device's heads."""
+    if groups == 1:
+        return weights
+    found = {}
+    for name, value in weights.items():
+        if re.match(r"attn1\.to_[qkv]\.", name):
+            by_device = value.reshape(devices, groups, -1, *value.shape[1:])
+            value = by_device[:, group].reshape(-1, *value.shape[1:])
+        found[name] = value
+    return found
+
+
+def inputs_by_groups(weight: jax.Array, devices: int, groups: int) -> jax.Array:
+    """Put the inputs of a weight [out, heads * head_dim] in the order of groups, in each of which are all devices."""
+    by_device = weight.reshape(weight.shape[0], devices, groups, -1)
+    return weight if groups == 1 else by_device.swapaxes(1, 2).reshape(weight.shape)

@@ -212,10 +212,11 @@ def test_sixteen_devices_give_the_same(cache, tmp_path):
     folder, output = ensure_tiny_checkpoint(tmp_path, spec), tmp_path / "results.npz"
     runs = {"base": ({}, {}), "megatron": ({"plan": "megatron"}, {}), "one device": ({"num_devices": 1}, {})}
     runs["sharded"] = ({"plan": "ulysses", "weights": "sharded"}, {})
+    runs["two groups of heads"] = ({"num_devices": 8}, {})
     _finish(_start(folder, cache, output, runs, devices=16, vae=False))
     results = np.load(output)
     assert results["devices"] == 16
-    for name in ("base", "megatron", "sharded"):
+    for name in ("base", "megatron", "sharded", "two groups of heads"):
         np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
