@@ -12,8 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from pipeline.requests.config import GenerateConfig, request_field
+from pipeline.requests.default_model import BIG_MODEL, default_model
 from pipeline.requests.errors import RequestError
-from splash_workbench.accelerator import accelerator_visible, tpu_visible
 from splash_workbench.cli import command
 from splash_workbench.engines.settings import EngineSettings, engine_from
 from splash_workbench.errors import from_config
@@ -25,24 +25,7 @@ if TYPE_CHECKING:  # what imports jax and torch is imported once the options are
     from pipeline.requests.request import Stage
     from pipeline.terminal import Terminal
 
-_BIG_MODEL, _TINY_MODEL = "cogvideox1.5-5b", "tiny"
 _multirun_dirs: set[Path] = set()
-
-
-def default_model() -> str:
-    """Return the model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
-    return _BIG_MODEL if _default_backend() == "tpu" else _TINY_MODEL
-
-
-def _default_backend() -> str:
-    if not accelerator_visible():
-        return "cpu"  # known without starting JAX, which a mere --help should not do
-    if any(argument.startswith(("distributed.", "engine=")) for argument in sys.argv[1:]):
-        # JAX must not start before the hosts have met, and not here where slices want the chips.
-        return "tpu" if tpu_visible() else "cpu"
-    import jax
-
-    return jax.default_backend()
 
 
 @command(
@@ -257,10 +240,10 @@ def _begin(settings: GenerateConfig, checkpoint: str) -> None:
     choice = HydraConfig.get().runtime.choices["model"]
     if any(override.split("=")[0] == "model" for override in HydraConfig.get().overrides.task):
         why = "as asked"
-    elif choice == _BIG_MODEL:
+    elif choice == BIG_MODEL:
         why = "the default on a TPU"
     else:
-        why = f"the default without a TPU; model={_BIG_MODEL} for the full one"
+        why = f"the default without a TPU; model={BIG_MODEL} for the full one"
     print(f"model {choice} ({why}), checkpoint {checkpoint}, on {where}", flush=True)
 
 

@@ -36,6 +36,7 @@ FOLDERS = (
     "pipeline.stages",
     "pipeline.runs",
     "pipeline.quality",
+    "pipeline.calibrate",
     "pipeline.train_tiny",
     "pipeline.predict",
     "pipeline",

@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.generate import default_model
 from pipeline.requests.config import GenerateConfig
+from pipeline.requests.default_model import default_model
 from pipeline.requests.errors import RequestError
 from splash_workbench import cli
 from splash_workbench.files import require_writable
@@ -20,7 +20,17 @@ class CalibrateConfig(GenerateConfig):
 
 _UNUSED = (
     *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up", "stages"),
-    *("num_videos", "profile", "profile_run", "logdir", "results_path", "quality", "cache.*", "distributed.*"),
+    *(
+        "num_videos",
+        "profile",
+        "profile_run",
+        "logdir",
+        "results_path",
+        "quality",
+        "cache.*",
+        "distributed.*",
+        "engine.*",
+    ),
     *("context_frames", "context_overlap"),
 )
 
@@ -41,8 +51,8 @@ def main(settings: CalibrateConfig) -> int:
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import STAGES, to_request
+    from pipeline.stages.progress import StageEvent
     from pipeline.stages.stages import StageContext
-    from pipeline.terminal import Terminal
 
     request = to_request(settings)
     if request.num_inference_steps < 2:
@@ -56,11 +66,12 @@ def main(settings: CalibrateConfig) -> int:
     if settings.compilation_cache:
         use_compilation_cache()
     identities = checkpoint.identities(*STAGES)
-    terminal = Terminal()
-    try:
-        ratios = measure_ratios(StageContext(checkpoint, request, identities, to_parallel(settings)), terminal)
-    finally:
-        terminal.close()
+
+    def say(event: StageEvent) -> None:
+        done = f"{event.step} of {event.total_steps} steps" if event.phase == "run" else f"{event.phase} ..."
+        print(f"  {event.stage}: {done}", file=sys.stderr, flush=True)
+
+    ratios = measure_ratios(StageContext(checkpoint, request, identities, to_parallel(settings)), say)
     names = ("checkpoint", "prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     made_by = {"made_by": "python -m pipeline.calibrate", "weights": identities["denoise"]}
     made_by |= {name: getattr(request, name) for name in (*names, "scheduler", "seed", "dtype")}

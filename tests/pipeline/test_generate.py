@@ -10,6 +10,7 @@ import pytest
 
 from helpers import PLENTY_S
 from pipeline import generate
+from pipeline.requests import default_model
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import to_request
@@ -77,8 +78,8 @@ def test_the_command_line_comes_before_the_models_defaults():
 
 @pytest.mark.parametrize(("backend", "expected"), [("tpu", "cogvideox1.5-5b"), ("cpu", "tiny"), ("gpu", "tiny")])
 def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
-    monkeypatch.setattr(generate, "_default_backend", lambda: backend)
-    assert generate.default_model() == expected
+    monkeypatch.setattr(default_model, "_default_backend", lambda: backend)
+    assert default_model.default_model() == expected
     assert to_request(_compose("prompt=x")).dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
 
 
