@@ -157,8 +157,9 @@ class Fleet:
         """Give a free slice a line: text first, then one that needs what it has loaded."""
         if member.ready is None or member.doing is not None:
             return
+        stages: tuple[Stage, ...] = ("text",)
         if self._text:
-            index, stages = self._text.pop(0), ("text",)
+            index = self._text.pop(0)
         elif self._rest:
             groups = member.ready.groups
             index = next((i for i in self._rest if groups[i] == member.group), self._rest[0])
@@ -206,7 +207,7 @@ class Fleet:
         line.error = f"lost with its slice {tries} time{'s' * (tries > 1)}: {reason}"
         self._tell(index, f"failed: {line.error}")
         with contextlib.suppress(OSError):
-            record = {"line": line.entry.line, "stage": stages[-1], "error": line.error, "type": "Lost"}
+            record: dict[str, Any] = {"line": line.entry.line, "stage": stages[-1], "error": line.error, "type": "Lost"}
             record |= {"schema_version": SCHEMA_VERSION, "created_at": utc_now(), "traceback": None}
             request = dataclasses.asdict(line.entry.request)
             write_json(self._job.output_dir / line.entry.name / ERROR_NAME, record | {"request": request})

@@ -102,7 +102,7 @@ def _stopped_while_it_works(cluster: Cluster, folder: Path, config: GenerateConf
         sender.join()
 
 
-@pytest.mark.slow("4 min")
+@pytest.mark.slow("5 min")
 def test_twelve_prompts_over_three_slices_one_of_which_is_killed(tmp_path, tiny_folder):
     """kill -9 of a node in the middle; the whole batch in one process, to compare with."""
     prompts = tmp_path / "prompts.jsonl"
