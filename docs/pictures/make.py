@@ -16,9 +16,10 @@ from typing import Any
 
 import imageio_ffmpeg
 import matplotlib
+import numpy as np
 from PIL import Image
 
-from pipeline.checkpoints.shapes import Scene, draw
+from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.requests.models import MODELS
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
@@ -63,16 +64,20 @@ def lora() -> None:
 
 
 def image() -> None:
-    """Write square.png, a drawn image, and image.png: it, and frames of what the tiny model makes of it, a row each."""
-    scene = Scene("red", "square", "moves right", (0.45, 0.5), (1.0, 0.5), 0.2, 0.2, background=55)
-    tiny = MODELS["tiny-i2v"]
-    Image.fromarray(draw(scene, 1, tiny.height, tiny.width)[0]).save(PICTURES / "square.png")
-    given = Image.open(PICTURES / "square.png")
-    lines = [{"prompt": f"a red square {motion}"} for motion in ("moves right", "moves up", "grows")]
-    videos = _videos(lines, "model=tiny-i2v", f"image={PICTURES / 'square.png'}")
-    _sheet([[given, *(video[frame] for frame in _SHOWN)] for video in videos]).save(
-        PICTURES / "image.png", optimize=True
-    )
+    """Write image.png: drawn images and frames of what the tiny model makes of them, and square.png, the first."""
+    tiny, rng = MODELS["tiny-i2v"], np.random.default_rng(0)
+    captions = ("a red square moves right", "a green circle moves left", "a blue square grows")
+    scenes = [random_scene(rng, tiny.height, tiny.width, spread=0, **parse_caption(caption)) for caption in captions]
+    given = [Image.fromarray(draw(scene, 1, tiny.height, tiny.width)[0]) for scene in scenes]
+    given[0].save(PICTURES / "square.png")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{number}.png" for number in range(len(given))]
+        for drawn, path in zip(given, paths, strict=True):
+            drawn.save(path)
+        lines = [{"prompt": caption, "image": path} for caption, path in zip(captions, paths, strict=True)]
+        videos = _videos(lines, "model=tiny-i2v", f"image={paths[0]}")
+    rows = [[drawn, *(video[frame] for frame in _SHOWN)] for drawn, video in zip(given, videos, strict=True)]
+    _sheet(rows).save(PICTURES / "image.png", optimize=True)
 
 
 _SHOWN = (0, 5, 10, 16)  # frames of the tiny model's videos

@@ -40,7 +40,7 @@ def test_at_another_size(rng):
 def test_outlines_are_told_from_filled_shapes_and_read_as_they(rng, shape):
     scene = random_scene(rng, HEIGHT, WIDTH, "yellow", shape, "moves left")
     filled, outline = (draw(scene, FRAMES, HEIGHT, WIDTH, width) for width in (None, OUTLINE_WIDTH))
-    assert filled_fraction(filled) == 1.0 and filled_fraction(outline) < 0.75
+    assert filled_fraction(filled) > 0.99 and filled_fraction(outline) < 0.5
     assert all(read_video(outline).agrees(scene.caption).values())
     assert np.isnan(filled_fraction(np.zeros_like(filled)))
 
