@@ -49,7 +49,8 @@ results = {}
 embeddings = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
 for name, (options, changes) in settings["runs"].items():
     request = GenerateRequest(
-        "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
+        "a red circle", str(folder), height=48, width=80, seed=7,
+        **{"num_frames": 9, "num_inference_steps": 2, **changes}
     )
     guided = request.do_classifier_free_guidance
     denoiser = Denoiser(
