@@ -161,8 +161,10 @@ class DeviceShare:
         missing = -x.shape[1] % self.plan.model
         x = jnp.concatenate([x, x[:, :missing]], axis=1) if missing else x
         x = x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:])
-        # Joined by hand: of an exchange along rows, XLA copies what it received twice.
-        return jnp.concatenate(list(lax.all_to_all(x, MODEL, split_axis=1, concat_axis=0)), axis=3)
+        # Joined by hand, since of an exchange along rows XLA copies what it received twice; and once, here, since it
+        # would otherwise join the parts anew for every sum over them.
+        received = lax.all_to_all(x, MODEL, split_axis=1, concat_axis=0)
+        return lax.optimization_barrier(jnp.concatenate(list(received), axis=3))
 
     def to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
         """Invert `to_heads`."""

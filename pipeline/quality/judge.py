@@ -100,7 +100,8 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: Budget) -> 
     if not name:
         raise UserError(f"candidates: expected a name in {fields}")
     changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
-    limits = {**dataclasses.asdict(budget), **fields.get("budget", {})}
+    own = fields.get("budget", {})  # a Budget where it names another key of the configuration
+    limits = {**dataclasses.asdict(budget), **(dataclasses.asdict(own) if isinstance(own, Budget) else own)}
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
         return QualityVariant(name, to_request(settings), to_parallel(settings), Budget(**limits))

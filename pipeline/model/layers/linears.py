@@ -86,5 +86,7 @@ def group_of_heads(weights: Weights, devices: int, group: int, groups: int) -> W
 
 def inputs_by_groups(weight: jax.Array, devices: int, groups: int) -> jax.Array:
     """Put the inputs of a weight [out, heads * head_dim] in the order of groups, in each of which are all devices."""
+    if groups == 1:
+        return weight
     by_device = weight.reshape(weight.shape[0], devices, groups, -1)
-    return weight if groups == 1 else by_device.swapaxes(1, 2).reshape(weight.shape)
+    return by_device.swapaxes(1, 2).reshape(weight.shape)

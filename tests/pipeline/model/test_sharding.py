@@ -50,7 +50,8 @@ embeddings = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circl
 jax.config.update("jax_disable_most_optimizations", True)  # to compile faster; the VAE would run slower for it
 for name, (options, changes) in settings["runs"].items():
     request = GenerateRequest(
-        "a red circle", str(folder), height=48, width=80, num_inference_steps=2, seed=7, **{"num_frames": 9, **changes}
+        "a red circle", str(folder), height=48, width=80, seed=7,
+        **{"num_frames": 9, "num_inference_steps": 2, **changes}
     )
     guided = request.do_classifier_free_guidance
     denoiser = Denoiser(
