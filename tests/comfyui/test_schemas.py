@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from omegaconf import OmegaConf
 
 from offline_tpu.machine.devices import DEVICES
-from pipeline.requests import limits, request
+from pipeline.requests import limits, request, reuse
 from pipeline.requests.models import MODEL_FIELDS, MODELS
 from pipeline.requests.options import PlanChoice, WeightsAtRest
 from splash_attn.types import QkDtype, Softmax
+from splash_workbench.provenance import CONFIG_DIR
 
 # The published nodes: inputs (name, type, default) in order, None where there is no default; outputs' types.
 PUBLISHED = {
@@ -88,6 +90,16 @@ def test_limits_and_choices_are_the_pipelines(part: Any, schemas: dict[str, Any]
         assert slot.get("max") == getattr(limits, f"MAX_{name.upper()}")
     assert slots["fps"].get("step") == 0.001, "23.976"
     assert get_args(request.Scheduler) == settings.SCHEDULERS
+    assert get_args(reuse.Quality) == settings.QUALITIES
+    for name, fields in settings.CACHES.items():  # as the command line's group has them
+        file = CONFIG_DIR / "cache" / f"{name.replace(' ', '_')}.yaml"
+        given = {key: value for key, value in OmegaConf.load(file).items() if key != "defaults" and value is not None}
+        assert {key: given[key] for key in fields} == fields and (name == "by quality" or set(given) == set(fields)), (
+            name
+        )
+    assert {path.stem for path in (CONFIG_DIR / "cache").glob("*.yaml")} == {
+        name.replace(" ", "_") for name in settings.CACHES
+    }
     assert set(settings.DTYPES) - {"auto"} == set(get_args(request.Dtype))
     assert {plan for plan, _ in settings.PARALLEL_PLANS.values()} == set(get_args(PlanChoice))
     assert {weights for _, weights in settings.PARALLEL_PLANS.values()} == set(get_args(WeightsAtRest))

@@ -176,7 +176,7 @@ def _drop_control(workflow: dict[str, Any]) -> None:
 
 
 def _wrong_option(workflow: dict[str, Any]) -> None:
-    workflow["nodes"][1]["widgets_values"][-2] = "euler"
+    workflow["nodes"][1]["widgets_values"][-4] = "euler"
 
 
 def _int_to_float(workflow: dict[str, Any]) -> None:

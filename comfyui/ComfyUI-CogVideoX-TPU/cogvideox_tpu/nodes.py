@@ -131,6 +131,8 @@ class CogVideoXTPUSampler(io.ComfyNode):
             *_PLAN_AND_KERNEL,
             combo("scheduler", settings.SCHEDULERS, optional=True),
             (io.Boolean, "use_dynamic_cfg", {"default": False, "optional": True}),
+            combo("quality", settings.QUALITIES, optional=True),
+            combo("cache", settings.CACHES, optional=True),
         ]
         return node_schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 

@@ -53,6 +53,16 @@ KERNELS: dict[str, tuple[str | None, str | None, str | None]] = {
     "interpret": ("pallas_interpret", None, None),
     "xla": ("xla", None, None),
 }
+QUALITIES = ("exact", "fast", "fastest")
+#: Name in the widget -> fields of `pipeline.requests.reuse.CacheOptions`, as configs/cache/ has them.
+CACHES: dict[str, dict[str, Any]] = {
+    "by quality": {},
+    "none": {"method": "none", "unconditional_every": 1},
+    "teacache": {"method": "teacache"},
+    "magcache": {"method": "magcache"},
+    "first_block": {"method": "first_block"},
+    "unconditional": {"method": "none", "unconditional_every": 2},
+}
 #: What the pipeline's messages say -> what a user of the nodes knows.
 _WIDGET_TERMS = (
     (r" revision=None\b", ""),
@@ -270,6 +280,13 @@ def attention_options(kernel: str) -> Any:
         variant=Variant(softmax=softmax) if softmax else None,  # type: ignore[arg-type]
         qk_dtype=qk_dtype,  # type: ignore[arg-type]
     )
+
+
+def cache_options(cache: str) -> Any:
+    """Return the `pipeline.requests.reuse.CacheOptions` of a cache's name."""
+    from pipeline.requests.reuse import CacheOptions
+
+    return CacheOptions(**CACHES[cache])
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:

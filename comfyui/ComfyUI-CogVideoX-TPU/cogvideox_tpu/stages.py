@@ -132,7 +132,7 @@ def encode(prompt: str, negative_prompt: str, model_id: str, dtype: str, progres
 
 
 def sampling_request(
-    embeds: Embeds | None, *, kernel: str, parallel_plan: str, num_devices: int, **fields: Any
+    embeds: Embeds | None, *, kernel: str, parallel_plan: str, num_devices: int, cache: str, **fields: Any
 ) -> tuple[Any, Any]:
     """Return the checked request of the sampler's widgets and its parallel options, against the devices here.
 
@@ -141,7 +141,8 @@ def sampling_request(
     from pipeline.requests.request import GenerateRequest
 
     of_text: dict[str, Any] = {"prompt": "not known yet"} if embeds is None else embeds.fields
-    request = GenerateRequest(**of_text, **fields, attention=settings.attention_options(kernel))
+    options = {"attention": settings.attention_options(kernel), "cache": settings.cache_options(cache)}
+    request = GenerateRequest(**of_text, **fields, **options)
     parallel = settings.parallel_options(parallel_plan, num_devices)
     settings.check_devices(request.attention, parallel)
     return request, parallel
