@@ -15,7 +15,7 @@ from commands import HYDRA_COMMANDS, main_of
 WORK = (
     "splash_workbench.workers.pool:Runner.run",
     "pipeline.stages.text:load_module",
-    "pipeline.stages.denoise:load_module",
+    "pipeline.checkpoints.placed:load_module",
     "pipeline.stages.vae:load_module",
     "pipeline.quality.judge:variant_videos",
     "pipeline.train_tiny.__main__:optimize",
