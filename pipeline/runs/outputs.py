@@ -85,6 +85,8 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields |= {"context_frames": request.context_frames, "context_overlap": request.context_overlap}
     if request.lora:
         fields["lora"] = list(lora_identity(request.lora))
+    if request.quantization is not None:
+        fields["quantization"] = request.quantization
     return fields
 
 
