@@ -92,6 +92,8 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields["cache"] = cache
     if request.lora:
         fields["lora"] = list(lora_identity(request.lora))
+    if request.quantization is not None:
+        fields["quantization"] = request.quantization
     return fields
 
 

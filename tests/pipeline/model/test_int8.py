@@ -11,6 +11,8 @@ from pipeline.model.layers.linears import join_heads, product, project_heads
 from pipeline.model.layers.norm_kernel import modulate_in_xla, modulate_on_tpu
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.weights import BLOCKS, place_weights, stacked_shapes
+from pipeline.requests.request import STAGES, GenerateRequest
+from pipeline.runs.outputs import stage_key
 
 ROWS, CHANNELS, HEADS, HEAD_DIM = 11, 192, 3, 64
 FLOAT32 = 1e-5  # of sums in float32, relative to values of size 1
@@ -176,3 +178,11 @@ def test_weights_are_placed_with_what_int8_needs(rng):
         q = weight["attn1.to_q"].reshape(2, head_dim, channels)
         q = np.concatenate([q[:, ::2], q[:, 1::2]], axis=1).reshape(channels, channels)
         close(int8.rotate(jnp.asarray(back("attn1.to_q", layer)), channels), q)
+
+
+def test_saved_latents_are_of_one_quantization():
+    identities = dict.fromkeys(STAGES, "weights")
+    exact, quantized = (GenerateRequest("a cat", quantization=each) for each in (None, "int8"))
+    for stage, same in (("text", True), ("denoise", False), ("vae", False)):
+        keys = [stage_key(request, stage, identities) for request in (exact, quantized)]
+        assert (keys[0].fingerprint == keys[1].fingerprint) is same
