@@ -83,8 +83,6 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields |= {"strength": request.strength, "encoder_weights": identities["vae"]}
     if request.context_frames is not None:
         fields |= {"context_frames": request.context_frames, "context_overlap": request.context_overlap}
-    if request.quantization is not None:
-        fields["quantization"] = request.quantization
     if request.cache.is_used:
         cache = dataclasses.asdict(request.cache)
         if request.cache.ratios is not None:

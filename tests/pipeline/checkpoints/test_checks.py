@@ -87,7 +87,7 @@ def test_decided_before_any_weight_is_read(folder, request_of, tmp_path, no_weig
 FROM_IMAGE = {"in_channels": 32, "sample_height": 6, "sample_width": 10, "sample_frames": 9}
 LEARNED = {**FROM_IMAGE, "use_learned_positional_embeddings": True, "patch_size_t": None}
 WRONG_INPUTS = [
-    ({}, {"image": "image.png"}, "image='.*': .* is a text-to-video model; expected model=tiny-i2v or model=cogvideox-5b-i2v or"),
+    ({}, {"image": "image.png"}, "image='.*': .* is a text-to-video model; expected model=tiny-i2v or model=cogvideox"),
     (FROM_IMAGE, {"video": "a.mp4"}, "image=null: .* expected image=path instead of video, which a text model takes"),
     (FROM_IMAGE, {"image": "absent.png"}, "image='absent.png': No such file or directory; expected a file such as PNG"),
     (LEARNED, {"image": "image.png", "height": 32}, "height=32: .* learned positions, for height=48 only"),
