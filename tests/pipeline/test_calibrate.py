@@ -1,0 +1,75 @@
+"""MagCache's calibration: the ratios that diffusers' own calibration finds, in a file that a run takes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.calibrate.__main__ import main
+from pipeline.calibrate.magnitudes import measure_ratios
+from pipeline.checkpoints.magcache import read_ratios
+from pipeline.requests.errors import RequestError
+from pipeline.stages.progress import no_progress
+from pipeline.stages.stages import StageContext
+
+STEPS = 4
+
+
+@pytest.mark.compile
+def test_ratios_are_those_of_diffusers(request_of, checkpoint, stock, capsys):
+    from diffusers.hooks import apply_mag_cache
+    from diffusers.hooks.mag_cache import MagCacheConfig
+
+    request = request_of(num_inference_steps=STEPS)
+    identities = checkpoint.identities("text", "denoise")
+    found = measure_ratios(StageContext(checkpoint, request, identities), no_progress)
+    apply_mag_cache(stock.transformer, MagCacheConfig(num_inference_steps=STEPS, calibrate=True))
+    try:
+        capsys.readouterr()
+        with torch.no_grad():
+            stock(
+                prompt=request.prompt,
+                negative_prompt="",
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=STEPS,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator().manual_seed(request.seed),
+                max_sequence_length=19,
+                output_type="latent",
+            )
+    finally:
+        for block in stock.transformer.transformer_blocks:  # the fixture is the session's
+            for name in list(block._diffusers_hook.hooks):
+                block._diffusers_hook.remove_hook(name, recurse=False)
+    printed = re.search(r"^\[(.+)\]$", capsys.readouterr().out, re.MULTILINE)
+    assert printed is not None
+    np.testing.assert_allclose(found.ratios, json.loads(f"[{printed[1]}]"), rtol=1e-4)
+    assert found.timesteps == tuple(range(999, 0, -250))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "holds no ratios"),
+        ('{"timesteps": [2, 1], "ratios": [1, -1]}', "above 0"),
+        ('{"timesteps": [1, 2], "ratios": [1, 1]}', "that fall"),
+        ('{"timesteps": [1], "ratios": [1, 1]}', "a number of each"),
+    ],
+)
+def test_files_that_hold_no_ratios(content, message, tmp_path):
+    path = tmp_path / "ratios.json"
+    path.write_text(content)
+    with pytest.raises(
+        RequestError, match=f"cache=magcache: {path} holds no ratios .*{'' if content == '{}' else message}"
+    ):
+        read_ratios(path)
+
+
+def test_one_step_has_nothing_to_compare(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "num_inference_steps=1"])
+    assert main() == 2
+    assert capsys.readouterr().err == "error: num_inference_steps=1: expected 2 or more to compare\n"
