@@ -99,7 +99,7 @@ def int8_accurate(
 
     Predicted is the error of a logit, which is that of its probability relative to itself. Rounding errors are taken as
     independent and uniform, of deviation step / sqrt(12): those of q meet the length of k, those of k the length of q;
-    and the exponent, at most B, is a product in bfloat16: both factors and the result are rounded.
+    and the exponent, at most B, is rounded to bfloat16.
     """
     c = abs(exponent_scale)
     bound = c * q_length * k_length * (1 + math.sqrt(head_dim) / 254) ** 2
@@ -114,5 +114,5 @@ def int8_error(
     """The predicted error that `int8_accurate` holds against the budget."""
     c = abs(exponent_scale)
     terms = jnp.square(c * q_step * k_length) + jnp.square(c * k_step * q_length)
-    terms += 3 * jnp.square(c * q_length * k_length * 2**-8)
+    terms += jnp.square(c * q_length * k_length * 2**-8)
     return math.log(2) * jnp.sqrt(terms / 12)

@@ -96,8 +96,8 @@ def _kernel_body(
     block_sizes: BlockSizes,
     variant: Variant,
 ):
-    # row_scratch_ref holds what the softmax needs for each query, 8 rows of it: the sum by sublane ("fixed_bound"), or
-    # the running maximum and then the scale of the scores ("online").
+    # row_scratch_ref holds what the softmax needs for each query, 8 rows of it: the sum by sublane ("fixed_bound"), the
+    # scale of the scores (int8), or the running maximum and then the scale of the scores ("online").
     o_ref, side_scratch_ref, row_scratch_ref, acc_scratch_ref, s_scratch_ref, key_scratch_ref = refs[-6:]
     bq, bkv, bkv_compute = block_sizes.block_q, block_sizes.block_kv, block_sizes.block_kv_compute
     head_dim = q_ref.shape[0]
@@ -112,8 +112,7 @@ def _kernel_body(
     def _init():
         acc_scratch_ref[...] = jnp.zeros_like(acc_scratch_ref)
         if int8:
-            scale = jnp.broadcast_to(per_query_ref[...], side_scratch_ref.shape)
-            side_scratch_ref[...] = scale.astype(side_scratch_ref.dtype)
+            row_scratch_ref[...] = jnp.broadcast_to(per_query_ref[...], row_scratch_ref.shape)
         elif online:
             _normalize_queries(q_ref, o_ref, row_scratch_ref, exponent_scale)  # the output is idle until the end
         else:
@@ -139,14 +138,13 @@ def _kernel_body(
             q = jnp.concatenate([q, side_scratch_ref[:, tile.queries]], axis=0)
         s = lax.dot_general(k, q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if int8 else jnp.float32)
         if int8:
-            s = s.astype(jnp.float32)
+            s = (_by_sublane_group(s.astype(jnp.float32)) * row_scratch_ref[:, tile.queries][None]).reshape(tile.shape)
         elif not online:
             s = s * exponent_scale
         if tile.ragged:
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < tile.num_keys, s, -jnp.inf)
-        if int8:  # scaled in bfloat16, two at a time
-            scale = side_scratch_ref[:, tile.queries]
-            return (s.astype(scale.dtype).reshape(-1, *scale.shape) * scale[None]).reshape(tile.shape)
+        if int8:
+            return s.astype(jnp.bfloat16)
         if not online:
             return s
         # The maximum needs the whole tile before the first exponential: leave the tile in VMEM, not in registers.

@@ -64,10 +64,10 @@ def shifted(variant: Variant) -> bool:
 
 
 def side_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:
-    """ "online": v with rows of ones below; "fixed_bound": the rows below q, or with int8 the scale of the scores."""
+    """ "online": v with rows of ones below; "fixed_bound": the rows below q; one idle tile with int8."""
     if variant.softmax == "online":
         return head_dim + SUBLANES, block_sizes.block_kv
-    return SHIFT_ROWS, block_sizes.block_q
+    return SHIFT_ROWS, block_sizes.block_q if shifted(variant) else LANES
 
 
 def key_scratch_shape(head_dim: int, block_sizes: BlockSizes, variant: Variant) -> tuple[int, int]:

@@ -132,8 +132,8 @@ class Preset:
         if method is None:
             known = checkpoint in TEACACHE_COEFFICIENTS
             method = "none" if self.teacache is None else "teacache" if known else "magcache"
-            preset = {"none": None, "teacache": self.teacache, "magcache": self.magcache}[method]
-            threshold = preset if threshold is None else threshold
+        if threshold is None:
+            threshold = {"teacache": self.teacache, "magcache": self.magcache}.get(method)
         threshold = DEFAULT_THRESHOLDS[method] if threshold is None else threshold
         coefficients = given.coefficients
         if method == "teacache" and coefficients is None:

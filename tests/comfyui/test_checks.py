@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("small_tiny")]
         ({"kernel": ["auto"]}, "kernel=.* expected one of auto"),
         ({"parallel_plan": "foo"}, "parallel_plan='foo': expected one of auto, ulysses"),
         ({"num_devices": -1}, "num_devices=-1: expected a whole number from 0 to 4096"),
-        ({"cache": "teacache"}, "cache=teacache: no polynomial is published for model_id='tiny'"),
         ({"quality": "best"}, "quality='best': expected one of exact, fast, fastest"),
         ({"seed": 1.5}, "seed=1.5: expected a whole number from 0 to"),
     ],

@@ -31,7 +31,7 @@ CONDITIONS = {
 def test_every_published_models_step_has_its_arguments(model: str) -> None:
     weights, *arguments = model_program(model, "denoise", jax.devices()[:1], None).program.arguments
     assert sum(leaf.size for leaf in jax.tree.leaves(weights)) == pytest.approx(PARAMETERS[model], rel=0.02)
-    assert {name: value.shape[1] for name, value in arguments[-1].items()} == CONDITIONS[model]
+    assert {name: value.shape[1] for name, value in arguments[-2].items()} == CONDITIONS[model]
     assert (arguments[4] is None) == (model == "cogvideox-2b"), "rotary tables"
 
 

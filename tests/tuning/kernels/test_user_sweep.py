@@ -168,6 +168,7 @@ def _defaults(**changes: Any) -> dict[str, Any]:
         "search": SearchSettings("grid", changes.pop("max_trials", None), 0),
         "compiler_options": {},
         "workers": 1,
+        "engine": None,
         "timeout_s": 1800.0,
         "results_dir": Path("results"),
         "tuned_path": None,
