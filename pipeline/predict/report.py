@@ -262,8 +262,7 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     for report in reports:
         video = report.video
         case = f"{Path(video.checkpoint).name}, {video.size}, {video.num_inference_steps} steps on {report.topology}"
-        quantization = report.request.get("quantization")
-        case += f", quantization={quantization}" if quantization else ""
+        case += _approximations(report)
         case += f", {options_text(report.compiler_options)}" if report.compiler_options else ""
         key = (case, str(_plan(report)))
         newest[key] = _joined(newest[key], report) if key in newest else report
@@ -282,6 +281,13 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
             for other, value in report.other_plans.items()
             if not isinstance(value, str) and (case, other) not in newest
         ]
+        lines += [
+            f"| {case}, quality={name}, {preset.steps_computed} computed | {ParallelPlan(**encode(preset.plan))} "
+            f"| {preset.step_time_s:.3f} | {stages[0]} | {stages[1]} | {_cell(preset.total_time_s, 1)} "
+            f"| {preset.peak_hbm_gib:.1f} | | predicted |"
+            for name, preset in report.presets.items()
+            if name != report.request.get("quality")
+        ]
     if any(report.reported for report in reports):
         seed = REPORTED_SEED
         lines.append(
@@ -292,11 +298,22 @@ def markdown_table(reports: Sequence[PredictionRecord]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
+def _approximations(report: PredictionRecord) -> str:
+    """Return what of a request is not exact, to follow its case; empty where all is."""
+    request = report.request
+    if request.get("quality", "exact") != "exact":
+        return f", quality={request['quality']}"
+    quantization, cache = request.get("quantization"), (request.get("cache") or {}).get("method")
+    said = f", quantization={quantization}" if quantization else ""
+    return said + (f", cache={cache}" if cache not in (None, "none") else "")
+
+
 def _joined(before: PredictionRecord, report: PredictionRecord) -> PredictionRecord:
     """Return the newer report with the stages that only the older one has."""
     times, stages = before.stage_times_s | report.stage_times_s, before.stages | report.stages
     return msgspec.structs.replace(
         report,
+        presets=report.presets or before.presets,
         stage_times_s=times,
         stages=stages,
         step_time_s=before.step_time_s if report.step_time_s is None else report.step_time_s,

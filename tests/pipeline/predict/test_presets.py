@@ -10,10 +10,12 @@ from pipeline.model.denoise_step import StepWork
 from pipeline.model.sharding import ParallelPlan
 from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.presets import predict_presets, preset_steps, settle_presets
+from pipeline.predict.report import make_report, markdown_table, print_report
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 from pipeline.requests.reuse import PRESETS, CacheOptions
+from splash_workbench.records.jsonl import decode, encode
 
 BIG = "zai-org/CogVideoX1.5-5B"
 
@@ -83,6 +85,7 @@ def _result(time_s):
         "interval_s": (0.9 * time_s, 1.1 * time_s),
         "breakdown_s": {"attention_kernel": time_s},
         "peak_hbm_bytes": 2**30,
+        "hbm_bytes": 2**35,
         "compile_cpu_s": 10.0,
     }
 
@@ -116,3 +119,20 @@ def test_a_preset_that_does_not_fit_is_a_note(request_of_5b, configs):
     presets, notes = predict_presets(settled, predictor, prediction, ParallelOptions())
     assert list(presets) == ["exact"] and presets["exact"].total_time_s is None
     assert notes == ["quality=fast: does not fit", "quality=fastest: does not fit"]
+
+
+def test_the_table_has_a_line_for_each_preset(request_of_5b, configs, capsys):
+    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None)
+    predictor = _Played("v6e-8", settled["exact"].request, configs, 60.0, lambda text: None)
+    stages = {"text": _result(0.1), "denoise": _result(2.0), "vae": _result(0.4)}
+    prediction = VideoPrediction(ParallelPlan("ulysses", 2, 4), stages, {})  # type: ignore[arg-type]
+    presets, _ = predict_presets(settled, predictor, prediction, ParallelOptions())
+    report = make_report(settled["exact"].request, "v6e-8", prediction, "built in", None, presets, ("quality=x: no",))
+    lines = markdown_table([report]).splitlines()
+    assert "quality=fast, 28 computed" in lines[3] and "quality=fastest, 22 computed" in lines[4]
+    assert decode(encode(report), type(report)) == report
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert "exact      50 of 50     2.000    100.00   100.50" in printed
+    assert "fast       28 of 50     1.000" in printed and "note: quality=x: no" in printed
+    assert "reported                2.130             106.47" in printed
