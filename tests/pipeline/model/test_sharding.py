@@ -40,6 +40,7 @@ from pipeline.stages.denoise import Denoiser
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.requests.reuse import CacheOptions
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder
 
@@ -49,10 +50,9 @@ results = {}
 embeddings = TextEncoder(checkpoint, torch.float32).encode(["blue", "a red circle moves right"])
 jax.config.update("jax_disable_most_optimizations", True)  # to compile faster; the VAE would run slower for it
 for name, (options, changes) in settings["runs"].items():
-    request = GenerateRequest(
-        "a red circle", str(folder), height=48, width=80, seed=7,
-        **{"num_frames": 9, "num_inference_steps": 2, **changes}
-    )
+    changes = {"num_frames": 9, "num_inference_steps": 2, **changes}
+    changes["cache"] = CacheOptions(**changes.get("cache", {}))
+    request = GenerateRequest("a red circle", str(folder), height=48, width=80, seed=7, **changes)
     guided = request.do_classifier_free_guidance
     denoiser = Denoiser(
         checkpoint, torch.float32, AttentionOptions(), ParallelOptions(**options), guided, (), request.quantization
@@ -142,6 +142,16 @@ RUNS |= {
     "one step": ({"num_devices": 1}, {"num_inference_steps": 1}),
 }
 
+#: Steps that reuse others; what each of these decides is far from its threshold.
+FIRST_BLOCK = {"cache": {"method": "first_block", "threshold": 1.0}, "num_inference_steps": 5}
+UNCONDITIONAL = {"cache": {"method": "none", "unconditional_every": 2}, "num_inference_steps": 3}
+RUNS |= {
+    "reuse by the first block": ({"num_devices": 6}, FIRST_BLOCK),
+    "reuse by the first block, one device": ({"num_devices": 1}, FIRST_BLOCK),
+    "reuse of the negative prompt": ({"plan": "megatron", "num_devices": 3, "dp": 1}, UNCONDITIONAL),
+    "reuse of the negative prompt, one device": ({"num_devices": 1}, UNCONDITIONAL),
+}
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
@@ -159,7 +169,7 @@ def eight(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "name", [name for name in RUNS if not name.startswith(("noise", "no guidance", "int8", "one step"))]
+    "name", [name for name in RUNS if not name.startswith(("noise", "no guidance", "int8", "one step", "reuse"))]
 )
 def test_every_plan_gives_the_same_latents(name, eight):
     assert eight["devices"] == 8
@@ -167,8 +177,8 @@ def test_every_plan_gives_the_same_latents(name, eight):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["noise", "no guidance"])
-def test_schedulers_with_noise_and_runs_without_guidance(name, eight):
+@pytest.mark.parametrize("name", ["noise", "no guidance", "reuse by the first block", "reuse of the negative prompt"])
+def test_other_kinds_of_steps(name, eight):
     np.testing.assert_allclose(eight[name], eight[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
