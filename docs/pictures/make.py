@@ -261,6 +261,8 @@ def _name_parts(axes: Axes, ops: list[dict[str, Any]], start_ms: float, stop_ms:
 
 def _stack(axes: Axes, row: int, breakdown_s: dict[str, float], kernel_extra_s: float = 0.0) -> None:
     left = 0.0
+    if "attention_kernel" in breakdown_s:  # other kernels are those of norms
+        breakdown_s = {**breakdown_s, "elementwise": breakdown_s.get("kernel", 0.0), "kernel": 0.0}
     for kind, (colour, names) in KINDS.items():
         width = sum(time_s for name, time_s in breakdown_s.items() if name in names)
         width += kernel_extra_s if kind == "attention kernel" else 0.0

@@ -30,6 +30,7 @@ _OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "boun
 _TERMS = {
     "matmul": "projections",  # and the feed-forward's, with the gates and biases that the compiler fuses with them
     "elementwise": "norms_and_gates",
+    "kernel": "norms_and_gates",  # of a step: all but attention's
     "layout": "layout_copies",
     "collective": "collectives",
 }

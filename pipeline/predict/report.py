@@ -191,7 +191,7 @@ def _print_presets(report: PredictionRecord) -> None:
         )
         for kind in preset.kinds:
             parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.3f}" for part, seconds in kind.breakdown_s.items())
-            print(f"    {kind.count:>3} x {kind.time_s:.3f} s {kind.work}: {parts}")
+            print(f"    {kind.count:>3} x {kind.time_s:.4f} s {kind.work}: {parts}")
         cpu = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in preset.compile_cpu_s.items())
         print(f"    compiling, CPU s: {cpu}" + (f"\n    {preset.note}" if preset.note else ""))
     if (reported := report.reported) is not None:
