@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 
 from splash_workbench.errors import UserError
 from splash_workbench.records import jsonl
@@ -44,7 +44,7 @@ def open_storage(url: str) -> BaseStorage:
         if url.startswith(("redis://", "rediss://")):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return JournalStorage(JournalRedisBackend(url))
+                return _open_redis(url, option)
         if "://" in url:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
         Path(url).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,22 @@ def open_storage(url: str) -> BaseStorage:
         raise UserError(f"{option}: its driver is not installed ({error}); install the extra cluster.") from error
     except ArgumentError as error:
         raise UserError(f"{option}: expected a file, redis://... or the URL of a database ({error}).") from error
+    except OperationalError as error:
+        reason = (
+            str(error.orig).strip().splitlines()[0]
+        )  # of PostgreSQL several lines, with host, port and what to check
+        raise UserError(
+            f"{option}: the database does not answer ({reason}); start it, or check host and port."
+        ) from error
+
+
+def _open_redis(url: str, option: str) -> BaseStorage:
+    from redis.exceptions import RedisError  # after Optuna's own import, which says what is missing
+
+    try:
+        return JournalStorage(JournalRedisBackend(url))
+    except RedisError as error:
+        raise UserError(f"{option}: Redis does not answer ({error}); start it, or check host and port.") from error
 
 
 def shown(url: str) -> str:
