@@ -188,6 +188,7 @@ def _sweeps_one_killed(
 
 
 @pytest.mark.compile
+@pytest.mark.slow("30 s")
 def test_two_sweeps_on_a_journal_one_killed(make_settings, tmp_path, monkeypatch):
     _sweeps_one_killed(str(tmp_path / "journal.log"), make_settings, tmp_path, monkeypatch)
 
