@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,24 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
     Renamed when complete, so that a folder of its name is always whole, also with several processes at it.
     """
     spec = spec or TinySpec()
-    folder = cache_dir / spec.name
-    if folder.is_dir():
-        return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=cache_dir) as building:
+
+    def write(folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             modules = build_modules(spec)
         for seed, module in enumerate(modules.values(), start=spec.seed):
             _randomize(module, seed)
-        write_checkpoint(Path(building, "whole"), modules, configs=spec.configs)
+        write_checkpoint(folder, modules, configs=spec.configs)
+
+    return ensure_folder(cache_dir / spec.name, write)
+
+
+def ensure_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return a folder, written whole if it is not there: `write` fills another, which then gets its name."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
+        write(Path(building, "whole"))
         try:
             Path(building, "whole").rename(folder)
         except OSError:

@@ -8,7 +8,6 @@ The checkpoint, in diffusers' layout, is put together where it is wanted.
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoints.lora import merge_loras
-from pipeline.checkpoints.tiny import TRAINED_FOLDER
+from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_folder
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.requests.request import LoraFile
 
@@ -35,16 +34,7 @@ def ensure_tiny_i2v(cache_dir: Path) -> Path:
     for path in (TRAINED_FOLDER / _WEIGHTS, TRAINED_FOLDER / f"vae/{STEMS['vae']}.safetensors", *changes):
         digest.update(path.read_bytes())
     folder = cache_dir / f"tiny-i2v-{digest.hexdigest()[:12]}"
-    if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tiny-i2v-", dir=cache_dir) as building:
-            write_tiny_i2v(TRAINED_FOLDER, I2V_FOLDER, Path(building, "whole"))
-            try:
-                Path(building, "whole").rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first, with the same content
-                    raise
-    return folder
+    return ensure_folder(folder, lambda building: write_tiny_i2v(TRAINED_FOLDER, I2V_FOLDER, building))
 
 
 def write_tiny_i2v(base: Path, changes: Path, folder: Path) -> None:
