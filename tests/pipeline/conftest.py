@@ -47,6 +47,32 @@ def stock(tiny_folder: Path):
 
 
 @pytest.fixture
+def stock_latents(stock):
+    """Makes diffusers' latents of a request; hooks set on its transformer's blocks are taken off again."""
+
+    def make(request: GenerateRequest) -> np.ndarray:
+        with torch.no_grad():
+            return stock(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                generator=torch.Generator().manual_seed(request.seed),
+                max_sequence_length=SPEC.max_text_seq_length,
+                output_type="latent",
+            ).frames.numpy()
+
+    yield make
+    for block in stock.transformer.transformer_blocks:
+        registry = getattr(block, "_diffusers_hook", None)
+        for name in list(registry.hooks) if registry is not None else ():
+            registry.remove_hook(name, recurse=False)
+
+
+@pytest.fixture
 def request_of(tiny_folder: Path):
     """Makes a small request; keyword arguments change it."""
 

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.calibrate.__main__ import main
 from pipeline.calibrate.magnitudes import measure_ratios
@@ -18,7 +17,7 @@ STEPS = 4
 
 
 @pytest.mark.compile
-def test_ratios_are_those_of_diffusers(request_of, checkpoint, stock, capsys):
+def test_ratios_are_those_of_diffusers(request_of, checkpoint, stock, stock_latents, capsys):
     from diffusers.hooks import apply_mag_cache
     from diffusers.hooks.mag_cache import MagCacheConfig
 
@@ -26,25 +25,8 @@ def test_ratios_are_those_of_diffusers(request_of, checkpoint, stock, capsys):
     identities = checkpoint.identities("text", "denoise")
     found = measure_ratios(StageContext(checkpoint, request, identities), no_progress)
     apply_mag_cache(stock.transformer, MagCacheConfig(num_inference_steps=STEPS, calibrate=True))
-    try:
-        capsys.readouterr()
-        with torch.no_grad():
-            stock(
-                prompt=request.prompt,
-                negative_prompt="",
-                height=request.height,
-                width=request.width,
-                num_frames=request.num_frames,
-                num_inference_steps=STEPS,
-                guidance_scale=request.guidance_scale,
-                generator=torch.Generator().manual_seed(request.seed),
-                max_sequence_length=19,
-                output_type="latent",
-            )
-    finally:
-        for block in stock.transformer.transformer_blocks:  # the fixture is the session's
-            for name in list(block._diffusers_hook.hooks):
-                block._diffusers_hook.remove_hook(name, recurse=False)
+    capsys.readouterr()
+    stock_latents(request)
     printed = re.search(r"^\[(.+)\]$", capsys.readouterr().out, re.MULTILINE)
     assert printed is not None
     np.testing.assert_allclose(found.ratios, json.loads(f"[{printed[1]}]"), rtol=1e-4)

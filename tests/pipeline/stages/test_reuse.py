@@ -107,7 +107,7 @@ def test_ratios_of_another_number_of_steps_multiply_to_the_same_magnitude():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("method", ["magcache", "first_block"])
-def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cached, stock):
+def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cached, stock, stock_latents):
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache, apply_mag_cache
     from diffusers.hooks.mag_cache import MagCacheConfig
 
@@ -122,25 +122,8 @@ def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cache
         apply_mag_cache(transformer, config)
     else:
         apply_first_block_cache(transformer, FirstBlockCacheConfig(options["threshold"]))
-    try:
-        with torch.no_grad(), transformer.cache_context("cond_uncond"):
-            expected = stock(
-                prompt=request.prompt,
-                negative_prompt="",
-                height=request.height,
-                width=request.width,
-                num_frames=request.num_frames,
-                num_inference_steps=STEPS,
-                guidance_scale=request.guidance_scale,
-                generator=torch.Generator().manual_seed(request.seed),
-                max_sequence_length=19,
-                output_type="latent",
-            ).frames
-    finally:
-        for block in transformer.transformer_blocks:  # the fixture is the session's
-            for name in list(block._diffusers_hook.hooks):
-                block._diffusers_hook.remove_hook(name, recurse=False)
-    np.testing.assert_allclose(actual, expected.numpy()[:, -actual.shape[1] :], rtol=0, atol=LATENT_TOLERANCE)
+    expected = stock_latents(request)
+    np.testing.assert_allclose(actual, expected[:, -actual.shape[1] :], rtol=0, atol=LATENT_TOLERANCE)
 
 
 @pytest.mark.compile
