@@ -116,9 +116,10 @@ def to_cache(config: CacheConfig) -> CacheOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a quality chooses where the request leaves it open. int8: of attention where the kernel runs.
+    """What a quality chooses where the request leaves it open.
 
-    teacache, magcache: thresholds; the first where the checkpoint's polynomial is known, else the second.
+    int8: of the linears, and of attention where the kernel runs. teacache, magcache: thresholds; the first where the
+    checkpoint's polynomial is known, else the second.
     """
 
     int8: bool = False
