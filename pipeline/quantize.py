@@ -41,7 +41,7 @@ def main(settings: QuantizeConfig) -> int:
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     checkpoint = resolve_checkpoint(settings.checkpoint, settings.revision, cache_dir, settings.transformer)
     configs, loras = read_configs(checkpoint), parse_lora(settings.lora)
-    check_transformer(settings.transformer, "int8", loras, configs["transformer"], settings.checkpoint)
+    check_transformer(settings.transformer, True, loras, configs["transformer"], settings.checkpoint)
     one_device = ParallelOptions(num_devices=1)
     dtype = getattr(torch, settings.dtype)
     denoiser = Denoiser(checkpoint, dtype, AttentionOptions(), one_device, False, loras, "int8")

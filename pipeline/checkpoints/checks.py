@@ -123,17 +123,17 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
         raise CheckpointError(f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode")
     if request.latents is not None:
         read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
-    check_transformer(request.transformer, request.quantization, request.lora, transformer, request.checkpoint)
+    check_transformer(request.transformer, request.int8_linears, request.lora, transformer, request.checkpoint)
     _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
     _warn_of_size(request.checkpoint, request.width, request.height, request.num_frames)
 
 
 def check_transformer(
-    path: str | None, quantization: str | None, loras: Sequence[LoraFile], config: Mapping[str, Any], checkpoint: str
+    path: str | None, int8: bool, loras: Sequence[LoraFile], config: Mapping[str, Any], checkpoint: str
 ) -> None:
     """Raise RequestError or CheckpointError for LoRAs, or a file of weights, that cannot be used so."""
     if path is not None and is_quantized(Path(path).expanduser()):
-        if quantization is None:
+        if not int8:
             raise RequestError(f"transformer={path!r}: its weights are int8; expected quantization=int8, too")
         if loras:
             raise RequestError(

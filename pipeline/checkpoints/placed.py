@@ -48,6 +48,6 @@ def place_transformer(
     loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
     merge_loras(loaded.weights, loras, f"checkpoint={checkpoint.name!r}")
     positions = loaded.weights.pop(POSITIONS, None)
-    quantize, head_dim = quantization is not None, config["attention_head_dim"]
+    quantize, head_dim = quantization == "int8", config["attention_head_dim"]
     placed = place_weights(loaded.weights, head_dim, plan, mesh, quantize)
     return PlacedTransformer(loaded.module, placed, positions)

@@ -136,7 +136,7 @@ def resolve_plan(parallel: ParallelOptions, num_devices: int, guided: bool, num_
 
 def check_quantization(quantization: str | None, plan: ParallelPlan) -> None:
     """Raise RequestError for a plan that cannot take quantized weights."""
-    if quantization is not None and plan.uses_stock_block:
+    if quantization == "int8" and plan.uses_stock_block:
         raise RequestError(
             f"quantization={quantization} and parallel={plan.plan}: its block is diffusers' own, in dtype only; "
             "expected parallel=ulysses, ulysses_sharded or megatron"

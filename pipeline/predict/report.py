@@ -304,7 +304,7 @@ def _approximations(report: PredictionRecord) -> str:
     if request.get("quality", "exact") != "exact":
         return f", quality={request['quality']}"
     quantization, cache = request.get("quantization"), (request.get("cache") or {}).get("method")
-    said = f", quantization={quantization}" if quantization else ""
+    said = "" if quantization in (None, "none") else f", quantization={quantization}"
     return said + (f", cache={cache}" if cache not in (None, "none") else "")
 
 

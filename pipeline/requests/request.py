@@ -16,7 +16,7 @@ from pipeline.requests.limits import (
     SIZE_MULTIPLE,
 )
 from pipeline.requests.models import fill_in_defaults
-from pipeline.requests.reuse import CacheOptions, Quality, to_cache
+from pipeline.requests.reuse import PRESETS, CacheOptions, Quality, to_cache
 from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
@@ -199,6 +199,11 @@ class GenerateRequest:
             raise RequestError(
                 f"strength={self.strength}: leaves none of {steps} steps; expected {1 / steps:g} or more"
             )
+
+    @property
+    def int8_linears(self) -> bool:
+        """Return whether the linears of the transformer's blocks are computed in int8: as asked, or as quality says."""
+        return self.quantization == "int8" or (self.quantization is None and PRESETS[self.quality].int8)
 
     @property
     def steps_left_out(self) -> int:

@@ -90,8 +90,8 @@ def _input_fields(request: GenerateRequest, identities: Mapping[Stage, str]) -> 
         fields["cache"] = cache
     if request.lora:
         fields["lora"] = list(lora_identity(request.lora))
-    if request.quantization is not None:
-        fields["quantization"] = request.quantization
+    if request.int8_linears:
+        fields["quantization"] = "int8"
     return fields
 
 

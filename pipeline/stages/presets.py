@@ -37,7 +37,7 @@ def settle(
     kernel = attention.implementation != "xla" and (attention.implementation is not None or on_tpu)
     if preset.int8 and kernel and attention.qk_dtype is None and attention.variant is None:
         attention = dataclasses.replace(attention, qk_dtype="int8")
-    quantization = request.quantization or ("int8" if preset.int8 else None)
+    quantization = "int8" if request.int8_linears else request.quantization
     name = current_id(request.checkpoint)
     if cache.method == "teacache" or (cache.method is None and preset.teacache is not None):
         name = base_checkpoint(name, transformer())
@@ -48,7 +48,6 @@ def settle(
         cache = dataclasses.replace(cache, ratios=str(path))
     if not request.do_classifier_free_guidance:
         cache = dataclasses.replace(cache, unconditional_every=1)  # there is no negative prompt to be left out
-    quantization = None if quantization == "none" else quantization
     return dataclasses.replace(request, attention=attention, cache=cache, quantization=quantization)
 
 

@@ -92,7 +92,7 @@ def denoise_program(
     )
     step = dataclasses.replace(step, work=work)
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-    weights = abstract_weights(shapes, dtype, plan, step.mesh, request.quantization is not None)
+    weights = abstract_weights(shapes, dtype, plan, step.mesh, request.int8_linears)
     arguments = (weights, *abstract_arguments(step, module.config, dtype))
     return Program(step.jitted(weights), arguments, step.mesh, carried={1: 0, 2: 1, 10: 3}, scale=_SCALE), step
 

@@ -51,12 +51,17 @@ def test_what_is_read_is_what_was_written(file, tiny_folder, checkpoint):
     ("changes", "message"),
     [
         ({}, "its weights are int8; expected quantization=int8, too"),
+        ({"quality": "fast", "quantization": "none"}, "its weights are int8; expected quantization=int8, too"),
         ({"quantization": "int8", "lora": (LoraFile("x.safetensors"),)}, "nothing is merged into int8 weights"),
     ],
 )
 def test_requests_that_cannot_use_it(changes, message, file, checkpoint, request_of):
     with pytest.raises(RequestError, match=message):
         check_request(request_of(transformer=str(file), **changes), read_configs(checkpoint))
+
+
+def test_a_preset_can_use_it(file, checkpoint, request_of):
+    check_request(request_of(transformer=str(file), quality="fast"), read_configs(checkpoint))
 
 
 @pytest.mark.parametrize("what", ["a weight less", "another shape"])

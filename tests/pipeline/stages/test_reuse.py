@@ -184,6 +184,14 @@ def test_presets_choose_what_the_checkpoint_allows(request_of, checkpoint, ratio
         settle_here(request_of(cache=CacheOptions("teacache")), checkpoint)
 
 
+@pytest.mark.parametrize("quality", ["exact", "fast", "fastest"])
+def test_what_was_settled_is_not_settled_otherwise(quality, request_of, checkpoint):
+    """A run's stages each settle the request anew; what the user chose beside a preset stays."""
+    off = {"quantization": "none", "cache": CacheOptions("none", unconditional_every=1)}
+    once = settle_here(request_of(quality=quality, attention=AttentionOptions("pallas_interpret"), **off), checkpoint)
+    assert settle_here(once, checkpoint) == once and not once.int8_linears
+
+
 def test_a_checkpoint_of_a_published_shape_takes_its_polynomial(checkpoint):
     from pipeline.checkpoints.loading import with_defaults
     from pipeline.checkpoints.published import PUBLISHED_CONFIGS
