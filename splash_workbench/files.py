@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,21 @@ def locked(path: Path, busy: str) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
             return
+
+
+def ensure_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return a folder, written whole if it is not there: `write` fills another, which then gets its name."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
+        write(Path(building, "whole"))
+        try:
+            Path(building, "whole").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was first, with the same content
+                raise
+    return folder
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-import os
 import socket
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from splash_workbench.engines.runner import scratch_dir
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import ensure_folder
 from splash_workbench.provenance import Environment, package_versions, user_cache_dir
 from splash_workbench.records.base import new_id
 from tuning.backends.base import Backend
@@ -62,8 +61,7 @@ class OnNode:
         if path.is_file() and from_config(lambda: loading.hash_of(source)) == expected:
             return source
         folder = scratch_dir() / "kernels" / expected
-        if not folder.exists():
-            _write(folder, self.files)
+        ensure_folder(folder, lambda building: _write(building, self.files))
         return f"{folder / path.name}:{source.rpartition(':')[2]}"
 
 
@@ -86,16 +84,7 @@ def _installed(backend: Backend, packages: tuple[str, ...]) -> tuple[Environment
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to a folder that is whole or not there: other processes of the node may do the same now."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        temporary = Path(name) / "whole"
-        for relative, content in files.items():
-            path = temporary / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():  # another process was first otherwise
-                raise
+    for relative, content in files.items():
+        path = folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

@@ -7,8 +7,7 @@ made where it is wanted, always the same for one `TinySpec`: for tests of parity
 import dataclasses
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.model import noise_schedule
+from splash_workbench.files import ensure_folder
 
 TRAINED_FOLDER = Path(__file__).parents[1] / "tiny_model"
 _FORMAT = 1  # counts up when the files written for one TinySpec change
@@ -74,21 +74,6 @@ def ensure_tiny_checkpoint(cache_dir: Path, spec: TinySpec | None = None) -> Pat
         write_checkpoint(folder, modules, configs=spec.configs)
 
     return ensure_folder(cache_dir / spec.name, write)
-
-
-def ensure_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Return a folder, written whole if it is not there: `write` fills another, which then gets its name."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as building:
-        write(Path(building, "whole"))
-        try:
-            Path(building, "whole").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same content
-                raise
-    return folder
 
 
 def build_modules(spec: TinySpec) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoints.lora import merge_loras
-from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_folder
+from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.requests.request import LoraFile
+from splash_workbench.files import ensure_folder
 
 I2V_FOLDER = Path(__file__).parents[1] / "tiny_i2v"
 LORA_NAME, WHOLE_NAME = "lora.safetensors", "whole.safetensors"
