@@ -2,12 +2,13 @@
 
 import collections
 import concurrent.futures
+import functools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
-from splash_attn import tuned
-from splash_attn.types import BlockSizes
+from splash_attn.types import BlockSizes, QkDtype
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from tuning.backends.evaluate import Evaluator
@@ -16,14 +17,16 @@ from tuning.search.settings import SweepSettings
 from tuning.search.space import Candidate
 from tuning.search.study import Search
 from tuning.trials import records
-from tuning.trials.promote import todays_choice
+from tuning.trials.promote import today, todays_choice
 from tuning.trials.records import Compiled, Trial, objective
 
 #: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
-#: must be: twice the largest error seen of such a pass (docs/tuning.md).
-_FINALISTS, _NEAR = 3, 1.02
+#: must be: twice the largest error seen of most such passes (docs/tuning.md).
+_FINALISTS, _NEAR = 6, 1.02
+_KERNEL: Compiled = "kernel"
+_WHOLE: Compiled = "whole"
 
 
 class Passes:
@@ -108,29 +111,40 @@ class Passes:
     def _settle(self) -> None:
         """Compile the best at their own length, and the best of them whole, until the best is known by a whole one."""
         told = self._search.told
-        near = self._expected()
-        near = [t for t in near if t.compiled == "shorter" and objective(t) <= _NEAR * objective(near[0])][:_FINALISTS]
-        for trial in self._pool.map(lambda before: self._refined(before, "kernel"), near):
-            told[trial.key] = trial
+        finalists_left = _FINALISTS
         while ranked := self._expected():
-            best = ranked[0]
+            best_ms, best = ranked[0]
             if best.compiled == "whole":
                 return
-            trial = self._refined(best, "whole")
-            told[trial.key] = trial
+            chosen, how = [best], _WHOLE
+            if best.compiled == "shorter" and finalists_left:
+                near = [t for ms, t in ranked if t.compiled == "shorter" and ms <= _NEAR * best_ms]
+                chosen, how = near[: min(self._settings.workers, finalists_left)], _KERNEL
+                finalists_left -= len(chosen)
+            for trial in self._pool.map(functools.partial(self._refined, compiled=how), chosen):
+                told[trial.key] = trial
 
     def _refined(self, before: Trial, compiled: Compiled) -> Trial:
         return self._make(before.block_sizes, before.variant, compiled, before)
 
-    def _expected(self) -> list[Trial]:
-        """Return the ok trials by what a whole compile is expected to say, the best first.
+    def _expected(self) -> list[tuple[float, Trial]]:
+        """Return the ok trials with the ms that a whole compile is expected to say, the best first.
 
-        Estimates are taken to be off by as much as those were that have been settled.
+        An estimate is taken to be off by as much as those were that have been settled and are most like it.
         """
         timed = [t for t in self._search.told.values() if t.status is Status.OK and t.time_ms is not None]
-        settled = [objective(t) / t.estimate_ms for t in timed if t.estimate_ms and t.compiled != "shorter"]
-        factor = statistics.median(settled) if settled else 1.0
-        return sorted(timed, key=lambda t: objective(t) * (factor if t.compiled == "shorter" else 1.0))
+        settled = [(t, objective(t) / t.estimate_ms) for t in timed if t.estimate_ms and t.compiled != "shorter"]
+
+        def alike(one: Trial, other: Trial) -> int:
+            return sum(other.variant.get(name) == value for name, value in one.variant.items())
+
+        def expected(trial: Trial) -> float:
+            if trial.compiled != "shorter" or not settled:
+                return objective(trial)
+            most = max(alike(trial, other) for other, _ in settled)
+            return objective(trial) * statistics.median(off for other, off in settled if alike(trial, other) == most)
+
+        return sorted(((expected(trial), trial) for trial in timed), key=lambda pair: pair[0])
 
     def _time_todays_choice(self) -> None:
         """Evaluate what would run today, which the winner must beat to be promoted, as exactly as it needs."""
@@ -149,11 +163,21 @@ class Passes:
                 self._make(block_sizes, options, "whole", trial)
 
     def _todays(self, winner: Trial) -> Iterator[tuple[BlockSizes | None, dict[str, object]]]:
-        choice: tuned.Choice | None = todays_choice(winner, self._settings.promotion_dir)
-        if choice is not None:
-            yield choice.block_sizes, choice.variant.to_dict()
-        elif self._settings.source is not None:
+        if winner.shape is None:
             yield None, self._settings.default_options
+        elif (choice := todays_choice(winner, self._settings.promotion_dir)) is not None:
+            yield choice.block_sizes, choice.variant.to_dict()
+
+
+def todays_keys(settings: SweepSettings, device_kind: str) -> list[str]:
+    """Return the keys of what would run today: a search that asks for it first need not compile it at its end."""
+    shape = settings.workload.shape
+    if shape is None:
+        return [records.config_key(None, settings.default_options)]
+    choices = (
+        today(device_kind, shape, settings.workload.dtype, dtype, settings.promotion_dir) for dtype in get_args(QkDtype)
+    )
+    return [records.config_key(c.block_sizes, c.variant.to_dict()) for c in choices if c is not None]
 
 
 def best_of(trials: Iterable[Trial]) -> Trial | None:

@@ -30,7 +30,7 @@ from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
 from tuning.kernel_sweeps import capture
 from tuning.on_nodes import OnNode, shipped_files
-from tuning.passes import Passes, best_of
+from tuning.passes import Passes, best_of, todays_keys
 from tuning.search import kernel_settings
 from tuning.search.kernel_settings import KernelSweepSchema
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
@@ -149,7 +149,8 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
         if settings.search.storage is not None:
             study_name = f"{directory.name}/{study_name}"  # other workloads may be in the same storage
         with storage_errors(where(settings.search, storage_path)):
-            search = Search(storage_path, study_name, settings.space, candidates, settings.search, on_record)
+            first = todays_keys(settings, target.device_kind) if settings.promote else []
+            search = Search(storage_path, study_name, settings.space, candidates, settings.search, on_record, first)
             stack.callback(search.close)
             where_run = cluster.line() if cluster is not None else room_line()
             for line in _introduction(settings, target, candidates, search, path, where_run):

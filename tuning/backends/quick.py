@@ -38,8 +38,9 @@ _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.
 class Cost:
     """What kernels cost, or the op around them. Times in ms, of a call of the op.
 
-    unknown_trips: integers that are not known decide how often a kernel's loops run. stands_alone: of the rest, whether
-    the kernels take as long alone as in the op; small operands that the op keeps in VMEM come from HBM alone.
+    unknown_trips: integers that are not known decide how often a kernel's loops run. apart_ms: of the rest, by how much
+    the time of the kernels alone differs from that in the op, for one of their steps; small operands that the op keeps
+    in VMEM come from HBM alone.
     """
 
     time_ms: float
@@ -51,13 +52,13 @@ class Cost:
     compile_time_s: float = 0.0
     code_load_ms: float = 0.0
     unknown_trips: bool = False
-    stands_alone: bool = True
+    apart_ms: float = 0.0
 
 
 def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction | None:
     """Return the fields of a Trial by a first pass, or the prediction of the whole op where that had to be compiled.
 
-    None where nothing less than the whole op tells its time.
+    None where nothing less than the whole op tells its time: among others, where a kernel alone takes another.
     """
     if known_values(request.arguments()):
         return None  # what a kernel does depends on integers that the op around it computes
@@ -66,23 +67,22 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     if request.compiled == "shorter" and unrolled and unrolled.lengths and unrolled.length > max(unrolled.lengths):
         lengths = unrolled.lengths
         configs = [unrolled.shorter(length) for length in lengths]
-    traced = [_Op(request, config, device) for config in configs]
-    if not traced[0].kernels:
-        return None
-    shortest = traced[0]
+    ops = [_Op(request, config, device) for config in configs]
+    shortest = ops[0]
     if unrolled and unrolled.length > unrolled.least:
         shortest = _Op(request, unrolled.shorter(unrolled.least), device)
     rest = shortest.rest_on_record()
     if rest is None:
-        is_candidate = shortest is traced[0] and len(traced) == 1
+        if not shortest.kernels:
+            return None
+        is_candidate = shortest is ops[0] and len(ops) == 1
         whole, rest = shortest.compile_whole(few=not is_candidate)
         if is_candidate:
             return whole
-    if not rest.stands_alone:
-        return None
-    costs = [op.kernel_cost() for op in traced]
+    costs = [op.kernel_cost() for op in ops]
     if any(cost.unknown_trips for cost in costs):
         return None
+    steps = [_steps(request, config) for config in (request.config, *configs)]
     fields = {
         "time_samples_ms": [rest.time_ms + costs[-1].time_ms],
         "kernel_time_ms": costs[-1].time_ms,
@@ -93,7 +93,6 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
         "notes": [],
     }
     if unrolled is not None and len(costs) == 2:
-        steps = [unrolled.steps] + [_steps(request, config) for config in configs]
         per_step = [cost.cycles / count for cost, count in zip(costs, steps[1:], strict=True)]
         cycles = steps[0] * _line(lengths, per_step)(unrolled.length)
         # What a step waits for memory beside its work is no line: the longer kernel waits least, as the candidate does.
@@ -104,13 +103,12 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     elif costs[-1].code_load_ms:
         loaded = f"loaded anew in every trip: {costs[-1].code_load_ms:.3f} ms counted"
         fields["notes"] = [f"the kernel's loop spans pieces of code, {loaded}"]
-    return fields
+    return None if steps[0] * rest.apart_ms > _SAME * fields["kernel_time_ms"] else fields
 
 
 def _steps(request: Request, config: Any) -> int:
     unrolled = request.found.unrolled(config, request.workload)
-    assert unrolled is not None, "a shorter configuration is unrolled in the same dimension"
-    return unrolled.steps
+    return unrolled.steps if unrolled is not None else 1
 
 
 def _line(lengths: tuple[int, int], values: list[float]) -> Callable[[int], float]:
@@ -161,7 +159,19 @@ class _Op:
 
     def rest_on_record(self) -> Cost | None:
         """Return what the op costs around its kernels, from the cache; None where it is not there."""
-        return _read(self._path("rest", _outline(self._traced.jaxpr)))
+        return _read(self._path("rest", self._around))
+
+    @functools.cached_property
+    def _around(self) -> str:
+        """The hash of the program around the kernels, from the cache or of a trace."""
+        path = self._path("around", repr(self._config))
+        with contextlib.suppress(OSError, ValueError):
+            if len(found := path.read_text()) == len(stable_hash("")):
+                return found
+        found = stable_hash(_outline(self._traced.jaxpr))
+        with contextlib.suppress(OSError), atomic_path(path) as temporary:
+            temporary.write_text(found)
+        return found
 
     def compile_whole(self, *, few: bool) -> tuple[Prediction, Cost]:
         """Return the prediction of the op, and what it costs around its kernels, which is kept.
@@ -175,10 +185,11 @@ class _Op:
         rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
         rest_ms = sum(op.time_s for op in rest) * 1e3
         inside_ms = prediction.time_s * 1e3 - rest_ms
-        alone_ms = self.kernel_cost().time_ms / (max(map(self._repeats, self.kernels)) if few else 1)
-        stands_alone = abs(alone_ms - inside_ms) <= _SAME * inside_ms
-        cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, stands_alone=stands_alone)
-        _keep(self._path("rest", _outline(self._traced.jaxpr)), cost)
+        repeats = max(map(self._repeats, self.kernels)) if few else 1.0
+        alone_ms = self.kernel_cost().time_ms / repeats
+        apart_ms = abs(alone_ms - inside_ms) * repeats / _steps(self._request, self._config)
+        cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, apart_ms=apart_ms)
+        _keep(self._path("rest", self._around), cost)
         return prediction, cost
 
     def _alone(self, call: core.JaxprEqn) -> Prediction:

@@ -216,8 +216,7 @@ class SplashAttn(AttentionKernel):
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
-        # In a loop little is unrolled but the last block, which is the same at any length.
-        return Unrolled(length, steps, shorter, None if loops else _SHORT_LENGTHS, least=4 * LANES)
+        return Unrolled(length, steps, shorter, _SHORT_LENGTHS, least=4 * LANES)
 
 
 def _variant(config: AttentionConfig) -> Variant:

@@ -9,7 +9,7 @@ import dataclasses
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def storage_errors(path: Path | str, *more: type[Exception]) -> Iterator[None]:
 
 
 class Search:
-    """Ask candidates one by one, never one twice, and be told their trials; on_record: by the candidate's key.
+    """Ask candidates one by one, never one twice, and be told their trials.
+
+    on_record: by the candidate's key. first: keys to ask before all others, where they are candidates.
 
     With settings.storage other sweeps ask and tell, too: what they have told is in `told`.
     """
@@ -91,6 +93,7 @@ class Search:
         candidates: Candidates,
         settings: SearchSettings,
         on_record: Mapping[str, Trial],
+        first: Sequence[str] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if settings.storage is None:
@@ -98,6 +101,7 @@ class Search:
         self._space = space
         self._valid = {candidate.key: candidate for candidate in candidates.valid}
         self._settings = settings
+        self._first = [self._valid[key] for key in first if key in self._valid]
         self._rng = random.Random(settings.seed)
         #: Values of the parameters that Optuna knows by their positions, so that TPE knows which are neighbours.
         self._numbers = {name: values for name, values in space.choices.items() if all(type(v) is int for v in values)}
@@ -305,8 +309,8 @@ class Search:
         return tuple(candidate for key, candidate in interrupted.items() if key not in self.ruled_out)
 
     def _propose(self) -> Iterator[Candidate]:
-        """Yield candidates that do not wait for the sampler: interrupted, named first, then all but for TPE."""
-        proposals = list(self.interrupted)
+        """Yield candidates that do not wait for the sampler: interrupted, those to ask first, then all but for TPE."""
+        proposals = [*self.interrupted, *self._first]
         proposals += [self._space.candidate_of(self._space.complete(parameters)) for parameters in self._space.first]
         if self._settings.sampler != "tpe":
             rest = list(self._valid.values())

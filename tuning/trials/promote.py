@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offline_tpu.options import options_text
 from splash_attn import tuned
-from splash_attn.types import Variant
+from splash_attn.types import AttentionShape, QkDtype, Variant
 from splash_workbench.files import atomic_path
 from splash_workbench.trial_status import Status
 from tuning.trials.records import Trial, config_key
@@ -48,12 +48,21 @@ class Promotion:
     path: Path
 
 
+def today(
+    device_kind: str, shape: AttentionShape, dtype: str, qk_dtype: QkDtype, directory: Path | None = None
+) -> tuned.Choice | None:
+    """Return what `attention()` would run today for a call; None where that is not our kernel."""
+    if not device_kind.startswith("TPU"):
+        return None
+    return tuned.choose(device_kind, shape, dtype, qk_dtype=qk_dtype, directory=directory)
+
+
 def todays_choice(winner: Trial, directory: Path | None = None) -> tuned.Choice | None:
     """Return what `attention()` would run today for the winner's call; None where that is not our kernel."""
-    if not winner.device_kind.startswith("TPU") or winner.shape is None:
+    if winner.shape is None:
         return None
     qk_dtype = Variant.from_dict(winner.variant).qk_dtype
-    return tuned.choose(winner.device_kind, winner.shape, winner.dtype, qk_dtype=qk_dtype, directory=directory)
+    return today(winner.device_kind, winner.shape, winner.dtype, qk_dtype, directory)
 
 
 def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = None) -> Promotion:
