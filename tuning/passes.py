@@ -112,7 +112,7 @@ class Passes:
         """Compile the best at their own length, and the best of them whole, until the best is known by a whole one."""
         told = self._search.told
         finalists_left = _FINALISTS
-        while ranked := self._expected():
+        while ranked := self._expected(cautious=finalists_left > 0):
             best_ms, best = ranked[0]
             if best.compiled == "whole":
                 return
@@ -127,10 +127,11 @@ class Passes:
     def _refined(self, before: Trial, compiled: Compiled) -> Trial:
         return self._make(before.block_sizes, before.variant, compiled, before)
 
-    def _expected(self) -> list[tuple[float, Trial]]:
+    def _expected(self, *, cautious: bool) -> list[tuple[float, Trial]]:
         """Return the ok trials with the ms that a whole compile is expected to say, the best first.
 
-        An estimate is taken to be off by as much as those were that have been settled and are most like it.
+        An estimate is taken to be off by as much as those of the same variant were that have been settled. Where there
+        are none, cautious: it is taken as it is; else to be off as those of the variants most like it.
         """
         timed = [t for t in self._search.told.values() if t.status is Status.OK and t.time_ms is not None]
         settled = [(t, objective(t) / t.estimate_ms) for t in timed if t.estimate_ms and t.compiled != "shorter"]
@@ -142,6 +143,8 @@ class Passes:
             if trial.compiled != "shorter" or not settled:
                 return objective(trial)
             most = max(alike(trial, other) for other, _ in settled)
+            if cautious and most < len(trial.variant):
+                return objective(trial)
             return objective(trial) * statistics.median(off for other, off in settled if alike(trial, other) == most)
 
         return sorted(((expected(trial), trial) for trial in timed), key=lambda pair: pair[0])

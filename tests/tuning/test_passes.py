@@ -1,0 +1,72 @@
+"""What is compiled whole after a first pass, with times that are made up."""
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splash_attn.types import BlockSizes, Variant
+from tuning.passes import Passes, best_of
+from tuning.search.space import Candidate
+from tuning.trials.records import Trial
+
+#: block_q, LP scheduler: what a first pass says, what a whole compile says; ms.
+TIMES = {
+    (1024, False): (10.20, 10.25),
+    (2048, False): (10.10, 10.16),
+    (1024, True): (10.00, 10.50),
+    (2048, True): (10.01, 10.52),
+    (3072, True): (10.02, 10.53),
+    (4096, False): (12.00, 12.01),
+}
+
+
+@pytest.fixture
+def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., tuple[Trial | None, list[str]]]:
+    """Run the passes over TIMES; return the winner, and what was compiled in the order of the calls."""
+
+    def run(workers: int) -> tuple[Trial | None, list[str]]:
+        calls: list[str] = []
+        told: dict[str, Trial] = {}
+        left = [Candidate(BlockSizes(q, 512, 256), Variant(lp_scheduler=lp)) for q, lp in TIMES]
+
+        def evaluate(
+            block_sizes: BlockSizes, variant: dict[str, Any], kernel: str, *, compiled: str, estimate_ms: float | None
+        ) -> Trial:
+            del kernel
+            estimated, whole = TIMES[block_sizes.block_q, variant["lp_scheduler"]]
+            calls.append(f"{compiled} {block_sizes.block_q} {variant['lp_scheduler']}")
+            time_ms = estimated if compiled == "shorter" else whole
+            fields = {"block_sizes": block_sizes, "variant": variant, "compiled": compiled, "estimate_ms": estimate_ms}
+            return make_trial(**fields, time_samples_ms=(time_ms,))
+
+        search = types.SimpleNamespace(
+            told=told,
+            budget=len(TIMES),
+            ask=lambda: left.pop(0) if left else None,
+            tell=lambda candidate, trial: told.update({candidate.key: trial}),
+        )
+        backend = types.SimpleNamespace(quick=True)
+        settings = types.SimpleNamespace(
+            workers=workers, quick=True, backend=backend, progress=False, promote=False, kernel_name="splash_attn"
+        )
+        runner = types.SimpleNamespace(stages=dict, cancel=lambda: None)
+        evaluator = types.SimpleNamespace(evaluate=evaluate, runner=runner)
+        passes: Any = Passes
+        passes(settings, search, evaluator, {}, tmp_path / "trials.jsonl").run()
+        return best_of(told.values()), calls[len(TIMES) :]
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_winner_is_compiled_whole_and_few_others_are_settled(workers: int, settled) -> None:
+    winner, calls = settled(workers)
+    assert winner is not None and winner.block_sizes is not None
+    assert (winner.block_sizes.block_q, winner.time_ms, winner.estimate_ms) == (2048, 10.16, 10.10)
+    assert [call for call in calls if call.startswith("whole")] == ["whole 2048 False"]
+    # Of the LP scheduler's, one or two tell how far the others are off.
+    assert sum("True" in call for call in calls) <= workers
+    assert not any("4096" in call for call in calls)
