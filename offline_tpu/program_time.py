@@ -20,6 +20,7 @@ from offline_tpu.machine.constants import SPARSE_CORE_START_S, FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
+from offline_tpu.machine.sustained import slowdowns
 from offline_tpu.overlays import BUNDLE_BYTES, Overlays
 from offline_tpu.prediction import Bound, Category, Loop, OpCost
 from offline_tpu.schedule.read import Schedule
@@ -97,6 +98,8 @@ class ProgramCost:
         self._hbm_bytes_per_s = self._constants.hbm_bytes_per_s(device)
         #: Of the time that a transfer fills VMEM, the part that the ops beside it lose.
         self._slowdown = self._hbm_bytes_per_s / (self._constants.vmem_bytes_per_stolen_cycle * device.clock_hz)
+        #: How much longer ops take because HBM does not keep up its bandwidth, by name.
+        self._slowdowns: Mapping[str, float] = {}
         self.ops: list[OpCost] = []
 
     def walk(self) -> float:
@@ -105,7 +108,13 @@ class ProgramCost:
         Raises:
           UnknownDumpFormatError: a collective is not modelled, or not in a known form.
         """
-        return self._computation(self._module.entry, _Context(1, (), ()), 0.0)
+        time_s = self._computation(self._module.entry, _Context(1, (), ()), 0.0)
+        share, burst_s = self._constants.hbm_sustained_share, self._constants.hbm_burst_s
+        self._slowdowns = slowdowns(self.ops, self._hbm_bytes_per_s, share, burst_s) if share < 1 else {}
+        if self._slowdowns:
+            self.ops = []
+            time_s = self._computation(self._module.entry, _Context(1, (), ()), 0.0)
+        return time_s
 
     def _computation(self, name: str, context: _Context, start_s: float) -> float:
         """Add up one execution of a computation that starts at `start_s`. Returns its seconds."""
@@ -247,7 +256,7 @@ class ProgramCost:
         loading_s, notes = self._load_code(schedule)
         time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + loading_s + self._constants.op_overhead_s
         hbm_s = schedule.hbm_bytes / self._hbm_bytes_per_s
-        time_s += self._let_others_go_on(beside, time_s, hbm_s, 0.0)
+        time_s = self._slowdowns.get(op.name, 1.0) * (time_s + self._let_others_go_on(beside, time_s, hbm_s, 0.0))
         self._add(
             op,
             context,

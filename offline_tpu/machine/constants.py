@@ -15,6 +15,10 @@ from offline_tpu.machine.dma import CoreTiming
 #: By device, share of the published HBM bandwidth that streaming DMAs reach.
 HBM_EFFICIENCY = {"v6e": 0.88, "v5e": 0.90, "v5p": 0.927, "v7x": 0.872}
 
+#: By device, the share of that bandwidth which can be kept up, and the seconds for which all of it can; see
+#: offline_tpu.machine.sustained. Of the others no row shows a limit.
+HBM_SUSTAINED = {"v6e": (0.78, 8.5e-3)}
+
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
 DMA_LATENCY_S = 0.85e-6
 
@@ -48,11 +52,14 @@ class FittedConstants:
     dma_latency_s: float = DMA_LATENCY_S
     vmem_bytes_per_stolen_cycle: float = VMEM_BYTES_PER_STOLEN_CYCLE
     op_overhead_s: float = OP_OVERHEAD_S
+    hbm_sustained_share: float = 1.0
+    hbm_burst_s: float = 0.0
 
     @classmethod
     def of(cls, device: DeviceSpec) -> Self:
         """Return those in use."""
-        return cls(HBM_EFFICIENCY[device.name])
+        share, burst_s = HBM_SUSTAINED.get(device.name, (1.0, 0.0))
+        return cls(HBM_EFFICIENCY[device.name], hbm_sustained_share=share, hbm_burst_s=burst_s)
 
     def hbm_bytes_per_s(self, device: DeviceSpec) -> float:
         """Return the bandwidth that streaming DMAs reach."""

@@ -4,8 +4,8 @@ All control flow of a TPU core runs on its scalar unit, so loops, nested loops, 
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
 taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
 (constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
-that are prefetched) are assumed to differ where their addresses do. The loop of XLA's ragged matmul, which may make
-millions of trips, is run for some of them.
+that are prefetched) are assumed to differ where their addresses do. A loop of millions of trips, as XLA's ragged matmul may
+have, is run for some of them.
 """
 
 import bisect
@@ -21,8 +21,10 @@ BRANCH_DELAY_SLOTS = 4
 WORD_BYTES = 4
 #: Instructions after which the loop over the tiles of a ragged matmul is taken to go on as it began.
 SAMPLED_INSTRUCTIONS = 3_000_000
+#: And any other loop that says how many trips it makes.
+LONG_INSTRUCTIONS = 12_000_000
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
-#: In `Execution.unresolved` of such an op, whose time may be many times off.
+#: In `Execution.unresolved` of a ragged matmul that was run so, whose time may be many times off.
 RUN_IN_PART = "the others were taken to be alike"
 
 
@@ -99,9 +101,11 @@ class _Run:
             start = jump
             if from_back_edge and branch_at - jump >= self._widest:
                 self._widest = branch_at - jump
-                if self._ragged and steps > SAMPLED_INSTRUCTIONS and (part := self._progress(branch_at)) is not None:
+                enough = SAMPLED_INSTRUCTIONS if self._ragged else LONG_INSTRUCTIONS
+                if steps > enough and (part := self._progress(branch_at)) is not None:
                     progress = part
-                    self._unresolved[f"its loop was run for {part:.1%} of its trips: {RUN_IN_PART}"] = None
+                    why = RUN_IN_PART if self._ragged else "all would take minutes to follow"
+                    self._unresolved[f"its loop was run for {part:.1%} of its trips: {why}"] = None
                     break
         self._clock.finish()
         counts, running = [], 0
@@ -129,8 +133,8 @@ class _Run:
         if not isinstance(trip, int) or not isinstance(trips, int) or not 0 < trip <= trips:
             return None
         before, self._trip = self._trip, trip
-        # The loop skips the tiles that a group does not fill: only between groups it tells how far.
-        return None if trip - before <= 1 else trip / trips
+        # A ragged loop skips the tiles that a group does not fill: only between groups it tells how far.
+        return None if self._ragged and trip - before <= 1 else trip / trips
 
     def _straight_line(self, start: int, from_back_edge: bool) -> tuple[int | None, int, int]:
         """Run from `start` to the first taken branch. Returns its target (None: the end), its place, and steps."""

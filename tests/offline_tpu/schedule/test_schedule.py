@@ -212,3 +212,15 @@ def test_words_of_the_table_that_the_vector_unit_fills_decide_trips() -> None:
 def test_a_long_loop_over_the_table_is_run_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offline_tpu.schedule.execute.SAMPLED_INSTRUCTIONS", 100)
     assert execute(Program(TABLE), TIMING, {SMEM_TABLE: (0, 3, 1000)}).counts[5] == pytest.approx(1000, rel=0.05)
+
+
+def test_any_other_long_loop_is_run_in_part_too_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TABLE.replace("%s7_s7 /* loop", "4000 /* loop")
+    whole = execute(Program(text), TIMING)
+    monkeypatch.setattr("offline_tpu.schedule.execute.LONG_INSTRUCTIONS", 5000)
+    part = execute(Program(text), TIMING)
+    assert part.counts[5] == pytest.approx(whole.counts[5], rel=0.01)
+    assert part.stall_cycles == pytest.approx(whole.stall_cycles, rel=0.01)
+    assert whole.unresolved == ()
+    (note,) = part.unresolved
+    assert note.startswith("its loop was run for 31.")

@@ -25,6 +25,9 @@ def parameters(device: DeviceSpec) -> dict[str, float]:
         "vmem_bytes_per_stolen_cycle": constants.vmem_bytes_per_stolen_cycle,
         "op_overhead_s": constants.op_overhead_s,
     }
+    if constants.hbm_sustained_share < 1:
+        found[f"hbm_sustained_share {device.name}"] = constants.hbm_sustained_share
+        found[f"hbm_burst_s {device.name}"] = constants.hbm_burst_s
     if device.p_states:  # the clock of the others follows from published figures
         found[f"clock_hz {device.name}"] = device.clock_hz
     return found
