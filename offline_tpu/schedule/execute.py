@@ -4,8 +4,8 @@ All control flow of a TPU core runs on its scalar unit, so loops, nested loops, 
 `pl.when` regions are counted by running them, not by guessing. What depends on data is unknown: a branch on it is
 taken as not skipping its region, a DMA under it as running, and both are listed. Operands that the caller knows
 (constants of the program, a traced grid size) are not unknown; scalars loaded from other SMEM addresses (block indices
-that are prefetched) are assumed to differ where their addresses do. A loop of millions of trips, as XLA's ragged matmul may
-have, is run for some of them.
+that are prefetched) are assumed to differ where their addresses do. A loop of millions of trips, as XLA's ragged matmul
+may have, is run for some of them.
 """
 
 import bisect
