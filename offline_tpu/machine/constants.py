@@ -1,9 +1,9 @@
 """Holds the constants of the time model, each with its source. None belongs to a kernel or a program.
 
 Published figures of a device (clock, peak FLOP/s, HBM and ICI bandwidth) are in `devices`. What follows is not
-published. HBM_EFFICIENCY, DMA_LATENCY_S, VMEM_BYTES_PER_STOLEN_CYCLE and OP_OVERHEAD_S are fitted on the rows of
-tuning/data/measured, as the clock of v7x is, by `python -m tuning.validate.fit`; docs/predictions.md tells what remains
-with each program left out of the fit. Those of the links have their sources beside them.
+published. HBM_EFFICIENCY, HBM_SUSTAINED, DMA_LATENCY_S, VMEM_BYTES_PER_STOLEN_CYCLE and OP_OVERHEAD_S are fitted on the
+rows of tuning/data/measured, as the clock of v7x is, by `python -m tuning.validate.fit`; docs/predictions.md tells what
+remains with each program left out of the fit. Those of the links have their sources beside them.
 """
 
 import dataclasses
