@@ -41,6 +41,7 @@ PARALLEL_PLANS = {
     AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
     "ulysses, weights sharded": ("ulysses", "sharded"),
+    "ulysses_allgather": ("ulysses_allgather", "replicated"),
     "megatron": ("megatron", "replicated"),
     "seed_tp": ("seed_tp", "replicated"),
 }
