@@ -105,7 +105,7 @@ def test_info(values: dict[str, Any], nodes: dict[str, Any], comfy: Any, monkeyp
     assert output.ui["text"][0] == report
     assert "attention on each device: 1x2x31x64" in report  # 2 x 3 patches in 2 pairs of frames, 19 text tokens
     assert "dp=2 x model=1" in report
-    with pytest.raises(RequestError, match="num_devices=3: 3 devices a prompt do not .* parallel_plan=ulysses_all"):
+    with pytest.raises(RequestError, match=r"num_devices=3: 3 devices a prompt do not .* parallel_plan=ulysses_all"):
         nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3, "parallel_plan": "ulysses"})
     (report,) = nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3}).args
     assert "dp=1 x model=1 x kv=3" in report and "2x2x11:31x64" in report  # a third of the queries, all keys

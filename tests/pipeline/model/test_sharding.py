@@ -321,6 +321,11 @@ def test_the_published_table_leaves_the_up_projection_whole():
     assert plan.weight_spec("transformer_blocks.ff.net.0.proj.weight") == ()
 
 
+@pytest.mark.parametrize(("video", "shards", "rows"), [(39600, 32, 1280), (39600, 128, 384), (17550, 128, 144)])
+def test_shards_are_whole_registers_where_that_pads_little(video, shards, rows):
+    assert TokenLayout(226, video, shards).rows_per_shard == rows
+
+
 @pytest.mark.parametrize(("video", "shards"), [(39600, 4), (39600, 8), (30, 4), (1, 3)])
 def test_shards_cover_all_tokens(video, shards):
     layout = TokenLayout(226, video, shards)
