@@ -82,7 +82,7 @@ class TokenLayout:
             return self.tokens
         rows = -(-self.tokens // self.num_shards)
         lanes = -(-rows // 128) * 128
-        # Joined for attention, shards of whole registers need no shifts: 0.6 ms a layer at 1248 rows, predicted for v6e.
+        # Joined for attention, shards of whole registers need no shifts: 0.6 ms a layer at 1248 rows, predicted.
         return lanes if lanes <= _MOST_PADDED * rows else -(-rows // 8) * 8
 
     @property
