@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.model.attention import SplashAttentionProcessor, attention_function
 from pipeline.model.latents import TokenLayout
-from pipeline.model.sharding import DP, MODEL, ParallelPlan
+from pipeline.model.sharding import DP, MODEL, SEQUENCE, ParallelPlan
 from pipeline.model.torchax_bridge import jax_function
 from pipeline.model.transformer import DeviceShare, TransformerShape, block, transformer
 from pipeline.requests.request import AttentionOptions
@@ -164,7 +164,7 @@ class DenoiseStep:
         return step
 
     def _spec(self, argument: str) -> PartitionSpec:
-        split = MODEL if self.plan.splits_sequence else None
+        split = SEQUENCE if self.plan.splits_sequence else None
         rows, scalar = PartitionSpec(split), _REPLICATED
         columns, prompts = PartitionSpec(None, split), PartitionSpec(DP)
         specs = {"sample": rows, "x0": rows, "embeddings": prompts, "rotary": columns, "scalar": scalar}
@@ -227,7 +227,7 @@ class DenoiseStep:
             x0, after = (jnp.where(is_video, x, 0) for x in (x0, after))
             finite = jnp.isfinite(after).all()
             if in_shard_map and self.plan.splits_sequence:
-                finite = lax.pmin(finite.astype(jnp.int32), MODEL) > 0
+                finite = lax.pmin(finite.astype(jnp.int32), SEQUENCE) > 0
         return after.astype(sample.dtype), x0, finite, kept
 
     def _run_blocks(
@@ -279,7 +279,7 @@ class DenoiseStep:
             for value in (first.astype(jnp.float32) - old_first.astype(jnp.float32), old_first)
         ]
         if self.plan.splits_sequence:
-            changes = [lax.psum(change, MODEL) for change in changes]
+            changes = [lax.psum(change, SEQUENCE) for change in changes]
         if self.plan.dp > 1 and not self.plan.uses_stock_block:
             changes = [lax.psum(change, DP) for change in changes]
         change, whole = changes

@@ -37,11 +37,11 @@ from pipeline.model.layers.linears import (
     scalar_embedding,
 )
 from pipeline.model.layers.norms import Rotary, layer_norm, modulate, norm_rotary
-from pipeline.model.sharding import MODEL, ParallelPlan
+from pipeline.model.sharding import KV, MODEL, SEQUENCE, ParallelPlan
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
 
-#: [batch, heads, head_dim, sequence] three times -> the same shape as the first.
+#: Queries, keys, values, each [batch, heads, head_dim, sequence] -> the same shape as the first.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 #: (x, a scan's step over layers, the stacked weights of the blocks) -> x after the blocks.
 RunBlocks = Callable[[jax.Array, Callable[..., Any], Weights], jax.Array]
@@ -50,8 +50,9 @@ _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "sil
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
-#: Of the heads of a device: while it attends to those of one, those of another are on their way.
-_GROUPS = 2
+#: Of the heads of a device, the first that divides them: while it attends to those of one, those of another are on
+#: their way.
+_GROUPS = (2, 3)
 _OUT = "attn1.to_out.0.weight"
 _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
@@ -143,7 +144,7 @@ class DeviceShare:
 
     def row_ids(self) -> Int[Array, " rows"]:
         """Return where this device's rows lie in the joint sequence."""
-        start = lax.axis_index(MODEL) * self.layout.rows_per_shard if self._splits else 0
+        start = lax.axis_index(SEQUENCE) * self.layout.rows_per_shard if self._splits else 0
         return start + jnp.arange(self.layout.rows_per_shard)
 
     def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
@@ -152,10 +153,13 @@ class DeviceShare:
             return jnp.pad(text, ((0, 0), (0, self.layout.rows - self.layout.text), (0, 0)))
         rows = self.layout.rows_per_shard
         text = jnp.pad(text, ((0, 0), (0, -self.layout.text % rows), (0, 0)))
-        return lax.dynamic_slice_in_dim(text, lax.axis_index(MODEL) * rows, rows, axis=1)
+        return lax.dynamic_slice_in_dim(text, lax.axis_index(SEQUENCE) * rows, rows, axis=1)
 
-    def to_heads(self, x: Float[Array, "b heads d rows"]) -> Float[Array, "b local_heads d all_rows"]:
-        """Exchange some rows of all heads for all rows of some heads, for attention; the first heads fill up."""
+    def to_heads(self, x: Float[Array, "b heads d rows"], keys: bool) -> Float[Array, "b local_heads d more_rows"]:
+        """Exchange some rows of all heads for more rows of some heads, for attention; the first heads fill up.
+
+        keys: whether these are keys or values, of which each device needs all rows; queries are those of "model".
+        """
         if not self._splits:
             return x
         missing = -x.shape[1] % self.plan.model
@@ -164,10 +168,12 @@ class DeviceShare:
         # Joined by hand, since of an exchange along rows XLA copies what it received twice; and once, here, since it
         # would otherwise join the parts anew for every sum over them.
         received = lax.all_to_all(x, MODEL, split_axis=1, concat_axis=0)
+        if keys and self.plan.kv > 1:
+            received = lax.all_gather(received, KV, axis=0, tiled=True)
         return lax.optimization_barrier(jnp.concatenate(list(received), axis=3))
 
-    def to_rows(self, x: Float[Array, "b local_heads d all_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
-        """Invert `to_heads`."""
+    def to_rows(self, x: Float[Array, "b local_heads d more_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
+        """Invert `to_heads` of queries."""
         if not self._splits:
             return x
         x = lax.all_to_all(jnp.stack(jnp.split(x, self.plan.model, axis=3)), MODEL, split_axis=0, concat_axis=1)
@@ -175,7 +181,9 @@ class DeviceShare:
 
     def head_groups(self, num_heads: int) -> int:
         """Return in how many groups heads are attended to: one is exchanged beside another's attention."""
-        return _GROUPS if self._splits and num_heads % (self.plan.model * _GROUPS) == 0 else 1
+        if not self._splits:
+            return 1
+        return next((groups for groups in _GROUPS if num_heads % (self.plan.model * groups) == 0), 1)
 
     def attended_rows(self, parts: Sequence[jax.Array], num_heads: int, quantize: bool) -> jax.Array | Quantized:
         """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes.
@@ -257,7 +265,7 @@ def block(
             q = norm_rotary(q, weights, "attn1.norm_q", rotary)
             k = norm_rotary(k, weights, "attn1.norm_k", rotary)
         with jax.named_scope("to_heads"):
-            exchanged.append([share.to_heads(each) for each in (q, k, v)])
+            exchanged.append([share.to_heads(q, keys=False), *(share.to_heads(each, keys=True) for each in (k, v))])
     with jax.named_scope("attention"):
         parts = [attend(*each) for each in exchanged]
     with jax.named_scope("to_rows"):

@@ -92,7 +92,8 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     num_prompts = len(request.prompts) if job.work.negative else 1
     groups = DeviceShare(plan, step.layout).head_groups(sizes.num_heads)  # a call each
     num_heads = plan.local_heads(sizes.num_heads) // groups
-    shape = AttentionShape(num_prompts // plan.dp, num_heads, tokens, tokens, sizes.head_dim)
+    queries = tokens if plan.kv == 1 else step.layout.rows // plan.kv
+    shape = AttentionShape(num_prompts // plan.dp, num_heads, queries, tokens, sizes.head_dim)
     device, _ = parse_topology(job.topology)
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None

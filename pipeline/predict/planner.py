@@ -20,9 +20,9 @@ from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
 
-_AUTO = (ParallelOptions(plan="ulysses"), ParallelOptions(plan="megatron"))
+_AUTO = (ParallelOptions(plan="auto"), ParallelOptions(plan="megatron"))
 #: Tried where none of _AUTO fits.
-_FRUGAL = ParallelOptions(plan="ulysses", weights="sharded")
+_FRUGAL = ParallelOptions(plan="auto", weights="sharded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Predictor:
         if parallel.plan == "auto":
             with contextlib.suppress(RequestError):  # of heads that do not divide, which the first plan takes
                 plans = list(dict.fromkeys([*plans, *map(plan_of, _AUTO[1:])]))
-        if plans[0].model == 1:
+        if plans[0].num_devices == plans[0].dp:
             plans = plans[:1]  # with one device a prompt the plans are the same
         elif parallel.plan == "auto":
             plans.append(plan_of(_FRUGAL))
@@ -115,7 +115,8 @@ class Predictor:
         Raises what `predict` does.
         """
         guided, num_heads = self.request.do_classifier_free_guidance, self.configs["transformer"]["num_attention_heads"]
-        choice = dataclasses.replace(parallel, plan=like.plan, weights=like.weights)
+        as_like = "auto" if parallel.plan == "auto" and like.splits_sequence else like.plan  # twice a prompt's devices
+        choice = dataclasses.replace(parallel, plan=as_like, weights=like.weights)
         plan = resolve_plan(choice, like.num_devices, guided, num_heads)
         return plan, self._run("denoise", plan, work)
 

@@ -7,8 +7,8 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import require_choice
 
-Plan = Literal["ulysses", "megatron", "seed_tp"]
-PlanChoice = Literal["auto", "ulysses", "megatron", "seed_tp"]
+Plan = Literal["ulysses", "ulysses_allgather", "megatron", "seed_tp"]
+PlanChoice = Literal["auto", "ulysses", "ulysses_allgather", "megatron", "seed_tp"]
 WeightsAtRest = Literal["replicated", "sharded"]
 MAX_EVERY = 1000  # steps
 
@@ -17,9 +17,9 @@ MAX_EVERY = 1000  # steps
 class ParallelOptions:
     """Parallelism as the user asks for it; `pipeline.model.sharding` makes it a plan for the devices there are.
 
-    plan: "auto" is ulysses, the fastest as predicted for v6e. num_devices: None, all
-    there are. dp: 2, 1, or None: 2 with guidance on an even number of devices. weights: at rest; "sharded" is for
-    ulysses only. Raises RequestError.
+    plan: "auto" is ulysses, the fastest as predicted for v6e, and ulysses_allgather for more devices than divide the
+    heads. num_devices: None, all there are. dp: 2, 1, or None: 2 with guidance on an even number of devices.
+    weights: at rest; "sharded" is for ulysses and ulysses_allgather only. Raises RequestError.
     """
 
     plan: PlanChoice = "auto"
@@ -34,7 +34,7 @@ class ParallelOptions:
             raise RequestError(f"parallel.dp={self.dp!r}: expected 1, or 2 (one for each prompt of guidance), or null")
         if self.num_devices is not None and self.num_devices < 1:
             raise RequestError(f"parallel.num_devices={self.num_devices!r}: expected 1 or more, or null for all")
-        if self.weights == "sharded" and self.plan not in ("auto", "ulysses"):
+        if self.weights == "sharded" and self.plan not in ("auto", "ulysses", "ulysses_allgather"):
             raise RequestError(
                 f"parallel.weights='sharded': only with parallel.plan=ulysses; {self.plan} splits them anyway"
             )

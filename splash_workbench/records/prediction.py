@@ -14,17 +14,19 @@ HBM_MARGIN_FRACTION = 0.1
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A parallel plan: `dp` times `model` devices."""
+    """A parallel plan: dp * model * kv devices."""
 
     plan: str
     dp: int
     model: int
     weights: str
+    kv: int = 1
 
     @property
     def title(self) -> str:
         """All of it in one line."""
-        return f"{self.plan}, dp={self.dp} x model={self.model}, weights {self.weights}"
+        kv = f" x kv={self.kv}" if self.kv > 1 else ""
+        return f"{self.plan}, dp={self.dp} x model={self.model}{kv}, weights {self.weights}"
 
 
 class Attention(msgspec.Struct, frozen=True):

@@ -105,8 +105,10 @@ def test_info(values: dict[str, Any], nodes: dict[str, Any], comfy: Any, monkeyp
     assert output.ui["text"][0] == report
     assert "attention on each device: 1x2x31x64" in report  # 2 x 3 patches in 2 pairs of frames, 19 text tokens
     assert "dp=2 x model=1" in report
-    with pytest.raises(RequestError, match="num_devices=3: 3 devices a prompt do not divide 2 heads"):
-        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3})
+    with pytest.raises(RequestError, match=r"num_devices=3: 3 devices a prompt do not .* parallel_plan=ulysses_all"):
+        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3, "parallel_plan": "ulysses"})
+    (report,) = nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 3}).args
+    assert "dp=1 x model=1 x kv=3" in report and "2x2x11:31x64" in report  # a third of the queries, all keys
     published = {
         "model_id": "zai-org/CogVideoX1.5-5B",
         "height": 720,
@@ -138,7 +140,7 @@ def test_info_predicts_when_asked(
     values = {**values, "num_devices": 4, "model_id": "tiny", "device": "TPU v6 lite", "predict": True}
     del values["seed"]
     with pytest.raises(RequestError, match="4"):  # the check of heads comes first
-        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 8})
+        nodes["CogVideoXTPUInfo"].execute(**{**values, "num_devices": 8, "parallel_plan": "megatron"})
     (report,) = nodes["CogVideoXTPUInfo"].execute(**values).args
     assert asked == [("v6e-4", ("denoise",), 4, True)]
     assert kind == ["ulysses"], "what auto runs as"

@@ -57,7 +57,8 @@ def report(
     patches = LatentGeometry.from_request(request, transformer, configs["vae"]).num_patches
     seq_len = transformer["max_text_seq_length"] + patches
     heads_a_device = plan.local_heads(sizes.num_heads)
-    shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, seq_len, seq_len, sizes.head_dim)
+    queries = -(-seq_len // plan.kv)
+    shape = AttentionShape(len(request.prompts) // plan.dp, heads_a_device, queries, seq_len, sizes.head_dim)
     lines = [
         f"{model_id}: {request.width}x{request.height}, {request.num_frames} frames, "
         f"{request.num_inference_steps} steps, {dtype}",

@@ -41,6 +41,7 @@ PARALLEL_PLANS = {
     AUTO: ("auto", "replicated"),
     "ulysses": ("ulysses", "replicated"),
     "ulysses, weights sharded": ("ulysses", "sharded"),
+    "ulysses_allgather": ("ulysses_allgather", "replicated"),
     "megatron": ("megatron", "replicated"),
     "seed_tp": ("seed_tp", "replicated"),
 }
@@ -75,7 +76,7 @@ _WIDGET_TERMS = (
     (r"\bexpected [a-z0-9]+-N with N one of ([\d, ]+\d), or chips as [a-z0-9:]+", r"expected one of \1"),
     (r"\bparallel\.num_devices=", "num_devices="),
     (r"\bparallel=ulysses_sharded\b", "parallel_plan=ulysses, weights sharded"),
-    (r"\bparallel\.plan=", "parallel_plan="),
+    (r"\bparallel(\.plan)?=", "parallel_plan="),
     (r"\battention\.implementation=", "kernel="),
     (r"\bpallas_interpret\b", "interpret"),
 )

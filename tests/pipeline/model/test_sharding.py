@@ -123,6 +123,8 @@ RUNS = {
     "base": ({}, {}),
     "ulysses dp=1": ({"plan": "ulysses", "num_devices": 3, "dp": 1}, {}),
     "ulysses sharded": ({"plan": "ulysses", "weights": "sharded", "num_devices": 6}, {}),
+    "ulysses_allgather 3 x 2": ({"plan": "ulysses_allgather", "num_devices": 6, "dp": 1}, {}),
+    "ulysses_allgather 1 x 4": ({"num_devices": 8}, {}),
     "megatron": ({"plan": "megatron", "num_devices": 6}, {}),
     "seed_tp": ({"plan": "seed_tp", "num_devices": 6}, {}),
     "one device": ({"num_devices": 1}, {}),
@@ -224,10 +226,11 @@ def test_sixteen_devices_give_the_same(cache, tmp_path):
     runs = {"base": ({}, {}), "megatron": ({"plan": "megatron"}, {}), "one device": ({"num_devices": 1}, {})}
     runs["sharded"] = ({"plan": "ulysses", "weights": "sharded"}, {})
     runs["two groups of heads"] = ({"num_devices": 8}, {})
+    runs["gathered keys, sharded"] = ({"plan": "ulysses_allgather", "weights": "sharded", "dp": 1}, {})
     _finish(_start(folder, cache, output, runs, devices=16, vae=False))
     results = np.load(output)
     assert results["devices"] == 16
-    for name in ("base", "megatron", "sharded", "two groups of heads"):
+    for name in runs:
         np.testing.assert_allclose(results[name], results["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
@@ -258,6 +261,11 @@ def test_two_processes_give_the_same(tiny_folder, cache, tmp_path, eight):
         ({}, 8, False, ParallelPlan("ulysses", 1, 8)),
         ({"plan": "megatron"}, 32, True, ParallelPlan("megatron", 2, 16)),
         ({"dp": 1, "num_devices": 4}, 8, True, ParallelPlan("ulysses", 1, 4)),
+        ({"dp": 1}, 32, True, ParallelPlan("ulysses_allgather", 1, 16, kv=2)),
+        ({}, 64, True, ParallelPlan("ulysses_allgather", 2, 16, kv=2)),
+        ({}, 256, True, ParallelPlan("ulysses_allgather", 2, 16, kv=8)),
+        ({"plan": "ulysses_allgather"}, 8, True, ParallelPlan("ulysses_allgather", 2, 4)),
+        ({"weights": "sharded"}, 64, True, ParallelPlan("ulysses_allgather", 2, 16, "sharded", kv=2)),
     ],
 )
 def test_plans_for_devices(options, num_devices, guided, expected):
@@ -278,7 +286,8 @@ def test_thirty_heads_over_devices_that_divide_them_or_nearly(num_devices, local
     [
         ({"num_devices": 9}, 8, "only 8 are here"),
         ({"dp": 2}, 7, "does not divide 7 devices"),
-        ({}, 64, "32 devices a prompt do not divide 48 heads"),
+        ({"plan": "ulysses"}, 64, "32 devices a prompt do not divide 48 heads; .* or parallel=ulysses_allgather"),
+        ({"weights": "sharded"}, 22, "11 devices a prompt share no heads, nor would they weights"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(options, num_devices, message):
@@ -310,6 +319,11 @@ def test_the_published_table_leaves_the_up_projection_whole():
     assert plan.weight_spec("transformer_blocks.attn1.to_out.0.weight") == ("model", None)
     assert plan.weight_spec("transformer_blocks.ff.net.2.weight") == ("model", None)
     assert plan.weight_spec("transformer_blocks.ff.net.0.proj.weight") == ()
+
+
+@pytest.mark.parametrize(("video", "shards", "rows"), [(39600, 32, 1280), (39600, 128, 384), (17550, 128, 144)])
+def test_shards_are_whole_registers_where_that_pads_little(video, shards, rows):
+    assert TokenLayout(226, video, shards).rows_per_shard == rows
 
 
 @pytest.mark.parametrize(("video", "shards"), [(39600, 4), (39600, 8), (30, 4), (1, 3)])

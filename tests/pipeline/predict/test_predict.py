@@ -9,6 +9,7 @@ import pytest
 from helpers import PLENTY_S
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
+from pipeline.model.denoise_step import EVERYTHING
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
@@ -149,6 +150,30 @@ def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_
         predictor.predict(["vae"], ParallelOptions())
 
 
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v6e-32", ["ulysses dp=2 x model=16, weights replicated", "megatron dp=2 x model=16"]),
+        ("v6e-64", ["ulysses_allgather dp=2 x model=16 x kv=2, weights replicated"]),
+        ("v6e-256", ["ulysses_allgather dp=2 x model=16 x kv=8, weights replicated"]),
+    ],
+)
+def test_auto_tries_what_takes_so_many_devices(monkeypatch, request_of, topology, expected):
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
+    tried = []
+
+    def run(self, stage, plan, work=EVERYTHING):
+        tried.append(str(plan))
+        return _denoise(0.9)
+
+    monkeypatch.setattr(Predictor, "_run", run)
+    predictor = Predictor(topology, request_of(), configs, timeout_s=1, say=lambda text: None)
+    outcome = predictor.predict(["denoise"], ParallelOptions())
+    assert tried == expected and str(outcome.plan) == expected[0]
+    both, _ = predictor.step(outcome.plan, ParallelOptions(dp=1), EVERYTHING)
+    assert both.plan == "ulysses_allgather" and both.num_devices == outcome.plan.num_devices
+
+
 def test_records_hold_no_list_of_ops(request_of):
     report = _report(request_of, denoise=_denoise(0.9), vae=together([_result(0.1), _result(0.2)], [1, 9]))
     assert '"ops"' not in json.dumps(encode(report.without_ops()))
@@ -209,6 +234,6 @@ def test_the_command_predicts_a_small_model(tmp_path):
     report = json.loads(path.read_text())
     assert report["label"] == "predicted"
     assert 0 < report["step_time_s"] < report["total_time_s"]
-    assert report["plan"] == {"plan": "ulysses", "dp": 2, "model": 2, "weights": "replicated"}
+    assert report["plan"] == {"plan": "ulysses", "dp": 2, "model": 2, "weights": "replicated", "kv": 1}
     assert {"attention_kernel", "projections", "collectives"} <= set(report["stages"]["denoise"]["breakdown_s"])
     assert "predicted" in done.stdout

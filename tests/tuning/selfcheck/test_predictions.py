@@ -26,7 +26,7 @@ REQUEST = {
     "num_frames": 81,
     "dtype": "bfloat16",
 }
-PLAN = {"num_devices": 8, "plan": "ulysses", "dp": 2, "model": 4, "weights": "replicated"}
+PLAN = {"num_devices": 8, "plan": "ulysses", "dp": 2, "model": 4, "weights": "replicated", "kv": 1}
 
 
 @pytest.fixture
