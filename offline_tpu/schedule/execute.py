@@ -24,7 +24,7 @@ SAMPLED_INSTRUCTIONS = 3_000_000
 #: And any other loop that says how many trips it makes.
 LONG_INSTRUCTIONS = 12_000_000
 MAX_EXECUTED_INSTRUCTIONS = 20_000_000
-#: In `Execution.unresolved` of a ragged matmul that was run so, whose time may be many times off.
+#: In `Execution.unresolved` of an op that was run so and whose trips depend on integers: it may be many times off.
 RUN_IN_PART = "the others were taken to be alike"
 
 
@@ -77,6 +77,7 @@ class _Run:
         self._unresolved: dict[str, None] = {}  # an ordered set
         self._clocked_to = 0  # the bundle up to which the clock has run
         self._ragged = SMEM_TABLE in operands
+        self._follows_data = bool(operands)  # trips that look at integers are not alike
         self._trip = MAX_EXECUTED_INSTRUCTIONS  # of the longest loop
         self._conditions = {i.result: i for bundle in program.events.values() for i in bundle if i.result}
         self._widest = 0  # bundles of the longest loop
@@ -104,7 +105,7 @@ class _Run:
                 enough = SAMPLED_INSTRUCTIONS if self._ragged else LONG_INSTRUCTIONS
                 if steps > enough and (part := self._progress(branch_at)) is not None:
                     progress = part
-                    why = RUN_IN_PART if self._ragged else "all would take minutes to follow"
+                    why = RUN_IN_PART if self._follows_data else "all would take minutes to follow"
                     self._unresolved[f"its loop was run for {part:.1%} of its trips: {why}"] = None
                     break
         self._clock.finish()
