@@ -256,6 +256,8 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
     if (best := result.winner) is not None:
         kernel = "" if best.kernel_time_ms is None else f", kernel alone {best.kernel_time_ms:.3f} ms"
         print(f"winner: {best.config}: {best.label} {best.time_ms:.3f} ms{kernel} on {best.device_kind}")
+        if best.slow_time_ms is not None:
+            print(f"where data make it slowest: {best.slow_time_ms:.3f} ms; see the notes on what is assumed")
         for line in kernels.comparison_lines(best, on_record, settings):
             print(line)
         if picture:

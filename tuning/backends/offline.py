@@ -98,6 +98,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
                 *abstract(request.arguments()),
                 device=device,
                 grid_sizes=grid_sizes,
+                slow_grid_sizes=kernel.assume_slow(request.config, request.workload),
                 values=known_values(request.arguments()),
                 compiler_options=request.options_of_compiler,
             )
@@ -120,6 +121,7 @@ def _fields(prediction: offline_tpu.Prediction, op_name: str) -> dict[str, Any]:
     assert kernel_ops or not op_name, f"no op named {op_name} in the prediction"
     whole = {
         "time_samples_ms": [prediction.time_s * 1e3],
+        "slow_time_ms": prediction.slow_time_s * 1e3 if prediction.slow_time_s is not None else None,
         "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "compile_time_s": prediction.compile_time_s,
         "ops": prediction.to_dict()["ops"],

@@ -179,7 +179,8 @@ class _Op:
         few: of grid sizes that data decide, a few are enough: the prediction is not of the whole call.
         """
         sizes = self._few_sizes if few else self._grid_sizes
-        prediction = self._predict(self._function, *self._arguments, grid_sizes=sizes)
+        slow = {} if few else self._request.found.assume_slow(self._config, self._request.workload)
+        prediction = self._predict(self._function, *self._arguments, grid_sizes=sizes, slow_grid_sizes=slow)
         rest = [op for op in prediction.ops if op.category != "kernel"]
         # What the fallbacks cost that have nothing to do is part of the rest.
         rest += [op for op in prediction.ops if op.category == "kernel" and not self._runs(op.name)]
@@ -203,12 +204,19 @@ class _Op:
     def _runs(self, op_name: str) -> bool:
         return any(op_name.rsplit(".", 1)[0] == _name(call) for call in self.kernels)
 
-    def _predict(self, function: Callable[..., Any], *arguments: Any, grid_sizes: Mapping[str, int]) -> Prediction:
+    def _predict(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        grid_sizes: Mapping[str, int],
+        slow_grid_sizes: Mapping[str, int] | None = None,
+    ) -> Prediction:
         return offline_tpu.predict(
             function,
             *arguments,
             device=self._device,
             grid_sizes=grid_sizes,
+            slow_grid_sizes=slow_grid_sizes,
             compiler_options=self._request.options_of_compiler,
         )
 

@@ -17,7 +17,7 @@ import numpy as np
 import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
-from splash_attn.pallas import assumed_grid_sizes
+from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 from tuning.kernels.protocol import Kernel, Unrolled
 from tuning.trials import workloads
@@ -183,6 +183,10 @@ class SplashAttn(AttentionKernel):
     def assume(self, config: AttentionConfig, workload: workloads.Workload) -> tuple[dict[str, int], tuple[str, ...]]:
         """Return that all heads go to the kernel of the variant."""
         return assumed_grid_sizes(workload.shape, _variant(config))
+
+    def assume_slow(self, config: AttentionConfig, workload: workloads.Workload) -> dict[str, int]:
+        """Return that no head goes to the kernel of the variant, where some could."""
+        return slow_grid_sizes(workload.shape, _variant(config))
 
     def check_config(self, config: AttentionConfig, workload: workloads.Workload) -> AttentionConfig:
         """Return as few tiles as fill the pipeline twice, with a shorter last one and a loop where there are such."""

@@ -144,6 +144,11 @@ class Kernel(abc.ABC, Generic[C, W]):
         del config, workload
         return {}, ()
 
+    def assume_slow(self, config: C, workload: W) -> dict[str, int]:
+        """Return the same grid sizes at the other end, where data make the call slowest; empty where nothing does."""
+        del config, workload
+        return {}
+
     # What follows is for the tuner; only the attention kernels, which are older than this form, say it anew.
 
     def config_of(self, block_sizes: BlockSizes | None, options: Mapping[str, Any]) -> C:

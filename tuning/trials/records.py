@@ -68,6 +68,8 @@ class Trial:
       compiler_options: flags of libtpu that were given for this program; empty: its defaults.
       label: how the times were got; None for backends that give none.
       time_samples_ms: raw times of the whole op; one sample for a prediction.
+      slow_time_ms: of a whole op that is predicted, the time where data make it slowest, as where no head may take the
+        fixed-bound softmax; None where nothing depends on data, or it was not compiled whole.
       kernel_time_ms, cycles, vmem_bytes, spill_count, fill_count, code_bytes: of the Pallas kernel alone.
       peak_hbm_bytes, compile_time_s: of the whole op.
       wall_time_s: of the job that made it, imports included where its worker was new; 0 if it came from the cache.
@@ -92,6 +94,7 @@ class Trial:
     environment: Environment
     label: Label | None = None
     time_samples_ms: tuple[float, ...] = ()
+    slow_time_ms: float | None = None
     kernel_time_ms: float | None = None
     cycles: int | None = None
     vmem_bytes: int | None = None

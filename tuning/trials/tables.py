@@ -144,6 +144,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "status": trial.status.value,
         "compiled": None if trial.compiled == "whole" else trial.compiled,
         **{f"{label.value}_ms": trial.time_ms if trial.label is label else None for label in Label},
+        "slow_ms": trial.slow_time_ms,
         "kernel_ms": trial.kernel_time_ms,
         "kernel_bound_fraction": kernel_bound_fraction(trial),
         "mcycles": None if trial.cycles is None else trial.cycles / 1e6,

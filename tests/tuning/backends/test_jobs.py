@@ -33,9 +33,11 @@ def trial_of(make_evaluator: Callable[..., Evaluator]) -> Callable[..., Trial]:
 
 @pytest.mark.compile
 def test_offline_predicts_and_checks(trial_of: Callable[..., Trial]) -> None:
-    trial = trial_of()
+    trial = trial_of(softmax="fixed_bound")
     assert (trial.status, trial.error, trial.label) == (Status.OK, None, Label.PREDICTED)
     assert trial.time_ms is not None
+    assert trial.slow_time_ms is not None
+    assert trial.time_ms < trial.slow_time_ms < 2 * trial.time_ms  # all heads to the online softmax
     assert trial.kernel_time_ms is not None
     # 3 heads of 1021 x 1013 scores: some microseconds on a v6e, and the kernel is most but not all of it
     assert 1e-3 < trial.kernel_time_ms < trial.time_ms < 1
