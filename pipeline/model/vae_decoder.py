@@ -7,7 +7,7 @@ weights. How, and in which layout, is said in `pipeline.model.vae_layers`.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -15,7 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pipeline.model.vae_layers import Activations, Cache, Layer, Network, Weights, cut, join, num_strips
+from pipeline.model.vae_layers import (
+    Activations,
+    Cache,
+    Layer,
+    Network,
+    Weights,
+    cut,
+    join,
+    num_strips,
+    pair,
+    pair_weights,
+    unpair,
+    weights_to_pairs,
+)
 from pipeline.requests.errors import CheckpointError
 
 
@@ -65,8 +78,11 @@ def decode(
     cache: Cache | None,
     shape: DecoderShape,
     num_shards: int,
+    paired: bool = False,
 ) -> tuple[Float[Array, "frames rows columns rgb"], Cache]:
     """Return one batch's video in [-1, 1], float32, and the cache for the next. cache: None for the first batch.
+
+    paired: the last level, of most of the work, computes two frames at a time; see `pair_weights`.
 
     weights: by their stock names, see `arrange`. latents: this device's columns of `num_shards` devices along the mesh
     axis SPLIT, scaled already, in the weights' dtype.
@@ -74,26 +90,63 @@ def decode(
     z = latents.swapaxes(1, 2)
     if "post_quant_conv.weight" in weights:
         z = (z @ weights["post_quant_conv.weight"].reshape(z.shape[-1], -1)) + weights["post_quant_conv.bias"]
+    resnets = [
+        [f"decoder.up_blocks.{level}.resnets.{index}." for index in range(shape.num_resnets)]
+        for level in range(shape.num_levels)
+    ]
+    middle, last = [f"decoder.mid_block.resnets.{index}." for index in range(2)], shape.num_levels - 1
+    narrowing = [f"{names[0]}conv_shortcut.weight" in weights for names in resnets]
+    if paired:
+        weights = {**weights, **_last_level_in_pairs(weights, resnets[last][0])}
     network = Network(
         weights, cache, lambda weights, cache: DecoderLayer(weights, cache, shape.num_groups, num_shards, z)
     )
     apply = network.apply
+    resnet = DecoderLayer.resnet
     x = cut(z, num_strips(z.shape[1]))
     x = apply(["decoder."], x, lambda layer, x: layer.causal_conv("conv_in", x))
-    x = apply([f"decoder.mid_block.resnets.{index}." for index in range(2)], x, DecoderLayer.resnet)
-    for level in range(shape.num_levels):
-        block = f"decoder.up_blocks.{level}"
+    if narrowing[0]:
+        x = apply(middle, x, resnet)
+    else:  # alike, so compiled once
+        resnets[0] = [*middle, *resnets[0]]
+    for level, names in enumerate(resnets):
+        in_pairs = paired and level == last
         with jax.named_scope(f"level_{level}"):
-            resnets = [f"{block}.resnets.{index}." for index in range(shape.num_resnets)]
-            if f"{resnets[0]}conv_shortcut.weight" in weights:  # to another number of channels
-                x = apply([resnets.pop(0)], x, DecoderLayer.resnet)
-            x = apply(resnets, x, DecoderLayer.resnet)
-            if level < shape.num_levels - 1:
+            if narrowing[level]:  # to another number of channels
+                x = apply([names.pop(0)], x, DecoderLayer.resnet_to_pairs if in_pairs else resnet)
+            elif in_pairs:
+                x = pair(x)
+            x = apply(names, x, _in_pairs(resnet) if in_pairs else resnet)
+            if level < last:
                 upsample = functools.partial(DecoderLayer.upsample, double_frames=level < shape.time_levels)
-                x = apply([f"{block}.upsamplers.0."], x, upsample)
-    x = apply(["decoder."], x, lambda layer, x: layer.norm_silu("norm_out", x))
-    video = apply(["decoder."], x, lambda layer, x: layer.causal_conv("conv_out", x, dtype=jnp.float32))
+                x = apply([f"decoder.up_blocks.{level}.upsamplers.0."], x, upsample)
+
+    def output(layer: DecoderLayer, x: Activations) -> Activations:
+        return layer.causal_conv("conv_out", layer.norm_silu("norm_out", x), dtype=jnp.float32)
+
+    video = apply(["decoder."], x, _in_pairs(output) if paired else output)
+    video = unpair(video, z.shape[0] % 2) if paired else video
     return join(video).swapaxes(1, 2), network.next_cache
+
+
+def _last_level_in_pairs(weights: Weights, first: str) -> dict[str, jax.Array]:
+    """Return the weights of the last level and the output as they are on frames in pairs, by their stock names.
+
+    first: the level's first resnet, whose results are the first pairs where it changes the number of channels.
+    """
+    level = (first.removesuffix("resnets.0."), "decoder.norm_out.", "decoder.conv_out.")
+    paired = pair_weights(weights, level)
+    if f"{first}conv_shortcut.weight" in weights:
+        norm = {name: x for name, x in weights.items() if name.startswith(f"{first}norm1.")}
+        paired |= norm | weights_to_pairs(weights, (f"{first}conv1.", f"{first}conv_shortcut."))
+    return paired
+
+
+def _in_pairs(
+    layer: Callable[["DecoderLayer", Activations], Activations],
+) -> Callable[["DecoderLayer", Activations], Activations]:
+    """Return `layer` for frames in pairs."""
+    return lambda state, x: layer(state.in_pairs(), x)
 
 
 @dataclasses.dataclass
@@ -101,6 +154,24 @@ class DecoderLayer(Layer):
     """One layer of the decoder at work. z: latents [frames, columns, rows, channels]."""
 
     z: jax.Array
+
+    def in_pairs(self) -> Self:
+        """Return this layer for frames in pairs."""
+        return dataclasses.replace(self, paired=True, odd=len(self.z) % 2 == 1)
+
+    def resnet_to_pairs(self, x: Activations) -> Activations:
+        """Apply a resnet of another number of channels, whose convolutions of x move by two frames: to pairs."""
+        odd = len(self.z) % 2
+        with jax.named_scope("conv1"):
+            h = self.norm_silu("norm1", x)
+            before = jnp.concatenate([h[:1]] * (2 + odd)) if self.cache is None else self.cache["conv1"]
+            h = jnp.concatenate([before, h])
+            self.next_cache["conv1"] = h[-2:]
+            h = self._conv("conv1.conv", self._with_neighbours(h), x.dtype, strides=(2, 1, 1))
+        pairs = self.in_pairs()
+        h = pairs.norm_silu("norm2", h)
+        x = self._conv("conv_shortcut", jnp.concatenate([x[:odd], x]), x.dtype, strides=(2, 1, 1))
+        return pairs.causal_conv("conv2", h, residual=x)
 
     def upsample(self, x: Activations, double_frames: bool) -> Activations:
         """Repeat rows and columns (and frames) twice, then convolve each frame by itself."""
@@ -138,8 +209,8 @@ class DecoderLayer(Layer):
 
     def _latents_like(self, x: Activations) -> Activations:
         """Return the latents in the strips of x; each of their pixels is a block of pixels of x."""
-        z, frames = self.z, x.shape[0]
-        if frames % 2 and frames > 1:  # as in stock, the first by itself
+        z, frames = self.z, x.shape[0]  # or pairs
+        if len(z) % 2 and frames > 1:  # as in stock, the first by itself
             z = jnp.concatenate([z[:1], jnp.repeat(z[1:], (frames - 1) // (z.shape[0] - 1), axis=0)])
         strips, columns = x.shape[3], z.shape[1]
         return cut(jnp.repeat(z, strips // math.gcd(columns, strips), axis=1), strips)

@@ -8,6 +8,8 @@ which a convolution sees as its batch. Strips lie in the 8 sublanes of a TPU's r
 that everything that convolutions, padding and upsampling do to frames, columns and rows moves whole registers. Left to
 itself XLA cuts and mends the image so around every convolution, by copies that cost more than the convolutions.
 
+Frames may lie in pairs, the two of a pair side by side in the channels; see `pair`.
+
 Convolutions take and give the weights' dtype and accumulate in float32. Norms, their scales and shifts, activation
 functions, biases and residuals are computed in float32 and rounded once, where stock rounds in between.
 """
@@ -28,7 +30,7 @@ NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXSpatialNorm3D, and what the enco
 MAX_STRIPS = 8  # sublanes of a TPU's vector register
 Weights = Mapping[str, jax.Array]
 #: Of each causal convolution, by its name and over the resnets of a run: the last two frames of its input,
-#: [resnets, frames, columns, rows, strips, channels].
+#: [resnets, frames, columns, rows, strips, channels], or its last pair.
 Cache = dict[str, jax.Array]
 Activations = Float[Array, "frames columns rows strips channels"]
 
@@ -57,14 +59,67 @@ def join(x: Activations) -> Float[Array, "frames columns rows channels"]:
     return jnp.moveaxis(x, 3, 1).reshape(frames, strips * columns, rows, channels)
 
 
+def pair(x: Activations) -> Activations:
+    """Lay frames side by side in pairs [pairs, columns, rows, strips, 2 channels], the earlier one's channels first.
+
+    An odd number's first frame is in a pair with itself.
+    """
+    x = jnp.concatenate([x[: len(x) % 2], x])
+    return jnp.concatenate([x[::2], x[1::2]], axis=-1)
+
+
+def unpair(x: Activations, odd: int) -> Activations:
+    """Invert `pair`. odd: 1 where the frames are of an odd number, else 0."""
+    pairs, *between, channels = x.shape
+    frames = jnp.moveaxis(x.reshape(pairs, *between, 2, channels // 2), -2, 1)
+    return frames.reshape(2 * pairs, *between, channels // 2)[odd:]
+
+
+def pair_weights(weights: Weights, prefixes: Sequence[str]) -> dict[str, jax.Array]:
+    """Return the weights below any of the prefixes as they are for frames in pairs, with the same names.
+
+    A causal convolution becomes one of two pairs, a quarter of whose kernel is zeros. Where channels fill half of a
+    matrix unit it takes three quarters of the time, and gives the same sums.
+    """
+
+    def paired(x: jax.Array) -> jax.Array:
+        if x.ndim != 5 or len(x) == 1:  # those of one frame are of the latents
+            return jnp.concatenate([x, x], axis=-1)
+        taps = _kernel_to_pairs(x)
+        taps = jnp.moveaxis(taps.reshape(2, 2, *taps.shape[1:]), 1, 3)
+        return taps.reshape(*taps.shape[:3], -1, taps.shape[-1])
+
+    return {name: paired(x) for name, x in weights.items() if name.startswith(tuple(prefixes))}
+
+
+def weights_to_pairs(weights: Weights, prefixes: Sequence[str]) -> dict[str, jax.Array]:
+    """Return the weights of convolutions that take single frames, two of them a move, and give pairs."""
+    return {
+        name: _kernel_to_pairs(x) if x.ndim == 5 else jnp.concatenate([x, x])
+        for name, x in weights.items()
+        if name.startswith(tuple(prefixes))
+    }
+
+
+def _kernel_to_pairs(kernel: jax.Array) -> jax.Array:
+    """Return the kernel [time + 1, width, height, in, 2 out] of the earlier frame, and one frame on, of the later."""
+    nothing = jnp.zeros_like(kernel[:1])
+    return jnp.concatenate([jnp.concatenate([kernel, nothing]), jnp.concatenate([nothing, kernel])], axis=-1)
+
+
 @dataclasses.dataclass
 class Layer:
-    """One layer at work. weights, cache: by names below the layer's; cache: None in the first batch."""
+    """One layer at work. weights, cache: by names below the layer's; cache: None in the first batch.
+
+    paired: whether the frames lie in pairs. odd: whether they are of an odd number, as only a first batch's are.
+    """
 
     weights: Weights
     cache: Cache | None
     num_groups: int
     num_shards: int
+    paired: bool = dataclasses.field(default=False, kw_only=True)
+    odd: bool = dataclasses.field(default=False, kw_only=True)
     next_cache: Cache = dataclasses.field(default_factory=dict, kw_only=True)
 
     def resnet(self, x: Activations) -> Activations:
@@ -79,9 +134,13 @@ class Layer:
     ) -> Activations:
         """Convolve 3x3x3, each frame with the two before it; before the first batch lies its first frame, twice."""
         with jax.named_scope(name):
-            before = jnp.concatenate([x[:1]] * 2) if self.cache is None else self.cache[name]
+            if self.paired:
+                first = jnp.concatenate([x[:1, ..., : x.shape[-1] // 2]] * 2, axis=-1)
+            else:
+                first = jnp.concatenate([x[:1]] * 2)
+            before = first if self.cache is None else self.cache[name]
             x = jnp.concatenate([before, x])
-            self.next_cache[name] = x[-2:]
+            self.next_cache[name] = x[-len(before) :]
             return self._conv(f"{name}.conv", self._with_neighbours(x), dtype or x.dtype, residual)
 
     def norm_silu(self, name: str, x: Activations) -> Activations:
@@ -92,12 +151,16 @@ class Layer:
 
     def _group_norm(self, name: str, x: Activations) -> tuple[jax.Array, jax.Array]:
         """Return group norm's factor and offset, float32 [channels] each. Statistics are of the whole image."""
-        groups = self.num_groups
-        count = x.size // groups * self.num_shards
+        groups, side_by_side = self.num_groups, 2 if self.paired else 1
+        channels, repeated = x.shape[-1] // side_by_side, self.paired and self.odd
+        count = (x.size - repeated * x[0].size // 2) // groups * self.num_shards
 
         def mean(values: jax.Array) -> jax.Array:
-            by_group = values.sum((0, 1, 2, 3)).reshape(groups, -1).sum(1)
-            return jnp.repeat(lax.psum(by_group, SPLIT) / count, x.shape[-1] // groups)
+            if repeated:  # the first frame counts once
+                pairs, channel = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 4))
+                values = jnp.where((pairs == 0) & (channel < channels), 0, values)
+            by_group = values.sum((0, 1, 2, 3)).reshape(side_by_side, groups, -1).sum((0, 2))
+            return jnp.tile(jnp.repeat(lax.psum(by_group, SPLIT) / count, channels // groups), side_by_side)
 
         values = x.astype(jnp.float32)
         centre = mean(values)

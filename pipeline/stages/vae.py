@@ -32,6 +32,11 @@ from pipeline.stages.progress import StageClock
 DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 #: Of the cache, [resnets, frames, columns, rows, strips, channels].
 CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
+#: TPUs whose matrix units are 128 wide; later ones' are 256.
+_NARROW_TPUS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e")
+#: On a v6e-8 at 720p the program of later batches took 159 CPU seconds to compile, in place of 426 by default (32
+#: MiB) and without pairs, and 50.6 ms to run, in place of 49.3, predicted. Second tries alone are 66 of those seconds.
+TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "12288", "xla_tpu_llo_compilation_max_retries": "0"}
 
 
 class _VaeHalf:
@@ -171,7 +176,7 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         if by_height:
             z = z.swapaxes(1, 2)
             weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
-        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT])
+        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired=pays_in_pairs(weights, shape, mesh))
         video = video.swapaxes(1, 2) if by_height else video
         frames = jnp.clip(video / 2 + 0.5, 0, 1)
         if quantize:
@@ -185,7 +190,16 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         out_specs=(frames_spec, CACHE_SPEC, PartitionSpec()),
         check_vma=False,
     )
-    return jax.jit(over_mesh, donate_argnums=2)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    options = TPU_COMPILER_OPTIONS if on_tpu else None
+    return jax.jit(over_mesh, donate_argnums=2, compiler_options=options)
+
+
+def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
+    """Return whether to decode frames in pairs: where channels fill half of a matrix unit at most, and off TPU."""
+    channels = weights["decoder.conv_out.conv.weight"].shape[3]
+    kind = mesh.devices.flat[0].device_kind
+    return shape.time_levels > 0 and channels <= 128 and kind not in _NARROW_TPUS
 
 
 def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:

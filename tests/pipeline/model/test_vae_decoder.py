@@ -12,7 +12,17 @@ from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import split_mesh
 from pipeline.model.torchax_bridge import torch_to_numpy
 from pipeline.model.vae_decoder import DecoderLayer, DecoderShape
-from pipeline.model.vae_layers import Layer, arrange, cut, join, num_strips
+from pipeline.model.vae_layers import (
+    Layer,
+    arrange,
+    cut,
+    join,
+    num_strips,
+    pair,
+    pair_weights,
+    unpair,
+    weights_to_pairs,
+)
 from pipeline.requests.errors import CheckpointError
 
 
@@ -74,6 +84,57 @@ def test_statistics_of_bfloat16_are_taken_in_float32(rng):
     # A bfloat16 sum of these would stop growing at some 4000 of 80000.
     np.testing.assert_allclose(factor, np.full(2, 1 / exact.std()), rtol=1e-4)
     np.testing.assert_allclose(offset, np.full(2, -exact.mean() / exact.std()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("frames", "latent_frames", "first"), [(5, 3, True), (4, 2, True), (4, 2, False)])
+def test_resnets_on_pairs_of_frames_are_those_on_frames(frames, latent_frames, first, rng):
+    """One that makes pairs of frames of other channels, and one that is given pairs, and both caches."""
+
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def resnet_weights(channels):
+        shapes = {"conv1.conv": (3, 3, 3, channels, 4), "conv2.conv": (3, 3, 3, 4, 4)}
+        for norm, of in (("norm1", channels), ("norm2", 4)):
+            shapes |= {f"{norm}.{conv}.conv": (1, 1, 1, 5, of) for conv in ("conv_y", "conv_b")}
+            shapes[f"{norm}.norm_layer"] = (of,)
+        shapes |= {"conv_shortcut": (1, 1, 1, channels, 4)} if channels != 4 else {}
+        return {
+            f"{name}.{kind}": array(*(shape if kind == "weight" else shape[-1:]))
+            for name, shape in shapes.items()
+            for kind in ("weight", "bias")
+        }
+
+    first_weights, weights = resnet_weights(6), resnet_weights(4)
+    cache = None if first else [{"conv1": array(2, 2, 4, 2, of), "conv2": array(2, 2, 4, 2, 4)} for of in (6, 4)]
+    x, z = array(frames, 2, 4, 2, 6), array(latent_frames, 4, 4, 5)
+
+    def by_frames(x, z, first_weights, weights, cache):
+        layers = [
+            DecoderLayer(own, before, 2, 1, z)
+            for own, before in zip((first_weights, weights), cache or (None, None), strict=True)
+        ]
+        for layer in layers:
+            x = layer.resnet(x)
+        return x, [layer.next_cache for layer in layers]
+
+    def by_pairs(x, z, first_weights, weights, cache):
+        norm = {name: value for name, value in first_weights.items() if name.startswith("norm1.")}
+        entering = weights_to_pairs(first_weights, ("conv1.", "conv_shortcut."))
+        first_weights = pair_weights(first_weights, ("",)) | norm | entering
+        if cache:
+            cache = [{"conv1": cache[0]["conv1"], "conv2": pair(cache[0]["conv2"])}, jax.tree.map(pair, cache[1])]
+        cache = cache or (None, None)
+        entry = DecoderLayer(first_weights, cache[0], 2, 1, z)
+        inside = DecoderLayer(pair_weights(weights, ("",)), cache[1], 2, 1, z).in_pairs()
+        x = inside.resnet(entry.resnet_to_pairs(x))
+        caches = [entry.next_cache, inside.next_cache]
+        after = [{k: v if v.shape[-1] == 6 else unpair(v, 0) for k, v in cache.items()} for cache in caches]
+        return unpair(x, len(z) % 2), after
+
+    arguments = (x, z, first_weights, weights, cache)
+    actual, expected = (_on_one_device(function, *arguments) for function in (by_pairs, by_frames))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * float(jnp.std(b))), actual, expected)
 
 
 def test_the_published_configuration_is_known_and_others_are_refused():

@@ -11,6 +11,7 @@ import json
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ import torch
 
 from helpers import PLENTY_S
 from pipeline.model.latents import LatentGeometry
+from pipeline.model.vae_decoder import DecoderShape
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import AttentionOptions
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.progress import StageClock
 from pipeline.stages.text import TextEncoder
-from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding
+from pipeline.stages.vae import VaeDecoder, decode_program, latent_sharding, pays_in_pairs
 
 pytestmark = pytest.mark.compile
 
@@ -141,6 +143,16 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     expected = stock.video_processor.postprocess_video(video, output_type="np")[0]
     assert 0.05 < expected.std() < 0.45, "frames that are all black or white would agree anyhow"
     np.testing.assert_allclose(actual, expected, rtol=0, atol=FRAME_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "expected"), [("TPU v6 lite", 128, True), ("TPU v5", 128, False), ("TPU7x", 256, False)]
+)
+def test_frames_are_paired_where_channels_fill_half_of_a_matrix_unit(kind, channels, expected):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+    weights = {"decoder.conv_out.conv.weight": np.zeros((3, 3, 3, channels, 3))}
+    shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
+    assert pays_in_pairs(weights, shape, mesh) is expected
 
 
 def test_eight_bit_frames_are_rounded(decoder, rng):
