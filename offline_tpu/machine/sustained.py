@@ -8,11 +8,27 @@ regained by work that moves less. Why is not known; what is fitted on what is in
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from offline_tpu.prediction import OpCost
+
+class Work(Protocol):
+    """An op of a program; the fields are those of `offline_tpu.prediction.OpCost`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def time_s(self) -> float: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def hbm_bytes(self) -> int: ...
+    @property
+    def bound(self) -> str: ...
+    @property
+    def loops(self) -> tuple[Any, ...]: ...
 
 
-def slowdowns(ops: Iterable[OpCost], bytes_per_s: float, sustained_share: float, burst_s: float) -> Mapping[str, float]:
+def slowdowns(ops: Iterable[Work], bytes_per_s: float, sustained_share: float, burst_s: float) -> Mapping[str, float]:
     """Return by how much ops that wait for HBM take longer than at full bandwidth, by name; others are left out.
 
     Args:
