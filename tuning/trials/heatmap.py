@@ -27,6 +27,8 @@ def file_name(exact: bool, names: tuple[str, str] = ATTENTION) -> str:
 def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure | None:
     """Draw the ok trials of one sweep, the winner marked. Returns None where there is nothing to draw.
 
+    A cell shows an estimate of a first pass only where nothing in it was settled.
+
     names: of the tunables, rows first.
     """
     timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and set(names) <= t.tunables.keys()]
@@ -39,7 +41,7 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
         return trial.tunables[names[0]], trial.tunables[names[1]]
 
     best: dict[tuple[Any, Any], Trial] = {}
-    for trial in sorted(timed, key=_time, reverse=True):
+    for trial in sorted(timed, key=lambda trial: (_is_estimate(trial), _time(trial)), reverse=True):
         best[cell_of(trial)] = trial
     failures = collections.defaultdict(set)
     for trial in trials:
@@ -66,7 +68,7 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
                 trial = best[cell]
                 colour = "#fefefe" if _time(trial) > middle else "black"
                 compute = f"\n/{trial.block_sizes.block_kv_compute}" if trial.block_sizes and names == ATTENTION else ""
-                text = f"{_time(trial):.4g}{compute}"
+                text = f"{'~' if _is_estimate(trial) else ''}{_time(trial):.4g}{compute}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
                 if trial is winner:
                     frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3)
@@ -77,6 +79,7 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
     axes.set_xticks(range(len(columns)), labels=[str(c) for c in columns])
     axes.set_yticks(range(len(rows)), labels=[str(r) for r in rows])
     in_cell = "ms, / block_kv_compute" if names == ATTENTION else "ms"
+    in_cell += ", ~ from shorter kernels" if any(map(_is_estimate, best.values())) else ""
     axes.set_xlabel(f"{names[1]} (in the cell: {in_cell})", color=LIGHT["ink"])
     axes.set_ylabel(names[0], color=LIGHT["ink"])
     axes.set_title(
@@ -87,6 +90,10 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
     )
     axes.tick_params(colors=LIGHT["ink"])
     return figure
+
+
+def _is_estimate(trial: Trial) -> bool:
+    return trial.compiled == "shorter"
 
 
 def _about(trial: Trial) -> str:
