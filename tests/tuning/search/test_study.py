@@ -225,6 +225,18 @@ def test_what_exceeds_vmem_rules_out_what_is_larger(
     assert make_search(known=search.told).ask() is None
 
 
+def test_what_runs_today_is_asked_before_what_the_space_names_first(tmp_path: Path) -> None:
+    today = CANDIDATES.valid[7].key
+    settings = SearchSettings("tpe", None, 0)
+    space = Space("test", CHOICES, (FIRST,))
+    search = Search(tmp_path / "a.sqlite3", "study", space, CANDIDATES, settings, {}, ["of another space", today])
+    asked = [search.ask() for _ in range(2)]
+    assert [candidate and candidate.key for candidate in asked] == [
+        today,
+        space.candidate_of(space.complete(FIRST)).key,
+    ]
+
+
 def test_a_search_that_gains_nothing_stops_and_says_so(
     make_search: Callable[..., Search], trial_of: Callable[..., Trial], tmp_path: Path
 ) -> None:
