@@ -34,10 +34,6 @@ DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder
 CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 #: TPUs whose matrix units are 128 wide; later ones' are 256.
 _NARROW_TPUS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e")
-#: On a v6e-8 at 720p the program of later batches took 190 CPU seconds to compile, in place of 426 by default (32
-#: MiB) and without pairs, and 46.9 ms to run, in place of 49.3, predicted; with 12 MiB 159 and 50.6. Second tries alone
-#: are 66 of those seconds.
-TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "16384", "xla_tpu_llo_compilation_max_retries": "0"}
 
 
 class _VaeHalf:
@@ -191,9 +187,7 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         out_specs=(frames_spec, CACHE_SPEC, PartitionSpec()),
         check_vma=False,
     )
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    options = TPU_COMPILER_OPTIONS if on_tpu else None
-    return jax.jit(over_mesh, donate_argnums=2, compiler_options=options)
+    return jax.jit(over_mesh, donate_argnums=2)
 
 
 def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
