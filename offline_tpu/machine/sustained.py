@@ -1,8 +1,8 @@
 """How long HBM keeps up its full bandwidth: on some chips, not for more than milliseconds on end.
 
-Rows of TPU v6e whose ops all wait for HBM take the time of full bandwidth if that is under some 9 ms, and up to 1.24
-times as long if it is 40 ms or more, whatever the size of their buffers; rows that wait for the core do not, nor rows
-of other chips. So a burst is counted as spent by work that moves more than the sustained share of the bandwidth, and as
+Reported times of v6e programs whose ops all wait for HBM are those of full bandwidth up to some 9 ms, and up to 1.24
+times as long from 40 ms on, whatever the size of their buffers; those of programs that wait for the core are not, nor
+those of other chips. So a burst is counted as spent by work that moves more than the sustained share of the bandwidth, and as
 regained by work that moves less. Why is not known; what is fitted on what is in docs/predictions.md.
 """
 
