@@ -2,8 +2,8 @@
 
 Reported times of v6e programs whose ops all wait for HBM are those of full bandwidth up to some 9 ms, and up to 1.24
 times as long from 40 ms on, whatever the size of their buffers; those of programs that wait for the core are not, nor
-those of other chips. So a burst is counted as spent by work that moves more than the sustained share of the bandwidth, and as
-regained by work that moves less. Why is not known; what is fitted on what is in docs/predictions.md.
+those of other chips. So a burst is counted as spent by work that moves more than the sustained share of the bandwidth,
+and as regained by work that moves less. Why is not known; what is fitted on what is in docs/predictions.md.
 """
 
 import itertools
