@@ -10,11 +10,8 @@ import numpy as np
 from offline_tpu.machine import devices, residuals
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from tuning.validate.record import Comparison, Validation
+from tuning.validate.record import LEFT_OUT, Comparison, Validation
 
-#: XLA's own ragged matmul: how often its loops run is known only in part (docs/predictions.md), and times are off by
-#: more than any interval would say.
-_LEFT_OUT = ("ragged_dot",)
 _PATH = Path(residuals.__file__).with_name("residuals.json")
 
 
@@ -51,7 +48,7 @@ def residuals_of(rows: tuple[Comparison, ...]) -> dict[str, dict[str, residuals.
     """
     ratios: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
-        if row.predicted_ms is None or not row.shares or row.op in _LEFT_OUT:
+        if row.predicted_ms is None or not row.shares or row.op in LEFT_OUT:
             continue
         kind = residuals.kind_of(next(iter(row.shares)))
         for device in (devices.by_name(row.device_kind).name, "all"):

@@ -11,8 +11,9 @@ _HEAD = ("program", "chip", "rows", "median", "95 %", "worst", "Spearman", "in i
 
 
 def group_lines(validation: Validation) -> list[str]:
-    """Return the table by program and chip, its last line for all rows."""
-    rows = [_HEAD, *((group.op, group.device_kind, *_figures(group)) for group in validation.groups)]
+    """Return the table by program and chip, then by chip, its last line for all rows."""
+    groups = [*validation.groups, *validation.chips]
+    rows = [_HEAD, *((group.op, group.device_kind, *_figures(group)) for group in groups)]
     rows.append(("all", "", *_figures(validation)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
