@@ -5,7 +5,7 @@ import re
 
 from offline_tpu.machine.errors import UnknownDumpFormatError
 
-_BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +[A-Z]{0,2} *: *[> ]*\{", re.MULTILINE)
+_BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +([A-Z]{0,2}) *: *[> ]*\{", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
 _PREDICATE = re.compile(r"\((!?)(%p\w+)(?:, ([^)]*))?\)")
@@ -22,6 +22,7 @@ _MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 
+_FALL_THROUGH = "PF"
 BRANCH, DMA, WAIT = "sbr.rel", "dma", "dma.done.wait"
 LOAD, STORE, MOVE, PHI, OPERAND = "sld", "sst", "smov.u32", "sphi", "inlined_call_operand"
 
@@ -58,6 +59,7 @@ class Program:
     Attributes:
       length: bundles.
       labels: bundle that each region starts at.
+      fall_throughs: bundles where what a branch may skip has ended.
       events: instructions by bundle, in the order of execution.
       matmuls: how many matmuls of a whole register start before each bundle; one in float32 counts half, since its
         register holds half as many rows as one of packed bfloat16, int8 or float8.
@@ -72,6 +74,7 @@ class Program:
             raise UnknownDumpFormatError("no VLIW bundles found in the dump; it may come from another libtpu.")
         self.length = len(starts)
         self.labels: dict[str, int] = {}
+        self.fall_throughs = {index for index, match in enumerate(starts) if match[2] == _FALL_THROUGH}
         parsed: list[tuple[int, Instruction]] = []
         started = [0.0]
         for index, match in enumerate(starts):

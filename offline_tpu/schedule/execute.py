@@ -148,6 +148,8 @@ class _Run:
                 break
             bundle = self._bundles[position]
             steps += len(bundle)
+            # A phi's second value is the next trip's at the head of a loop; elsewhere, of what a branch did not skip.
+            second_phi = from_back_edge if address == start else address in self._program.fall_throughs
             for name, instruction, step in bundle:
                 if name == BRANCH:
                     if self._taken(instruction, address) and jump is None:
@@ -158,7 +160,7 @@ class _Run:
                 elif name == WAIT:
                     self._wait(instruction, address)
                 else:
-                    step(from_back_edge and address == start)
+                    step(second_phi)
         return jump, branch_at, steps
 
     def _run_clock_to(self, address: int) -> None:

@@ -48,7 +48,7 @@ class _Difference(enum.Enum):
 
 
 Scalar = int | Flag | Pointer | Loaded | _Difference | None
-#: Runs one instruction; told whether a back edge led to its bundle.
+#: Runs one instruction; told whether phis of its bundle have their second value.
 Step = Callable[[bool], None]
 
 _Binary = Callable[[int, int], int]
@@ -146,7 +146,7 @@ class Scalars:
         return None if condition is None else bool(condition) != instruction.predicate_negated
 
     def step(self, instruction: Instruction) -> Step:
-        """Return what runs an instruction that makes a scalar or a predicate; it is told whether a back edge led here.
+        """Return what runs an instruction that makes a scalar or a predicate; it is told whether a phi has its second value.
 
         Most of an op's instructions are moves, phis and arithmetic on two integers, and run some hundred thousand
         times: for these the step is a closure that looks at nothing twice. The rest goes to `assign`.
@@ -156,35 +156,35 @@ class Scalars:
         name, operands = instruction.name.partition(".")[0], instruction.operands
         operation = _operation(instruction.name)
 
-        def general(from_back_edge: bool) -> None:
-            self.assign(instruction, from_back_edge)
+        def general(second_phi: bool) -> None:
+            self.assign(instruction, second_phi)
 
         if result is None or name == OPERAND:
             return general
         if name == PHI:
             entered, repeated = map(self._known_name, operands)
 
-            def phi(from_back_edge: bool) -> None:
-                values[result] = get(repeated if from_back_edge else entered)
+            def phi(second_phi: bool) -> None:
+                values[result] = get(repeated if second_phi else entered)
 
             return phi if predicate is None else general
         if name in _MOVES:
             source = self._known_name(operands[0])
 
-            def move(from_back_edge: bool) -> None:
+            def move(second_phi: bool) -> None:
                 if predicate is None or ((condition := get(predicate)) is not None and bool(condition) != negated):
                     values[result] = get(source)
                 else:
-                    general(from_back_edge)
+                    general(second_phi)
 
             return move
         if operation is None or len(operands) != 2:
             return general
         left, right = map(self._known_name, operands)
 
-        def arithmetic(from_back_edge: bool) -> None:
+        def arithmetic(second_phi: bool) -> None:
             if predicate is not None and ((condition := get(predicate)) is None or bool(condition) == negated):
-                general(from_back_edge)
+                general(second_phi)
                 return
             a, b = get(left), get(right)
             if type(a) is int and type(b) is int:
@@ -212,7 +212,7 @@ class Scalars:
                 if words is not None and len(words) <= word_count:
                     self._memory[destination.name] = dict(enumerate(words, destination.offset))
 
-    def assign(self, instruction: Instruction, from_back_edge: bool) -> None:
+    def assign(self, instruction: Instruction, second_phi: bool) -> None:
         """Run one instruction that makes a scalar or a predicate, or stores one."""
         if instruction.result is None:
             return
@@ -225,13 +225,13 @@ class Scalars:
         elif not runs:
             value = None if instruction.otherwise is None else self.value(instruction.otherwise)
         else:
-            value = self._evaluate(instruction, from_back_edge)
+            value = self._evaluate(instruction, second_phi)
         self._values[instruction.result] = value
 
-    def _evaluate(self, instruction: Instruction, from_back_edge: bool) -> Scalar:
+    def _evaluate(self, instruction: Instruction, second_phi: bool) -> Scalar:
         name, _, kind = instruction.name.partition(".")
         if name == PHI:
-            return self.value(instruction.operands[1 if from_back_edge else 0])
+            return self.value(instruction.operands[1 if second_phi else 0])
         if name == OPERAND:
             return self._operand(instruction)
         args = [self.value(x) for x in instruction.operands]

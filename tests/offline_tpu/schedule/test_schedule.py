@@ -58,6 +58,25 @@ def test_a_branch_to_the_region_behind_the_last_bundle_ends_the_op() -> None:
     assert actual.counts == [1] * 9 + [0]
 
 
+@pytest.mark.parametrize(("skipped", "trips"), [(1, 7), (0, 3)])
+def test_a_phi_behind_what_a_branch_may_skip_has_the_value_of_the_way_that_was_taken(skipped: int, trips: int) -> None:
+    text = (
+        f"     0   :  {{ %p9_p9 = scmp.eq.s32.totalorder {skipped}, 1 ;; %s8_s8 = smov.u32 7 }} /* Start region 1 */\n"
+        "   0x1   :  { %9 = sbr.rel (%p9_p9) target = $region3 }\n"
+        "   0x2   :  {}\n   0x3   :  {}\n   0x4   :  {}\n   0x5   :  {}\n"
+        "   0x6   :  { %s9_s9 = smov.u32 3 }\n"
+        "   0x7 PF:  { %s7_s7 = sphi %s8_s8, %s9_s9 ;; %s1_s0 = smov.u32 0 } /* Start region 3 */\n"
+        "   0x8 LB: > { %s2_s1 = sphi %s1_s0, %s3_s2 /* phi copy */ } /* Start region 2 */\n"
+        "   0x9   : > { %s3_s2 = sadd.s32 1, %s2_s1 }\n"
+        "   0xa   : > { %p1_p0 = scmp.ge.s32.totalorder %s3_s2, %s7_s7 /* loop exit test */ }\n"
+        "   0xb   : > { %10 = sbr.rel (!%p1_p0) target = $region2 }\n"
+        "   0xc   : > {}\n   0xd   : > {}\n   0xe   : > {}\n   0xf   : > {}\n"
+    )
+    actual = execute(Program(text), TIMING)
+    assert actual.counts[8] == trips
+    assert actual.unresolved == ()
+
+
 def test_a_scalar_operand_that_the_caller_knows_is_used() -> None:
     operand = "%s9_s9 = inlined_call_operand.<no memory space> [shape: s32[], index: 2, kind: input]"
     text = LOOP.replace("{ %s1_s0", f"{{ {operand}  ;;  %s1_s0").replace("%s3_s2, 7 /*", "%s3_s2, %s9_s9 /*")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from offline_tpu.machine.devices import DEVICES
-from tuning.validate import plain
+from tuning.validate import plain, programs
 from tuning.validate.programs import CannotMakeError, Program, build
 from tuning.validate.rows import MeasuredRow, read_shipped
 
@@ -92,6 +92,19 @@ def test_arguments_that_the_op_does_not_take_are_dropped_only_where_they_change_
     changed = MeasuredRow(**{**row.call, "arguments": arguments}, id="x", source="s", times_ms=(1.0,))
     with pytest.raises(CannotMakeError, match=r"ragged_dot: tokamax \S+ has no argument zero_initialize=False"):
         _build(changed)
+
+
+def test_tiles_of_transposed_ragged_matmuls_divide_their_axes() -> None:
+    pytest.importorskip("tokamax")
+    fits = []
+    for row in SHIPPED:
+        dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
+        if row.op == "pallas_mosaic_tpu_ragged_dot" and dimensions["dot_dimension_numbers"][0] == [[1], [2]]:
+            _, columns, contracted = map(int, row.arguments["rhs"][5:-1].split(","))
+            config = programs._config(row)
+            fits.append(contracted % config["tile_k"] == 0 and columns % config["tile_n"] == 0)
+    assert fits.count(False) <= 2  # whose tiles divide the axes in neither order
+    assert len(fits) == 31
 
 
 def test_wrong_arguments_are_one_line() -> None:
