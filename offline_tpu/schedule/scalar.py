@@ -146,7 +146,7 @@ class Scalars:
         return None if condition is None else bool(condition) != instruction.predicate_negated
 
     def step(self, instruction: Instruction) -> Step:
-        """Return what runs an instruction that makes a scalar or a predicate; it is told whether a phi has its second value.
+        """Return what runs an instruction that makes a scalar or a predicate; it is told which value phis have.
 
         Most of an op's instructions are moves, phis and arithmetic on two integers, and run some hundred thousand
         times: for these the step is a closure that looks at nothing twice. The rest goes to `assign`.

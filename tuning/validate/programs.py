@@ -40,8 +40,8 @@ _LATER_DEFAULTS = {"maybe_quantize_lhs": False, "zero_initialize": True}
 #: How rows of earlier versions write attention's default precision, and what the op takes for it on a TPU.
 _DEFAULT_PRECISIONS = [["DEFAULT", "DEFAULT"], ["DEFAULT", "DEFAULT"]]
 _CANONICAL_PRECISIONS = ["BF16_BF16_F32", "BF16_BF16_F32"]
-#: Tiles of the ragged matmul with the right side transposed, on v5p: the rows name them by the axes of the product whose
-#: gradient it is. Of 17 rows 15 have tiles that divide the axes only so (on v7x, of 14 none).
+#: Tiles of the ragged matmul with the right side transposed, on v5p: rows name them by the axes of the product
+#: whose gradient it is. Of 17 rows 15 have tiles that divide the axes only so (on v7x, of 14 none).
 _TRANSPOSED_TILES = {("TPU v5", "pallas_mosaic_tpu_ragged_dot"): {"tile_k": "tile_n", "tile_n": "tile_k"}}
 _TRANSPOSED = [[[1], [2]], [[], []]]
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
