@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class TrialFile:
-    """Trials of one shape, dtype, device and backend from a folder of results/sweeps or results/peers, at least one."""
+    """Trials of one call, dtype, device and backend from a folder of results/sweeps or results/peers, at least one."""
 
     path: str
     trials: tuple[Trial, ...]
@@ -41,7 +41,8 @@ class Inputs:
 
     Attributes:
       entries: (device kind, tuned entry); of `tuned_dir`, or without one the user's and the shipped ones.
-      sweeps, peers: one for each folder. Of those of several machines, each record once.
+      sweeps, peers: of attention, one for each folder. Of those of several machines, each record once.
+      others: sweeps of other kernels, likewise.
       validation: of `tuning.validate`, or the reported rows alone.
       predicted, generated, quality: the lines of the pipeline's files.
       files: (file, what it holds) of each file that was read.
@@ -55,7 +56,7 @@ class Inputs:
         #: results_dir, and each machine's folder in it: one that has records, and is none of a sweep's.
         self._folders = [results_dir, *sorted(folder for folder in results_dir.glob("*") if _of_machine(folder))]
         self.entries = self._tuned_entries(tuned_dir)
-        self.sweeps, self.peers = self._trial_files()
+        self.sweeps, self.peers, self.others = self._trial_files()
         self.validation = self._validation(validation_path)
         self.predicted = self._all_lines("predict.jsonl", PredictionRecord, "prediction")
         self.generated = self._all_lines("generate.jsonl", GenerationRecord, "run")
@@ -83,7 +84,7 @@ class Inputs:
         """Read a file of results_dir, and those of that name in the folders of machines below it."""
         return [line for folder in self._folders for line in self._lines(folder / name, kind, what)]
 
-    def _trial_files(self) -> tuple[list[TrialFile], list[TrialFile]]:
+    def _trial_files(self) -> tuple[list[TrialFile], list[TrialFile], list[TrialFile]]:
         """Read the trials of every folder in sweeps and in peers, one name for each shape."""
         read = [
             (folder, self._shown(path), trial)
@@ -91,17 +92,16 @@ class Inputs:
             for machine in self._folders
             for path in sorted((machine / folder).glob(f"*/{TRIALS_FILE}"))
             for trial in self._lines(path, Trial, "trial")
-            if trial.shape is not None
         ]
         kept = {(folder, trial.record_id): (folder, path, trial) for folder, path, trial in reversed(read)}
         read = list(kept.values())[::-1]
         groups: dict[tuple[object, ...], list[Trial]] = {}
         for (folder, path, _), trial in zip(read, named_apart([trial for *_, trial in read]), strict=True):
             groups.setdefault((folder, path, *_kind(trial)), []).append(trial)
-        found: dict[object, list[TrialFile]] = {"sweeps": [], "peers": []}
+        found: dict[object, list[TrialFile]] = {"sweeps": [], "peers": [], "others": []}
         for (where, name, *_), trials in groups.items():
-            found[where].append(TrialFile(str(name), tuple(trials)))
-        return found["sweeps"], found["peers"]
+            found[where if trials[0].shape is not None else "others"].append(TrialFile(str(name), tuple(trials)))
+        return found["sweeps"], found["peers"], found["others"]
 
     def _validation(self, path: Path) -> Validation:
         """Read what `tuning.validate` wrote: a file, or of a folder the widest set."""
@@ -145,6 +145,8 @@ def newest_of(files: Sequence[TrialFile]) -> tuple[list[TrialFile], list[TrialFi
 
 
 def _kind(trial: Trial) -> tuple[object, ...]:
+    if trial.shape is None:  # of another kernel, which may tune its compiler's options
+        return trial.kernel, trial.call, trial.device_kind, trial.backend
     return trial.shape, trial.dtype, trial.device_kind, trial.backend, str(trial.compiler_options)
 
 

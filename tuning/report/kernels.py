@@ -92,6 +92,38 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
     }
 
 
+def others(files: Sequence[TrialFile], results_dir: Path) -> list[dict[str, Any]]:
+    """Return the newest sweep of each other kernel, workload, device and backend that has a time."""
+    found = []
+    for file in newest_of(files)[0]:
+        trials = newest_trials(file.trials)
+        timed = [trial for trial in trials if trial.time_ms is not None]
+        if not timed:
+            continue
+        best = min(timed, key=lambda trial: (trial.time_ms or 0.0, trial.key))
+        tried_first = min(timed, key=lambda trial: trial.created_at)
+        varied = [name for name in best.tunables if len({str(trial.tunables.get(name)) for trial in timed}) > 1]
+        names = (varied[0], varied[1]) if len(varied) > 1 else None
+        figure = heatmap.draw(trials, names) if names else None
+        folder = results_dir / Path(file.path).relative_to(results_dir.name).parent
+        pictures = sorted(folder.glob("heatmap*.png"))
+        found.append(
+            {
+                "title": f"{best.kernel}, {best.call} on {device_title(best.device_kind)}",
+                "path": file.path,
+                "best": best,
+                "tried_first": tried_first,
+                "gain": (tried_first.time_ms or 0.0) / (best.time_ms or 1.0),
+                "timed": len(timed),
+                "of_bound": best.bound_ms / best.time_ms if best.bound_ms and best.time_ms else None,
+                "heatmap": to_svg(figure, f"heatmap-{file.path}", {}) if figure else None,
+                "picture": pictures[0].as_posix() if pictures else None,
+                "provenance": origin_of_trials(trials),
+            }
+        )
+    return found
+
+
 def rooflines(sweep_files: Sequence[TrialFile], peer_files: Sequence[TrialFile]) -> list[dict[str, Any]]:
     """Return one for each shape, device and way of getting times, of the newest sweeps and comparisons."""
     files = [*newest_of(sweep_files)[0], *newest_of(peer_files)[0]]
@@ -187,14 +219,15 @@ def newest_trials(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def origin_of_trials(trials: Sequence[Trial]) -> str:
-    """Return how the figures of these trials were got, in one line."""
+    """Return how the figures of these trials were got, in one line; of attention, whether the sources have changed."""
     present = provenance.source_hash(provenance.KERNEL_SOURCES)
     ok = [trial for trial in trials if trial.status is Status.OK]
     texts = []
     for label in sorted({trial.label for trial in ok}, key=str):
         members = [trial for trial in ok if trial.label is label]
+        old = {t.environment.kernel_hash for t in members if t.shape is not None} - {present}
         hashes = sorted({trial.environment.kernel_hash for trial in members})
-        sources = [f"{h[:8]}{'' if h == present else ' (not the present one)'}" for h in hashes]
+        sources = [f"{h[:8]}{' (not the present one)' if h in old else ''}" for h in hashes]
         where = f"{_HOW[label]} {listed(trial.device_kind for trial in members)} with "
         texts.append(origin(members, where, f"; kernel source {', '.join(sources)}"))
     return "; ".join(texts) or "no candidate ended ok"

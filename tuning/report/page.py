@@ -37,6 +37,7 @@ def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
         "winners": kernels.winners(inputs.entries, inputs.tuned_dir),
         "sweeps": swept,
         "superseded": superseded,
+        "others": kernels.others(inputs.others, inputs.results_dir),
         "rooflines": kernels.rooflines(inputs.sweeps, inputs.peers),
         "pairs": sorted(measured, key=lambda pair: pair.name),
         "peers": kernels.peers(inputs.peers),

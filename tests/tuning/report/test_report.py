@@ -65,6 +65,13 @@ def fill(tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial, samples: Simp
         jsonl.append(sweep, make_trial(block_sizes=BlockSizes(1024, 1024, 128), record_id="r3", **failed))
         peer = {"kernel": "jax_splash", "variant": {"layout": "HEAD_DIM_MINOR"}, "ops": (KERNEL_OP,)}
         jsonl.append(peers, make_trial(time_samples_ms=(4.5,), kernel_time_ms=3.0, record_id="r4", **peer))
+        own = {"kernel": "Matmul", "shape": None, "block_sizes": None, "sizes": {"m": 64}, "dtype": "", "bound_ms": 1.0}
+        for number, (block, time_ms) in enumerate([(128, 8.0), (256, 2.0)]):
+            when = f"2026-11-23T10:00:0{number}+00:00"
+            trial = make_trial(**own, variant={"block": block}, time_samples_ms=(time_ms,), created_at=when)
+            jsonl.append(
+                results / "sweeps" / "Matmul-m64" / "trials.jsonl", dataclasses.replace(trial, record_id=f"o{number}")
+            )
         samples.write_lines(results / "predict.jsonl", samples.predicted())
         samples.write_lines(results / "generate.jsonl", samples.generated())
         samples.write_lines(results / "quality.jsonl", samples.judged())
@@ -196,6 +203,7 @@ def test_every_figure_of_the_sample_is_there_with_its_label(run: Run, fill: Call
     assert "measured on 1 x cpu with libtpu 0.0.52, jax 0.10.2; commit 0123456; 2026-11-23" in text
     assert "| online | measured | 3 | 41.2 | 50.0 | 0.9875 | 0.9990 | 100 % | 75 % | within budget |" in text
     assert "3 ok, 1 out of memory" in text
+    assert "| Matmul, m64 on TPU v6e | 2 | block=256 | 2.000 | 8.000 | 4.00 | 50 % | predicted |" in text
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
