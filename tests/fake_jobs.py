@@ -47,7 +47,7 @@ def bowl(payload: dict[str, Any]) -> dict[str, Any]:
     """
     if log := os.environ.get("FAKE_JOBS_LOG"):
         with Path(log).open("a") as file:
-            file.write(json.dumps(payload["block_sizes"]) + "\n")
+            file.write(json.dumps(payload["block_sizes"] or payload["options"]) + "\n")
         if len(Path(log).read_text().splitlines()) > int(os.environ.get("FAKE_JOBS_HANG_AFTER", sys.maxsize)):
             time.sleep(600)
     blocks = payload["block_sizes"] or {

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S, environment_with_repo, wait_until
-from sweeps import job_count, quiet, with_job
+from sweeps import job_count, quiet, user_defaults, with_job
+from tuning.kernels import loading
+from tuning.search.kernel_settings import kernel_settings
 from tuning.search.settings import SweepSettings
 from tuning.search.study import SearchSettings
 from tuning.sweep import sweep
@@ -26,23 +28,39 @@ pytestmark = pytest.mark.compile  # each sweep starts worker processes
 
 _SWEEP_TO_KILL = """
 import pickle, sys
+from tuning.kernels import loading
 from tuning.sweep import sweep
 if __name__ == "__main__":
+    for source in sys.argv[2:]:
+        loading.find(source)  # its module, which the settings name
     settings = pickle.load(open(sys.argv[1], "rb"))
     sweep(settings, report=lambda line: None)
 """
 
 
-@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+@pytest.fixture(params=["grid", "tpe", "grid of a user's kernel"])
+def settings(request: pytest.FixtureRequest, make_settings: MakeSettings, tmp_path: Path) -> SweepSettings:
+    """Of sweeps with so many candidates: 12, 12 and 6."""
+    sampler, _, whose = request.param.partition(" of ")
+    search = SearchSettings(sampler=sampler, max_trials=None, seed=0)
+    attention = make_settings(search=search)
+    if not whose:
+        return attention
+    kernel = loading.find(f"{Path(__file__).with_name('kernels') / 'scaled.py'}:Scaled")
+    return kernel_settings(kernel, {}, **user_defaults(results_dir=tmp_path / "results", search=search))
+
+
 def test_kill_9_loses_nothing_and_repeats_nothing(
-    make_settings: MakeSettings, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, settings_path = tmp_path / "log", tmp_path / "settings.pickle"
-    settings = make_settings(search=SearchSettings(sampler=sampler, max_trials=None, seed=0))
     settings_path.write_bytes(pickle.dumps(with_job("bowl", settings)))
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     monkeypatch.setenv("FAKE_JOBS_HANG_AFTER", "5")
-    process = subprocess.Popen([sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path)], env=environment_with_repo())
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SWEEP_TO_KILL, str(settings_path), *filter(None, [settings.source])],
+        env=environment_with_repo(),
+    )
     trials_glob = "sweeps/*/" + records.TRIALS_FILE
 
     def four_are_recorded() -> bool:
@@ -61,12 +79,13 @@ def test_kill_9_loses_nothing_and_repeats_nothing(
 
     after = records.read(records_path)
     assert [trial.record_id for trial in after[: len(before)]] == [trial.record_id for trial in before]
-    assert len({trial.key for trial in after}) == len(after) == len(result.trials) == 12
-    assert result.evaluated_count == 12 - len(before)
+    count = 12 if settings.source is None else 6
+    assert len({trial.key for trial in after}) == len(after) == len(result.trials) == count
+    assert result.evaluated_count == count - len(before)
     runs = [json.loads(line) for line in log.read_text().splitlines()]
     for trial in before:
-        assert trial.block_sizes is not None
-        assert runs.count(dataclasses.asdict(trial.block_sizes)) == 1
+        options = trial.variant if trial.block_sizes is None else dataclasses.asdict(trial.block_sizes)
+        assert runs.count(options) == 1
     assert not (result.directory / "state" / "work").exists()
 
 

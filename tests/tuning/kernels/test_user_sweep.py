@@ -11,13 +11,11 @@ import pytest
 
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
-from sweeps import quiet, with_job
+from sweeps import quiet, user_defaults, with_job
 from tuning import hparams, sweep
 from tuning.autotune import Best, autotune
-from tuning.backends.registry import BACKENDS
 from tuning.kernels import KernelError, loading, promoted
 from tuning.search.kernel_settings import kernel_settings
-from tuning.search.study import SearchSettings
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 
@@ -136,12 +134,12 @@ def test_a_mistake_is_one_line(run: Run, arguments: tuple[str, ...], message: st
 
 def test_a_gpus_kernel_is_not_predicted() -> None:
     with pytest.raises(KernelError, match="GpuAttention is for a GPU: backend=offline predicts TPUs"):
-        kernel_settings(_gpu(), {}, **_defaults(backend="offline"))
+        kernel_settings(_gpu(), {}, **user_defaults(backend="offline"))
 
 
 @pytest.mark.parametrize(("job", "status"), [("abort", Status.CRASHED), ("out_of_memory", Status.OUT_OF_MEMORY)])
 def test_a_kernel_that_fails_costs_only_its_trial(tmp_path: Path, job: str, status: Status) -> None:
-    made = kernel_settings(loading.find(SCALED), {}, **_defaults(results_dir=tmp_path, max_trials=2))
+    made = kernel_settings(loading.find(SCALED), {}, **user_defaults(results_dir=tmp_path, max_trials=2))
     result = sweep.sweep(with_job(job, made), report=quiet)
     assert {trial.status for trial in result.trials} == {status}
     assert {trial.kernel for trial in result.trials} == {"Scaled"}
@@ -159,29 +157,6 @@ def _gpu() -> Any:
     return loading.find(f"{path}:GpuAttention")
 
 
-def _defaults(**changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "space": {},
-        "device": "v6e",
-        "backend": "interpret",
-        "measure": {},
-        "search": SearchSettings("grid", changes.pop("max_trials", None), 0),
-        "compiler_options": {},
-        "workers": 1,
-        "engine": None,
-        "timeout_s": 1800.0,
-        "results_dir": Path("results"),
-        "tuned_path": None,
-        "heatmap": None,
-        "cache": False,
-        "promote": False,
-        "quick": True,
-        "progress": False,
-    }
-    assert settings["backend"] in BACKENDS
-    return settings | changes
-
-
 def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     best, _, _ = tuned
@@ -193,7 +168,9 @@ def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_p
 def test_trouble_with_the_machine_is_no_fact_about_its_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = with_job("short_of_something", kernel_settings(loading.find(SCALED), {}, **_defaults(results_dir=tmp_path)))
+    made = with_job(
+        "short_of_something", kernel_settings(loading.find(SCALED), {}, **user_defaults(results_dir=tmp_path))
+    )
     monkeypatch.setenv("FAKE_JOBS_SHORT_OF", "disk")
     first = sweep.sweep(made, report=quiet)
     assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}
