@@ -1,14 +1,18 @@
 """A first pass beside whole compiles: predicted for a v6e, on a call that compiles in seconds."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from offline_tpu.machine import devices
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.trial_status import Status
+from tuning.backends import quick
 from tuning.backends.base import Target
+from tuning.backends.device_times import MeasureSettings
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.jobs import Request
 from tuning.backends.registry import BACKENDS
 from tuning.trials import workloads
 from tuning.trials.records import Trial
@@ -35,3 +39,28 @@ def test_a_first_pass_comes_near(make_evaluator: Callable[..., Evaluator]) -> No
     assert shorter.time_ms == pytest.approx(whole.time_ms, rel=0.05)
     assert shorter.numerics is not None and whole.numerics is not None
     assert (shorter.numerics.block_sizes, whole.numerics.block_sizes) == ("768/512/256", "4096/512/256")
+
+
+@pytest.mark.parametrize(("apart_ms", "trusted"), [(0.00009, True), (0.00011, False)])
+def test_a_kernel_that_alone_takes_another_time_is_compiled_whole(
+    apart_ms: float, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2,048 steps the first 0.00009 ms each are 1.8 % of the kernel's 10 ms."""
+    scaled = f"{Path(__file__).parents[1] / 'kernels' / 'scaled.py'}:Scaled"
+    options, rows = {"block": 64, "add_first": False}, 2**17
+    call = {"shape": None, "dtype": "", "block_sizes": None, "options": options, "sizes": {"rows": rows}}
+    request = Request(
+        kernel=scaled,
+        kernel_hash="",
+        device="v6e",
+        cache_dir=str(tmp_path),
+        measure=MeasureSettings(),
+        compiled="kernel",
+        **call,  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(quick._Op, "rest_on_record", lambda op: quick.Cost(time_ms=1.0, apart_ms=apart_ms))
+    monkeypatch.setattr(quick._Op, "kernel_cost", lambda op: quick.Cost(time_ms=10.0, cycles=1000))
+    fields = quick.predict(request, V6E)
+    assert (fields is not None) == trusted
+    if isinstance(fields, dict):
+        assert (fields["kernel_time_ms"], fields["time_samples_ms"], fields["compiled"]) == (10.0, [11.0], "kernel")
