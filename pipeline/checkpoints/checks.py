@@ -125,7 +125,8 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
         read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
     check_transformer(request.transformer, request.int8_linears, request.lora, transformer, request.checkpoint)
     _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
-    _warn_of_size(request.checkpoint, request.width, request.height, request.num_frames)
+    if warning := size_warning(request):
+        _warn_once(warning)
 
 
 def check_transformer(
@@ -178,13 +179,19 @@ def _check_schedule(config: str, scheduler: str, num_inference_steps: int) -> No
         raise _unexpected("scheduler/scheduler_config.json", error) from error
 
 
-@functools.cache
-def _warn_of_size(checkpoint: str, *size: int) -> None:
-    """Warn, once a size (width, height, frames), of a video that the checkpoint's model was not trained for."""
+def size_warning(request: GenerateRequest) -> str | None:
+    """Return what to say of a video of another size than the checkpoint's model was trained for; None of all others."""
+    size = request.width, request.height, request.num_frames
     for model, trained in MODELS.items():
         width, height, num_frames = sizes = trained.width, trained.height, trained.num_frames
-        if trained.one_size and trained.checkpoint == checkpoint and size != sizes:
-            logger.warning(
+        if trained.one_size and trained.checkpoint == request.checkpoint and size != sizes:
+            return (
                 f"{size[0]}x{size[1]}, {size[2]} frames: model {model} was trained on {width}x{height}, {num_frames} "
                 f"frames (width x height), and shows little else; try {height=} {width=} {num_frames=}"
             )
+    return None
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    logger.warning(warning)

@@ -82,6 +82,12 @@ def test_every_node_checks_its_widgets(
             "denoise: try more chips, parallel_plan=ulysses, weights sharded, or",
         ),
         (
+            "image='as given': checkpoint='x' is a text-to-video model",
+            "the node CogVideoX TPU Image: model_id='x' is a text-to-video model",
+        ),
+        ("image=null: checkpoint='x' is an image-to-video model", "no image: model_id='x' is an image-to-video model"),
+        ("is for 49 frames; expected num_frames=49 or less, or context_frames=49", "is for 49 frames; expected num_f"),
+        (
             "checkpoint='x': no such folder; expected tiny, tiny-i2v, tiny-random, an existing folder, or owner/name",
             "model_id='x'",
         ),
@@ -94,7 +100,8 @@ def test_errors_name_the_widgets(part: Any, message: str, expected: str) -> None
 
     with pytest.raises(RequestError) as caught:
         fail()
-    assert str(caught.value).startswith(expected) and "tiny-random" not in str(caught.value)
+    assert str(caught.value).startswith(expected)
+    assert not any(term in str(caught.value) for term in ("tiny-random", "as given", "context_frames"))
 
 
 def test_info(values: dict[str, Any], nodes: dict[str, Any], comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +109,7 @@ def test_info(values: dict[str, Any], nodes: dict[str, Any], comfy: Any, monkeyp
     del values["seed"]
     output = nodes["CogVideoXTPUInfo"].execute(**values)
     (report,) = output.args
-    assert output.ui["text"][0] == report
+    assert output.ui["text"][0] == report == comfy.texts[-1][0]
     assert "attention on each device: 1x2x31x64" in report  # 2 x 3 patches in 2 pairs of frames, 19 text tokens
     assert "dp=2 x model=1" in report
     with pytest.raises(RequestError, match=r"num_devices=3: 3 devices a prompt do not .* parallel_plan=ulysses_all"):
@@ -144,5 +151,5 @@ def test_info_predicts_when_asked(
     (report,) = nodes["CogVideoXTPUInfo"].execute(**values).args
     assert asked == [("v6e-4", ("denoise",), 4, True)]
     assert kind == ["ulysses"], "what auto runs as"
-    assert comfy.texts == [("compiling", "7")]
+    assert comfy.texts == [("compiling", "7"), (report, "7")]
     assert "denoising on v6e-4: 2.5 s a step, 7.5 s in all" in report and "3.00 of 32 GiB" in report

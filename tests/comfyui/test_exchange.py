@@ -63,6 +63,7 @@ def test_latents_come_back_as_they_were(nodes: dict[str, Any], latents: Any, com
     shown = nodes["CogVideoXTPUSaveLatents"].execute(latents, filename_prefix="latents/CogVideoX").ui["text"][0]
     name = _only_option(load.define_schema())
     assert (shown, name) == ("latents/CogVideoX_00001_.latents.safetensors", f"{shown} [output]")
+    assert comfy.texts[-1][0] == shown
     (back,) = load.execute(file=name).args
     np.testing.assert_array_equal(back.latents, latents.latents)
     assert back.latents.dtype == "bfloat16" and back.request == latents.request

@@ -33,6 +33,9 @@ def test_frames_progress_and_previews(run: Any, comfy: Any) -> None:
     steps = [text for text, node_id in comfy.texts if "/3, " in text and node_id == "7"]
     assert len(steps) == 3
     assert steps[0].startswith("1/3, ") and " s a step, " in steps[0] and steps[-1].endswith(", 0 s left")
+    texts = [text for text, _ in comfy.texts]
+    (warning,) = [text for text in texts if "model tiny was trained on 96x64, 17 frames" in text]
+    assert texts.index(warning) == texts.index(steps[-1]) + 1, "what stays on the node"
     assert [bar for bar in comfy.bars if bar[1] == 3] == [(1, 3), (2, 3), (3, 3)]
     assert [(kind, picture.size) for kind, picture, _ in comfy.previews] == [("JPEG", (96, 64))] * 3, "frames 2 x 2"
 

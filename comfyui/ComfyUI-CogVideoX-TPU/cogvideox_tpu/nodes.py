@@ -149,7 +149,10 @@ class CogVideoXTPUSampler(io.ComfyNode):
         values = settings.checked_widgets(cls.define_schema(), values)
         request, parallel = stages.sampling_request(embeddings, **values)
         progress = NodeProgress(cls.hidden.unique_id, embeddings.checkpoint)
-        return io.NodeOutput(stages.denoise(embeddings, request, parallel, progress))
+        latents = stages.denoise(embeddings, request, parallel, progress)
+        if warning := stages.size_warning(request):
+            progress.say(warning)  # last, so that it stays there
+        return io.NodeOutput(latents)
 
 
 class CogVideoXTPUVAEDecoder(io.ComfyNode):
@@ -192,7 +195,9 @@ class CogVideoXTPUInfo(io.ComfyNode):
     @settings.in_widget_terms
     def execute(cls, **values: Any) -> io.NodeOutput:
         values = settings.checked_widgets(cls.define_schema(), values)
-        report = info.report(**values, say=NodeProgress(cls.hidden.unique_id).say)
+        say = NodeProgress(cls.hidden.unique_id).say
+        report = info.report(**values, say=say)
+        say(report)  # the preview alone is drawn by newer frontends only
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 

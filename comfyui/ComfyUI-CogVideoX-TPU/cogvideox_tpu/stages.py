@@ -148,6 +148,13 @@ def sampling_request(
     return request, parallel
 
 
+def size_warning(request: Any) -> str | None:
+    """Return what to say of a size that the model was not trained for."""
+    from pipeline.checkpoints import checks
+
+    return checks.size_warning(request)
+
+
 def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Latents:
     """Run stage "denoise"."""
     prompts = embeds.prompts if request.do_classifier_free_guidance else embeds.prompts[1:]
