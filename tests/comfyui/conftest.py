@@ -111,6 +111,12 @@ def values() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def spec() -> TinySpec:
+    """Of a checkpoint that compiles in a moment."""
+    return SPEC
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = ensure_tiny_checkpoint(tmp_path_factory.mktemp("cache"), SPEC)
     set_aside()
