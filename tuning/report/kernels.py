@@ -9,6 +9,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
 from splash_workbench.trial_status import Label, Status
+from tuning.passes import best_of
 from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import device_title, listed, origin, percent, significant, stack
@@ -93,14 +94,14 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
 
 
 def others(files: Sequence[TrialFile], results_dir: Path) -> list[dict[str, Any]]:
-    """Return the newest sweep of each other kernel, workload, device and backend that has a time."""
+    """Return the newest sweep of each other kernel, workload, device and backend that has a winner."""
     found = []
     for file in newest_of(files)[0]:
         trials = newest_trials(file.trials)
         timed = [trial for trial in trials if trial.time_ms is not None]
-        if not timed:
+        best = best_of(timed)
+        if best is None:
             continue
-        best = min(timed, key=lambda trial: (trial.time_ms or 0.0, trial.key))
         tried_first = min(timed, key=lambda trial: trial.created_at)
         varied = [name for name in best.tunables if len({str(trial.tunables.get(name)) for trial in timed}) > 1]
         names = (varied[0], varied[1]) if len(varied) > 1 else None
