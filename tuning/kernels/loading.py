@@ -100,8 +100,7 @@ def _imported(path: Path) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _from_file(path: Path, mtime_ns: int, name: str) -> Kernel[Any, Any]:
-    del mtime_ns  # part of the cache's key only
-    module = _run(path)
+    module = _run(path, mtime_ns)
     kind = getattr(module, name, None)
     if not isinstance(kind, type) or not issubclass(kind, Kernel) or kind is Kernel:
         kinds = {n: k for n, k in vars(module).items() if isinstance(k, type) and k is not Kernel}
@@ -110,8 +109,13 @@ def _from_file(path: Path, mtime_ns: int, name: str) -> Kernel[Any, Any]:
     return checked(kind)
 
 
-def _run(path: Path) -> types.ModuleType:
-    """Return the module of a file, under a name that no other module has."""
+@functools.cache
+def _run(path: Path, mtime_ns: int) -> types.ModuleType:
+    """Return the module of a file, under a name that no other module has; the same for all kernels of the file.
+
+    Run again, the file would make other classes of the same names, and instances of the first could not be pickled.
+    """
+    del mtime_ns  # part of the cache's key only
     name = f"_kernel_{path.stem}_{stable_hash(str(path))}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None

@@ -1,5 +1,6 @@
 """A user's kernel that lacks something, or has it wrong, is one line."""
 
+import pickle
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,12 @@ def test_what_is_wrong_with_a_kernel_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_two_kernels_of_a_file_are_of_one_module() -> None:
+    source = str(Path(__file__).with_name("scaled.py"))
+    first, _ = loading.find(f"{source}:Scaled"), loading.find(f"{source}:Idle")
+    assert type(pickle.loads(pickle.dumps(first))) is type(first)
+
+
 def test_a_kernel_that_is_not_there(write: Write, tmp_path: Path) -> None:
     with pytest.raises(KernelError, match="no kernel 'Triple'; its subclasses of Kernel are: Double"):
         loading.find(write(name="Triple"))
@@ -139,7 +146,7 @@ def test_a_file_that_tunes_when_it_is_imported_is_refused(write: Write) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPO_ROOT / "examples" / "kernels").glob("*.py")), ids=lambda path: path.stem)
 def test_the_examples_are_kernels(path: Path) -> None:
-    namespace = loading._run(path)
+    namespace = loading._run(path, 0)
     kinds = [k for k in vars(namespace).values() if isinstance(k, type) and issubclass(k, Kernel) and k is not Kernel]
     (kind,) = kinds
     kernel = loading.checked(kind)
