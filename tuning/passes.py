@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import functools
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -18,7 +18,7 @@ from tuning.search.space import Candidate
 from tuning.search.study import Search
 from tuning.trials import records
 from tuning.trials.promote import today, todays_choice
-from tuning.trials.records import Compiled, Trial, objective
+from tuning.trials.records import Compiled, Trial, best_of, objective
 
 #: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
@@ -181,9 +181,3 @@ def todays_keys(settings: SweepSettings, device_kind: str) -> list[str]:
         today(device_kind, shape, settings.workload.dtype, dtype, settings.promotion_dir) for dtype in get_args(QkDtype)
     )
     return [records.config_key(c.block_sizes, c.variant.to_dict()) for c in choices if c is not None]
-
-
-def best_of(trials: Iterable[Trial]) -> Trial | None:
-    """Return the fastest ok trial of a whole op, the first of several; None where no time is known."""
-    timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.compiled == "whole"]
-    return min(timed, key=objective, default=None)

@@ -30,7 +30,7 @@ from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
 from tuning.kernel_sweeps import capture
 from tuning.on_nodes import OnNode, shipped_files
-from tuning.passes import Passes, best_of, todays_keys
+from tuning.passes import Passes, todays_keys
 from tuning.search import kernel_settings
 from tuning.search.kernel_settings import KernelSweepSchema
 from tuning.search.settings import SweepSchema, SweepSettings, settings_from
@@ -40,7 +40,7 @@ from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
 from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
-from tuning.trials.records import Trial, objective
+from tuning.trials.records import Trial, best_of, objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,13 +27,12 @@ from tuning import kernel_sweeps
 from tuning.backends.measure import MEASURE
 from tuning.kernels import loading
 from tuning.on_nodes import OnNode, shipped_files
-from tuning.passes import best_of
 from tuning.search.settings import SweepSettings
 from tuning.search.space import Space
 from tuning.search.study import SearchSettings
 from tuning.sweep import SweepResult, sweep
 from tuning.trials import records
-from tuning.trials.records import Trial
+from tuning.trials.records import Trial, best_of
 
 MakeSettings = Callable[..., SweepSettings]
 SPACE_OF_24 = Space(

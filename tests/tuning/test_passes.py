@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from splash_attn.types import BlockSizes, Variant
-from tuning.passes import Passes, best_of
+from tuning.passes import Passes
 from tuning.search.space import Candidate
-from tuning.trials.records import Trial
+from tuning.trials.records import Trial, best_of
 
 #: block_q, LP scheduler: what a first pass says, what a whole compile says; ms.
 TIMES = {

@@ -9,13 +9,12 @@ from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
 from splash_workbench.trial_status import Label, Status
-from tuning.passes import best_of
 from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import device_title, listed, origin, percent, significant, stack
 from tuning.trials import heatmap
 from tuning.trials.bound import bf16_bound_ms, bound_fraction, kernel_bound_fraction, known_device, mxu_bound_ms
-from tuning.trials.records import Trial, is_exact
+from tuning.trials.records import Trial, best_of, is_exact
 
 _OURS = "splash_attn"
 _REST = "rest of the op: transposes, padding, checks"

@@ -170,6 +170,12 @@ def objective(trial: Trial) -> float:
     return trial.numerics.rms_error if trial.numerics is not None else float("inf")
 
 
+def best_of(trials: Iterable[Trial]) -> Trial | None:
+    """Return the fastest ok trial of a whole op, the first of several; None where no time is known."""
+    timed = [t for t in trials if t.status is Status.OK and t.time_ms is not None and t.compiled == "whole"]
+    return min(timed, key=objective, default=None)
+
+
 def config_key(block_sizes: BlockSizes | None, variant: Mapping[str, Any]) -> str:
     """Return the same string for the same block sizes and variant, in every process."""
     fields = dataclasses.asdict(block_sizes) if block_sizes else {}
