@@ -40,9 +40,9 @@ _LATER_DEFAULTS = {"maybe_quantize_lhs": False, "zero_initialize": True}
 #: How rows of earlier versions write attention's default precision, and what the op takes for it on a TPU.
 _DEFAULT_PRECISIONS = [["DEFAULT", "DEFAULT"], ["DEFAULT", "DEFAULT"]]
 _CANONICAL_PRECISIONS = ["BF16_BF16_F32", "BF16_BF16_F32"]
-#: Tiles of the ragged matmul with the right side transposed, on v5p: rows name them by the axes of the product
-#: whose gradient it is. Of 17 rows 15 have tiles that divide the axes only so (on v7x, of 14 none).
-_TRANSPOSED_TILES = {("TPU v5", "pallas_mosaic_tpu_ragged_dot"): {"tile_k": "tile_n", "tile_n": "tile_k"}}
+#: Rows of the ragged matmul with the right side transposed that tokamax publishes for v5p name its tiles by the axes of
+#: the product whose gradient it is. Of 17 rows 15 have tiles that divide the axes only so (on v7x, of 14 none).
+_TILES_BY_THE_PRODUCT = ("TPU v5", "pallas_mosaic_tpu_ragged_dot")
 _TRANSPOSED = [[[1], [2]], [[], []]]
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32"}
@@ -207,11 +207,14 @@ def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
 
 def _config(row: MeasuredRow) -> dict[str, Any]:
     """Return a row's configuration in the names that the op has for it."""
-    names = _TRANSPOSED_TILES.get((row.device_kind, row.op), {})
+    config = dict(row.config)
     dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
-    if dimensions.get("dot_dimension_numbers") != _TRANSPOSED:
-        names = {}
-    return {names.get(name, name): value for name, value in (row.config or {}).items()}
+    if (row.device_kind, row.op) == _TILES_BY_THE_PRODUCT and dimensions.get("dot_dimension_numbers") == _TRANSPOSED:
+        match = _ARRAY.fullmatch(row.arguments["rhs"])
+        _, columns, contracted = map(int, match[2].split(",")) if match else (0, 0, 0)
+        if {"tile_k", "tile_n"} <= config.keys() and (contracted % config["tile_k"] or columns % config["tile_n"]):
+            config["tile_k"], config["tile_n"] = config["tile_n"], config["tile_k"]
+    return config
 
 
 @functools.cache
