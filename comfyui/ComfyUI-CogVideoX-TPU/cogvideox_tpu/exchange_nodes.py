@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import exchange, host, settings
 from .schema import MODEL_ID, EmbedsIO, LatentsIO, combo, node_schema
@@ -41,12 +41,6 @@ def _savenode_schema(node_id: str, kind: Any, name: str) -> io.Schema:
     return node_schema(node_id, [(kind, name, {}), prefix], [], is_output_node=True)
 
 
-def _shown(node: Any, name: str) -> io.NodeOutput:
-    """Show a file's name on the node that wrote it; the preview alone is drawn by newer frontends only."""
-    host.NodeProgress(node.hidden.unique_id).say(name)
-    return io.NodeOutput(ui=ui.PreviewText(name))
-
-
 class CogVideoXTPUSaveEmbeddings(io.ComfyNode):
     """Embeddings -> a file."""
 
@@ -58,7 +52,7 @@ class CogVideoXTPUSaveEmbeddings(io.ComfyNode):
     @settings.in_widget_terms
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
         name = exchange.save(embeddings, **settings.checked_widgets(cls.define_schema(), values))
-        return _shown(cls, name)
+        return io.NodeOutput(ui=host.show(cls.hidden.unique_id, name))
 
 
 class CogVideoXTPUSaveLatents(io.ComfyNode):
@@ -72,7 +66,7 @@ class CogVideoXTPUSaveLatents(io.ComfyNode):
     @settings.in_widget_terms
     def execute(cls, latents: Any, **values: Any) -> io.NodeOutput:
         name = exchange.save(latents, **settings.checked_widgets(cls.define_schema(), values))
-        return _shown(cls, name)
+        return io.NodeOutput(ui=host.show(cls.hidden.unique_id, name))
 
 
 def _loadnode_schema(node_id: str, kind: Any, name: str) -> io.Schema:

@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from comfy_api.latest import ui
 from server import PromptServer
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,12 @@ class NodeProgress:
         self._previews = self._previews or Previews(self._checkpoint)
         picture = self._previews.sheet(event.preview(), **_PREVIEW)
         return ("JPEG", picture, _PREVIEW["max_side"]) if picture else None
+
+
+def show(node_id: str, text: str) -> Any:
+    """Show a text on a node. Returns it for the run's history, which frontends draw on Preview Any alone."""
+    NodeProgress(node_id).say(text)
+    return ui.PreviewText(text)
 
 
 def step_text(step: int, total_steps: int, step_times_s: list[float]) -> str:

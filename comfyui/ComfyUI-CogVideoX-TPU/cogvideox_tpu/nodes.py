@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import exchange_nodes, host, info, settings, stages
 from .host import NodeProgress
@@ -195,10 +195,8 @@ class CogVideoXTPUInfo(io.ComfyNode):
     @settings.in_widget_terms
     def execute(cls, **values: Any) -> io.NodeOutput:
         values = settings.checked_widgets(cls.define_schema(), values)
-        say = NodeProgress(cls.hidden.unique_id).say
-        report = info.report(**values, say=say)
-        say(report)  # the preview alone is drawn by newer frontends only
-        return io.NodeOutput(report, ui=ui.PreviewText(report))
+        report = info.report(**values, say=NodeProgress(cls.hidden.unique_id).say)
+        return io.NodeOutput(report, ui=host.show(cls.hidden.unique_id, report))
 
 
 NODES: list[type[io.ComfyNode]] = [
