@@ -115,7 +115,7 @@ def others(files: Sequence[TrialFile], results_dir: Path) -> list[dict[str, Any]
                 "tried_first": tried_first,
                 "gain": (tried_first.time_ms or 0.0) / (best.time_ms or 1.0),
                 "timed": len(timed),
-                "of_bound": best.bound_ms / best.time_ms if best.bound_ms and best.time_ms else None,
+                "of_bound": kernel_bound_fraction(best),
                 "heatmap": to_svg(figure, f"heatmap-{file.path}", {}) if figure else None,
                 "picture": pictures[0].as_posix() if pictures else None,
                 "provenance": origin_of_trials(trials),
