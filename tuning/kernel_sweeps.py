@@ -7,14 +7,17 @@ from pathlib import Path
 
 from splash_workbench import provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.trial_status import Status
+from splash_workbench.records import jsonl
+from splash_workbench.trial_status import Label, Status
+from splash_workbench.workers.pool import Runner
 from tuning.backends.base import Target
 from tuning.backends.evaluate import Evaluator
 from tuning.kernels import loading, promoted
 from tuning.search.settings import SweepSettings
 from tuning.search.tunables import TunableSpace
-from tuning.trials import records
+from tuning.trials import contenders, records
 from tuning.trials.bound import kernel_bound_fraction, roofline_ms
+from tuning.trials.contenders import Contender, SideBySide
 from tuning.trials.promote import Promotion
 from tuning.trials.records import Trial
 
@@ -44,12 +47,60 @@ def look(settings: SweepSettings, evaluator: Evaluator) -> None:
     payload = evaluator.payload(None, settings.space.defaults, settings.kernel_name, "shorter")
     outcome = evaluator.runner.run(
         "tuning.backends.preflight:look",
-        payload | {"space": dict(settings.space.choices), "traces": settings.backend.quick},
+        payload
+        | {
+            "space": dict(settings.space.choices),
+            "traces": settings.backend.quick,
+            "device_checks": settings.backend.exclusive,
+        },
         timeout_s=settings.timeout_s,
         variables=functools.partial(settings.backend.worker_env, evaluator.target),
     )
     if outcome.status is not Status.OK:
         raise UserError(str(outcome.error))
+
+
+def side_by_side(
+    settings: SweepSettings, evaluator: Evaluator, winner: Trial, directory: Path
+) -> tuple[SideBySide | None, str]:
+    """Time or predict what the winner of a user's kernel is to be seen beside, and keep it in the sweep's folder.
+
+    Returns what is on record for this winner, else what was made now, else None; and why there is none.
+    """
+    job, path = settings.backend.side_by_side, directory / contenders.FILE_NAME
+    if settings.source is None or job is None:
+        return None, ""
+    if not settings.backend.exclusive and not loading.find(settings.source).baselines():
+        return None, ""
+    for record in jsonl.read(path, SideBySide):
+        if record.winner == winner.record_id:
+            return record, ""
+    default = dict(settings.default_options)
+    payload = evaluator.payload(None, winner.variant, settings.kernel_name, "whole") | {"default": default}
+    outcome = Runner(directory / "state" / "work").run(  # a process of its own: the candidates' have ended
+        job,
+        payload,
+        timeout_s=settings.timeout_s,
+        variables=functools.partial(settings.backend.worker_env, evaluator.target),
+    )
+    if outcome.status is not Status.OK:
+        return None, f"nothing to see the winner beside: {outcome.error}"
+    found = tuple(jsonl.decode(fields, Contender) for fields in outcome.result["contenders"])
+    if not found:
+        return None, ""
+    if not settings.backend.exclusive:  # its winner was predicted already
+        own = Contender("winner", winner.config, winner.label or Label.PREDICTED, winner.time_samples_ms)
+        found = (own, *found)
+    record = SideBySide(
+        context=winner.context,
+        winner=winner.record_id,
+        kernel=winner.kernel,
+        device_kind=winner.device_kind,
+        contenders=found,
+        environment=evaluator.environment,
+    )
+    jsonl.append(path, record)
+    return record, ""
 
 
 def comparison_lines(winner: Trial, trials: Sequence[Trial], settings: SweepSettings) -> Iterator[str]:

@@ -38,6 +38,7 @@ from tuning.search.space import Candidates
 from tuning.search.study import Search, storage_errors, where
 from tuning.traces import of_sweep
 from tuning.trials import heatmap, records, tables
+from tuning.trials.contenders import SideBySide
 from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, best_of, objective
@@ -51,6 +52,7 @@ class SweepResult:
       directory: where its records are.
       trials: one for each candidate of the study, best first.
       winner: the best ok trial with a time; None where there is none.
+      side_by_side: what the winner of a user's kernel was timed beside.
       evaluated_count: trials made by this run, from the compile cache or by a job; the others were on record.
     """
 
@@ -61,6 +63,7 @@ class SweepResult:
     evaluated_count: int
     wall_time_s: float
     usage: Usage
+    side_by_side: SideBySide | None = None
 
     def effort(self) -> dict[str, Any]:
         """Return what this run took. Candidates from the cache are in no rate."""
@@ -160,6 +163,11 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
             passes.run()
             for trial in _from_others(search, recorded, path):
                 jsonl.append(path, trial)
+        winner, beside = best_of(search.told.values()), None
+        if winner is not None:
+            beside, trouble = kernels.side_by_side(settings, evaluator, winner, directory)
+            if trouble:
+                report(trouble)
         wall_time_s = time.monotonic() - start
     for line in _what_was_learnt(search):
         report(line)
@@ -167,7 +175,7 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
         report(cache.trouble)
     trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
     return SweepResult(
-        directory, tuple(trials), best_of(trials), candidates, passes.evaluated_count, wall_time_s, runner.usage
+        directory, tuple(trials), winner, candidates, passes.evaluated_count, wall_time_s, runner.usage, beside
     )
 
 
@@ -260,6 +268,8 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
             print(f"where data make it slowest: {best.slow_time_ms:.3f} ms; see the notes on what is assumed")
         for line in kernels.comparison_lines(best, on_record, settings):
             print(line)
+        if result.side_by_side is not None:
+            print("\n".join(result.side_by_side.lines()))
         if picture:
             print(f"heat map: {picture}")
         if settings.promote:
@@ -275,6 +285,7 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
             "directory": str(result.directory),
             "winner": jsonl.encode(result.winner) if result.winner else None,
             "promotion": dataclasses.asdict(promotion) if promotion else None,
+            "side_by_side": jsonl.encode(result.side_by_side) if result.side_by_side else None,
             "heatmap": str(picture) if picture else None,
             "candidates": len(result.candidates.valid),
             "pruned": result.candidates.pruned,

@@ -36,6 +36,8 @@ _REAP_S = 30
 _SAMPLE_S = 0.5
 #: A worker that holds more than this after a job is replaced.
 _RETIRE_RSS_BYTES = 5 * 2**29
+#: Of what it held after its first job: CUDA's libraries alone take more than that.
+_RETIRE_GROWTH = 1.25
 
 
 class CancelledError(Exception):
@@ -74,8 +76,8 @@ class Runner:
     """A pool of worker processes that any number of threads give jobs, until it is cancelled.
 
     A worker that crashes, is killed for its time limit, raises what its job did not foresee, or has grown past 2.5 GiB
-    is replaced. It serves only jobs that ask for the environment that it was started with. Its folder in `work_dir` is
-    gone with it.
+    and a quarter over what it held after its first job, is replaced. It serves only jobs that ask for the environment
+    that it was started with. Its folder in `work_dir` is gone with it.
 
     jobs_per_worker: jobs after which a worker is replaced. 1: each job has a process of its own, and none is left.
     More: call `cancel` in the end.
@@ -182,6 +184,7 @@ class _Worker:
         #: What the job that runs is at, and since when on the monotonic clock.
         self.stage = ("start", time.monotonic())
         self._directory = directory
+        self._limit_bytes = _RETIRE_RSS_BYTES
         # The worker ends when the other end of this closes: when this process does, however this process ends.
         self._connection, theirs = multiprocessing.Pipe()
         command = [sys.executable, "-m", "splash_workbench.workers.worker", str(directory), str(theirs.fileno())]
@@ -229,7 +232,10 @@ class _Worker:
             log = self._log_path.read_text(errors="replace")
             status, error = Status.CRASHED, _describe_exit(self._process.returncode) + _last_words(log)
         sample()
-        reusable = status not in (Status.TIMEOUT, Status.CRASHED) and self.rss_bytes() <= _RETIRE_RSS_BYTES
+        held = self.rss_bytes()
+        if self.job_count == 1:
+            self._limit_bytes = max(_RETIRE_RSS_BYTES, int(_RETIRE_GROWTH * held))
+        reusable = status not in (Status.TIMEOUT, Status.CRASHED) and held <= self._limit_bytes
         if not reusable:
             self.kill()
         cause = _scrub(error, self._directory) if error else None

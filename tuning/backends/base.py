@@ -65,6 +65,7 @@ class Backend:
 
     Attributes:
       job: what a worker runs for one candidate, "package.module:function".
+      side_by_side: what a worker runs for the winner, see `tuning.backends.side_by_side`; None where nothing is timed.
       sources: patterns of the files that make the figure; see `provenance.source_hash`.
       find_target: the name of a device on the command line -> the device. Raises UserError where they do not fit.
       worker_env: (device, folder of the worker) -> environment variables that the worker starts with.
@@ -87,6 +88,7 @@ class Backend:
     exclusive: bool = False
     timed: bool = True
     quick: bool = False
+    side_by_side: str | None = None
 
 
 def context_of(

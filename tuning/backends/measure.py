@@ -14,6 +14,7 @@ from tuning.backends import device_times
 from tuning.backends.base import Backend, Target, probe
 from tuning.backends.jobs import Request, normal_arguments
 from tuning.backends.numerics import check_numerics
+from tuning.kernels import Kernel
 from tuning.trials.bound import known_device
 
 #: In no op's name.
@@ -35,6 +36,7 @@ def _find_target(device: str) -> Target:
 MEASURE = Backend(
     name="measure",
     job="tuning.backends.measure:measure_candidate",
+    side_by_side="tuning.backends.side_by_side:measure",
     sources=("tuning/backends/device_times.py", "splash_workbench/profiles/reader.py", "tuning/kernels/attention.py"),
     find_target=_find_target,
     cacheable=False,
@@ -42,15 +44,24 @@ MEASURE = Backend(
 )
 
 
+def implementation_of(kernel: Kernel[Any, Any]) -> Implementation:
+    """Return how a kernel runs on the first device that JAX finds here: as it is, or interpreted."""
+    return "pallas_tpu" if jax.devices()[0].platform == kernel.platform else "pallas_interpret"
+
+
 def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the numerics and time the op on the first device that JAX finds here."""
     request = decode(payload, Request)
     device = jax.devices()[0]
-    on_chip = device.platform == ("tpu" if request.found.platform == "tpu" else "gpu")
     kernel = request.found
-    implementation: Implementation = "pallas_tpu" if on_chip else "pallas_interpret"
+    implementation = implementation_of(kernel)
     stages.enter("check")
-    checked = check_numerics(request, implementation)
+    try:
+        checked = check_numerics(request, implementation)
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        if implementation == "pallas_interpret":
+            raise
+        raise compile_error(error) from error
     if checked["status"] != Status.OK:
         return checked
     arguments = normal_arguments(request.arguments())
@@ -72,7 +83,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
             raise  # the host's memory, and no fact about a device
         raise compile_error(error) from error
     notes = [*kernel.notes, *timed.notes]
-    if not on_chip:
+    if implementation == "pallas_interpret":
         notes.insert(0, f"interpret mode on {device.platform}: compares nothing but this host with itself")
     return checked | {
         "label": "measured",

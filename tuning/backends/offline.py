@@ -66,6 +66,7 @@ def try_options(payload: dict[str, Any]) -> dict[str, Any]:
 OFFLINE = Backend(
     name="offline",
     job="tuning.backends.offline:predict_candidate",
+    side_by_side="tuning.backends.side_by_side:predict",
     sources=(*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/attention.py"),
     find_target=_find_target,
     worker_env=_worker_env,

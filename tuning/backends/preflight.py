@@ -11,6 +11,7 @@ from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError
 from splash_workbench.workers import stages
 from tuning.backends.jobs import Request
+from tuning.backends.measure import implementation_of
 from tuning.backends.numerics import check_numerics
 from tuning.kernels.protocol import abstract
 
@@ -22,7 +23,8 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     """Check the default configuration against the reference, and that each tunable changes something.
 
     Payload: the Request of the default configuration; `space`, the values of each tunable; `traces`, whether programs
-    can be traced for the device. Raises TrialError with one line for the user.
+    can be traced for the device; `device_checks`, whether the device is here, so that the check runs on it. Raises
+    TrialError with one line for the user.
     """
     stages.enter("look at the kernel")
     request = decode(payload, Request)
@@ -31,17 +33,19 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
         arguments = abstract(request.found.arguments(request.workload))
     except Exception as error:
         raise _refusal(f"{name}.arguments", error) from error
+    on_device = payload["device_checks"]
+    implementation = implementation_of(request.found) if on_device else "pallas_interpret"
     expected = _shapes(f"{name}.reference", request.found.reference, arguments)
-    actual = _shapes(f"{name}.build", request.function("pallas_interpret"), arguments)
+    actual = _shapes(f"{name}.build", request.function(implementation), arguments)
     if expected != actual:
         raise TrialError(Status.WRONG, f"{name}: build returns {actual}, and the reference {expected}.")
     if payload["traces"]:
         for tunable, values in payload["space"].items():
             _refuse_idle(request, tunable, values)
     try:
-        checked = check_numerics(request, "pallas_interpret")
+        checked = check_numerics(request, implementation)
     except Exception as error:
-        raise _refusal(f"{name} on this machine's CPU", error) from error
+        raise _refusal(f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
     if checked["status"] != Status.OK:
         shown = f"the default configuration {request.config}"
         raise TrialError(Status.WRONG, f"{name}: {shown} disagrees with the reference: {checked['error']}.")

@@ -108,6 +108,10 @@ class Kernel(abc.ABC, Generic[C, W]):
     def reference(self, *arguments: Any) -> Any:
         """Return what the function must return for the same arguments, by simple means, as exactly as can be."""
 
+    def baselines(self) -> Mapping[str, Callable[..., Any]]:
+        """Return other functions of the same arguments, by name, to time beside the winner: a library's, or XLA's."""
+        return {}
+
     def is_valid(self, config: C, workload: W) -> bool | str:
         """Return whether to try a configuration; a text says why not, in words that group."""
         del config, workload
@@ -161,12 +165,16 @@ class Kernel(abc.ABC, Generic[C, W]):
 
     def interpreted(self, config: C) -> Callable[..., Any]:
         """Return `build(config)` for this machine's CPU: Pallas kernels are interpreted, unwritten memory is NaN."""
+        return self.on_cpu(lambda *arguments: self.build(config)(*arguments))
 
-        def on_cpu(*arguments: Any) -> Any:
+    def on_cpu(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function with its Pallas kernels interpreted."""
+
+        def run(*arguments: Any) -> Any:
             with _interpreting(self.platform):
-                return self.build(config)(*arguments)
+                return function(*arguments)
 
-        return on_cpu
+        return run
 
     def inputs(self, workload: W) -> list[Any]:
         """Return the arrays of a check: standard normal where `arguments` leaves them open; always the same."""

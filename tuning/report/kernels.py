@@ -8,12 +8,14 @@ from typing import Any
 from offline_tpu.machine.devices import DeviceSpec
 from splash_attn import tuned
 from splash_workbench import provenance
+from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
 from tuning.report.charts import Point, roofline, to_svg
 from tuning.report.inputs import TrialFile, newest_of
 from tuning.report.parts import device_title, listed, origin, percent, significant, stack
-from tuning.trials import heatmap
+from tuning.trials import contenders, heatmap
 from tuning.trials.bound import bf16_bound_ms, bound_fraction, kernel_bound_fraction, known_device, mxu_bound_ms
+from tuning.trials.contenders import SideBySide
 from tuning.trials.records import Trial, best_of, is_exact
 
 _OURS = "splash_attn"
@@ -107,6 +109,7 @@ def others(files: Sequence[TrialFile], results_dir: Path) -> list[dict[str, Any]
         figure = heatmap.draw(trials, names) if names else None
         folder = results_dir / Path(file.path).relative_to(results_dir.name).parent
         pictures = sorted(folder.glob("heatmap*.png"))
+        beside = [r for r in jsonl.read(folder / contenders.FILE_NAME, SideBySide) if r.winner == best.record_id]
         found.append(
             {
                 "title": f"{best.kernel}, {best.call} on {device_title(best.device_kind)}",
@@ -116,6 +119,7 @@ def others(files: Sequence[TrialFile], results_dir: Path) -> list[dict[str, Any]
                 "gain": (tried_first.time_ms or 0.0) / (best.time_ms or 1.0),
                 "timed": len(timed),
                 "of_bound": kernel_bound_fraction(best),
+                "beside": "\n".join(beside[-1].lines()) if beside else None,
                 "heatmap": to_svg(figure, f"heatmap-{file.path}", {}) if figure else None,
                 "picture": pictures[0].as_posix() if pictures else None,
                 "provenance": origin_of_trials(trials),

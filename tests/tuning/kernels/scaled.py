@@ -90,3 +90,22 @@ class NanWhereUnwritten(Scaled):
             return pl.pallas_call(body, grid=grid, in_specs=[block], out_specs=block, out_shape=out, name="scaled")(x)
 
         return scaled
+
+
+class Beside(Scaled):
+    """Has baselines: XLA's, one that computes something else, and one that is not for this device."""
+
+    def baselines(self):
+        def absent(x):
+            raise NotImplementedError("not for this device")
+
+        return {"XLA": lambda x: x * 2 + 1, "wrong": lambda x: x * 2, "absent": absent}
+
+
+class Here(Beside):
+    """Is for the processor that tests run on, so that it is measured as a chip's kernel is."""
+
+    platform = "cpu"
+
+    def build(self, config):
+        return lambda x: (x + 0.5) * 2 if config.add_first else x * 2 + 1
