@@ -125,6 +125,12 @@ class Keys:
             raise UserError(f"{key}: no such key{self._nearest(key)}")
         if parsed.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or parsed.package is not None:
             raise UserError(f"{override}: expected {key}=value; +, ~ and @ have no use here")
+        if (
+            key in self.groups
+            and not parsed.is_sweep_override()
+            and isinstance(parsed.value(), bool | int | float | dict)
+        ):
+            raise UserError(f"{override}: expected {key}=name, with a name of configs/{key}/")
 
     def _is_known(self, key: str) -> bool:
         """Return whether the schema has the key, or one above it that is free in what it holds."""

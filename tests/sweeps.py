@@ -38,7 +38,7 @@ def user_defaults(**changes: Any) -> dict[str, Any]:
         "results_dir": Path("results"),
         "tuned_path": None,
         "heatmap": None,
-        "cache": False,
+        "reuse": False,
         "promote": False,
         "quick": True,
         "progress": False,

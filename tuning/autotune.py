@@ -54,7 +54,7 @@ def autotune(
     tuned_path: Path | str | None = None,
     results_dir: Path | str = "results",
     compiler_options: Mapping[str, Any] | None = None,
-    cache: bool = True,
+    reuse: bool = True,
     progress: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Best[C]:
@@ -97,7 +97,7 @@ def autotune(
             results_dir=Path(results_dir),
             tuned_path=Path(tuned_path) if tuned_path is not None else None,
             heatmap=None,
-            cache=cache,
+            reuse=reuse,
             promote=promote,
             quick=quick,
             progress=progress,

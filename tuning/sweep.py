@@ -111,12 +111,12 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
     candidates = from_config(lambda: space.candidates(workload, vmem_limit_bytes))
     if not candidates.valid:
         raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
-    cache = JobCache.of_user(settings.cache)
+    cache = JobCache.of_user(settings.reuse)
     if cluster is None:
         runner = Runner(state / "work", jobs_per_worker=JOBS_PER_WORKER)
     else:
         files = shipped_files(settings.source)
-        runner = ClusterRunner(cluster, OnNode(backend, captured, settings.source, files, settings.cache))
+        runner = ClusterRunner(cluster, OnNode(backend, captured, settings.source, files, settings.reuse))
     evaluator = Evaluator(
         runner=runner,
         workload=workload,

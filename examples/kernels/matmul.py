@@ -67,6 +67,9 @@ class Matmul(Kernel[Blocks, Sizes]):
     def reference(self, x, y):
         return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
+    def baselines(self):
+        return {"XLA": lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.bfloat16)}
+
     def is_valid(self, config, workload):
         fits = workload.m % config.block_m == workload.n % config.block_n == workload.k % config.block_k == 0
         return fits or "blocks do not divide the sizes"

@@ -65,6 +65,9 @@ class NormRotary(Kernel[Rows, Sizes]):
     def reference(self, x, gain, cos, sin):
         return rotate(normalize(x, gain), cos.astype(jnp.float32), sin.astype(jnp.float32))
 
+    def baselines(self):
+        return {"XLA": lambda x, *others: self.reference(x, *others).astype(x.dtype)}
+
     def is_valid(self, config, workload):
         return workload.rows % config.block_rows == 0 or "block_rows does not divide the rows"
 

@@ -29,6 +29,7 @@ _UNUSED = (
         "quality",
         "cache.*",
         "distributed.*",
+        "engine",
         "engine.*",
     ),
     *("context_frames", "context_overlap"),

@@ -61,6 +61,6 @@ class JobCache:
             except OSError as error:
                 self.trouble = (
                     f"cache: cannot write to {self.directory} ({error.strerror}): what is compiled is not kept; "
-                    f"set ${CACHE_VARIABLE} to a folder with space, or cache=false"
+                    f"set ${CACHE_VARIABLE} to a folder with space, or reuse=false"
                 )
         return outcome, False

@@ -20,9 +20,11 @@ from commands import COMMANDS, HYDRA_COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.overrides import Keys, as_given, key_types
-from splash_workbench.provenance import REPO_ROOT
+from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
 
 MISTAKES = [
+    ("tuning.sweep", ("device=false",)),
+    ("pipeline.generate", ("cache=3",)),
     *((module, (wrong,)) for module, wrong in COMMANDS.items()),
     *((module, ("nokey=1",)) for module in COMMANDS),
     *((module, ("+nokey=1",)) for module in COMMANDS),
@@ -58,6 +60,16 @@ def test_every_command_is_here() -> None:
     ]
     found = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files}
     assert found == set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", HYDRA_COMMANDS)
+def test_no_key_has_the_name_of_a_group_that_the_command_has_not(module: str) -> None:
+    """Hydra would take `key=false` for a choice of the group, and end in a traceback."""
+    defaults: Any = OmegaConf.load(CONFIG_DIR / f"{module.rpartition('.')[2]}.yaml")["defaults"]
+    groups = {group for entry in OmegaConf.to_container(defaults) if isinstance(entry, dict) for group in entry}
+    folders = {path.name for path in CONFIG_DIR.iterdir() if path.is_dir()}
+    values = {key for key in main_of(module).keys if "." not in key}  # type: ignore[attr-defined]
+    assert values & folders <= groups
 
 
 @pytest.mark.compile

@@ -128,7 +128,7 @@ def make_settings(tmp_path: Path) -> Callable[..., SweepSettings]:
             "timeout_s": PLENTY_S,
             "vmem_pruning": False,
             "results_dir": tmp_path / "results",
-            "cache": False,
+            "reuse": False,
             "promote": False,
             "progress": False,
         }

@@ -70,9 +70,9 @@ def test_a_second_sweep_elsewhere_costs_nothing(
     log = tmp_path / "log"
     monkeypatch.setenv("FAKE_JOBS_LOG", str(log))
     search = SearchSettings(sampler=sampler, max_trials=9, seed=1)
-    first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, cache=True)), report=quiet)
+    first = sweep(with_job("bowl_of_uneven_speed", make_settings(search=search, reuse=True)), report=quiet)
     assert (first.evaluated_count, first.usage.job_count, job_count(log)) == (9, 9, 9)
-    elsewhere = make_settings(search=search, cache=True, results_dir=tmp_path / "elsewhere")
+    elsewhere = make_settings(search=search, reuse=True, results_dir=tmp_path / "elsewhere")
     second = sweep(with_job("bowl_of_uneven_speed", elsewhere), report=quiet)
     # The search asks for the same candidates, whichever worker was faster.
     assert {trial.key for trial in second.trials} == {trial.key for trial in first.trials}
@@ -82,7 +82,7 @@ def test_a_second_sweep_elsewhere_costs_nothing(
     effort = second.effort()
     assert (effort["from_cache"], effort["candidates_per_minute"]) == (9, None)
     one = SearchSettings(sampler="grid", max_trials=1, seed=1)
-    off = dataclasses.replace(elsewhere, cache=False, results_dir=tmp_path / "off", search=one)
+    off = dataclasses.replace(elsewhere, reuse=False, results_dir=tmp_path / "off", search=one)
     assert sweep(with_job("bowl", off), report=quiet).usage.job_count == 1
 
 
@@ -102,7 +102,7 @@ def hang_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hang_times_out")
 def test_only_what_would_come_again_is_cached(make_settings: MakeSettings, tmp_path: Path) -> None:
     choices = {"block_q": (128, 256, 384, 512, 1024), "block_kv": (256,), "block_kv_compute": (256,)}
-    settings = make_settings(space=Space("fates", choices), workers=4, cache=True)
+    settings = make_settings(space=Space("fates", choices), workers=4, reuse=True)
     first = sweep(with_job("by_block_q", settings), report=quiet)
     assert first.usage.job_count == 5
     second = sweep(with_job("by_block_q", dataclasses.replace(settings, results_dir=tmp_path / "else")), report=quiet)
@@ -126,7 +126,7 @@ def test_trouble_with_the_machine_is_no_fact_about_a_candidate(
     make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     search = SearchSettings(sampler="tpe", max_trials=2, seed=0)
-    settings = with_job("short_of_something", make_settings(search=search, cache=True))
+    settings = with_job("short_of_something", make_settings(search=search, reuse=True))
     monkeypatch.setenv("FAKE_JOBS_SHORT_OF", what)
     first = sweep(settings, report=quiet)
     assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}
@@ -176,14 +176,14 @@ def test_a_cache_that_cannot_write_costs_nothing(
     (tmp_path / "cache").touch()
     monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
     lines: list[str] = []
-    result = sweep(with_job("bowl", make_settings(cache=True)), report=lines.append)
+    result = sweep(with_job("bowl", make_settings(reuse=True)), report=lines.append)
     assert len(result.trials) == 12 and result.winner is not None
     assert "cannot write to" in lines[-1]
 
 
 def test_measured_times_are_never_cached(make_settings: MakeSettings, tmp_path: Path, cache_folder: Path) -> None:
     search = SearchSettings(sampler="grid", max_trials=2, seed=0)
-    settings = make_settings(device="local", backend=BACKENDS["measure"], workers=1, cache=True, search=search)
+    settings = make_settings(device="local", backend=BACKENDS["measure"], workers=1, reuse=True, search=search)
     assert sweep(with_job("bowl", settings), report=quiet).usage.job_count == 2
     settings = dataclasses.replace(settings, results_dir=tmp_path / "elsewhere")
     assert sweep(with_job("bowl", settings), report=quiet).usage.job_count == 2

@@ -52,7 +52,7 @@ def settings_from(config: KernelSweepSchema) -> SweepSettings:
         results_dir=Path(config.results_dir),
         tuned_path=Path(config.tuned) if config.tuned else None,
         heatmap=config.heatmap,
-        **{name: getattr(config, name) for name in ("timeout_s", "cache", "promote", "quick", "progress")},
+        **{name: getattr(config, name) for name in ("timeout_s", "reuse", "promote", "quick", "progress")},
     )
 
 

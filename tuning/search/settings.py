@@ -48,7 +48,7 @@ class AnySweepSchema:
     workers: int | None = None
     timeout_s: float = MISSING
     results_dir: str = MISSING
-    cache: bool = MISSING
+    reuse: bool = MISSING
     quick: bool = MISSING
     heatmap: list[str] | None = None
     json: str | None = None
@@ -86,7 +86,7 @@ class SweepSettings:
     timeout_s: float
     vmem_pruning: bool
     results_dir: Path
-    cache: bool
+    reuse: bool
     promote: bool | str
     progress: bool
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -168,7 +168,7 @@ def settings_from(config: SweepSchema) -> SweepSettings:
         results_dir=Path(config.results_dir),
         **{
             name: getattr(config, name)
-            for name in ("timeout_s", "vmem_pruning", "cache", "promote", "quick", "progress")
+            for name in ("timeout_s", "vmem_pruning", "reuse", "promote", "quick", "progress")
         },
         heatmap=heatmap_names(config.heatmap, ("block_q", "block_kv")),
     )

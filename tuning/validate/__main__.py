@@ -36,7 +36,7 @@ class ValidateSchema:
     workers: int | None = None
     timeout_s: float = MISSING
     results_dir: str = MISSING
-    cache: bool = MISSING
+    reuse: bool = MISSING
     dumps: str | None = None
     limit_s: float | None = None
     json: str | None = None
@@ -92,7 +92,7 @@ def main(settings: ValidateSchema) -> int:
         require_writable(f"dumps={dumps}", dumps)
     measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
-        cache = JobCache.of_user(settings.cache)
+        cache = JobCache.of_user(settings.reuse)
         comparisons = compare(
             rows,
             runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),

@@ -28,7 +28,7 @@ ROWS = 2**17
 
 
 #: Of both sweeps of the six configurations.
-GRID: dict[str, Any] = {"sampler": "grid", "max_trials": None, "workers": 1, "cache": False, "progress": False}
+GRID: dict[str, Any] = {"sampler": "grid", "max_trials": None, "workers": 1, "reuse": False, "progress": False}
 
 
 @pytest.fixture(scope="module")
