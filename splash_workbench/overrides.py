@@ -98,7 +98,7 @@ class Keys:
     def _quoted(self, override: str, multirun: bool) -> str:
         name, _, value = override.partition("=")
         key = name.lstrip("+")
-        if name == key and key.rpartition(".")[0] in self.free:
+        if name == key and (key.rpartition(".")[0] in self.free or (key in self.free and value.startswith("{"))):
             return f"++{override}"
         kind = self.types.get(key)
         if key in self.groups or not value:
