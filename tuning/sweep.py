@@ -248,6 +248,8 @@ main.keys = attention_main.keys  # type: ignore[attr-defined] # for what describ
 
 def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int:
     """Sweep, print and draw; return the exit code."""
+    if config.profile_top < 1:
+        raise UserError(f"profile_top={config.profile_top}: expected at least 1.")
     if config.profile:
         sessions.require_tensorboard("profile=true")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes

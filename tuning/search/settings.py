@@ -152,8 +152,6 @@ def settings_from(config: SweepSchema) -> SweepSettings:
     backend = BACKENDS.get(config.backend.name)
     if backend is None:
         raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
-    if config.profile_top < 1:
-        raise ValueError(f"profile_top={config.profile_top}: expected at least 1.")
     workload = config.workload.frozen()
     return SweepSettings(
         workload=workload,
