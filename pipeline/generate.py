@@ -39,6 +39,8 @@ def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
     engine = from_config(lambda: engine_from(settings.engine))
     _check_combination(settings, engine)
+    if settings.topology is not None:
+        return _compile_ahead(settings, settings.topology)
     from pipeline.requests.options import to_distributed
     from pipeline.runs.hosts import together
     from pipeline.stages.progress import Interrupted
@@ -110,6 +112,45 @@ def _generate(settings: GenerateConfig, engine: EngineSettings | None, terminal:
         print("\n".join(how_to_look(recorder.logdir, recorder.run)))
     elif results_path is not None and not all(timing.reused for timing in result.timings):
         print(f"timings: {results_path}")
+    return 0
+
+
+def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
+    """Compile the request's programs for chips that are not here, into the compilation cache; start no chip."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    from pipeline.checkpoints.checks import check_request, part_configs
+    from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint, use_compilation_cache
+    from pipeline.predict.ahead import compile_ahead, topology_devices
+    from pipeline.requests.options import to_parallel
+    from pipeline.requests.request import parse_stages, to_request
+
+    _set_up_logging(settings.verbose)
+    stages, request, cache_dir = parse_stages(settings.stages), to_request(settings), _path(settings.cache_dir)
+    found: list[Checkpoint] = []
+
+    def find() -> Checkpoint:
+        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer))
+        return found[0]
+
+    configs, _ = part_configs(request.checkpoint, find)
+    check_request(request, configs)
+    use_compilation_cache()
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    devices = topology_devices(topology)
+    print(f"for {len(devices)} x {devices[0].device_kind}, which need not be here, into {folder}", flush=True)
+    checkpoint = found[0] if found else None
+    compile_ahead(
+        request,
+        stages,
+        to_parallel(settings),
+        devices,
+        configs,
+        checkpoint,
+        lambda text: print(f"  {text}", flush=True),
+    )
+    print("copy that folder to the chips' hosts, and name it there: JAX_COMPILATION_CACHE_DIR")
     return 0
 
 
@@ -185,6 +226,11 @@ def _entries(settings: GenerateConfig) -> tuple[Path | None, list["Entry"]]:
 
 
 def _check_combination(settings: GenerateConfig, engine: EngineSettings | None) -> None:
+    if settings.topology is not None and not (settings.warm_up and settings.compilation_cache):
+        raise RequestError(
+            f"topology={settings.topology!r}: chips that are not here make no video; expected warm_up=true, which "
+            "compiles for them, and compilation_cache=true"
+        )
     if engine is not None:
         if settings.prompts is None and settings.num_videos == 1:
             raise RequestError("engine=ray: hands out the lines of a batch; expected prompts=FILE, or num_videos=")

@@ -19,7 +19,18 @@ class CalibrateConfig(GenerateConfig):
 
 
 _UNUSED = (
-    *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up", "stages"),
+    *(
+        "prompts",
+        "run_dir",
+        "output_dir",
+        "name",
+        "resume",
+        "checkpoint_every",
+        "preview_every",
+        "warm_up",
+        "topology",
+        "stages",
+    ),
     *(
         "num_videos",
         "profile",

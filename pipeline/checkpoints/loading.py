@@ -49,6 +49,9 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         folder = folder or user_cache_dir() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    # XLA's own caches, of GPUs, put the folder's path into the compiler's options, and so into every key: a folder
+    # that was filled on another machine would serve nobody.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @dataclasses.dataclass(frozen=True)

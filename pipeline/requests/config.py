@@ -91,6 +91,7 @@ class GenerateConfig:
     cache_dir: str | None = None
     compilation_cache: bool = True
     warm_up: bool = False
+    topology: str | None = None
     profile: bool = False
     profile_run: str | None = None
     logdir: str = "runs"

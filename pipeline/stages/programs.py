@@ -13,6 +13,7 @@ from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.loading import build_module, resolve_checkpoint, use_compilation_cache
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
 from pipeline.model.latents import LatentGeometry, TokenLayout
+from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TransformerShape
@@ -79,6 +80,7 @@ def denoise_program(
     dtype = jnp.dtype(request.dtype)
     module: Any = build_module("transformer", config, getattr(torch, request.dtype))
     geometry = LatentGeometry.from_request(request, module.config, configs["vae"])
+    scheduler = build_scheduler(configs["scheduler"], request.scheduler)
     step = build_step(
         module,
         geometry,
@@ -87,7 +89,7 @@ def denoise_program(
         devices,
         attention=request.attention,
         guided=request.do_classifier_free_guidance,
-        noisy=False,
+        noisy=step_table(scheduler, request.num_inference_steps).needs_noise,
         reuse=reuse,
     )
     step = dataclasses.replace(step, work=work)
@@ -184,7 +186,7 @@ def _batch_programs(
 ) -> list[tuple[Program, int]]:
     """Return a half of the VAE on its first batch, and on any other where there are, and how often each runs."""
     mesh = cast(Mesh, sharding.mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(split_mesh(mesh.devices.flatten().tolist(), 1), PartitionSpec())  # as a run places them
     weights = {
         name: jax.ShapeDtypeStruct(
             jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere

@@ -1,0 +1,60 @@
+"""Programs that are compiled ahead of a run are those of the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers import PLENTY_S
+from pipeline.predict.ahead import topology_devices
+from pipeline.requests.errors import RequestError
+
+_BOTH = """
+import collections, json, sys
+import jax
+from pathlib import Path
+from pipeline.checkpoints.checks import read_configs
+from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+from pipeline.predict.ahead import compile_ahead
+from pipeline.requests.options import ParallelOptions
+from pipeline.requests.request import GenerateRequest
+from pipeline.runs.request_run import generate
+
+folder, cache = sys.argv[1], Path(sys.argv[2])
+use_compilation_cache(cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs compile in less than JAX's 1 s
+request = GenerateRequest(
+    prompt="a cat", checkpoint=folder, dtype="float32", height=48, width=80, num_frames=9, num_inference_steps=1
+)
+checkpoint = resolve_checkpoint(folder)
+said = []
+stages = ("text", "denoise", "vae")
+compile_ahead(request, stages, ParallelOptions(), jax.devices(), read_configs(checkpoint), checkpoint, said.append)
+
+def programs():
+    return sorted(path.name for path in cache.glob("*-cache") if path.name.startswith(("jit_program", "jit__step")))
+
+ahead = programs()
+generate(request, run_dir=cache / "run", results_path=None)
+print(json.dumps({"ahead": ahead, "after": programs(), "said": said}))
+"""
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("num_devices", [1, pytest.param(8, marks=pytest.mark.slow("1 min"))])
+def test_a_run_finds_every_program_that_was_compiled_ahead(tiny_folder, tmp_path, num_devices):
+    command = [sys.executable, "-c", _BOTH, str(tiny_folder), str(tmp_path / "compiled")]
+    variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PLENTY_S, env=variables)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ahead"]) == 3  # text, step, VAE
+    assert found["after"] == found["ahead"]
+    assert found["said"][0] == "text: compiling"
+
+
+def test_there_is_no_such_topology():
+    with pytest.raises(RequestError, match="topology='v6e-9': expected v6e-N"):
+        topology_devices("v6e-9")
