@@ -160,9 +160,9 @@ class _Reading:
         self._wanted, self._sharding = sharding, reading_sharding(self._shape, nbytes, axes, sharding)
         indices = self._sharding.addressable_devices_indices_map(self._shape)
         self._part_of = {device: self._bounds_of(index) for device, index in indices.items()}
-        self._parts = {
-            part: _empty([stop - start for start, stop in part], first.dtype) for part in self._part_of.values()
-        }
+        parts = list(dict.fromkeys(self._part_of.values()))
+        shapes = [tuple(stop - start for start, stop in part) for part in parts]
+        self._parts = dict(zip(parts, _empty_side_by_side(shapes, first.dtype), strict=True))
         self.nbytes = sum(part.nbytes for part in self._parts.values())
         self._pieces: list[Future[None]] = []
         for number, layer in enumerate(layers):
@@ -238,10 +238,19 @@ def _bounds(part: slice, size: int) -> tuple[int, int]:
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """Return an array of any content, so aligned that JAX on a CPU takes it without a copy."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + nbytes].view(dtype).reshape(shape)
+    (array,) = _empty_side_by_side([shape], dtype)
+    return array
+
+
+def _empty_side_by_side(shapes: Sequence[Sequence[int]], dtype: Any) -> Iterator[np.ndarray]:
+    """Yield such arrays, in one piece of memory: of many pieces few pages would be huge."""
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape in shapes]
+    room = np.empty(sum(size + _ALIGNMENT for size in sizes), np.uint8)
+    start = 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        start += -(room.ctypes.data + start) % _ALIGNMENT
+        yield room[start : start + size].view(dtype).reshape(shape)
+        start += size
 
 
 @functools.cache

@@ -62,15 +62,14 @@ class _HalvedPairs:
         return self.weight.dtype
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
-        first, last = start // self.head_dim, -(-stop // self.head_dim)  # heads are read whole
-        pairs = np.empty((last - first, self.head_dim // 2, 2, *self.shape[1:]), self.dtype)
-        self.weight.read(first * self.head_dim, last * self.head_dim, pairs)
-        halves = pairs.swapaxes(1, 2)
-        if pairs.size == out.size:
-            out.reshape(halves.shape)[...] = halves
-            return
-        begin = first * self.head_dim
-        out[...] = halves.reshape(-1, *self.shape[1:])[start - begin : stop - begin]
+        first, last = start // self.head_dim * self.head_dim, -(-stop // self.head_dim) * self.head_dim
+        # Heads are read whole, and where they are to be if that is all of them: memory never used before costs time.
+        rows = out if (first, last) == (start, stop) else np.empty((last - first, *self.shape[1:]), self.dtype)
+        self.weight.read(first, last, rows)
+        for head in rows.reshape(-1, self.head_dim, *self.shape[1:]):
+            head[...] = np.concatenate([head[::2], head[1::2]])
+        if rows is not out:
+            out[...] = rows[start - first : stop - first]
 
 
 @dataclasses.dataclass(frozen=True)
