@@ -105,7 +105,7 @@ def read_whole(weight: Rows) -> np.ndarray:
 def place_all(weights: Iterable[tuple[str, Rows | Stacked, NamedSharding]]) -> Iterator[tuple[str, jax.Array]]:
     """Read weights and place each as one global array, in order. All processes must call it, with the same weights.
 
-    Each process reads what `reading_sharding` says, straight into what becomes its devices' arrays; devices exchange
+    Each process reads what `reading_route` says, straight into what becomes its devices' arrays; devices exchange
     the rest. The next weights are read meanwhile. Raises whatever `Rows.read` raises.
     """
     ahead: collections.deque[tuple[str, _Reading]] = collections.deque()
@@ -123,29 +123,54 @@ def place_all(weights: Iterable[tuple[str, Rows | Stacked, NamedSharding]]) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def reading_sharding(shape: Sequence[int], nbytes: int, axes: Sequence[int], sharding: NamedSharding) -> NamedSharding:
-    """Return how to split an array over the devices while it is read, for the fewest bytes over all processes.
+def reading_route(
+    shape: Sequence[int], nbytes: int, axes: Sequence[int], sharding: NamedSharding
+) -> tuple[NamedSharding, ...]:
+    """Return how an array is split over the devices while it is read, then after each exchange; last as `sharding`.
 
-    axes: those along which it can be read in parts. It is `sharding` itself, which the array is to have in the end,
-    where no other is better: with one process, where processes need different parts anyway, and for a small array.
+    axes: those along which it can be read in parts. All processes together read the fewest bytes that such splits
+    allow. There is no exchange where that gains nothing: with one process, where processes need different parts anyway,
+    and for a small array.
     """
     devices: Any = sharding.mesh.devices.ravel()
     if nbytes < _SHARED_BYTES or len({device.process_index for device in devices}) == 1:
-        return sharding
-    choices = [sharding]
+        return (sharding,)
+    routes: list[tuple[NamedSharding, ...]] = [(sharding,)]
     for axis in axes:
-        mesh = Mesh(devices.reshape(math.gcd(len(devices), shape[axis]), -1), (SPLIT, COPIES))
-        choices.append(NamedSharding(mesh, PartitionSpec(*(None,) * axis, SPLIT)))
+        taken = [name for other, names in enumerate(_spec(sharding, shape)) if other != axis for name in names]
+        free = [name for name in sharding.mesh.axis_names if name not in taken]
+        moved = _split_by(sharding, shape, axis, taken)
+        routes += [(_split_by(sharding, shape, axis, free), sharding)]
+        routes += [(_split_by(moved, shape, axis, free), moved, sharding)]
 
-    def rows_read(choice: NamedSharding) -> int:
-        indices: Mapping[Any, Any] = choice.devices_indices_map(tuple(shape))
+    def rows_read(route: tuple[NamedSharding, ...]) -> int:
+        indices: Mapping[Any, Any] = route[0].devices_indices_map(tuple(shape))
         parts = {
             (device.process_index, *(_bounds(index[axis], shape[axis]) for axis in axes))
             for device, index in indices.items()
         }
         return sum(math.prod(stop - start for start, stop in part[1:]) for part in parts)
 
-    return min(choices, key=rows_read)
+    return min(routes, key=rows_read)
+
+
+def _split_by(sharding: NamedSharding, shape: Sequence[int], axis: int, names: Iterable[str]) -> NamedSharding:
+    """Return a sharding with one axis of an array split further, by those of these axes of the mesh that divide it.
+
+    Behind those that split it already: to come back, devices gather the parts of one of theirs only.
+    """
+    spec, mesh = _spec(sharding, shape), sharding.mesh
+    for name in names:
+        if name not in spec[axis] and shape[axis] % math.prod(mesh.shape[each] for each in (*spec[axis], name)) == 0:
+            spec = [tuple(each for each in by if each != name) for by in spec]
+            spec[axis] = (*spec[axis], name)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _spec(sharding: NamedSharding, shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """Return the axes of the mesh that split each axis of an array."""
+    spec = [(names,) if isinstance(names, str) else tuple(names or ()) for names in sharding.spec]
+    return [*spec, *[()] * (len(shape) - len(spec))]
 
 
 class _Reading:
@@ -156,9 +181,9 @@ class _Reading:
         first, stacked = layers[0], isinstance(weight, Stacked)
         self._shape = (len(layers), *first.shape) if stacked else first.shape
         nbytes = math.prod(self._shape) * first.dtype.itemsize
-        axes = [0, 1 + first.axis] if stacked else [first.axis]
-        self._wanted, self._sharding = sharding, reading_sharding(self._shape, nbytes, axes, sharding)
-        indices = self._sharding.addressable_devices_indices_map(self._shape)
+        axes = [1 + first.axis, 0] if stacked else [first.axis]
+        self._route = reading_route(self._shape, nbytes, axes, sharding)
+        indices = self._route[0].addressable_devices_indices_map(self._shape)
         self._part_of = {device: self._bounds_of(index) for device, index in indices.items()}
         parts = list(dict.fromkeys(self._part_of.values()))
         shapes = [tuple(stop - start for start, stop in part) for part in parts]
@@ -183,8 +208,8 @@ class _Reading:
         for piece in self._pieces:
             piece.result()
         arrays = [jax.device_put(self._parts[part], device) for device, part in self._part_of.items()]
-        array = jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
-        return jax.block_until_ready(array if self._sharding is self._wanted else _mover(self._wanted)(array))
+        array = jax.make_array_from_single_device_arrays(self._shape, self._route[0], arrays)
+        return jax.block_until_ready(_exchange(self._route)(array) if len(self._route) > 1 else array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +279,12 @@ def _empty_side_by_side(shapes: Sequence[Sequence[int]], dtype: Any) -> Iterator
 
 
 @functools.cache
-def _mover(sharding: NamedSharding) -> Any:
+def _exchange(route: Sequence[NamedSharding]) -> Any:
     """Return a program that exchanges the parts of an array between devices."""
-    return jax.jit(lambda array: array, out_shardings=sharding)
+
+    def exchange(array: jax.Array) -> jax.Array:
+        for sharding in route[1:]:
+            array = jax.lax.with_sharding_constraint(array, sharding)
+        return array
+
+    return jax.jit(exchange, out_shardings=route[-1])
