@@ -67,6 +67,7 @@ def on_first_process(compute: Callable[[], T]) -> T:
 _SHARED_BYTES = 2**20
 #: What one thread reads at a time, how many threads do, and how many bytes are read before those before are placed.
 _PIECE_BYTES, _READERS, _AHEAD_BYTES = 2**24, 8, 2**30
+_arrays_read = 0
 _ALIGNMENT = 64  # bytes; JAX on a CPU uses an array that is so aligned where it lies, without a copy
 
 
@@ -121,6 +122,11 @@ def place_all(weights: Iterable[tuple[str, Rows | Stacked, NamedSharding]]) -> I
             yield name, reading.place()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def arrays_read() -> int:
+    """Return how many arrays this process has read its part of; where others have more, they may wait for it."""
+    return _arrays_read
 
 
 def reading_route(
@@ -205,8 +211,10 @@ class _Reading:
 
     def place(self) -> jax.Array:
         """Wait for it, and return the array where it is wanted."""
+        global _arrays_read
         for piece in self._pieces:
             piece.result()
+        _arrays_read += 1
         arrays = [jax.device_put(self._parts[part], device) for device, part in self._part_of.items()]
         array = jax.make_array_from_single_device_arrays(self._shape, self._route[0], arrays)
         return jax.block_until_ready(_exchange(self._route)(array) if len(self._route) > 1 else array)
