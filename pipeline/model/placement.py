@@ -67,8 +67,8 @@ def on_first_process(compute: Callable[[], T]) -> T:
 _SHARED_BYTES = 2**20
 #: What one thread reads at a time, how many threads do, and how many bytes are read before those before are placed.
 _PIECE_BYTES, _READERS, _AHEAD_BYTES = 2**24, 8, 2**30
-_arrays_read = 0
 _ALIGNMENT = 64  # bytes; JAX on a CPU uses an array that is so aligned where it lies, without a copy
+_arrays_read = 0
 
 
 class Rows(Protocol):
@@ -115,13 +115,16 @@ def place_all(weights: Iterable[tuple[str, Rows | Stacked, NamedSharding]]) -> I
         for name, weight, sharding in weights:
             ahead.append((name, _Reading(weight, sharding, pool)))
             while len(ahead) > 1 and sum(reading.nbytes for _, reading in ahead) > _AHEAD_BYTES:
-                name, reading = ahead.popleft()
-                yield name, reading.place()
+                yield _place_first(ahead)
         while ahead:
-            name, reading = ahead.popleft()
-            yield name, reading.place()
+            yield _place_first(ahead)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _place_first(ahead: "collections.deque[tuple[str, _Reading]]") -> tuple[str, jax.Array]:
+    name, reading = ahead.popleft()
+    return name, reading.place()  # what was read is freed, where it is not the array itself
 
 
 def arrays_read() -> int:
