@@ -6,9 +6,13 @@ makes a checkpoint of the shapes of CogVideoX1.5-5B (random bfloat16, 0.26 GB a 
 Before each reading the files are dropped from the page cache; each is done by a process of its own, in turn:
 
 - disk: eight threads read 16 MiB at a time, each into the same memory again and again.
-- memory: the same into memory that keeps all of it, as weights are kept; new memory has a price of its own.
+- memory: the same into memory that keeps all of it, as weights are kept.
 - loader: `place_transformer` onto eight simulated devices that hold a part each; their arrays, which are in the host's
   memory here, are there once.
+
+Each process has first written to as much memory as the weights take, and freed it: a virtual machine gets memory from
+its host where it is used for the first time, which can take longer than reading the weights. `--new-memory` leaves it
+out.
 """
 
 import argparse
@@ -81,42 +85,52 @@ def drop_from_page_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
+def prepare(folder: Path, new_memory: bool) -> None:
+    """Have the next reading go to the disk, and find memory that is free and in use by this machine already."""
+    import numpy as np
+
+    if not new_memory:
+        np.empty(sum(path.stat().st_size for path in weight_files(folder)), np.uint8)[::4096] = 1
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    drop_from_page_cache(folder)
+
+
 def peak_bytes() -> int:
-    """Return the most memory that this process has had."""
+    """Return the most memory that this process has had, since `prepare`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def read_plain(folder: Path, keep: bool) -> dict[str, float]:
+def read_plain(folder: Path, new_memory: bool, keep: bool) -> dict[str, float]:
     """Read all files by several threads. keep: each piece in memory of its own."""
     import numpy as np
 
     descriptors = {os.open(path, os.O_RDONLY): path.stat().st_size for path in weight_files(folder)}
     pieces = [(file, offset) for file, size in descriptors.items() for offset in range(0, size, _PIECE_BYTES)]
-    drop_from_page_cache(folder)
+    prepare(folder, new_memory)
 
     def read(number: int) -> int:
         mine = pieces[number::_THREADS]
         room = np.empty((len(mine) if keep else 1, _PIECE_BYTES), np.uint8)
         return sum(os.preadv(file, [room[index % len(room)].data], at) for index, (file, at) in enumerate(mine))
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(_THREADS) as pool:
         assert sum(pool.map(read, range(_THREADS))) == sum(descriptors.values())
-    return {"time_s": time.perf_counter() - start}
+    return {"time_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
 
 
-def read_again(folder: Path) -> dict[str, float]:
+def read_again(folder: Path, new_memory: bool) -> dict[str, float]:
     """Read all files into the same memory."""
-    return read_plain(folder, keep=False)
+    return read_plain(folder, new_memory, keep=False)
 
 
-def read_and_keep(folder: Path) -> dict[str, float]:
+def read_and_keep(folder: Path, new_memory: bool) -> dict[str, float]:
     """Read all files into memory that keeps them."""
-    return read_plain(folder, keep=True)
+    return read_plain(folder, new_memory, keep=True)
 
 
-def load(folder: Path) -> dict[str, float]:
+def load(folder: Path, new_memory: bool) -> dict[str, float]:
     """Load the transformer onto simulated devices, and check one of its weights."""
     import jax
     import numpy as np
@@ -130,11 +144,13 @@ def load(folder: Path) -> dict[str, float]:
 
     import_libraries()
     plan = ParallelPlan("ulysses", dp=1, model=_DEVICES, weights="sharded")
-    mesh, before = plan.mesh(jax.devices()), peak_bytes()
-    drop_from_page_cache(folder)
-    start = time.perf_counter()
+    mesh = plan.mesh(jax.devices())
+    prepare(folder, new_memory)
+    before = peak_bytes()
+    start, cpu_start = time.perf_counter(), time.process_time()
     placed = place_transformer(Checkpoint("made for this", folder), torch.bfloat16, plan, mesh)
-    found = {"time_s": time.perf_counter() - start, "peak_bytes": peak_bytes(), "before_bytes": before}
+    found = {"time_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+    found |= {"peak_bytes": peak_bytes(), "before_bytes": before}
     layer, name = 1, "ff.net.0.proj.weight"
     actual = np.asarray(placed.weights[f"transformer_blocks.{name}"][layer])
     for path in weight_files(folder):
@@ -149,11 +165,12 @@ def load(folder: Path) -> dict[str, float]:
 READINGS = {"disk": read_again, "memory": read_and_keep, "loader": load}
 
 
-def in_own_process(what: str, folder: Path) -> dict[str, float]:
+def in_own_process(what: str, folder: Path, new_memory: bool) -> dict[str, float]:
     """Return what one of READINGS returns in a process of its own."""
     flags = f"--xla_force_host_platform_device_count={_DEVICES}"
     variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, __file__, "--only", what, "--folder", str(folder)]
+    command += ["--new-memory"] if new_memory else []
     return json.loads(subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE).stdout)
 
 
@@ -163,10 +180,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="of the transformer; the model has 42")
     parser.add_argument("--rounds", type=int, default=3, help="readings of each kind")
     parser.add_argument("--folder", type=Path, help="on the disk to read from; by default that of temporary files")
+    parser.add_argument("--new-memory", action="store_true", help="memory is not used before it is timed")
     parser.add_argument("--only", choices=READINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(READINGS[options.only](options.folder)))
+        print(json.dumps(READINGS[options.only](options.folder, options.new_memory)))
         return
     rates: dict[str, list[float]] = {what: [] for what in READINGS}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -175,9 +193,12 @@ def main() -> None:
         print(f"{nbytes / 1e9:.2f} GB in {len(weight_files(folder))} files; {os.cpu_count()} cores", flush=True)
         for _ in range(options.rounds):
             for what, found in rates.items():
-                result = in_own_process(what, folder)
+                result = in_own_process(what, folder, options.new_memory)
                 found.append(nbytes / result["time_s"] / 1e9)
-                print(f"  {what:<6} {result['time_s']:6.2f} s {found[-1]:6.2f} GB/s", flush=True)
+                print(
+                    f"  {what:<6} {result['time_s']:6.2f} s {found[-1]:6.2f} GB/s {result['cpu_s']:6.2f} CPU s",
+                    flush=True,
+                )
         peak, before = (result[f"{when}_bytes"] / nbytes for when in ("peak", "before"))
     disk, memory, loader = map(statistics.median, rates.values())
     print(f"  medians: the loader has {loader / memory:.0%} of the rate into memory, {loader / disk:.0%} of the disk's")

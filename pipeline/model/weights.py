@@ -66,8 +66,11 @@ class _HalvedPairs:
         # Heads are read whole, and where they are to be if that is all of them: memory never used before costs time.
         rows = out if (first, last) == (start, stop) else np.empty((last - first, *self.shape[1:]), self.dtype)
         self.weight.read(first, last, rows)
-        for head in rows.reshape(-1, self.head_dim, *self.shape[1:]):
-            head[...] = np.concatenate([head[::2], head[1::2]])
+        heads = rows.reshape(-1, self.head_dim // 2, 2, *self.shape[1:])
+        pairs = np.empty_like(heads[0])
+        for head in heads:
+            pairs[...] = head
+            head.reshape(2, *pairs[:, 0].shape)[...] = pairs.swapaxes(0, 1)
         if rows is not out:
             out[...] = rows[start - first : stop - first]
 
