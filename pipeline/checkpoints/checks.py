@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, check_names, weight_shapes, with_defaults
+from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, weight_shapes, with_defaults
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
@@ -61,7 +61,7 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
         if is_quantized(checkpoint.transformer):
             check_quantized(checkpoint.transformer, shapes)
         else:
-            check_names(checkpoint, "transformer", shapes)
+            find_weights(checkpoint, "transformer", shapes)
     return configs
 
 

@@ -4,12 +4,13 @@ Only safetensors are read, only the parts (`text_encoder/`, `vae/`, ...) that we
 checkpoint is ever run: classes are the ones named here.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import jax
 import numpy as np
 import torch
 
+from pipeline.checkpoints.stored import open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
-from pipeline.checkpoints.weight_files import STEMS, files_to_fetch, open_weights, weight_files
-from pipeline.model.torchax_bridge import torch_to_numpy
+from pipeline.checkpoints.weight_files import STEMS, files_to_fetch, open_weights, stock_name, weight_files
+from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
 from splash_workbench.provenance import user_cache_dir
@@ -35,7 +37,6 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "vae": ("vae",),
 }
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-_PREFIX = re.compile(r"^((model\.)?diffusion_model\.|transformer\.|model\.)")
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
 
@@ -239,14 +240,9 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def stock_name(key: str) -> str:
-    """Return a weight's name in a transformer's single file without what trainers and other programs put before it."""
-    return _PREFIX.sub("", key, count=1)
-
-
 @dataclasses.dataclass
 class LoadedModule:
-    """A torch module without storage (on the meta device) and its weights by name, as `place` made them."""
+    """A torch module without storage (on the meta device) and its weights by name."""
 
     module: torch.nn.Module
     weights: dict[str, Any]
@@ -279,16 +275,13 @@ def weight_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in {**dict(module.named_parameters()), **buffers}.items()}
 
 
-def load_module(
-    checkpoint: Checkpoint,
-    part: str,
-    dtype: torch.dtype,
-    keep: Callable[[str], bool] = lambda name: True,
-    place: Callable[[np.ndarray], Any] = jax.device_put,
-) -> LoadedModule:
-    """Load one part ("text_encoder", "transformer" or "vae").
+@contextlib.contextmanager
+def open_module(
+    checkpoint: Checkpoint, part: str, dtype: torch.dtype, keep: Callable[[str], bool] = lambda name: True
+) -> Iterator[LoadedModule]:
+    """Open one part ("text_encoder", "transformer" or "vae"); its weights are to be read in the block.
 
-    keep: which parameters are wanted at all, by name. place: puts one weight on the device(s).
+    keep: which parameters are wanted at all, by name.
     Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
     """
     module = build_module(part, checkpoint.config(part), dtype)
@@ -296,37 +289,46 @@ def load_module(
     first = {id(value): name for name, value in module.named_parameters()}
     aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
-    weights: dict[str, Any] = {}
-
-    def take(name: str, file: Any, key: str) -> None:
-        value = file.get_tensor(key)
-        # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
-        value = value.to(dtype) if value.is_floating_point() else value
-        weights[name] = place(torch_to_numpy(value))
 
     def is_known(key: str) -> bool:
         return not keep(key) or any(re.search(pattern, key) for pattern in ignored)
 
-    check_names(checkpoint, part, shapes, aliases, is_known, take)
-    return LoadedModule(module, jax.block_until_ready(weights))
+    keys = find_weights(checkpoint, part, shapes, aliases, is_known)
+    with contextlib.ExitStack() as stack:
+        paths = dict.fromkeys(path for path, _ in keys.values())
+        files = {path: stack.enter_context(open_stored(path, checkpoint.where(part))) for path in paths}
+        # A floating-point weight takes the dtype asked for, as from_pretrained(dtype=...) does.
+        yield LoadedModule(module, {name: files[path].weight(key, dtype) for name, (path, key) in keys.items()})
 
 
-def check_names(
+def load_module(
+    checkpoint: Checkpoint,
+    part: str,
+    dtype: torch.dtype,
+    keep: Callable[[str], bool] = lambda name: True,
+    place: Callable[[np.ndarray], Any] = jax.device_put,
+) -> LoadedModule:
+    """Load one part as `open_module` does. place: puts one weight where it is wanted."""
+    with open_module(checkpoint, part, dtype, keep) as opened:
+        weights = {name: place(read_whole(weight)) for name, weight in opened.weights.items()}
+    return LoadedModule(opened.module, jax.block_until_ready(weights))
+
+
+def find_weights(
     checkpoint: Checkpoint,
     part: str,
     shapes: Mapping[str, Sequence[int]],
     aliases: Mapping[str, str] | None = None,
     is_known: Callable[[str], bool] = lambda key: False,
-    take: Callable[[str, Any, str], None] = lambda name, file, key: None,
-) -> None:
-    """Check that the files of a part hold just the weights of these names and shapes, from the files' headers.
+) -> dict[str, tuple[Path, str]]:
+    """Return the file and the key of each weight of a part, from the files' headers.
 
-    aliases: names of tied weights, to those in `shapes`. is_known: whether a weight of another name is no error. take:
-    called with the name, the open file and the key of each weight. Raises CheckpointError.
+    aliases: names of tied weights, to those in `shapes`. is_known: whether a weight of another name is no error.
+    Raises CheckpointError unless they are just those of these names and shapes.
     """
     where, aliases = checkpoint.where(part), aliases or {}
     single_file = part == "transformer" and checkpoint.transformer is not None
-    found: set[str] = set()
+    found: dict[str, tuple[Path, str]] = {}
     unexpected: list[str] = []
     for path in checkpoint.weight_files(part):
         with open_weights(path, where) as file:
@@ -340,11 +342,11 @@ def check_names(
                 shape = file.get_slice(key).get_shape()
                 if shape != list(shapes[name]):
                     raise CheckpointError(f"{where}{path.name}: {key} has shape {shape}, expected {list(shapes[name])}")
-                take(name, file, key)
-                found.add(name)
-    missing = sorted(set(shapes) - found)
+                found[name] = path, key
+    missing = sorted(shapes.keys() - found.keys())
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
         raise CheckpointError(
             f"{where.rstrip()} {problem} ({len(missing)} missing, {len(unexpected)} unexpected weights)"
         )
+    return found

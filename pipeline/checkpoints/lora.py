@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoints.stored import ONE_AT_A_TIME
 from pipeline.checkpoints.weight_files import open_weights
+from pipeline.model.placement import Rows
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.media import content_digest
 from pipeline.requests.request import LoraFile
@@ -58,21 +60,62 @@ def check_loras(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], 
             _pairs(lora, file, config, shapes, of)
 
 
-def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> None:
-    """Add LoRAs to stock weights on the host, in float32, each rounded once to its dtype. Raises as `check_loras`."""
-    shapes = {name: value.shape for name, value in weights.items()}
-    factors: dict[str, list[tuple[Any, LoraPair, float]]] = {}
-    with contextlib.ExitStack() as files:
-        for lora in loras:
-            file, config = files.enter_context(_opened(lora))
+@dataclasses.dataclass(frozen=True)
+class LoraChange:
+    """What LoRAs add to one weight. factors: (up, down, scale) of each."""
+
+    factors: Sequence[tuple[Any, Any, float]]
+
+    def applied(self, values: np.ndarray, whole: Sequence[int], start: int = 0) -> np.ndarray:
+        """Return rows of a weight of shape `whole`, from `start` on, with the change: in float32, rounded once."""
+        changed = values.astype(np.float32)
+        for up, down, scale in self.factors:  # whole products, so that the bits do not depend on the rows
+            product = (_matrix(up) @ _matrix(down)).reshape(whole)
+            changed += scale * product[start : start + len(values)]
+        return changed.astype(values.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedWeight:
+    """A weight that is changed as it is read, see `pipeline.model.placement.Rows`."""
+
+    weight: Rows
+    change: LoraChange
+    axis = 0
+    divisible = False  # the whole change is computed for any part
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Write rows to `out`."""
+        values = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.weight.read(start, stop, values)
+        with ONE_AT_A_TIME:  # changes in float32 of many weights would be twice the model
+            out[...] = self.change.applied(values, self.shape, start).reshape(out.shape)
+
+
+def lora_changes(loras: Sequence[LoraFile], shapes: Mapping[str, Sequence[int]], of: str) -> dict[str, LoraChange]:
+    """Return what LoRAs add to stock weights, by their names. Arguments and errors are those of `check_loras`."""
+    factors: dict[str, list[tuple[Any, Any, float]]] = {}
+    for lora in loras:
+        with _opened(lora) as (file, config):
             for name, pair in _pairs(lora, file, config, shapes, of).items():
-                factors.setdefault(name, []).append((file, pair, lora.strength * pair.scale))
-        for name, changes in factors.items():  # one weight after the other: all changes in float32 are twice the model
-            weight = weights[name].astype(np.float32)
-            for file, pair, scale in changes:
-                up, down = (_matrix(file.get_tensor(key)) for key in (pair.up, pair.down))
-                weight += scale * (up @ down).reshape(weight.shape)
-            weights[name] = weight.astype(weights[name].dtype)
+                up, down = file.get_tensor(pair.up), file.get_tensor(pair.down)
+                factors.setdefault(name, []).append((up, down, lora.strength * pair.scale))
+    return {name: LoraChange(each) for name, each in factors.items()}
+
+
+def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> None:
+    """Add LoRAs to stock weights on the host, each rounded once to its dtype. Raises as `check_loras`."""
+    shapes = {name: value.shape for name, value in weights.items()}
+    for name, change in lora_changes(loras, shapes, of).items():
+        weights[name] = change.applied(weights[name], shapes[name])
 
 
 def _path(lora: LoraFile) -> Path:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, load_module, weight_shapes
-from pipeline.checkpoints.lora import merge_loras
-from pipeline.checkpoints.quantized import is_quantized, read_quantized
-from pipeline.model.placement import put
+from pipeline.checkpoints.loading import Checkpoint, build_module, open_module, weight_shapes
+from pipeline.checkpoints.lora import MergedWeight, lora_changes
+from pipeline.checkpoints.quantized import is_quantized, open_quantized
+from pipeline.model.placement import Stacked, place_all, read_whole
 from pipeline.model.sharding import ParallelPlan
-from pipeline.model.weights import POSITIONS, place_weights, weight_sharding
+from pipeline.model.weights import BLOCKS, POSITIONS, place_weights, weight_sharding
 from pipeline.requests.request import LoraFile, Quantization
 
 
@@ -35,19 +35,32 @@ def place_transformer(
     loras: Sequence[LoraFile] = (),
     quantization: Quantization | None = None,
 ) -> PlacedTransformer:
-    """Load a transformer, merge LoRAs, quantize, and place it. Raises CheckpointError."""
+    """Load a transformer, merge LoRAs, quantize, and place it. Raises CheckpointError. All processes must call it."""
     config, file = checkpoint.config("transformer"), checkpoint.transformer
     if file is not None and is_quantized(file):
-
-        def place(name: str, value: np.ndarray) -> Any:
-            return value if name == POSITIONS else put(value, weight_sharding(name, plan, mesh))
-
         module = build_module("transformer", config, dtype)
-        weights = read_quantized(file, weight_shapes(module), dtype, place)
-        return PlacedTransformer(module, weights, weights.pop(POSITIONS, None))
-    loaded = load_module(checkpoint, "transformer", dtype, place=lambda value: value)
-    merge_loras(loaded.weights, loras, f"checkpoint={checkpoint.name!r}")
-    positions = loaded.weights.pop(POSITIONS, None)
+        with open_quantized(file, weight_shapes(module), dtype) as stored:
+            positions = _positions(stored)
+            placing = (
+                (
+                    name,
+                    Stacked(weight.layers()) if name.startswith(BLOCKS) else weight,
+                    weight_sharding(name, plan, mesh),
+                )
+                for name, weight in stored.items()
+            )
+            weights = dict(place_all(placing))
+        return PlacedTransformer(module, weights, positions)
     quantize, head_dim = quantization == "int8", config["attention_head_dim"]
-    placed = place_weights(loaded.weights, head_dim, plan, mesh, quantize)
-    return PlacedTransformer(loaded.module, placed, positions)
+    with open_module(checkpoint, "transformer", dtype) as opened:
+        shapes = {name: weight.shape for name, weight in opened.weights.items()}
+        changes = lora_changes(loras, shapes, f"checkpoint={checkpoint.name!r}")
+        merged = {name: MergedWeight(opened.weights[name], change) for name, change in changes.items()}
+        stock = {**opened.weights, **merged}
+        positions = _positions(stock)
+        placed = place_weights(stock, head_dim, plan, mesh, quantize)
+    return PlacedTransformer(opened.module, placed, positions)
+
+
+def _positions(weights: dict[str, Any]) -> np.ndarray | None:
+    return read_whole(weights.pop(POSITIONS)) if POSITIONS in weights else None

@@ -3,7 +3,8 @@
 Names and shapes are those of the denoise step, blocks stacked along layers: no other program reads it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from pipeline.checkpoints.stored import StoredWeight, open_stored
 from pipeline.checkpoints.weight_files import open_weights
 from pipeline.model.placement import to_host
-from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
+from pipeline.model.torchax_bridge import numpy_to_torch
 from pipeline.model.weights import POSITIONS, stacked_shapes
 from pipeline.requests.errors import CheckpointError
 from splash_workbench.files import atomic_path
@@ -39,33 +41,30 @@ def save_quantized(weights: Mapping[str, Any], positions: np.ndarray | None, pat
 
 def check_quantized(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError unless a file has the weights of a transformer of these stock shapes, from its header."""
-    read_quantized(path, shapes, torch.float32, None)
+    with open_quantized(path, shapes, torch.float32):
+        pass
 
 
-def read_quantized(
-    path: Path,
-    shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
-    place: Callable[[str, np.ndarray], Any] | None,
-) -> dict[str, Any]:
-    """Read weights one after the other; those in floating point take `dtype`, but for what belongs to int8.
+@contextlib.contextmanager
+def open_quantized(
+    path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> Iterator[dict[str, StoredWeight]]:
+    """Open a file of weights, to be read in the block; in floating point they take `dtype`, but what belongs to int8.
 
-    shapes: of the stock weights. place: puts a weight on the devices, by its name; None: only check names and shapes.
-    Raises CheckpointError.
+    shapes: of the stock weights. Raises CheckpointError.
     """
     where, expected = f"transformer={str(path)!r}: ", stacked_shapes(shapes, quantize=True)
-    found: dict[str, Any] = {}
     with open_weights(path, where) as file:
         names = set(file.keys())
         if wrong := sorted(names ^ set(expected)):
             problem = "has" if wrong[0] in names else "lacks"
             raise CheckpointError(f"{where}{problem} {wrong[0]} ({len(wrong)} such): int8 weights of another model")
-        for name, (shape, kind) in expected.items():
+        for name, (shape, _) in expected.items():
             actual = tuple(file.get_slice(name).get_shape())
             if actual != shape:
                 raise CheckpointError(f"{where}{name} has shape {list(actual)}, expected {list(shape)}")
-            if place is not None:
-                value = file.get_tensor(name)
-                value = value if kind in (jnp.int8, jnp.float32) else value.to(dtype)
-                found[name] = place(name, torch_to_numpy(value))
-    return found
+    with open_stored(path, where) as stored:
+        yield {
+            name: stored.weight(name, torch.float32 if kind == jnp.float32 else dtype)
+            for name, (_, kind) in expected.items()
+        }

@@ -21,6 +21,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS_POINTER = b"version https://git-lfs"
+_PREFIX = re.compile(r"^((model\.)?diffusion_model\.|transformer\.|model\.)")
 
 
 def weight_files(folder: Path, part: str, where: str) -> list[Path]:
@@ -98,6 +99,11 @@ def _shards(index: Path, where: str) -> list[str]:
             f"{where}{index.name} is not an index of shards ({problem}); download it again"
         ) from error
     return shards
+
+
+def stock_name(key: str) -> str:
+    """Return a weight's name in a transformer's single file without what trainers and other programs put before it."""
+    return _PREFIX.sub("", key, count=1)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Names and shapes otherwise stay those of the stock checkpoint: "transformer_bloc
 [layers, out, in]. Quantized, it is int8 and has ".weight_scale", [layers, out], beside it.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipeline.model.layers import int8
-from pipeline.model.placement import put
+from pipeline.model.placement import Rows, Stacked, place_all
 from pipeline.model.sharding import ParallelPlan
 
 BLOCKS = "transformer_blocks."
@@ -40,27 +41,88 @@ def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
     return {key: [layers[index] for index in range(len(layers))] for key, layers in stacked.items()}
 
 
-def place_weights(
-    weights: dict[str, np.ndarray], head_dim: int, plan: ParallelPlan, mesh: Mesh, quantize: bool = False
-) -> dict[str, jax.Array]:
-    """Stack stock weights on the host and place them on the mesh. Empties `weights` on the way, to hold them only once.
+@dataclasses.dataclass(frozen=True)
+class _HalvedPairs:
+    """A weight whose rotary pairs are taken apart in each head, see `pipeline.model.placement.Rows`."""
 
-    Works over several processes, each of which has read the whole checkpoint and places what its devices hold.
+    weight: Rows
+    head_dim: int
+    axis = 0
+
+    @property
+    def divisible(self) -> bool:
+        return self.weight.divisible
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        first, last = start // self.head_dim * self.head_dim, -(-stop // self.head_dim) * self.head_dim
+        # Heads are read whole, and where they are to be if that is all of them: memory never used before costs time.
+        rows = out if (first, last) == (start, stop) else np.empty((last - first, *self.shape[1:]), self.dtype)
+        self.weight.read(first, last, rows)
+        heads = rows.reshape(-1, self.head_dim // 2, 2, *self.shape[1:])
+        pairs = np.empty_like(heads[0])
+        for head in heads:
+            pairs[...] = head
+            head.reshape(2, *pairs[:, 0].shape)[...] = pairs.swapaxes(0, 1)
+        if rows is not out:
+            out[...] = rows[start - first : stop - first]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flattened:
+    """A weight as a matrix of its rows, see `pipeline.model.placement.Rows`."""
+
+    weight: Rows
+    axis = 0
+
+    @property
+    def divisible(self) -> bool:
+        return self.weight.divisible
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *others = self.weight.shape
+        return rows, math.prod(others)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        self.weight.read(start, stop, out.reshape(-1, *self.weight.shape[1:]))
+
+
+def place_weights(
+    weights: Mapping[str, Rows], head_dim: int, plan: ParallelPlan, mesh: Mesh, quantize: bool = False
+) -> dict[str, jax.Array]:
+    """Read stock weights, stacked, onto the mesh; see `place_all`, which says what each process reads.
+
     quantize: to int8, on the devices, one name after the other, with all its layers there in both forms for a moment.
     """
     assert not (quantize and plan.uses_stock_block)
-    placed: dict[str, jax.Array] = {}
     stacked = stack_names(weights)
-    for key in sorted(stacked, key=_quantized_name):  # last what needs other weights
-        values = [weights.pop(name) for name in stacked[key]]
+
+    def of(key: str) -> Rows | Stacked:
+        layers = [weights[name] for name in stacked[key]]
         if not plan.uses_stock_block and _PERMUTED.search(key):
-            heads = [value.reshape(-1, head_dim, *value.shape[1:]) for value in values]
-            values = [np.concatenate([x[:, ::2], x[:, 1::2]], axis=1).reshape(values[0].shape) for x in heads]
-        value = np.stack(values) if key.startswith(BLOCKS) else values[0]
-        value = value.reshape(len(value), -1) if key == _PATCHES else value
-        placed[key] = put(value, weight_sharding(key, plan, mesh))
+            layers = [_HalvedPairs(layer, head_dim) for layer in layers]
+        if key == _PATCHES:
+            layers = [_Flattened(layer) for layer in layers]
+        return Stacked(layers) if key.startswith(BLOCKS) else layers[0]
+
+    placed: dict[str, jax.Array] = {}
+    keys = sorted(stacked, key=_quantized_name)  # last what needs other weights
+    for key, array in place_all((key, of(key), weight_sharding(key, plan, mesh)) for key in keys):
+        placed[key] = array
+        del array
         if quantize:
-            del values, value
             _quantize(placed, key, head_dim, plan, mesh)
     return placed
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pipeline.model.placement import from_first_process
+from pipeline.model.placement import arrays_read, from_first_process
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions
 from splash_workbench.errors import UserError
@@ -72,15 +72,23 @@ def join(options: DistributedOptions) -> None:
 
 @dataclasses.dataclass
 class _State:
-    """A process as the others see it. events: how many it has told of; where: the last one, in words."""
+    """A process as the others see it.
+
+    events: how many it has told of. arrays_read: see there. where: the last event, in words. failed: why it ends, and
+    who is to blame.
+    """
 
     host: str
     beat: int = 0
     events: int = 0
+    arrays_read: int = 0
     where: str = "before the first stage"
     failed: str | None = None
     exit_code: int = 0
-    ended: bool = False
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self.events, self.arrays_read
 
 
 class Hosts:
@@ -138,7 +146,7 @@ class Hosts:
         if error is None or getattr(error, "everywhere", False):
             return
         lines = error.messages if isinstance(error, UserError) else (f"{type(error).__name__}: {error}".rstrip(": "),)
-        self._mine.failed = "; ".join(lines).splitlines()[0]
+        self._mine.failed = f"{_name(self._index, self._mine.host)} failed: {'; '.join(lines).splitlines()[0]}"
         self._mine.exit_code = 128 + getattr(error, "signal_number", 0) if isinstance(error, KeyboardInterrupt) else 1
         self._say_last_words()
 
@@ -165,17 +173,17 @@ class Hosts:
                 self._seen[index] = state, now
         for index, (state, changed) in self._seen.items():
             who = _name(index, state.host)
-            if index == self._index or state.ended:
+            if index == self._index:
                 continue
             if state.failed is not None:
-                self._end(f"{who} failed: {state.failed}", state.exit_code)
+                self._end(state.failed, state.exit_code)
             if now - changed > _LOST_S:
                 self._end(f"{who} is lost: no sign of life for {_LOST_S:g} s, last {state.where}", _EXIT_FAILED)
         if now - self._since > self._timeout_s:
-            behind = min(state.events for state in states.values())
-            late = [_name(i, state.host) for i, state in states.items() if state.events == behind]
+            behind = min(state.progress for state in states.values())
+            late = [_name(i, state.host) for i, state in states.items() if state.progress == behind]
             who = "every process" if len(late) == self._count else ", ".join(late)
-            where = next(state.where for state in states.values() if state.events == behind)
+            where = next(state.where for state in states.values() if state.progress == behind)
             self._end(
                 f"{who} has not gone on for {self._timeout_s:g} s (distributed.timeout_s) {where}; "
                 f"noticed by {_name(self._index, self._mine.host)}",
@@ -192,7 +200,6 @@ class Hosts:
 
     def _say_last_words(self) -> None:
         """Tell the others that this process ends; the first one stays until they have read why."""
-        self._mine.ended = self._index != 0
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._tell()
             deadline = time.monotonic() + _LAST_WORDS_S
@@ -201,11 +208,12 @@ class Hosts:
 
     def _all_others_end(self) -> bool:
         others = {index: state for index, state in self._states().items() if index != self._index}
-        return all(state.ended or state.failed is not None for state in others.values())
+        return all(state.failed is not None for state in others.values())
 
     def _tell(self) -> None:
         with self._lock:
             self._mine.beat += 1
+            self._mine.arrays_read = arrays_read()
             text = json.dumps(dataclasses.asdict(self._mine))
             self._client.key_value_set(f"hosts/{self._run}/{self._index}", text, allow_overwrite=True)
 

@@ -102,7 +102,8 @@ class StageTimings:
     """Time of a stage, in seconds. step_times_s: raw, one a step; their sum is less than run_time_s by what is between.
 
     profiled: whether a profiler ran meanwhile, which takes time of its own. steps_computed: of the denoising steps, how
-    many ran the transformer's blocks; None: all.
+    many ran the transformer's blocks; None: all. read_bytes: of its weights, stored_bytes, those that this process read
+    from storage.
     """
 
     stage: Work
@@ -113,6 +114,8 @@ class StageTimings:
     reused: bool = False
     profiled: bool = False
     steps_computed: int | None = None
+    read_bytes: int = 0
+    stored_bytes: int = 0
 
     @property
     def step_time_s(self) -> float | None:

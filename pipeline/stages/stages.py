@@ -6,6 +6,7 @@ The VAE's encoder, which an image or a video needs before it is denoised, is loa
 import dataclasses
 import functools
 import gc
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.checkpoints.loading import Checkpoint, import_libraries
 from pipeline.checkpoints.lora import lora_identity
+from pipeline.checkpoints.stored import reads_so_far
 from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.requests.errors import DeviceMemoryError
 from pipeline.requests.options import ParallelOptions
@@ -27,6 +29,8 @@ from pipeline.stages.resume import StateFile
 from pipeline.stages.text import TextEncoder
 from pipeline.stages.vae import VaeDecoder, VaeEncoder
 from splash_workbench.trial_status import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 #: (stage, key, load) -> the loaded stage of this key, from before or by calling `load`.
 KeepLoaded = Callable[[Work, Hashable, Callable[[], Any]], Any]
@@ -142,8 +146,19 @@ class Stages:
             options = request.attention, context.parallel, guided, request.lora, request.quantization
 
         def load() -> Any:
-            with (context.clock or StageClock(stage)).measure("load"):
-                return _CLASSES[stage](context.checkpoint, getattr(torch, request.dtype), *options)
+            clock, before = context.clock or StageClock(stage), reads_so_far()
+            with clock.measure("load"):
+                loaded = _CLASSES[stage](context.checkpoint, getattr(torch, request.dtype), *options)
+            now, timings = reads_so_far(), clock.timings
+            timings.read_bytes += now.read_bytes - before.read_bytes
+            timings.stored_bytes += now.stored_bytes - before.stored_bytes
+            logger.info(
+                "%s: read %.2f GB of %.2f GB from storage on this host",
+                stage,
+                timings.read_bytes / 1e9,
+                timings.stored_bytes / 1e9,
+            )
+            return loaded
 
         return (self._keep_loaded or self._hold)(stage, context.loaded_key(stage), load)
 

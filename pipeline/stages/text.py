@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pipeline.checkpoints.loading import Checkpoint, load_module
-from pipeline.model.placement import SPLIT, put, split_mesh, to_host
+from pipeline.checkpoints.loading import Checkpoint, open_module
+from pipeline.model.placement import SPLIT, place_all, put, split_mesh, to_host
 from pipeline.model.torchax_bridge import jax_function
 from pipeline.requests.errors import CheckpointError, NonFiniteError
 from pipeline.stages.progress import StageClock
@@ -29,11 +29,11 @@ class TextEncoder:
         devices = jax.devices()
         self._max_text_seq_length = checkpoint.config("transformer")["max_text_seq_length"]
         self._tokenizer = load_tokenizer(checkpoint)  # first: T5 is 9 GB
-        self._loaded = load_module(
-            checkpoint, "text_encoder", dtype, place=lambda value: put(value, weight_sharding(value.shape, devices))
-        )
+        with open_module(checkpoint, "text_encoder", dtype) as opened:
+            stored = opened.weights.items()
+            self._weights = dict(place_all((name, each, weight_sharding(each.shape, devices)) for name, each in stored))
         self._everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
-        self._program = encode_program(self._loaded.module, self._everywhere)
+        self._program = encode_program(opened.module, self._everywhere)
         self._compiled: dict[tuple[int, ...], Any] = {}
 
     def encode(self, prompts: Sequence[str], clock: StageClock | None = None) -> np.ndarray:
@@ -47,11 +47,11 @@ class TextEncoder:
         compiled = self._compiled.get(token_ids.shape)
         if compiled is None:
             with clock.measure("compile"):
-                compiled = self._program.lower(self._loaded.weights, token_ids).compile()
+                compiled = self._program.lower(self._weights, token_ids).compile()
                 self._compiled[token_ids.shape] = compiled
         with clock.measure("run"):
             clock.start(1)
-            embeddings = to_host(compiled(self._loaded.weights, token_ids))
+            embeddings = to_host(compiled(self._weights, token_ids))
             finite = bool(np.isfinite(embeddings.astype(np.float32)).all())
             clock.tick()
         if not finite:

@@ -10,6 +10,7 @@ Over several devices a batch is split along its width, or height, whatever divid
 edges that they need, and group norms sum their statistics over the whole, so that nothing is approximated.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,8 +22,8 @@ import torch
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pipeline.checkpoints.loading import Checkpoint, load_module
-from pipeline.model.placement import SPLIT, put, split_mesh, to_host
+from pipeline.checkpoints.loading import Checkpoint, open_module
+from pipeline.model.placement import SPLIT, Rows, place_all, put, split_mesh, to_host
 from pipeline.model.vae_decoder import DecoderShape, decode
 from pipeline.model.vae_encoder import encode
 from pipeline.model.vae_layers import arrange
@@ -36,6 +37,31 @@ CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
 _NARROW_TPUS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Arranged:
+    """A weight as `arrange` returns it, which puts the rows last; see `pipeline.model.placement.Rows`."""
+
+    weight: Rows
+    divisible = True
+
+    @property
+    def axis(self) -> int:
+        return 4 if len(self.shape) == 5 else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return arrange(np.broadcast_to(np.zeros(()), self.weight.shape)).shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        rows = np.empty((stop - start, *self.weight.shape[1:]), self.dtype)
+        self.weight.read(start, stop, rows)
+        out[...] = arrange(rows)
+
+
 class _VaeHalf:
     """A loaded half of the VAE. Keeps its compiled programs for the next input; drop the object to free its memory."""
 
@@ -46,16 +72,11 @@ class _VaeHalf:
         """Load this half of vae/. Raises CheckpointError."""
         self._devices, self._dtype = jax.devices(), dtype
         everywhere = NamedSharding(split_mesh(self._devices, 1), PartitionSpec())
-        loaded = load_module(
-            checkpoint,
-            "vae",
-            dtype,
-            keep=lambda name: name.startswith(self._prefixes),
-            place=lambda value: put(arrange(value), everywhere),
-        )
-        module: Any = loaded.module
+        with open_module(checkpoint, "vae", dtype, lambda name: name.startswith(self._prefixes)) as opened:
+            stored = opened.weights.items()
+            self._weights = dict(place_all((name, _Arranged(each), everywhere) for name, each in stored))
+        module: Any = opened.module
         self._module = module
-        self._weights = loaded.weights
         self._shape = DecoderShape.from_config(module.config)
         self._compiled: dict[Any, Any] = {}
 

@@ -11,7 +11,8 @@ class StageTimes(msgspec.Struct, frozen=True):
     """Seconds that a stage took.
 
     step_times_s: raw, one a step; without the time between steps. steps_computed: of the denoising steps, how many ran
-    the transformer's blocks; None: all.
+    the transformer's blocks; None: all. read_bytes: of its weights, stored_bytes, those that the process which wrote
+    this read from storage.
     """
 
     load_time_s: float
@@ -19,6 +20,8 @@ class StageTimes(msgspec.Struct, frozen=True):
     run_time_s: float
     step_times_s: tuple[float, ...]
     steps_computed: int | None = None
+    read_bytes: int | None = None
+    stored_bytes: int | None = None
 
 
 class GenerationRecord(PipelineRecord, frozen=True, kw_only=True):

@@ -14,9 +14,9 @@ from commands import HYDRA_COMMANDS, main_of
 #: What a command does once its values are accepted.
 WORK = (
     "splash_workbench.workers.pool:Runner.run",
-    "pipeline.stages.text:load_module",
-    "pipeline.checkpoints.placed:load_module",
-    "pipeline.stages.vae:load_module",
+    "pipeline.stages.text:open_module",
+    "pipeline.checkpoints.placed:open_module",
+    "pipeline.stages.vae:open_module",
     "pipeline.quality.judge:variant_videos",
     "pipeline.train_tiny.__main__:optimize",
 )

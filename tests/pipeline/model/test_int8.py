@@ -13,6 +13,7 @@ from pipeline.model.sharding import ParallelPlan
 from pipeline.model.weights import BLOCKS, place_weights, stacked_shapes
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.runs.outputs import stage_key
+from rows import HostRows
 
 ROWS, CHANNELS, HEADS, HEAD_DIM = 11, 192, 3, 64
 FLOAT32 = 1e-5  # of sums in float32, relative to values of size 1
@@ -151,7 +152,8 @@ def test_weights_are_placed_with_what_int8_needs(rng):
         stock |= {f"{block}.norm2.norm.{part}": rng.normal(size=channels) for part in ("weight", "bias")}
     stock = {name: value.astype(np.float32) for name, value in stock.items()}
     plan = ParallelPlan("ulysses", 1, 1)
-    placed = place_weights(dict(stock), head_dim, plan, plan.mesh(jax.devices()), quantize=True)
+    rows = {name: HostRows(value) for name, value in stock.items()}
+    placed = place_weights(rows, head_dim, plan, plan.mesh(jax.devices()), quantize=True)
     expected = stacked_shapes({name: value.shape for name, value in stock.items()}, quantize=True)
     assert {name: value.shape for name, value in placed.items()} == {
         name: shape for name, (shape, _) in expected.items()

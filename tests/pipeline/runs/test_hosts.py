@@ -1,5 +1,6 @@
 """One command in several processes with simulated devices: the video of one process, and they end together."""
 
+import dataclasses
 import json
 import signal
 import socket
@@ -118,6 +119,8 @@ def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_progra
     ).finish()
     assert [code for code, _, _ in several] == [0, 0], several
     assert list((tmp_path / "1").iterdir()) == []
+    timings = json.loads((run_dir / "denoise.json").read_text())["timings"]
+    assert 0 < timings["read_bytes"] < timings["stored_bytes"]  # the rest is read by the other one
     whole = stages.endswith("vae")
     assert ("video: run/video.mp4" in several[0][1]) == whole
     _same_video(run_dir, one, frames=whole)
@@ -206,15 +209,43 @@ def test_one_host_is_the_default():
     assert to_distributed(GenerateConfig(distributed=DistributedConfig(enabled=True))) == DistributedOptions()
 
 
-def test_a_hang_ends_at_its_limit_and_names_the_host_that_is_behind(monkeypatch):
-    watch, ended = hosts.Hosts(timeout_s=60), []
-    monkeypatch.setattr(watch, "_end", lambda message, exit_code: ended.append((message, exit_code)))
+@pytest.fixture
+def watch(monkeypatch) -> tuple[hosts.Hosts, list[tuple[str, int]]]:
+    """Return what watches over two processes as process 0, and what it would end with."""
+    watch, ends = hosts.Hosts(timeout_s=60), []
+    monkeypatch.setattr(watch, "_end", lambda message, exit_code: ends.append((message, exit_code)))
     monkeypatch.setattr(watch, "_count", 2)
-    states = {0: hosts._State("a", events=3), 1: hosts._State("b", events=2, where="in step 7")}
+    return watch, ends
+
+
+@pytest.mark.parametrize(
+    ("done", "where"),
+    [
+        ([{"events": 3}, {"events": 2}], "in step 7"),
+        ([{"events": 2, "arrays_read": 9}, {"events": 2, "arrays_read": 8}], "in denoise"),  # loading
+    ],
+)
+def test_a_hang_ends_at_its_limit_and_names_the_host_that_is_behind(done, where, watch, monkeypatch):
+    watch, ends = watch
+    states = {index: hosts._State("ab"[index], where=where, **values) for index, values in enumerate(done)}
     watch._look_at(states)
-    assert not ended
+    assert not ends
     monkeypatch.setattr(watch, "_since", time.monotonic() - 61)
     watch._look_at(states)
-    ((message, exit_code),) = ended
-    assert message.startswith("process 1 on b has not gone on for 60 s (distributed.timeout_s) in step 7; noticed by")
+    ((message, exit_code),) = ends
+    assert message.startswith(
+        f"process 1 on b has not gone on for 60 s (distributed.timeout_s) {where}; noticed by process 0 on "
+    )
     assert exit_code == 1
+
+
+def test_what_a_process_failed_of_is_said_by_the_others(watch, monkeypatch):
+    """It is at its end by then, and is not taken for lost."""
+    watch, ends = watch
+    told = []
+    monkeypatch.setattr(watch, "_index", 1)
+    monkeypatch.setattr(watch, "_tell", lambda: told.append(dataclasses.replace(watch._mine)))
+    watch.__exit__(RequestError, RequestError("no such disk"), None)
+    monkeypatch.setattr(watch, "_index", 0)
+    watch._look_at({0: hosts._State("a"), 1: told[-1]})
+    assert ends == [(f"process 1 on {socket.gethostname()} failed: no such disk", 1)]

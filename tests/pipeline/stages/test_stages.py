@@ -290,7 +290,7 @@ def test_nan_names_stage_and_step(encoder, denoiser, decoder, request_of, rng):
 
 def test_nan_weights_stop_the_text_stage(checkpoint):
     encoder = TextEncoder(checkpoint, torch.float32)
-    encoder._loaded.weights["shared.weight"] *= np.nan
+    encoder._weights["shared.weight"] *= np.nan
     with pytest.raises(NonFiniteError, match="text: the embeddings hold NaN"):
         encoder.encode(["a cat"])
 
