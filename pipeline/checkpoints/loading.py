@@ -42,16 +42,12 @@ _BLOCK_BYTES = 65536
 
 
 def use_compilation_cache(folder: Path | None = None) -> None:
-    """Keep compiled programs in a folder across processes, by default one in the user's cache: a second start is fast.
-
-    What the user or the environment has set (JAX_COMPILATION_CACHE_DIR) stays.
-    """
+    """Keep compiled programs in a folder, by default the user's; what is set (JAX_COMPILATION_CACHE_DIR) stays."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = folder or user_cache_dir() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # XLA's own caches, of GPUs, put the folder's path into the compiler's options, and so into every key: a folder
-    # that was filled on another machine would serve nobody.
+    # XLA's own caches, of GPUs, put the folder's path into every key: filled on another machine, it would serve nobody.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
