@@ -155,6 +155,11 @@ RUNS |= {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_haste() -> None:
+    """Compile as ever in this process, which runs the VAE: it would be the slower for haste."""
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")

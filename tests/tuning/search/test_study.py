@@ -1,10 +1,12 @@
 """The search as a state machine: what it asks, what it is told, and what it knows after any death."""
 
 import contextlib
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from splash_attn.types import AttentionShape
@@ -21,9 +23,18 @@ CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
 SAMPLERS = pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
 
 
+@pytest.fixture(scope="module")
+def empty_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file in which Optuna has made its tables, which takes longer than most of these tests, and no study."""
+    path = tmp_path_factory.mktemp("optuna") / "empty.sqlite3"
+    optuna.storages.RDBStorage(f"sqlite:///{path}").engine.dispose()
+    return path
+
+
 @pytest.fixture
-def make_search(tmp_path: Path) -> Callable[..., Search]:
+def make_search(tmp_path: Path, empty_study: Path) -> Callable[..., Search]:
     """Open the study of a space of 12 candidates, all in one file: the second time it resumes."""
+    shutil.copyfile(empty_study, tmp_path / "study.sqlite3")
 
     def make(
         sampler: str = "grid",
