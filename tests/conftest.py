@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from hydra._internal.hydra import Hydra
 
 from helpers import set_aside
 from splash_attn import tuned
@@ -61,6 +62,17 @@ def shared_programs(compiled: Path) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_LEAST_COMPILE_S),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(_COMPILED_BYTES),
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configurations_are_composed_once():
+    """Leave out that Hydra composes a configuration to read hydra.mode, which no command sets, and then once more.
+
+    Commands in processes of their own do it twice.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

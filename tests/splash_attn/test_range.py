@@ -110,6 +110,7 @@ def test_extreme_scales(scale: float, size: float, way: str) -> None:
     assert errors(q, k, v, way, scale).max() < TOLERANCE[way]
 
 
+@pytest.mark.compile
 def test_gradients_of_xla_are_finite_and_right_where_scores_overflow() -> None:
     q, k, v = (jnp.asarray(x[None, None], jnp.float32) for x in heads(1e30, 1e-30)["ordinary"])
 
