@@ -1,11 +1,13 @@
 """Steps that reuse what earlier ones computed: against diffusers' own hooks and plain loops, resumed, and sharded."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import compiling_in_haste
 from pipeline.checkpoints.magcache import MagnitudeRatios, write_ratios
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions
@@ -22,6 +24,13 @@ LATENT_TOLERANCE = 2e-4  # as in test_stages
 #: One a step, as of a run of eight; the products of neighbours stay near 1 in the middle.
 RATIOS = (1.0, 1.3, 1.06, 1.01, 0.99, 1.02, 0.9, 0.7)
 TIMESTEPS = tuple(range(999, 0, -125))  # of the checkpoint's scheduler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_haste() -> Iterator[None]:
+    """Compile without XLA's optimizations: a program for each way to reuse, of few and small steps."""
+    with compiling_in_haste():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +136,9 @@ def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cache
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize(
+    "method", [pytest.param(it, marks=pytest.mark.slow("8 s") if it == "unconditional" else []) for it in EVERY_METHOD]
+)
 def test_a_run_that_was_interrupted_gives_the_same_bits(method, denoiser, embeddings, cached, tmp_path):
     request = cached(**EVERY_METHOD[method])
     whole, timings = _run(denoiser, request, embeddings)
