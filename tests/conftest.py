@@ -1,6 +1,8 @@
 """Shared by all tests."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports JAX: these tests need no accelerator, and libtpu would complain that there is none.
@@ -75,10 +77,18 @@ def configurations_are_composed_once():
         yield
 
 
+@pytest.fixture(scope="session")
+def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return names of folders, one for each test; `mktemp` would read those of all tests before it."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(cache_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache and a folder of tuned entries of the test's own, instead of the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(cache_folders)
+    folder.mkdir()
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     monkeypatch.setenv(tuned.USER_VARIABLE, str(folder / "tuned"))
     return folder
