@@ -6,6 +6,9 @@ PROMPT ?= a red circle moves right
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
+# Tests start many processes, which read the packages' bytecode where it may be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-slow lint format hooks docs pictures bench report clean messages test-versions
 

@@ -83,7 +83,10 @@ def command(
         }
         unset = [group for group, option in groups.items() if option is None]
         keys = Keys(used_keys(schema, unused), groups, text_or_list, unset, free)
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        store: Any = ConfigStore.instance()
+        store.store(name=f"{name}_schema", node=schema)
+        # Hydra copies its sources for each reading, and with them every schema there is; it reads from copies anyhow.
+        store.__deepcopy__ = lambda memo: store
         for resolver, resolve in (resolvers or {}).items():
             OmegaConf.register_new_resolver(resolver, resolve, replace=True)
         outcomes: list[int | Exception] = []

@@ -1,6 +1,8 @@
 """Shared by all tests."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports JAX: these tests need no accelerator, and libtpu would complain that there is none.
@@ -8,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from hydra._internal.hydra import Hydra
 
 from helpers import set_aside
 from splash_attn import tuned
@@ -63,10 +66,29 @@ def shared_programs(compiled: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def configurations_are_composed_once():
+    """Leave out that Hydra composes a configuration to read hydra.mode, which no command sets, and then once more.
+
+    Commands in processes of their own do it twice.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return names of folders, one for each test; `mktemp` would read those of all tests before it."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(cache_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache and a folder of tuned entries of the test's own, instead of the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(cache_folders)
+    folder.mkdir()
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     monkeypatch.setenv(tuned.USER_VARIABLE, str(folder / "tuned"))
     return folder

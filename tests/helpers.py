@@ -1,11 +1,14 @@
-"""Waiting for other processes, with a deadline that no healthy machine reaches."""
+"""Waiting for other processes, with a deadline that no healthy machine reaches, and what makes tests cheaper."""
 
+import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+import jax
 
 from splash_workbench.provenance import REPO_ROOT
 
@@ -38,6 +41,16 @@ def set_aside() -> None:
     """Leave out of later collections what is there by now: with torch imported, each takes a tenth of a second."""
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def compiling_in_haste() -> Iterator[None]:
+    """Let XLA leave out its optimizations where tests compile much and run little: they change no result here."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
 
 
 def is_alive(pid: int) -> bool:

@@ -31,9 +31,9 @@ class Best(Generic[C]):
     config: C
     time_ms: float | None
     label: str | None
-    call: Callable[..., Any]
-    trial: Trial
-    trials: tuple[Trial, ...]
+    call: Callable[..., Any] = dataclasses.field(repr=False)
+    trial: Trial = dataclasses.field(repr=False)
+    trials: tuple[Trial, ...] = dataclasses.field(repr=False)
     promoted: str
 
 

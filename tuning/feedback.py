@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TextIO
 
 from tqdm import tqdm
@@ -20,13 +20,13 @@ _SAYS = {"whole": "", "kernel": ", kernel compiled alone", "shorter": ", from sh
 class Feedback:
     """Lines on stderr for one sweep, and on a terminal a bar below them; a context manager.
 
-    stages: returns what each running job is at, and for how many seconds; see `Runner.stages`.
+    on_record: what earlier runs tried. stages: returns what each running job is at, and for how many seconds; see `Runner.stages`.
     """
 
     def __init__(
         self,
         total: int,
-        done: int,
+        on_record: Collection[Trial],
         stages: Callable[[], list[tuple[str, float]]],
         *,
         enabled: bool = True,
@@ -35,13 +35,14 @@ class Feedback:
         self._stream = stream or sys.stderr
         self._enabled, self._stages = enabled, stages
         self._terminal = self._stream.isatty()
-        self._start, self._done_before = time.monotonic(), done
-        self._done, self._total = done, total
-        self._timed: dict[str, Trial] = {}  # the newest of each configuration
+        self._start, self._done_before = time.monotonic(), len(on_record)
+        self._done, self._total = len(on_record), total
+        #: The newest of each configuration.
+        self._timed = {trial.config: trial for trial in on_record if _is_timed(trial)}
         self._end, self._lock = threading.Event(), threading.Lock()
         self._bar = tqdm(
             total=total,
-            initial=done,
+            initial=len(on_record),
             unit="trial",
             leave=False,
             file=self._stream,
@@ -65,15 +66,17 @@ class Feedback:
         with self._lock:
             self._done += 1
             self._total = max(self._total + refined, self._done)  # today's choice is not in the budget
-            if trial.status is Status.OK and trial.time_ms is not None:
+            if _is_timed(trial):
                 self._timed[trial.config] = trial
             self._bar.total = self._total
             self._bar.update()
             self._say(f"{self._done}/{self._total} {describe(trial)}{self._best_text(trial)}{self._left_text()}")
 
-    def known(self) -> None:
+    def known(self, trial: Trial) -> None:
         """Count a trial that was on record."""
         with self._lock:
+            if _is_timed(trial):
+                self._timed[trial.config] = trial
             self._done += 1
             self._done_before += 1
             self._bar.update()
@@ -123,3 +126,7 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _is_timed(trial: Trial) -> bool:
+    return trial.status is Status.OK and trial.time_ms is not None

@@ -54,7 +54,7 @@ class Passes:
         search = self._search
         self._pool = concurrent.futures.ThreadPoolExecutor(self._settings.workers)
         stages = self._evaluator.runner.stages
-        with Feedback(search.budget, len(search.told), stages, enabled=self._settings.progress) as self._feedback:
+        with Feedback(search.budget, search.told.values(), stages, enabled=self._settings.progress) as self._feedback:
             try:
                 self._explore()
                 if self._first_pass != "whole":
@@ -96,7 +96,7 @@ class Passes:
             if candidate.key in self._on_record:  # another study of this context has evaluated it
                 future: concurrent.futures.Future[Trial] = concurrent.futures.Future()
                 future.set_result(self._on_record[candidate.key])
-                self._feedback.known()
+                self._feedback.known(self._on_record[candidate.key])
             else:
                 future = self._pool.submit(self._make, candidate.block_sizes, candidate.options, self._first_pass)
             untold.append((candidate, future))

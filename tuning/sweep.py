@@ -110,7 +110,9 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
     space: Any = settings.space  # which knows its own kind of workload
     candidates = from_config(lambda: space.candidates(workload, vmem_limit_bytes))
     if not candidates.valid:
-        raise UserError(f"space={settings.space.name}: no candidate can be valid; pruned {candidates.pruned}.")
+        call = workload.name if settings.source is None else f"{settings.kernel_name}, {workload.call}"
+        reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
+        raise UserError(f"{call}: no candidate of space={settings.space.name} can be valid: {reasons}.")
     cache = JobCache.of_user(settings.reuse)
     if cluster is None:
         runner = Runner(state / "work", jobs_per_worker=JOBS_PER_WORKER)

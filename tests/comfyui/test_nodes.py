@@ -80,7 +80,9 @@ def test_another_seed_or_no_guidance_makes_another_video(run: Any, comfy: Any) -
     assert not torch.equal(first, other) and not torch.equal(first, unguided)
 
 
-@pytest.mark.parametrize("text", ["2/", "denoise: compiling", "vae: loading"])
+@pytest.mark.parametrize(
+    "text", ["2/", pytest.param("denoise: compiling", marks=pytest.mark.slow("5 s")), "vae: loading"]
+)
 def test_interrupt_within_a_step(run: Any, stub: Any, comfy: Any, text: str) -> None:
     comfy.interrupt_after = text
     with pytest.raises(stub.InterruptProcessingException):

@@ -173,6 +173,7 @@ def _import_beside_another(
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PLENTY_S)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("package", ["pipeline", "splash_attn"])
 def test_ours_is_found_beside_another_of_its_name(part: Any, pack_dir: Path, tmp_path: Path, package: str) -> None:
     root = pack_dir.parents[1]
@@ -181,6 +182,7 @@ def test_ours_is_found_beside_another_of_its_name(part: Any, pack_dir: Path, tmp
     assert done.stdout.split() == [str(root / name / "__init__.py") for name in ("pipeline", "splash_attn")]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("made", ["types.ModuleType('pipeline')", "__import__('pipeline')"])
 def test_another_of_the_name_without_a_spec_is_named(part: Any, pack_dir: Path, tmp_path: Path, made: str) -> None:
     before = f"module = sys.modules['pipeline'] = {made}; module.__spec__ = None"
@@ -197,6 +199,7 @@ def test_limits_are_ours_beside_another_of_the_name(part: Any, pack_dir: Path, t
     assert done.stdout.split() == [str(limits.MAX_FPS), "False"], done.stderr
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("package", ["pipeline", "splash_workbench"])
 def test_another_of_the_name_imported_before_is_named(part: Any, pack_dir: Path, tmp_path: Path, package: str) -> None:
     done = _import_beside_another(part, tmp_path, package, pack_dir.parents[1].as_uri(), f"import {package}")

@@ -146,6 +146,7 @@ def test_a_process_ends_with_the_code_of_a_users_error(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.compile
 def test_help_names_every_key_and_starts_nothing(tmp_path):
     done = _run(tmp_path, "--help")
     assert done.returncode == 0

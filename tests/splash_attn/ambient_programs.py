@@ -38,17 +38,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def main(dtypes: list[str]) -> None:
-    """Print which programs differ, as JSON."""
+def main(dtypes: list[str], every: bool) -> None:
+    """Print which programs differ, as JSON; without `every` each setting is tried with one variant, by turns."""
     topology = describe_topology("v6e:2x2")
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
     one_chip = NamedSharding(mesh, PartitionSpec())
     different: list[str] = []
     with jax.set_mesh(mesh):
         for number, (variant_name, variant) in enumerate(VARIANTS.items()):
-            # By turns: all of them are set aside in the same way.
-            chosen = PRECISIONS[number :: len(VARIANTS)]
-            precisions = {f"precision {name}": {"jax_default_matmul_precision": name} for name in chosen}
+            precisions = {f"precision {name}": {"jax_default_matmul_precision": name} for name in PRECISIONS}
+            tried = list((SETTINGS | precisions).items())
+            if not every:  # all of them are set aside in the same way
+                tried = tried[number :: len(VARIANTS)]
             for dtype in dtypes:
                 q = jax.ShapeDtypeStruct((1, 2, 130, 64), jnp.dtype(dtype), sharding=one_chip)
                 call = functools.partial(attention, implementation="xla" if variant is None else "pallas_tpu")
@@ -57,7 +58,7 @@ def main(dtypes: list[str]) -> None:
                 plain = lower(call, q)
                 plain.compile()
                 expected = plain.as_text()
-                for name, settings in {**SETTINGS, **precisions}.items():
+                for name, settings in tried:
                     where = f"{variant_name} {dtype} under {name}"
                     try:
                         if under(settings, lambda call=call, q=q: lower(call, q).as_text()) != expected:
@@ -87,4 +88,4 @@ def lower(call: Callable[..., jax.Array], q: jax.ShapeDtypeStruct) -> jax.stages
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([name for name in sys.argv[1:] if name != "all"], every="all" in sys.argv)

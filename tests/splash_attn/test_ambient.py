@@ -20,10 +20,12 @@ from splash_workbench.provenance import REPO_ROOT
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "dtypes", [["bfloat16"], pytest.param(["float16", "float32"], marks=pytest.mark.slow("1 min"))], ids=" ".join
+    "dtypes",
+    [["bfloat16"], pytest.param(["all", "bfloat16", "float16", "float32"], marks=pytest.mark.slow("2 min"))],
+    ids=" ".join,
 )
 def test_the_program_for_a_tpu_is_the_same_under_every_setting(dtypes: list[str], tmp_path: Path) -> None:
-    """For every softmax; the one without settings is compiled too."""
+    """For every softmax, settings by turns; the one without settings is compiled too."""
     environment = os.environ | worker_environment(devices.by_name("v6e"), tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(REPO_ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-m", "ambient_programs", *dtypes]

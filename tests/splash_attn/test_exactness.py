@@ -122,8 +122,14 @@ def random_heads(count: int) -> Callable[[Callable], Callable]:
     return lambda test: limits(given(case=st.lists(heads(), min_size=HEADS, max_size=HEADS))(test))
 
 
-@SMOOTHING
-@SOFTMAXES
+@pytest.mark.parametrize(
+    ("softmax", "k_smooth"),
+    [
+        ("online", True),
+        ("fixed_bound", False),
+        *(pytest.param(*case, marks=pytest.mark.slow("8 s")) for case in [("online", False), ("fixed_bound", True)]),
+    ],
+)
 @random_heads(128)
 def test_random_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
     check_heads(softmax, k_smooth, case)

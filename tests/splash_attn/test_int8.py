@@ -81,7 +81,8 @@ def test_odd_lengths_mask_what_is_past_the_end() -> None:
     for q_seq_len, kv_seq_len in [(1, 1), (129, 257), (300, 385)]:
         q, k, v = realistic(max(q_seq_len, kv_seq_len), head_dim=128)
         q, k, v = q[:, :, :q_seq_len], k[:, :, :kv_seq_len], v[:, :, :kv_seq_len]
-        actual = attention(q, k, v, variant=INT8, block_sizes=SMALL, interpret=True)
+        blocks = BlockSizes(block_q=128, block_kv=256, block_kv_compute=128)  # half the tiles of SMALL to compile
+        actual = attention(q, k, v, variant=INT8, block_sizes=blocks, interpret=True)
         assert rms_error(actual, attention_reference(q, k, v, dtype=np.float64)) < gates.INT8_ERROR_BUDGET
 
 

@@ -199,10 +199,16 @@ def test_error_is_that_of_bfloat16_operands(variant: Variant) -> None:
         assert ours < 1.5 * theirs
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("variant", [Variant(softmax="online"), Variant(), Variant(qk_dtype="int8")], ids=str)
-@pytest.mark.parametrize(("length", "kv_seq_len"), [(300, 277), (768, 700), (400, 331)])
-def test_keys_that_do_not_count(variant, length, kv_seq_len):
+#: Each pair of lengths with one variant, by turns; the rest in `make test-slow`.
+KEYS_BY_TURNS = [
+    pytest.param(*lengths, variant, marks=[] if row == column else pytest.mark.slow("8 s"), id=f"{lengths}-{variant}")
+    for row, lengths in enumerate([(300, 277), (768, 700), (400, 331)])
+    for column, variant in enumerate([Variant(softmax="online"), Variant(), Variant(qk_dtype="int8")])
+]
+
+
+@pytest.mark.parametrize(("length", "kv_seq_len", "variant"), KEYS_BY_TURNS)
+def test_keys_that_do_not_count(length, kv_seq_len, variant):
     """The same as of the keys that count alone, whatever lies behind them."""
     rng = np.random.default_rng(7)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 2, length, 32)), jnp.bfloat16) for _ in range(3))

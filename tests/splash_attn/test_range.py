@@ -71,9 +71,17 @@ def errors(q: jax.Array, k: jax.Array, v: jax.Array, way: str, scale: float) -> 
     return np.abs(actual - exact(q, k, v, scale)).max(axis=(0, 2, 3)) / np.where(largest > 0, largest, 1)
 
 
+#: With each dtype XLA and one kernel, by turns; the other kernels in `make test-slow`.
+KERNEL_OF = {"bfloat16": "fixed_bound", "float16": "int8", "float32": "online"}
+BY_DTYPE = [
+    pytest.param(dtype, way, marks=[] if way in ("xla", kernel) else pytest.mark.slow("8 s"))
+    for dtype, kernel in KERNEL_OF.items()
+    for way in WAYS
+]
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("dtype", "way"), BY_DTYPE)
 def test_every_finite_input_has_a_finite_and_right_result(dtype: str, way: str) -> None:
     info = jnp.finfo(dtype)
     smallest = {"float16": float(info.smallest_subnormal)}.get(dtype, float(info.smallest_normal))
@@ -102,6 +110,7 @@ def test_extreme_scales(scale: float, size: float, way: str) -> None:
     assert errors(q, k, v, way, scale).max() < TOLERANCE[way]
 
 
+@pytest.mark.compile
 def test_gradients_of_xla_are_finite_and_right_where_scores_overflow() -> None:
     q, k, v = (jnp.asarray(x[None, None], jnp.float32) for x in heads(1e30, 1e-30)["ordinary"])
 

@@ -93,6 +93,7 @@ DERIVATIVES: dict[str, Callable[[Attention], Any]] = {
 }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives(name: str) -> None:
     """Those of the Pallas implementations are refused in one sentence; "xla", asked for or chosen, has them."""

@@ -165,19 +165,25 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_is_taken_literally(run: Run, text: str) -> None:
-    taken: list[str] = []
+#: With a key for each text: one reading of the command line takes them all.
+TextSchema = dataclasses.make_dataclass(
+    "TextSchema", [(f"text_{n}", str, "") for n in range(len(TEXTS))], bases=(Schema,)
+)
 
-    def function(settings: Schema) -> int:
-        taken.append(settings.results_dir)
+
+@pytest.mark.parametrize("arguments", [("",), ("++",), ("", "-m", "top=1,2")], ids=" ".join)
+def test_text_is_taken_literally(run: Run, arguments: tuple[str, ...]) -> None:
+    """As a value, as one that is added, and in each of several runs."""
+    taken: list[list[str]] = []
+
+    def function(settings: Any) -> int:
+        taken.append([getattr(settings, f"text_{n}") for n in range(len(TEXTS))])
         return 0
 
-    for prefix in ("", "++"):
-        assert run(entry_point(function), f"{prefix}results_dir={text}")[0] == 0
-    assert taken == [text, text]
-    assert run(entry_point(function), "-m", "top=1,2", f"results_dir={text}")[0] == 0
-    assert taken[2:] == [text, text]
+    prefix, *more = arguments
+    main = cli.command("results", TextSchema)(function)
+    assert run(main, *more, *(f"{prefix}text_{n}={text}" for n, text in enumerate(TEXTS))) == (0, "", "")
+    assert taken == [TEXTS] * (2 if more else 1)
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from tuning.trials.records import Trial
 
 def test_a_line_for_each_trial_with_the_best_and_the_time_left(make_trial: Callable[..., Trial]) -> None:
     stream = io.StringIO()
-    with Feedback(3, 0, list, stream=stream) as lines:
+    with Feedback(3, (), list, stream=stream) as lines:
         lines.finished(make_trial(time_samples_ms=(12.5,)))
         lines.finished(make_trial(status=Status.OUT_OF_MEMORY, error="RESOURCE_EXHAUSTED: vmem"))
         other = {"block_sizes": BlockSizes(512, 512, 128)}
@@ -29,16 +29,24 @@ def test_a_line_for_each_trial_with_the_best_and_the_time_left(make_trial: Calla
     assert fifth.startswith("5/5") and fifth.endswith("13.5 ms predicted (best 12.75 ms)")
 
 
-def test_a_file_is_told_what_the_workers_are_at(monkeypatch) -> None:
+def test_the_best_is_of_all_that_is_on_record(make_trial: Callable[..., Trial]) -> None:
+    stream = io.StringIO()
+    other = make_trial(time_samples_ms=(11.5,), block_sizes=BlockSizes(512, 512, 128))
+    with Feedback(3, [make_trial(time_samples_ms=(10.5,))], list, stream=stream) as lines:
+        lines.finished(other)
+    assert stream.getvalue().startswith("2/3") and "(best 10.5 ms)" in stream.getvalue()
+
+
+def test_a_file_is_told_what_the_workers_are_at(monkeypatch, make_trial: Callable[..., Trial]) -> None:
     monkeypatch.setattr(feedback, "_FILE_S", 0.01)
     stream = io.StringIO()
-    with Feedback(3, 1, lambda: [("compile", 12.0), ("check", 90.0)], stream=stream):
+    with Feedback(3, [make_trial()], lambda: [("compile", 12.0), ("check", 90.0)], stream=stream):
         wait_until(stream.getvalue, "a line")
     assert stream.getvalue().startswith("1/3 workers: compile 12 s, check 2 min\n")
 
 
 def test_nothing_is_said_where_nothing_is_asked_for(make_trial: Callable[..., Trial]) -> None:
     stream = io.StringIO()
-    with Feedback(1, 0, list, enabled=False, stream=stream) as lines:
+    with Feedback(1, (), list, enabled=False, stream=stream) as lines:
         lines.finished(make_trial())
     assert stream.getvalue() == ""

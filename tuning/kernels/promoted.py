@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import msgspec
 
+from offline_tpu.machine import devices
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import stable_hash
 from tuning.kernels.loading import file_of, spec_of
@@ -77,14 +78,15 @@ def lookup(
     """Return the promoted configuration of a kernel for exactly this workload, a measured one before a predicted one.
 
     Args:
-      device_kind: as jax.Device.device_kind; None: that of JAX's default device.
+      device_kind: as jax.Device.device_kind, or a name as "v6e"; None: that of JAX's default device.
       path: of the file; None: `default_path`.
       default: what to return where there is no such entry.
 
     Raises:
       KernelError: there is no such entry and no default, or its tunables are no longer those of the kernel.
     """
-    kind = device_kind or jax.devices()[0].device_kind
+    named = devices.DEVICES.get(device_kind or "")
+    kind = named.device_kind if named else device_kind or jax.devices()[0].device_kind
     file = Path(path) if path is not None else default_path(kernel)
     sizes = dataclasses.asdict(workload)  # type: ignore[call-overload]
     entries = [e for e in read(file) if (e.kernel, e.device_kind, e.sizes) == (kernel.name, kind, sizes)]
@@ -106,6 +108,8 @@ def promote(path: Path, new: Entry) -> tuple[bool, str]:
             fcntl.flock(file, fcntl.LOCK_EX)
             entries = read(path)
             old = next((entry for entry in entries if entry.call == new.call), None)
+            if old is not None and old.record_id == new.record_id:
+                return False, "it is the entry there"
             if old is not None and old.source == new.source and old.time_ms <= new.time_ms:
                 return False, f"not better than the {old.time_ms:.4g} ms of the entry there"
             kept = [entry for entry in entries if entry.call != new.call]
@@ -116,7 +120,7 @@ def promote(path: Path, new: Entry) -> tuple[bool, str]:
             lock.unlink(missing_ok=True)
     except OSError as error:
         return False, f"cannot be written ({error}); tuned=PATH names another file"
-    return True, "it beats the default configuration"
+    return True, "it beats the default configuration" if new.default_ms else "the default configuration has no time"
 
 
 def source_of(kernel_hash: str, backend_hash: str, versions: dict[str, str]) -> str:

@@ -65,7 +65,8 @@ class SideBySide:
                 continue
             times = ""
             if first and contender.name != "winner":
-                times = f", {contender.time_ms / first:.2f} times the winner's"
+                ratio = contender.time_ms / first
+                times = f", {ratio:.2f} times the winner's" + (": it is faster" if ratio < 1 else "")
             notes = "".join(f"; {note}" for note in contender.notes)
             config = f" ({contender.config})" if contender.config else ""
             yield f"{shown}{contender.time_ms:.4g} ms{times}{config}{notes}"

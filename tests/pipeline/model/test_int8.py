@@ -116,6 +116,7 @@ def test_a_channel_that_is_always_0_is_smoothed_by_1():
     np.testing.assert_array_equal(int8.smoothing_of(down, sizes), [1, 1, 0.5])
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_text", [0, 7, 43])
 def test_the_norm_kernel_rounds_what_the_norm_gives(num_text, dtype, rng):
@@ -139,6 +140,7 @@ def test_the_norm_kernel_rounds_what_the_norm_gives(num_text, dtype, rng):
     assert (error.max(-1) <= np.asarray(actual.scale) / 2 + rounding).all()
 
 
+@pytest.mark.compile
 def test_weights_are_placed_with_what_int8_needs(rng):
     """The products of a layer's weights are those of the checkpoint's, once inputs are turned and smoothed alike."""
     channels, hidden, head_dim = 32, 64, 16

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -155,41 +156,71 @@ RUNS |= {
 }
 
 
+#: Each is like others: they run in `make test-slow`.
+ALIKE = ("ulysses dp=1", "two devices", "int8 sharded", "int8 megatron", "reuse of the negative prompt")
+
+
+def by_name(*names: str) -> pytest.MarkDecorator:
+    """Parametrize a test by runs."""
+    slow = pytest.mark.slow("1 min for all")
+    return pytest.mark.parametrize("name", [pytest.param(it, marks=slow if it in ALIKE else []) for it in names])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_haste() -> None:
+    """Compile as ever in this process, which runs the VAE: it would be the slower for haste."""
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.fixture(scope="module")
-def eight(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
-    """What 8 simulated devices give; the session's transformer has 3 heads, so that 2 x 3 of them work on a step."""
-    output = tmp_path_factory.mktemp("eight") / "results.npz"
-    runs = {**RUNS, "base": ({"num_devices": 6}, {})}
-    _finish(_start(tiny_folder, cache, output, runs, devices=8))
+def _on_eight_devices(names: Iterable[str], tiny_folder: Path, cache: Path, folder: Path, vae: bool) -> dict:
+    """Return what 8 simulated devices give; the session's transformer has 3 heads: 2 x 3 of them work on a step."""
+    output = folder / "results.npz"
+    runs = {**{name: RUNS[name] for name in names}, "base": ({"num_devices": 6}, {})}
+    _finish(_start(tiny_folder, cache, output, runs, devices=8, vae=vae))
     return dict(np.load(output))
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize(
-    "name", [name for name in RUNS if not name.startswith(("noise", "no guidance", "int8", "one step", "reuse"))]
-)
-def test_every_plan_gives_the_same_latents(name, eight):
-    assert eight["devices"] == 8
-    np.testing.assert_allclose(eight[name], eight["one device"], rtol=0, atol=LATENT_TOLERANCE)
+@pytest.fixture(scope="module")
+def eight(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
+    names = [name for name in RUNS if not name.startswith(ALIKE)]
+    return _on_eight_devices(names, tiny_folder, cache, tmp_path_factory.mktemp("eight"), vae=True)
+
+
+@pytest.fixture(scope="module")
+def eight_alike(tiny_folder, cache, tmp_path_factory) -> dict[str, np.ndarray]:
+    names = [name for name in RUNS if name.startswith(ALIKE) or name in ("one device", "int8, one device", "one step")]
+    return _on_eight_devices(names, tiny_folder, cache, tmp_path_factory.mktemp("alike"), vae=False)
+
+
+@pytest.fixture
+def latents(request, name) -> dict[str, np.ndarray]:
+    """Return results in which that of `name` is."""
+    return request.getfixturevalue("eight_alike" if name in ALIKE else "eight")
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["noise", "no guidance", "reuse by the first block", "reuse of the negative prompt"])
-def test_other_kinds_of_steps(name, eight):
-    np.testing.assert_allclose(eight[name], eight[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
+@by_name(*(name for name in RUNS if not name.startswith(("noise", "no guidance", "int8", "one step", "reuse"))))
+def test_every_plan_gives_the_same_latents(name, latents):
+    assert latents["devices"] == 8
+    np.testing.assert_allclose(latents[name], latents["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["int8", "int8 sharded", "int8 megatron"])
-def test_plans_agree_in_int8_but_for_values_between_two_steps(name, eight):
+@by_name("noise", "no guidance", "reuse by the first block", "reuse of the negative prompt")
+def test_other_kinds_of_steps(name, latents):
+    np.testing.assert_allclose(latents[name], latents[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
+
+
+@pytest.mark.compile
+@by_name("int8", "int8 sharded", "int8 megatron")
+def test_plans_agree_in_int8_but_for_values_between_two_steps(name, latents):
     """Another order of float32 sums sends few of them the other way; a scale of a part of the channels sends many."""
-    harm = np.abs(eight["int8, one device"] - eight["one step"])
-    difference = np.abs(eight[name] - eight["int8, one device"])
+    harm = np.abs(latents["int8, one device"] - latents["one step"])
+    difference = np.abs(latents[name] - latents["int8, one device"])
     assert np.median(harm) > 0 and harm.max() < 0.1
     assert np.median(difference) < np.median(harm) / 10, (np.median(difference), np.median(harm))
 

@@ -86,6 +86,7 @@ def test_statistics_of_bfloat16_are_taken_in_float32(rng):
     np.testing.assert_allclose(offset, np.full(2, -exact.mean() / exact.std()), rtol=1e-4)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(("frames", "latent_frames", "first"), [(5, 3, True), (4, 2, True), (4, 2, False)])
 def test_resnets_on_pairs_of_frames_are_those_on_frames(frames, latent_frames, first, rng):
     """One that makes pairs of frames of other channels, and one that is given pairs, and both caches."""

@@ -140,7 +140,9 @@ def test_text_to_video(model, folder_of, tmp_path):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("model", ["cogvideox-5b-i2v", "cogvideox1.5-5b-i2v"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("cogvideox-5b-i2v", marks=pytest.mark.slow("6 s")), "cogvideox1.5-5b-i2v"]
+)
 def test_image_to_video(model, folder_of, picture, tmp_path):
     from diffusers.utils import load_image
 
@@ -214,12 +216,12 @@ from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.vae import VaeEncoder
 
+jax.config.update("jax_disable_most_optimizations", True)  # to compile faster
 results, rng = {}, np.random.default_rng(5)
 frames = {"width": rng.uniform(-1, 1, (1, 48, 64, 3)), "height": rng.uniform(-1, 1, (1, 64, 48, 3))}
 for name, values in frames.items():
     encoder = VaeEncoder(Checkpoint("small", Path(folders["cogvideox-2b"])), torch.float32)
     results |= {f"frames by {name}": values, f"moments by {name}": encoder.encode(values.astype(np.float32))}
-jax.config.update("jax_disable_most_optimizations", True)  # to compile faster
 moments = rng.normal(size=(1, 32, 1, 6, 10)).astype(np.float32)
 embeddings = rng.normal(size=(2, 7, 20)).astype(np.float32)
 plans = {"cogvideox-2b": ["ulysses"], "cogvideox-5b-i2v": ["megatron", "seed_tp"]}

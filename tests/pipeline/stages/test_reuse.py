@@ -1,11 +1,13 @@
 """Steps that reuse what earlier ones computed: against diffusers' own hooks and plain loops, resumed, and sharded."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import compiling_in_haste
 from pipeline.checkpoints.magcache import MagnitudeRatios, write_ratios
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions
@@ -22,6 +24,13 @@ LATENT_TOLERANCE = 2e-4  # as in test_stages
 #: One a step, as of a run of eight; the products of neighbours stay near 1 in the middle.
 RATIOS = (1.0, 1.3, 1.06, 1.01, 0.99, 1.02, 0.9, 0.7)
 TIMESTEPS = tuple(range(999, 0, -125))  # of the checkpoint's scheduler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_haste() -> Iterator[None]:
+    """Compile without XLA's optimizations: a program for each way to reuse, of few and small steps."""
+    with compiling_in_haste():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +117,7 @@ def test_ratios_of_another_number_of_steps_multiply_to_the_same_magnitude():
 @pytest.mark.compile
 @pytest.mark.parametrize("method", ["magcache", "first_block"])
 def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cached, stock, stock_latents):
-    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache, apply_mag_cache
+    from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache, apply_mag_cache
     from diffusers.hooks.mag_cache import MagCacheConfig
 
     options = EVERY_METHOD[method]
@@ -122,12 +131,16 @@ def test_videos_are_those_of_diffusers_hooks(method, denoiser, embeddings, cache
         apply_mag_cache(transformer, config)
     else:
         apply_first_block_cache(transformer, FirstBlockCacheConfig(options["threshold"]))
+    # An earlier test's run left a list of its blocks' hooks, in which these are not.
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()
     expected = stock_latents(request)
     np.testing.assert_allclose(actual, expected[:, -actual.shape[1] :], rtol=0, atol=LATENT_TOLERANCE)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize(
+    "method", [pytest.param(it, marks=pytest.mark.slow("8 s") if it == "unconditional" else []) for it in EVERY_METHOD]
+)
 def test_a_run_that_was_interrupted_gives_the_same_bits(method, denoiser, embeddings, cached, tmp_path):
     request = cached(**EVERY_METHOD[method])
     whole, timings = _run(denoiser, request, embeddings)

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline
 
 from pipeline.checkpoints.checks import read_configs
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
@@ -70,6 +69,8 @@ def _check_image_model(folder):
     write_tiny_i2v(folder / "out", folder / "i2v", folder / "whole")
     configs = read_configs(resolve_checkpoint(str(folder / "whole")))
     assert (configs["transformer"]["in_channels"], configs["vae"]["invert_scale_latents"]) == (32, True)
+    from diffusers import CogVideoXImageToVideoPipeline
+
     pipe = CogVideoXImageToVideoPipeline.from_pretrained(folder / "whole", dtype=torch.float32)
     assert pipe.transformer.ofs_embedding.linear_2.weight.any(), "trained: it begins at 0"
     assert pipe.transformer.patch_embed.proj.weight[:, 128:].any()

@@ -70,6 +70,7 @@ def test_it_is_promoted_and_looked_up(tuned: tuple[Best[Any], Path, Path]) -> No
     assert best.promoted == "it beats the default configuration"
     found = promoted.lookup(kernel, kernel.Workload(rows=ROWS), device_kind=KIND, path=path)
     assert found == best.config
+    assert promoted.lookup(kernel, kernel.Workload(rows=ROWS), device_kind="v6e", path=path) == best.config
     with pytest.raises(KernelError, match=r"tuned\.json: no entry of Scaled for \{'rows': 64\} on 'TPU v6 lite'"):
         promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path)
     default = kernel.Config()
@@ -122,7 +123,10 @@ def test_the_command_checks_a_kernel_and_says_what_it_does(run: Run, tmp_path: P
         ((f"kernel={SCALED}", "workload.columns=3"), "workload.columns: Scaled.Workload has rows"),
         ((f"kernel={SCALED}", "space.block=8"), "space.block=8: expected a list"),
         ((f"kernel={SCALED}", "heatmap=[block,rows]"), "heatmap=['block', 'rows']: expected two of block, add_first"),
-        ((f"kernel={SCALED}", "workload.rows=12"), "no candidate can be valid; pruned {'block does not divide"),
+        (
+            (f"kernel={SCALED}", "workload.rows=12"),
+            "Scaled, rows12: no candidate of space=Scaled can be valid: 6 block does not divide",
+        ),
         ((f"kernel={SCALED}", "vmem_pruning=true"), "vmem_pruning: no such key"),
     ],
 )

@@ -1,10 +1,12 @@
 """The search as a state machine: what it asks, what it is told, and what it knows after any death."""
 
 import contextlib
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from splash_attn.types import AttentionShape
@@ -19,11 +21,22 @@ CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute
 FIRST = {"block_q": 384, "block_kv": 512, "block_kv_compute": 256}
 CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
 SAMPLERS = pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
+#: Grid and random propose alike, in another order.
+ALIKE_SLOW = pytest.mark.parametrize("sampler", ["grid", pytest.param("random", marks=pytest.mark.slow("1 s")), "tpe"])
+
+
+@pytest.fixture(scope="module")
+def empty_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file in which Optuna has made its tables, which takes longer than most of these tests, and no study."""
+    path = tmp_path_factory.mktemp("optuna") / "empty.sqlite3"
+    optuna.storages.RDBStorage(f"sqlite:///{path}").engine.dispose()
+    return path
 
 
 @pytest.fixture
-def make_search(tmp_path: Path) -> Callable[..., Search]:
+def make_search(tmp_path: Path, empty_study: Path) -> Callable[..., Search]:
     """Open the study of a space of 12 candidates, all in one file: the second time it resumes."""
+    shutil.copyfile(empty_study, tmp_path / "study.sqlite3")
 
     def make(
         sampler: str = "grid",
@@ -88,7 +101,7 @@ def test_what_the_space_names_first_comes_first(make_search, sampler):
     assert make_search(sampler, first=(FIRST,)).ask() == candidate_of(FIRST)
 
 
-@SAMPLERS
+@ALIKE_SLOW
 def test_candidates_that_are_out_count_for_the_budget(make_search, sampler):
     search = make_search(sampler, max_trials=3)
     assert search.budget == 3
@@ -97,7 +110,7 @@ def test_candidates_that_are_out_count_for_the_budget(make_search, sampler):
     assert search.ask() is None
 
 
-@SAMPLERS
+@ALIKE_SLOW
 def test_a_larger_budget_goes_on(make_search, trial_of, sampler):
     before = ask_all(make_search(sampler, max_trials=5), trial_of)
     known = {candidate.key: trial_of(candidate) for candidate in CANDIDATES.valid if candidate.key in before}
@@ -108,7 +121,7 @@ def test_a_larger_budget_goes_on(make_search, trial_of, sampler):
     assert len(after) == 3 and not set(after) & set(before)
 
 
-@SAMPLERS
+@ALIKE_SLOW
 def test_what_was_interrupted_comes_first(make_search, trial_of, sampler):
     dead = make_search(sampler)
     done, *running = [dead.ask() for _ in range(3)]
@@ -119,7 +132,7 @@ def test_what_was_interrupted_comes_first(make_search, trial_of, sampler):
     assert set(resumed.told) == {done.key}
 
 
-@SAMPLERS
+@ALIKE_SLOW
 def test_a_record_that_was_not_told_is_told_on_resuming(make_search, trial_of, sampler):
     """Death between the record and the study."""
     candidate = make_search(sampler).ask()
@@ -168,7 +181,7 @@ def test_nothing_outside_the_valid_candidates_is_asked(make_search, trial_of):
     assert set(ask_all(narrow, trial_of)) == {candidate.key for candidate in few.valid}
 
 
-@SAMPLERS
+@ALIKE_SLOW
 def test_failures_count_and_are_not_asked_again(make_search, trial_of, sampler):
     search = make_search(sampler)
     for status in (Status.CRASHED, Status.OUT_OF_MEMORY, Status.TIMEOUT):

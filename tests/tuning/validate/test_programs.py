@@ -35,6 +35,7 @@ def test_the_plain_programs() -> None:
     assert _shapes(_build(_row("copy", {"bytes": 64}))) == ["ShapeDtypeStruct(shape=(32,), dtype=bfloat16)"]
 
 
+@pytest.mark.compile
 def test_the_pallas_matmul_is_a_matmul() -> None:
     x, y = (jax.random.normal(jax.random.key(n), (256, 256), jnp.bfloat16) for n in range(2))
     with jax.experimental.pallas.tpu.force_tpu_interpret_mode():
@@ -42,6 +43,7 @@ def test_the_pallas_matmul_is_a_matmul() -> None:
     np.testing.assert_allclose(actual.astype(jnp.float32), (x @ y).astype(jnp.float32), rtol=0.02, atol=0.1)
 
 
+@pytest.mark.compile
 def test_the_chunked_cross_entropy_is_the_cross_entropy() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (37, 16)), jax.random.normal(keys[1], (16, 53))
