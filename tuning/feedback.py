@@ -20,7 +20,8 @@ _SAYS = {"whole": "", "kernel": ", kernel compiled alone", "shorter": ", from sh
 class Feedback:
     """Lines on stderr for one sweep, and on a terminal a bar below them; a context manager.
 
-    on_record: what earlier runs tried. stages: returns what each running job is at, and for how many seconds; see `Runner.stages`.
+    on_record: what earlier runs tried. stages: returns what each running job is at, and for how many seconds; see
+    `Runner.stages`.
     """
 
     def __init__(

@@ -108,7 +108,7 @@ def promote(path: Path, new: Entry) -> tuple[bool, str]:
             fcntl.flock(file, fcntl.LOCK_EX)
             entries = read(path)
             old = next((entry for entry in entries if entry.call == new.call), None)
-            if old is not None and old.record_id == new.record_id:
+            if old is not None and (old.record_id, old.source) == (new.record_id, new.source):
                 return False, "it is the entry there"
             if old is not None and old.source == new.source and old.time_ms <= new.time_ms:
                 return False, f"not better than the {old.time_ms:.4g} ms of the entry there"

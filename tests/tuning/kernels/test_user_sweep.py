@@ -125,7 +125,7 @@ def test_the_command_checks_a_kernel_and_says_what_it_does(run: Run, tmp_path: P
         ((f"kernel={SCALED}", "heatmap=[block,rows]"), "heatmap=['block', 'rows']: expected two of block, add_first"),
         (
             (f"kernel={SCALED}", "workload.rows=12"),
-            "Scaled, rows12: no candidate of space=Scaled can be valid: 6 block does not divide",
+            "Scaled, rows12: no candidate of space=Scaled can be valid: 6 block",
         ),
         ((f"kernel={SCALED}", "vmem_pruning=true"), "vmem_pruning: no such key"),
     ],
