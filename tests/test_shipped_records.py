@@ -11,6 +11,7 @@ from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
+from tuning.trials import contenders
 from tuning.trials.records import TRIALS_FILE, Trial
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -19,6 +20,7 @@ KINDS: dict[str, type] = {
     "quality.jsonl": QualityRecord,
     "generate.jsonl": GenerationRecord,
     TRIALS_FILE: Trial,
+    contenders.FILE_NAME: contenders.SideBySide,
 }
 FILES = sorted(RESULTS.rglob("*.jsonl"))
 
