@@ -7,7 +7,7 @@ import pytest
 from helpers import compiling_in_haste
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def in_haste() -> Iterator[None]:
     """Compile without XLA's optimizations: a sixth to a quarter of the time of these tests."""
     with compiling_in_haste():
