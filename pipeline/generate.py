@@ -122,7 +122,7 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
 
     from pipeline.checkpoints.checks import check_request, part_configs
     from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint, use_compilation_cache
-    from pipeline.predict.ahead import compile_ahead, topology_devices
+    from pipeline.predict.ahead import compile_ahead, request_programs, topology_devices
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import parse_stages, to_request
 
@@ -141,15 +141,8 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
     devices = topology_devices(topology)
     print(f"for {len(devices)} x {devices[0].device_kind}, which need not be here, into {folder}", flush=True)
     checkpoint = found[0] if found else None
-    compile_ahead(
-        request,
-        stages,
-        to_parallel(settings),
-        devices,
-        configs,
-        checkpoint,
-        lambda text: print(f"  {text}", flush=True),
-    )
+    programs = request_programs(request, stages, to_parallel(settings), devices, configs, checkpoint)
+    compile_ahead(programs, lambda text: print(f"  {text}", flush=True))
     print("copy that folder to the chips' hosts, and name it there: JAX_COMPILATION_CACHE_DIR")
     return 0
 

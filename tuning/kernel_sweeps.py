@@ -65,14 +65,14 @@ def side_by_side(
 ) -> tuple[SideBySide | None, str]:
     """Time or predict what the winner of a user's kernel is to be seen beside, and keep it in the sweep's folder.
 
-    Returns what is on record for this winner, else what was made now, else None; and why there is none.
+    Returns what is on record for this winner, else what was made now, else None; and what went wrong, or nothing.
     """
     job, path = settings.backend.side_by_side, directory / contenders.FILE_NAME
     if settings.source is None or job is None:
         return None, ""
     if not settings.backend.exclusive and not loading.find(settings.source).baselines():
         return None, ""
-    for record in jsonl.read(path, SideBySide):
+    for record in from_config(lambda: jsonl.read(path, SideBySide)):
         if record.winner == winner.record_id:
             return record, ""
     default = dict(settings.default_options)
@@ -99,7 +99,10 @@ def side_by_side(
         contenders=found,
         environment=evaluator.environment,
     )
-    jsonl.append(path, record)
+    try:
+        jsonl.append(path, record)
+    except OSError as error:  # the trials are on record, and the winner is still to be said
+        return record, f"{path.name}: {error.strerror}"
     return record, ""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.checkpoints.stored import ONE_AT_A_TIME
 from pipeline.checkpoints.weight_files import open_weights
-from pipeline.model.placement import Rows
+from pipeline.model.placement import Changed
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.media import content_digest
 from pipeline.requests.request import LoraFile
@@ -76,21 +76,11 @@ class LoraChange:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergedWeight:
-    """A weight that is changed as it is read, see `pipeline.model.placement.Rows`."""
+class MergedWeight(Changed):
+    """A weight that LoRAs change as it is read."""
 
-    weight: Rows
     change: LoraChange
-    axis = 0
     divisible = False  # the whole change is computed for any part
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Write rows to `out`."""

@@ -1,5 +1,6 @@
 """Arrays between the host and all devices of all processes."""
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -87,6 +88,30 @@ class Rows(Protocol):
     def divisible(self) -> bool: ...
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Write the part from start to stop along the axis to `out`: contiguous where the axis is the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed(abc.ABC):
+    """A weight that is read as another one, of the same shape and dtype, by rows: a base of `Rows`."""
+
+    weight: Rows
+    axis = 0
+
+    @property
+    def divisible(self) -> bool:
+        return self.weight.divisible
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.weight.dtype
+
+    @abc.abstractmethod
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Write rows to `out`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pipeline.model.layers import int8
-from pipeline.model.placement import Rows, Stacked, place_all
+from pipeline.model.placement import Changed, Rows, Stacked, place_all
 from pipeline.model.sharding import ParallelPlan
 
 BLOCKS = "transformer_blocks."
@@ -42,24 +42,10 @@ def stack_names(names: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _HalvedPairs:
-    """A weight whose rotary pairs are taken apart in each head, see `pipeline.model.placement.Rows`."""
+class _HalvedPairs(Changed):
+    """A weight whose rotary pairs are taken apart in each head."""
 
-    weight: Rows
     head_dim: int
-    axis = 0
-
-    @property
-    def divisible(self) -> bool:
-        return self.weight.divisible
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         first, last = start // self.head_dim * self.head_dim, -(-stop // self.head_dim) * self.head_dim
@@ -76,24 +62,13 @@ class _HalvedPairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Flattened:
-    """A weight as a matrix of its rows, see `pipeline.model.placement.Rows`."""
-
-    weight: Rows
-    axis = 0
-
-    @property
-    def divisible(self) -> bool:
-        return self.weight.divisible
+class _Flattened(Changed):
+    """A weight as a matrix of its rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, *others = self.weight.shape
         return rows, math.prod(others)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         self.weight.read(start, stop, out.reshape(-1, *self.weight.shape[1:]))

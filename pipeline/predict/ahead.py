@@ -7,7 +7,7 @@ a host that has those chips, with the same versions and this folder, finds them 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,24 +35,13 @@ def topology_devices(topology: str) -> list[jax.Device]:
     return libtpu.describe_topology(name).devices
 
 
-def compile_ahead(
-    request: GenerateRequest,
-    stages: Sequence[Stage],
-    parallel: ParallelOptions,
-    devices: Sequence[jax.Device],
-    configs: Mapping[str, Mapping[str, Any]],
-    checkpoint: Checkpoint | None,
-    say: Callable[[str], None],
-) -> dict[Stage, float]:
-    """Compile every program of the stages for the devices, and return the seconds that each stage took.
+def compile_ahead(programs: Iterable[tuple[Stage, str, Program]], say: Callable[[str], None]) -> dict[Stage, float]:
+    """Compile `request_programs` for their devices, and return the seconds that each stage took.
 
-    configs: of the checkpoint's parts; checkpoint: None where it is not to be fetched, see `preset_steps`.
-    say: told of every program, before and after.
-
-    Raises RequestError for a plan or preset that there is not, PipelineError where a program does not compile.
+    say: told of every program, before and after. Raises PipelineError where one does not compile.
     """
     seconds: dict[Stage, float] = {}
-    for stage, label, program in _programs(request, stages, parallel, devices, configs, checkpoint):
+    for stage, label, program in programs:
         say(f"{label}: compiling")
         start = time.perf_counter()
         try:
@@ -66,7 +55,7 @@ def compile_ahead(
     return seconds
 
 
-def _programs(
+def request_programs(
     request: GenerateRequest,
     stages: Sequence[Stage],
     parallel: ParallelOptions,
@@ -74,7 +63,11 @@ def _programs(
     configs: Mapping[str, Mapping[str, Any]],
     checkpoint: Checkpoint | None,
 ) -> Iterator[tuple[Stage, str, Program]]:
-    """Yield (stage, what it is, program) in the order in which a run needs them."""
+    """Yield (stage, what it is, program) in the order in which a run needs them.
+
+    devices: that they are for, here or not. configs: of the checkpoint's parts; checkpoint: None where it is not to be
+    fetched, see `preset_steps`. Raises RequestError for a plan or preset that there is not.
+    """
     steps = preset_steps(request, request.quality, configs, checkpoint)
     request = steps.request
     if devices[0].platform == "tpu":

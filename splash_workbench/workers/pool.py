@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -291,6 +292,8 @@ def _last_words(log: str) -> str:
 
 def _scrub(text: str, directory: Path) -> str:
     """Return a text without the paths of this machine: results are shared."""
-    for path, name in ((directory, "JOB"), (Path(sys.prefix), "PREFIX"), (REPO_ROOT, "REPO"), (Path.home(), "HOME")):
+    stdlib = sysconfig.get_path("stdlib")  # which is not below the prefix of a virtual environment
+    names = {directory: "JOB", sys.prefix: "PREFIX", stdlib: "STDLIB", REPO_ROOT: "REPO", Path.home(): "HOME"}
+    for path, name in names.items():
         text = text.replace(str(path), name)
     return text

@@ -18,7 +18,7 @@ from tuning.kernels import Kernel
 from tuning.trials.bound import known_device
 
 #: In no op's name.
-_NO_OP = "\0"
+NO_OP = "\0"
 
 
 def _find_target(device: str) -> Target:
@@ -76,7 +76,7 @@ def measure_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     stages.enter("measure")
     try:
         timed = device_times.measure(
-            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name or _NO_OP
+            lambda: compiled(*arguments), request.measure, platform=device.platform, kernel=kernel.op_name or NO_OP
         )
     except jax.errors.JaxRuntimeError as error:
         if device.platform == "cpu":

@@ -17,6 +17,7 @@ from splash_workbench.trial_status import Label
 from splash_workbench.workers import stages
 from tuning.backends import device_times
 from tuning.backends.jobs import Request, normal_arguments
+from tuning.backends.measure import NO_OP
 from tuning.backends.numerics import check
 from tuning.kernels.protocol import abstract, known_values
 from tuning.trials.contenders import Contender
@@ -59,7 +60,7 @@ def measure(payload: dict[str, Any]) -> dict[str, Any]:
     for turn in range(ROUNDS):
         for name, run in runs.items():
             stages.enter(f"round {turn + 1} of {ROUNDS}")
-            found = device_times.measure(run, request.measure, platform=platform, kernel=request.found.op_name or "\0")
+            found = device_times.measure(run, request.measure, platform=platform, kernel=NO_OP)
             before = rivals[name]
             rivals[name] = dataclasses.replace(
                 before,
@@ -88,7 +89,7 @@ def predict(payload: dict[str, Any]) -> dict[str, Any]:
                 compiler_options=way.options,
             )
             rival = dataclasses.replace(rival, time_samples_ms=(prediction.time_s * 1e3,))
-        except Exception as error:
+        except Exception as error:  # likewise
             rival = dataclasses.replace(rival, error=_line(error))
         rivals.append(dataclasses.asdict(rival))
     return {"contenders": rivals}

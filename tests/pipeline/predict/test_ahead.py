@@ -17,7 +17,7 @@ import jax
 from pathlib import Path
 from pipeline.checkpoints.checks import read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
-from pipeline.predict.ahead import compile_ahead
+from pipeline.predict.ahead import compile_ahead, request_programs
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.request_run import generate
@@ -31,7 +31,8 @@ request = GenerateRequest(
 checkpoint = resolve_checkpoint(folder)
 said = []
 stages = ("text", "denoise", "vae")
-compile_ahead(request, stages, ParallelOptions(), jax.devices(), read_configs(checkpoint), checkpoint, said.append)
+configs, options = read_configs(checkpoint), ParallelOptions()
+compile_ahead(request_programs(request, stages, options, jax.devices(), configs, checkpoint), said.append)
 
 def programs():
     return sorted(path.name for path in cache.glob("*-cache") if path.name.startswith(("jit_program", "jit__step")))
