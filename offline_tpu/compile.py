@@ -1,6 +1,7 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
 import contextlib
+import functools
 import math
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -86,6 +88,7 @@ def predict(
     trip_counts: Mapping[str, int] | None = None,
     values: Mapping[int, np.ndarray] | None = None,
     compiler_options: Mapping[str, Value] | None = None,
+    auto_layouts: bool = False,
     kept: Path | None = None,
 ) -> Prediction:
     """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. One call at a time in a process.
@@ -103,6 +106,8 @@ def predict(
         kernel computes, e.g. group sizes of a ragged matmul. Traced grid sizes and prefetched scalars that are computed
         from them, or from constants of `fn`, are known then.
       compiler_options: flags of libtpu for this program, e.g. {"xla_tpu_scoped_vmem_limit_kib": 65536}.
+      auto_layouts: let the compiler choose the layouts of arguments and results, in which they lie in HBM, as XLA does
+        between ops. Else they are those of JAX's arrays, and a kernel that wants others is surrounded by copies.
       kept: a file to keep what the compiler wrote in. Where it is there already, it is read and nothing is compiled:
         the caller knows that it is of the same program, device and libtpu.
 
@@ -133,13 +138,14 @@ def predict(
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(kept, Path(folder))
-            return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh)[0], archived=True)
+            trace = functools.partial(_trace, fn, args, spec, mesh, auto_layouts)
+            return prediction(facts, Path(folder), lambda: trace()[0], archived=True)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)
     try:
         start, cpu_start = time.perf_counter(), time.process_time()
-        traced, mesh = _trace(fn, args, spec, mesh)
+        traced, mesh = _trace(fn, args, spec, mesh, auto_layouts)
         compiled = _compile(traced, mesh, options)
         facts = archive.Facts(
             coords=[list(chip.coords) for chip in mesh.devices.flat],
@@ -161,7 +167,7 @@ def predict(
 
 def trace(fn: Callable[..., Any], *args: Any, device: DeviceSpec) -> ClosedJaxpr:
     """Return the program that `predict` would compile for one chip of a device, traced."""
-    return _trace(fn, args, device, None)[0].jaxpr
+    return _trace(fn, args, device, None, False)[0].jaxpr
 
 
 def _costs(
@@ -245,7 +251,7 @@ def _peak_hbm_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _trace(
-    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None
+    fn: Callable[..., Any], args: tuple[Any, ...], device: DeviceSpec, mesh: Mesh | None, auto_layouts: bool
 ) -> tuple[jax.stages.Traced, Mesh]:
     if mesh is None:
         topology = libtpu.describe_topology(device.topology)
@@ -255,6 +261,9 @@ def _trace(
         # Pallas asks the mesh in context which TPU it compiles for; shard_map hands the kernel one chip's arrays.
         fn = jax.shard_map(fn, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     with jax.set_mesh(mesh):
+        if auto_layouts:
+            layouts: Any = jax.tree.map(lambda a: Format(Layout.AUTO, a.sharding), args)
+            return jax.jit(fn, in_shardings=layouts, out_shardings=Format(Layout.AUTO)).trace(*args), mesh
         return (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args), mesh
 
 

@@ -199,7 +199,9 @@ class _Op:
 
         kernel.__name__ = _name(call)  # the compiler names the op so
         operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]  # type: ignore[attr-defined]
-        return self._predict(kernel, *operands, grid_sizes=self._few_sizes)
+        # In the op they have the layouts that the kernel wants, or come from the rest of it. Copies around a kernel alone
+        # would take longer to compile than the kernel.
+        return self._predict(kernel, *operands, grid_sizes=self._few_sizes, auto_layouts=True)
 
     def _runs(self, op_name: str) -> bool:
         return any(op_name.rsplit(".", 1)[0] == _name(call) for call in self.kernels)
@@ -210,6 +212,7 @@ class _Op:
         *arguments: Any,
         grid_sizes: Mapping[str, int],
         slow_grid_sizes: Mapping[str, int] | None = None,
+        auto_layouts: bool = False,
     ) -> Prediction:
         return offline_tpu.predict(
             function,
@@ -218,6 +221,7 @@ class _Op:
             grid_sizes=grid_sizes,
             slow_grid_sizes=slow_grid_sizes,
             compiler_options=self._request.options_of_compiler,
+            auto_layouts=auto_layouts,
         )
 
     def _path(self, what: str, about: str) -> Path:
