@@ -1,4 +1,9 @@
+# ruff: noqa: E402
 """Predicts what JAX functions cost on a TPU that is not here, from the schedule that libtpu makes for it."""
+
+from splash_workbench.startup import quit_on_interrupt
+
+quit_on_interrupt()  # what is imported next takes seconds
 
 from offline_tpu.collectives import Collective as Collective
 from offline_tpu.compile import predict as predict

@@ -20,15 +20,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from splash_workbench.accelerator import quiet_jax_without_accelerator
-from splash_workbench.errors import UserError, from_config
+from splash_workbench.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_SIGNAL,
+    EXIT_USER_ERROR,
+    UserError,
+    from_config,
+)
 from splash_workbench.files import atomic_path, require_writable
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
+from splash_workbench.startup import interrupts_raise
 
 S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-#: Those of a signal as a shell has them: 128 + its number.
-EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
 #: Keys of schemas that hold paths.
 _PATHS = {
     *("cache_dir", "folder", "json", "logdir", "measured", "output", "output_dir", "prompts", "results_dir"),
@@ -205,6 +211,7 @@ def _exit_code(run: Callable[[], int]) -> int:
     """Run, and tell the user in one line where that fails for a reason that is the user's."""
     quiet_jax_without_accelerator()
     try:
+        interrupts_raise()
         code = run()
         sys.stdout.flush()
         return code

@@ -1,9 +1,13 @@
 """Defines errors that the user can put right."""
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+#: Exit codes of commands. Those of a signal are as a shell has them: 128 + its number.
+EXIT_USER_ERROR, EXIT_SIGNAL, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 128, 130, 141
 
 
 class UserError(Exception):
@@ -20,3 +24,9 @@ def from_config(make: Callable[[], T]) -> T:
         return make()
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(str(error)) from error
+
+
+def line_of(error: BaseException, path: Path) -> str:
+    """Return "NAME:LINE", the innermost line of a file that an error passed through; only its name where there is none."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path.name}:{lines[-1]}" if lines else path.name

@@ -4,12 +4,15 @@ import enum
 import errno
 import json
 import os
+import re
 
 #: In the text of an error of XLA that is about this machine or this moment, not about the program.
 _MACHINE_TROUBLE = (
     *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EROFS, errno.EACCES, errno.EMFILE)),
     *("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "CANCELLED:", "ABORTED:", "UNAUTHENTICATED:", "PERMISSION_DENIED:"),
 )
+#: What does not fit, which libtpu says behind the whole text of the op.
+_SCOPED_VMEM = re.compile(r"Scoped allocation with size \S+ and limit \S+ exceeded scoped vmem limit by [0-9.]+[A-Za-z]*")
 
 
 class Status(enum.StrEnum):
@@ -54,4 +57,5 @@ def compile_error(error: Exception) -> TrialError:
     if isinstance(error, UnicodeError | json.JSONDecodeError) or any(text in str(error) for text in _MACHINE_TROUBLE):
         return TrialError(Status.CRASHED, str(error))
     status = Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.COMPILE_ERROR
-    return TrialError(status, str(error))
+    sizes = _SCOPED_VMEM.search(str(error))
+    return TrialError(status, f"{sizes[0]}: {error}" if sizes else str(error))

@@ -192,6 +192,8 @@ def _from_others(search: Search, recorded: Sequence[Trial], path: Path) -> list[
 def _what_was_learnt(search: Search) -> Iterator[str]:
     if search.stopped:
         yield search.stopped
+    elif search.untried_count:
+        yield f"{search.untried_count} candidates were not tried: a larger search.max_trials goes on from here"
     if search.ruled_out:
         yield f"{len(search.ruled_out)} not tried: smaller ones exceed VMEM"
     if len(importances := search.importances()) > 1:

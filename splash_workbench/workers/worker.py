@@ -15,6 +15,7 @@ import queue
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
 from multiprocessing.connection import Connection
@@ -75,7 +76,15 @@ def _one_line(error: Exception) -> str:
     """Return the first line, and the last: that has the cause where one error wraps another. The log has the rest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-    return f"{type(error).__name__}: {text}"[:_ERROR_CHARACTERS]
+    return f"{type(error).__name__}{_place(error)}: {text}"[:_ERROR_CHARACTERS]
+
+
+def _place(error: Exception) -> str:
+    """Return " at NAME:LINE" of the innermost line that is of no installed package; nothing where there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "purelib", "platlib"))
+    own = [frame for frame in frames if not frame.filename.startswith(installed)]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]], folder: Path) -> None:

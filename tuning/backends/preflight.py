@@ -7,12 +7,14 @@ import jax
 
 import offline_tpu
 from offline_tpu.machine import devices
+from splash_workbench.errors import line_of
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError
 from splash_workbench.workers import stages
 from tuning.backends.jobs import Request
 from tuning.backends.measure import implementation_of
 from tuning.backends.numerics import check_numerics
+from tuning.kernels import loading
 from tuning.kernels.protocol import abstract
 
 #: Of objects in the text of a traced program: another one each time.
@@ -32,11 +34,18 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         arguments = abstract(request.found.arguments(request.workload))
     except Exception as error:
-        raise _refusal(f"{name}.arguments", error) from error
+        raise _refusal(request, f"{name}.arguments", error) from error
+    for position, x in enumerate(arguments):
+        if min(x.shape, default=1) < 1:
+            raise TrialError(
+                Status.WRONG,
+                f"{name}.arguments({request.workload}): the one at {position} is {x.dtype}{list(x.shape)}, expected "
+                "sizes of 1 or more.",
+            )
     on_device = payload["device_checks"]
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
-    expected = _shapes(f"{name}.reference", request.found.reference, arguments)
-    actual = _shapes(f"{name}.build", request.function(implementation), arguments)
+    expected = _shapes(request, f"{name}.reference", request.found.reference, arguments)
+    actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
         raise TrialError(Status.WRONG, f"{name}: build returns {actual}, and the reference {expected}.")
     if payload["traces"]:
@@ -45,23 +54,25 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         checked = check_numerics(request, implementation)
     except Exception as error:
-        raise _refusal(f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
+        raise _refusal(request, f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
     if checked["status"] != Status.OK:
         shown = f"the default configuration {request.config}"
         raise TrialError(Status.WRONG, f"{name}: {shown} disagrees with the reference: {checked['error']}.")
     return {}
 
 
-def _refusal(what: str, error: Exception) -> TrialError:
+def _refusal(request: Request, what: str, error: Exception) -> TrialError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return TrialError(Status.WRONG, f"{what}: {type(error).__name__}: {lines[0]}")
+    path = loading.file_of(request.kernel)
+    at = f"{line_of(error, path)}: " if path is not None else ""
+    return TrialError(Status.WRONG, f"{at}{what}: {type(error).__name__}: {lines[0]}")
 
 
-def _shapes(what: str, function: Any, arguments: list[Any]) -> list[str]:
+def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) -> list[str]:
     try:
         found = jax.eval_shape(function, *arguments)
     except Exception as error:
-        raise _refusal(what, error) from error
+        raise _refusal(request, what, error) from error
     return [f"{list(x.shape)}" for x in jax.tree.leaves(found)]
 
 

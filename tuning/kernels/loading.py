@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.errors import line_of
 from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
 from tuning.kernels.attention import ATTENTION_KERNELS
 from tuning.kernels.protocol import Kernel, KernelError, tunables
@@ -128,9 +129,7 @@ def _run(path: Path, mtime_ns: int) -> types.ModuleType:
     except KernelError:
         raise
     except Exception as error:
-        lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == str(path)]  # type: ignore[arg-type]
-        at = f":{lines[-1]}" if lines else ""
-        raise KernelError(f"{path.name}{at}: {type(error).__name__}: {error}") from error
+        raise KernelError(f"{line_of(error, path)}: {type(error).__name__}: {error}") from error
     finally:
         _loading.reset(token)
         sys.path.remove(str(path.parent))

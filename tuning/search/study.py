@@ -140,6 +140,11 @@ class Search:
         left = len(self._valid) - len(self.ruled_out)
         return min(self._settings.max_trials or left, left)
 
+    @property
+    def untried_count(self) -> int:
+        """Return how many candidates nobody has tried, less those that need not be."""
+        return len(self._valid) - len(self.ruled_out) - len(self.told)
+
     def ask(self) -> Candidate | None:
         """Return a candidate not asked before, or None: the budget is spent, or no candidate is left.
 

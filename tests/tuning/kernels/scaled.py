@@ -109,3 +109,10 @@ class Here(Beside):
 
     def build(self, config):
         return lambda x: (x + 0.5) * 2 if config.add_first else x * 2 + 1
+
+
+class Divides(Scaled):
+    """Fails in build, at a line of this file."""
+
+    def build(self, config):
+        return super().build(dataclasses.replace(config, block=config.block // 0))

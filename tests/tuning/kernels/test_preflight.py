@@ -17,10 +17,10 @@ SPACE = {"block": [8, 16, 64], "add_first": [False, True]}
 
 
 @pytest.fixture
-def look_at(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def look_at(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Look at a kernel of scaled.py, as a sweep that predicts nothing does."""
 
-    def look_at(name: str) -> dict[str, Any]:
+    def look_at(name: str, rows: int = 64) -> dict[str, Any]:
         return look(
             {
                 "kernel": f"{SCALED}:{name}",
@@ -32,7 +32,7 @@ def look_at(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
                 "device": "local",
                 "cache_dir": str(tmp_path),
                 "measure": {},
-                "sizes": {"rows": 64},
+                "sizes": {"rows": rows},
                 "space": SPACE if name != "NanWhereUnwritten" else {"block": SPACE["block"]},
                 "traces": True,
                 "device_checks": False,
@@ -51,6 +51,7 @@ def test_nothing_is_said_of_a_good_kernel(look_at: Callable[[str], dict[str, Any
     [
         ("Idle", r"Idle\.Config\.add_first changes nothing: JAX traces the same program for False, True"),
         ("Flat", r"Flat: build returns \['\[8192\]'\], and the reference \['\[64, 128\]'\]"),
+        ("Divides", r"^scaled\.py:\d+: Divides\.build: ZeroDivisionError: integer division or modulo by zero$"),
         ("NanWhereUnwritten", r"Config\(block=8, add_first=False\) disagrees with the reference: rms_error=nan"),
     ],
 )
@@ -58,6 +59,11 @@ def test_what_is_wrong_is_one_line(look_at: Callable[[str], dict[str, Any]], nam
     with pytest.raises(TrialError, match=message) as caught:
         look_at(name)
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_make_an_argument_empty(look_at: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(TrialError, match=r"Scaled\.arguments\(Sizes\(rows=0\)\): the one at 0 is float32\[0, 128\], exp"):
+        look_at("Scaled", rows=0)
 
 
 def test_a_reference_that_disagrees(look_at: Callable[[str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
