@@ -131,6 +131,26 @@ def two_matmuls() -> Program:
     return _pallas(body, steps=1)
 
 
+def rows_of_half_a_lane() -> Program:
+    """JAX lays these out with the long axis innermost, and a Pallas kernel takes them as they are written."""
+    import jax
+    from jax.experimental import pallas as pl
+
+    def double(x_ref: Any, o_ref: Any) -> None:
+        o_ref[...] = x_ref[...] * 2
+
+    def call(x: Any) -> Any:
+        block = pl.BlockSpec((1024, 64), lambda i: (i, 0))
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(double, grid=(8,), in_specs=[block], out_specs=block, out_shape=out, name="double")(x)
+
+    return call, (_array(8192, 64, dtype="float32"),), {}
+
+
+def rows_as_the_kernel_has_them() -> Program:
+    return *rows_of_half_a_lane()[:2], {"auto_layouts": True}
+
+
 def two_branches() -> Program:
     from jax.experimental import pallas as pl
 

@@ -22,6 +22,7 @@ NAMES = (
     "matmul matmul_with_more_vmem copy repeated scan data_dependent_loop named_loop conditional one_matmul "  # noqa: SIM905
     "two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid "
     "named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map "
+    "rows_of_half_a_lane rows_as_the_kernel_has_them "
     "tensor_parallel".split()
 )
 STEPS, HEAVY_STEPS, TRIPS = 8, 3, 42
@@ -81,6 +82,13 @@ def test_a_copy_reads_and_writes_each_byte_once(op: Any) -> None:
     assert actual["bound"] == "hbm"
     assert actual["category"] == "layout"
     assert actual["time_s"] == pytest.approx(expected / (HBM_EFFICIENCY["v6e"] * HBM_BYTES_PER_S), rel=0.02)
+
+
+def test_layouts_of_the_compilers_choice_leave_a_kernel_without_copies(predictions: dict[str, Any], op: Any) -> None:
+    copied, alone = predictions["rows_of_half_a_lane"], predictions["rows_as_the_kernel_has_them"]
+    assert any("copy" in o["name"] for o in copied["ops"])
+    assert [o["name"].split(".")[0] for o in alone["ops"]] == ["double"]
+    assert op("rows_as_the_kernel_has_them", "double")["hbm_bytes"] == 2 * 8192 * 128 * 4  # lanes are whole there
 
 
 def test_ops_that_share_one_program_are_all_counted(predictions: dict[str, Any]) -> None:
