@@ -27,6 +27,6 @@ def from_config(make: Callable[[], T]) -> T:
 
 
 def line_of(error: BaseException, path: Path) -> str:
-    """Return "NAME:LINE", the innermost line of a file that an error passed through; only its name where there is none."""
+    """Return "NAME:LINE" of the innermost line of a file that an error passed through; without one, its name."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path.name}:{lines[-1]}" if lines else path.name

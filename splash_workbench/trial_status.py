@@ -12,7 +12,9 @@ _MACHINE_TROUBLE = (
     *("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "CANCELLED:", "ABORTED:", "UNAUTHENTICATED:", "PERMISSION_DENIED:"),
 )
 #: What does not fit, which libtpu says behind the whole text of the op.
-_SCOPED_VMEM = re.compile(r"Scoped allocation with size \S+ and limit \S+ exceeded scoped vmem limit by [0-9.]+[A-Za-z]*")
+_SCOPED_VMEM = re.compile(
+    r"Scoped allocation with size \S+ and limit \S+ exceeded scoped vmem limit by [0-9.]+[A-Za-z]*"
+)
 
 
 class Status(enum.StrEnum):

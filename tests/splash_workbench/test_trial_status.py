@@ -8,14 +8,14 @@ from splash_workbench.trial_status import Status, compile_error
 
 
 def test_what_does_not_fit_vmem_is_said_first() -> None:
+    sizes = "Scoped allocation with size 80.00M and limit 32.00M exceeded scoped vmem limit by 48.00M"
     text = (
-        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating on "
-        "stack for %f.1 = bf16[8192,8192]{1,0:T(8,128)(2,1)} custom-call(%x.1, %y.1). Scoped allocation with size 80.00M "
-        "and limit 32.00M exceeded scoped vmem limit by 48.00M. It should not be possible to run out of scoped vmem"
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating "
+        "on stack for %f.1 = bf16[8192,8192]{1,0:T(8,128)(2,1)} custom-call(%x.1, %y.1). "
+        f"{sizes}. It should not be possible to run out of scoped vmem"
     )
     error = compile_error(RuntimeError(text))
     assert error.status is Status.OUT_OF_MEMORY
-    sizes = "Scoped allocation with size 80.00M and limit 32.00M exceeded scoped vmem limit by 48.00M"
     assert str(error) == f"{sizes}: {text}"
 
 

@@ -199,8 +199,8 @@ class _Op:
 
         kernel.__name__ = _name(call)  # the compiler names the op so
         operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]  # type: ignore[attr-defined]
-        # In the op they have the layouts that the kernel wants, or come from the rest of it. Copies around a kernel alone
-        # would take longer to compile than the kernel.
+        # What surrounds the kernel in the op gives it these layouts. Copies to them would be compiled here once more,
+        # and of int8 they take longer than a short kernel.
         return self._predict(kernel, *operands, grid_sizes=self._few_sizes, auto_layouts=True)
 
     def _runs(self, op_name: str) -> bool:

@@ -62,7 +62,8 @@ def test_what_is_wrong_is_one_line(look_at: Callable[[str], dict[str, Any]], nam
 
 
 def test_sizes_that_make_an_argument_empty(look_at: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(TrialError, match=r"Scaled\.arguments\(Sizes\(rows=0\)\): the one at 0 is float32\[0, 128\], exp"):
+    message = r"Scaled\.arguments\(Sizes\(rows=0\)\): the one at 0 is float32\[0, 128\], expected sizes of 1 or more"
+    with pytest.raises(TrialError, match=message):
         look_at("Scaled", rows=0)
 
 
