@@ -48,7 +48,7 @@ def autotune(
     max_trials: int | None = 20,
     seed: int = 0,
     workers: int | None = None,
-    timeout_s: float = 300.0,
+    timeout_s: float = 900.0,
     quick: bool = True,
     promote: bool = False,
     tuned_path: Path | str | None = None,
