@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import use_compilation_cache
 from pipeline.checkpoints.shapes import parse_caption
 from pipeline.quality.config import Budget, QualityConfig
@@ -21,11 +20,10 @@ from pipeline.quality.page import Row, predicted_times, write_page
 from pipeline.quality.pairs import Pairs
 from pipeline.quality.render import Wanted, checkpoint_of
 from pipeline.requests.config import GenerateConfig
+from pipeline.requests.media import open_image
 from pipeline.requests.options import to_parallel
 from pipeline.requests.request import GenerateRequest, to_request
-from pipeline.runs.records import devices, environment
 from pipeline.runs.video import write_mp4
-from pipeline.stages.conditioning import source_frames
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.overrides import one_line
@@ -61,8 +59,7 @@ def judge(settings: QualityConfig) -> int:
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     checkpoint = checkpoint_of(reference.request, cache_dir)
     if reference.request.image is not None:
-        check_request(reference.request, read_configs(checkpoint))
-        source_frames(reference.request)
+        open_image(reference.request.image)
     if settings.videos_dir is not None:
         require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
     predicted = predicted_times(settings.predictions, reference.request, checkpoint)
@@ -168,7 +165,7 @@ def _compare_all(
             rows.append(Row(variant, outcome, request, failures, predicted.get(preset or "")))
             _say(bar, _line(outcome, failures))
             if settings.results_path is not None:
-                jsonl.append(Path(settings.results_path), _record(outcome, failures, settings, request))
+                jsonl.append(Path(settings.results_path), _record(outcome, failures, settings, request, pairs))
             if pairs.folder is not None:
                 write_page(pairs, rows)
     if pairs.folder is not None:
@@ -246,7 +243,7 @@ def _line(outcome: Comparison, failures: list[str]) -> str:
 
 
 def _record(
-    outcome: Comparison, failures: list[str], settings: QualityConfig, settled: GenerateRequest
+    outcome: Comparison, failures: list[str], settings: QualityConfig, settled: GenerateRequest, made_by: Pairs
 ) -> QualityRecord:
     """Return the record of a variant. settled: its request with what its quality chooses."""
     variant, pairs = outcome.variant, outcome.pairs
@@ -254,8 +251,8 @@ def _record(
     wanted: list[Wanted] = [(pair.prompt, pair.seed) for pair in pairs]
     return QualityRecord(
         label=Label.MEASURED,
-        device=devices(),
-        environment=environment(),
+        device=made_by.devices,
+        environment=made_by.environment,
         request=dataclasses.asdict(variant.request),
         candidate=variant.name,
         parallel=dataclasses.asdict(variant.parallel),

@@ -13,7 +13,6 @@ from pipeline.quality.gate import Comparison, QualityVariant
 from pipeline.quality.pairs import GAIN, Pairs
 from pipeline.requests.models import current_id
 from pipeline.requests.request import GenerateRequest
-from pipeline.runs.records import devices, environment
 from pipeline.stages.presets import base_checkpoint
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
@@ -80,19 +79,20 @@ def write_page(pairs: Pairs, rows: list[Row]) -> None:
     """Write the page of these rows, the reference's first among them, into the folder of the pairs."""
     assert pairs.folder is not None
     reference, *others = rows
-    environment_ = environment()
+    others.sort(key=lambda row: row.price)
+    made_by = pairs.environment
     context = {
         "request": reference.variant.request,
-        "device": devices(),
-        "versions": environment_.versions,
-        "commit": (environment_.git_commit or "")[:9] + (" with changes" if environment_.git_dirty else ""),
-        "rows": [_cells(row, reference) for row in sorted(others, key=lambda row: row.price)],
+        "device": pairs.devices,
+        "versions": made_by.versions,
+        "commit": (made_by.git_commit or "")[:9] + (" with changes" if made_by.git_dirty else ""),
+        "rows": [_cells(row, reference) for row in others],
         "reference": _cells(reference, reference),
         "with_lpips": pairs.with_lpips,
         "with_readings": pairs.with_readings,
         "predicted": any(row.predicted for row in rows),
         "gain": GAIN,
-        "prompts": [_prompt(pairs, index, rows) for index in range(len(pairs.wanted))],
+        "prompts": [_prompt(pairs, index, [reference, *others]) for index in range(len(pairs.wanted))],
     }
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     made = jinja2.Environment(

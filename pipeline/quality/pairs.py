@@ -44,7 +44,7 @@ class Pairs:
     """The videos of each prompt and seed, by the reference and by variants of it.
 
     folder: see above; None: nothing is kept, and the reference's videos stay in memory. with_lpips, with_readings: see
-    `gate.measure`.
+    `gate.measure`. environment, devices: where this is.
     """
 
     reference: QualityVariant
@@ -55,8 +55,7 @@ class Pairs:
     with_readings: bool
 
     def __post_init__(self) -> None:
-        self._environment = environment()
-        self._devices = devices()
+        self.environment, self.devices = environment(), devices()
         self._kept: dict[str, np.ndarray] = {}  # the reference's, by key, without a folder
         self._known_keys: dict[str, list[str]] = {}  # by variant
         records = jsonl.read(self.folder / PAIRS_FILE, PairRecord) if self.folder is not None else []
@@ -109,7 +108,8 @@ class Pairs:
         if not needed:
             return
         request = self.reference.request
-        drawn = begins_with_drawn(request, checkpoint_of(request, self.cache_dir))
+        # Of captions alone: to ask imports diffusers.
+        drawn = self.with_readings and begins_with_drawn(request, checkpoint_of(request, self.cache_dir))
         videos = variant_videos(self.reference, self._of(needed), self.cache_dir, _steps_told(tell))
         for index, made in zip(needed, videos, strict=True):
             self._keep_reference(keys[index], made.frames)
@@ -161,13 +161,13 @@ class Pairs:
     def _keys(self, variant: QualityVariant) -> list[str]:
         """Return the key of each pair."""
         if variant.name not in self._known_keys:
-            made_by = jsonl.encode(self._environment)
+            made_by = jsonl.encode(self.environment)
             names = ("versions", "flags", "kernel_hash", "backend_hash", "host")
             variants = [self.reference] if variant is self.reference else [self.reference, variant]
             depends_on = {
                 "variants": [self._dependencies(each) for each in variants],
                 "measured": [self.with_lpips, self.with_readings],
-                "devices": jsonl.encode(self._devices),
+                "devices": jsonl.encode(self.devices),
                 **{name: made_by[name] for name in names},
             }
             text = json.dumps(depends_on, sort_keys=True)

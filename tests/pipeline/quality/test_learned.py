@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import learned
 from splash_workbench.errors import UserError
 
@@ -31,6 +33,26 @@ def test_of_a_video_it_is_the_mean_of_the_frames_however_many_go_at_once(monkeyp
     for pixels in (1, 2 * 64 * 96):
         monkeypatch.setattr(learned, "_PIXELS", pixels)
         assert learned.lpips(video, reference) == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_planted_damage_is_as_docs_quality_says():
+    """Above reuse.lpips of configs/modes/tiny.yaml, but for what PSNR is for."""
+    rng = np.random.default_rng(0)
+    scene = random_scene(rng, 64, 96, **parse_caption("a red circle moves right"))
+    video = draw(scene, 5, 64, 96).astype(np.float32) / 255
+    damaged = {
+        "moved": ndimage.shift(video, (0, 0, 0.25, 0), mode="nearest"),
+        "darker": video - 0.02,
+        "blurred": ndimage.gaussian_filter(video, (0, 1, 1, 0)),
+        "late": np.concatenate([video[:1], video[:-1]]),
+        "exchanged": video[..., [1, 0, 2]],
+    }
+    found = {name: round(learned.lpips(frames.clip(0, 1), video), 4) for name, frames in damaged.items()}
+    assert found == pytest.approx(
+        {"moved": 0.0006, "darker": 0.0013, "blurred": 0.0151, "late": 0.1340, "exchanged": 0.2605}, abs=2e-4
+    )
+    noisy = (video + rng.normal(0, 0.01, video.shape)).clip(0, 1)
+    assert learned.lpips(noisy, video) == pytest.approx(0.039, rel=0.05)
 
 
 def test_nan_stays_nan():

@@ -83,7 +83,7 @@ def test_the_page_shows_each_prompt_with_each_mode_the_nearest_first(settings, r
     assert page.index(">near</td>") < page.index(">far</td>")
     assert "a cat &lt;on&gt; a sofa" in page and "Nothing is read back" in page
     videos = re.findall(r'<video src="([^"]+)"', page)
-    assert len(videos) == len(set(videos)) == 6
+    assert len(videos) == len(set(videos)) == 4
     assert all((tmp_path / "page" / video).read_bytes()[4:8] == b"ftyp" for video in videos)
     assert not re.search(r'(src|href)="(https?:|/)', page)
     reference, far, near = jsonl.read(tmp_path / "quality.jsonl", QualityRecord)
