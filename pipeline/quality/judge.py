@@ -70,11 +70,13 @@ def judge(settings: QualityConfig) -> int:
     busy = f"page_dir={page_dir}: another process compares there; expected another folder"
     with locked(page_dir / ".lock", busy) if page_dir is not None else contextlib.nullcontext():
         rows = _compare_all(settings, pairs, (reference, *chosen), predicted)
-    failed = any(row.failures for row in rows)
+    not_made = sum(row.outcome is None for row in rows)
+    over = any(row.failures for row in rows if row.outcome is not None)
     if page_dir is not None:
         print(page_dir / "index.html")
-    print("over budget" if failed else "all within budget")
-    return int(failed)
+    verdict = "over budget" if over else "all within budget"
+    print(f"{verdict}, {not_made} not made" if not_made else verdict)
+    return int(over or not_made > 0)
 
 
 def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:

@@ -121,6 +121,7 @@ def test_a_mode_that_fails_costs_only_itself(run, renderer, tmp_path, capsys):
     assert run(candidates=[BROKEN, FAR, NEAR]) == 1
     printed = capsys.readouterr().out
     assert "broken                 not made: parallel.plan='broken': expected another" in printed
+    assert printed.endswith("all within budget, 1 not made\n")
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.index(">near</td>") < page.index(">far</td>") < page.index("not made: parallel.plan")
     assert (tmp_path / "page" / "reference").exists()  # for when it can be made
