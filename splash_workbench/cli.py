@@ -37,7 +37,8 @@ S = TypeVar("S")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: Keys of schemas that hold paths.
 _PATHS = {
-    *("cache_dir", "folder", "json", "logdir", "measured", "output", "output_dir", "prompts", "results_dir"),
+    *("cache_dir", "folder", "json", "logdir", "measured", "output", "output_dir", "page_dir", "predictions"),
+    *("prompts", "results_dir"),
     *("results_path", "run_dir", "start_from", "tuned_dir", "validation", "videos_dir", "work_dir"),
 }
 #: A command stays in the user's folder, and Hydra writes nothing there.

@@ -10,7 +10,7 @@ from splash_attn import tuned
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 from splash_workbench.records.prediction import PredictionRecord
-from splash_workbench.records.quality import QualityRecord
+from splash_workbench.records.quality import PairRecord, QualityRecord
 from tuning.trials import contenders
 from tuning.trials.records import TRIALS_FILE, Trial
 
@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 KINDS: dict[str, type] = {
     "predict.jsonl": PredictionRecord,
     "quality.jsonl": QualityRecord,
+    "pairs.jsonl": PairRecord,
     "generate.jsonl": GenerationRecord,
     TRIALS_FILE: Trial,
     contenders.FILE_NAME: contenders.SideBySide,

@@ -7,8 +7,8 @@ from splash_workbench import cli
 
 #: What the captions, the seeds and the candidates say instead, or what is the same for all of them.
 _UNUSED = (
-    *("prompt", "prompts", "seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
-    *("preview_every", "warm_up", "topology", "profile", "profile_run", "logdir", "verbose", "num_videos", "image"),
+    *("seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
+    *("preview_every", "warm_up", "topology", "profile", "profile_run", "logdir", "verbose", "num_videos"),
     *("noise_aug_strength", "video", "strength", "latents", "lora", "transformer", "context_frames"),
     *("context_overlap", "distributed.*", "engine*"),
 )

@@ -1,97 +1,112 @@
-"""Judges the reference and the candidates: makes their videos, compares and reads them, keeps records."""
+"""Judges the reference and the candidates: makes their videos, compares and reads them, keeps records and a page."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
-from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+from pipeline.checkpoints.loading import use_compilation_cache
 from pipeline.checkpoints.shapes import parse_caption
 from pipeline.quality.config import Budget, QualityConfig
-from pipeline.quality.gate import (
-    Comparison,
-    QualityVariant,
-    compare,
-    first_frame_psnr,
-    first_frames,
-    to_uint8,
-    variant_videos,
-)
+from pipeline.quality.gate import Comparison, QualityVariant, to_uint8
+from pipeline.quality.learned import require_weights
+from pipeline.quality.page import Row, predicted_times, write_page
+from pipeline.quality.pairs import Pairs
+from pipeline.quality.render import Wanted, checkpoint_of
 from pipeline.requests.config import GenerateConfig
+from pipeline.requests.media import open_image
 from pipeline.requests.options import to_parallel
-from pipeline.requests.request import to_request
-from pipeline.runs.records import devices, environment
+from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.runs.video import write_mp4
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import require_writable
+from splash_workbench.files import locked, require_writable
+from splash_workbench.overrides import one_line
 from splash_workbench.records import jsonl
 from splash_workbench.records.quality import QualityRecord
 from splash_workbench.trial_status import Label
 
 _NOT_OF_A_CANDIDATE = {"name", "budget"}
+_REFERENCE = "reference"
+_BAR_FORMAT = "  {desc} {bar:24} {n:.0f} of {total:.0f} videos{postfix}, {elapsed} so far, {remaining} left"
+_FRAME_BYTES = 3 * 4  # a pixel of the reference, which is kept until all is compared
 
 
 def judge(settings: QualityConfig) -> int:
-    """Print a table, append records; return 1 where one is over its budget or prompts are not followed enough."""
+    """Print a table, append records, write a page; return 1 where one is over its budget, failed, or the reference
+    does not follow its prompts enough."""
     if settings.compilation_cache:
         use_compilation_cache()
-    from_config(lambda: [parse_caption(caption) for caption in settings.captions])
-    captions = [caption for caption in settings.captions for _ in settings.seeds]
-    if not captions:
-        raise UserError("captions, seeds: expected at least one each")
+    if settings.lpips:
+        require_weights()
+    prompts, are_captions = _prompts(settings)
+    wanted = [(prompt, seed) for prompt in prompts for seed in settings.seeds]
+    if not wanted:
+        raise UserError("captions, seeds: expected at least one each, or prompts=mine.txt in place of captions")
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
-    base = GenerateConfig(**{**fields, "prompt": settings.captions[0]})
-    reference = QualityVariant("reference", to_request(base), to_parallel(base), Budget(float("inf"), 1.0))
-    candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
-    names = [candidate.name for candidate in candidates]
-    if unknown := set(settings.only) - set(names):
-        raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
-    chosen = [candidate for candidate in candidates if candidate.name in (settings.only or names)]
-    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
+    reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
+    chosen = _chosen(settings, base)
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
     if not settings.first_frame_db >= 0:
         raise UserError(f"first_frame_db={settings.first_frame_db}: expected 0 or more, in dB")
-    resolve_checkpoint(reference.request.checkpoint, reference.request.revision, cache_dir)
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    checkpoint = checkpoint_of(reference.request, cache_dir)
+    if reference.request.image is not None:
+        open_image(reference.request.image)
     if settings.videos_dir is not None:
         require_writable(f"videos_dir={settings.videos_dir}", Path(settings.videos_dir))
+    predicted = predicted_times(settings.predictions, reference.request, checkpoint)
+    page_dir = Path(settings.page_dir) if settings.page_dir is not None else None
+    if page_dir is not None:
+        require_writable(f"page_dir={page_dir}", page_dir)
+    pairs = Pairs(reference, wanted, page_dir, cache_dir, settings.lpips, are_captions)
+    busy = f"page_dir={page_dir}: another process compares there; expected another folder"
+    with locked(page_dir / ".lock", busy) if page_dir is not None else contextlib.nullcontext():
+        rows = _compare_all(settings, pairs, (reference, *chosen), predicted)
+    not_made = sum(row.outcome is None for row in rows)
+    over = any(row.failures for row in rows if row.outcome is not None)
+    if page_dir is not None:
+        print(page_dir / "index.html")
+    verdict = "over budget" if over else "all within budget"
+    print(f"{verdict}, {not_made} not made" if not_made else verdict)
+    return int(over or not_made > 0)
 
-    def videos_of(candidate: QualityVariant) -> np.ndarray:
-        def say(text: str) -> None:
-            print(f"  {candidate.name}: {text}", file=sys.stderr, flush=True)
 
-        say("compiling ...")
-        return variant_videos(candidate, settings.captions, settings.seeds, cache_dir, say)
+def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:
+    """Return the prompts, and whether they are captions, of which something is read back."""
+    if settings.prompt is not None and settings.prompts is not None:
+        raise UserError(f"prompt={settings.prompt!r} and prompts={settings.prompts!r}: expected one of them")
+    if settings.prompt is not None:
+        return [settings.prompt], False
+    if settings.prompts is not None:
+        path = Path(settings.prompts)
+        if path.suffix != ".txt" or not path.is_file():
+            raise UserError(f"prompts={settings.prompts!r}: expected a file *.txt, a prompt a line")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        prompts = list(dict.fromkeys(filter(None, lines)))
+        if not prompts:
+            raise UserError(f"prompts={settings.prompts!r}: holds no prompts; expected one a line")
+        return prompts, False
+    from_config(lambda: [parse_caption(caption) for caption in settings.captions])
+    return list(settings.captions), True
 
-    expected = videos_of(reference)
-    images = first_frames(reference.request, settings.captions, settings.seeds, cache_dir)
-    first_frame_db = [] if images is None else first_frame_psnr(expected, images)
-    if settings.videos_dir is not None:
-        for caption, seed, video in zip(captions, settings.seeds * len(settings.captions), expected, strict=True):
-            path = Path(settings.videos_dir) / f"{caption.replace(' ', '-')}-seed{seed}.mp4"
-            write_mp4(path, to_uint8(video), reference.request.fps)
-    failed = False
-    print(_HEADER, flush=True)
-    for candidate in (reference, *chosen):
-        videos = expected if candidate is reference else videos_of(candidate)
-        outcome = compare(candidate, videos, expected, captions)
-        failures = outcome.failures
-        if candidate is reference and outcome.read_back["all"] < settings.follows:
-            failures = [f"follows its prompts in {outcome.read_back['all']:.0%}, expected {settings.follows:.0%}"]
-        if candidate is reference and first_frame_db:
-            print(f"  first frames beside their images: {min(first_frame_db):.1f} dB or more", flush=True)
-            if min(first_frame_db) < settings.first_frame_db:
-                failures.append(f"first frame {min(first_frame_db):.1f} dB < {settings.first_frame_db:g} dB")
-        failed = failed or bool(failures)
-        print(_row(outcome, failures), flush=True)
-        if settings.results_path is not None:
-            jsonl.append(Path(settings.results_path), _record(outcome, failures, settings))
-    print("over budget" if failed else "all within budget")
-    return int(failed)
+
+def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:
+    candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
+    names = [candidate.name for candidate in candidates]
+    for name in names:
+        if name == _REFERENCE or names.count(name) > 1:
+            raise UserError(f"candidates: {name!r} is the name of two; expected one of its own for each")
+    if unknown := set(settings.only) - set(names):
+        raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
+    return [candidate for candidate in candidates if candidate.name in (settings.only or names)]
 
 
 def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: Budget) -> QualityVariant:
@@ -109,36 +124,162 @@ def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: Budget) -> 
         raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
 
-_COLUMNS = ("colour", "shape", "motion", "all")
-_HEADER = f"  {'':<22} {'PSNR dB':>8} {'SSIM':>7} " + " ".join(f"{name:>7}" for name in _COLUMNS)
+def _compare_all(
+    settings: QualityConfig, pairs: Pairs, variants: Sequence[QualityVariant], predicted: dict[str, str]
+) -> list[Row]:
+    """Compare each variant, print its line, keep its record, and write the page anew."""
+    missing: dict[str, list[int] | Exception] = {}
+    for variant in variants:
+        with _failing_alone(variant, missing):
+            missing[variant.name] = pairs.missing(variant)
+    to_make = {name: found for name, found in missing.items() if isinstance(found, list)}
+    references = pairs.references_to_make(sorted({index for found in to_make.values() for index in found}))
+    if pairs.folder is not None:
+        request = pairs.reference.request
+        size = request.num_frames * request.height * request.width * _FRAME_BYTES
+        require_writable(f"page_dir={pairs.folder}", pairs.folder, max(1, size * len(references)))
+    total = len(references) + sum(len(found) for name, found in to_make.items() if name != _REFERENCE)
+    rows: list[Row] = []
+    with _bar(total) as bar:
+
+        def tell(part: float, text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(part)
+
+        _say(bar, _header(pairs.with_readings))
+        for variant in variants:
+            before, outcome = bar.n, None
+            bar.set_description_str(variant.name)
+            if not isinstance(missing[variant.name], Exception):
+                with _failing_alone(variant, missing):
+                    outcome = Comparison(variant, pairs.compare(variant, tell))
+            if isinstance(error := missing[variant.name], Exception):
+                bar.total -= len(to_make.get(variant.name, ())) - (bar.n - before)
+                rows.append(Row(variant, None, None, [f"not made: {_reason(error)}"], None))
+                _say(bar, f"  {variant.name:<22} {rows[-1].failures[0]}")
+                continue
+            assert outcome is not None
+            if variant is pairs.reference and settings.videos_dir is not None:
+                _write_videos(Path(settings.videos_dir), pairs, variant.request.fps)
+            failures = _failures(outcome, settings, pairs)
+            request = pairs.settled(variant)
+            preset = "exact" if variant is pairs.reference else request.quality if request.quality != "exact" else None
+            rows.append(Row(variant, outcome, request, failures, predicted.get(preset or "")))
+            _say(bar, _line(outcome, failures))
+            if settings.results_path is not None:
+                jsonl.append(Path(settings.results_path), _record(outcome, failures, settings, request, pairs))
+            if pairs.folder is not None:
+                write_page(pairs, rows)
+    if pairs.folder is not None:
+        write_page(pairs, rows)
+        if not any(row.outcome is None for row in rows):
+            pairs.drop_references()
+    return rows
 
 
-def _row(outcome: Comparison, failures: list[str]) -> str:
-    """Return a line: the worst video's PSNR and SSIM, and the fractions of videos that show what the prompt says."""
+@contextlib.contextmanager
+def _failing_alone(variant: QualityVariant, failed: dict[str, Any]) -> Iterator[None]:
+    """Note what a candidate fails with, so that the others go on; what the reference fails with is raised."""
+    try:
+        yield
+    except OSError:  # of a full disk, which all write to
+        raise
+    except Exception as error:
+        if variant.name == _REFERENCE:
+            raise
+        failed[variant.name] = error
+
+
+def _reason(error: Exception) -> str:
+    text = one_line(error)
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:300]}"
+
+
+def _bar(total: int) -> Any:
+    interval_s = 0.2 if sys.stderr.isatty() else 30  # seconds: a file gets few lines
+    return tqdm(total=total, bar_format=_BAR_FORMAT, smoothing=0, mininterval=interval_s, disable=total == 0)
+
+
+def _say(bar: Any, text: str) -> None:
+    bar.clear()
+    print(text, flush=True)
+
+
+def _write_videos(folder: Path, pairs: Pairs, fps: float) -> None:
+    for (prompt, seed), video in zip(pairs.wanted, pairs.references(), strict=True):
+        name = "".join(letter if letter.isalnum() else "-" for letter in prompt)[:80]
+        write_mp4(folder / f"{name}-seed{seed}.mp4", to_uint8(video), fps)
+
+
+def _failures(outcome: Comparison, settings: QualityConfig, pairs: Pairs) -> list[str]:
+    """Say why a variant fails: its budget, or of the reference what it shows."""
+    failures = outcome.failures
+    if outcome.variant is not pairs.reference:
+        return failures
+    if outcome.is_read_back and outcome.read_back["all"] < settings.follows:
+        failures = [f"follows its prompts in {outcome.read_back['all']:.0%}, expected {settings.follows:.0%}"]
+    first = [pair.first_frame_db for pair in outcome.pairs if pair.first_frame_db is not None]
+    if first:
+        print(f"  first frames beside their images: {min(first):.1f} dB or more", flush=True)
+        if min(first) < settings.first_frame_db:
+            failures.append(f"first frame {min(first):.1f} dB < {settings.first_frame_db:g} dB")
+    return failures
+
+
+_READ = ("colour", "shape", "motion", "all")
+
+
+def _header(with_readings: bool) -> str:
+    read = "".join(f" {name:>7}" for name in _READ) if with_readings else ""
+    return f"  {'':<22} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'denoise s':>9}{read}"
+
+
+def _line(outcome: Comparison, failures: list[str]) -> str:
+    """Return a line: figures of the worst video, and the fractions of videos that show what the prompt says."""
     psnr = min(outcome.psnr_db)
-    figures = " ".join(f"{outcome.read_back[name]:>7.0%}" for name in _COLUMNS)
-    verdict = "; ".join(failures) or "ok"
+    read = "".join(f" {outcome.read_back[name]:>7.0%}" for name in _READ) if outcome.is_read_back else ""
     same = "same" if psnr == float("inf") else f"{psnr:.1f}"
-    return f"  {outcome.variant.name:<22} {same:>8} {min(outcome.ssim):>7.4f} {figures}  {verdict}"
+    lpips = f"{max(outcome.lpips):.4f}" if outcome.lpips else ""
+    figures = f"{same:>8} {min(outcome.ssim):>7.4f} {lpips:>7} {outcome.denoise_time_s:>9.2f}{read}"
+    return f"  {outcome.variant.name:<22} {figures}  {'; '.join(failures) or 'ok'}"
 
 
-def _record(outcome: Comparison, failures: list[str], settings: QualityConfig) -> QualityRecord:
-    """Return the record of a candidate; PSNR is None where a video is the reference's very own."""
-    candidate = outcome.variant
-    is_reference = candidate.name == "reference"
+def _record(
+    outcome: Comparison, failures: list[str], settings: QualityConfig, settled: GenerateRequest, made_by: Pairs
+) -> QualityRecord:
+    """Return the record of a variant. settled: its request with what its quality chooses."""
+    variant, pairs = outcome.variant, outcome.pairs
+    is_reference = variant.name == _REFERENCE
+    wanted: list[Wanted] = [(pair.prompt, pair.seed) for pair in pairs]
     return QualityRecord(
         label=Label.MEASURED,
-        device=devices(),
-        environment=environment(),
-        request=dataclasses.asdict(candidate.request),
-        candidate=candidate.name,
-        parallel=dataclasses.asdict(candidate.parallel),
-        prompts=tuple(settings.captions),
+        device=made_by.devices,
+        environment=made_by.environment,
+        request=dataclasses.asdict(variant.request),
+        candidate=variant.name,
+        parallel=dataclasses.asdict(variant.parallel),
+        prompts=tuple(dict.fromkeys(prompt for prompt, _ in wanted)),
         seeds=tuple(settings.seeds),
-        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(candidate.budget),
-        psnr_db=tuple(None if value == float("inf") else value for value in outcome.psnr_db),
-        ssim=tuple(outcome.ssim),
-        readings=tuple(dataclasses.asdict(reading) for reading in outcome.readings),
+        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(variant.budget),
+        chosen=choices(settled),
+        psnr_db=tuple(pair.psnr_db for pair in pairs),
+        ssim=outcome.ssim,
+        lpips=outcome.lpips,
+        denoise_times_s=tuple(pair.denoise_time_s for pair in pairs),
+        steps_computed=tuple(pair.steps_computed for pair in pairs),
+        readings=tuple(pair.reading for pair in pairs if pair.reading is not None),
         read_back=outcome.read_back,
         failures=tuple(failures),
     )
+
+
+def choices(settled: GenerateRequest) -> dict[str, Any]:
+    """Return what of a request is not exact, as its user or its quality chose it."""
+    cache = settled.cache
+    return {
+        "qk_dtype": settled.attention.qk_dtype,
+        "quantization": settled.quantization,
+        "method": cache.method,
+        "threshold": cache.threshold,
+        "unconditional_every": cache.unconditional_every,
+    }

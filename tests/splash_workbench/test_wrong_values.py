@@ -17,11 +17,11 @@ WORK = (
     "pipeline.stages.text:open_module",
     "pipeline.checkpoints.placed:open_module",
     "pipeline.stages.vae:open_module",
-    "pipeline.quality.judge:variant_videos",
+    "pipeline.quality.pairs:variant_videos",
     "pipeline.train_tiny.__main__:optimize",
 )
 PATHS = re.compile(
-    r"(results|videos|run|work|tuned)_dir|output(_dir)?|results_path|folder|dumps|logdir|json|validation"
+    r"(results|videos|run|work|tuned|page)_dir|output(_dir)?|results_path|folder|dumps|logdir|json|validation"
 )
 #: Any text is right for them, or only the Hub can tell, or they are used only together with another key.
 FREE = re.compile(r"prompt|negative_prompt|revision|profile_run|(workload|space)\.name|cache_dir")

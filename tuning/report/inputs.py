@@ -45,6 +45,7 @@ class Inputs:
       others: sweeps of other kernels, likewise.
       validation: of `tuning.validate`, or the reported rows alone.
       predicted, generated, quality: the lines of the pipeline's files.
+      quality_page: the videos of `pipeline.quality` side by side, where they are; else None.
       files: (file, what it holds) of each file that was read.
       torn: a line about each that a crash tore, and that is left out.
     """
@@ -61,6 +62,8 @@ class Inputs:
         self.predicted = self._all_lines("predict.jsonl", PredictionRecord, "prediction")
         self.generated = self._all_lines("generate.jsonl", GenerationRecord, "run")
         self.quality = self._all_lines("quality.jsonl", QualityRecord, "comparison")
+        page = results_dir / "quality" / "index.html"
+        self.quality_page = page if page.is_file() else None
 
     def _shown(self, path: Path) -> str:
         """Return a path as the page names it."""

@@ -44,6 +44,7 @@ def make(inputs: Inputs, output: Path, top: int) -> dict[str, str]:
         "cases": pipeline.cases(inputs.predicted),
         "generated": pipeline.generated(inputs.generated),
         "quality": pipeline.quality(inputs.quality),
+        "quality_page": inputs.quality_page,
         "files": inputs.files,
         "torn": inputs.torn,
     }

@@ -13,15 +13,17 @@ import pytest
 import splash_attn
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.quality import __main__ as quality
-from pipeline.quality import judge
+from pipeline.quality import judge, pairs
 from pipeline.quality.config import Budget
-from pipeline.quality.gate import QualityVariant, compare, variant_videos
+from pipeline.quality.gate import Comparison, QualityVariant, measure
+from pipeline.quality.render import Made, variant_videos
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import ParallelOptions, to_parallel
 from pipeline.requests.request import AttentionOptions, to_request
+from splash_workbench.records.quality import PairRecord
 
 CAPTION = "a red circle moves right"
-BUDGET = Budget(psnr_db=35, ssim=0.98)
+BUDGET = Budget(psnr_db=35, ssim=0.98, lpips=0.02)
 
 
 def candidate(**changes) -> QualityVariant:
@@ -33,10 +35,27 @@ def video(rng: np.random.Generator, caption: str = CAPTION) -> np.ndarray:
     return draw(random_scene(rng, 64, 96, **parse_caption(caption)), 17, 64, 96)[None].astype(np.float32) / 255
 
 
+def compare(variant, videos, reference, captions) -> Comparison:
+    """Compare float videos [videos, frames, height, width, 3] with the reference's."""
+    records = [
+        PairRecord(
+            key="",
+            candidate=variant.name,
+            prompt=caption,
+            seed=0,
+            denoise_time_s=1.0,
+            steps_computed=8,
+            **measure(one, other, with_lpips=True, with_readings=True),
+        )
+        for one, other, caption in zip(videos, reference, captions, strict=True)
+    ]
+    return Comparison(variant, records)
+
+
 def test_the_reference_itself_passes(rng):
     drawn = video(rng)
     outcome = compare(candidate(), drawn, drawn, [CAPTION])
-    assert outcome.psnr_db == (float("inf"),) and outcome.ssim == (1.0,)
+    assert outcome.psnr_db == (float("inf"),) and outcome.ssim == (1.0,) and outcome.lpips == (0.0,)
     assert outcome.read_back == {"colour": 1.0, "shape": 1.0, "motion": 1.0, "all": 1.0}
     assert outcome.failures == []
 
@@ -54,7 +73,7 @@ def test_one_bad_video_among_good_ones_is_seen(rng):
     harmed = drawn.copy()
     harmed[1] += rng.normal(0, 0.05, harmed[1].shape).astype(np.float32)
     failures = compare(candidate(), harmed.clip(0, 1), drawn, [CAPTION] * 3).failures
-    assert failures[0].startswith("PSNR 2") and failures[1].startswith("SSIM 0.")
+    assert [failure.split(" 0.")[0].split(" 2")[0] for failure in failures] == ["PSNR", "SSIM", "LPIPS"]
 
 
 def test_another_picture_reads_otherwise(rng):
@@ -131,7 +150,7 @@ def test_planted_harm_is_seen_and_nothing_else(monkeypatch, tmp_path, capsys):
 
 def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, rng):
     drawn = video(rng)
-    monkeypatch.setattr(judge, "variant_videos", lambda *arguments: drawn)
+    monkeypatch.setattr(pairs, "variant_videos", lambda variant, wanted, *_: [Made(drawn[0], 1.0, 8) for _ in wanted])
     assert command(monkeypatch, tmp_path, "candidates=[{name: same}]") == 0
     assert "all within budget" in capsys.readouterr().out
 
@@ -141,6 +160,7 @@ def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, r
     [
         ("captions=[a cat]", "prompt='a cat': expected 'a COLOUR SHAPE MOTION'"),
         ("first_frame_db=-1", "first_frame_db=-1.0: expected 0 or more, in dB"),
+        ("budget.lpips=2", "budget.lpips=2.0: expected 0 to 1"),
         ("seeds=[]", "captions, seeds: expected at least one each"),
         ("only=[nobody]", "only=['nobody']: expected some of online"),
         ("candidates=[{dtype: bfloat16}]", "candidates: expected a name"),
@@ -172,7 +192,9 @@ def test_a_candidate_is_the_reference_but_for_what_it_names():
 @pytest.mark.parametrize("plan", ["ulysses", "megatron"])
 def test_plans_on_simulated_devices_keep_the_video(plan):
     changes = {"num_inference_steps": 2}
-    expected = variant_videos(candidate(**changes), [CAPTION], [1001])
+    wanted = [(CAPTION, 1001)]
+    (expected,) = variant_videos(candidate(**changes), wanted)
     one = dataclasses.replace(candidate(**changes), parallel=ParallelOptions(plan=plan, num_devices=8))
-    outcome = compare(one, variant_videos(one, [CAPTION], [1001]), expected, [CAPTION])
+    (made,) = variant_videos(one, wanted)
+    outcome = compare(one, made.frames[None], expected.frames[None], [CAPTION])
     assert outcome.psnr_db[0] > 60 and outcome.failures == []

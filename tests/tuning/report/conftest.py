@@ -101,6 +101,7 @@ def judged(**changes: Any) -> dict[str, Any]:
         "candidate": "online",
         "psnr_db": [41.25, None, 50.0],
         "ssim": [0.9875, 1.0, 0.999],
+        "lpips": [0.0125, 0.0, 0.001],
         "read_back": {"colour": 1.0, "all": 0.75},
         "failures": [],
         "versions": VERSIONS,

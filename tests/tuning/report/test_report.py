@@ -16,6 +16,7 @@ from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
 from tuning.report import __main__ as report
+from tuning.report import page
 from tuning.report.inputs import Inputs
 from tuning.trials import promote
 from tuning.trials.records import Trial
@@ -201,9 +202,18 @@ def test_every_figure_of_the_sample_is_there_with_its_label(run: Run, fill: Call
     assert "| predicted | 0.500 | 0.500 | 25.0 | 0.500 | 26.0 | 8.00 | 32 | 38 % |" in text
     assert "| denoise | 0.250 | 2.00 | 1.50 | 3 | 0.500 | 0.250 | 0.750 |" in text
     assert "measured on 1 x cpu with libtpu 0.0.52, jax 0.10.2; commit 0123456; 2026-11-23" in text
-    assert "| online | measured | 3 | 41.2 | 50.0 | 0.9875 | 0.9990 | 100 % | 75 % | within budget |" in text
+    assert "| online | measured | 3 | 41.2 | 50.0 | 0.9875 | 0.9990 | 0.0125 | 100 % | 75 % | within budget |" in text
     assert "3 ok, 1 out of memory" in text
     assert "| Matmul, m64 on TPU v6e | 2 | block=256 | 2.000 | 8.000 | 4.00 | 50 % | predicted |" in text
+
+
+def test_videos_side_by_side_are_linked_where_they_are(fill: Callable[[], Path], tmp_path: Path) -> None:
+    results, link = fill(), '<a href="../quality/index.html">'
+    (results / "quality").mkdir()
+    for exists in (False, True):
+        files = page.make(Inputs(results, results / "validate", tmp_path / "tuned"), results / "report", 1)
+        assert (link in files["index.html"]) == exists
+        (results / "quality" / "index.html").touch()
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
