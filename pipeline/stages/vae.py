@@ -227,8 +227,9 @@ def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
     z: a device's latents [frames, rows, columns, channels].
     """
     kind = mesh.devices.flat[0].device_kind
-    paired = pays_in_pairs(weights, shape, mesh)
-    return kind == "TPU v6 lite" and z.dtype == jnp.bfloat16 and can_fuse(weights, shape, *z.shape[1:3], paired)
+    _, rows, columns, _ = z.shape
+    taken = can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, mesh))
+    return kind == "TPU v6 lite" and z.dtype == jnp.bfloat16 and taken
 
 
 def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pipeline.model.vae.conv_kernel import COLUMNS, TILE, Sizes, kernel
+from pipeline.model.vae.conv_kernel import TILE, kernel
+from pipeline.model.vae.conv_loading import COLUMNS, Sizes
 
 LANES = 128  # channels of a TPU's vector register
 _VMEM_BYTES = 112 * 2**20  # that a call plans with, of 128
@@ -39,8 +40,9 @@ class Convolved:
     """values: [frames, columns, rows * strips, channels].
 
     statistics: float32 [frames, columns, 8, channels], over each slab: sum and sum of squares of the values less a
-    third, that third, and nothing. kept: the last frames of the normed input, [frames, columns + 2, rows * strips,
-    channels], the columns beside the outermost ones at the ends. Both None where not asked for.
+    third, that third, and nothing. kept: the last frames of the normed input, [1, frames, columns + 2, rows * strips,
+    channels], the columns beside the outermost ones at the ends; or `before`, with these in the layer's place. Both
+    None where not asked for.
     """
 
     values: jax.Array
@@ -52,6 +54,7 @@ def convolve(
     x: Float[Array, "frames columns positions channels"],
     beside: tuple[jax.Array, jax.Array],
     before: jax.Array | None,
+    layer: Any,
     weights: Float[Array, "3 taps 3 channels out"],
     bias: Float[Array, " out"],
     *,
@@ -73,8 +76,8 @@ def convolve(
     Args:
       x: positions are rows * strips.
       beside: the columns left of the first and right of the last, [frames, positions, channels] each.
-      before: `Convolved.kept` of the batch before. None: the first frame stands for those before it; `doubled`, where
-        frames lie in pairs, the first frame of the pair, twice.
+      before: `Convolved.kept` of the batch before, of all layers of a run; layer: which. None: the first frame stands
+        for those before it; `doubled`, where frames lie in pairs, the first frame of the pair, twice.
       weights: by rows, frames and columns.
       residual: as the result; with `shortcut`, its channels are convolved 1x1 to the result's, where these are pairs
         those of both frames, the earlier one's first.
@@ -87,7 +90,7 @@ def convolve(
     rows, dtype = raw // strips * factor, dtype or x.dtype
     positions, frames = rows * strips, (frames_in + odd) // stride
     weights = weights.reshape(3, taps * 3 * channels, channels_out)
-    narrow = channels_out if 3 * channels_out <= LANES else 0
+    narrow = channels_out if 3 * channels_out <= LANES and shortcut is None else 0
     if narrow:  # all three rows in one product
         weights = jnp.moveaxis(weights, 0, 1).reshape(1, -1, 3 * channels_out)
         weights = jnp.pad(weights, ((0, 0), (0, 0), (0, LANES - 3 * channels_out)))
@@ -122,11 +125,14 @@ def convolve(
     )
     slab_bytes = positions * channels * x.dtype.itemsize
     result_bytes = positions * max(sizes.width, LANES) * 2 * max(jnp.dtype(dtype).itemsize, x.dtype.itemsize)
-    beside_ring = weights.size * x.dtype.itemsize + result_bytes * (1 + max(sizes.shortcuts, 1) * (residual is not None))
+    beside_ring = weights.size * x.dtype.itemsize + result_bytes * (
+        1 + max(sizes.shortcuts, 1) * (residual is not None)
+    )
     beside_ring += 4 * latent_positions * channels * 4 if norm else 0
     at_once = (_VMEM_BYTES - beside_ring) // (COLUMNS * slab_bytes) - (taps - stride)
     at_once = max(min(at_once // stride, frames), 1)
     results: list[jax.Array] = []
+    all_before = before
     for first in range(0, frames, at_once):  # as many frames a call as VMEM holds
         number, odd_here = min(at_once, frames - first), 0 if first else odd
         last = first + number == frames
@@ -142,9 +148,27 @@ def convolve(
             doubled=doubled and not first,
             kept=kept if last else taps - stride,
             odd=odd_here,
-            aliased=len(results),
+            layered=last and all_before is not None,
         )
-        results = _call(here, frames, x, beside, before, weights, bias, norm, residual, shortcut, results, dtype, interpret)
+        if results and residual is not None and shortcut is None:
+            residual = results[0]  # which is its place
+        results = _call(
+            here,
+            frames,
+            x,
+            beside,
+            before,
+            layer,
+            all_before,
+            weights,
+            bias,
+            norm,
+            residual,
+            shortcut,
+            results,
+            dtype,
+            interpret,
+        )
         before = results.pop() if here.kept else None
     return Convolved(results[0], results[1] if statistics else None, before if kept else None)
 
@@ -155,6 +179,8 @@ def _call(
     x: jax.Array,
     beside: tuple[jax.Array, jax.Array],
     before: jax.Array | None,
+    layer: Any,
+    all_before: jax.Array | None,
     weights: jax.Array,
     bias: jax.Array,
     norm: Norm | None,
@@ -164,12 +190,23 @@ def _call(
     dtype: Any,
     interpret: Any,
 ) -> list[jax.Array]:
-    """Compute some frames of all `frames`, into the results of the calls for those before them."""
+    """Compute some frames of all `frames`, into the results of the calls for those before them.
+
+    A residual gives its place to the result, and all layers' frames before theirs to what is kept: in a loop over
+    layers nothing is copied.
+    """
+    aliases: dict[int, int] = {}
+    others: list[tuple[int, Any]] = list(enumerate(results))
     *_, raw, channels = x.shape
     anywhere, at_start = pl.BlockSpec(memory_space=pl.ANY), {"pipeline_mode": pl.Buffered(1)}
     operands, specs = [x, *beside], [anywhere] * 3
     if before is not None:
-        operands, specs = [*operands, before], [*specs, anywhere]
+        operands += [jnp.stack([jnp.int32(0) if before is not all_before else layer, layer]).astype(jnp.int32), before]
+        specs += [pl.BlockSpec(memory_space=pltpu.SMEM), anywhere]
+        if n.layered and before is all_before:
+            aliases[len(operands) - 1] = 1 + n.statistics
+    if n.layered and before is not all_before:
+        others.append((1 + n.statistics, all_before))
     if norm is not None:
         per_column = n.columns // (norm.latents.shape[1] - 2)
         size = norm.latents.shape[2]
@@ -186,7 +223,8 @@ def _call(
     ]
     slab = pl.BlockSpec((1, 1, n.positions, n.width), lambda c, f, t: (n.first + f, c, 0, t))
     if residual is not None and shortcut is None:
-        operands, specs = [*operands, residual], [*specs, slab]
+        aliases[len(operands)] = 0
+        operands, specs, others = [*operands, residual], [*specs, slab], others[1:] if results else others
     if residual is not None and shortcut is not None:
         odd = n.shortcuts * frames - len(residual)
         for k in range(n.shortcuts):
@@ -201,13 +239,14 @@ def _call(
         out_shapes.append(jax.ShapeDtypeStruct((frames, n.columns, 8, len(bias)), jnp.float32))
     if n.kept:
         out_specs.append(anywhere)
-        out_shapes.append(jax.ShapeDtypeStruct((n.kept, n.columns_in + 2, raw, channels), x.dtype))
-    aliases = {len(operands) + index: index for index in range(len(results))}
+        layers = len(all_before) if n.layered and all_before is not None else 1
+        out_shapes.append(jax.ShapeDtypeStruct((layers, n.kept, n.columns_in + 2, raw, channels), x.dtype))
+    aliases |= {len(operands) + position: index for position, (index, _) in enumerate(others)}
     scales = (2, norm.latents.shape[2], channels) if norm else (1, 8, LANES)
     call = pl.pallas_call(
-        functools.partial(kernel, n=n),
+        functools.partial(kernel, n=dataclasses.replace(n, aliased=len(others))),
         grid=(n.columns, n.frames, len(bias) // n.width),
-        in_specs=[*specs, *[anywhere] * len(results)],
+        in_specs=[*specs, *[anywhere] * len(others)],
         out_specs=out_specs,
         out_shape=out_shapes,
         input_output_aliases=aliases,
@@ -223,7 +262,7 @@ def _call(
         name="vae_conv",
         interpret=interpret,
     )
-    return list(call(*operands, *results))
+    return list(call(*operands, *(array for _, array in others)))
 
 
 def _block_rows(rows: int, strips: int) -> int | None:

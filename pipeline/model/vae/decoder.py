@@ -79,16 +79,17 @@ def decode(
     shape: DecoderShape,
     num_shards: int,
     paired: bool = False,
-    layer: "Callable[..., DecoderLayer] | None" = None,
+    layer: Callable[..., Any] | None = None,
 ) -> tuple[Float[Array, "frames rows columns rgb"], Cache]:
     """Return one batch's video in [-1, 1], float32, and the cache for the next. cache: None for the first batch.
 
-    layer: makes a layer, as `DecoderLayer` does. paired: the last level, of most of the work, computes two frames at a time; see `pair_weights`.
+    paired: the last level, of most of the work, computes two frames at a time; see `pair_weights`. layer: makes a layer
+    as `DecoderLayer` does, the default; `pipeline.model.vae.fused.FusedLayer` does it with a TPU kernel.
 
     weights: by their stock names, see `arrange`. latents: this device's columns of `num_shards` devices along the mesh
     axis SPLIT, scaled already, in the weights' dtype.
     """
-    make = layer or DecoderLayer
+    make, in_place = layer or DecoderLayer, layer is not None
     z = latents.swapaxes(1, 2)
     if "post_quant_conv.weight" in weights:
         z = (z @ weights["post_quant_conv.weight"].reshape(z.shape[-1], -1)) + weights["post_quant_conv.bias"]
@@ -100,7 +101,12 @@ def decode(
     narrowing = [f"{names[0]}conv_shortcut.weight" in weights for names in resnets]
     if paired:
         weights = {**weights, **_last_level_in_pairs(weights, resnets[last][0])}
-    network = Network(weights, cache, lambda weights, cache: make(weights, cache, shape.num_groups, num_shards, z))
+    network = Network(
+        weights,
+        cache,
+        lambda weights, cache, **which: make(weights, cache, shape.num_groups, num_shards, z, **which),
+        in_place,
+    )
     apply = network.apply
     x: Any = cut(z, num_strips(z.shape[1]))
     x = apply(["decoder."], x, lambda layer, x: layer.input(x))

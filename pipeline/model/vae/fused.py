@@ -16,13 +16,14 @@ from pipeline.model.vae.convolution import LANES, Convolved, Norm, convolve, rep
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape
 from pipeline.model.vae.layers import NORM_EPS, Activations, Weights, cut, join, num_strips
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Image:
     """Activations between layers.
 
-    values: [frames, columns, rows * strips, channels], frames or pairs of them. statistics: of each frame on this device,
-    mean and sum of squares about it, float32 [frames, 2, channels]. latents: as `Norm` has them.
+    values: [frames, columns, rows * strips, channels], frames or pairs of them. statistics: of each frame on this
+    device, mean and sum of squares about it, float32 [frames, 2, channels]. latents: as `Norm` has them.
     """
 
     values: jax.Array
@@ -33,8 +34,13 @@ class Image:
 
 @dataclasses.dataclass
 class FusedLayer(DecoderLayer):
-    """One layer at work, on `Image`s. interpret: whether to run the kernel on a CPU."""
+    """One layer at work, on `Image`s.
 
+    Its cache is of all layers of a run, `index` being its own: [layers, frames, columns + 2, rows * strips, channels].
+    It is changed in place. interpret: as of `pallas_call`.
+    """
+
+    index: Any = dataclasses.field(default=0, kw_only=True)
     interpret: Any = dataclasses.field(default=False, kw_only=True)
 
     def input(self, x: Activations) -> Image:
@@ -46,15 +52,15 @@ class FusedLayer(DecoderLayer):
         values = _flat(jnp.pad(x, [(0, 0)] * 4 + [(0, missing)]))
         return layer._convolve("conv_in", Image(values, jnp.zeros(0), self._latents(strips, x.shape[2]), strips))
 
-    def resnet(self, x: Image) -> Image:
+    def resnet(self, x: Any) -> Any:
         h = self._convolve("conv1", x, norm="norm1")
         return self._convolve("conv2", h, norm="norm2", residual=x.values)
 
-    def resnet_to_pairs(self, x: Image) -> Image:
+    def resnet_to_pairs(self, x: Any) -> Any:
         h = self._convolve("conv1", x, norm="norm1", stride=2)
         return self.in_pairs()._convolve("conv2", h, norm="norm2", residual=x.values)
 
-    def upsample(self, x: Image, double_frames: bool) -> Image:
+    def upsample(self, x: Any, double_frames: bool) -> Any:
         with jax.named_scope("upsample"):
             convolved = self._call("conv", x, factor=2)
             values, statistics = convolved.values, _by_frame(convolved)
@@ -68,7 +74,7 @@ class FusedLayer(DecoderLayer):
                 values = _flat(cut(join(_in_strips(values, x.strips)), strips))
             return Image(values, statistics, self._latents(strips, values.shape[2] // strips), strips)
 
-    def output(self, x: Image) -> Activations:
+    def output(self, x: Any) -> Activations:
         return _in_strips(self._convolve("conv_out", x, norm="norm_out", dtype=jnp.float32).values, x.strips)
 
     def _convolve(
@@ -82,7 +88,7 @@ class FusedLayer(DecoderLayer):
     ) -> Image:
         """Convolve 3x3x3 after a norm, as `causal_conv`. stride: 2 where pairs are made of single frames."""
         with jax.named_scope(name):
-            before = None if self.cache is None else self.cache[name]
+            before = None if self.cache is None else self.cache[name]  # of all layers
             first = before is None
             convolved = self._call(
                 f"{name}.conv",
@@ -97,6 +103,7 @@ class FusedLayer(DecoderLayer):
                 statistics=dtype is None,
                 dtype=dtype,
             )
+            assert convolved.kept is not None
             self.next_cache[name] = convolved.kept
             return Image(convolved.values, _by_frame(convolved), x.latents, x.strips)
 
@@ -119,6 +126,7 @@ class FusedLayer(DecoderLayer):
             x.values,
             self._beside(x.values, x.strips),
             before,
+            self.index,
             kernel,
             bias,
             strips=x.strips,
@@ -147,10 +155,14 @@ class FusedLayer(DecoderLayer):
 
     def _norm(self, name: str, x: Image) -> Norm:
         kernels, biases = (
-            jnp.concatenate([self.weights[f"{name}.{conv}.conv.{part}"].reshape(rows, -1) for conv in ("conv_y", "conv_b")], 1)
+            jnp.concatenate(
+                [self.weights[f"{name}.{conv}.conv.{part}"].reshape(rows, -1) for conv in ("conv_y", "conv_b")], 1
+            )
             for part, rows in (("weight", self.z.shape[3]), ("bias", 1))
         )
-        weights = jnp.concatenate([kernels, biases, jnp.zeros_like(kernels, shape=(LANES - len(kernels) - 1, kernels.shape[1]))])
+        weights = jnp.concatenate(
+            [kernels, biases, jnp.zeros_like(kernels, shape=(LANES - len(kernels) - 1, kernels.shape[1]))]
+        )
         return Norm(x.latents, weights, jnp.stack(self._factor_and_offset(f"{name}.norm_layer", x)))
 
     def _factor_and_offset(self, name: str, x: Image) -> tuple[jax.Array, jax.Array]:

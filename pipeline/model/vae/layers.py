@@ -211,11 +211,12 @@ class Layer:
 class Network:
     """Apply layers one after the other, and collect the cache for the next batch in `next_cache`.
 
-    make: (weights below a layer's name, its cache) -> the layer.
+    make: (weights below a layer's name, its cache) -> the layer. in_place: whether a layer is given the cache of all
+    that are alike, and its `index` among them, and changes its part.
     """
 
-    def __init__(self, weights: Weights, cache: Cache | None, make: Callable[[Weights, Cache | None], Any]):
-        self._weights, self._cache, self._make = weights, cache, make
+    def __init__(self, weights: Weights, cache: Cache | None, make: Callable[..., Any], in_place: bool = False):
+        self._weights, self._cache, self._make, self._in_place = weights, cache, make, in_place
         self.next_cache: Cache = {}
 
     def apply(self, names: Sequence[str], x: Any, layer: Callable[[Any, Any], Any]) -> Any:
@@ -223,15 +224,28 @@ class Network:
         weights, cache = self._weights, self._cache
         layers = [{k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)} for name in names]
         caches = {k.removeprefix(names[0]): v for k, v in (cache or {}).items() if k.startswith(names[0])}
+        stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers) if len(names) > 1 else None
 
         def step(x: Any, this: tuple[Weights, Cache]) -> tuple[Any, Cache]:
             state = self._make(this[0], this[1] if cache else None)
             return layer(state, x), state.next_cache
 
-        if len(names) == 1:
+        def step_in_place(carry: tuple[Any, Cache], this: tuple[Weights, Any]) -> tuple[tuple[Any, Cache], None]:
+            x, caches = carry
+            state = self._make(this[0], caches, index=this[1])
+            x = layer(state, x)
+            return (x, state.next_cache), None
+
+        if cache and self._in_place:
+            if stacked is None:
+                (x, after), _ = step_in_place((x, caches), (layers[0], 0))
+            else:
+                (x, after), _ = lax.scan(step_in_place, (x, caches), (stacked, jnp.arange(len(names))))
+        elif stacked is None:
             x, after = step(x, (layers[0], {k: v[0] for k, v in caches.items()}))
-            after = {k: v[None] for k, v in after.items()}
+            after = after if self._in_place else {k: v[None] for k, v in after.items()}
         else:
-            x, after = lax.scan(step, x, (jax.tree.map(lambda *values: jnp.stack(values), *layers), caches))
+            x, after = lax.scan(step, x, (stacked, caches))
+            after = {k: v[:, 0] for k, v in after.items()} if self._in_place else after
         self.next_cache.update({names[0] + k: v for k, v in after.items()})
         return x
