@@ -32,6 +32,7 @@ FOLDERS = (
     "pipeline.requests",
     "pipeline.model.layers",
     "pipeline.model",
+    "pipeline.model.vae",
     "pipeline.checkpoints",
     "pipeline.stages",
     "pipeline.runs",

@@ -16,8 +16,8 @@ from pipeline.checkpoints.quantized import check_quantized, is_quantized
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
-from pipeline.model.vae_decoder import DecoderShape
-from pipeline.model.vae_layers import NORM_EPS
+from pipeline.model.vae.decoder import DecoderShape
+from pipeline.model.vae.layers import NORM_EPS
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
 from pipeline.requests.limits import MAX_FRAMES
 from pipeline.requests.media import read_latents

@@ -17,8 +17,8 @@ from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TransformerShape
-from pipeline.model.vae_decoder import DecoderShape
-from pipeline.model.vae_layers import arrange
+from pipeline.model.vae.decoder import DecoderShape
+from pipeline.model.vae.layers import arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS

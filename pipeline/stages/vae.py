@@ -24,15 +24,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.loading import Checkpoint, open_module
 from pipeline.model.placement import SPLIT, Rows, place_all, put, split_mesh, to_host
-from pipeline.model.vae_decoder import DecoderShape, decode
-from pipeline.model.vae_encoder import encode
-from pipeline.model.vae_layers import arrange
+from pipeline.model.vae.decoder import DecoderShape, decode
+from pipeline.model.vae.encoder import encode
+from pipeline.model.vae.fused import FusedLayer, can_fuse
+from pipeline.model.vae.layers import arrange
 from pipeline.requests.errors import NonFiniteError
 from pipeline.stages.progress import StageClock
 
 DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
-#: Of the cache, [resnets, frames, columns, rows, strips, channels].
-CACHE_SPEC = PartitionSpec(None, None, None, None, SPLIT)
+#: Of the cache, [resnets, frames, columns, ...].
+CACHE_SPEC = PartitionSpec(None, None, SPLIT)
 #: TPUs whose matrix units are 128 wide; later ones' are 256.
 _NARROW_TPUS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e")
 
@@ -193,8 +194,10 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         z = (latents[0] / shape.scaling_factor).transpose(0, 2, 3, 1)
         if by_height:
             z = z.swapaxes(1, 2)
-            weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
-        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired=pays_in_pairs(weights, shape, mesh))
+            weights = {name: x.swapaxes(0, 2) if x.ndim == 5 else x for name, x in weights.items()}
+        layer = FusedLayer if fuses(weights, z, shape, mesh) else None
+        paired = pays_in_pairs(weights, shape, mesh)
+        video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired, layer)
         video = video.swapaxes(1, 2) if by_height else video
         frames = jnp.clip(video / 2 + 0.5, 0, 1)
         if quantize:
@@ -218,6 +221,17 @@ def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
     return shape.time_levels > 0 and channels <= 128 and kind not in _NARROW_TPUS
 
 
+def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
+    """Return whether to decode by the kernel of `pipeline.model.vae.fused`: on v6e, bfloat16 of sizes that it takes.
+
+    z: a device's latents [frames, rows, columns, channels].
+    """
+    kind = mesh.devices.flat[0].device_kind
+    _, rows, columns, _ = z.shape
+    taken = can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, mesh))
+    return kind == "TPU v6 lite" and z.dtype == jnp.bfloat16 and taken
+
+
 def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
     """Return (weights, frames of a batch, cache) -> (moments, cache, is all finite) under jit, the cache donated.
 
@@ -230,7 +244,7 @@ def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
     def program(weights: Any, frames: jax.Array, cache: Any) -> Any:
         if by_height:
             frames = frames.swapaxes(1, 2)
-            weights = {name: x.swapaxes(1, 2) if x.ndim == 5 else x for name, x in weights.items()}
+            weights = {name: x.swapaxes(0, 2) if x.ndim == 5 else x for name, x in weights.items()}
         moments, cache = encode(weights, frames, cache, shape, mesh.shape[SPLIT])
         moments = moments.swapaxes(1, 2) if by_height else moments
         return moments, cache, lax.pmin(jnp.isfinite(moments).all().astype(jnp.int32), SPLIT)

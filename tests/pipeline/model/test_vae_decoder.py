@@ -11,8 +11,8 @@ from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import split_mesh
 from pipeline.model.torchax_bridge import torch_to_numpy
-from pipeline.model.vae_decoder import DecoderLayer, DecoderShape
-from pipeline.model.vae_layers import (
+from pipeline.model.vae.decoder import DecoderLayer, DecoderShape
+from pipeline.model.vae.layers import (
     Layer,
     arrange,
     cut,

@@ -21,7 +21,7 @@ import torch
 
 from helpers import PLENTY_S
 from pipeline.model.latents import LatentGeometry
-from pipeline.model.vae_decoder import DecoderShape
+from pipeline.model.vae.decoder import DecoderShape
 from pipeline.requests.errors import NonFiniteError
 from pipeline.requests.request import AttentionOptions
 from pipeline.stages.denoise import Denoiser

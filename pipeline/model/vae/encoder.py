@@ -1,7 +1,7 @@
 """CogVideoX's VAE encoder as a function of arrays, written for one device's share of the columns.
 
 It computes what the encoder of diffusers' AutoencoderKLCogVideoX computes on a batch of frames, from the same weights.
-How, and in which layout, is said in `pipeline.model.vae_layers`.
+How, and in which layout, is said in `pipeline.model.vae.layers`.
 """
 
 import functools
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pipeline.model.vae_decoder import DecoderShape
-from pipeline.model.vae_layers import MAX_STRIPS, Activations, Cache, Layer, Network, Weights, cut, join
+from pipeline.model.vae.decoder import DecoderShape
+from pipeline.model.vae.layers import MAX_STRIPS, Activations, Cache, Layer, Network, Weights, cut, join
 
 
 def encode(

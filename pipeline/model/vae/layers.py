@@ -36,10 +36,10 @@ Activations = Float[Array, "frames columns rows strips channels"]
 
 
 def arrange(weight: Any) -> Any:
-    """Transpose a stock kernel [out, in, (time,) height, width] to [time, width, height, in, out]; others stay."""
+    """Transpose a stock kernel [out, in, (time,) height, width] to [height, time, width, in, out]; others stay."""
     if weight.ndim == 4:
         weight = weight[:, :, None]
-    return weight.transpose(2, 4, 3, 1, 0) if weight.ndim == 5 else weight
+    return weight.transpose(3, 2, 4, 1, 0) if weight.ndim == 5 else weight
 
 
 def num_strips(num_columns: int) -> int:
@@ -83,10 +83,10 @@ def pair_weights(weights: Weights, prefixes: Sequence[str]) -> dict[str, jax.Arr
     """
 
     def paired(x: jax.Array) -> jax.Array:
-        if x.ndim != 5 or len(x) == 1:  # those of one frame are of the latents
+        if x.ndim != 5 or x.shape[1] == 1:  # those of one frame are of the latents
             return jnp.concatenate([x, x], axis=-1)
         taps = _kernel_to_pairs(x)
-        taps = jnp.moveaxis(taps.reshape(2, 2, *taps.shape[1:]), 1, 3)
+        taps = jnp.moveaxis(taps.reshape(len(taps), 2, 2, *taps.shape[2:]), 2, 3)
         return taps.reshape(*taps.shape[:3], -1, taps.shape[-1])
 
     return {name: paired(x) for name, x in weights.items() if name.startswith(tuple(prefixes))}
@@ -102,9 +102,10 @@ def weights_to_pairs(weights: Weights, prefixes: Sequence[str]) -> dict[str, jax
 
 
 def _kernel_to_pairs(kernel: jax.Array) -> jax.Array:
-    """Return the kernel [time + 1, width, height, in, 2 out] of the earlier frame, and one frame on, of the later."""
-    nothing = jnp.zeros_like(kernel[:1])
-    return jnp.concatenate([jnp.concatenate([kernel, nothing]), jnp.concatenate([nothing, kernel])], axis=-1)
+    """Return the kernel [height, time + 1, width, in, 2 out] of the earlier frame, and one frame on, of the later."""
+    nothing = jnp.zeros_like(kernel[:, :1])
+    both = [jnp.concatenate(frames, axis=1) for frames in ((kernel, nothing), (nothing, kernel))]
+    return jnp.concatenate(both, axis=-1)
 
 
 @dataclasses.dataclass
@@ -194,13 +195,13 @@ class Layer:
     ) -> Activations:
         """Convolve, padding rows only, by default as many as leave their number. Bias and residual in float32."""
         kernel = self.weights[f"{name}.weight"]
-        rows = kernel.shape[2] // 2
+        rows = kernel.shape[0] // 2
         out = lax.conv_general_dilated(
             x,
             kernel,
-            window_strides=strides,
-            padding=((0, 0), (0, 0), row_padding or (rows, rows)),
-            dimension_numbers=("DHWNC", "DHWIO", "DHWNC"),
+            window_strides=strides[-1:] + strides[:-1],  # in the kernel's order
+            padding=(row_padding or (rows, rows), (0, 0), (0, 0)),
+            dimension_numbers=("DHWNC", "WDHIO", "DHWNC"),
             preferred_element_type=jnp.float32,
         )
         out = out + self.weights[f"{name}.bias"].astype(jnp.float32)
@@ -210,29 +211,41 @@ class Layer:
 class Network:
     """Apply layers one after the other, and collect the cache for the next batch in `next_cache`.
 
-    make: (weights below a layer's name, its cache) -> the layer.
+    make: (weights below a layer's name, its cache) -> the layer. in_place: whether a layer is given the cache of all
+    that are alike, and its `index` among them, and changes its part.
     """
 
-    def __init__(self, weights: Weights, cache: Cache | None, make: Callable[[Weights, Cache | None], Any]):
-        self._weights, self._cache, self._make = weights, cache, make
+    def __init__(self, weights: Weights, cache: Cache | None, make: Callable[..., Any], in_place: bool = False):
+        self._weights, self._cache, self._make, self._in_place = weights, cache, make, in_place
         self.next_cache: Cache = {}
 
-    def apply(
-        self, names: Sequence[str], x: Activations, layer: Callable[[Any, Activations], Activations]
-    ) -> Activations:
+    def apply(self, names: Sequence[str], x: Any, layer: Callable[[Any, Any], Any]) -> Any:
         """Apply `layer` with the weights below each of `names`, which are alike, in turn; compiled once."""
         weights, cache = self._weights, self._cache
         layers = [{k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)} for name in names]
         caches = {k.removeprefix(names[0]): v for k, v in (cache or {}).items() if k.startswith(names[0])}
+        stacked = jax.tree.map(lambda *values: jnp.stack(values), *layers) if len(names) > 1 else None
 
-        def step(x: Activations, this: tuple[Weights, Cache]) -> tuple[Activations, Cache]:
+        def step(x: Any, this: tuple[Weights, Cache]) -> tuple[Any, Cache]:
             state = self._make(this[0], this[1] if cache else None)
             return layer(state, x), state.next_cache
 
-        if len(names) == 1:
+        def step_in_place(carry: tuple[Any, Cache], this: tuple[Weights, Any]) -> tuple[tuple[Any, Cache], None]:
+            x, caches = carry
+            state = self._make(this[0], caches, index=this[1])
+            x = layer(state, x)
+            return (x, state.next_cache), None
+
+        if cache and self._in_place:
+            if stacked is None:
+                (x, after), _ = step_in_place((x, caches), (layers[0], 0))
+            else:
+                (x, after), _ = lax.scan(step_in_place, (x, caches), (stacked, jnp.arange(len(names))))
+        elif stacked is None:
             x, after = step(x, (layers[0], {k: v[0] for k, v in caches.items()}))
-            after = {k: v[None] for k, v in after.items()}
+            after = after if self._in_place else {k: v[None] for k, v in after.items()}
         else:
-            x, after = lax.scan(step, x, (jax.tree.map(lambda *values: jnp.stack(values), *layers), caches))
+            x, after = lax.scan(step, x, (stacked, caches))
+            after = {k: v[:, 0] for k, v in after.items()} if self._in_place else after
         self.next_cache.update({names[0] + k: v for k, v in after.items()})
         return x

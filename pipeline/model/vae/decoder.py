@@ -1,7 +1,7 @@
 """CogVideoX's VAE decoder as a function of arrays, written for one device's share of the columns.
 
 It computes what the decoder of diffusers' AutoencoderKLCogVideoX computes on a batch of latent frames, from the same
-weights. How, and in which layout, is said in `pipeline.model.vae_layers`.
+weights. How, and in which layout, is said in `pipeline.model.vae.layers`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pipeline.model.vae_layers import (
+from pipeline.model.vae.layers import (
     Activations,
     Cache,
     Layer,
@@ -79,14 +79,17 @@ def decode(
     shape: DecoderShape,
     num_shards: int,
     paired: bool = False,
+    layer: Callable[..., Any] | None = None,
 ) -> tuple[Float[Array, "frames rows columns rgb"], Cache]:
     """Return one batch's video in [-1, 1], float32, and the cache for the next. cache: None for the first batch.
 
-    paired: the last level, of most of the work, computes two frames at a time; see `pair_weights`.
+    paired: the last level, of most of the work, computes two frames at a time; see `pair_weights`. layer: makes a layer
+    as `DecoderLayer` does, the default; `pipeline.model.vae.fused.FusedLayer` does it with a TPU kernel.
 
     weights: by their stock names, see `arrange`. latents: this device's columns of `num_shards` devices along the mesh
     axis SPLIT, scaled already, in the weights' dtype.
     """
+    make, in_place = layer or DecoderLayer, layer is not None
     z = latents.swapaxes(1, 2)
     if "post_quant_conv.weight" in weights:
         z = (z @ weights["post_quant_conv.weight"].reshape(z.shape[-1], -1)) + weights["post_quant_conv.bias"]
@@ -99,32 +102,30 @@ def decode(
     if paired:
         weights = {**weights, **_last_level_in_pairs(weights, resnets[last][0])}
     network = Network(
-        weights, cache, lambda weights, cache: DecoderLayer(weights, cache, shape.num_groups, num_shards, z)
+        weights,
+        cache,
+        lambda weights, cache, **which: make(weights, cache, shape.num_groups, num_shards, z, **which),
+        in_place,
     )
     apply = network.apply
-    resnet = DecoderLayer.resnet
-    x = cut(z, num_strips(z.shape[1]))
-    x = apply(["decoder."], x, lambda layer, x: layer.causal_conv("conv_in", x))
+    x: Any = cut(z, num_strips(z.shape[1]))
+    x = apply(["decoder."], x, lambda layer, x: layer.input(x))
     if narrowing[0]:
-        x = apply(middle, x, resnet)
+        x = apply(middle, x, _resnet)
     else:  # alike, so compiled once
         resnets[0] = [*middle, *resnets[0]]
     for level, names in enumerate(resnets):
         in_pairs = paired and level == last
         with jax.named_scope(f"level_{level}"):
             if narrowing[level]:  # to another number of channels
-                x = apply([names.pop(0)], x, DecoderLayer.resnet_to_pairs if in_pairs else resnet)
+                x = apply([names.pop(0)], x, _resnet_to_pairs if in_pairs else _resnet)
             elif in_pairs:
                 x = pair(x)
-            x = apply(names, x, _in_pairs(resnet) if in_pairs else resnet)
+            x = apply(names, x, _in_pairs(_resnet) if in_pairs else _resnet)
             if level < last:
-                upsample = functools.partial(DecoderLayer.upsample, double_frames=level < shape.time_levels)
+                upsample = functools.partial(_upsample, double_frames=level < shape.time_levels)
                 x = apply([f"decoder.up_blocks.{level}.upsamplers.0."], x, upsample)
-
-    def output(layer: DecoderLayer, x: Activations) -> Activations:
-        return layer.causal_conv("conv_out", layer.norm_silu("norm_out", x), dtype=jnp.float32)
-
-    video = apply(["decoder."], x, _in_pairs(output) if paired else output)
+    video = apply(["decoder."], x, _in_pairs(_output) if paired else _output)
     video = unpair(video, z.shape[0] % 2) if paired else video
     return join(video).swapaxes(1, 2), network.next_cache
 
@@ -142,9 +143,26 @@ def _last_level_in_pairs(weights: Weights, first: str) -> dict[str, jax.Array]:
     return paired
 
 
-def _in_pairs(
-    layer: Callable[["DecoderLayer", Activations], Activations],
-) -> Callable[["DecoderLayer", Activations], Activations]:
+# x: Activations, or what the layers of `pipeline.model.vae.fused` hand on.
+
+
+def _resnet(layer: "DecoderLayer", x: Any) -> Any:
+    return layer.resnet(x)
+
+
+def _resnet_to_pairs(layer: "DecoderLayer", x: Any) -> Any:
+    return layer.resnet_to_pairs(x)
+
+
+def _upsample(layer: "DecoderLayer", x: Any, double_frames: bool) -> Any:
+    return layer.upsample(x, double_frames)
+
+
+def _output(layer: "DecoderLayer", x: Any) -> Any:
+    return layer.output(x)
+
+
+def _in_pairs(layer: Callable[["DecoderLayer", Any], Any]) -> Callable[["DecoderLayer", Any], Any]:
     """Return `layer` for frames in pairs."""
     return lambda state, x: layer(state.in_pairs(), x)
 
@@ -158,6 +176,14 @@ class DecoderLayer(Layer):
     def in_pairs(self) -> Self:
         """Return this layer for frames in pairs."""
         return dataclasses.replace(self, paired=True, odd=len(self.z) % 2 == 1)
+
+    def input(self, x: Activations) -> Any:
+        """Convolve the latents."""
+        return self.causal_conv("conv_in", x)
+
+    def output(self, x: Any) -> Activations:
+        """Norm and convolve to colours, float32."""
+        return self.causal_conv("conv_out", self.norm_silu("norm_out", x), dtype=jnp.float32)
 
     def resnet_to_pairs(self, x: Activations) -> Activations:
         """Apply a resnet of another number of channels, whose convolutions of x move by two frames: to pairs."""

@@ -1,0 +1,1 @@
+"""The VAE: decoder and encoder, and what both are made of."""

@@ -1,0 +1,218 @@
+"""The decoder's layers by their TPU kernel, interpreted, against those of XLA's convolutions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec
+
+from pipeline.checkpoints.loading import build_module
+from pipeline.checkpoints.published import PUBLISHED_CONFIGS
+from pipeline.model.placement import split_mesh
+from pipeline.model.vae import convolution
+from pipeline.model.vae.convolution import takes
+from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
+from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
+from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
+
+CONFIG = PUBLISHED_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]
+FIRST, LATER = 3, 2  # latent frames of a batch
+
+
+def _compiled(function, *arguments):
+    mesh = split_mesh(jax.devices()[:1], 1)
+    everywhere = PartitionSpec()
+    over_mesh = jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    return jax.jit(over_mesh)(*arguments)
+
+
+def _flat(x):
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _image(layer, x):
+    values = _flat(x)
+    mean = values.mean((1, 2))
+    squares = jnp.square(values - mean[:, None, None]).sum((1, 2))
+    return Image(values, jnp.stack([mean, squares], 1), layer._latents(x.shape[3], x.shape[2]), x.shape[3])
+
+
+def _in_strips(image):
+    return image.values.reshape(*image.values.shape[:2], -1, image.strips, image.values.shape[-1])
+
+
+@pytest.fixture
+def array(rng):
+    def make(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return make
+
+
+@pytest.fixture
+def weights(array):
+    """Of a resnet from 16 to 8 channels, latents of 5."""
+    shapes = {"conv1.conv": (3, 3, 3, 16, 8), "conv2.conv": (3, 3, 3, 8, 8), "conv_shortcut": (1, 1, 1, 16, 8)}
+    for norm, of in (("norm1", 16), ("norm2", 8)):
+        shapes |= {f"{norm}.{conv}.conv": (1, 1, 1, 5, of) for conv in ("conv_y", "conv_b")}
+        shapes[f"{norm}.norm_layer"] = (of,)
+    made = {}
+    for name, shape in shapes.items():
+        made[f"{name}.weight"] = array(*shape) / np.sqrt(np.prod(shape[:-1]))
+        made[f"{name}.bias"] = array(shape[-1])
+    return made
+
+
+def _pairs_of(weights):
+    norm = {name: value for name, value in weights.items() if name.startswith("norm1.")}
+    return pair_weights(weights, ("",)) | norm | weights_to_pairs(weights, ("conv1.", "conv_shortcut."))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("latent_frames", "paired", "several_products"),
+    [(FIRST, True, False), (LATER, True, True), (LATER, False, False)],
+)
+def test_resnet_is_that_of_xla(latent_frames, paired, several_products, array, weights, monkeypatch):
+    """With its cache, and, of the first batch, without."""
+    if several_products:
+        monkeypatch.setattr(convolution, "_BLOCK_POSITIONS", 128)
+    frames = 2 * latent_frames - latent_frames % 2
+    strips = 8 if several_products else 4
+    x, z = array(frames, 2, 32, strips, 16), array(latent_frames, 8, 16, 5)
+    first = latent_frames == FIRST
+    caches = {} if first else {"conv1": array(2, 2, 32, strips, 16), "conv2": array(2, 2, 32, strips, 8)}
+
+    def by_xla(x, z, weights, caches):
+        layer = DecoderLayer(weights, caches or None, 2, 1, z)
+        return layer.resnet(x), layer.next_cache
+
+    def by_kernel(x, z, weights, caches):
+        def beside(name, x):  # the columns of the strips beside, as a batch leaves them
+            x = pair(x) if paired and name == "conv2" else x
+            return _flat(layer._with_neighbours(x))[None]
+
+        layer = FusedLayer(_pairs_of(weights) if paired else weights, None, 2, 1, z, interpret=True)
+        layer.cache = {name: beside(name, value) for name, value in caches.items()} or None
+        image = layer.resnet_to_pairs(_image(layer, x)) if paired else layer.resnet(_image(layer, x))
+        kept = {
+            name: value[0, :, 1:-1].reshape(-1, 2, 32, strips, value.shape[-1])
+            for name, value in layer.next_cache.items()
+        }
+        if paired:
+            kept["conv2"] = unpair(kept["conv2"], 0)
+        values = _in_strips(image)
+        return unpair(values, latent_frames % 2) if paired else values, kept
+
+    arguments = (x, z, weights, caches)
+    actual, expected = (_compiled(function, *arguments) for function in (by_kernel, by_xla))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.std(b))), actual, expected)
+
+
+@pytest.mark.compile
+def test_upsampling_is_that_of_xla(array):
+    """With rows and columns repeated, frames, and other strips; and the statistics of what it gives."""
+    weights, x, z = (
+        {"conv.weight": array(3, 1, 3, 8, 8), "conv.bias": array(8)},
+        array(3, 2, 4, 4, 8),
+        array(3, 8, 4, 5),
+    )
+
+    def by_xla(weights, x, z):
+        return DecoderLayer(weights, None, 2, 1, z).upsample(x, True)
+
+    def by_kernel(weights, x, z):
+        layer = FusedLayer(weights, None, 2, 1, z, interpret=True)
+        image = layer.upsample(_image(layer, x), True)
+        return _in_strips(image), image.statistics, _image(layer, _in_strips(image)).statistics
+
+    arguments = (weights, x, z)
+    expected = _compiled(by_xla, *arguments)
+    actual, statistics, of_values = _compiled(by_kernel, *arguments)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(jnp.std(expected)))
+    np.testing.assert_allclose(statistics, of_values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.compile
+def test_output_is_that_of_xla(array):
+    """Of few channels, all rows of the kernel in one product; frames in pairs, of an even first batch."""
+    weights = {"conv_out.conv.weight": array(3, 3, 3, 8, 3), "conv_out.conv.bias": array(3)}
+    for part in ("conv_y.conv", "conv_b.conv"):
+        weights |= {f"norm_out.{part}.weight": array(1, 1, 1, 5, 8), f"norm_out.{part}.bias": array(8)}
+    weights |= {f"norm_out.norm_layer.{part}": array(8) for part in ("weight", "bias")}
+    weights, x, z = pair_weights(weights, ("",)), array(4, 2, 8, 4, 8), array(2, 8, 4, 5)
+
+    def by_xla(weights, x, z):
+        return DecoderLayer(weights, None, 2, 1, z).in_pairs().output(pair(x))
+
+    def by_kernel(weights, x, z):
+        layer = FusedLayer(weights, None, 2, 1, z, interpret=True).in_pairs()
+        return layer.output(_image(layer, pair(x)))
+
+    actual, expected = (_compiled(function, weights, x, z) for function in (by_kernel, by_xla))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * float(jnp.std(expected)))
+
+
+@pytest.mark.compile
+@pytest.mark.slow("4 min")
+@pytest.mark.parametrize("vmem_bytes", [None, 0], ids=["all frames a call", "a frame a call"])
+def test_decoder_is_that_of_xla(vmem_bytes, rng, monkeypatch):
+    """Of the latents of the first batch and the next."""
+    if vmem_bytes is not None:
+        monkeypatch.setattr(convolution, "_VMEM_BYTES", vmem_bytes)
+    config = CONFIG | {
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 3,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 3,
+    }
+    weights = {}
+    for name, like in _shapes(config).items():
+        values = rng.normal(size=like.shape)
+        scaled = values / np.sqrt(np.prod(like.shape[:-1])) if like.ndim > 1 else 1 + values / 10
+        weights[name] = jnp.asarray(scaled, jnp.float32)
+    shape = DecoderShape(3, 2, 2, 2, 1.0)
+    latents = [jnp.asarray(rng.normal(size=(frames, 4, 8, 4)), jnp.float32) for frames in (FIRST, LATER)]
+
+    def video(weights, *latents, layer):
+        cache, outputs = None, []
+        for z in latents:
+            output, cache = decode(weights, z, cache, shape, 1, True, layer)
+            outputs.append(output)
+        return jnp.concatenate(outputs)
+
+    kernel = functools.partial(FusedLayer, interpret=True)
+    actual, expected = (_compiled(functools.partial(video, layer=layer), weights, *latents) for layer in (kernel, None))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * float(jnp.std(expected)))
+
+
+def _shapes(config):
+    module = build_module("vae", config, torch.float32)
+    return {
+        name: jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, jnp.float32))
+        for name, value in module.named_parameters()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        pytest.param(90, 20, True, id="720p on eight devices"),
+        pytest.param(90, 5, False, id="on 32, fewer than eight strips of too many rows"),
+        pytest.param(400, 20, False, id="columns that exceed VMEM"),
+    ],
+)
+def test_kernel_takes_what_fits(rows, columns, expected):
+    shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
+    assert can_fuse(_shapes(CONFIG), shape, rows, columns, True) is expected
+
+
+def test_kernel_takes_whole_registers():
+    assert takes(720, 8, 256)
+    assert not takes(720, 8, 200)
