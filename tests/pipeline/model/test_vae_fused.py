@@ -1,6 +1,10 @@
 """The decoder's layers by their TPU kernel, interpreted, against those of XLA's convolutions."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +13,10 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec
 
+from helpers import PLENTY_S
 from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
-from pipeline.model.placement import split_mesh
+from pipeline.model.placement import SPLIT, split_mesh
 from pipeline.model.vae import convolution
 from pipeline.model.vae.convolution import takes
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
@@ -171,11 +176,7 @@ def test_decoder_is_that_of_xla(vmem_bytes, rng, monkeypatch):
         "down_block_types": ("CogVideoXDownBlock3D",) * 3,
         "up_block_types": ("CogVideoXUpBlock3D",) * 3,
     }
-    weights = {}
-    for name, like in _shapes(config).items():
-        values = rng.normal(size=like.shape)
-        scaled = values / np.sqrt(np.prod(like.shape[:-1])) if like.ndim > 1 else 1 + values / 10
-        weights[name] = jnp.asarray(scaled, jnp.float32)
+    weights = _random_weights(config, rng)
     shape = DecoderShape(3, 2, 2, 2, 1.0)
     latents = [jnp.asarray(rng.normal(size=(frames, 4, 8, 4)), jnp.float32) for frames in (FIRST, LATER)]
 
@@ -189,6 +190,67 @@ def test_decoder_is_that_of_xla(vmem_bytes, rng, monkeypatch):
     kernel = functools.partial(FusedLayer, interpret=True)
     actual, expected = (_compiled(functools.partial(video, layer=layer), weights, *latents) for layer in (kernel, None))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * float(jnp.std(expected)))
+
+
+@pytest.mark.compile
+@pytest.mark.slow("2 min")
+def test_decoder_of_two_devices_is_that_of_one():
+    """Columns beside, and statistics, come from the other device. Each blocks a thread: there must be more of these."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PJRT_NPROC": "16",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-c", "import test_vae_fused; test_vae_fused.compare_two_devices_with_one()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PLENTY_S, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def compare_two_devices_with_one():
+    """Decode by the kernel on two devices and by XLA on one, in a process that has two."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    rng = np.random.default_rng(3)
+    config = CONFIG | {
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+        "down_block_types": ("CogVideoXDownBlock3D",) * 2,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 2,
+    }
+    weights, shape = _random_weights(config, rng), DecoderShape(2, 2, 2, 1, 1.0)
+    latents = [jnp.asarray(rng.normal(size=(frames, 4, 8, 4)), jnp.float32) for frames in (FIRST, LATER)]
+
+    def decoded(layer, devices):
+        def video(weights, *latents):
+            cache, outputs = None, []
+            for z in latents:
+                output, cache = decode(weights, z, cache, shape, devices, True, layer)
+                outputs.append(output)
+            return jnp.concatenate(outputs)
+
+        columns = PartitionSpec(None, None, SPLIT)
+        over_mesh = jax.shard_map(
+            video,
+            mesh=split_mesh(jax.devices()[:devices], devices),
+            in_specs=(PartitionSpec(), columns, columns),
+            out_specs=columns,
+            check_vma=False,
+        )
+        return np.asarray(jax.jit(over_mesh)(weights, *latents))
+
+    expected, actual = decoded(None, 1), decoded(functools.partial(FusedLayer, interpret=True), 2)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * expected.std())
+
+
+def _random_weights(config, rng):
+    weights = {}
+    for name, like in _shapes(config).items():
+        values = rng.normal(size=like.shape)
+        scaled = values / np.sqrt(np.prod(like.shape[:-1])) if like.ndim > 1 else 1 + values / 10
+        weights[name] = jnp.asarray(scaled, jnp.float32)
+    return weights
 
 
 def _shapes(config):
