@@ -34,7 +34,11 @@ _TERMS = {
     "layout": "layout_copies",
     "collective": "collectives",
 }
-_VAE_TERMS = {**_TERMS, "matmul": "convolutions", "elementwise": "norms_and_activations"}
+_VAE_TERMS = {
+    **_TERMS,
+    **dict.fromkeys(("matmul", "kernel"), "convolutions"),  # the kernel's, with the norms that it computes on the way
+    "elementwise": "norms_and_activations",
+}
 
 
 @dataclasses.dataclass(frozen=True)
