@@ -26,7 +26,14 @@ KERNEL_SOURCES = tuple(
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
 #: Environment variables that JAX, XLA and libtpu read.
-FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+FLAG_VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_ENABLE_X64",
+    "COGVIDEOX_VAE_KERNEL",
+)
 
 #: Names the folder of all caches; what is in it can be made again.
 CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"

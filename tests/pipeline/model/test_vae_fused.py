@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -22,6 +23,8 @@ from pipeline.model.vae.convolution import takes
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
 from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
 from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
+from pipeline.requests.errors import RequestError
+from pipeline.stages.vae import KERNEL_VARIABLE, fuses
 
 CONFIG = PUBLISHED_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]
 FIRST, LATER = 3, 2  # latent frames of a batch
@@ -273,6 +276,26 @@ def _shapes(config):
 def test_kernel_takes_what_fits(rows, columns, expected):
     shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
     assert can_fuse(_shapes(CONFIG), shape, rows, columns, True) is expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_leaves_the_kernel_out(value, expected, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv(KERNEL_VARIABLE, value)
+    assert _fuses() is expected
+
+
+def test_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv(KERNEL_VARIABLE, "no")
+    with pytest.raises(RequestError, match=r"COGVIDEOX_VAE_KERNEL=no: expected 0 \(XLA's convolutions\) or 1 \(the"):
+        _fuses()
+
+
+def _fuses():
+    """On a v6e, 720p, on eight devices."""
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="TPU v6 lite")]))
+    shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
+    return fuses(_shapes(CONFIG), jax.ShapeDtypeStruct((3, 90, 20, 16), jnp.bfloat16), shape, mesh)
 
 
 def test_kernel_takes_whole_registers():
