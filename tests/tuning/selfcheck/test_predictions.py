@@ -61,7 +61,10 @@ def test_a_stage_is_found_in_the_shipped_records(stage: str, predicted: Any) -> 
     found = predicted(task, V6E, "fake_jobs:raises")
     assert found.says.startswith("record of ") and found.time_ms > 1
     other = Task(stage, "any", "job", {}, "op", REQUEST | {"num_frames": 49}, PLAN)
-    assert predicted(other, V6E, "fake_jobs:raises").says == "crashed: RuntimeError at fake_jobs.py:180: first line ... last line"
+    assert (
+        predicted(other, V6E, "fake_jobs:raises").says
+        == "crashed: RuntimeError at fake_jobs.py:180: first line ... last line"
+    )
 
 
 def test_another_libtpu_has_no_prediction_and_says_why(predicted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
