@@ -84,6 +84,7 @@ def stock_video(pipe, prompt: str, **inputs):
     return pipe(prompt=prompt, generator=generator, max_sequence_length=tokens, **fields, **inputs).frames
 
 
+@pytest.mark.slow("40 s")
 @pytest.mark.compile
 def test_the_lora_draws_outlines_by_its_strength():
     """And what its prompt says still."""

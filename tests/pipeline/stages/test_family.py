@@ -238,6 +238,7 @@ np.savez(output, **results)
 """
 
 
+@pytest.mark.slow("40 s")
 @pytest.mark.compile
 def test_every_plan_gives_the_same(folder_of, tmp_path):
     """Added positions without rotation, and with it beside an image's latents; and the encoder, split either way.

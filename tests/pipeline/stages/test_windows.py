@@ -126,6 +126,7 @@ def _jumps(prompt: str, context_overlap: int) -> np.ndarray:
     return np.abs(np.diff(video.clamp(-1, 1).numpy() * 127.5, axis=1)).mean((0, 2, 3))
 
 
+@pytest.mark.slow("40 s")
 @pytest.mark.compile
 def test_where_windows_meet_nothing_jumps():
     """Of what stands still, in a video of some two windows; those that do not overlap show their seam.
