@@ -1,7 +1,6 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
 import contextlib
-import functools
 import math
 import re
 import shutil
@@ -138,8 +137,7 @@ def predict(
     if kept is not None and kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(kept, Path(folder))
-            trace = functools.partial(_trace, fn, args, spec, mesh, auto_layouts)
-            return prediction(facts, Path(folder), lambda: trace()[0], archived=True)
+            return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh, auto_layouts)[0], archived=True)
     dump_dir = libtpu.find_dump_dir()
     shutil.rmtree(dump_dir, ignore_errors=True)
     dump_dir.mkdir(parents=True)

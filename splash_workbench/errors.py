@@ -26,7 +26,12 @@ def from_config(make: Callable[[], T]) -> T:
         raise UserError(str(error)) from error
 
 
+def innermost_line(error: BaseException, is_wanted: Callable[[str], bool]) -> str | None:
+    """Return "NAME:LINE" of the innermost line that an error passed through in a file whose path is wanted."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_wanted(frame.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
+
+
 def line_of(error: BaseException, path: Path) -> str:
     """Return "NAME:LINE" of the innermost line of a file that an error passed through; without one, its name."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f"{path.name}:{lines[-1]}" if lines else path.name
+    return innermost_line(error, lambda filename: filename == str(path)) or path.name

@@ -180,6 +180,10 @@ def raises(payload: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError("first line\nmiddle\nlast line")
 
 
+#: Where that is, as its error says.
+RAISES_AT = f"fake_jobs.py:{raises.__code__.co_firstlineno + 1}"
+
+
 def exits(payload: dict[str, Any]) -> dict[str, Any]:
     sys.exit(3)
 

@@ -37,7 +37,7 @@ LossOf = Callable[[int, np.random.Generator, torch.Generator], Loss]
 def fast_precision() -> Any:
     """Return a context in which matrices and convolutions are of bfloat16, where this CPU is the faster for it.
 
-    Without AVX-512, oneDNN has no fast bfloat16 convolution: one of 16 channels takes 35 times as long as in float32.
+    Without AVX-512, oneDNN has no fast bfloat16 convolution: one of 16 channels takes 35 times as long (measured).
     """
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from splash_workbench.errors import innermost_line
 from splash_workbench.trial_status import Status, TrialError
 from splash_workbench.workers import stages
 
@@ -81,10 +82,9 @@ def _one_line(error: Exception) -> str:
 
 def _place(error: Exception) -> str:
     """Return " at NAME:LINE" of the innermost line that is of no installed package; nothing where there is none."""
-    frames = traceback.extract_tb(error.__traceback__)
     installed = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "purelib", "platlib"))
-    own = [frame for frame in frames if not frame.filename.startswith(installed)]
-    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    line = innermost_line(error, lambda filename: not filename.startswith(installed))
+    return f" at {line}" if line else ""
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue[dict[str, Any]], folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_jobs import RAISES_AT
 from helpers import PLENTY_S, environment_with_repo, is_alive, wait_until, wait_until_dead
 from splash_workbench.trial_status import Status
 from splash_workbench.workers import pool as module
@@ -38,7 +39,7 @@ def test_result_of_a_job_comes_back(runner: Runner) -> None:
         ("refuses_a_flag", Status.CRASHED, f"the worker ended with exit code 1 and no result: {UNKNOWN_FLAG}"),
         ("segfault", Status.CRASHED, "the worker died of SIGSEGV"),
         ("exits", Status.CRASHED, "the worker ended with exit code 3 and no result"),
-        ("raises", Status.CRASHED, "RuntimeError at fake_jobs.py:180: first line ... last line"),
+        ("raises", Status.CRASHED, f"RuntimeError at {RAISES_AT}: first line ... last line"),
         ("out_of_memory", Status.OUT_OF_MEMORY, "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."),
         ("wrong", Status.WRONG, "rms_error=0.5"),
     ],

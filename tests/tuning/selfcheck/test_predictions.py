@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fake_jobs import RAISES_AT
 from helpers import PLENTY_S
 from offline_tpu import SUPPORTED_LIBTPU, libtpu
 from offline_tpu.compile import parse_topology
@@ -63,7 +64,7 @@ def test_a_stage_is_found_in_the_shipped_records(stage: str, predicted: Any) -> 
     other = Task(stage, "any", "job", {}, "op", REQUEST | {"num_frames": 49}, PLAN)
     assert (
         predicted(other, V6E, "fake_jobs:raises").says
-        == "crashed: RuntimeError at fake_jobs.py:180: first line ... last line"
+        == f"crashed: RuntimeError at {RAISES_AT}: first line ... last line"
     )
 
 
