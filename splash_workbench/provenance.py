@@ -25,15 +25,11 @@ KERNEL_SOURCES = tuple(
 #: Packages whose version can change a time, or whether a kernel compiles.
 COMPILER_PACKAGES = ("jax", "jaxlib", "libtpu")
 _PACKAGES = (*COMPILER_PACKAGES, "numpy", "tokamax")
-#: Environment variables that JAX, XLA and libtpu read.
-FLAG_VARIABLES = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "JAX_PLATFORMS",
-    "JAX_DEFAULT_MATMUL_PRECISION",
-    "JAX_ENABLE_X64",
-    "COGVIDEOX_VAE_KERNEL",
-)
+#: "0" leaves the VAE's decoder to XLA's convolutions.
+VAE_KERNEL_VARIABLE = "COGVIDEOX_VAE_KERNEL"
+_JAX_VARIABLES = ("JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+#: Environment variables that change a program: those that JAX, XLA and libtpu read, and one of ours.
+FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *_JAX_VARIABLES, VAE_KERNEL_VARIABLE)
 
 #: Names the folder of all caches; what is in it can be made again.
 CACHE_VARIABLE = "COGVIDEOX_SPLASH_CACHE"

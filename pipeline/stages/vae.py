@@ -31,12 +31,11 @@ from pipeline.model.vae.fused import FusedLayer, can_fuse
 from pipeline.model.vae.layers import arrange
 from pipeline.requests.errors import NonFiniteError, RequestError
 from pipeline.stages.progress import StageClock
+from splash_workbench.provenance import VAE_KERNEL_VARIABLE
 
 DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 #: Of the cache, [resnets, frames, columns, ...].
 CACHE_SPEC = PartitionSpec(None, None, SPLIT)
-#: "0" in the environment leaves the decoder to XLA's convolutions.
-KERNEL_VARIABLE = "COGVIDEOX_VAE_KERNEL"
 #: TPUs whose matrix units are 128 wide; later ones' are 256.
 _NARROW_TPUS = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite", "TPU v5", "TPU v5p", "TPU v5 lite", "TPU v5e")
 
@@ -227,11 +226,11 @@ def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
 def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
     """Return whether to decode by the kernel of `pipeline.model.vae.fused`: on v6e, bfloat16 of sizes that it takes.
 
-    z: a device's latents [frames, rows, columns, channels]. RequestError: KERNEL_VARIABLE is neither 0 nor 1.
+    z: a device's latents [frames, rows, columns, channels]. RequestError: VAE_KERNEL_VARIABLE is neither 0 nor 1.
     """
-    if (wanted := os.environ.get(KERNEL_VARIABLE, "1")) not in ("0", "1"):
+    if (wanted := os.environ.get(VAE_KERNEL_VARIABLE, "1")) not in ("0", "1"):
         raise RequestError(
-            f"{KERNEL_VARIABLE}={wanted}: expected 0 (XLA's convolutions) or 1 (the kernel where it can)."
+            f"{VAE_KERNEL_VARIABLE}={wanted}: expected 0 (XLA's convolutions) or 1 (the kernel where it can)."
         )
     kind = mesh.devices.flat[0].device_kind
     _, rows, columns, _ = z.shape

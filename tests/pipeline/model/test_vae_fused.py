@@ -24,7 +24,8 @@ from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
 from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
 from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
 from pipeline.requests.errors import RequestError
-from pipeline.stages.vae import KERNEL_VARIABLE, fuses
+from pipeline.stages.vae import fuses
+from splash_workbench.provenance import VAE_KERNEL_VARIABLE
 
 CONFIG = PUBLISHED_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]
 FIRST, LATER = 3, 2  # latent frames of a batch
@@ -281,12 +282,12 @@ def test_kernel_takes_what_fits(rows, columns, expected):
 @pytest.mark.parametrize(("value", "expected"), [(None, True), ("1", True), ("0", False)])
 def test_the_environment_leaves_the_kernel_out(value, expected, monkeypatch):
     if value is not None:
-        monkeypatch.setenv(KERNEL_VARIABLE, value)
+        monkeypatch.setenv(VAE_KERNEL_VARIABLE, value)
     assert _fuses() is expected
 
 
 def test_another_value_is_refused(monkeypatch):
-    monkeypatch.setenv(KERNEL_VARIABLE, "no")
+    monkeypatch.setenv(VAE_KERNEL_VARIABLE, "no")
     with pytest.raises(RequestError, match=r"COGVIDEOX_VAE_KERNEL=no: expected 0 \(XLA's convolutions\) or 1 \(the"):
         _fuses()
 
