@@ -209,7 +209,7 @@ def _introduction(
     if settings.compiler_options:
         yield f"compiler options: {options_text(settings.compiler_options)}"
     reasons = "; ".join(f"{count} {reason}" for reason, count in candidates.pruned.items())
-    pruned = f"{sum(candidates.pruned.values())} pruned without compiling{reasons and f': {reasons}'}"
+    pruned = f"{sum(candidates.pruned.values())} more pruned without compiling{reasons and f': {reasons}'}"
     yield f"{len(candidates.valid)} candidates, {pruned}"
     resumed = f"; resumed with {len(search.told)} on record" if search.told else ""
     if search.interrupted:

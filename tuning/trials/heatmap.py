@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from splash_workbench.trial_status import Status
+from tuning.trials.bound import known_device
 from tuning.trials.figures import LIGHT
 from tuning.trials.records import Trial
 
@@ -60,6 +61,7 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
     axes.pcolormesh(*edges, np.ma.masked_invalid(times), cmap="viridis_r")
     axes.invert_yaxis()
     winner = min([t for t in timed if t.compiled == "whole"] or timed, key=_time)
+    shows_compute = winner.block_sizes is not None and names == ATTENTION
     middle = (_time(winner) + max(_time(trial) for trial in best.values())) / 2
     for row, row_value in enumerate(rows):
         for column, column_value in enumerate(columns):
@@ -67,7 +69,7 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
             if cell in best:
                 trial = best[cell]
                 colour = "#fefefe" if _time(trial) > middle else "black"
-                compute = f"\n/{trial.block_sizes.block_kv_compute}" if trial.block_sizes and names == ATTENTION else ""
+                compute = f"\n/{trial.block_sizes.block_kv_compute}" if shows_compute and trial.block_sizes else ""
                 text = f"{'~' if _is_estimate(trial) else ''}{_time(trial):.4g}{compute}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
                 if trial is winner:
@@ -78,16 +80,17 @@ def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure 
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color="dimgrey")
     axes.set_xticks(range(len(columns)), labels=[str(c) for c in columns])
     axes.set_yticks(range(len(rows)), labels=[str(r) for r in rows])
-    in_cell = "ms, / block_kv_compute" if names == ATTENTION else "ms"
+    in_cell = "ms, / block_kv_compute" if shows_compute else "ms"
     in_cell += ", ~ from shorter kernels" if any(map(_is_estimate, best.values())) else ""
     axes.set_xlabel(f"{names[1]} (in the cell: {in_cell})", color=LIGHT["ink"])
     axes.set_ylabel(names[0], color=LIGHT["ink"])
-    axes.set_title(
-        f"{_about(winner)} on {winner.device}: {winner.label} ms, best of each cell\n"
-        + textwrap.fill(f"winner {winner.time_ms:.3f} ms: {winner.config}", width=int(12 * size[0])),
-        fontsize=9,
-        color=LIGHT["ink"],
-    )
+    chip = known_device(winner.device_kind)
+    title = [
+        f"{_about(winner)} on {chip.name if chip else winner.device_kind}: {winner.label} ms, best of each cell",
+        f"winner {winner.time_ms:.3f} ms: {winner.config}",
+    ]
+    wrapped = "\n".join(textwrap.fill(line, width=int(12 * size[0])) for line in title)
+    axes.set_title(wrapped, fontsize=9, color=LIGHT["ink"])
     axes.tick_params(colors=LIGHT["ink"])
     return figure
 
