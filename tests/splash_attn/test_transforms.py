@@ -47,9 +47,19 @@ CASES: dict[str, Callable[[Attention], Any]] = {
 }
 
 
+#: Like others, for the kernel, which each of them compiles.
+ALIKE = ("jit of numpy", "jit of values only", "fori_loop", "vmap of vmap")
+
+
 @pytest.mark.compile
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        pytest.param(name, way, marks=pytest.mark.slow("3 s") if way != "xla" and name in ALIKE else [])
+        for name in CASES
+        for way in ("xla", "pallas_interpret")
+    ],
+)
 def test_some_arrays_closed_over(name: str, implementation: str) -> None:
     options = GATED if "vmap" in name else SMALL  # its grid depends on the data, which vmap cannot batch
     attend = functools.partial(attention, implementation=implementation, **options)
