@@ -12,8 +12,10 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}  # a unit in the last place o
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("rows", [40, 2176])
-@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "rotated"),
+    [(40, True), (2176, True), (40, False), pytest.param(2176, False, marks=pytest.mark.slow("3 s"))],
+)
 def test_queries(rows, rotated, dtype, rng):
     x = jnp.asarray(rng.normal(size=(2, 6, 32, rows)), dtype)
     weight, bias = (jnp.asarray(rng.normal(size=32), jnp.float32) for _ in range(2))

@@ -95,6 +95,7 @@ print(json.dumps(read))
 """
 
 
+@pytest.mark.slow("30 s")  # runs/test_hosts.py has two processes that read a part each and make the right video
 @pytest.mark.compile
 def test_two_processes_read_a_half_each_and_have_the_same_bits(tmp_path, shared_programs, rng):
     """Of arrays that are whole on each device, or split by what both processes have, or by what each has."""
