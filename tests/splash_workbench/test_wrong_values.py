@@ -50,11 +50,15 @@ def wrong_value(key: str, kind: Any) -> str:
     return "{nope}" if key == "name" else "nope"
 
 
-def cases() -> Iterator[tuple[str, str]]:
+def cases() -> Iterator[Any]:
+    """Return every command with every key; a key that one before has alike is a slow test."""
+    seen = set()
     for module in HYDRA_COMMANDS:
         for key, kind in main_of(module).keys.items():  # type: ignore[attr-defined]
             if not FREE.fullmatch(key):
-                yield module, f"{key}={wrong_value(key, kind)}"
+                marks = [pytest.mark.slow("1 s")] if (key, kind) in seen else []
+                seen.add((key, kind))
+                yield pytest.param(module, f"{key}={wrong_value(key, kind)}", marks=marks)
 
 
 @pytest.fixture(autouse=True)
