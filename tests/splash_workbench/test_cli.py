@@ -291,6 +291,8 @@ def test_an_error_of_ours_shows_where_it_is(run: Run, monkeypatch: pytest.Monkey
 def test_ctrl_c_among_the_imports_is_no_traceback(package: str) -> None:
     """What `python -m PACKAGE.COMMAND` imports first, with the argument that it has by then."""
     lines = ["import os, signal, sys", f"sys.path.insert(0, {str(REPO_ROOT)!r})", "sys.argv = ['-m']"]
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]
     lines += [f"import {package}", "os.kill(os.getpid(), signal.SIGINT)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
