@@ -38,7 +38,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(params=[pytest.param("grid", marks=pytest.mark.slow("5 s")), "tpe", "grid of a user's kernel"])
+@pytest.fixture(
+    params=["tpe", *(pytest.param(it, marks=pytest.mark.slow("6 s")) for it in ("grid", "grid of a user's kernel"))]
+)
 def settings(request: pytest.FixtureRequest, make_settings: MakeSettings, tmp_path: Path) -> SweepSettings:
     """Of sweeps with so many candidates: 12, 12 and 6."""
     sampler, _, whose = request.param.partition(" of ")

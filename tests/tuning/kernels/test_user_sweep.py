@@ -141,7 +141,10 @@ def test_a_gpus_kernel_is_not_predicted() -> None:
         kernel_settings(_gpu(), {}, **user_defaults(backend="offline"))
 
 
-@pytest.mark.parametrize(("job", "status"), [("abort", Status.CRASHED), ("out_of_memory", Status.OUT_OF_MEMORY)])
+@pytest.mark.parametrize(
+    ("job", "status"),
+    [("abort", Status.CRASHED), pytest.param("out_of_memory", Status.OUT_OF_MEMORY, marks=pytest.mark.slow("5 s"))],
+)
 def test_a_kernel_that_fails_costs_only_its_trial(tmp_path: Path, job: str, status: Status) -> None:
     made = kernel_settings(loading.find(SCALED), {}, **user_defaults(results_dir=tmp_path, max_trials=2))
     result = sweep.sweep(with_job(job, made), report=quiet)
@@ -169,6 +172,7 @@ def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_p
     assert hparams.write(best.trials, tmp_path, "user").exists()
 
 
+@pytest.mark.slow("10 s")  # as of the attention kernel, in test_sweep.py
 def test_trouble_with_the_machine_is_no_fact_about_its_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
