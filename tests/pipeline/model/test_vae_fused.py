@@ -83,7 +83,12 @@ def _pairs_of(weights):
 @pytest.mark.compile
 @pytest.mark.parametrize(
     ("latent_frames", "paired", "several_products"),
-    [(FIRST, True, False), (LATER, True, True), (LATER, False, False)],
+    [
+        (FIRST, False, False),
+        (LATER, True, True),
+        pytest.param(FIRST, True, False, marks=pytest.mark.slow("12 s")),
+        pytest.param(LATER, False, False, marks=pytest.mark.slow("12 s")),
+    ],
 )
 def test_resnet_is_that_of_xla(latent_frames, paired, several_products, array, weights, monkeypatch):
     """With its cache, and, of the first batch, without."""

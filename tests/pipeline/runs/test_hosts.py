@@ -92,12 +92,10 @@ def _same_video(several: Path, one: Path, frames: bool = True) -> None:
     assert np.abs(actual.astype(int) - expected).max() <= 1  # of 255
 
 
+@pytest.mark.slow("40 s")
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "stages", ["text,denoise", pytest.param("text,denoise,vae", marks=pytest.mark.slow("1 min"))], ids=str
-)
-def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_programs, tiny_folder):
-    """A signal to one of them ends both after a step; they write in the first one's folder only."""
+def test_a_signal_to_one_ends_both_after_a_step(tmp_path, shared_programs, tiny_folder):
+    """They write in the first one's folder only."""
     steps = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
     interrupted = Group(tmp_path, shared_programs, tiny_folder, 2, *steps)
     interrupted.wait_for_state()
@@ -108,15 +106,22 @@ def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_progra
     assert all(line.startswith("[Gloo]") for line in other_printed.splitlines())
     run_dir = tmp_path / "0" / "run"
     assert sorted(path.name for path in run_dir.iterdir()) == [STATE_NAME, "text.json", "text.safetensors"]
+    assert list((tmp_path / "1").iterdir()) == []
 
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "stages", ["text,denoise", pytest.param("text,denoise,vae", marks=pytest.mark.slow("1 min"))], ids=str
+)
+def test_several_processes_make_the_video_of_one(stages, tmp_path, shared_programs, tiny_folder):
+    """They write in the first one's folder only."""
+    run_dir = tmp_path / "0" / "run"
     request = GenerateRequest(
         "a red circle", str(tiny_folder), height=48, width=80, num_frames=9, num_inference_steps=2, seed=7
     )
     one = tmp_path / "one"
     generate(request, run_dir=one, stages=stages.split(","))
-    several = Group(
-        tmp_path, shared_programs, tiny_folder, 2, "num_inference_steps=2", "resume=false", f"stages={stages}"
-    ).finish()
+    several = Group(tmp_path, shared_programs, tiny_folder, 2, "num_inference_steps=2", f"stages={stages}").finish()
     assert [code for code, _, _ in several] == [0, 0], several
     assert list((tmp_path / "1").iterdir()) == []
     timings = json.loads((run_dir / "denoise.json").read_text())["timings"]
@@ -156,7 +161,7 @@ def test_four_processes_of_two_devices_make_the_video_of_one_of_eight(tmp_path, 
 
 
 @pytest.mark.compile
-@pytest.mark.slow("1 min each")  # `make test` ends one by a signal and by an error
+@pytest.mark.slow("1 min each")  # `make test` ends one by an error
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_ends_the_others_and_the_next_run_resumes(victim, tmp_path, shared_programs, tiny_folder):
     arguments = ("num_inference_steps=100", "checkpoint_every=1", "stages=text,denoise")
