@@ -33,8 +33,12 @@ def matmul() -> Program:
     return lambda a, b: a @ b, (_array(4096, 4096), _array(4096, 4096)), {}
 
 
-def matmul_with_more_vmem() -> Program:
-    return *matmul()[:2], {"compiler_options": {"xla_tpu_scoped_vmem_limit_kib": 65536}}
+def small_matmul() -> Program:
+    return lambda a, b: a @ b, (_array(1024, 1024), _array(1024, 1024)), {}
+
+
+def small_matmul_with_less_vmem() -> Program:
+    return *small_matmul()[:2], {"compiler_options": {"xla_tpu_scoped_vmem_limit_kib": 2048}}
 
 
 def copy() -> Program:

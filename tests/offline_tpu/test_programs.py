@@ -19,9 +19,9 @@ from splash_workbench.records import jsonl
 pytestmark = pytest.mark.compile
 
 NAMES = (
-    "matmul matmul_with_more_vmem copy repeated scan data_dependent_loop named_loop conditional one_matmul "  # noqa: SIM905
-    "two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch traced_grid "
-    "named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map "
+    "matmul small_matmul small_matmul_with_less_vmem copy repeated scan data_dependent_loop named_loop "  # noqa: SIM905
+    "conditional one_matmul two_matmuls two_branches nested_loops unrolled_loop fixed_branch data_dependent_branch "
+    "traced_grid named_traced_grid longer_traced_grid all_reduce all_to_all all_to_all_of_eight scan_in_shard_map "
     "rows_of_half_a_lane rows_as_the_kernel_has_them "
     "tensor_parallel".split()
 )
@@ -61,9 +61,9 @@ def executed_matmuls(op: dict[str, Any]) -> float:
 
 
 def test_compiler_options_reach_the_compiler_and_are_kept(predictions: dict[str, Any], op: Any) -> None:
-    assert predictions["matmul"]["compiler_options"] == {}
-    assert predictions["matmul_with_more_vmem"]["compiler_options"] == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
-    assert op("matmul_with_more_vmem", "fusion")["vmem_bytes"] != op("matmul", "fusion")["vmem_bytes"]
+    assert predictions["small_matmul"]["compiler_options"] == {}
+    assert predictions["small_matmul_with_less_vmem"]["compiler_options"] == {"xla_tpu_scoped_vmem_limit_kib": "2048"}
+    assert op("small_matmul_with_less_vmem", "fusion")["vmem_bytes"] != op("small_matmul", "fusion")["vmem_bytes"]
 
 
 def test_a_big_matmul_takes_the_cycles_of_its_flops(op: Any) -> None:
