@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from splash_attn import tiles
-from splash_attn.tiles import SHIFT_ROWS, SUBLANES, Tile, short_unroll_q
+from splash_attn.tiles import SHIFT_ROWS, SUBLANES, Tile, last_block_unroll_q
 from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
 
 #: What a query's largest component is scaled to, so that no score of head_dim 256 overflows float32.
@@ -222,7 +222,7 @@ def _kernel_body(
     @pl.when(kv_block == last_kv_block)
     def _finish():
         last_num_keys = kv_seq_len - last_kv_block * bkv
-        process(last_num_keys, short_unroll_q(last_num_keys, block_sizes, variant))
+        process(last_num_keys, last_block_unroll_q(last_num_keys, block_sizes, variant))
         acc = acc_scratch_ref[...]
         l = acc[head_dim : head_dim + 1] if sums_on_mxu else row_scratch_ref[...].sum(axis=0, keepdims=True)
         out = acc[:head_dim] / (l * v_scale if online else l)

@@ -14,7 +14,7 @@ from splash_attn import gates
 from splash_attn.kernel import kernel_name, splash_attention_kernel
 from splash_attn.markers import without_gradient
 from splash_attn.quantize import quantize_qk
-from splash_attn.tiles import short_unroll_q
+from splash_attn.tiles import fallback_unroll_q
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_attn.xla import saturate
 
@@ -86,7 +86,7 @@ def _attention(
 
     if variant.softmax == "online":
         return restore(in_bfloat16(v_scale=v_scale, variant=variant))
-    unroll_q = short_unroll_q(block_sizes.block_kv, block_sizes, variant)
+    unroll_q = fallback_unroll_q(block_sizes, variant)
     fallback = dataclasses.replace(variant, qk_dtype="bfloat16", unroll_q=unroll_q, lp_scheduler=False)
     online = dataclasses.replace(fallback, softmax="online")
     fixed = fallback if variant.qk_dtype == "int8" else variant

@@ -11,8 +11,9 @@ from splash_attn.types import LANES, BlockSizes, Variant
 SUBLANES = 8
 #: Rows that the shift adds to q: a whole bfloat16 tile.
 SHIFT_ROWS = 16
-#: Tiles unrolled where code need not be fast to the last cycle, but would take as long to compile as all the rest.
-_SHORT_UNROLL_TILES = 64
+#: Tiles unrolled where code need not be fast to the last cycle, but would take as long to compile as all the rest: in
+#: the last block of keys, and in a kernel that seldom runs.
+_LAST_BLOCK_TILES, _FALLBACK_TILES = 64, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,21 @@ def cut_into_tiles(
     return tiles
 
 
-def short_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> int:
-    """Return how many queries of a block of `num_keys` keys to unroll: quick to compile, within 5 % of the fastest."""
+def last_block_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> int:
+    """Return how many queries of the last block, of `num_keys` keys, to unroll: within 6 % of the fastest."""
+    most = min(variant.unroll_q or block_sizes.block_q, block_sizes.block_q)
+    return min(_unroll_q(_LAST_BLOCK_TILES, num_keys, block_sizes, variant), most)
+
+
+def fallback_unroll_q(block_sizes: BlockSizes, variant: Variant) -> int:
+    """Return how many queries of each block to unroll in a kernel that seldom runs: within 10 % of the fastest."""
+    return _unroll_q(_FALLBACK_TILES, block_sizes.block_kv, block_sizes, variant)
+
+
+def _unroll_q(tile_count: int, num_keys: int, block_sizes: BlockSizes, variant: Variant) -> int:
+    """Return queries whose tiles, over `num_keys` keys, are some `tile_count`."""
     tiles_per_query_block = -(-num_keys // block_sizes.block_kv_compute)
-    return min(variant.block_q_compute * max(1, _SHORT_UNROLL_TILES // tiles_per_query_block), block_sizes.block_q)
+    return min(variant.block_q_compute * max(1, tile_count // tiles_per_query_block), block_sizes.block_q)
 
 
 def shifted(variant: Variant) -> bool:

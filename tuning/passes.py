@@ -119,7 +119,8 @@ class Passes:
             chosen, how = [best], _WHOLE
             if best.compiled == "shorter" and finalists_left:
                 near = [t for ms, t in ranked if t.compiled == "shorter" and ms <= _NEAR * best_ms]
-                chosen, how = near[: min(self._settings.workers, finalists_left)], _KERNEL
+                chosen = near[: min(self._settings.workers, finalists_left)]
+                how = _KERNEL if len(near) > 1 else _WHOLE  # one that is alone would be compiled whole next
                 finalists_left -= len(chosen)
             for trial in self._pool.map(functools.partial(self._refined, compiled=how), chosen):
                 told[trial.key] = trial

@@ -37,9 +37,8 @@ from tuning.search.settings import SweepSchema, SweepSettings, settings_from
 from tuning.search.space import Candidates
 from tuning.search.study import Search, storage_errors, where
 from tuning.traces import of_sweep
-from tuning.trials import heatmap, records, tables
+from tuning.trials import records
 from tuning.trials.contenders import SideBySide
-from tuning.trials.figures import save_png
 from tuning.trials.promote import Promotion, promote
 from tuning.trials.records import Trial, best_of, objective
 
@@ -220,6 +219,9 @@ def _introduction(
 
 def _draw(result: SweepResult, on_record: Sequence[Trial], names: tuple[str, str]) -> Path | None:
     """Draw all that is on record, exact or int8 as the winner is. Return the path, None where there was nothing."""
+    from tuning.trials import heatmap
+    from tuning.trials.figures import save_png
+
     exact = result.winner is None or records.is_exact(result.winner.variant)
     newest = {trial.key: trial for trial in on_record}.values()
     figure = heatmap.draw([trial for trial in newest if records.is_exact(trial.variant) == exact], names)
@@ -258,6 +260,9 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
         sessions.require_tensorboard("profile=true")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
     result = sweep(settings)
+    # Here, since pandas and Matplotlib take a second or more to import, and the first candidate would wait for it.
+    from tuning.trials import tables
+
     print(tables.table(result.trials))
     for line in tables.note_lines(result.trials):
         print(line)

@@ -25,18 +25,18 @@ TIMES = {
 
 @pytest.fixture
 def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., tuple[Trial | None, list[str]]]:
-    """Run the passes over TIMES; return the winner, and what was compiled in the order of the calls."""
+    """Run the passes over such times; return the winner, and what was compiled in the order of the calls."""
 
-    def run(workers: int) -> tuple[Trial | None, list[str]]:
+    def run(workers: int, times: dict[tuple[int, bool], tuple[float, float]]) -> tuple[Trial | None, list[str]]:
         calls: list[str] = []
         told: dict[str, Trial] = {}
-        left = [Candidate(BlockSizes(q, 512, 256), Variant(lp_scheduler=lp)) for q, lp in TIMES]
+        left = [Candidate(BlockSizes(q, 512, 256), Variant(lp_scheduler=lp)) for q, lp in times]
 
         def evaluate(
             block_sizes: BlockSizes, variant: dict[str, Any], kernel: str, *, compiled: str, estimate_ms: float | None
         ) -> Trial:
             del kernel
-            estimated, whole = TIMES[block_sizes.block_q, variant["lp_scheduler"]]
+            estimated, whole = times[block_sizes.block_q, variant["lp_scheduler"]]
             calls.append(f"{compiled} {block_sizes.block_q} {variant['lp_scheduler']}")
             time_ms = estimated if compiled == "shorter" else whole
             fields = {"block_sizes": block_sizes, "variant": variant, "compiled": compiled, "estimate_ms": estimate_ms}
@@ -44,7 +44,7 @@ def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., t
 
         search = types.SimpleNamespace(
             told=told,
-            budget=len(TIMES),
+            budget=len(times),
             ask=lambda: left.pop(0) if left else None,
             tell=lambda candidate, trial: told.update({candidate.key: trial}),
         )
@@ -56,17 +56,24 @@ def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., t
         evaluator = types.SimpleNamespace(evaluate=evaluate, runner=runner)
         passes: Any = Passes
         passes(settings, search, evaluator, {}, tmp_path / "trials.jsonl").run()
-        return best_of(told.values()), calls[len(TIMES) :]
+        return best_of(told.values()), calls[len(times) :]
 
     return run
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_winner_is_compiled_whole_and_few_others_are_settled(workers: int, settled) -> None:
-    winner, calls = settled(workers)
+    winner, calls = settled(workers, TIMES)
     assert winner is not None and winner.block_sizes is not None
     assert (winner.block_sizes.block_q, winner.time_ms, winner.estimate_ms) == (2048, 10.16, 10.10)
     assert [call for call in calls if call.startswith("whole")] == ["whole 2048 False"]
     # Of the LP scheduler's, one or two tell how far the others are off.
     assert sum("True" in call for call in calls) <= workers
     assert not any("4096" in call for call in calls)
+
+
+def test_one_that_is_alone_near_the_best_is_compiled_once_more(settled) -> None:
+    """Not by itself and then whole, which tells the same."""
+    winner, calls = settled(2, {(1024, False): (10.0, 10.1), (2048, False): (11.0, 11.0)})
+    assert calls == ["whole 1024 False"]
+    assert winner is not None and (winner.time_ms, winner.estimate_ms) == (10.1, 10.0)

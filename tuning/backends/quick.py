@@ -7,6 +7,7 @@ is compiled at two shorter lengths, from which its own is extrapolated.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,9 @@ from splash_workbench.records.jsonl import decode
 from tuning.backends.jobs import Request
 from tuning.kernels.protocol import abstract, known_values
 
-#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time.
-_FEW = 4
+#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time. A kernel's
+#: start is counted as often, some 3 us each, for all candidates alike.
+_FEW = 2
 #: The part of its time by which a kernel alone may differ from the same in the op.
 _SAME = 0.02
 _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.py")
@@ -71,15 +73,16 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     shortest = ops[0]
     if unrolled and unrolled.length > unrolled.least:
         shortest = _Op(request, unrolled.shorter(unrolled.least), device)
-    rest = shortest.rest_on_record()
-    if rest is None:
-        if not shortest.kernels:
-            return None
-        is_candidate = shortest is ops[0] and len(ops) == 1
-        whole, rest = shortest.compile_whole(few=not is_candidate)
-        if is_candidate:
-            return whole
+    if shortest.rest_on_record() is None and not shortest.kernels:
+        return None
     costs = [op.kernel_cost() for op in ops]
+    with _one_at_a_time(shortest.rest_path):
+        rest = shortest.rest_on_record()
+        if rest is None:
+            is_candidate = shortest is ops[0] and len(ops) == 1
+            whole, rest = shortest.compile_whole(few=not is_candidate)
+            if is_candidate:
+                return whole
     if any(cost.unknown_trips for cost in costs):
         return None
     steps = [_steps(request, config) for config in (request.config, *configs)]
@@ -159,7 +162,12 @@ class _Op:
 
     def rest_on_record(self) -> Cost | None:
         """Return what the op costs around its kernels, from the cache; None where it is not there."""
-        return _read(self._path("rest", self._around))
+        return _read(self.rest_path)
+
+    @property
+    def rest_path(self) -> Path:
+        """Return where that is kept."""
+        return self._path("rest", self._around)
 
     @functools.cached_property
     def _around(self) -> str:
@@ -190,7 +198,7 @@ class _Op:
         alone_ms = self.kernel_cost().time_ms / repeats
         apart_ms = abs(alone_ms - inside_ms) * repeats / _steps(self._request, self._config)
         cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, apart_ms=apart_ms)
-        _keep(self._path("rest", self._around), cost)
+        _keep(self.rest_path, cost)
         return prediction, cost
 
     def _alone(self, call: core.JaxprEqn) -> Prediction:
@@ -229,6 +237,20 @@ class _Op:
         key = [what, request.kernel, request.kernel_hash, repr(request.workload), request.device, _versions()]
         key += [about, json.dumps(request.options_of_compiler, sort_keys=True)]
         return Path(request.cache_dir) / f"{what}-{stable_hash(json.dumps(key))}.json"
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other worker makes what will be at `path`: the first candidates all need the same.
+
+    Where no lock can be had, as in a cache that cannot be written, each makes its own.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that is killed holds it no longer
+        yield
 
 
 def _read(path: Path) -> Cost | None:

@@ -220,7 +220,7 @@ class SplashAttn(AttentionKernel):
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
-        return Unrolled(length, steps, shorter, _SHORT_LENGTHS, least=4 * LANES)
+        return Unrolled(length, steps, shorter, _SHORT_LENGTHS, least=_SHORT_LENGTHS[0])
 
 
 def _variant(config: AttentionConfig) -> Variant:

@@ -1,5 +1,7 @@
 """A first pass beside whole compiles: predicted for a v6e, on a call that compiles in seconds."""
 
+import concurrent.futures
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +66,23 @@ def test_a_kernel_that_alone_takes_another_time_is_compiled_whole(
     assert (fields is not None) == trusted
     if isinstance(fields, dict):
         assert (fields["kernel_time_ms"], fields["time_samples_ms"], fields["compiled"]) == (10.0, [11.0], "kernel")
+
+
+def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(tmp_path: Path) -> None:
+    """The first candidates, begun together, need the same: the second finds what the first has left."""
+    path = tmp_path / "cache" / "rest.json"
+    compiled: list[int] = []
+
+    def need(number: int) -> None:
+        with quick._one_at_a_time(path):
+            if quick._read(path) is None:
+                time.sleep(0.2)  # long enough for the others to be here
+                compiled.append(number)
+                quick._keep(path, quick.Cost(time_ms=1.0))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(need, range(4)))
+    assert len(compiled) == 1
+    (tmp_path / "file").touch()
+    with quick._one_at_a_time(tmp_path / "file" / "rest.json"):  # no lock can be had there
+        pass
