@@ -130,7 +130,7 @@ def random_heads(count: int) -> Callable[[Callable], Callable]:
         *(pytest.param(*case, marks=pytest.mark.slow("8 s")) for case in [("online", False), ("fixed_bound", True)]),
     ],
 )
-@random_heads(128)
+@random_heads(64)
 def test_random_heads(softmax: str, k_smooth: bool, case: list[Head]) -> None:
     check_heads(softmax, k_smooth, case)
 

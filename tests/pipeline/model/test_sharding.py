@@ -120,6 +120,7 @@ def _finish(*processes: subprocess.Popen) -> None:
             process.kill()
 
 
+NOISE = {"scheduler": "dpm", "num_frames": 17}
 RUNS = {
     "base": ({}, {}),
     "ulysses dp=1": ({"plan": "ulysses", "num_devices": 3, "dp": 1}, {}),
@@ -130,10 +131,12 @@ RUNS = {
     "seed_tp": ({"plan": "seed_tp", "num_devices": 6}, {}),
     "one device": ({"num_devices": 1}, {}),
     "two devices": ({"num_devices": 2}, {}),
-    "noise": ({"num_devices": 6}, {"scheduler": "dpm", "num_frames": 17}),
-    "noise, one device": ({"num_devices": 1}, {"scheduler": "dpm", "num_frames": 17}),
+    "noise": ({"num_devices": 6}, NOISE),
+    "noise, one device": ({"num_devices": 1}, NOISE),
     "no guidance": ({"num_devices": 3}, {"guidance_scale": 1.0}),
     "no guidance, one device": ({"num_devices": 1}, {"guidance_scale": 1.0}),
+    "both of these": ({"num_devices": 3}, NOISE | {"guidance_scale": 1.0}),
+    "both of these, one device": ({"num_devices": 1}, NOISE | {"guidance_scale": 1.0}),
 }
 #: Of one step: what int8 rounds otherwise grows from layer to layer and step to step.
 INT8 = {"quantization": "int8", "num_inference_steps": 1}
@@ -157,7 +160,10 @@ RUNS |= {
 
 
 #: Each is like others: they run in `make test-slow`.
-ALIKE = ("ulysses dp=1", "two devices", "int8 sharded", "int8 megatron", "reuse of the negative prompt")
+ALIKE = (
+    *("ulysses dp=1", "ulysses_allgather 1 x 4", "two devices", "int8 sharded", "int8 megatron"),
+    *("noise", "no guidance", "reuse of the negative prompt"),
+)
 
 
 def by_name(*names: str) -> pytest.MarkDecorator:
@@ -202,15 +208,18 @@ def latents(request, name) -> dict[str, np.ndarray]:
     return request.getfixturevalue("eight_alike" if name in ALIKE else "eight")
 
 
+OTHER_STEPS = ("noise", "no guidance", "both of these", "int8", "one step", "reuse")
+
+
 @pytest.mark.compile
-@by_name(*(name for name in RUNS if not name.startswith(("noise", "no guidance", "int8", "one step", "reuse"))))
+@by_name(*(name for name in RUNS if not name.startswith(OTHER_STEPS)))
 def test_every_plan_gives_the_same_latents(name, latents):
     assert latents["devices"] == 8
     np.testing.assert_allclose(latents[name], latents["one device"], rtol=0, atol=LATENT_TOLERANCE)
 
 
 @pytest.mark.compile
-@by_name("noise", "no guidance", "reuse by the first block", "reuse of the negative prompt")
+@by_name("noise", "no guidance", "both of these", "reuse by the first block", "reuse of the negative prompt")
 def test_other_kinds_of_steps(name, latents):
     np.testing.assert_allclose(latents[name], latents[f"{name}, one device"], rtol=0, atol=LATENT_TOLERANCE)
 
