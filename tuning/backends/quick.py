@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from tuning.kernels.protocol import abstract, known_values
 #: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time. A kernel's
 #: start is counted as often, some 3 us each, for all candidates alike.
 _FEW = 2
+#: How long to wait for another worker to compile the same.
+_PATIENCE_S = 120.0
 #: The part of its time by which a kernel alone may differ from the same in the op.
 _SAME = 0.02
 _SOURCES = (*offline_tpu.SOURCES, "tuning/backends/quick.py", "tuning/kernels/*.py")
@@ -243,13 +246,18 @@ class _Op:
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Wait until no other worker makes what will be at `path`: the first candidates all need the same.
 
-    Where no lock can be had, as in a cache that cannot be written, each makes its own.
+    Where no lock can be had, as in a cache that cannot be written or while another worker hangs, each makes its own.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(path.with_suffix(".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that is killed holds it no longer
+            end = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < end:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a worker that is killed holds it no longer
+                    break
+                time.sleep(0.1)
         yield
 
 

@@ -68,7 +68,9 @@ def test_a_kernel_that_alone_takes_another_time_is_compiled_whole(
         assert (fields["kernel_time_ms"], fields["time_samples_ms"], fields["compiled"]) == (10.0, [11.0], "kernel")
 
 
-def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(tmp_path: Path) -> None:
+def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first candidates, begun together, need the same: the second finds what the first has left."""
     path = tmp_path / "cache" / "rest.json"
     compiled: list[int] = []
@@ -83,6 +85,9 @@ def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(tmp_path: P
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(need, range(4)))
     assert len(compiled) == 1
+    monkeypatch.setattr(quick, "_PATIENCE_S", 0.1)
+    with quick._one_at_a_time(path), quick._one_at_a_time(path):  # while another hangs
+        pass
     (tmp_path / "file").touch()
     with quick._one_at_a_time(tmp_path / "file" / "rest.json"):  # no lock can be had there
         pass
