@@ -135,7 +135,7 @@ def _latents(rng, num_frames):
     return rng.normal(size=(1, num_frames, 16, 6, 10)).astype(np.float32)
 
 
-@pytest.mark.parametrize("num_latent_frames", [1, 3, 5])
+@pytest.mark.parametrize("num_latent_frames", [1, pytest.param(3, marks=pytest.mark.slow("12 s")), 5])
 def test_frames(num_latent_frames, decoder, stock, rng):
     latents = _latents(rng, num_latent_frames)
     actual = decoder.decode(latents, quantize=False)
@@ -244,6 +244,7 @@ print(json.dumps({**events, "embeddings": embeddings.tolist()}))
 """
 
 
+@pytest.mark.slow("40 s")  # by default in predict/test_ahead.py, of programs that were compiled before the first start
 def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     def start():
         command = [sys.executable, "-c", _START, str(tmp_path / "compiled"), str(tiny_folder)]
