@@ -54,13 +54,16 @@ def cut_into_tiles(
 
 
 def last_block_unroll_q(num_keys: int, block_sizes: BlockSizes, variant: Variant) -> int:
-    """Return how many queries of the last block, of `num_keys` keys, to unroll: within 6 % of the fastest."""
+    """Return how many queries of the last block, of `num_keys` keys, to unroll: filling the pipeline anew costs 6 %."""
     most = min(variant.unroll_q or block_sizes.block_q, block_sizes.block_q)
     return min(_unroll_q(_LAST_BLOCK_TILES, num_keys, block_sizes, variant), most)
 
 
 def fallback_unroll_q(block_sizes: BlockSizes, variant: Variant) -> int:
-    """Return how many queries of each block to unroll in a kernel that seldom runs: within 10 % of the fastest."""
+    """Return how many queries of each block to unroll in a kernel that seldom runs.
+
+    Twice as many are 7 % faster (cogvideox_720p on a v6e, predicted).
+    """
     return _unroll_q(_FALLBACK_TILES, block_sizes.block_kv, block_sizes, variant)
 
 

@@ -7,7 +7,6 @@ is compiled at two shorter lengths, from which its own is extrapolated.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import time
@@ -23,14 +22,15 @@ import offline_tpu
 from offline_tpu.dump import UNKNOWN_TRIPS
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.prediction import Prediction
-from splash_workbench.files import atomic_path
+from splash_workbench.errors import UserError
+from splash_workbench.files import atomic_path, locked
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
 from splash_workbench.records.jsonl import decode
 from tuning.backends.jobs import Request
 from tuning.kernels.protocol import abstract, known_values
 
-#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time. A kernel's
-#: start is counted as often, some 3 us each, for all candidates alike.
+#: Of a dynamic grid size: its steps, one as long as the other, are counted one by one, which takes time. What a
+#: kernel's start costs is multiplied with them: 3 us for each left out, for all candidates alike (predicted).
 _FEW = 2
 #: How long to wait for another worker to compile the same.
 _PATIENCE_S = 120.0
@@ -249,15 +249,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     Where no lock can be had, as in a cache that cannot be written or while another worker hangs, each makes its own.
     """
     with contextlib.ExitStack() as stack:
+        end = time.monotonic() + _PATIENCE_S
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(path.with_suffix(".lock").open("w"))
-            end = time.monotonic() + _PATIENCE_S
             while time.monotonic() < end:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a worker that is killed holds it no longer
+                try:
+                    stack.enter_context(locked(path.with_suffix(".lock"), "another worker compiles the same"))
                     break
-                time.sleep(0.1)
+                except UserError:
+                    time.sleep(0.1)
         yield
 
 
