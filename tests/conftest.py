@@ -12,7 +12,7 @@ import jax
 import pytest
 from hydra._internal.hydra import Hydra
 
-from helpers import set_aside
+from helpers import XLA_FLAGS, set_aside
 from splash_attn import tuned
 from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 
@@ -20,6 +20,11 @@ from splash_workbench.provenance import CACHE_VARIABLE, REPO_ROOT
 _COMPILED_BYTES = 2**30
 #: Seconds of compiling under which a program is not worth a file.
 _LEAST_COMPILE_S = 0.1
+
+with pytest.MonkeyPatch.context() as _patch:
+    # XLA reads its flags once. Processes that the tests start are the user's, and a compiler for TPU is among them.
+    _patch.setenv("XLA_FLAGS", f"{XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip())
+    jax.devices()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,11 +63,12 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def shared_programs(compiled: Path) -> dict[str, str]:
-    """Return the variables with which a process finds the programs that the tests have compiled, and adds its own."""
+    """Return the variables with which a process compiles as the tests do, finds their programs, and adds its own."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_LEAST_COMPILE_S),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(_COMPILED_BYTES),
+        "XLA_FLAGS": XLA_FLAGS,
     }
 
 

@@ -55,7 +55,7 @@ def repeated() -> Program:
 
         return functools.reduce(lambda y, w: jnp.tanh(y @ w), weights, x)
 
-    return layers, (_array(2048, 2048),) * 7, {}
+    return layers, (_array(1024, 1024),) * 7, {}
 
 
 def scan() -> Program:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from helpers import PLENTY_S, environment_with_repo
+from helpers import PLENTY_S, environment_with_repo, virtual_devices
 from pipeline.model import placement
 from pipeline.model.placement import Stacked, place_all, read_whole
 from pipeline.model.weights import _HalvedPairs
@@ -105,7 +105,7 @@ def test_two_processes_read_a_half_each_and_have_the_same_bits(tmp_path, shared_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", **shared_programs}
+    variables = {**shared_programs, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": virtual_devices(2)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _SCRIPT, str(tmp_path / "x.safetensors"), address, str(index)],

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import PLENTY_S
+from helpers import PLENTY_S, virtual_devices
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
@@ -30,7 +30,6 @@ _SCRIPT = """
 import json, os, sys
 settings = json.loads(sys.argv[1])
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={settings['devices']}"
 import jax
 jax.config.update("jax_compilation_cache_dir", settings["cache"])
 if settings["processes"] > 1:
@@ -99,11 +98,10 @@ if settings["process"] == settings["processes"] - 1:
 def _start(folder: Path, cache: Path, output: Path, runs: dict, **settings) -> subprocess.Popen:
     values = {"devices": 1, "processes": 1, "process": 0, "vae": True, **settings}
     values |= {"checkpoint": str(folder), "cache": str(cache), "output": str(output), "runs": runs}
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, json.dumps(values)],
         cwd=REPO,
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": virtual_devices(values["devices"])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

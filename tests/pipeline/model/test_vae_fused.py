@@ -14,7 +14,7 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec
 
-from helpers import PLENTY_S
+from helpers import PLENTY_S, virtual_devices
 from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import SPLIT, split_mesh
@@ -207,7 +207,7 @@ def test_decoder_of_two_devices_is_that_of_one():
     """Columns beside, and statistics, come from the other device. Each blocks a thread: there must be more of these."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": virtual_devices(2),
         "PJRT_NPROC": "16",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }

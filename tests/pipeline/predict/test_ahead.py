@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers import PLENTY_S
+from helpers import PLENTY_S, virtual_devices
 from pipeline.predict.ahead import topology_devices
 from pipeline.requests.errors import RequestError
 
@@ -54,7 +54,7 @@ print(json.dumps({"ahead": ahead, "after": programs(), "said": said}))
 )
 def test_a_run_finds_every_program_that_was_compiled_ahead(tiny_folder, tmp_path, num_devices, stages):
     command = [sys.executable, "-c", _BOTH, str(tiny_folder), str(tmp_path / "compiled"), stages]
-    variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    variables = os.environ | {"XLA_FLAGS": virtual_devices(num_devices)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PLENTY_S, env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from helpers import PLENTY_S, environment_with_repo, wait_until
+from helpers import PLENTY_S, environment_with_repo, virtual_devices, wait_until
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
 from pipeline.requests.config import DistributedConfig, GenerateConfig
 from pipeline.requests.errors import RequestError
@@ -44,8 +44,7 @@ class Group:
             port = free.getsockname()[1]
         self.folders = [folder / str(index) for index in range(count)]
         together = (f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}")
-        variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        variables |= programs
+        variables = {**programs, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": virtual_devices(devices)}
         self.processes = []
         for index, cwd in enumerate(self.folders):
             cwd.mkdir(parents=True, exist_ok=True)

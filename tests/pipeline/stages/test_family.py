@@ -5,6 +5,7 @@ Float32 on both sides; tolerances as in test_stages.py.
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import PLENTY_S
+from helpers import PLENTY_S, virtual_devices
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.checkpoints.tiny import TinySpec, ensure_tiny_checkpoint
@@ -207,7 +208,6 @@ def test_a_video_for_a_model_that_pads_frames():
 _SHARDED = """
 import json, os, sys
 folders, output = json.loads(sys.argv[1]), sys.argv[2]
-os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 import jax, numpy as np, torch
 from pathlib import Path
 from pipeline.checkpoints.loading import Checkpoint
@@ -254,7 +254,10 @@ def test_every_plan_gives_the_same(folder_of, tmp_path):
     }
     output = tmp_path / "results.npz"
     command = [sys.executable, "-c", _SHARDED, json.dumps(folders), str(output)]
-    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False, timeout=PLENTY_S)
+    variables = os.environ | {"XLA_FLAGS": virtual_devices(4)}
+    done = subprocess.run(
+        command, cwd=REPO_ROOT, env=variables, capture_output=True, text=True, check=False, timeout=PLENTY_S
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results = np.load(output)
     for name in ("cogvideox-2b ulysses", "cogvideox-5b-i2v megatron", "cogvideox-5b-i2v seed_tp"):
