@@ -12,11 +12,9 @@ import jax
 
 from splash_workbench.provenance import REPO_ROOT
 
-#: XLA:CPU compiles for most of the tests' time. Its older emitters, fewer optimisations and shorter vectors save a third
-#: of the CPU time of a test and compute the same but for rounding.
-XLA_FLAGS = (
-    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1 --xla_cpu_prefer_vector_width=128"
-)
+#: XLA:CPU compiles for most of the tests' time. Its older emitters, fewer optimisations and shorter vectors save a
+#: third of a test's CPU time, and compute the same but for rounding.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1 --xla_cpu_prefer_vector_width=128"
 #: Seconds that anything may take which does end. It bounds a hang: no test is about how fast something is.
 PLENTY_S = 1800.0
 
