@@ -132,7 +132,7 @@ def convolve(
     at_once = (_VMEM_BYTES - beside_ring) // (COLUMNS * slab_bytes) - (taps - stride)
     at_once = max(min(at_once // stride, frames), 1)
     results: list[jax.Array] = []
-    all_before = before
+    operands = _Operands(x, beside, before, before, layer, weights, bias, norm, residual, shortcut)
     for first in range(0, frames, at_once):  # as many frames a call as VMEM holds
         number, odd_here = min(at_once, frames - first), 0 if first else odd
         last = first + number == frames
@@ -148,65 +148,57 @@ def convolve(
             doubled=doubled and not first,
             kept=kept if last else taps - stride,
             odd=odd_here,
-            layered=last and all_before is not None,
+            layered=last and operands.of_layers is not None,
         )
         if results and residual is not None and shortcut is None:
-            residual = results[0]  # which is its place
-        results = _call(
-            here,
-            frames,
-            x,
-            beside,
-            before,
-            layer,
-            all_before,
-            weights,
-            bias,
-            norm,
-            residual,
-            shortcut,
-            results,
-            dtype,
-            interpret,
-        )
+            operands = dataclasses.replace(operands, residual=results[0])  # which is its place
+        results = _call(here, frames, dataclasses.replace(operands, before=before), results, dtype, interpret)
         before = results.pop() if here.kept else None
     return Convolved(results[0], results[1] if statistics else None, before if kept else None)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """Arrays that the calls of one convolution read, as of `convolve`.
+
+    before: the frames before those of a call. of_layers: those before the first call's, of all layers of a run.
+    """
+
+    x: jax.Array
+    beside: tuple[jax.Array, jax.Array]
+    before: jax.Array | None
+    of_layers: jax.Array | None
+    layer: Any
+    weights: jax.Array
+    bias: jax.Array
+    norm: Norm | None
+    residual: jax.Array | None
+    shortcut: jax.Array | None
+
+
 def _call(
-    n: Sizes,
-    frames: int,
-    x: jax.Array,
-    beside: tuple[jax.Array, jax.Array],
-    before: jax.Array | None,
-    layer: Any,
-    all_before: jax.Array | None,
-    weights: jax.Array,
-    bias: jax.Array,
-    norm: Norm | None,
-    residual: jax.Array | None,
-    shortcut: jax.Array | None,
-    results: list[jax.Array],
-    dtype: Any,
-    interpret: Any,
+    n: Sizes, frames: int, given: _Operands, results: list[jax.Array], dtype: Any, interpret: Any
 ) -> list[jax.Array]:
     """Compute some frames of all `frames`, into the results of the calls for those before them.
 
     A residual gives its place to the result, and all layers' frames before theirs to what is kept: in a loop over
     layers nothing is copied.
     """
+    x, before, norm, bias = given.x, given.before, given.norm, given.bias
+    residual, shortcut = given.residual, given.shortcut
     aliases: dict[int, int] = {}
     others: list[tuple[int, Any]] = list(enumerate(results))
     *_, raw, channels = x.shape
     anywhere, at_start = pl.BlockSpec(memory_space=pl.ANY), {"pipeline_mode": pl.Buffered(1)}
-    operands, specs = [x, *beside], [anywhere] * 3
+    operands, specs = [x, *given.beside], [anywhere] * 3
     if before is not None:
-        operands += [jnp.stack([jnp.int32(0) if before is not all_before else layer, layer]).astype(jnp.int32), before]
+        layer = jnp.int32(0) if before is not given.of_layers else given.layer
+        operands += [jnp.stack([layer, given.layer]).astype(jnp.int32), before]
         specs += [pl.BlockSpec(memory_space=pltpu.SMEM), anywhere]
-        if n.layered and before is all_before:
+        if n.layered and before is given.of_layers:
             aliases[len(operands) - 1] = 1 + n.statistics
-    if n.layered and before is not all_before:
-        others.append((1 + n.statistics, all_before))
+    if n.layered and before is not given.of_layers:
+        others.append((1 + n.statistics, given.of_layers))
     if norm is not None:
         per_column = n.columns // (norm.latents.shape[1] - 2)
         size = norm.latents.shape[2]
@@ -216,9 +208,9 @@ def _call(
         specs += [pl.BlockSpec((1, 1, size, LANES), index) for index in (of_next, *of_first)]
         operands += [norm.weights, norm.factors]
         specs += [pl.BlockSpec(each.shape, lambda c, f, t: (0, 0), **at_start) for each in operands[-2:]]
-    operands += [weights, bias[None]]
+    operands += [given.weights, bias[None]]
     specs += [
-        pl.BlockSpec(weights.shape, lambda c, f, t: (0, 0, 0), **at_start),
+        pl.BlockSpec(given.weights.shape, lambda c, f, t: (0, 0, 0), **at_start),
         pl.BlockSpec((1, n.width), lambda c, f, t: (0, t)),
     ]
     slab = pl.BlockSpec((1, 1, n.positions, n.width), lambda c, f, t: (n.first + f, c, 0, t))
@@ -239,7 +231,7 @@ def _call(
         out_shapes.append(jax.ShapeDtypeStruct((frames, n.columns, 8, len(bias)), jnp.float32))
     if n.kept:
         out_specs.append(anywhere)
-        layers = len(all_before) if n.layered and all_before is not None else 1
+        layers = len(given.of_layers) if n.layered and given.of_layers is not None else 1
         out_shapes.append(jax.ShapeDtypeStruct((layers, n.kept, n.columns_in + 2, raw, channels), x.dtype))
     aliases |= {len(operands) + position: index for position, (index, _) in enumerate(others)}
     scales = (2, norm.latents.shape[2], channels) if norm else (1, 8, LANES)
