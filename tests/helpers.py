@@ -14,8 +14,8 @@ import jaxlib
 from splash_workbench.provenance import REPO_ROOT
 
 #: XLA:CPU compiles for most of the tests' time. Its older emitters, fewer optimisations and shorter vectors save a
-#: third of a test's CPU time, and compute the same but for rounding. Another release may not have these flags, and ends
-#: a process for an unknown one.
+#: third of a test's CPU time (measured), and compute the same but for rounding. Another release may not have these
+#: flags, and ends a process for an unknown one.
 XLA_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1 --xla_cpu_prefer_vector_width=128"
     if jaxlib.__version__ == "0.10.2"
