@@ -54,7 +54,10 @@ class Row:
 
 
 def predicted_times(path: str | None, request: GenerateRequest, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what the newest prediction of such a video says, by quality; nothing without a path. Raises UserError."""
+    """Return what the newest prediction of such a video says, by quality, slice after slice: "9.1 s on v6e-8".
+
+    Nothing without a path. Raises UserError where no file is there.
+    """
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -63,7 +66,7 @@ def predicted_times(path: str | None, request: GenerateRequest, checkpoint: Chec
         )
     name = base_checkpoint(current_id(request.checkpoint), checkpoint.config("transformer"))
     size = request.width, request.height, request.num_frames, request.num_inference_steps
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for record in jsonl.read(Path(path), PredictionRecord):
         video = record.video
         if (video.width, video.height, video.num_frames, video.num_inference_steps) == size:
@@ -71,8 +74,9 @@ def predicted_times(path: str | None, request: GenerateRequest, checkpoint: Chec
                 continue
             for quality, preset in record.presets.items():
                 if preset.total_time_s is not None:
-                    found[quality] = f"{preset.total_time_s:.1f} s on {record.topology}"
-    return found
+                    slices = found.setdefault(quality, {})
+                    slices[record.topology] = f"{preset.total_time_s:.1f} s on {record.topology}"
+    return {quality: ", ".join(slices.values()) for quality, slices in found.items()}
 
 
 def write_page(pairs: Pairs, rows: list[Row]) -> None:

@@ -193,8 +193,8 @@ _IDLE = """
 import sys, time
 from pathlib import Path
 from splash_workbench.workers.pool import Runner
-outcome = Runner(Path(sys.argv[1]), jobs_per_worker=9).run("fake_jobs:pid", {}, timeout_s=600)
-print(outcome.result["pid"], flush=True)
+runner = Runner(Path(sys.argv[1]), jobs_per_worker=9)  # its workers end with it, so it must have a name
+print(runner.run("fake_jobs:pid", {}, timeout_s=600).result["pid"], flush=True)
 time.sleep(600)
 """
 
@@ -205,10 +205,12 @@ def test_an_idle_worker_dies_with_a_killed_parent(tmp_path: Path) -> None:
         env=environment_with_repo(),
         stdout=subprocess.PIPE,
     ) as parent:
-        assert parent.stdout is not None
-        worker = int(parent.stdout.readline())
-        assert is_alive(worker)
-        parent.kill()
+        try:
+            assert parent.stdout is not None
+            worker = int(parent.stdout.readline())
+            assert is_alive(worker)
+        finally:
+            parent.kill()
     wait_until_dead(worker)
     assert list((tmp_path / "work").iterdir()) == []
 
