@@ -28,6 +28,7 @@ COMMANDS = (
         "tuning.selfcheck",
         "pipeline.generate",
         "pipeline.predict",
+        "pipeline.tune",
         "pipeline.quality",
         "pipeline.calibrate",
         "pipeline.quantize",

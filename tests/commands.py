@@ -17,6 +17,7 @@ HYDRA_COMMANDS = {
     "tuning.selfcheck": "resume=perhaps",
     "pipeline.generate": "height=tall",
     "pipeline.predict": "timeout_s=long",
+    "pipeline.tune": "workers=many",
     "pipeline.quality": "seeds=[one]",
     "pipeline.calibrate": "num_inference_steps=many",
     "pipeline.quantize": "output=weights.bin",

@@ -40,6 +40,7 @@ FOLDERS = (
     "pipeline.calibrate",
     "pipeline.train_tiny",
     "pipeline.predict",
+    "pipeline.tune",
     "pipeline",
 )
 

@@ -11,6 +11,7 @@ import torch
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pipeline.model import step_options
 from pipeline.model.attention import SplashAttentionProcessor, attention_function
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import DP, MODEL, SEQUENCE, ParallelPlan
@@ -19,9 +20,6 @@ from pipeline.model.transformer import DeviceShare, TransformerShape, block, tra
 from pipeline.requests.request import AttentionOptions
 
 _REPLICATED = PartitionSpec()
-#: Predicted for v6e at 720p: products read their operands less often with twice the default (0.35 ms a layer), and the
-#: exchange of one of q, k, v runs beside the projection of another (0.75 ms a layer).
-TPU_COMPILER_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enable_async_all_to_all": "true"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +81,7 @@ class DenoiseStep:
     stock_block: torch.nn.Module | None = None  # a CogVideoXBlock without storage, where the plan uses it
     reuse: Reuse = NOTHING
     work: StepWork = EVERYTHING
+    compiler_options: Mapping[str, str] | None = None  # on TPUs; None: those of `step_options`
 
     def kept_arrays(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Return what `reuse` keeps, without values. dtype: of the weights."""
@@ -106,10 +105,29 @@ class DenoiseStep:
         return NamedSharding(self.mesh, self._spec(argument))
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
-        """Return `program` under jit; sample, old_x0 and kept donated."""
-        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-        options = TPU_COMPILER_OPTIONS if on_tpu else None
-        return jax.jit(self.program(weights), donate_argnums=(1, 2, 10), compiler_options=options)
+        """Return `program` under jit, on TPUs with its compiler options; sample, old_x0 and kept donated."""
+        options: Mapping[str, str] = {}
+        if self.mesh.devices.flat[0].platform == "tpu":
+            chosen = self.compiler_options
+            options = chosen if chosen is not None else step_options.choose(self.call(weights))
+        return jax.jit(self.program(weights), donate_argnums=(1, 2, 10), compiler_options=dict(options) or None)
+
+    def call(self, weights: Mapping[str, Any]) -> step_options.StepCall:
+        """Return what the tuned compiler options of a step go by; of `weights` only the dtypes count."""
+        dtypes = {jnp.dtype(weight.dtype) for weight in weights.values()}
+        variant = self.attention.variant
+        floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+        return step_options.StepCall(
+            device_kind=self.mesh.devices.flat[0].device_kind,
+            num_devices=self.mesh.devices.size,
+            plan=str(self.plan),
+            tokens=self.layout.tokens,
+            channels=self.shape.num_heads * self.shape.head_dim,
+            dtype=min(floats, key=lambda dtype: dtype.itemsize).name,
+            int8_linears=jnp.dtype(jnp.int8) in dtypes,
+            int8_attention="int8" in (self.attention.qk_dtype, variant.qk_dtype if variant else None),
+            work=str(self.work),
+        )
 
     def program(self, weights: Mapping[str, Any]) -> Callable[..., Any]:
         """Return the function to be jitted with the mesh set; of `weights` only the names count."""

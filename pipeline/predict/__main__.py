@@ -6,24 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu.options import checked_options
-from pipeline.checkpoints.checks import check_request, part_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
-from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor
-from pipeline.predict.presets import predict_presets, settle_presets
+from pipeline.predict.presets import ALL, predict_presets, video_of
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import to_parallel
-from pipeline.requests.request import parse_stages, to_request
-from pipeline.requests.reuse import PRESETS
+from pipeline.requests.request import parse_stages
 from pipeline.stages.presets import settle_parallel
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json
 from splash_workbench.records import jsonl
+from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.room import check_timeout_s
-
-ALL = "all"  # presets of quality
 
 
 @dataclasses.dataclass
@@ -36,6 +31,7 @@ class PredictConfig(GenerateConfig):
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     results_path: str | None = None
     quality: str = ALL
+    reuse: bool = True
 
 
 _UNUSED = (
@@ -49,37 +45,26 @@ _UNUSED = (
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
-    settings.prompt = settings.prompt or "any"  # its length is padded away
     options = from_config(lambda: checked_options(settings.compiler_options))
-    names = tuple(PRESETS) if settings.quality == ALL else (settings.quality,)
-    request = to_request(dataclasses.replace(settings, quality=names[0]))
     stages = parse_stages(settings.stages)
-    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    found: list[Checkpoint] = []
-
-    def find() -> Checkpoint:
-        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
-        return found[0]
-
-    configs, source = part_configs(request.checkpoint, find)
-    if TransformerShape.from_config(configs["transformer"]).takes_image:
-        request = dataclasses.replace(request, image="any")
-    check_request(request, configs)
-    settled, refused = settle_presets(request, names, configs, found[0] if found else None)
-    first = next(iter(settled.values()))
+    video = video_of(settings, settings.quality)
+    first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)
+    cache = JobCache.of_user(settings.reuse)
     predictor = Predictor(
         topology=settings.topology,
         request=first.request,
         reuse=first.schedule.reuse,
-        configs=configs,
+        configs=video.configs,
         timeout_s=settings.timeout_s,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         compiler_options=options,
+        cache=cache,
     )
     prediction = predictor.predict(stages, parallel)
-    presets, failed = predict_presets(settled, predictor, prediction, to_parallel(settings))
-    report = make_report(first.request, settings.topology, prediction, source, options, presets, (*refused, *failed))
+    presets, failed = predict_presets(video.presets, predictor, prediction, to_parallel(settings))
+    notes = (*video.refused, *failed)
+    report = make_report(first.request, settings.topology, prediction, video.source, options, presets, notes)
     print_report(report)
     if settings.json is not None:
         write_json(Path(settings.json), jsonl.encode(report))
@@ -87,6 +72,8 @@ def main(settings: PredictConfig) -> int:
         jsonl.append(Path(settings.results_path), report.without_ops())
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
+    if cache is not None and cache.trouble:
+        print(cache.trouble, file=sys.stderr)
     if prediction.failures:
         raise UserError("; ".join(prediction.failures.values()))
     return 0

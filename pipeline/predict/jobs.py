@@ -11,12 +11,13 @@ import jax
 
 from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
+from pipeline.model import step_options
 from pipeline.model.attention import resolve_attention
-from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
+from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import DeviceShare, TransformerShape
-from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.requests.request import AttentionOptions, GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
 from splash_attn.types import AttentionShape
@@ -25,6 +26,8 @@ from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import compile_error
 
 _MAX_OPS = 60
+#: Queries at a time of a kernel that compiles in seconds.
+_SHORT_BLOCK_Q = 1024
 _OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "bound")
 #: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
 _TERMS = {
@@ -45,7 +48,10 @@ _VAE_TERMS = {
 class StageJob:
     """One stage to predict.
 
-    configs: of the checkpoint's parts. compiler_options: flags of libtpu. reuse, work: of a denoising step.
+    configs: of the checkpoint's parts. compiler_options: flags of libtpu, on top of those that a program has itself.
+    reuse, work: of a denoising step. step_options: flags that it has itself; None: see `pipeline.model.step_options`.
+    short_attention: let a denoising step's attention kernel compute few queries at a time: it compiles in seconds, and
+    what surrounds it is the same.
     """
 
     stage: Stage
@@ -56,6 +62,8 @@ class StageJob:
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     reuse: Reuse = NOTHING
     work: StepWork = EVERYTHING
+    step_options: dict[str, str] | None = None
+    short_attention: bool = False
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -90,8 +98,15 @@ def predict_model(payload: dict[str, Any]) -> dict[str, Any]:
 def _denoise(job: StageJob) -> dict[str, Any]:
     request, plan = job.request, job.plan
     on_tpu = dataclasses.replace(request.attention, implementation="pallas_tpu")
-    request_on_tpu = dataclasses.replace(request, attention=on_tpu)
-    program, step = denoise_program(request_on_tpu, job.configs, plan, job.devices, job.reuse, job.work)
+
+    def make(attention: AttentionOptions) -> tuple[Program, DenoiseStep]:
+        with_it = dataclasses.replace(request, attention=attention)
+        return denoise_program(with_it, job.configs, plan, job.devices, job.reuse, job.work, job.step_options)
+
+    program, step = make(on_tpu)
+    call = step.call(program.arguments[0])
+    own = job.step_options if job.step_options is not None else step_options.choose(call)
+    options = {**own, **job.compiler_options}
     tokens, sizes = step.layout.tokens, step.shape
     num_prompts = len(request.prompts) if job.work.negative else 1
     groups = DeviceShare(plan, step.layout).head_groups(sizes.num_heads)  # a call each
@@ -102,17 +117,27 @@ def _denoise(job: StageJob) -> dict[str, Any]:
     resolution = resolve_attention(request.attention, shape, request.dtype, device.device_kind)
     assert resolution.variant is not None and resolution.block_sizes is not None
     grid_sizes, assumptions = assumed_grid_sizes(shape, resolution.variant)
+    about = {"num_layers": sizes.num_layers, "step_call": dataclasses.asdict(call), "step_options": options}
     if not job.work.blocks:
-        return summary(_predict(job, program)) | {"num_layers": sizes.num_layers}
+        return summary(_predict(job, program)) | about
+    if job.short_attention:
+        blocks = dataclasses.replace(
+            resolution.block_sizes, block_q=min(_SHORT_BLOCK_Q, resolution.block_sizes.block_q)
+        )
+        short = dataclasses.replace(on_tpu, block_sizes=blocks, variant=resolution.variant, qk_dtype=None)
+        program, _ = make(short)
     prediction = _predict(job, program, grid_sizes, slow_grid_sizes(shape, resolution.variant))
     flops = step_flops(sizes, step.layout, num_prompts)
-    return summary(prediction) | {
-        "flops": flops,
-        "mfu_fraction": flops / (plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
-        "num_layers": sizes.num_layers,
-        "attention": {"shape": str(shape), "resolution": str(resolution)},
-        "notes": [*assumptions, *prediction.unresolved],
-    }
+    return (
+        summary(prediction)
+        | about
+        | {
+            "flops": flops,
+            "mfu_fraction": flops / (plan.num_devices * device.peak_bf16_flops_per_s * prediction.time_s),
+            "attention": {"shape": str(shape), "resolution": str(resolution)},
+            "notes": [*assumptions, *prediction.unresolved],
+        }
+    )
 
 
 def _text(job: StageJob) -> dict[str, Any]:

@@ -2,24 +2,34 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import offline_tpu
 from offline_tpu import check_versions, worker_environment
 from offline_tpu.compile import parse_topology
+from pipeline.model import step_options
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
 from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
 from pipeline.predict.jobs import StageJob
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.runs.records import environment
+from splash_attn import tuned
 from splash_workbench.errors import UserError
+from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, stable_hash
 from splash_workbench.trial_status import Status
-from splash_workbench.workers.pool import Runner
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import Outcome, Runner
 
+JOB = "pipeline.predict.jobs:predict_stage"
+#: What a prediction is made by, the kernel apart.
+SOURCES = (*offline_tpu.SOURCES, "pipeline/model/*.py", "pipeline/model/*/*.py", "pipeline/stages/*.py")
 _AUTO = (ParallelOptions(plan="auto"), ParallelOptions(plan="megatron"))
 #: Tried where none of _AUTO fits.
 _FRUGAL = ParallelOptions(plan="auto", weights="sharded")
@@ -43,8 +53,9 @@ class VideoPrediction:
 class Predictor:
     """Predict stages of one request on one topology.
 
-    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them. reuse: between
-    denoising steps.
+    say: told of every program that is compiled. compiler_options: flags of libtpu for all of them; step_options: see
+    `StageJob`. reuse: between denoising steps. cache: of what was compiled before, so that a command that was stopped
+    goes on; None: compile anew.
     """
 
     topology: str
@@ -54,6 +65,8 @@ class Predictor:
     say: Callable[[str], None]
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     reuse: Reuse = NOTHING
+    step_options: Mapping[str, str] | None = None
+    cache: JobCache | None = None
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
@@ -62,33 +75,20 @@ class Predictor:
         compiler options that libtpu refuses.
         """
         check_versions()
-        try:
-            device, name = parse_topology(self.topology)
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
-        num_heads = self.configs["transformer"]["num_attention_heads"]
-
-        def plan_of(choice: ParallelOptions) -> ParallelPlan:
-            choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
-            plan = resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
-            check_quantization(self.request.quantization, plan)
-            return plan
-
-        plans = [plan_of(_AUTO[0] if parallel.plan == "auto" else parallel)]
+        plans = [self.plan(parallel)]
         if parallel.plan == "auto":
             with contextlib.suppress(RequestError):  # of heads that do not divide, which the first plan takes
-                plans = list(dict.fromkeys([*plans, *map(plan_of, _AUTO[1:])]))
+                plans = list(dict.fromkeys([*plans, *(self.plan(parallel, choice) for choice in _AUTO[1:])]))
         if plans[0].num_devices == plans[0].dp:
             plans = plans[:1]  # with one device a prompt the plans are the same
         elif parallel.plan == "auto":
-            plans.append(plan_of(_FRUGAL))
+            plans.append(self.plan(parallel, _FRUGAL))
         tried: dict[ParallelPlan, dict[str, Any]] = {}
         refused: dict[str, str] = {}
         for plan in plans if "denoise" in stages else ():
             if not (tried and plan.gathers_weights):
                 try:
-                    tried[plan] = self._run("denoise", plan)
+                    tried[plan] = self.stage("denoise", plan)
                 except PipelineError as error:
                     refused[str(plan)] = str(error)
         best = min(tried, key=lambda plan: tried[plan]["time_s"], default=plans[0])
@@ -99,13 +99,30 @@ class Predictor:
                 failures[stage], refused = "; ".join(refused.values()), {}
                 continue
             try:
-                results[stage] = tried[best] if stage == "denoise" else self._run(stage, best)
+                results[stage] = tried[best] if stage == "denoise" else self.stage(stage, best)
             except PipelineError as error:
                 failures[stage] = str(error)
         if not results:
             raise PipelineError("; ".join(failures.values()))
         others = {str(plan): result["time_s"] for plan, result in tried.items() if plan != best} | refused
         return VideoPrediction(best, results, others, failures)
+
+    def plan(self, parallel: ParallelOptions, choice: ParallelOptions | None = None) -> ParallelPlan:
+        """Return the plan of `parallel` on the topology, the first that is tried where that leaves it open.
+
+        choice: how a step is shared, on the devices and prompts of `parallel`. Raises RequestError as `predict` does.
+        """
+        try:
+            device, name = parse_topology(self.topology)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
+        num_heads = self.configs["transformer"]["num_attention_heads"]
+        choice = choice or (_AUTO[0] if parallel.plan == "auto" else parallel)
+        choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
+        plan = resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
+        check_quantization(self.request.quantization, plan)
+        return plan
 
     def step(
         self, like: ParallelPlan, parallel: ParallelOptions, work: StepWork
@@ -118,22 +135,52 @@ class Predictor:
         as_like = "auto" if parallel.plan == "auto" and like.splits_sequence else like.plan  # twice a prompt's devices
         choice = dataclasses.replace(parallel, plan=as_like, weights=like.weights)
         plan = resolve_plan(choice, like.num_devices, guided, num_heads)
-        return plan, self._run("denoise", plan, work)
+        return plan, self.stage("denoise", plan, work)
 
-    def _run(self, stage: Stage, plan: ParallelPlan, work: StepWork = EVERYTHING) -> dict[str, Any]:
+    def stage(
+        self, stage: Stage, plan: ParallelPlan, work: StepWork = EVERYTHING, short_attention: bool = False
+    ) -> dict[str, Any]:
+        """Return the prediction of a stage with a plan, from the cache or compiled now.
+
+        work, short_attention: of a denoising step, see `StageJob`. Raises PipelineError where it does not compile or
+        fit, UserError for compiler options that libtpu refuses.
+        """
         device, _ = parse_topology(self.topology)
         denoise = stage == "denoise"
         kind = "" if work == EVERYTHING else f", {work}"
-        self.say(f"{stage}: compiling for {self.topology}" + (f", {plan}{kind}" if denoise else ""))
-        options = dict(self.compiler_options)
-        job = StageJob(stage, self.topology, plan, self.request, self.configs, options, self.reuse, work)
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = Runner(Path(folder)).run(
-                "pipeline.predict.jobs:predict_stage",
-                dataclasses.asdict(job),
-                timeout_s=self.timeout_s,
-                variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
-            )
+        what = f"{stage}: compiling for {self.topology}" + (f", {plan}{kind}" if denoise else "")
+        job = StageJob(
+            stage,
+            self.topology,
+            plan,
+            self.request,
+            self.configs,
+            dict(self.compiler_options),
+            self.reuse,
+            work,
+            dict(self.step_options) if self.step_options is not None else None,
+            short_attention,
+        )
+        payload = dataclasses.asdict(job)
+
+        def compile_now() -> Outcome:
+            self.say(what)
+            with tempfile.TemporaryDirectory() as folder:
+                return Runner(Path(folder)).run(
+                    JOB,
+                    payload,
+                    timeout_s=self.timeout_s,
+                    variables=lambda job_dir: worker_environment(device, job_dir / "dump"),
+                )
+
+        if self.cache is None:
+            outcome = compile_now()
+        else:
+            # A prediction is of the sizes, not of what the video shows.
+            asked = payload | {"request": payload["request"] | {"prompt": "", "negative_prompt": "", "seed": 0}}
+            outcome, was_there = self.cache.outcome(JobCache.key(JOB, asked, self._dependencies()), compile_now)
+            if was_there:
+                self.say(f"{what}: on record, of the same sources and versions")
         where = f"{stage} on {self.topology}" + (f" with {plan}" if denoise else "")
         if outcome.status == Status.OUT_OF_MEMORY:
             raise PipelineError(
@@ -145,3 +192,23 @@ class Predictor:
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}
+
+    def _dependencies(self) -> dict[str, Any]:
+        """Return what a prediction depends on besides the job: versions, flags, and hashes of sources and entries."""
+        folders = (tuned.TUNED_DIR, tuned.user_dir())
+        files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+        if self.step_options is None:
+            files.append(step_options.SHIPPED)
+        else:
+            files = [path for path in files if path != step_options.user_path()]
+        return _code() | {"entries": [stable_hash(path.read_text()) for path in files if path.is_file()]}
+
+
+@functools.cache
+def _code() -> dict[str, Any]:
+    captured = environment(SOURCES)
+    return {
+        "versions": package_versions((*COMPILER_PACKAGES, "torch", "torchax", "diffusers", "transformers")),
+        "flags": {name: value for name, value in captured.flags.items() if name != "JAX_PLATFORMS"},
+        "sources": [captured.kernel_hash, captured.backend_hash],
+    }

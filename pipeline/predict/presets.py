@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.checks import check_request, part_configs
+from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.checkpoints.magcache import ratios_path
 from pipeline.model.denoise_step import EVERYTHING, Reuse, StepWork
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor, VideoPrediction
+from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.models import current_id
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import GenerateRequest
-from pipeline.requests.reuse import REPORTED_FRACTIONS
+from pipeline.requests.request import GenerateRequest, to_request
+from pipeline.requests.reuse import PRESETS, REPORTED_FRACTIONS
 from pipeline.stages.presets import base_checkpoint, settle, settle_parallel
 from pipeline.stages.step_schedule import StepSchedule, embed_timesteps, step_schedule, with_prompts
 from splash_workbench.records.jsonl import decode, encode
@@ -32,6 +34,9 @@ from splash_workbench.records.prediction import (
     StepKind,
 )
 
+#: All presets of quality.
+ALL = "all"
+
 
 @dataclasses.dataclass(frozen=True)
 class PresetSteps:
@@ -40,6 +45,45 @@ class PresetSteps:
     request: GenerateRequest
     schedule: StepSchedule
     note: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """What a command line asks for, without weights.
+
+    presets: by quality, the first decides what they share. refused: why others are not known. configs: of the
+    checkpoint's parts; source: where they are from.
+    """
+
+    presets: Mapping[str, PresetSteps]
+    refused: Sequence[str]
+    configs: Mapping[str, Any]
+    source: str
+
+    @property
+    def first(self) -> PresetSteps:
+        """Return the first preset."""
+        return next(iter(self.presets.values()))
+
+
+def video_of(settings: GenerateConfig, quality: str) -> Video:
+    """Return the video of a command line with a preset of quality, or ALL of them. Raises RequestError."""
+    names = tuple(PRESETS) if quality == ALL else (quality,)
+    # How long the prompt is makes no difference: it is padded.
+    request = to_request(dataclasses.replace(settings, quality=names[0], prompt=settings.prompt or "any"))
+    cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
+    found: list[Checkpoint] = []
+
+    def find() -> Checkpoint:
+        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
+        return found[0]
+
+    configs, source = part_configs(request.checkpoint, find)
+    if TransformerShape.from_config(configs["transformer"]).takes_image:
+        request = dataclasses.replace(request, image="any")
+    check_request(request, configs)
+    presets, refused = settle_presets(request, names, configs, found[0] if found else None)
+    return Video(presets, refused, configs, source)
 
 
 def preset_steps(
@@ -177,6 +221,7 @@ def _preset(
             breakdown_s=result.breakdown_s,
             peak_hbm_bytes=result.peak_hbm_bytes,
             compile_cpu_s=result.compile_cpu_s,
+            step_options=result.step_options,
         )
         for work, result in kinds.items()
     )

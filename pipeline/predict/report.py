@@ -12,7 +12,7 @@ from offline_tpu.compile import parse_topology
 from offline_tpu.options import options_text
 from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from pipeline.model.sharding import ParallelPlan
-from pipeline.predict.planner import VideoPrediction
+from pipeline.predict.planner import SOURCES, VideoPrediction
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
 from splash_workbench.profiles import sessions
@@ -31,7 +31,6 @@ from splash_workbench.records.prediction import (
 )
 from splash_workbench.trial_status import Label
 
-_SOURCES = (*offline_tpu.SOURCES, "pipeline/model/*.py", "pipeline/stages/*.py")
 _OTHER_END = "where every head needs the online softmax"
 
 #: Of the published CogVideoX TPU nodes (yangwhale/ComfyUI-CogVideoX-TPU) on a v6e-8 at 1280x720, 81 frames, 50 steps.
@@ -102,7 +101,7 @@ def make_report(
         reported=REPORTED_SEED if is_reported else None,
         presets=dict(presets or {}),
         notes=tuple(notes),
-        environment=libtpu.with_compiler(environment(_SOURCES)),
+        environment=libtpu.with_compiler(environment(SOURCES)),
     )
 
 

@@ -74,8 +74,12 @@ def denoise_program(
     devices: Sequence[jax.Device],
     reuse: Reuse = NOTHING,
     work: StepWork = EVERYTHING,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> tuple[Program, DenoiseStep]:
-    """Return one denoising step, and what it was made from. configs: of the checkpoint's parts."""
+    """Return one denoising step, and what it was made from.
+
+    configs: of the checkpoint's parts. compiler_options: see `DenoiseStep`.
+    """
     config = configs["transformer"]
     dtype = jnp.dtype(request.dtype)
     module: Any = build_module("transformer", config, getattr(torch, request.dtype))
@@ -92,7 +96,7 @@ def denoise_program(
         noisy=step_table(scheduler, request.num_inference_steps).needs_noise,
         reuse=reuse,
     )
-    step = dataclasses.replace(step, work=work)
+    step = dataclasses.replace(step, work=work, compiler_options=compiler_options)
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
     weights = abstract_weights(shapes, dtype, plan, step.mesh, request.int8_linears)
     arguments = (weights, *abstract_arguments(step, module.config, dtype))

@@ -46,7 +46,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
       peak_hbm_bytes, hbm_bytes: the most that is in use, and what the chip has.
       hbm_traffic_bytes, link_bytes: moved through HBM, and over the busiest link.
       compile_time_s, compile_cpu_s, compile_peak_rss_bytes, wall_time_s: what compiling took here, and its worker.
-      flops, mfu_fraction, num_layers, attention: of a denoising step.
+      flops, mfu_fraction, num_layers, attention: of a denoising step. step_options: flags of libtpu that it has.
       calls: how often the stage runs this program.
       ops, collectives, timeline: parts of the prediction; not kept in predict.jsonl.
     """
@@ -67,6 +67,7 @@ class StagePrediction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     mfu_fraction: float | None = None
     num_layers: int | None = None
     attention: Attention | None = None
+    step_options: dict[str, str] = msgspec.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     calls: int | None = None
     programs: tuple["StagePrediction", ...] = ()
@@ -85,7 +86,7 @@ class StepKind(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
       work: in words, "computed" or "reused", and of which prompts. count: how many there are.
-      time_s, interval_s, breakdown_s, peak_hbm_bytes, compile_cpu_s: as of StagePrediction, of one of them.
+      time_s, interval_s, breakdown_s, peak_hbm_bytes, compile_cpu_s, step_options: as of StagePrediction, of one.
     """
 
     work: str
@@ -95,6 +96,7 @@ class StepKind(msgspec.Struct, frozen=True, kw_only=True):
     breakdown_s: dict[str, float]
     peak_hbm_bytes: int
     compile_cpu_s: float
+    step_options: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class PresetPrediction(msgspec.Struct, frozen=True, kw_only=True):

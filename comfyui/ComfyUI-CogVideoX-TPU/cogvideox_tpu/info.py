@@ -112,9 +112,10 @@ def _predicted_step(
     from offline_tpu.machine.devices import by_name
     from pipeline.predict.planner import Predictor
     from pipeline.requests.errors import PipelineError, RequestError
+    from splash_workbench.workers.cache import JobCache
 
     topology = f"{by_name(device).name}-{num_devices}"
-    predictor = Predictor(topology, request, configs, _TIMEOUT_S, say)
+    predictor = Predictor(topology, request, configs, _TIMEOUT_S, say, cache=JobCache.of_user(True))
     try:
         prediction = predictor.predict(("denoise",), parallel)
     except RequestError:

@@ -9,10 +9,12 @@ import pytest
 from helpers import PLENTY_S
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
+from pipeline.model import step_options
 from pipeline.model.denoise_step import EVERYTHING
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
+from pipeline.predict import planner
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Predictor, VideoPrediction
 from pipeline.predict.report import make_report, markdown_table, print_report
@@ -22,6 +24,9 @@ from pipeline.requests.request import AttentionOptions, GenerateRequest
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import PredictionRecord
+from splash_workbench.trial_status import Status
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import Outcome
 
 REPO = Path(__file__).parents[3]
 FULL = {"checkpoint": "zai-org/CogVideoX1.5-5B", "height": 720, "width": 1280, "num_frames": 81}
@@ -139,7 +144,7 @@ def test_predictor_goes_on_after_a_stage_that_does_not_fit(monkeypatch, request_
             raise PipelineError(f"{stage} {plan}: does not fit")
         return _denoise(0.9)
 
-    monkeypatch.setattr(Predictor, "_run", run)
+    monkeypatch.setattr(Predictor, "stage", run)
     predictor = Predictor("v6e-8", request_of(), configs, timeout_s=1, say=lambda text: None)
     outcome = predictor.predict(["text", "denoise", "vae"], ParallelOptions())
     assert outcome.plan.plan == "megatron"
@@ -166,7 +171,7 @@ def test_auto_tries_what_takes_so_many_devices(monkeypatch, request_of, topology
         tried.append(str(plan))
         return _denoise(0.9)
 
-    monkeypatch.setattr(Predictor, "_run", run)
+    monkeypatch.setattr(Predictor, "stage", run)
     predictor = Predictor(topology, request_of(), configs, timeout_s=1, say=lambda text: None)
     outcome = predictor.predict(["denoise"], ParallelOptions())
     assert tried == expected and str(outcome.plan) == expected[0]
@@ -222,6 +227,58 @@ def test_an_unknown_topology_is_refused(topology, request_of):
     predictor = Predictor(topology, request_of(), configs, timeout_s=1, say=lambda text: None)
     with pytest.raises(RequestError, match=rf"^topology='{topology}': (not supported: .*; )?expected"):
         predictor.predict(["denoise"], ParallelOptions())
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Lets every job take no time; the payloads of those that ran."""
+    ran = []
+
+    def run(self, target, payload, **more):
+        ran.append(payload)
+        status = Status.TIMEOUT if payload["stage"] == "vae" else Status.OK
+        return Outcome(status, _denoise(0.9), None, "", 0.0)
+
+    monkeypatch.setattr(planner.Runner, "run", run)
+    return ran
+
+
+def test_what_was_compiled_is_not_compiled_again(compiled, request_of, tmp_path):
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
+    plan, said = ParallelPlan("ulysses", 2, 4), []
+
+    def predictor(**changes) -> Predictor:
+        cache = JobCache(tmp_path)
+        return Predictor("v6e-8", request_of(**changes), configs, 1.0, said.append, cache=cache)
+
+    first = predictor().stage("denoise", plan)
+    again = predictor(prompt="another", seed=8).stage("denoise", plan)
+    assert first["time_s"] == again["time_s"] == 0.9 and len(compiled) == 1
+    assert said[0].startswith("denoise: compiling for v6e-8") and "on record" in said[1]
+    predictor().stage("denoise", plan, short_attention=True)
+    predictor(height=64).stage("denoise", plan)
+    dataclasses.replace(predictor(), compiler_options={"xla_a": "1"}).stage("denoise", plan)
+    dataclasses.replace(predictor(), step_options={"xla_a": "1"}).stage("denoise", plan)
+    predictor().stage("denoise", ParallelPlan("megatron", 2, 4))
+    assert len(compiled) == 6
+    for count in (7, 8):  # that time ran out says nothing of the next time
+        with pytest.raises(PipelineError, match="timeout"):
+            predictor().stage("vae", plan)
+        assert len(compiled) == count
+
+
+def test_an_entry_of_compiler_options_is_compiled_anew(compiled, request_of, tmp_path):
+    configs, _ = part_configs(FULL["checkpoint"], lambda: pytest.fail("nothing is to be fetched"))
+    predictor = Predictor("v6e-8", request_of(), configs, 1.0, lambda text: None, cache=JobCache(tmp_path))
+    given = dataclasses.replace(predictor, step_options={"xla_a": "1"})
+    plan = ParallelPlan("ulysses", 2, 4)
+    predictor.stage("denoise", plan)
+    given.stage("denoise", plan)
+    step_options.user_path().parent.mkdir(parents=True, exist_ok=True)
+    step_options.user_path().write_text("{}")
+    predictor.stage("denoise", plan)
+    given.stage("denoise", plan)  # goes by no entry
+    assert len(compiled) == 3
 
 
 @pytest.mark.slow("2 min")

@@ -72,7 +72,7 @@ def test_a_local_checkpoint_is_read():
 class _Played(Predictor):
     """Answers with times of its own instead of compiling."""
 
-    def _run(self, stage, plan, work=StepWork()):  # type: ignore[no-untyped-def] # noqa: B008
+    def stage(self, stage, plan, work=StepWork()):  # type: ignore[no-untyped-def] # noqa: B008
         if plan.dp == 1 and not work.negative:
             self.say("asked for a step without the negative prompt")
         time_s = (1.0 if work.blocks else 0.01) * (1.0 if work.negative else 0.5)
@@ -110,7 +110,7 @@ def test_a_total_is_the_sum_over_kinds(request_of_5b, configs):
 
 def test_a_preset_that_does_not_fit_is_a_note(request_of_5b, configs):
     class Full(_Played):
-        def _run(self, stage, plan, work=StepWork()):  # type: ignore[no-untyped-def] # noqa: B008
+        def stage(self, stage, plan, work=StepWork()):  # type: ignore[no-untyped-def] # noqa: B008
             raise PipelineError("does not fit")
 
     settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None)

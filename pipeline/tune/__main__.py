@@ -1,0 +1,228 @@
+"""Command line: `python -m pipeline.tune topology=v6e-8`. The fastest compiler options of a denoising step."""
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from offline_tpu import libtpu
+from offline_tpu.options import checked_options, options_text
+from pipeline.model import step_options
+from pipeline.model.denoise_step import EVERYTHING, StepWork
+from pipeline.model.sharding import ParallelPlan
+from pipeline.model.step_options import Entry, StepCall
+from pipeline.predict.planner import SOURCES, Predictor
+from pipeline.predict.presets import ALL, PresetSteps, Video, video_of
+from pipeline.requests.config import GenerateConfig
+from pipeline.requests.errors import PipelineError, RequestError
+from pipeline.requests.options import ParallelOptions, to_parallel
+from pipeline.requests.request import AttentionOptions
+from pipeline.runs.records import environment
+from pipeline.stages.presets import settle_parallel
+from pipeline.tune.search import SPACE, Found, most_trials, search
+from splash_workbench import cli
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import require_writable
+from splash_workbench.provenance import Environment
+from splash_workbench.records import jsonl
+from splash_workbench.records.base import utc_now
+from splash_workbench.records.jsonl import decode, encode
+from splash_workbench.records.step_search import StepSearchRecord, TriedOptions
+from splash_workbench.trial_status import Label
+from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.room import check_timeout_s, worker_count
+
+#: Where an entry goes, by `promote`.
+_PATHS: dict[Any, Callable[[], Path] | None] = {
+    True: step_options.user_path,
+    "shipped": lambda: step_options.SHIPPED,
+    False: None,
+}
+
+
+@dataclasses.dataclass
+class TuneConfig(GenerateConfig):
+    """Keys of the command line: those of generate, and these."""
+
+    topology: str = "v6e-8"
+    timeout_s: float = 1200.0
+    space: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results_path: str | None = None
+    quality: str = ALL
+    promote: Any = True
+    reuse: bool = True
+    workers: int | None = None
+
+
+_UNUSED = (
+    *("prompt", "prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
+    *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
+    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*", "engine*", "stages", "fps", "seed"),
+    *("negative_prompt", "profile", "profile_run", "logdir"),
+)
+
+
+@cli.command("tune", TuneConfig, unused=_UNUSED, free=("space",))
+def main(settings: TuneConfig) -> int:
+    """Run the command; return its exit code."""
+    from_config(lambda: check_timeout_s(settings.timeout_s))
+    workers = from_config(lambda: worker_count(settings.workers))
+    if settings.promote not in _PATHS:
+        raise RequestError(f"promote={settings.promote!r}: expected true, false or shipped")
+    if (path_of := _PATHS[settings.promote]) is not None:
+        require_writable(f"promote={settings.promote}", path_of().parent)
+    space = dict(SPACE) | from_config(lambda: _checked_space(settings.space))
+    video = video_of(settings, settings.quality)
+    cache = JobCache.of_user(settings.reuse)
+    captured = libtpu.with_compiler(environment(SOURCES))
+    done: set[tuple[str, str, bool, AttentionOptions]] = set()
+    for name, preset in video.presets.items():
+        for work, plan, predictor in _kinds(settings, video, preset, cache):
+            request = predictor.request
+            if (same := (str(plan), str(work), request.int8_linears, request.attention)) in done:
+                continue
+            done.add(same)
+            kind = _Kind(predictor, plan, work, most_trials(space))
+            print(f"quality={name}, {work}: {plan} on {settings.topology}", flush=True)
+            found = search(kind.try_options, step_options.default(request.int8_linears), space, workers)
+            if found.winner.time_s is None or kind.call is None:
+                raise PipelineError(f"{found.default.error}")
+            kept = _keep(settings.promote, kind.call, found, captured)
+            _print_result(found, kept)
+            if settings.results_path is not None:
+                record = _record(settings.topology, preset, kind.call, found, captured, kept)
+                jsonl.append(Path(settings.results_path), record)
+    for text in (*video.refused, cache.trouble if cache is not None else None):
+        if text:
+            print(text, file=sys.stderr)
+    return 0
+
+
+def _checked_space(space: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the flags of a command line with their values as text. Raises ValueError."""
+    checked = {}
+    for flag, values in space.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"space.{flag}={values!r}: expected a list of values, as [true,false].")
+        checked[flag] = tuple(checked_options({flag: value})[flag] if value != "" else "" for value in values)
+    return checked
+
+
+def _kinds(
+    settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None
+) -> Iterator[tuple[StepWork, ParallelPlan, Predictor]]:
+    """Yield the kinds of steps of a preset that run the transformer's blocks, each with its plan."""
+    base = Predictor(
+        topology=settings.topology,
+        request=preset.request,
+        reuse=preset.schedule.reuse,
+        configs=video.configs,
+        timeout_s=settings.timeout_s,
+        say=lambda text: None,
+        cache=cache,
+    )
+    parallel: ParallelOptions = settle_parallel(to_parallel(settings), preset.request)
+    plan = base.plan(parallel)
+    for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
+        if work.blocks:
+            yield work, plan, base
+
+
+class _Kind:
+    """One kind of step: tries options and says what became of them."""
+
+    def __init__(self, predictor: Predictor, plan: ParallelPlan, work: StepWork, most: int) -> None:
+        self._predictor, self._plan, self._work, self._most = predictor, plan, work, most
+        self._start, self._count, self._lock = time.monotonic(), 0, threading.Lock()
+        self._first_s: float | None = None
+        #: What the step is, once one was compiled.
+        self.call: StepCall | None = None
+
+    def try_options(self, options: Mapping[str, str], short_attention: bool) -> TriedOptions:
+        """Return what becomes of the step with these options. Raises UserError for flags that libtpu refuses."""
+        predictor = dataclasses.replace(self._predictor, step_options=dict(options))
+        try:
+            result = predictor.stage("denoise", self._plan, self._work, short_attention)
+            self.call = decode(result["step_call"], StepCall)
+            tried = decode(result | {"options": dict(options), "short_attention": short_attention}, TriedOptions)
+        except PipelineError as error:
+            text = str(error).partition("\n")[0]
+            tried = TriedOptions(options=dict(options), short_attention=short_attention, error=text)
+        self._say(tried)
+        return tried
+
+    def _say(self, tried: TriedOptions) -> None:
+        with self._lock:
+            self._count += 1
+            took_s = time.monotonic() - self._start
+            left_s = took_s / self._count * max(0, self._most - self._count)
+            shown = f"{tried.time_s:.4f} s" if tried.time_s is not None else f"no time ({tried.error})"
+            if tried.time_s is not None and tried.short_attention:
+                self._first_s = self._first_s or tried.time_s
+                shown += f" {tried.time_s / self._first_s - 1:+6.1%}"
+            how = "attention compiled short" if tried.short_attention else "compiled whole"
+            place = f"{self._count:2d} of at most {self._most}"
+            left = f"{took_s / 60:.0f} min so far, at most {left_s / 60:.0f} left"
+            print(f"  {place}: {shown}, {how}, {options_text(tried.options)}; {left}", flush=True)
+
+
+def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environment) -> str:
+    """Write the winner as an entry if it beats the default; return what was done, and why."""
+    winner, default = found.winner, found.default
+    path_of = _PATHS[promote]
+    if winner.time_s is None or winner is default:
+        return "not kept: nothing beats the default options"
+    if path_of is None:
+        return "not kept: promote=false"
+    if default.time_s is None:
+        return f"not kept: the default options have no time ({default.error})"
+    entry = Entry(
+        call=call,
+        options=winner.options,
+        label=Label.PREDICTED.value,
+        time_s=winner.time_s,
+        default_time_s=default.time_s,
+        versions=captured.compiler_versions,
+        source=captured.backend_hash,
+        created_at=utc_now(),
+    )
+    path = path_of()
+    try:
+        step_options.keep(path, entry)
+    except OSError as error:
+        raise UserError(f"{path.name}: the entry was not written ({error.strerror})") from error
+    return "kept as a shipped entry" if promote == "shipped" else "kept: every such step takes them from now on"
+
+
+def _print_result(found: Found, kept: str) -> None:
+    winner, default = found.winner, found.default
+    if winner.time_s is not None and default.time_s is not None:
+        print(f"  default: {default.time_s:.4f} s a step, {default.compile_cpu_s:.0f} CPU s to compile")
+        print(
+            f"  best:    {winner.time_s:.4f} s a step ({winner.time_s / default.time_s - 1:+.1%}), "
+            f"{winner.compile_cpu_s:.0f} CPU s to compile: {options_text(winner.options)}"
+        )
+    print(f"  {kept}; all times are predicted", flush=True)
+
+
+def _record(
+    topology: str, preset: PresetSteps, call: StepCall, found: Found, captured: Environment, kept: str
+) -> StepSearchRecord:
+    return StepSearchRecord(
+        label=Label.PREDICTED,
+        topology=topology,
+        request=encode(preset.request),
+        call=encode(call),
+        default=found.default,
+        winner=found.winner,
+        tried=found.tried,
+        kept=kept,
+        environment=captured,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
