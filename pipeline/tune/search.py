@@ -67,8 +67,10 @@ def search(
 
 def _with(options: Mapping[str, str], flag: str, values: Sequence[str]) -> Iterator[dict[str, str]]:
     for value in values:
-        others = {name: old for name, old in options.items() if name != flag}
-        yield others | {flag: value} if value else others
+        if value:
+            yield {**options, flag: value}
+        else:
+            yield {name: old for name, old in options.items() if name != flag}
 
 
 def _key(options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
