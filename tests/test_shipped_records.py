@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 
+from pipeline.model import step_options
 from splash_attn import tuned
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import PairRecord, QualityRecord
+from splash_workbench.records.step_search import StepSearchRecord
 from tuning.trials import contenders
 from tuning.trials.records import TRIALS_FILE, Trial
 
 RESULTS = Path(__file__).parent.parent / "results"
 KINDS: dict[str, type] = {
     "predict.jsonl": PredictionRecord,
+    "steps.jsonl": StepSearchRecord,
     "quality.jsonl": QualityRecord,
     "pairs.jsonl": PairRecord,
     "generate.jsonl": GenerationRecord,
@@ -40,6 +43,16 @@ def test_shipped_json_lines_are_read_and_survive_being_written_again(path: Path,
 def test_shipped_tuned_entries_are_read_as_they_are(path: Path) -> None:
     content = json.loads(path.read_text())
     assert [entry.to_dict() for entry in tuned.read_file(path).entries] == content["entries"]
+
+
+def test_shipped_compiler_options_are_the_winners_on_record() -> None:
+    won = {str(r.call): r.winner for r in jsonl.read(RESULTS / "steps.jsonl", StepSearchRecord)}
+    entries = step_options.read(step_options.SHIPPED)
+    assert entries
+    for entry in entries:
+        winner = won[str(jsonl.encode(entry.call))]
+        assert (entry.options, entry.time_s) == (winner.options, winner.time_s) and entry.time_s < entry.default_time_s
+        assert step_options.find(entry.call) == entry
 
 
 def _kept(fields: Any, record: Any) -> bool:

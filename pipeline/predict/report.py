@@ -213,6 +213,7 @@ def _print_stage(report: PredictionRecord, stage: str, result: StagePrediction) 
     print(
         f"    compiled in {result.compile_time_s:.0f} s ({result.compile_cpu_s:.0f} s of CPU) with "
         f"{result.compile_peak_rss_bytes / 1e9:.1f} GB of host memory"
+        + (f", {options_text(result.step_options)}" if result.step_options else "")
     )
     if result.mfu_fraction is not None and result.attention is not None:
         print(f"    MFU {result.mfu_fraction:.1%}; attention {result.attention.resolution}")

@@ -70,7 +70,7 @@ def main(settings: TuneConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
     workers = from_config(lambda: worker_count(settings.workers))
-    if settings.promote not in _PATHS:
+    if not isinstance(settings.promote, bool | str) or settings.promote not in _PATHS:
         raise RequestError(f"promote={settings.promote!r}: expected true, false or shipped")
     if (path_of := _PATHS[settings.promote]) is not None:
         require_writable(f"promote={settings.promote}", path_of().parent)

@@ -101,6 +101,7 @@ def test_flags_of_the_command_line_are_tried_too(stages, tune, tmp_path):
     ("argument", "said"),
     [
         ("promote=perhaps", "promote='perhaps': expected true, false or shipped"),
+        ("promote=[true]", "promote=[True]: expected true, false or shipped"),
         ("space.xla_tpu_rwb_fusion=false", "space.xla_tpu_rwb_fusion=False: expected a list of values"),
         ("space.9=[1]", "got '9'; expected a flag's name"),
         ("workers=0", "workers=0: expected at least 1"),
