@@ -17,7 +17,7 @@ import msgspec
 from pipeline.requests.errors import RequestError
 from splash_attn import tuned
 from splash_workbench.files import atomic_path
-from splash_workbench.provenance import package_versions
+from splash_workbench.provenance import package_versions, stable_hash
 
 #: The shipped entries.
 SHIPPED = Path(__file__).with_name("step_options.json")
@@ -83,6 +83,17 @@ def default(int8_linears: bool) -> dict[str, str]:
 def user_path() -> Path:
     """Return where the user's own entries are kept."""
     return tuned.user_dir() / SHIPPED.name
+
+
+def entry_hashes(step: bool = True) -> list[str]:
+    """Return hashes of all tuned entries, of the attention's blocks and of a step's compiler options.
+
+    They decide what a step is compiled to: hosts that share one must have the same. step: also those of a step.
+    """
+    folders = (tuned.TUNED_DIR, tuned.user_dir())
+    files = [path for folder in folders for path in sorted(folder.glob("*.json")) if path.name != SHIPPED.name]
+    files += [user_path(), SHIPPED] if step else []
+    return [stable_hash(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
 
 
 def read(path: Path) -> tuple[Entry, ...]:

@@ -20,9 +20,8 @@ from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.runs.records import environment
-from splash_attn import tuned
 from splash_workbench.errors import UserError
-from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, stable_hash
+from splash_workbench.provenance import COMPILER_PACKAGES, package_versions
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
@@ -178,7 +177,9 @@ class Predictor:
         else:
             # A prediction is of the sizes, not of what the video shows.
             asked = payload | {"request": payload["request"] | {"prompt": "", "negative_prompt": "", "seed": 0}}
-            outcome, was_there = self.cache.outcome(JobCache.key(JOB, asked, self._dependencies()), compile_now)
+            entries = step_options.entry_hashes(step=self.step_options is None) if denoise else []
+            key = JobCache.key(JOB, asked, _code() | {"entries": entries})
+            outcome, was_there = self.cache.outcome(key, compile_now)
             if was_there:
                 self.say(f"{what}: on record, of the same sources and versions")
         where = f"{stage} on {self.topology}" + (f" with {plan}" if denoise else "")
@@ -193,19 +194,10 @@ class Predictor:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}
 
-    def _dependencies(self) -> dict[str, Any]:
-        """Return what a prediction depends on besides the job: versions, flags, and hashes of sources and entries."""
-        folders = (tuned.TUNED_DIR, tuned.user_dir())
-        files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
-        if self.step_options is None:
-            files.append(step_options.SHIPPED)
-        else:
-            files = [path for path in files if path != step_options.user_path()]
-        return _code() | {"entries": [stable_hash(path.read_text()) for path in files if path.is_file()]}
-
 
 @functools.cache
 def _code() -> dict[str, Any]:
+    """Return what every prediction depends on besides its job: versions, flags, and hashes of sources."""
     captured = environment(SOURCES)
     return {
         "versions": package_versions((*COMPILER_PACKAGES, "torch", "torchax", "diffusers", "transformers")),

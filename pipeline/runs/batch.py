@@ -20,6 +20,7 @@ import jax
 
 from pipeline.checkpoints.checks import Configs, check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.model.step_options import entry_hashes
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
 from pipeline.requests.options import RunOptions
@@ -117,7 +118,7 @@ class Batch:
 
         With several processes whatever is no PipelineError ends the batch: the others may not have met it.
         """
-        check_same([item.run.described for item in self.items])
+        check_same([[item.run.described for item in self.items], entry_hashes()])
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:

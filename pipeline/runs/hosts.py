@@ -223,9 +223,9 @@ class Hosts:
 
 
 def check_same(described: Any) -> None:
-    """Raise RequestError on every process unless all have the same requests and weights, as they must to work together.
+    """Raise RequestError on every process unless all have described the same, as they must to work together.
 
-    described: JSON-able. All processes must call it.
+    described: requests, weights and tuned entries; JSON-able. All processes must call it.
     """
     if jax.process_count() == 1:
         return
@@ -234,8 +234,8 @@ def check_same(described: Any) -> None:
     found = np.flatnonzero(multihost_utils.process_allgather(different))
     if len(found):
         raise RequestError(
-            f"process {', '.join(map(str, found))} of {jax.process_count()} has another request, or other weights, "
-            "than process 0; expected the same command and the same files on every host"
+            f"process {', '.join(map(str, found))} of {jax.process_count()} has another request, other weights or "
+            "other tuned entries than process 0; expected the same command and the same files on every host"
         )
 
 

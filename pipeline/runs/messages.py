@@ -42,7 +42,7 @@ class Ready:
       errors: what is wrong with them, or with the slice; then the rest says nothing.
       finished: the result of each line that is there already.
       groups: of each line, equal where lines share what is loaded.
-      digest: of the lines, the weights, the devices and the versions; slices with equal ones make the same bits.
+      digest: of the lines, weights, devices, versions and tuned entries; slices with equal ones make the same bits.
     """
 
     where: str

@@ -12,6 +12,7 @@ import threading
 import jax
 
 from pipeline.checkpoints.loading import use_compilation_cache
+from pipeline.model.step_options import entry_hashes
 from pipeline.requests.request import Stage
 from pipeline.runs.batch import Batch, prepare
 from pipeline.runs.messages import Done, Job, Ready
@@ -53,7 +54,7 @@ class Slice:
         device = jax.devices()[0]
         devices = f"{jax.device_count()} x {device.device_kind}"
         described = [item.run.described for item in items]
-        text = json.dumps([described, devices, package_versions(PACKAGES)], sort_keys=True)
+        text = json.dumps([described, devices, package_versions(PACKAGES), entry_hashes()], sort_keys=True)
         groups = tuple(keys.index(key) for key in keys)
         return Ready(host, (), finished, groups, devices, hashlib.sha256(text.encode()).hexdigest())
 

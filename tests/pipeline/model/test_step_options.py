@@ -88,3 +88,11 @@ def test_entries_are_kept_side_by_side(shipped):
         step_options.keep(shipped, entry(call, options={"xla_a": str(call.num_devices)}))
     for call in calls:
         assert step_options.choose(call) == {"xla_a": str(call.num_devices)}
+
+
+def test_hosts_see_that_their_entries_differ(shipped):
+    before = step_options.entry_hashes()
+    assert step_options.entry_hashes() == before
+    step_options.keep(step_options.user_path(), entry())
+    assert step_options.entry_hashes() != before
+    assert step_options.entry_hashes(step=False) == before  # of the attention's blocks alone
