@@ -49,7 +49,7 @@ class TuneConfig(GenerateConfig):
 
     topology: str = "v6e-8"
     timeout_s: float = 1200.0
-    space: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     results_path: str | None = None
     quality: str = ALL
     promote: Any = True
@@ -65,7 +65,7 @@ _UNUSED = (
 )
 
 
-@cli.command("tune", TuneConfig, unused=_UNUSED, free=("space",))
+@cli.command("tune", TuneConfig, unused=_UNUSED, free=("flags",))
 def main(settings: TuneConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
@@ -74,7 +74,7 @@ def main(settings: TuneConfig) -> int:
         raise RequestError(f"promote={settings.promote!r}: expected true, false or shipped")
     if (path_of := _PATHS[settings.promote]) is not None:
         require_writable(f"promote={settings.promote}", path_of().parent)
-    space = dict(SPACE) | from_config(lambda: _checked_space(settings.space))
+    space = dict(SPACE) | from_config(lambda: _checked_flags(settings.flags))
     video = video_of(settings, settings.quality)
     cache = JobCache.of_user(settings.reuse)
     captured = libtpu.with_compiler(environment(SOURCES))
@@ -101,12 +101,12 @@ def main(settings: TuneConfig) -> int:
     return 0
 
 
-def _checked_space(space: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Return the flags of a command line with their values as text. Raises ValueError."""
     checked = {}
-    for flag, values in space.items():
+    for flag, values in flags.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"space.{flag}={values!r}: expected a list of values, as [true,false].")
+            raise ValueError(f"flags.{flag}={values!r}: expected a list of values, as [true,false].")
         checked[flag] = tuple(checked_options({flag: value})[flag] if value != "" else "" for value in values)
     return checked
 

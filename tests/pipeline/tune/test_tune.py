@@ -90,7 +90,7 @@ def test_each_kind_of_step_is_searched_once(stages, tune, tmp_path):
 
 def test_flags_of_the_command_line_are_tried_too(stages, tune, tmp_path):
     path = tmp_path / "steps.jsonl"
-    space = f"space={{{VMEM}:[45056,57344],xla_tpu_rwb_fusion:['',false]}}"
+    space = f"flags={{{VMEM}:[45056,57344],xla_tpu_rwb_fusion:['',false]}}"
     assert tune("quality=exact", f"results_path={path}", "promote=false", space)[0] == 0
     (record,) = jsonl.read(path, StepSearchRecord)
     assert {tried.options[VMEM] for tried in record.tried} == {"45056", "57344"}
@@ -102,8 +102,8 @@ def test_flags_of_the_command_line_are_tried_too(stages, tune, tmp_path):
     [
         ("promote=perhaps", "promote='perhaps': expected true, false or shipped"),
         ("promote=[true]", "promote=[True]: expected true, false or shipped"),
-        ("space.xla_tpu_rwb_fusion=false", "space.xla_tpu_rwb_fusion=False: expected a list of values"),
-        ("space.9=[1]", "got '9'; expected a flag's name"),
+        ("flags.xla_tpu_rwb_fusion=false", "flags.xla_tpu_rwb_fusion=False: expected a list of values"),
+        ("flags.9=[1]", "got '9'; expected a flag's name"),
         ("workers=0", "workers=0: expected at least 1"),
         ("topology=v6e-7", "topology='v6e-7': expected"),
         ("quality=best", "quality='best'"),
@@ -117,14 +117,14 @@ def test_bad_input_is_told_before_any_work(stages, tune, argument, said):
 
 def test_a_step_that_never_compiles_is_one_line(stages, tune, monkeypatch):
     monkeypatch.setattr(command.step_options, "DEFAULT", step_options.DEFAULT | {VMEM: "65536"})
-    code, _, error = tune("quality=exact", f"space.{VMEM}=[65536]", "promote=false")
+    code, _, error = tune("quality=exact", f"flags.{VMEM}=[65536]", "promote=false")
     assert code == 2 and "does not fit" in error and "Traceback" not in error
 
 
 @pytest.mark.slow("3 min")
 def test_the_command_compiles_a_small_step(tmp_path):
     path = tmp_path / "steps.jsonl"
-    arguments = [f"space.{VMEM}=[32768,65536]", "space.xla_tpu_enable_async_all_to_all=[true]", f"results_path={path}"]
+    arguments = [f"flags.{VMEM}=[32768,65536]", "flags.xla_tpu_enable_async_all_to_all=[true]", f"results_path={path}"]
     arguments += ["model=tiny", "topology=v6e-4", "quality=exact", "dtype=bfloat16", f"cache_dir={tmp_path}"]
     words = [sys.executable, "-m", "pipeline.tune", *arguments]
     done = subprocess.run(words, cwd=REPO_ROOT, capture_output=True, text=True, check=False, timeout=PLENTY_S)
