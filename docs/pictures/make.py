@@ -142,11 +142,13 @@ def heat_map() -> None:
 def plans() -> None:
     """Write plans.png: seconds a denoise step by plan and kind of work, beside what was reported."""
     runs = jsonl.read(ROOT / "results/predict.jsonl", PredictionRecord)
-    runs = [run for run in runs if run.video.checkpoint == "zai-org/CogVideoX1.5-5B"]
-    newest = {run.plan.plan: run for run in runs if run.other_plans or run.plan.plan == "seed_tp"}
+    size = ("zai-org/CogVideoX1.5-5B", "1280x720x81", "v6e-8")
+    runs = [run for run in runs if (run.video.checkpoint, run.video.size, run.topology) == size]
+    newest = {run.plan.plan: run for run in runs if run.step_time_s and not run.request.get("quantization")}
     ours, published = newest["ulysses"], newest["seed_tp"]
-    others = ours.other_plans.items()
-    megatron_s = next(t for plan, t in others if plan.startswith("megatron") and isinstance(t, float))
+    others = {plan.partition(" ")[0]: t for run in runs for plan, t in run.other_plans.items()}
+    megatron_s = others["megatron"]
+    assert isinstance(megatron_s, float)
     assert published.reported and published.step_time_s and published.step_time_own_kernel_s and ours.step_time_s
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     axes.barh(0, published.reported.step_time_s, color="white", edgecolor="black", hatch="///")
@@ -265,7 +267,8 @@ def _name_parts(axes: Axes, ops: list[dict[str, Any]], start_ms: float, stop_ms:
 def _stack(axes: Axes, row: int, breakdown_s: dict[str, float], kernel_extra_s: float = 0.0) -> None:
     left = 0.0
     if "attention_kernel" in breakdown_s:  # other kernels are those of norms
-        breakdown_s = {**breakdown_s, "elementwise": breakdown_s.get("kernel", 0.0), "kernel": 0.0}
+        of_norms_s = breakdown_s.get("elementwise", 0.0) + breakdown_s.get("kernel", 0.0)
+        breakdown_s = {**breakdown_s, "elementwise": of_norms_s, "kernel": 0.0}
     for kind, (colour, names) in KINDS.items():
         width = sum(time_s for name, time_s in breakdown_s.items() if name in names)
         width += kernel_extra_s if kind == "attention kernel" else 0.0
