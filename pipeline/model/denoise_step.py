@@ -106,11 +106,15 @@ class DenoiseStep:
 
     def jitted(self, weights: Mapping[str, Any]) -> Any:
         """Return `program` under jit, on TPUs with its compiler options; sample, old_x0 and kept donated."""
-        options: Mapping[str, str] = {}
-        if self.mesh.devices.flat[0].platform == "tpu":
-            chosen = self.compiler_options
-            options = chosen if chosen is not None else step_options.choose(self.call(weights))
-        return jax.jit(self.program(weights), donate_argnums=(1, 2, 10), compiler_options=dict(options) or None)
+        options = self.options(weights) or None
+        return jax.jit(self.program(weights), donate_argnums=(1, 2, 10), compiler_options=options)
+
+    def options(self, weights: Mapping[str, Any]) -> dict[str, str]:
+        """Return the compiler's options, none but on TPUs; of `weights` only the dtypes count."""
+        if self.mesh.devices.flat[0].platform != "tpu":
+            return {}
+        chosen = self.compiler_options
+        return dict(chosen if chosen is not None else step_options.choose(self.call(weights)))
 
     def call(self, weights: Mapping[str, Any]) -> step_options.StepCall:
         """Return what the tuned compiler options of a step go by; of `weights` only the dtypes count."""

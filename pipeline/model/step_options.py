@@ -25,7 +25,8 @@ _COMPILER = "libtpu"
 #: Predicted for v6e at 720p: products read their operands less often with more than libtpu's default (0.35 ms a layer),
 #: and the exchange of one of q, k, v runs beside the projection of another (0.75 ms a layer).
 DEFAULT = {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_enable_async_all_to_all": "true"}
-#: With more, the feed-forward's int8 product spills registers: as fast, but seven times as long to compile.
+#: With the default's 64 MiB a product of the feed-forward takes 145 CPU s to compile, 22 with this (measured; v6e, 9984
+#: rows), and the whole step is predicted to be no faster.
 INT8_DEFAULT = DEFAULT | {"xla_tpu_scoped_vmem_limit_kib": "40960"}
 
 

@@ -1,12 +1,12 @@
 """Command line: `python -m pipeline.predict topology=v6e-8`. What a video costs on chips that are not here."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 from offline_tpu.options import checked_options
-from pipeline.predict.planner import Predictor
 from pipeline.predict.presets import ALL, predict_presets, video_of
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
@@ -51,16 +51,9 @@ def main(settings: PredictConfig) -> int:
     first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)
     cache = JobCache.of_user(settings.reuse)
-    predictor = Predictor(
-        topology=settings.topology,
-        request=first.request,
-        reuse=first.schedule.reuse,
-        configs=video.configs,
-        timeout_s=settings.timeout_s,
-        say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
-        compiler_options=options,
-        cache=cache,
-    )
+    say = functools.partial(print, " ", file=sys.stderr, flush=True)
+    predictor = video.predictor(first, settings.topology, settings.timeout_s, say)
+    predictor = dataclasses.replace(predictor, compiler_options=options, cache=cache)
     prediction = predictor.predict(stages, parallel)
     presets, failed = predict_presets(video.presets, predictor, prediction, to_parallel(settings))
     notes = (*video.refused, *failed)

@@ -11,7 +11,6 @@ import jax
 
 from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
-from pipeline.model import step_options
 from pipeline.model.attention import resolve_attention
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
 from pipeline.model.latents import TokenLayout
@@ -104,9 +103,8 @@ def _denoise(job: StageJob) -> dict[str, Any]:
         return denoise_program(with_it, job.configs, plan, job.devices, job.reuse, job.work, job.step_options)
 
     program, step = make(on_tpu)
-    call = step.call(program.arguments[0])
-    own = job.step_options if job.step_options is not None else step_options.choose(call)
-    options = {**own, **job.compiler_options}
+    weights = program.arguments[0]
+    call, options = step.call(weights), step.options(weights) | job.compiler_options
     tokens, sizes = step.layout.tokens, step.shape
     num_prompts = len(request.prompts) if job.work.negative else 1
     groups = DeviceShare(plan, step.layout).head_groups(sizes.num_heads)  # a call each

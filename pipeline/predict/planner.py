@@ -149,16 +149,16 @@ class Predictor:
         kind = "" if work == EVERYTHING else f", {work}"
         what = f"{stage}: compiling for {self.topology}" + (f", {plan}{kind}" if denoise else "")
         job = StageJob(
-            stage,
-            self.topology,
-            plan,
-            self.request,
-            self.configs,
-            dict(self.compiler_options),
-            self.reuse,
-            work,
-            dict(self.step_options) if self.step_options is not None else None,
-            short_attention,
+            stage=stage,
+            topology=self.topology,
+            plan=plan,
+            request=self.request,
+            configs=self.configs,
+            compiler_options=dict(self.compiler_options),
+            reuse=self.reuse,
+            work=work,
+            step_options=dict(self.step_options) if self.step_options is not None else None,
+            short_attention=short_attention,
         )
         payload = dataclasses.asdict(job)
 

@@ -1,7 +1,7 @@
 """What each preset of quality costs: how many denoising steps run the transformer's blocks, and what a step takes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class Video:
     def first(self) -> PresetSteps:
         """Return the first preset."""
         return next(iter(self.presets.values()))
+
+    def predictor(self, preset: PresetSteps, topology: str, timeout_s: float, say: Callable[[str], None]) -> Predictor:
+        """Return what predicts the stages of one of the presets, see `Predictor`."""
+        return Predictor(topology, preset.request, self.configs, timeout_s, say, reuse=preset.schedule.reuse)
 
 
 def video_of(settings: GenerateConfig, quality: str) -> Video:

@@ -309,11 +309,12 @@ def _approximations(report: PredictionRecord) -> str:
 
 
 def _joined(before: PredictionRecord, report: PredictionRecord) -> PredictionRecord:
-    """Return the newer report with the stages that only the older one has."""
+    """Return the newer report with the stages and other plans that only the older one has."""
     times, stages = before.stage_times_s | report.stage_times_s, before.stages | report.stages
     return msgspec.structs.replace(
         report,
         presets=report.presets or before.presets,
+        other_plans=before.other_plans | report.other_plans,
         stage_times_s=times,
         stages=stages,
         step_time_s=before.step_time_s if report.step_time_s is None else report.step_time_s,

@@ -115,15 +115,8 @@ def _kinds(
     settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None
 ) -> Iterator[tuple[StepWork, ParallelPlan, Predictor]]:
     """Yield the kinds of steps of a preset that run the transformer's blocks, each with its plan."""
-    base = Predictor(
-        topology=settings.topology,
-        request=preset.request,
-        reuse=preset.schedule.reuse,
-        configs=video.configs,
-        timeout_s=settings.timeout_s,
-        say=lambda text: None,
-        cache=cache,
-    )
+    base = video.predictor(preset, settings.topology, settings.timeout_s, say=lambda text: None)
+    base = dataclasses.replace(base, cache=cache)
     parallel: ParallelOptions = settle_parallel(to_parallel(settings), preset.request)
     plan = base.plan(parallel)
     for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):

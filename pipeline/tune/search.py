@@ -1,4 +1,4 @@
-"""Search compiler options, one after the other: each value with the best of the others, while that brings anything."""
+"""Search compiler options, one flag after the other, each value with the best of the flags before."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -117,6 +117,9 @@ def test_the_table_has_a_line_for_every_plan_that_was_tried(request_of):
     lines = markdown_table([make_report(request, "v6e-8", outcome, "built in")]).splitlines()
     (megatron,) = [line for line in lines if "megatron" in line]
     assert "| 1.250 |" in megatron
+    again = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _denoise(0.8)}, {})  # of that plan alone
+    reports = [make_report(request, "v6e-8", each, "built in") for each in (outcome, again)]
+    assert megatron in markdown_table(reports).splitlines()
     assert not [line for line in lines if "sharded" in line]
 
 

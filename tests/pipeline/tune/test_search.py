@@ -14,8 +14,8 @@ FLAGS = {"memory": ("1", "2", "4", "8"), "overlap": ("true", "false"), "fuse": (
 class Compiler:
     """Steps take a second, more or less by what `seconds` says of a flag's value; None: it does not compile."""
 
-    def __init__(self, seconds: Mapping[tuple[str, str], float | None], whole: float = 0.0):
-        self.seconds, self.whole, self.asked = seconds, whole, []
+    def __init__(self, seconds: Mapping[tuple[str, str], float | None]):
+        self.seconds, self.asked = seconds, []
 
     def __call__(self, options: Mapping[str, str], short_attention: bool) -> TriedOptions:
         self.asked.append((dict(options), short_attention))
@@ -23,7 +23,7 @@ class Compiler:
         fields = {"options": dict(options), "short_attention": short_attention}
         if None in parts:
             return TriedOptions(**fields, error="does not fit")
-        return TriedOptions(**fields, time_s=1.0 + sum(parts) + (0 if short_attention else self.whole))
+        return TriedOptions(**fields, time_s=1.0 + sum(parts))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
