@@ -35,6 +35,7 @@ def make_record(
         environment=environment(),
         request=dataclasses.asdict(request),
         attention=denoise.get("attention"),
+        compiler_options=denoise.get("compiler_options"),
         parallel=denoise.get("parallel"),
         resumed_at_step=denoise.get("resumed_at_step"),
         stages={timing.stage: decode(encode(timing), StageTimes) for timing in timings if not timing.reused},

@@ -154,8 +154,11 @@ class RequestRun:
         if options.preview_every and clock:
             clock.progress = PreviewWriter(self.run_dir, options.preview_every, clock.progress, context.checkpoint)
         moments = self._encode_source(context, stages)
-        return {"latents": stages.denoise(context, embeddings, None, state_file, moments)}, {
-            "attention": stages.loaded("denoise", context).describe_attention(self.request, embeddings.shape[1]),
+        latents = stages.denoise(context, embeddings, None, state_file, moments)
+        denoiser = stages.loaded("denoise", context)
+        return {"latents": latents}, {
+            "attention": denoiser.describe_attention(self.request, embeddings.shape[1]),
+            "compiler_options": denoiser.compiler_options,
             "parallel": plan,
             "resumed_at_step": state_file.resumed_at_step,
         }

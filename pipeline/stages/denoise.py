@@ -52,6 +52,8 @@ class Denoiser:
         self.module, self.weights = placed.module, placed.weights
         #: The checkpoint's own, [1, tokens, channels]; None where positions are computed.
         self.positions = placed.positions
+        #: Of the kinds of steps of the last request, in words, what each is compiled with; empty but on TPUs.
+        self.compiler_options: dict[str, dict[str, str]] = {}
         self._compiled: dict[Any, Any] = {}
 
     def denoise(
@@ -71,6 +73,7 @@ class Denoiser:
         moments: of the request's image or video, see `VaeEncoder.encode`.
         Raises NonFiniteError, and whatever the clock's `progress` raises, which is called once a step.
         """
+        self.compiler_options = {}
         clock = clock or StageClock("denoise")
         return DenoiseLoop(self, request, embeddings, clock, latents, state_file, moments).run()
 
@@ -97,6 +100,7 @@ class Denoiser:
 
     def program(self, step: DenoiseStep, arguments: tuple[Any, ...], clock: StageClock) -> Any:
         """Return the step compiled for arguments after the weights, from before where there is one."""
+        self.compiler_options[str(step.work)] = step.options(self.weights)
         kind = step.layout, step.guided, step.noisy, step.reuse, step.work
         key = (*kind, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments)))
         if key not in self._compiled:

@@ -29,6 +29,7 @@ class GenerationRecord(PipelineRecord, frozen=True, kw_only=True):
 
     Attributes:
       attention, parallel: of the denoise stage, None where there is no output of it.
+      compiler_options: likewise, flags of libtpu by kind of step ("computed", "reused", ...); none but on TPUs.
       resumed_at_step: the denoising step after which this run resumed; its step times are those of all runs.
       stages: by name; without those that were reused.
     """
@@ -37,6 +38,7 @@ class GenerationRecord(PipelineRecord, frozen=True, kw_only=True):
     record_id: str = msgspec.field(default_factory=new_id)
     device: Devices
     attention: dict[str, Any] | None = None
+    compiler_options: dict[str, dict[str, str]] | None = None
     parallel: dict[str, Any] | None = None
     resumed_at_step: int | None = None
     stages: dict[str, StageTimes]

@@ -38,6 +38,7 @@ def test_what_a_run_leaves(finished):
     assert record["label"] == "measured"
     assert record["device"]["platform"] == "cpu"
     assert record["attention"]["implementation"] == "xla"
+    assert record["compiler_options"] == {"computed": {}}  # a CPU has none
     assert record["request"]["num_inference_steps"] == 2
     assert {"jax", "torch", "diffusers"} <= set(record["environment"]["versions"])
     assert list(record["stages"]) == list(STAGES)

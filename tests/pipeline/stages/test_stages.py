@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from helpers import PLENTY_S
+from pipeline.model.denoise_step import DenoiseStep
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.vae.decoder import DecoderShape
 from pipeline.requests.errors import NonFiniteError
@@ -256,6 +257,14 @@ def test_a_second_start_finds_its_programs_compiled(tiny_folder, tmp_path):
     assert "cache_hits" not in first
     assert second["cache_hits"] >= 1
     assert second["embeddings"] == first["embeddings"]
+
+
+def test_a_denoiser_knows_the_compiler_options_of_the_last_requests_steps(encoder, denoiser, request_of, monkeypatch):
+    """Also of steps that were compiled for a request before."""
+    denoiser.denoise(request_of(), _embeddings(encoder, request_of()))
+    monkeypatch.setattr(DenoiseStep, "options", lambda step, weights: {"flag": str(step.guided)})
+    denoiser.denoise(request_of(), _embeddings(encoder, request_of()))
+    assert denoiser.compiler_options == {"computed": {"flag": "True"}}
 
 
 def test_progress_hears_every_step_and_may_interrupt(encoder, denoiser, request_of):
