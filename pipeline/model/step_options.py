@@ -54,7 +54,7 @@ class StepCall:
 class Entry:
     """The fastest compiler options known of a step.
 
-    label: how time_s and default_time_s (with `default`) were got. versions: of compiler and libraries.
+    label: how time_s and default_time_s were got, the latter with `default`; None where that does not compile. versions: of compiler and libraries.
     source: a hash of the model's and the kernel's sources. created_at: UTC, ISO 8601.
     """
 
@@ -62,7 +62,7 @@ class Entry:
     options: dict[str, str]
     label: str
     time_s: float
-    default_time_s: float
+    default_time_s: float | None
     versions: dict[str, str]
     source: str
     created_at: str

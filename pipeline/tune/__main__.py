@@ -170,8 +170,6 @@ def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environme
         return "not kept: nothing beats the default options"
     if path_of is None:
         return "not kept: promote=false"
-    if default.time_s is None:
-        return f"not kept: the default options have no time ({default.error})"
     entry = Entry(
         call=call,
         options=winner.options,
@@ -192,12 +190,17 @@ def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environme
 
 def _print_result(found: Found, kept: str) -> None:
     winner, default = found.winner, found.default
-    if winner.time_s is not None and default.time_s is not None:
+    assert winner.time_s is not None  # without one the command ended before
+    gain = ""
+    if default.time_s is None:
+        print(f"  default: no time ({default.error})")
+    else:
         print(f"  default: {default.time_s:.4f} s a step, {default.compile_cpu_s:.0f} CPU s to compile")
-        print(
-            f"  best:    {winner.time_s:.4f} s a step ({winner.time_s / default.time_s - 1:+.1%}), "
-            f"{winner.compile_cpu_s:.0f} CPU s to compile: {options_text(winner.options)}"
-        )
+        gain = f" ({winner.time_s / default.time_s - 1:+.1%})"
+    print(
+        f"  best:    {winner.time_s:.4f} s a step{gain}, "
+        f"{winner.compile_cpu_s:.0f} CPU s to compile: {options_text(winner.options)}"
+    )
     print(f"  {kept}; all times are predicted", flush=True)
 
 

@@ -121,6 +121,19 @@ def test_a_step_that_never_compiles_is_one_line(stages, tune, monkeypatch):
     assert code == 2 and "does not fit" in error and "Traceback" not in error
 
 
+def test_a_step_that_compiles_with_other_options_alone_is_kept(stages, tune, monkeypatch, tmp_path):
+    """So the next run of it compiles."""
+    monkeypatch.setattr(command.step_options, "DEFAULT", step_options.DEFAULT | {VMEM: "65536"})
+    path = tmp_path / "steps.jsonl"
+    code, said, _ = tune("quality=exact", f"flags.{VMEM}=[49152,65536]", f"results_path={path}")
+    (record,) = jsonl.read(path, StepSearchRecord)
+    call = jsonl.decode(record.call, StepCall)
+    assert code == 0 and step_options.choose(call)[VMEM] == "49152"
+    (kept,) = step_options.read(step_options.user_path())
+    assert kept.default_time_s is None and kept.time_s == record.winner.time_s
+    assert "default: no time (denoise on v6e-8: does not fit)" in said and "best:    0.7000 s a step, 100 CPU s" in said
+
+
 @pytest.mark.slow("3 min")
 def test_the_command_compiles_a_small_step(tmp_path):
     path = tmp_path / "steps.jsonl"
