@@ -54,8 +54,8 @@ class StepCall:
 class Entry:
     """The fastest compiler options known of a step.
 
-    label: how time_s and default_time_s were got, the latter with `default`; None where that does not compile. versions: of compiler and libraries.
-    source: a hash of the model's and the kernel's sources. created_at: UTC, ISO 8601.
+    label: how time_s was got, and default_time_s with `default`, None where that does not compile. versions: of
+    compiler and libraries. source: a hash of the model's and the kernel's sources. created_at: UTC, ISO 8601.
     """
 
     call: StepCall
