@@ -1,4 +1,4 @@
-"""What ffmpeg reads back from a video."""
+"""The file of a batch of videos, and what ffmpeg reads back from one."""
 
 import json
 import re
@@ -18,6 +18,13 @@ print(json.dumps(next(reader)), file=sys.stderr)
 for frame in reader:
     sys.stdout.buffer.write(frame)
 """
+
+
+def write_batch(folder: Path, *lines: dict | str) -> Path:
+    """Write prompts.jsonl with these lines, text as it is; return its path."""
+    path = folder / "prompts.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
 
 
 def probe(path: Path) -> tuple[dict, np.ndarray]:

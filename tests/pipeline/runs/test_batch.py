@@ -1,4 +1,4 @@
-"""Batches: the file, the order, what a failure or a kill leaves."""
+"""Batches: the order, what a failure or a kill leaves."""
 
 import dataclasses
 import json
@@ -15,17 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
-from pipeline.requests.batch_file import entries_of, read_entries
+from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
 from pipeline.requests.options import RunOptions
-from pipeline.requests.request import STAGES, LoraFile
+from pipeline.requests.request import STAGES
 from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
 from pipeline.terminal import batch_table
+from videos import write_batch
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 
@@ -35,14 +36,8 @@ def config(tiny_folder) -> GenerateConfig:
     return GenerateConfig(checkpoint=str(tiny_folder), height=48, width=80, num_frames=9, num_inference_steps=2)
 
 
-def _write(folder: Path, *lines: dict | str) -> Path:
-    path = folder / "prompts.jsonl"
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
-
 def _prepare(folder, config, *lines, options=None, chosen=STAGES) -> list[Item]:
-    path = _write(folder, *lines)
+    path = write_batch(folder, *lines)
     return batch.prepare(read_entries(path, config), path, chosen, folder / "videos", options or RunOptions())
 
 
@@ -55,119 +50,7 @@ def _run(folder, config, *lines, options=None, progress=lambda event: None, **mo
     return items, said
 
 
-def test_a_text_file_has_a_prompt_a_line(tmp_path, config):
-    path = tmp_path / "prompts.txt"
-    path.write_text('a cat, "sitting"\n\n  {"prompt": 1} \n')
-    entries = read_entries(path, config)
-    assert [(entry.line, entry.request.prompt) for entry in entries] == [(1, 'a cat, "sitting"'), (3, '{"prompt": 1}')]
-
-
-def test_several_videos_of_a_prompt_have_seeds_of_their_own(tmp_path, config):
-    config.num_videos = 2
-    path = _write(tmp_path, {"prompt": "a", "seed": 5}, {"prompt": "b", "num_videos": 1, "lora": ["x:0.5"]})
-    entries = read_entries(path, config)
-    assert [(entry.request.prompt, entry.request.seed) for entry in entries] == [("a", 5), ("a", 6), ("b", 42)]
-    assert len({entry.name for entry in entries}) == 3
-    assert entries[2].request.lora == (LoraFile("x", 0.5),)
-    config.prompt, config.num_videos = "a", 3
-    assert [entry.request.seed for entry in entries_of(config)] == [42, 43, 44]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_videos": 0}, "num_videos=0: expected a whole number from 1 to 1000"),
-        ({"num_videos": 2, "name": "x"}, "name='x': the same for 2 videos; expected one with {seed}"),
-    ],
-)
-def test_several_videos_that_cannot_be(changes, message, config):
-    with pytest.raises(RequestError, match=message):
-        entries_of(dataclasses.replace(config, prompt="a", **changes))
-
-
-def test_lines_take_what_they_leave_out_from_the_command_line(tmp_path, config):
-    config.seed, config.negative_prompt = 3, "blurry"
-    path = _write(
-        tmp_path,
-        {"prompt": "a cat"},
-        "",
-        {"prompt": "日本", "seed": 4, "name": "{line}-{slug}", "attention": {"k_smooth": False}, "fps": 5},
-    )
-    first, second = read_entries(path, config)
-    assert (first.line, first.request.seed, first.request.negative_prompt) == (1, 3, "blurry")
-    assert (second.line, second.request.seed, second.name) == (3, 4, "3-video")
-    assert second.request.attention.k_smooth is False
-    assert second.request.height == first.request.height == 48
-
-
-PROMPTS = [
-    'it\'s a "red" cat ${oc.env:HOME}',
-    "C:\\temp\\new ${price} $5 \\",
-    "${",
-    "???",
-    "null",
-    "\\${x} {a: b}, [c]",
-    "~",
-]
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_lines_text_is_taken_literally(tmp_path, config, prompt):
-    (entry,) = read_entries(_write(tmp_path, {"prompt": prompt, "negative_prompt": prompt}), config)
-    assert (entry.request.prompt, entry.request.negative_prompt) == (prompt, prompt)
-    assert "/" not in entry.name
-
-
-BAD_LINES = [
-    ("{", "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ("3", "3: expected an object"),
-    ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", "not JSON"),
-    ({"seed": 1}, 'no "prompt" in it'),
-    ({"prompt": None}, "prompt=null: expected some text"),
-    ({"prompt": 3}, "prompt=3: expected some text"),
-    ({"prompt": "a\0b"}, "holds a NUL"),
-    ('{"prompt": "\\ud800"}', "half a surrogate pair"),
-    ({"prompt": "x", "sead": 1}, "'sead': no such key; expected some of name, prompt"),
-    ('{"prompt": "x", "seed": 1, "seed": 2}', "'seed': twice in one line"),
-    ({"prompt": "x", "seed": None}, "seed=None: expected a whole number"),
-    ({"prompt": "x", "seed": "7"}, "seed='7': expected a whole number"),
-    ({"prompt": "x", "num_frames": 50}, "num_frames=50: expected 8k + 1"),
-    ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale=nan: expected a number"),
-    ({"prompt": "x", "guidance_scale": True}, "guidance_scale=True: expected a number"),
-    ({"prompt": "x", "guidance_scale": 10**400}, "guidance_scale=1000"),
-    ({"prompt": "x", "use_dynamic_cfg": "yes"}, "use_dynamic_cfg='yes': expected true or false"),
-    ({"prompt": "x", "revision": 3}, "revision=3: expected a branch"),
-    ({"prompt": "x", "scheduler": "euler"}, "scheduler='euler': expected one of"),
-    ({"prompt": "x", "attention": 3}, "attention=3: expected an object"),
-    ({"prompt": "x", "attention": {"block_sizes": 3}}, "attention: "),
-    ({"prompt": "x", "attention": {"k_smooth": "no"}}, "attention.k_smooth='no'"),
-    ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
-    ({"prompt": "x", "name": 3}, "name=3"),
-    ({"prompt": "x", "name": "{nope}"}, "unknown field {nope}"),
-    ({"prompt": "ok", "fps": 9}, "would go to 'ok-80x48x9-seed42-"),
-]
-
-
-def test_every_bad_line_is_named_with_what_is_wrong(tmp_path, config):
-    path = _write(tmp_path, {"prompt": "ok"}, *(line for line, _ in BAD_LINES))
-    with pytest.raises(RequestError) as caught:
-        read_entries(path, config)
-    assert len(caught.value.messages) == len(BAD_LINES)
-    for number, (error, (_, message)) in enumerate(zip(caught.value.messages, BAD_LINES, strict=True), start=2):
-        assert error.startswith(f"{path}:{number}: "), error
-        assert message in error
-        assert "\n" not in error
-
-
-def test_files_that_are_none(tmp_path, config):
-    with pytest.raises(RequestError, match="holds no prompts"):
-        read_entries(_write(tmp_path, "", " "), config)
-    with pytest.raises(RequestError, match=r"nowhere\.jsonl': No such file"):
-        read_entries(tmp_path / "nowhere.jsonl", config)
-    (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(RequestError, match="not UTF-8"):
-        read_entries(tmp_path / "latin", config)
+def test_a_line_of_no_checkpoint_is_named(tmp_path, config):
     with pytest.raises(RequestError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
         _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
 
@@ -334,7 +217,7 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
         {"prompt": "a blue square", "name": "two", "scheduler": "dpm", "num_inference_steps": 150},
         {"prompt": "a star", "name": "three", "guidance_scale": 1},
     )
-    path = _write(tmp_path, *lines)
+    path = write_batch(tmp_path, *lines)
     command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]
     command += ["height=48", "width=80", "num_inference_steps=2", "checkpoint_every=5", "output_dir=videos"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COGVIDEOX_SPLASH_CACHE": str(tmp_path / "cache")}
@@ -373,7 +256,7 @@ def test_a_killed_batch_goes_on_and_gives_the_same_bits(tmp_path, config, tiny_f
 
 @pytest.mark.slow("2 min")
 def test_an_interrupt_says_how_to_go_on(tmp_path, tiny_folder):
-    path = _write(tmp_path, {"prompt": "a", "name": "one"})
+    path = write_batch(tmp_path, {"prompt": "a", "name": "one"})
     command = [sys.executable, "-m", "pipeline.generate", f"prompts={path}", f"checkpoint={tiny_folder}", "model=tiny"]
     command += ["height=48", "width=80", "num_inference_steps=900", "checkpoint_every=0", "preview_every=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COGVIDEOX_SPLASH_CACHE": str(tmp_path / "cache")}
