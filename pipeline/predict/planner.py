@@ -54,7 +54,8 @@ class Predictor:
 
     say: told of every program that is compiled. compiler_options: flags of libtpu for all of them; step_options: see
     `StageJob`. reuse: between denoising steps. cache: of what was compiled before, so that a command that was stopped
-    goes on; None: compile anew.
+    goes on; None: compile anew. runner: of the compilations, for who may have to end those of other threads; None: one
+    for each.
     """
 
     topology: str
@@ -66,6 +67,7 @@ class Predictor:
     reuse: Reuse = NOTHING
     step_options: Mapping[str, str] | None = None
     cache: JobCache | None = None
+    runner: Runner | None = None
 
     def predict(self, stages: Sequence[Stage], parallel: ParallelOptions) -> VideoPrediction:
         """Predict the stages, the denoise stage with the best plan that `parallel` allows.
@@ -165,7 +167,8 @@ class Predictor:
         def compile_now() -> Outcome:
             self.say(what)
             with tempfile.TemporaryDirectory() as folder:
-                return Runner(Path(folder)).run(
+                runner = self.runner or Runner(Path(folder))
+                return runner.run(
                     JOB,
                     payload,
                     timeout_s=self.timeout_s,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.step_search import StepSearchRecord, TriedOptions
 from splash_workbench.trial_status import Label
 from splash_workbench.workers.cache import JobCache
+from splash_workbench.workers.pool import Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
 
 #: Where an entry goes, by `promote`.
@@ -77,10 +79,31 @@ def main(settings: TuneConfig) -> int:
     space = dict(SPACE) | from_config(lambda: _checked_flags(settings.flags))
     video = video_of(settings, settings.quality)
     cache = JobCache.of_user(settings.reuse)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        runner = Runner(Path(folder))
+        try:
+            _search_all(settings, video, cache, runner, space, workers)
+        finally:
+            runner.cancel()  # an interrupt leaves compilations to threads
+    for text in (*video.refused, cache.trouble if cache is not None else None):
+        if text:
+            print(text, file=sys.stderr)
+    return 0
+
+
+def _search_all(
+    settings: TuneConfig,
+    video: Video,
+    cache: JobCache | None,
+    runner: Runner,
+    space: Mapping[str, tuple[str, ...]],
+    workers: int,
+) -> None:
+    """Search each kind of step once; print, keep and record what is found."""
     captured = libtpu.with_compiler(environment(SOURCES))
     done: set[tuple[str, str, bool, AttentionOptions]] = set()
     for name, preset in video.presets.items():
-        for work, plan, predictor in _kinds(settings, video, preset, cache):
+        for work, plan, predictor in _kinds(settings, video, preset, cache, runner):
             request = predictor.request
             if (same := (str(plan), str(work), request.int8_linears, request.attention)) in done:
                 continue
@@ -95,10 +118,6 @@ def main(settings: TuneConfig) -> int:
             if settings.results_path is not None:
                 record = _record(settings.topology, preset, kind.call, found, captured, kept)
                 jsonl.append(Path(settings.results_path), record)
-    for text in (*video.refused, cache.trouble if cache is not None else None):
-        if text:
-            print(text, file=sys.stderr)
-    return 0
 
 
 def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -112,11 +131,11 @@ def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _kinds(
-    settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None
+    settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None, runner: Runner
 ) -> Iterator[tuple[StepWork, ParallelPlan, Predictor]]:
     """Yield the kinds of steps of a preset that run the transformer's blocks, each with its plan."""
     base = video.predictor(preset, settings.topology, settings.timeout_s, say=lambda text: None)
-    base = dataclasses.replace(base, cache=cache)
+    base = dataclasses.replace(base, cache=cache, runner=runner)
     parallel: ParallelOptions = settle_parallel(to_parallel(settings), preset.request)
     plan = base.plan(parallel)
     for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):

@@ -37,7 +37,8 @@ def search(
 ) -> Found:
     """Return the fastest options that are found, and the default beside them, each compiled whole.
 
-    A candidate without a time takes no part. workers: values of one flag that are compiled at a time.
+    A candidate without a time takes no part. workers: values of one flag that are compiled at a time. Where it is
+    interrupted, what is being tried then is not waited for.
     """
     tried: dict[tuple[tuple[str, str], ...], TriedOptions] = {}
     best = dict(default)
@@ -46,7 +47,8 @@ def search(
         found = tried[_key(options)].time_s
         return float("inf") if found is None else found
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
 
         def try_all(candidates: Sequence[Mapping[str, str]]) -> None:
             new = [options for options in candidates if _key(options) not in tried]
@@ -61,6 +63,8 @@ def search(
         ranked = [dict(options) for options in sorted(tried, key=lambda key: time_s(dict(key)))]
         finalists = [options for options in ranked if time_s(options) < time_s(default)][:_FINALISTS]
         whole = list(pool.map(lambda options: try_options(options, False), [dict(default), *finalists]))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     winner = min(whole, key=lambda outcome: float("inf") if outcome.time_s is None else outcome.time_s)
     return Found(whole[0], winner, (*tried.values(), *whole))
 

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import CancelledError
 
 import pytest
 
 import pipeline.tune.__main__ as command
-from helpers import PLENTY_S
+from helpers import PLENTY_S, wait_until
 from pipeline.model import step_options
 from pipeline.model.step_options import StepCall
 from pipeline.predict.planner import Predictor
 from pipeline.requests.errors import PipelineError
+from splash_workbench.errors import EXIT_INTERRUPTED
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.records import jsonl
 from splash_workbench.records.step_search import StepSearchRecord
@@ -132,6 +137,29 @@ def test_a_step_that_compiles_with_other_options_alone_is_kept(stages, tune, mon
     (kept,) = step_options.read(step_options.user_path())
     assert kept.default_time_s is None and kept.time_s == record.winner.time_s
     assert "default: no time (denoise on v6e-8: does not fit)" in said and "best:    0.7000 s a step, 100 CPU s" in said
+
+
+def test_ctrl_c_ends_what_is_being_compiled(tune, monkeypatch):
+    """In other threads, which would else be waited for."""
+    ended = []
+
+    def stage(self, *arguments):
+        interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        try:
+            self.runner.run("fake_jobs:hang", {}, timeout_s=PLENTY_S)
+        except CancelledError:
+            ended.append(arguments)
+            raise
+
+    monkeypatch.setattr(Predictor, "stage", stage)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, error = tune("quality=exact", "promote=false", "workers=1")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == EXIT_INTERRUPTED and "interrupted" in error
+    wait_until(lambda: ended, "the end of the compilation")
 
 
 @pytest.mark.slow("3 min")
