@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from splash_workbench import provenance
-from splash_workbench.errors import UserError, from_config
+from splash_workbench.errors import UserError, from_config, line_of
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
 from splash_workbench.workers.pool import Runner
 from tuning.backends.base import Target
 from tuning.backends.evaluate import Evaluator
-from tuning.kernels import loading, promoted
+from tuning.kernels import Kernel, loading, promoted
 from tuning.search.settings import SweepSettings
 from tuning.search.tunables import TunableSpace
 from tuning.trials import contenders, records
@@ -20,6 +25,9 @@ from tuning.trials.bound import kernel_bound_fraction, roofline_ms
 from tuning.trials.contenders import Contender, SideBySide
 from tuning.trials.promote import Promotion
 from tuning.trials.records import Trial
+
+#: A prediction may be somewhat below a bound by the published peak.
+_MOST_OF_A_BOUND = 1.5
 
 
 def capture(settings: SweepSettings) -> provenance.Environment:
@@ -38,12 +46,28 @@ def bound_ms(settings: SweepSettings, target: Target) -> float | None:
         return None
     kernel = loading.find(settings.source)
     workload, spec = kernel.Workload(**settings.workload.sizes), target.spec
-    return from_config(lambda: roofline_ms(kernel.flops(workload), kernel.hbm_bytes(workload), spec))
+    flops, hbm_bytes = (_count(kernel, workload, settings.source, name) for name in ("flops", "hbm_bytes"))
+    return roofline_ms(flops, hbm_bytes, spec)
+
+
+def _count(kernel: Kernel[Any, Any], workload: Any, source: str, name: str) -> float | None:
+    """Return what one of a kernel's methods counts. Raises UserError in one line where it fails or is no count."""
+    try:
+        found = getattr(kernel, name)(workload)
+    except Exception as error:
+        path = loading.file_of(source)
+        at = f"{line_of(error, path)}: " if path is not None else ""
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{at}{kernel.name}.{name}({workload}): {type(error).__name__}: {first}") from error
+    if found is not None and not (isinstance(found, int | float | np.number) and 0 <= found < math.inf):
+        raise UserError(f"{kernel.name}.{name}({workload}) returns {found!r}: expected a number from 0, or None.")
+    return None if found is None else float(found)
 
 
 def look(settings: SweepSettings, evaluator: Evaluator) -> None:
     """Look at a user's kernel in a worker. Raises UserError with what is wrong with it."""
     assert isinstance(settings.space, TunableSpace)
+    print(f"looking at {settings.space.name} and its default configuration ...", file=sys.stderr, flush=True)
     payload = evaluator.payload(None, settings.space.defaults, settings.kernel_name, "shorter")
     outcome = evaluator.runner.run(
         "tuning.backends.preflight:look",
@@ -56,6 +80,12 @@ def look(settings: SweepSettings, evaluator: Evaluator) -> None:
         timeout_s=settings.timeout_s,
         variables=functools.partial(settings.backend.worker_env, evaluator.target),
     )
+    if outcome.status is Status.TIMEOUT:
+        default = settings.space.kernel.Config()
+        raise UserError(
+            f"{settings.kernel_name}: the look at its default configuration {default} did not end in "
+            f"timeout_s={settings.timeout_s:g} seconds; give it a check_workload that is smaller, or more time."
+        )
     if outcome.status is not Status.OK:
         raise UserError(str(outcome.error))
 
@@ -115,6 +145,8 @@ def comparison_lines(winner: Trial, trials: Sequence[Trial], settings: SweepSett
         return
     if (fraction := kernel_bound_fraction(winner)) is not None:
         yield f"bound by FLOPs and bytes: {winner.bound_ms:.3f} ms, {fraction:.0%} of it reached"
+        if fraction > _MOST_OF_A_BOUND:
+            yield "no chip does that: flops or hbm_bytes of the kernel counts too much"
     default = _default(winner, trials, settings)
     if default is None or default.time_ms is None:
         yield f"the default configuration has no time: {default.status if default else 'not tried'}"

@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line(run: Run, module: str, arguments: tuple[str, ...]
         ("compiler_option.xla_a=1", "compiler_option.xla_a: no such key"),
         ("backend.measure.nope.too=1", "Could not override 'backend.measure.nope.too'"),
         ("device=v4", "device=v4: libtpu compiles for its two TensorCores as two devices"),
-        ("device=v9", "device=v9: no such option; expected one of local, v5e, v6e, v7x"),
+        ("device=v9", "device=v9: no such option; expected one of local, v5e, v5p, v6e, v7x"),
         ("workers=many", "workers=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("space.block_q=[1,", "space.block_q=[1,: no viable alternative at input"),
         ("cat", 'cat: expected key=value; quote text with spaces: prompt="a cat"'),

@@ -15,9 +15,11 @@ from splash_attn.api import Implementation
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions, source_hash, stable_hash
 from splash_workbench.records.jsonl import decode
-from splash_workbench.trial_status import Status
+from splash_workbench.trial_status import Status, compile_error
 from tuning.backends.jobs import Request
+from tuning.kernels import coverage
 from tuning.kernels.attention import AttentionKernel
+from tuning.kernels.protocol import abstract
 from tuning.trials.records import Numerics
 
 _SOURCES = ("tuning/backends/numerics.py", "tuning/kernels/*.py", "splash_attn/reference.py")
@@ -26,8 +28,15 @@ _CPU_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def check_numerics(request: Request, implementation: Implementation) -> dict[str, Any]:
-    """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error."""
+    """Check the candidate against the reference. Return status, numerics and, where it is wrong, an error.
+
+    Of a user's kernel also that it writes all of its results at the sizes of the workload, which the reference may not
+    have been compared at. Raises TrialError where it cannot be traced at these.
+    """
     config, _ = request.checked()
+    if not isinstance(request.found, AttentionKernel) and (partly := _unwritten(request, implementation)):
+        sizes = ", ".join(f"{name}={value}" for name, value in request.sizes.items())
+        return {"status": Status.WRONG, "error": f"writes only {'; '.join(partly)} ({sizes})"}
     found = check_once(request, implementation, request.function(implementation, config))
     fields = {"numerics": dataclasses.asdict(found)}
     if found.passed:
@@ -37,6 +46,14 @@ def check_numerics(request: Request, implementation: Implementation) -> dict[str
         f"max_row_error={found.max_row_error:.2e} (limit {found.row_tolerance:.2e})"
     )
     return fields | {"status": Status.WRONG, "error": error}
+
+
+def _unwritten(request: Request, implementation: Implementation) -> list[str]:
+    try:
+        traced = jax.make_jaxpr(request.function(implementation))(*abstract(request.arguments()))
+    except (ValueError, NotImplementedError) as error:
+        raise compile_error(error) from error
+    return coverage.unwritten(traced)
 
 
 def check_path(request: Request, implementation: Implementation) -> Path:

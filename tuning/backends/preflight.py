@@ -7,6 +7,7 @@ import jax
 
 import offline_tpu
 from offline_tpu.machine import devices
+from splash_attn.api import Implementation
 from splash_workbench.errors import line_of
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError
@@ -45,9 +46,19 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     on_device = payload["device_checks"]
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
     expected = _shapes(request, f"{name}.reference", request.found.reference, arguments)
+    _refuse_what_cannot_be_called(request, implementation)
     actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
-        raise TrialError(Status.WRONG, f"{name}: build returns {actual}, and the reference {expected}.")
+        ours, theirs = (" and ".join(shapes) or "nothing" for shapes in (actual, expected))
+        raise TrialError(Status.WRONG, f"{name}: what build makes returns {ours}, and the reference {theirs}.")
+    if request.found.platform == "tpu" or on_device:
+        for title, baseline in request.found.baselines().items():
+            try:
+                jax.eval_shape(baseline, *arguments)
+            except NotImplementedError:
+                continue  # not for this device, which is said beside the winner
+            except Exception as error:
+                raise _refusal(request, f"{name}.baselines: {title}", error) from error
     if payload["traces"]:
         for tunable, values in payload["space"].items():
             _refuse_idle(request, tunable, values)
@@ -56,8 +67,9 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         raise _refusal(request, f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
     if checked["status"] != Status.OK:
+        how = "disagrees with the reference: " if "numerics" in checked else ""
         shown = f"the default configuration {request.config}"
-        raise TrialError(Status.WRONG, f"{name}: {shown} disagrees with the reference: {checked['error']}.")
+        raise TrialError(Status.WRONG, f"{name}: {shown} {how}{checked['error']}.")
     return {}
 
 
@@ -76,24 +88,36 @@ def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) ->
     return [f"{list(x.shape)}" for x in jax.tree.leaves(found)]
 
 
+def _refuse_what_cannot_be_called(request: Request, implementation: Implementation) -> None:
+    try:
+        built = request.found.build(request.config) if implementation == "pallas_interpret" else None
+    except Exception:
+        return  # told where it is called, with its line
+    if built is not None and not callable(built):
+        raise TrialError(
+            Status.WRONG,
+            f"{request.found.name}.build({request.config}) returns {built!r}: expected a function of the arguments.",
+        )
+
+
 def _refuse_idle(request: Request, tunable: str, values: list[Any]) -> None:
     """Raise TrialError for a tunable with whose values the program stays the same."""
-    if len(values) < 2:
-        return
-    seen = set()
+    seen, traced = set(), []
     for value in values:
         try:
             config = request.found.config_of(None, request.options | {tunable: value})
-            if request.found.is_valid(config, request.workload) is not True:
+            verdict = request.found.is_valid(config, request.workload)
+            if isinstance(verdict, str) or not verdict:
                 continue
             text = _program(request, config)
         except Exception:
             continue  # what cannot be traced is a trial of its own
         seen.add((text, str(request.found.compiler_options(config))))
+        traced.append(value)
         if len(seen) > 1:
             return
-    if len(seen) == 1:
-        listed = ", ".join(map(str, values))
+    if len(traced) > 1:
+        listed = ", ".join(map(str, traced))
         raise TrialError(
             Status.WRONG,
             f"{request.found.name}.Config.{tunable} changes nothing: JAX traces the same program for {listed}; use it "

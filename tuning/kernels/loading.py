@@ -128,7 +128,7 @@ def _run(path: Path, mtime_ns: int) -> types.ModuleType:
         module_spec.loader.exec_module(module)
     except KernelError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise KernelError(f"{line_of(error, path)}: {type(error).__name__}: {error}") from error
     finally:
         _loading.reset(token)
@@ -154,6 +154,13 @@ def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:
     for package in kernel.requires:
         if importlib.util.find_spec(package.partition(".")[0]) is None:
             raise KernelError(f"{name}: {package} is not installed.")
+    for limit in ("tolerance", "row_tolerance"):
+        if not 0 < (value := getattr(kernel, limit)) < float("inf"):
+            raise KernelError(f"{name}.{limit}={value!r}: expected a number above 0.")
+    grows_with = kernel.vmem_grows_with
+    if not isinstance(grows_with, tuple) or not set(grows_with) <= set(tunables(kernel)):
+        there = ", ".join(tunables(kernel))
+        raise KernelError(f"{name}.vmem_grows_with={grows_with!r}: expected a tuple of some of its tunables, {there}.")
     for tunable, values in tunables(kernel).items():
         where = f"{name}.Config.{tunable}"
         if not values:

@@ -13,7 +13,7 @@ from offline_tpu.machine import devices
 from splash_workbench.files import atomic_path
 from splash_workbench.provenance import stable_hash
 from tuning.kernels.loading import file_of, spec_of
-from tuning.kernels.protocol import C, Kernel, KernelError, W
+from tuning.kernels.protocol import C, Kernel, KernelError, W, tunables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,15 @@ def lookup(
     Args:
       device_kind: as jax.Device.device_kind, or a name as "v6e"; None: that of JAX's default device.
       path: of the file; None: `default_path`.
-      default: what to return where there is no such entry.
+      default: what to return where there is no such entry, or its tunables are no longer those of the kernel.
 
     Raises:
-      KernelError: there is no such entry and no default, or its tunables are no longer those of the kernel.
+      KernelError: there is no such entry, or no longer, and no default.
     """
+    if isinstance(kernel, type):
+        raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
+    if not isinstance(workload, kernel.Workload):
+        raise KernelError(f"{kernel.name}: expected a workload of {kernel.Workload.__name__}, got {workload!r}.")
     named = devices.DEVICES.get(device_kind or "")
     kind = named.device_kind if named else device_kind or jax.devices()[0].device_kind
     file = Path(path) if path is not None else default_path(kernel)
@@ -96,7 +100,14 @@ def lookup(
         raise KernelError(
             f"{file.name}: no entry of {kernel.name} for {sizes} on {kind!r}; tune it, or give a default."
         )
-    return kernel.config_of(None, min(entries, key=lambda entry: entry.label != "measured").config)
+    config = min(entries, key=lambda entry: entry.label != "measured").config
+    if config.keys() <= tunables(kernel).keys():
+        return kernel.config_of(None, config)
+    if default is not None:
+        return default
+    raise KernelError(
+        f"{file.name}: {config} is no configuration of {kernel.name} as it is now; tune it again, or give a default."
+    )
 
 
 def promote(path: Path, new: Entry) -> tuple[bool, str]:

@@ -211,7 +211,12 @@ def tunables(kernel: Kernel[Any, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def abstract(arguments: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """Return shapes and dtypes of arguments."""
+    """Return shapes and dtypes of arguments. Raises KernelError for one that has none."""
+    for position, x in enumerate(arguments):
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise KernelError(
+                f"arguments: the one at {position} is {x!r}, expected a jax.ShapeDtypeStruct or a NumPy array"
+            )
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments]
 
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tuning.kernels import Kernel, KernelError, loading
 from tuning.kernels.protocol import tunables
 from tuning.search.space import Candidate, Candidates
@@ -95,10 +97,13 @@ class TunableSpace:
             except Exception as error:
                 what = f"{self.name}.is_valid({candidate.variant})"
                 raise KernelError(f"{what}: {type(error).__name__}: {error}") from error
-            if verdict is True:
+            if not isinstance(verdict, str | bool | np.bool_):
+                what = f"{self.name}.is_valid({candidate.variant}) returns {verdict!r}"
+                raise KernelError(f"{what}: expected True, False, or a text that says why not.")
+            if not isinstance(verdict, str) and verdict:
                 valid.append(candidate)
             else:
-                pruned[verdict if isinstance(verdict, str) else "is_valid says no"] += 1
+                pruned[verdict if isinstance(verdict, str) else "refused by is_valid"] += 1
         return Candidates(tuple(valid), dict(pruned.most_common()))
 
 

@@ -116,3 +116,43 @@ class Divides(Scaled):
 
     def build(self, config):
         return super().build(dataclasses.replace(config, block=config.block // 0))
+
+
+class Partly(Scaled):
+    """Leaves the rows past the last whole block unwritten, which the sizes of its check do not show."""
+
+    def is_valid(self, config, workload):
+        return True
+
+    def check_workload(self, config, workload):
+        return Sizes(rows=2 * config.block)
+
+
+class Refuses(Scaled):
+    """Takes one value of a tunable only."""
+
+    def build(self, config):
+        if config.add_first:
+            raise ValueError("not today")
+        return super().build(config)
+
+
+class BuildsNothing(Scaled):
+    """Returns no function from build."""
+
+    def build(self, config):
+        return 3
+
+
+class TakesAnother(Scaled):
+    """Has a baseline of other arguments."""
+
+    def baselines(self):
+        return {"XLA": lambda x, y: x + y}
+
+
+class Plain(Scaled):
+    """Has an argument without a shape."""
+
+    def arguments(self, workload):
+        return [1.0]

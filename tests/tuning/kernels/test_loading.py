@@ -96,6 +96,15 @@ def test_the_hash_is_of_the_file_and_of_what_it_imports_beside_it(write: Write, 
         ),
         ((("class Double(Kernel):", "class Double(Kernel):\n    def __init__(self, n): self.n = n"),), "without arg"),
         ((("class Double(Kernel):", "class Double(Kernel)"),), r"double\.py.*SyntaxError"),
+        ((("class Double(Kernel):", "import sys; sys.exit(0)\nclass Double(Kernel):"),), "SystemExit: 0"),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    tolerance = -1"),),
+            "Double.tolerance=-1: expected a number above 0",
+        ),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    vmem_grows_with = ('blok',)"),),
+            r"vmem_grows_with=\('blok',\): expected a tuple of some of its tunables",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_kernel_is_one_line(
@@ -133,6 +142,20 @@ def test_values_that_do_not_fit(write: Write) -> None:
         TunableSpace(kernel, {"block": (1,)})
     with pytest.raises(KernelError, match=r"configurations, expected at most"):
         TunableSpace(kernel, {"factor": tuple(range(2000)), "flag": tuple(range(2000))})
+
+
+@pytest.mark.parametrize("verdict", ["None", "16", "['a']"])
+def test_what_is_valid_says_must_be_yes_no_or_a_text(write: Write, verdict: str) -> None:
+    kernel = loading.find(write(('config.factor < 4 or "factor too large"', verdict)))
+    with pytest.raises(KernelError, match=r"Double\.is_valid\(.*\) returns .*: expected True, False, or a text"):
+        TunableSpace(kernel, tunables(kernel)).candidates(call_of(kernel, {"n": 1}))
+
+
+def test_numpys_yes_is_a_yes(write: Write) -> None:
+    new = '__import__("numpy").bool_(config.factor < 4)'
+    kernel = loading.find(write(('config.factor < 4 or "factor too large"', new)))
+    found = TunableSpace(kernel, tunables(kernel)).candidates(call_of(kernel, {"n": 1}))
+    assert len(found.valid) == 2 and found.pruned == {"refused by is_valid": 2}
 
 
 def test_a_file_that_tunes_when_it_is_imported_is_refused(write: Write) -> None:

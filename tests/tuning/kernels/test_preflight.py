@@ -50,7 +50,13 @@ def test_nothing_is_said_of_a_good_kernel(look_at: Callable[[str], dict[str, Any
     ("name", "message"),
     [
         ("Idle", r"Idle\.Config\.add_first changes nothing: JAX traces the same program for False, True"),
-        ("Flat", r"Flat: build returns \['\[8192\]'\], and the reference \['\[64, 128\]'\]"),
+        ("Flat", r"Flat: what build makes returns \[8192\], and the reference \[64, 128\]\."),
+        ("BuildsNothing", r"BuildsNothing\.build\(Config\(.*\)\) returns 3: expected a function of the arguments"),
+        ("TakesAnother", r"TakesAnother\.baselines: XLA: TypeError: .* missing 1 required positional argument"),
+        (
+            "Plain",
+            r"Plain\.arguments: KernelError: arguments: the one at 0 is 1\.0, expected a jax\.ShapeDtypeStruct or a NumPy",
+        ),
         ("Divides", r"^scaled\.py:\d+: Divides\.build: ZeroDivisionError: integer division or modulo by zero$"),
         ("NanWhereUnwritten", r"Config\(block=8, add_first=False\) disagrees with the reference: rms_error=nan"),
     ],
@@ -59,6 +65,17 @@ def test_what_is_wrong_is_one_line(look_at: Callable[[str], dict[str, Any]], nam
     with pytest.raises(TrialError, match=message) as caught:
         look_at(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_that_is_not_written_whole_at_the_real_sizes(look_at: Callable[..., dict[str, Any]]) -> None:
+    assert look_at("Partly", rows=24) == {}
+    message = r"Partly: the default configuration .* writes only 2 of the 3 blocks of float32\[20,128\] \(rows=20\)\."
+    with pytest.raises(TrialError, match=message):
+        look_at("Partly", rows=20)
+
+
+def test_a_value_that_build_refuses_is_not_called_idle(look_at: Callable[..., dict[str, Any]]) -> None:
+    assert look_at("Refuses") == {}
 
 
 def test_sizes_that_make_an_argument_empty(look_at: Callable[..., dict[str, Any]]) -> None:

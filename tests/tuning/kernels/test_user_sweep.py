@@ -11,8 +11,9 @@ import pytest
 
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
+from splash_workbench.workers.pool import Outcome, Runner
 from sweeps import quiet, user_defaults, with_job
-from tuning import hparams, sweep
+from tuning import hparams, kernel_sweeps, sweep
 from tuning.autotune import Best, autotune
 from tuning.kernels import KernelError, loading, promoted
 from tuning.search.kernel_settings import kernel_settings
@@ -73,11 +74,26 @@ def test_it_is_promoted_and_looked_up(tuned: tuple[Best[Any], Path, Path]) -> No
     assert promoted.lookup(kernel, kernel.Workload(rows=ROWS), device_kind="v6e", path=path) == best.config
     with pytest.raises(KernelError, match=r"tuned\.json: no entry of Scaled for \{'rows': 64\} on 'TPU v6 lite'"):
         promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path)
+    with pytest.raises(KernelError, match=r"expected a workload of Sizes, got 3"):
+        promoted.lookup(kernel, 3, device_kind=KIND, path=path)
+    with pytest.raises(KernelError, match=r"expected a kernel, as Scaled\(\), got its class"):
+        promoted.lookup(type(kernel), kernel.Workload(rows=ROWS), device_kind=KIND, path=path)
     default = kernel.Config()
     assert promoted.lookup(kernel, kernel.Workload(rows=64), device_kind=KIND, path=path, default=default) is default
     (entry,) = promoted.read(path)
     assert promoted.promote(path, dataclasses.replace(entry, time_ms=entry.time_ms * 2))[0] is False
     assert promoted.promote(path, dataclasses.replace(entry, time_ms=entry.time_ms * 2, source="other"))[0] is True
+
+
+def test_an_entry_of_other_tunables_is_none(tuned: tuple[Best[Any], Path, Path], tmp_path: Path) -> None:
+    kernel, default = loading.find(SCALED), loading.find(SCALED).Config()
+    (entry,) = promoted.read(tuned[2])
+    path = tmp_path / "tuned.json"
+    promoted.promote(path, dataclasses.replace(entry, config={"rows_at_once": 8}))
+    workload = kernel.Workload(rows=ROWS)
+    assert promoted.lookup(kernel, workload, device_kind=KIND, path=path, default=default) is default
+    with pytest.raises(KernelError, match=r"tuned\.json: \{'rows_at_once': 8\} is no configuration of Scaled as it is"):
+        promoted.lookup(kernel, workload, device_kind=KIND, path=path)
 
 
 def test_the_same_again_evaluates_nothing(tuned: tuple[Best[Any], Path, Path]) -> None:
@@ -134,6 +150,33 @@ def test_a_mistake_is_one_line(run: Run, arguments: tuple[str, ...], message: st
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("flops", r"Scaled\.flops\(Sizes\(rows=128\)\) returns -1: expected a number from 0, or None"),
+        ("hbm_bytes", r"Scaled\.hbm_bytes\(Sizes\(rows=128\)\) returns 'many': expected a number from 0, or None"),
+        (
+            "reference",
+            r"Scaled\.hbm_bytes\(Sizes\(rows=128\)\): ZeroDivisionError: integer division or modulo by zero$",
+        ),
+    ],
+)
+def test_what_a_bound_is_made_of_is_checked(method: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = loading.find(SCALED)
+    wrong = {"flops": lambda self, workload: -1, "hbm_bytes": lambda self, workload: "many"}
+    wrong["reference"] = lambda self, x: x * (1 // 0)
+    monkeypatch.setattr(type(kernel), method, wrong[method])
+    made = kernel_settings(kernel, {}, **user_defaults())
+    with pytest.raises(UserError, match=message):
+        kernel_sweeps.bound_ms(made, made.backend.find_target("v6e"))
+
+
+def test_a_look_that_hangs_says_at_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "run", lambda *args, **options: Outcome(Status.TIMEOUT, {}, "killed", "", 1.0))
+    with pytest.raises(UserError, match=r"look at its default configuration Config\(.*\) did not end in timeout_s="):
+        autotune(loading.find(SCALED), backend="interpret", results_dir=tmp_path, workers=1, progress=False)
 
 
 def test_a_gpus_kernel_is_not_predicted() -> None:
