@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from pipeline.requests.config import GenerateConfig, request_field
 from pipeline.requests.default_model import BIG_MODEL, default_model
 from pipeline.requests.errors import RequestError
-from splash_workbench.cli import command
+from pipeline.requests.unused import check_used
+from splash_workbench.cli import command, given_keys
 from splash_workbench.engines.settings import EngineSettings, engine_from
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
@@ -39,6 +40,8 @@ def main(settings: GenerateConfig) -> int:
     """Run the command; return its exit code, 128 + the signal's number where one ended it."""
     engine = from_config(lambda: engine_from(settings.engine))
     _check_combination(settings, engine)
+    if settings.prompts is None or settings.prompts.endswith(".txt"):  # other lines may use what these do not
+        check_used(settings, given_keys())
     if settings.topology is not None:
         return _compile_ahead(settings, settings.topology)
     from pipeline.requests.options import to_distributed
@@ -234,8 +237,6 @@ def _check_combination(settings: GenerateConfig, engine: EngineSettings | None) 
                 "engine=ray and resume=false: a line goes on where another slice was lost; expected another output_dir"
             )
     if (path := settings.prompts) is not None:
-        if not path.strip():
-            raise RequestError("prompts='': expected a file of JSON lines, or *.txt")
         for name, instead in (("prompt", "put every prompt into the file"), ("run_dir", "use output_dir and name")):
             if (value := getattr(settings, name)) is not None:
                 raise RequestError(f"prompts={path!r} and {name}={value!r}: expected one of them; {instead}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.requests.errors import RequestError
 from splash_workbench import cli
+from splash_workbench.files import require_writable_file
 
 
 @dataclasses.dataclass
@@ -28,6 +29,7 @@ def main(settings: QuantizeConfig) -> int:
     if not (settings.output or "").endswith(".safetensors"):
         raise RequestError(f"output={settings.output!r}: expected a file *.safetensors to write")
     output = Path(str(settings.output))
+    require_writable_file(f"output={str(output)!r}", output)
     import torch
 
     from pipeline.checkpoints.checks import check_transformer, read_configs

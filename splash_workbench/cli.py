@@ -9,12 +9,15 @@ import os
 import select
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +31,7 @@ from splash_workbench.errors import (
     UserError,
     from_config,
 )
-from splash_workbench.files import atomic_path, require_writable
+from splash_workbench.files import atomic_path, require_writable, require_writable_file
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
 from splash_workbench.startup import interrupts_raise
@@ -41,6 +44,8 @@ _PATHS = {
     *("prompts", "results_dir"),
     *("results_path", "run_dir", "start_from", "tuned_dir", "validation", "videos_dir", "work_dir"),
 }
+#: Those of files; of the others the last part of the name says whether a folder is meant.
+_FILES = {"json", "measured", "predictions", "prompts", "results_path", "start_from"}
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -154,12 +159,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def _finish_values(settings: Any) -> None:
-    """Make text what the user gave, and paths begin at the user's home where they begin with ~."""
+    """Make text what the user gave, and paths begin at the user's home where they begin with ~.
+
+    Raises UserError for an empty path, which would be the folder that the command runs in.
+    """
     for name, value in vars(settings).items():
         if dataclasses.is_dataclass(value):
             _finish_values(value)
         elif isinstance(value, str):
+            if name in _PATHS and not value.strip():
+                optional = NoneType in typing.get_args(typing.get_type_hints(type(settings))[name])
+                kind = "file" if name in _FILES else "folder" if name.endswith(("dir", "folder")) else "path"
+                raise UserError(f"{name}={value!r}: expected a {kind}{', or null' if optional else ''}.")
             setattr(settings, name, os.path.expanduser(as_given(value)) if name in _PATHS else as_given(value))
+
+
+def given_keys() -> frozenset[str]:
+    """Return the keys that the command line of the command that runs names."""
+    return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
 
 
 def path_flag(text: str) -> Path:
@@ -172,13 +189,11 @@ def _check_outputs(settings: Any) -> None:
     for key in ("json", "results_path"):
         path = getattr(settings, key, None)
         if path is not None:
-            if not path or Path(path).is_dir():
-                raise UserError(f"{key}={path}: expected a file, got a folder.")
-            if Path(path).exists() and not os.access(path, os.W_OK):
-                raise UserError(f"{key}={path}: may not be written to; expected another file.")
-            require_writable(f"{key}={path}", Path(path).parent)
+            require_writable_file(f"{key}={path}", Path(path))
     if getattr(settings, "profile", False):
         require_writable(f"logdir={settings.logdir}", Path(settings.logdir))
+    elif (run := getattr(settings, "profile_run", None)) is not None:
+        raise UserError(f"profile_run={run!r}: only with profile=true.")
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

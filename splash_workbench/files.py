@@ -1,6 +1,7 @@
 """Writes files that are either whole or not there."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,22 @@ def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
         with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
+        amount = f" {byte_count / 2**20:.3g} MiB" if byte_count >= 2**20 else ""
+        room = "make room there, or " if error.errno in _NO_SPACE else ""
         raise UserError(
-            f"{option}: cannot write {byte_count / 2**20:.3g} MiB to {folder} ({error.strerror}); make room there, or "
-            "name another folder."
+            f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder."
         ) from error
+
+
+def require_writable_file(option: str, path: Path, byte_count: int = 1) -> None:
+    """See whether a file can be written there, as `require_writable` sees it of a folder. Leaves nothing behind."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{option}: expected a file, got a folder.")
+        if path.exists() and not path.is_file():  # which a rename would replace
+            raise UserError(f"{option}: expected a file, got a device or a pipe.")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{option}: may not be written to; expected another file.")
+    except OSError as error:  # e.g. of a name that is too long
+        raise UserError(f"{option}: {error.strerror}; name another file.") from error
+    require_writable(option, path.parent, byte_count)

@@ -8,7 +8,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.default_model import default_model
 from pipeline.requests.errors import RequestError
 from splash_workbench import cli
-from splash_workbench.files import require_writable
+from splash_workbench.files import require_writable_file
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ def main(settings: CalibrateConfig) -> int:
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
-    require_writable(f"output={str(path)!r}", path.parent)
+    require_writable_file(f"output={str(path)!r}", path)
     check_request(request, read_configs(checkpoint))
     check_files(request)
     if settings.compilation_cache:

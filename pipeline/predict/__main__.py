@@ -13,6 +13,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import to_parallel
 from pipeline.requests.request import parse_stages
 from pipeline.stages.presets import settle_parallel
+from pipeline.stages.progress import check_profile_run
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import write_json
@@ -47,6 +48,7 @@ def main(settings: PredictConfig) -> int:
     from_config(lambda: check_timeout_s(settings.timeout_s))
     options = from_config(lambda: checked_options(settings.compiler_options))
     stages = parse_stages(settings.stages)
+    check_profile_run(settings.profile_run)
     video = video_of(settings, settings.quality)
     first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)

@@ -17,6 +17,11 @@ class Budget:
     read_back: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("psnr_db", "ssim", "lpips"):
+            if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
+                raise RequestError(f"budget.{name}={value!r}: expected a number.")
+        if not isinstance(self.read_back, bool):
+            raise RequestError(f"budget.read_back={self.read_back!r}: expected true or false.")
         if not self.psnr_db >= 0:
             raise RequestError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
         if not 0 <= self.ssim <= 1:

@@ -40,14 +40,18 @@ _FRAME_BYTES = 3 * 4  # a pixel of the reference, which is kept until all is com
 def judge(settings: QualityConfig) -> int:
     """Print a table, append records, write a page; return 1 where one is over its budget, failed, or the reference
     does not follow its prompts enough."""
+    prompts, are_captions = _prompts(settings)
+    _check_seeds(settings.seeds)
+    if not (settings.candidates or are_captions or settings.page_dir or settings.videos_dir):
+        raise UserError(
+            "candidates=[]: expected some to compare; without, captions of which something is read, page_dir or "
+            "videos_dir"
+        )
     if settings.compilation_cache:
         use_compilation_cache()
     if settings.lpips:
         require_weights()
-    prompts, are_captions = _prompts(settings)
     wanted = [(prompt, seed) for prompt in prompts for seed in settings.seeds]
-    if not wanted:
-        raise UserError("captions, seeds: expected at least one each, or prompts=mine.txt in place of captions")
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
     base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
     reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
@@ -94,8 +98,15 @@ def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:
         if not prompts:
             raise UserError(f"prompts={settings.prompts!r}: holds no prompts; expected one a line")
         return prompts, False
+    if not settings.captions:
+        raise UserError("captions=[]: expected at least one, or prompts=mine.txt in place of captions")
     from_config(lambda: [parse_caption(caption) for caption in settings.captions])
     return list(settings.captions), True
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
+        raise UserError(f"seeds={list(seeds)}: expected at least one, whole numbers from 0 to {2**63 - 1}")
 
 
 def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:
@@ -109,14 +120,20 @@ def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVarian
     return [candidate for candidate in candidates if candidate.name in (settings.only or names)]
 
 
-def _candidate(base: GenerateConfig, fields: dict[str, Any], budget: Budget) -> QualityVariant:
+def _candidate(base: GenerateConfig, fields: Any, budget: Budget) -> QualityVariant:
     """Return a candidate of the configuration: the reference's keys with its own in their place."""
+    if not isinstance(fields, dict):
+        raise UserError(f"candidates=[{fields!r}]: expected mappings with a name, e.g. {{name: mine, dtype: bfloat16}}")
     name = fields.get("name")
-    if not name:
+    if not isinstance(name, str) or not name.strip():
         raise UserError(f"candidates: expected a name in {fields}")
     changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
     own = fields.get("budget", {})  # a Budget where it names another key of the configuration
-    limits = {**dataclasses.asdict(budget), **(dataclasses.asdict(own) if isinstance(own, Budget) else own)}
+    own = dataclasses.asdict(own) if isinstance(own, Budget) else own
+    limits = dataclasses.asdict(budget)
+    if not isinstance(own, dict) or set(own) - set(limits):
+        raise UserError(f"candidate {name!r}: budget={own!r}: expected some of {', '.join(limits)}")
+    limits |= own
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
         return QualityVariant(name, to_request(settings), to_parallel(settings), Budget(**limits))

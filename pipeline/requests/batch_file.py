@@ -11,6 +11,7 @@ from pipeline.requests.errors import RequestError
 from pipeline.requests.limits import MAX_VIDEOS
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
+from pipeline.requests.unused import check_used
 
 T = TypeVar("T")
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)), "num_videos")
@@ -98,10 +99,16 @@ def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:
         raise RequestError(f"{unknown[0]!r}: no such key; expected some of {', '.join(LINE_KEYS)}")
     if "prompt" not in fields:
         raise RequestError('no "prompt" in it; expected e.g. {"prompt": "a cat"}')
+    given = set(fields)
     for name in ("attention", "cache"):
         if name in fields:
-            fields[name] = _group(name, fields[name], getattr(config, name))
-    return entries_of(dataclasses.replace(config, **fields), number)
+            own = fields[name]
+            fields[name] = _group(name, own, getattr(config, name))
+            given |= {f"{name}.{key}" for key in own}
+    config = dataclasses.replace(config, **fields)
+    entries = entries_of(config, number)
+    check_used(config, given)
+    return entries
 
 
 def _group(name: str, fields: Any, defaults: T) -> T:

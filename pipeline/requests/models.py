@@ -57,6 +57,8 @@ MODEL_FIELDS = tuple(
 
 def current_id(checkpoint: str) -> str:
     """Return a checkpoint's name, of one that the Hub has under a former owner, too, its present one."""
+    if not isinstance(checkpoint, str):  # of a batch's line, say: the request refuses it, which has its defaults first
+        return checkpoint
     return checkpoint.replace(_FORMER_OWNER, _OWNER, 1) if checkpoint.startswith(_FORMER_OWNER) else checkpoint
 
 

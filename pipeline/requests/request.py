@@ -1,7 +1,8 @@
 """The request for one video, checked once, before any work."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
@@ -20,6 +21,7 @@ from pipeline.requests.reuse import PRESETS, CacheOptions, Quality, to_cache
 from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
+T = TypeVar("T")
 Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Dtype = Literal["float32", "bfloat16"]
@@ -188,7 +190,9 @@ class GenerateRequest:
         _require_number("strength", self.strength, 0, 1, int | float)
         if self.noise_aug_strength:
             _require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
-        if self.context_frames is not None:
+        if self.context_frames is None:
+            _require_number("context_overlap", self.context_overlap, 0, MAX_FRAMES)
+        else:
             _require_number("context_frames", self.context_frames, 1, MAX_FRAMES)
             require_multiple("context_frames", self.context_frames, FRAME_MULTIPLE, 1)
             _require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
@@ -230,17 +234,29 @@ class GenerateRequest:
 def to_request(config: GenerateConfig) -> GenerateRequest:
     """Return the checked request of a resolved configuration. Raises RequestError."""
     options = dict(vars(config.attention))
-    try:
-        for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
-            options[name] = kind(**options[name]) if options[name] is not None else None
-        attention = AttentionOptions(**options)
-    except RequestError:
-        raise
-    except (ValueError, TypeError) as error:  # of BlockSizes and Variant: a value, or a field there is not
-        raise RequestError(f"attention: {error}") from error
+    for name, kind in (("block_sizes", BlockSizes), ("variant", Variant)):
+        options[name] = _of_fields(f"attention.{name}", options[name], kind)
+    attention = AttentionOptions(**options)
     names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention", "cache", "lora"}
     fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
     return GenerateRequest(**fields, attention=attention, cache=to_cache(config.cache), lora=parse_lora(config.lora))
+
+
+def _of_fields(key: str, value: Any, kind: type[T]) -> T | None:
+    """Return a mapping of a dataclass's fields as one, None as None. Raises RequestError."""
+    if value is None:
+        return None
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    known = {field.name for field in fields}
+    if not isinstance(value, Mapping) or set(value) - known or needed - set(value):
+        names = ", ".join(f"{field.name}: ..." for field in fields)
+        some = "" if needed == known else "some of "
+        raise RequestError(f"{key}={value!r}: expected {some}{{{names}}}, or null")
+    try:
+        return kind(**value)
+    except ValueError as error:  # whose text begins with the field
+        raise RequestError(f"{key}.{error}") from error
 
 
 def parse_lora(value: Any) -> tuple[LoraFile, ...]:
@@ -270,4 +286,6 @@ def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]
         f"stages={','.join(map(str, names))}: expected some of {','.join(STAGES)}"
         + (f"; unknown: {', '.join(map(repr, unknown))}" if unknown else ""),
     )
+    twice = len(set(names)) < len(names)
+    _require(not twice, f"stages={','.join(names)}: expected each of {','.join(STAGES)} at most once")
     return tuple(stage for stage in STAGES if stage in names)

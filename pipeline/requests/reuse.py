@@ -89,6 +89,10 @@ class CacheOptions:
             if not numbers or not values or not all(map(math.isfinite, values)):
                 raise RequestError(f"cache.coefficients={values!r}: expected a list of numbers, highest power first")
             object.__setattr__(self, "coefficients", tuple(map(float, values)))
+        if self.ratios is not None and not (isinstance(self.ratios, str) and self.ratios.strip()):
+            raise RequestError(
+                f"cache.ratios={self.ratios!r}: expected a file of python -m pipeline.calibrate, or null"
+            )
         for name, method in (("coefficients", "teacache"), ("ratios", "magcache")):
             if getattr(self, name) is not None and self.method != method:
                 raise RequestError(f"cache.{name}={getattr(self, name)!r}: only with cache={method}")

@@ -38,14 +38,23 @@ def run_name(request: GenerateRequest, name: str | None = None, line: int = 1) -
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     values |= {"slug": slug, "digest": digest, "line": line}
     try:
-        for _, field, _, _ in string.Formatter().parse(template):
+        for _, field, spec, _ in string.Formatter().parse(template):
             if field is not None and field not in values:
                 raise ValueError(f"unknown field {{{field}}}")
+            _check_width(spec or "")
         filled = template.format(**values)
         length = len(filled.encode())  # UnicodeEncodeError is a ValueError
-    except (ValueError, AttributeError, TypeError) as error:  # TypeError: not a string
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:  # TypeError: not a string
         fields = ", ".join(NAME_FIELDS)
         raise RequestError(f"name={name!r}: {error}; expected text in which {{...}} are of {fields}") from error
     if filled in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", filled) or length > _MAX_LENGTH:
         raise RequestError(f"name={filled!r}: expected the name of one folder, at most {_MAX_LENGTH} bytes long")
     return filled
+
+
+def _check_width(spec: str) -> None:
+    """Raise ValueError for what would be longer than a name may be: it is said before the text is made."""
+    if "{" in spec:  # whose value would be a width
+        raise ValueError(f"a field inside the format {spec!r}")
+    if any(len(digits) > 9 or int(digits) > _MAX_LENGTH for digits in re.findall(r"\d+", spec)):
+        raise ValueError(f"a width of more than {_MAX_LENGTH} in {spec[:20]!r}")

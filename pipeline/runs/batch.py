@@ -129,6 +129,11 @@ class Batch:
         with contextlib.ExitStack() as locks:
             for item in self._waiting():
                 locks.enter_context(item.run.locked())
+            for item in self._waiting():
+                try:
+                    item.run.check_inputs()
+                except PipelineError as error:
+                    self._fail(item, item.run.stages[0], error)
             self._run_waiting(self.items[0].run.stages)
 
     def run_one(self, item: Item, stages: Sequence[Stage]) -> None:

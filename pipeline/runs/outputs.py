@@ -4,10 +4,11 @@ A stage's output is `<stage>.safetensors` (the arrays) and `<stage>.json` (what 
 carry the same fingerprint, so that a crash between the two writes is noticed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.checkpoints.lora import lora_identity
 from pipeline.model.torchax_bridge import numpy_to_torch, torch_to_numpy
 from pipeline.requests.errors import StageOutputError
 from pipeline.requests.media import content_digest, file_digests
-from pipeline.requests.request import GenerateRequest, Stage
+from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.stages.progress import StageTimings
 from splash_workbench.files import atomic_path, write_json
 from splash_workbench.records import jsonl
@@ -139,6 +140,45 @@ def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
     check_stage(folder, key)
     with _open(folder, key.stage) as file:
         return {name: torch_to_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def load_inputs(folder: Path, keys: Mapping[Stage, StageKey], stage: Stage) -> dict[str, np.ndarray]:
+    """Load what a stage takes from the one before, nothing for the first. StageOutputError where it is not there."""
+    before = _before(stage)
+    if before is None:
+        return {}
+    with _saying_how(before, stage):
+        return load_stage(folder, keys[before])
+
+
+def check_inputs(folder: Path, keys: Mapping[Stage, StageKey], stages: Sequence[Stage], resume: bool) -> None:
+    """Raise StageOutputError where one of the stages to run needs a left-out one's output, and none that fits is there.
+
+    resume: a stage with an output of its own takes that, and needs nothing.
+    """
+    for stage in stages:
+        before = _before(stage)
+        if before is None or before in stages:
+            continue
+        if resume:
+            with contextlib.suppress(StageOutputError):
+                check_stage(folder, keys[stage])
+                continue
+        with _saying_how(before, stage):
+            check_stage(folder, keys[before])
+
+
+def _before(stage: Stage) -> Stage | None:
+    return None if stage == STAGES[0] else STAGES[STAGES.index(stage) - 1]
+
+
+@contextlib.contextmanager
+def _saying_how(before: Stage, stage: Stage) -> Iterator[None]:
+    """Add to a StageOutputError how the output of the stage before comes to be there."""
+    try:
+        yield
+    except StageOutputError as error:
+        raise StageOutputError(f"{error}; run that stage too (stages={before},{stage}), or name its run_dir") from error
 
 
 def reused_timings(fields: Mapping[str, Any]) -> StageTimings:

@@ -30,7 +30,9 @@ from pipeline.runs.hosts import check_same
 from pipeline.runs.outputs import (
     UNREADABLE,
     StageKey,
+    check_inputs,
     check_stage,
+    load_inputs,
     load_stage,
     reused_timings,
     save_stage,
@@ -119,6 +121,13 @@ class RequestRun:
             f"run_dir={str(self.run_dir)!r}: another process is at work there; wait for it or stop it, or choose "
             "another run_dir or name",
         )
+
+    def check_inputs(self) -> None:
+        """Raise StageOutputError where a stage needs the output of one that is left out, and none that fits is there.
+
+        All processes must call it.
+        """
+        on_first_process(lambda: check_inputs(self.run_dir, self.keys, self.stages, self.run_options.resume))
 
     def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
@@ -227,15 +236,7 @@ class RequestRun:
         return details
 
     def _inputs(self, stage: Stage) -> dict[str, np.ndarray]:
-        if stage == "text":
-            return {}
-        before = STAGES[STAGES.index(stage) - 1]
-        try:
-            return on_first_process(lambda: load_stage(self.run_dir, self.keys[before]))
-        except StageOutputError as error:
-            raise StageOutputError(
-                f"{error}; run that stage too (stages={before},{stage}), or name its run_dir"
-            ) from error
+        return on_first_process(lambda: load_inputs(self.run_dir, self.keys, stage))
 
     def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
@@ -308,6 +309,7 @@ def generate(
     run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
     check_same([run.described])
     with run.locked():
+        run.check_inputs()
         loaded = Stages()
         for stage in stages:
             run.run_stage(stage, loaded, progress)

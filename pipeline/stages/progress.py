@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import GenerateRequest, Stage
 from splash_workbench.errors import UserError
-from splash_workbench.profiles.sessions import Recorder, safe_name
+from splash_workbench.profiles.sessions import Recorder, check_name, safe_name
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,9 +90,20 @@ def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
     choices = [attention.implementation, attention.block_sizes, attention.variant, None if plan == "auto" else plan]
     size = f"{request.width}x{request.height}x{request.num_frames}-{request.dtype}"
     name = "-".join([Path(request.checkpoint).name, size, *(str(choice) for choice in choices if choice is not None)])
-    run, config = settings.profile_run or safe_name(name), {**dataclasses.asdict(request), "plan": plan}
+    run, config = (
+        check_profile_run(settings.profile_run) or safe_name(name),
+        {**dataclasses.asdict(request), "plan": plan},
+    )
     try:
         return Recorder(Path(settings.logdir), run, config)
+    except UserError as error:
+        raise RequestError(f"profile_run={error}") from error
+
+
+def check_profile_run(name: str | None) -> str | None:
+    """Return a command line's profile_run. Raises RequestError for one that cannot be a folder's name."""
+    try:
+        return None if name is None else check_name(name)
     except UserError as error:
         raise RequestError(f"profile_run={error}") from error
 

@@ -80,11 +80,7 @@ def main(settings: TuneConfig) -> int:
     video = video_of(settings, settings.quality)
     cache = JobCache.of_user(settings.reuse)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        runner = Runner(Path(folder))
-        try:
-            _search_all(settings, video, cache, runner, space, workers)
-        finally:
-            runner.cancel()  # an interrupt leaves compilations to threads
+        _search_all(settings, video, cache, Runner(Path(folder)), space, workers)
     for text in (*video.refused, cache.trouble if cache is not None else None):
         if text:
             print(text, file=sys.stderr)
@@ -110,7 +106,8 @@ def _search_all(
             done.add(same)
             kind = _Kind(predictor, plan, work, most_trials(space))
             print(f"quality={name}, {work}: {plan} on {settings.topology}", flush=True)
-            found = search(kind.try_options, step_options.default(request.int8_linears), space, workers)
+            default = step_options.default(request.int8_linears)
+            found = search(kind.try_options, default, space, workers, runner.cancel)
             if found.winner.time_s is None or kind.call is None:
                 raise PipelineError(f"{found.default.error}")
             kept = _keep(settings.promote, kind.call, found, captured)

@@ -33,12 +33,16 @@ def most_trials(space: Mapping[str, Sequence[str]]) -> int:
 
 
 def search(
-    try_options: Try, default: Mapping[str, str], space: Mapping[str, Sequence[str]] = SPACE, workers: int = 1
+    try_options: Try,
+    default: Mapping[str, str],
+    space: Mapping[str, Sequence[str]] = SPACE,
+    workers: int = 1,
+    cancel: Callable[[], object] = lambda: None,
 ) -> Found:
     """Return the fastest options that are found, and the default beside them, each compiled whole.
 
-    A candidate without a time takes no part. workers: values of one flag that are compiled at a time. Where it is
-    interrupted, what is being tried then is not waited for.
+    A candidate without a time takes no part. workers: values of one flag that are compiled at a time. cancel: ends
+    what is being tried, where the search is interrupted.
     """
     tried: dict[tuple[tuple[str, str], ...], TriedOptions] = {}
     best = dict(default)
@@ -63,8 +67,11 @@ def search(
         ranked = [dict(options) for options in sorted(tried, key=lambda key: time_s(dict(key)))]
         finalists = [options for options in ranked if time_s(options) < time_s(default)][:_FINALISTS]
         whole = list(pool.map(lambda options: try_options(options, False), [dict(default), *finalists]))
+    except BaseException:
+        cancel()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     winner = min(whole, key=lambda outcome: float("inf") if outcome.time_s is None else outcome.time_s)
     return Found(whole[0], winner, (*tried.values(), *whole))
 

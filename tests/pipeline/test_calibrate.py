@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from pipeline import quantize
 from pipeline.calibrate.__main__ import main
 from pipeline.calibrate.magnitudes import measure_ratios
 from pipeline.checkpoints.magcache import read_ratios
@@ -55,3 +56,26 @@ def test_one_step_has_nothing_to_compare(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "num_inference_steps=1"])
     assert main() == 2
     assert capsys.readouterr().err == "error: num_inference_steps=1: expected 2 or more to compare\n"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("", "output='': expected a path, or null."), ("there", "output='there': expected a file, got a folder.")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(output, message, monkeypatch, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.calibrate.magnitudes.measure_ratios", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "compilation_cache=false", f"output={output}"])
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("output", ["/dev/null/x.safetensors", "/proc/x.safetensors", "there.safetensors"])
+def test_int8_weights_that_cannot_be_written_are_refused_before_any_work(output, monkeypatch, tmp_path, capsys):
+    (tmp_path / "there.safetensors").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["quantize", f"output={output}"])
+    monkeypatch.setattr("pipeline.checkpoints.loading.resolve_checkpoint", lambda *_: pytest.fail("work began"))
+    assert quantize.main() == 2
+    assert re.fullmatch(rf"error: output='{output}': .*\n", capsys.readouterr().err)

@@ -100,9 +100,17 @@ def test_attention_options():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("attention.block_sizes={block_q:100,block_kv:128,block_kv_compute:128}", "attention: block_q=100: expected"),
-        ("attention.variant={nope:1}", "attention: .*'nope'"),
-        ("attention.variant=3", "attention: "),
+        (
+            "attention.block_sizes={block_q:100,block_kv:128,block_kv_compute:128}",
+            r"attention\.block_sizes\.block_q=100: expected",
+        ),
+        ("attention.block_sizes={block_q:128}", r"attention\.block_sizes={'block_q': 128}: expected {block_q: ..., "),
+        ("attention.block_sizes=[1,2,3]", r"attention\.block_sizes=\[1, 2, 3\]: expected {block_q: ..., block_kv: "),
+        ("attention.block_sizes=7", r"attention\.block_sizes=7: expected {block_q: ..., block_kv: "),
+        ("attention.variant={nope:1}", r"attention\.variant={'nope': 1}: expected some of {softmax: ..., qk_dtype: "),
+        ("attention.variant=foo", r"attention\.variant='foo': expected some of {softmax: ..., qk_dtype: "),
+        ("attention.variant=3", r"attention\.variant=3: expected some of {softmax: ..., qk_dtype: "),
+        ("attention.variant={lp_scheduler:1}", r"attention\.variant\.lp_scheduler=1: expected True or False"),
     ],
 )
 def test_bad_attention_options(argument, message):
@@ -128,6 +136,23 @@ def test_bad_attention_options(argument, message):
         (("prompt=x", "sead=1"), "error: sead: no such key; did you mean seed? See --help"),
         (("prompt=x", "height=tall"), "error: height=tall: Value 'tall'"),
         (("prompt=a", "cat"), "error: cat: expected key=value"),
+        (("prompt=x", "stages=text,text"), "error: stages=text,text: expected each of text,denoise,vae at most once"),
+        (("prompt=x", "name={seed:>9999999999}"), "error: name='{seed:>9999999999}': a width of more than 200 in"),
+        (("prompts=",), "error: prompts='': expected a file, or null."),
+        (("prompt=x", "run_dir="), "error: run_dir='': expected a folder, or null."),
+        (("prompt=x", "output_dir="), "error: output_dir='': expected a folder."),
+        (("prompt=x", "profile_run=x"), "error: profile_run='x': only with profile=true."),
+        (("prompt=x", "strength=0.5"), "error: strength=0.5: only with video=...; leave it out"),
+        (("prompt=x", "context_overlap=8"), "error: context_overlap=8: only with context_frames=...; leave it out"),
+        (("prompt=x", "cache.threshold=0.3"), "error: cache.threshold=0.3: only with cache=teacache, "),
+        (("prompt=x", "cache=none", "cache.threshold=0.3"), "error: cache.threshold=0.3: only with cache=teacache, "),
+        (
+            (
+                *("prompt=x", "attention.implementation=xla"),
+                "attention.block_sizes={block_q:128,block_kv:128,block_kv_compute:128}",
+            ),
+            "error: attention.block_sizes={'block_q': 128, 'block_kv': 128, 'block_kv_compute': 128}: only for the",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -160,11 +185,11 @@ def test_help_names_every_key_and_starts_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "ends"),
     [
-        ("results_path=/proc/nowhere/x.jsonl", "; make room there, or name another folder."),
+        ("results_path=/proc/nowhere/x.jsonl", "(No such file or directory); name another folder."),
         ("results_path=.", "expected a file, got a folder."),
-        ("output_dir=/proc/nowhere", "; make room there, or name another folder."),
-        ("run_dir=/dev/null/x", "(Not a directory); make room there, or name another folder."),
-        ("logdir=/proc/nowhere", "; make room there, or name another folder."),
+        ("output_dir=/proc/nowhere", "; name another folder."),
+        ("run_dir=/dev/null/x", "(Not a directory); name another folder."),
+        ("logdir=/proc/nowhere", "; name another folder."),
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(argument, ends, monkeypatch, tmp_path, capsys):

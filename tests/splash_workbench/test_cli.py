@@ -203,7 +203,7 @@ def test_a_path_may_begin_at_home(run: Run, monkeypatch: pytest.MonkeyPatch, tmp
     ) == ((0, "", ""))
     assert (taken[0].results_dir, taken[0].json, taken[0].kernel) == (f"{tmp_path}/x", f"{tmp_path}/y", "~/z")
     run(main_of("tuning.choose"), "json=~/choice.json")
-    run(main_of("tuning.report"), "results_dir=~/none", "output=~/report")
+    run(main_of("tuning.report"), "output=~/report")
     run(main_of("tuning.compare"), "~/a.jsonl:1", "b", "--results-dir", "~/none", "--output", "~/compare")
     assert {path.name for path in tmp_path.iterdir()} == {"choice.json", "report"}
 

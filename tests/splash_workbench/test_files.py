@@ -1,14 +1,17 @@
 """Files that are whole or not there."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, locked
+from splash_workbench.files import atomic_path, locked, require_writable, require_writable_file
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -50,3 +53,37 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
     assert path.exists()
     with locked(path, "busy"):
         pass
+
+
+def test_what_cannot_be_written_is_said_without_a_word_too_many(tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"^x=1: cannot write to /dev/null/y \(Not a directory\); name another folder\.$"
+    ):
+        require_writable("x=1", Path("/dev/null/y"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        UserError, match=r"cannot write 2 MiB to .* device\); make room there, or name another folder\."
+    ):
+        require_writable("x=1", tmp_path, 2**21)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (".", "expected a file, got a folder."),
+        ("/dev/null", "expected a file, got a device or a pipe."),
+        ("/dev/null/x", "cannot write to /dev/null (Not a directory); name another folder."),
+        ("/proc/x", "cannot write to /proc (No such file or directory); name another folder."),
+        ("x" * 300, "File name too long; name another file."),
+    ],
+)
+def test_a_file_that_cannot_be_written(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^x=1: {re.escape(message)}$"):
+        require_writable_file("x=1", Path(path))
+    require_writable_file("x=1", tmp_path / "new" / "file")
+    assert list(tmp_path.iterdir()) == []

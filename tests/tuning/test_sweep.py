@@ -166,7 +166,7 @@ def test_a_broken_record_is_one_refusal(make_settings: MakeSettings) -> None:
 def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: MakeSettings, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", Path("/proc/results")):
-        with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; make room there, or"):
+        with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; name another folder"):
             sweep(with_job("bowl", make_settings(results_dir=folder)), report=quiet)
 
 

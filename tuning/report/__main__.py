@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, require_writable
 
 
 @dataclasses.dataclass
@@ -25,16 +25,22 @@ class ReportSchema:
 @cli.command("report", ReportSchema)
 def main(settings: ReportSchema) -> int:
     """Run the command; return its exit code."""
-    from tuning.report import inputs, page
-    from tuning.validate.record import on_record
-
-    output, validation = Path(settings.output), Path(settings.validation)
-    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir else None
+    output, validation, results_dir = Path(settings.output), Path(settings.validation), Path(settings.results_dir)
+    tuned_dir = Path(settings.tuned_dir) if settings.tuned_dir is not None else None
+    given = cli.given_keys()  # that the default is not there is no error: nothing is on record yet
+    if not results_dir.is_dir() and ("results_dir" in given or results_dir.exists()):
+        raise UserError(f"results_dir={results_dir}: expected a folder of records, as tuning.sweep writes them.")
+    if not validation.exists() and "validation" in given:
+        raise UserError(f"validation={validation}: expected what tuning.validate wrote, a file or a folder.")
     if tuned_dir is not None and not tuned_dir.is_dir():
         raise UserError(f"tuned_dir={tuned_dir}: expected a folder of tuned entries, or null for those of attention().")
     if settings.top < 1:
         raise UserError(f"top={settings.top}: expected at least 1.")
-    read = from_config(lambda: inputs.Inputs(Path(settings.results_dir), validation, tuned_dir))
+    require_writable(f"output={output}", output)
+    from tuning.report import inputs, page  # which take seconds
+    from tuning.validate.record import on_record
+
+    read = from_config(lambda: inputs.Inputs(results_dir, validation, tuned_dir))
     files = page.make(read, output, settings.top)
     for path in (*output.glob("roofline-*.svg"), *output.glob("parity.svg")):
         if path.name not in files:  # of a workload that is no longer on record

@@ -14,6 +14,7 @@ from pipeline.model.denoise_step import EVERYTHING
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
+from pipeline.predict import __main__ as predict
 from pipeline.predict import planner
 from pipeline.predict.jobs import step_flops, together
 from pipeline.predict.planner import Predictor, VideoPrediction
@@ -205,6 +206,20 @@ def test_a_request_survives_json(request_of):
     options = AttentionOptions(block_sizes=BlockSizes(256, 512, 128), variant=Variant(softmax="online"))
     request = request_of(attention=options)
     assert decode(json.loads(json.dumps(dataclasses.asdict(request))), GenerateRequest) == request
+
+
+def test_a_runs_name_that_cannot_be_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "video_of", lambda *_: pytest.fail("work began"))
+    for arguments, message in (
+        (("profile=true", "profile_run=../x"), "profile_run='../x': expected a run's name of letters"),
+        (("profile=true", "profile_run="), "profile_run='': expected a run's name of letters"),
+        (("profile_run=x",), "profile_run='x': only with profile=true"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+        assert predict.main() == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_flops_of_the_full_step():

@@ -167,13 +167,25 @@ def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, r
         ("captions=[a cat]", "prompt='a cat': expected 'a COLOUR SHAPE MOTION'"),
         ("first_frame_db=-1", "first_frame_db=-1.0: expected 0 or more, in dB"),
         ("budget.lpips=2", "budget.lpips=2.0: expected 0 to 1"),
-        ("seeds=[]", "captions, seeds: expected at least one each"),
+        ("captions=[]", "captions=[]: expected at least one, or prompts="),
+        ("seeds=[]", "seeds=[]: expected at least one, whole numbers from 0 to"),
+        ("seeds=[3,-1]", "seeds=[3, -1]: expected at least one, whole numbers from 0 to"),
+        ("candidates=[5]", "candidates=[5]: expected mappings with a name"),
+        ("candidates=[{name: 5}]", "candidates: expected a name in {'name': 5}"),
+        ("candidates=[{name: x, budget: 5}]", "candidate 'x': budget=5: expected some of psnr_db, ssim"),
+        ("candidates=[{name: x, budget: {ssim: high}}]", "candidate 'x': budget.ssim='high': expected a number"),
         ("only=[nobody]", "only=['nobody']: expected some of online"),
         ("candidates=[{dtype: bfloat16}]", "candidates: expected a name"),
         ("candidates=[{name: x, dtype: float64}]", "candidate 'x': dtype='float64': expected one of float32"),
         ("candidates=[{name: x, colour: red}]", "candidate 'x': Key 'colour' not in 'GenerateConfig'"),
-        ("candidates=[{name: x, attention: {variant: {speed: 1}}}]", "candidate 'x': attention: "),
-        ("candidates=[{name: x, budget: {fps: 1}}]", "candidate 'x': "),
+        (
+            "candidates=[{name: x, attention: {variant: {speed: 1}}}]",
+            "candidate 'x': attention.variant={'speed': 1}: expected some of {softmax: ...",
+        ),
+        (
+            "candidates=[{name: x, budget: {fps: 1}}]",
+            "candidate 'x': budget={'fps': 1}: expected some of psnr_db, ssim",
+        ),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys, argument, message):

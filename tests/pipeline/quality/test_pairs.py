@@ -162,6 +162,7 @@ def test_a_pairs_video_shows_both_and_the_enlarged_difference():
         ({"prompt": "a cat"}, "expected one of them"),
         ({"predictions": "nope"}, "predictions='nope': expected a file of python -m pipeline.predict"),
         ({"image": "nope.png"}, "image='nope.png'"),
+        ({"candidates": [], "page_dir": None}, "candidates=[]: expected some to compare"),
         ({"candidates": [NEAR, NEAR]}, "candidates: 'near' is the name of two"),
         ({"candidates": [{"name": "reference"}]}, "candidates: 'reference' is the name of two"),
     ],

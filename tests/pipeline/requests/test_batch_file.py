@@ -1,10 +1,11 @@
 """The file of a batch: lines of text or JSON, and what is wrong with them."""
 
+import contextlib
 import dataclasses
 
 import pytest
 
-from pipeline.requests.batch_file import entries_of, read_entries
+from pipeline.requests.batch_file import LINE_KEYS, entries_of, read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import LoraFile
@@ -101,7 +102,14 @@ BAD_LINES = [
     ({"prompt": "x", "revision": 3}, "revision=3: expected a branch"),
     ({"prompt": "x", "scheduler": "euler"}, "scheduler='euler': expected one of"),
     ({"prompt": "x", "attention": 3}, "attention=3: expected an object"),
-    ({"prompt": "x", "attention": {"block_sizes": 3}}, "attention: "),
+    ({"prompt": "x", "attention": {"block_sizes": 3}}, "attention.block_sizes=3: expected {block_q: ..., block_kv:"),
+    ({"prompt": "x", "checkpoint": None}, "checkpoint=null: expected tiny"),
+    ({"prompt": "x", "checkpoint": 5}, "checkpoint=5: expected tiny"),
+    ({"prompt": "x", "checkpoint": []}, "checkpoint=[]: expected tiny"),
+    ({"prompt": "x", "cache": {"method": "magcache", "ratios": 5}}, "cache.ratios=5: expected a file"),
+    ({"prompt": "x", "name": "{seed:>9999999999}"}, "name='{seed:>9999999999}': a width of more than 200"),
+    ({"prompt": "x", "strength": 0.5}, "strength=0.5: only with video=...; leave it out"),
+    ({"prompt": "x", "cache": {"threshold": 0.3}}, "cache.threshold=0.3: only with cache=teacache"),
     ({"prompt": "x", "attention": {"k_smooth": "no"}}, "attention.k_smooth='no'"),
     ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
     ({"prompt": "x", "name": 3}, "name=3"),
@@ -119,6 +127,20 @@ def test_every_bad_line_is_named_with_what_is_wrong(tmp_path, config):
         assert error.startswith(f"{path}:{number}: "), error
         assert message in error
         assert "\n" not in error
+
+
+@pytest.mark.parametrize("key", LINE_KEYS)
+def test_a_value_of_any_type_is_taken_or_refused(tmp_path, config, key):
+    for value in (None, 5, -1, 0.5, True, "", "x", [], [[]], {}, {"x": []}):
+        path = write_batch(tmp_path, {"prompt": "ok", key: value})
+        with contextlib.suppress(RequestError):
+            read_entries(path, config)
+
+
+def test_a_line_without_use_for_what_the_command_line_gives_is_no_error(tmp_path, config):
+    config.strength, config.cache.threshold = 0.5, 0.3
+    path = write_batch(tmp_path, {"prompt": "a"}, {"prompt": "b", "video": "x", "quality": "fast"})
+    assert len(read_entries(path, config)) == 2
 
 
 def test_files_that_are_none(tmp_path, config):

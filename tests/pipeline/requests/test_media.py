@@ -151,6 +151,7 @@ def test_latents_of_a_file(tmp_path):
         ({"image": ""}, "image='': expected the path of a file"),
         ({"strength": 1.5}, "strength=1.5: expected a number from 0 to 1"),
         ({"video": "a", "strength": 0.01, "num_inference_steps": 50}, "leaves none of 50 steps; expected 0.02 or more"),
+        ({"context_overlap": -8}, "context_overlap=-8: expected a whole number from 0 to"),
         ({"noise_aug_strength": 0.1}, "noise_aug_strength=0.1: expected image="),
     ],
 )

@@ -80,9 +80,15 @@ def test_stages_run_in_their_order(stages, expected):
     assert parse_stages(stages) == expected
 
 
-@pytest.mark.parametrize("stages", ["", "text,foo", [], ["vea"]])
+@pytest.mark.parametrize("stages", ["", "text,foo", [], ["vea"], [["text"]]])
 def test_unknown_stages(stages):
     with pytest.raises(RequestError, match="expected some of text,denoise,vae"):
+        parse_stages(stages)
+
+
+@pytest.mark.parametrize("stages", ["text,text", ["vae", "text", "vae"]])
+def test_a_stage_is_named_once(stages):
+    with pytest.raises(RequestError, match="expected each of text,denoise,vae at most once"):
         parse_stages(stages)
 
 

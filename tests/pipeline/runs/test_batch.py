@@ -55,6 +55,14 @@ def test_a_line_of_no_checkpoint_is_named(tmp_path, config):
         _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
 
 
+def test_an_output_that_is_missing_in_between_fails_before_any_work(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(RequestRun, "run_stage", lambda *_: pytest.fail("work began"))
+    items = _prepare(tmp_path, config, {"prompt": "a"}, {"prompt": "b"}, chosen=("text", "vae"))
+    Batch(items).run_all()
+    assert [item.status for item in items] == ["failed", "failed"]
+    assert all("denoise: no saved output in" in str(item.error) for item in items)
+
+
 @pytest.fixture(scope="module")
 def spoilt(tiny_folder, tmp_path_factory) -> Path:
     """The checkpoint with NaN in its transformer."""

@@ -126,6 +126,24 @@ def test_a_stage_without_the_one_before(same, tmp_path):
         generate(same(), stages=["vae"], run_dir=tmp_path)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_output_that_is_missing_in_between_is_told_before_the_first_stage(resume, same, ran, tmp_path):
+    options = RunOptions(resume=resume)
+    with pytest.raises(StageOutputError, match=r"no saved output in .*run that stage too \(stages=denoise,vae"):
+        generate(same(), stages=["text", "vae"], run_dir=tmp_path / "run", run_options=options)
+    assert ran == [] and not (tmp_path / "run").exists()
+
+
+def test_a_stage_with_an_output_of_its_own_needs_no_other(run_dir, same, ran):
+    for path in run_dir.glob("denoise.*"):
+        path.unlink()
+    generate(same(), stages=["text", "vae"], run_dir=run_dir)
+    assert ran == []
+    with pytest.raises(StageOutputError, match="no saved output"):
+        generate(same(), stages=["text", "vae"], run_dir=run_dir, run_options=RunOptions(resume=False))
+    assert ran == []
+
+
 def test_a_stage_with_another_requests_input(run_dir, same):
     with pytest.raises(StageOutputError, match=r"denoise: .* another request \(seed: saved 7, wanted 8\)"):
         generate(same(seed=8), stages=["vae"], run_dir=run_dir)

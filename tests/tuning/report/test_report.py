@@ -358,3 +358,25 @@ def test_sweeps_of_the_same_sources_are_shown_as_one(
     text = (tmp_path / "out" / "report.md").read_text()
     assert "of another kernel source" not in text
     assert "| 1 | 384/512/128 |" in text and "| 2 | 512/512/128 |" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("results_dir=", "results_dir='': expected a folder."),
+        ("results_dir=nope", "results_dir=nope: expected a folder of records, as tuning.sweep writes them."),
+        ("results_dir=/etc/passwd", "results_dir=/etc/passwd: expected a folder of records, as"),
+        ("output=/dev/null", "output=/dev/null: cannot write to /dev/null (Not a directory); name another folder."),
+        ("output=/proc/x", "output=/proc/x: cannot write to /proc/x ("),
+        ("validation=nope", "validation=nope: expected what tuning.validate wrote, a file or a folder."),
+        ("tuned_dir=nope", "tuned_dir=nope: expected a folder of tuned entries"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused_before_any_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str
+) -> None:
+    monkeypatch.setattr("tuning.report.inputs.Inputs", lambda *_: pytest.fail("work began"))
+    code, out, err = run(argument)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
