@@ -67,7 +67,8 @@ def _count(kernel: Kernel[Any, Any], workload: Any, source: str, name: str) -> f
 def look(settings: SweepSettings, evaluator: Evaluator) -> None:
     """Look at a user's kernel in a worker. Raises UserError with what is wrong with it."""
     assert isinstance(settings.space, TunableSpace)
-    print(f"looking at {settings.space.name} and its default configuration ...", file=sys.stderr, flush=True)
+    if settings.progress:
+        print(f"looking at {settings.space.name} and its default configuration ...", file=sys.stderr, flush=True)
     payload = evaluator.payload(None, settings.space.defaults, settings.kernel_name, "shorter")
     outcome = evaluator.runner.run(
         "tuning.backends.preflight:look",

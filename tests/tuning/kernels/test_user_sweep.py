@@ -207,6 +207,17 @@ def _gpu() -> Any:
     return loading.find(f"{path}:GpuAttention")
 
 
+def test_a_candidate_that_writes_half_of_its_result_is_wrong(tmp_path: Path) -> None:
+    """Which its check of other sizes does not show: it does less, and would win."""
+    kernel = loading.find(SCALED.replace("Scaled", "Partly"))
+    space = {"block": [8, 16], "add_first": [False, True]}
+    options = GRID | {"backend": "interpret", "space": space, "results_dir": tmp_path}
+    trials = autotune(kernel, kernel.Workload(rows=24), **options).trials
+    assert {(t.variant["block"], t.status) for t in trials} == {(8, Status.OK), (16, Status.WRONG)}
+    (error, *_) = {t.error for t in trials if t.error}
+    assert error == "writes only 1 of the 2 blocks of float32[24,128] (rows=24)"
+
+
 def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     best, _, _ = tuned
