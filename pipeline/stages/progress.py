@@ -90,10 +90,8 @@ def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
     choices = [attention.implementation, attention.block_sizes, attention.variant, None if plan == "auto" else plan]
     size = f"{request.width}x{request.height}x{request.num_frames}-{request.dtype}"
     name = "-".join([Path(request.checkpoint).name, size, *(str(choice) for choice in choices if choice is not None)])
-    run, config = (
-        check_profile_run(settings.profile_run) or safe_name(name),
-        {**dataclasses.asdict(request), "plan": plan},
-    )
+    run = check_profile_run(settings.profile_run) or safe_name(name)
+    config = {**dataclasses.asdict(request), "plan": plan}
     try:
         return Recorder(Path(settings.logdir), run, config)
     except UserError as error:

@@ -7,7 +7,6 @@ import jax
 
 import offline_tpu
 from offline_tpu.machine import devices
-from splash_attn.api import Implementation
 from splash_workbench.errors import line_of
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError
@@ -46,7 +45,7 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     on_device = payload["device_checks"]
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
     expected = _shapes(request, f"{name}.reference", request.found.reference, arguments)
-    _refuse_what_cannot_be_called(request, implementation)
+    _refuse_what_cannot_be_called(request)
     actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
         ours, theirs = (" and ".join(shapes) or "nothing" for shapes in (actual, expected))
@@ -88,12 +87,12 @@ def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) ->
     return [f"{list(x.shape)}" for x in jax.tree.leaves(found)]
 
 
-def _refuse_what_cannot_be_called(request: Request, implementation: Implementation) -> None:
+def _refuse_what_cannot_be_called(request: Request) -> None:
     try:
-        built = request.found.build(request.config) if implementation == "pallas_interpret" else None
+        built = request.found.build(request.config)
     except Exception:
         return  # told where it is called, with its line
-    if built is not None and not callable(built):
+    if not callable(built):
         raise TrialError(
             Status.WRONG,
             f"{request.found.name}.build({request.config}) returns {built!r}: expected a function of the arguments.",
