@@ -107,6 +107,8 @@ def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:
 def _check_seeds(seeds: Sequence[int]) -> None:
     if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
         raise UserError(f"seeds={list(seeds)}: expected at least one, whole numbers from 0 to {2**63 - 1}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds={list(seeds)}: expected each once, as each makes the same videos again")
 
 
 def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:

@@ -64,6 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ("space.variant.softmax=online", "space.variant.softmax='online': expected a list"),
         ("space.first=[{block_q: 128}]", "space.first block_q=128: expected one of"),
         ("workload.head_dim=60", "head_dim=60: expected a multiple of 8"),
+        ("workload.seq_len=99999999999999", "q_seq_len=99999999999999: expected less than 2**31"),
         ("workload.dtype=int3", "dtype='int3': expected one of"),
         ("device=local", "device='local': expected one of"),
         ("promote=yes", "promote='yes': expected true, false or shipped"),

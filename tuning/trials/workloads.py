@@ -25,7 +25,8 @@ _MAX_NAME_LENGTH = 100  # with device, backend and hash it is the name of a fold
 class Workload:
     """One attention call of a model on one chip.
 
-    Raises ValueError for a dtype that is not one of DTYPES, or a name that is not one for a folder.
+    Raises ValueError for a dtype that is not one of DTYPES, a size that no array has, or a name that is not one for a
+    folder.
     """
 
     name: str
@@ -35,6 +36,9 @@ class Workload:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {DTYPES}.")
+        for name, value in dataclasses.asdict(self.shape).items():
+            if value >= 2**31:
+                raise ValueError(f"{name}={value}: expected less than 2**31, as XLA counts in 32 bits.")
         if _clean(self.name) != self.name:
             raise ValueError(
                 f"workload.name={self.name!r}: expected at most {_MAX_NAME_LENGTH} letters, digits, _ . + and -, "

@@ -169,6 +169,7 @@ def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, r
         ("budget.lpips=2", "budget.lpips=2.0: expected 0 to 1"),
         ("captions=[]", "captions=[]: expected at least one, or prompts="),
         ("seeds=[]", "seeds=[]: expected at least one, whole numbers from 0 to"),
+        ("seeds=[1,1]", "seeds=[1, 1]: expected each once"),
         ("seeds=[3,-1]", "seeds=[3, -1]: expected at least one, whole numbers from 0 to"),
         ("candidates=[5]", "candidates=[5]: expected mappings with a name"),
         ("candidates=[{name: 5}]", "candidates: expected a name in {'name': 5}"),
