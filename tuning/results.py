@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -13,7 +12,7 @@ from splash_workbench.errors import UserError, from_config
 from splash_workbench.trial_status import Status
 from tuning.search.schemas import BackendSchema, DeviceSchema, WorkloadSchema
 from tuning.trials import records, tables, workloads
-from tuning.trials.records import Trial, objective
+from tuning.trials.records import Trial
 from tuning.trials.workloads import Workload
 
 
@@ -56,11 +55,11 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
     for trial in sorted(trials, key=lambda trial: trial.workload):
         names.setdefault((trial.call, trial.dtype), trial.workload)
 
-    def rank(trial: Trial) -> tuple[Any, ...]:
+    groups: dict[tuple[str, ...], list[Trial]] = {}
+    for trial in trials:
         group = (names[trial.call, trial.dtype], trial.call, trial.dtype, trial.device, trial.backend)
-        return (*group, trial.status is not Status.OK, objective(trial))
-
-    return sorted(trials, key=rank)
+        groups.setdefault(group, []).append(trial)
+    return [trial for _, members in sorted(groups.items()) for trial in records.ranked(members)]
 
 
 @cli.command("results", ResultsSchema, unused=("device.*", "backend.*"))

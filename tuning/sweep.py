@@ -40,7 +40,7 @@ from tuning.traces import of_sweep
 from tuning.trials import records
 from tuning.trials.contenders import SideBySide
 from tuning.trials.promote import Promotion, promote
-from tuning.trials.records import Trial, best_of, objective
+from tuning.trials.records import Trial, best_of, ranked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
         report(line)
     if cache and cache.trouble:
         report(cache.trouble)
-    trials = sorted(search.told.values(), key=lambda t: (t.status is not Status.OK, t.status.value, objective(t)))
+    trials = ranked(search.told.values())
     return SweepResult(
         directory, tuple(trials), winner, candidates, passes.evaluated_count, wall_time_s, runner.usage, beside
     )

@@ -23,8 +23,8 @@ from tuning.kernels.protocol import abstract
 from tuning.trials.records import Numerics
 
 _SOURCES = ("tuning/backends/numerics.py", "tuning/kernels/*.py", "splash_attn/reference.py")
-#: XLA computes the same without its optimisations, and an interpreted kernel is a long program that runs once. The older
-#: emitters compile it in two thirds of the CPU seconds.
+#: XLA computes the same without its optimisations, and an interpreted kernel is a long program that runs once. The
+#: older emitters compile it in two thirds of the CPU seconds.
 _CPU_OPTIONS: Any = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 

@@ -16,7 +16,7 @@ from tuning.report.parts import device_title, listed, origin, percent, significa
 from tuning.trials import contenders, heatmap
 from tuning.trials.bound import bf16_bound_ms, bound_fraction, kernel_bound_fraction, known_device, mxu_bound_ms
 from tuning.trials.contenders import SideBySide
-from tuning.trials.records import Trial, best_of, is_exact
+from tuning.trials.records import Trial, best_of, is_exact, ranked
 
 _OURS = "splash_attn"
 _REST = "rest of the op: transposes, padding, checks"
@@ -54,18 +54,20 @@ def sweeps(files: Sequence[TrialFile], results_dir: Path, top: int) -> tuple[lis
 
     Exact candidates and int8 are two sweeps, though they share a file.
     """
-    current, outdated = newest_of(files)
-    found = []
-    for file in current:
-        trials = newest_trials(file.trials)
-        for exact in (True, False):
-            if chosen := [trial for trial in trials if is_exact(trial.variant) == exact]:
-                found.append(_sweep(file, chosen, results_dir, top))
-    return found, outdated
+    found: list[dict[str, Any]] = []
+    outdated: dict[str, TrialFile] = {}
+    for exact in (True, False):
+        chosen = [(file.path, [t for t in file.trials if is_exact(t.variant) == exact]) for file in files]
+        current, old = newest_of([TrialFile(path, tuple(trials)) for path, trials in chosen if trials])
+        found += [_sweep(file, newest_trials(file.trials), results_dir, top) for file in current]
+        outdated |= {file.path: file for file in old}
+    shown = {sweep["path"] for sweep in found}
+    found.sort(key=lambda sweep: (sweep["first"].workload, sweep["first"].device, sweep["first"].backend))
+    return found, [file for path, file in sorted(outdated.items()) if path not in shown]
 
 
 def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int) -> dict[str, Any]:
-    timed = sorted((t for t in trials if t.time_ms is not None), key=lambda t: (t.time_ms or 0.0, t.key))
+    timed = ranked(trial for trial in trials if trial.time_ms is not None)
     first = timed[0] if timed else trials[-1]
     longest = max((t.time_ms or 0.0 for t in timed[:top]), default=1.0)
     bound_ms = bf16_bound_ms(first.shape, first.dtype, first.device_kind)
@@ -85,6 +87,7 @@ def _sweep(file: TrialFile, trials: Sequence[Trial], results_dir: Path, top: int
         "variant": " ".join(f"{name}={value}" for name, value in first.variant.items() if value is not None),
         "ranking": [(trial, options(trial, [first])) for trial in timed[:top]],
         "longest_ms": longest,
+        "estimates": any(trial.compiled != "whole" for trial in timed[:top]),
         "left_out": len(timed[top:]),
         "bound_ms": bound_ms,
         "bound_at": bound_ms / longest * 100 if bound_ms and bound_ms <= longest else None,  # percent of a bar

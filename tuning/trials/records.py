@@ -176,6 +176,16 @@ def best_of(trials: Iterable[Trial]) -> Trial | None:
     return min(timed, key=objective, default=None)
 
 
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """Return them with the best first, then the others that are ok by time, then the rest by status.
+
+    Estimates of a first pass may say less than the best, which is known by a whole compile, and stand below it.
+    """
+    trials = list(trials)
+    best = best_of(trials)
+    return sorted(trials, key=lambda t: (t is not best, t.status is not Status.OK, t.status.value, objective(t), t.key))
+
+
 def config_key(block_sizes: BlockSizes | None, variant: Mapping[str, Any]) -> str:
     """Return the same string for the same block sizes and variant, in every process."""
     fields = dataclasses.asdict(block_sizes) if block_sizes else {}
