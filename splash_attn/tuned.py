@@ -141,7 +141,7 @@ def read_file(path: Path) -> TunedFile:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=TunedFile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: unreadable tuned entries ({error}).") from error
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
 from splash_workbench.provenance import user_cache_dir
+
+logger = logging.getLogger(__name__)
 
 TINY, RANDOM, TINY_I2V = "tiny", "tiny-random", "tiny-i2v"
 #: Made in the cache folder when they are asked for.
@@ -45,8 +48,16 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     """Keep compiled programs in a folder, by default the user's; what is set (JAX_COMPILATION_CACHE_DIR) stays."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = folder or user_cache_dir() / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        except OSError as error:
+            logger.warning(
+                "cache: cannot write to %s (%s); programs are compiled again each time, unless "
+                "$COGVIDEOX_SPLASH_CACHE or cache_dir names another folder",
+                folder,
+                error.strerror,
+            )
     # XLA's own caches, of GPUs, put the folder's path into every key: filled on another machine, it would serve nobody.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

@@ -94,7 +94,8 @@ def entry_hashes(step: bool = True) -> list[str]:
     folders = (tuned.TUNED_DIR, tuned.user_dir())
     files = [path for folder in folders for path in sorted(folder.glob("*.json")) if path.name != SHIPPED.name]
     files += [user_path(), SHIPPED] if step else []
-    return [stable_hash(path.read_text(encoding="utf-8")) for path in files if path.is_file()]
+    # What is no text is not taken, and is another's to say; it must not end a run that does without.
+    return [stable_hash(path.read_text("utf-8", errors="backslashreplace")) for path in files if path.is_file()]
 
 
 def read(path: Path) -> tuple[Entry, ...]:
@@ -103,7 +104,7 @@ def read(path: Path) -> tuple[Entry, ...]:
         return _read(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         return ()
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise RequestError(f"{path}: unreadable compiler options ({error}); put it right or remove it.") from error
 
 

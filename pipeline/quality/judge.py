@@ -93,7 +93,10 @@ def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:
         path = Path(settings.prompts)
         if path.suffix != ".txt" or not path.is_file():
             raise UserError(f"prompts={settings.prompts!r}: expected a file *.txt, a prompt a line")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompts={settings.prompts!r}: not UTF-8 text ({error.reason})") from error
         prompts = list(dict.fromkeys(filter(None, lines)))
         if not prompts:
             raise UserError(f"prompts={settings.prompts!r}: holds no prompts; expected one a line")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,12 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
             save_file(tensors, temporary, metadata={"fingerprint": key.fingerprint})
         except SafetensorError as error:  # a full disk
             raise StageOutputError(f"{key.stage}: cannot be saved in {folder} ({error}); make room there") from error
+        checksum = _checksum(temporary)
     described = {
         "schema_version": SCHEMA_VERSION,
         "stage": key.stage,
         "fingerprint": key.fingerprint,
+        "checksum": checksum,
         "request": dict(key.fields),
         "arrays": {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()},
         **details,
@@ -132,7 +135,19 @@ def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
     with _open(folder, stage) as file:
         if (file.metadata() or {}).get("fingerprint") != fingerprint:
             raise StageOutputError(f"{stage}: {stage}.safetensors and {stage}.json in {folder} do not belong together")
+    # Outputs of an earlier version have none.
+    if described.get("checksum", checksum := _checksum(folder / f"{stage}.safetensors")) != checksum:
+        raise StageOutputError(f"{stage}: {stage}.safetensors in {folder} is damaged (its checksum is another)")
     return described
+
+
+def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:

@@ -200,9 +200,12 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert choose(tmp_path).entry is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2, "entries": []}', '{"schema_version": 1}'])
-def test_an_unreadable_file_is_an_error_not_a_default(tmp_path: Path, text: str) -> None:
-    tuned.path_for(KIND, tmp_path).write_text(text)
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b'{"schema_version": 2, "entries": []}', b'{"schema_version": 1}', b'{"device_kind": "\xff"}'],
+)
+def test_an_unreadable_file_is_an_error_not_a_default(tmp_path: Path, content: bytes) -> None:
+    tuned.path_for(KIND, tmp_path).write_bytes(content)
     with pytest.raises(ValueError, match=r"tpu_v6_lite\.json: unreadable tuned entries"):
         choose(tmp_path)
 

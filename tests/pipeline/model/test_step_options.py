@@ -96,3 +96,10 @@ def test_hosts_see_that_their_entries_differ(shipped):
     step_options.keep(step_options.user_path(), entry())
     assert step_options.entry_hashes() != before
     assert step_options.entry_hashes(step=False) == before  # of the attention's blocks alone
+
+
+def test_a_file_of_entries_that_is_no_text_has_a_hash_too(shipped):
+    before = step_options.entry_hashes()
+    step_options.user_path().parent.mkdir(parents=True, exist_ok=True)
+    step_options.user_path().write_bytes(b"\xff\xfe\0")
+    assert len(step_options.entry_hashes()) == len(before) + 1

@@ -161,6 +161,12 @@ def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, r
     assert "all within budget" in capsys.readouterr().out
 
 
+def test_prompts_that_are_no_text_are_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\0\n")
+    assert command(monkeypatch, tmp_path, f"prompts={tmp_path / 'mine.txt'}") == 2
+    assert "mine.txt': not UTF-8 text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

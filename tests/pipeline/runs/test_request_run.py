@@ -160,7 +160,7 @@ def test_other_weights_are_another_request(run_dir, same, tiny_folder, tmp_path,
     assert "vae_weights: saved" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "other bytes"])
 def test_damaged_output_is_made_anew(damage, run_dir, same, ran, caplog):
     path = run_dir / "denoise.safetensors"
     before = path.read_bytes()
@@ -168,6 +168,8 @@ def test_damaged_output_is_made_anew(damage, run_dir, same, ran, caplog):
         path.write_bytes(before[:1000])
     elif damage == "missing":
         path.unlink()
+    elif damage == "other bytes":
+        path.write_bytes(before[:-4] + b"\0\1\2\3")
     else:  # a crash between the two writes of another request
         shutil.copy(run_dir / "text.safetensors", path)
     generate(same(), run_dir=run_dir)

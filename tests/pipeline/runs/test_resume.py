@@ -43,7 +43,12 @@ def test_an_interrupted_run_goes_on_with_the_step_it_was_in(changes, same, ran, 
 @pytest.mark.compile
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [("other request", "belongs to another request"), ("truncated", "is not readable"), ("no resume", "")],
+    [
+        ("other request", "belongs to another request"),
+        ("truncated", "is not readable"),
+        ("other bytes", "is not readable (its checksum is of other content)"),
+        ("no resume", ""),
+    ],
 )
 def test_a_state_that_does_not_fit_is_not_taken(damage, message, same, tmp_path, caplog):
     def interrupt(event):
@@ -57,6 +62,9 @@ def test_a_state_that_does_not_fit_is_not_taken(damage, message, same, tmp_path,
         request = dataclasses.replace(request, seed=8)
     elif damage == "truncated":
         (tmp_path / STATE_NAME).write_bytes((tmp_path / STATE_NAME).read_bytes()[:300])
+    elif damage == "other bytes":
+        content = (tmp_path / STATE_NAME).read_bytes()
+        (tmp_path / STATE_NAME).write_bytes(content[:-4] + b"\0\1\2\3")
     else:
         resume = False
     events = []
