@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from offline_tpu.compile import parse_topology
+from offline_tpu.machine.devices import DEVICES
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.checkpoints.magcache import ratios_path
@@ -36,6 +38,7 @@ from splash_workbench.records.prediction import (
 
 #: All presets of quality.
 ALL = "all"
+_A_TPU = DEVICES["v6e"].device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +89,19 @@ def video_of(settings: GenerateConfig, quality: str) -> Video:
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
-    presets, refused = settle_presets(request, names, configs, found[0] if found else None)
+    device_kind = parse_topology(settings.topology)[0].device_kind if settings.topology else None
+    presets, refused = settle_presets(request, names, configs, found[0] if found else None, device_kind or _A_TPU)
     return Video(presets, refused, configs, source)
 
 
 def preset_steps(
-    request: GenerateRequest, quality: str, configs: Mapping[str, Any], checkpoint: Checkpoint | None
+    request: GenerateRequest,
+    quality: str,
+    configs: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    device_kind: str = _A_TPU,
 ) -> PresetSteps:
-    """Return the steps of a request with a quality.
+    """Return the steps of a request with a quality, on a kind of TPU.
 
     configs: of the checkpoint's parts. checkpoint: None where no weights are to be fetched: how often TeaCache runs the
     blocks is then as its authors' times say. Raises RequestError where that is not known.
@@ -109,7 +117,7 @@ def preset_steps(
             )
         return ratios_path(checkpoint)
 
-    request = settle(request, lambda: transformer, ratios, on_tpu=True)
+    request = settle(request, lambda: transformer, ratios, device_kind)
     scheduler = build_scheduler(configs["scheduler"], request.scheduler)
     timesteps = step_table(scheduler, request.num_inference_steps).timesteps
     guided = request.do_classifier_free_guidance
@@ -128,13 +136,17 @@ def preset_steps(
 
 
 def settle_presets(
-    request: GenerateRequest, names: Sequence[str], configs: Mapping[str, Any], checkpoint: Checkpoint | None
+    request: GenerateRequest,
+    names: Sequence[str],
+    configs: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    device_kind: str = _A_TPU,
 ) -> tuple[dict[str, PresetSteps], list[str]]:
     """Return the steps of each quality, and why those of others are not known. Raises RequestError for a single one."""
     settled, refused = {}, []
     for name in names:
         try:
-            settled[name] = preset_steps(request, name, configs, checkpoint)
+            settled[name] = preset_steps(request, name, configs, checkpoint, device_kind)
         except RequestError as error:
             if name == names[0]:
                 raise

@@ -17,27 +17,35 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 from pipeline.requests.reuse import PRESETS
 
+#: Kinds of devices whose matrix units multiply bfloat16 and fp8 but no int8, which is converted there: a step of the
+#: 720p video in int8 is slower by a sixth (predicted, docs/scale.md). Source: https://cloud.google.com/tpu/docs/tpu7x.
+WITHOUT_INT8 = frozenset({"TPU7x"})
+
 
 def settle(
     request: GenerateRequest,
     transformer: Callable[[], Mapping[str, Any]],
     ratios: Callable[[], Path],
-    on_tpu: bool,
+    device_kind: str | None,
 ) -> GenerateRequest:
     """Return the request with its quality's choices in it. RequestError where the checkpoint does not allow it.
 
-    Attention in int8 is the kernel's: where XLA's attention runs, a preset leaves it exact.
+    Attention in int8 is the kernel's: where XLA's attention runs, a preset leaves it exact. On devices WITHOUT_INT8 it
+    takes int8 for nothing; what the request itself asks for stays.
 
     Args:
       transformer: its configuration, with diffusers' defaults; called where a cache needs it.
       ratios: where the checkpoint's ratios are; called by magcache without a path.
-      on_tpu: whether the kernel runs where the request names no implementation.
+      device_kind: of the TPU, on which the kernel runs where the request names no implementation; None: no TPU.
     """
     preset, cache, attention = PRESETS[request.quality], request.cache, request.attention
-    kernel = attention.implementation != "xla" and (attention.implementation is not None or on_tpu)
-    if preset.int8 and kernel and attention.qk_dtype is None and attention.variant is None:
+    kernel = attention.implementation != "xla" and (attention.implementation is not None or device_kind is not None)
+    int8 = preset.int8 and device_kind not in WITHOUT_INT8
+    if int8 and kernel and attention.qk_dtype is None and attention.variant is None:
         attention = dataclasses.replace(attention, qk_dtype="int8")
-    quantization = "int8" if request.int8_linears else request.quantization
+    quantization = request.quantization
+    if quantization is None and preset.int8:
+        quantization = "int8" if int8 else "none"
     name = current_id(request.checkpoint)
     if cache.method == "teacache" or (cache.method is None and preset.teacache is not None):
         name = base_checkpoint(name, transformer())
@@ -53,8 +61,8 @@ def settle(
 
 def settle_here(request: GenerateRequest, checkpoint: Checkpoint) -> GenerateRequest:
     """Return `settle` for the devices that are here."""
-    on_tpu = jax.default_backend() == "tpu"
-    return settle(request, lambda: checkpoint.config("transformer"), lambda: ratios_path(checkpoint), on_tpu)
+    device_kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+    return settle(request, lambda: checkpoint.config("transformer"), lambda: ratios_path(checkpoint), device_kind)
 
 
 def settle_parallel(parallel: ParallelOptions, request: GenerateRequest) -> ParallelOptions:

@@ -13,7 +13,7 @@ from pipeline.predict.presets import predict_presets, preset_steps, settle_prese
 from pipeline.predict.report import make_report, markdown_table, print_report
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import ParallelOptions
-from pipeline.requests.request import GenerateRequest
+from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.reuse import PRESETS, CacheOptions
 from splash_workbench.records.jsonl import decode, encode
 
@@ -42,6 +42,15 @@ def test_presets_of_a_published_model(request_of_5b, configs):
     assert fastest.schedule.steps_computed == round(50 * 204 / 465)
     whole = [work for work in fastest.schedule.steps if work.blocks and work.negative]
     assert len(whole) <= fastest.schedule.steps_computed // 2 + 1
+
+
+def test_a_preset_takes_int8_only_where_matrix_units_have_it(request_of_5b, configs):
+    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None, "TPU7x")
+    found = {name: (steps.request.attention.qk_dtype, steps.request.quantization) for name, steps in settled.items()}
+    assert found == {"exact": (None, None), "fast": (None, "none"), "fastest": (None, "none")}
+    asked = dataclasses.replace(request_of_5b, quantization="int8", attention=AttentionOptions(qk_dtype="int8"))
+    steps = preset_steps(asked, "fast", configs, None, "TPU7x").request
+    assert (steps.attention.qk_dtype, steps.quantization) == ("int8", "int8")
 
 
 def test_what_is_not_known_is_refused(request_of_5b, configs):
