@@ -26,6 +26,7 @@ from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.reuse import PRESETS, REPORTED_FRACTIONS
 from pipeline.stages.presets import base_checkpoint, settle, settle_parallel
 from pipeline.stages.step_schedule import StepSchedule, embed_timesteps, step_schedule, with_prompts
+from splash_workbench.errors import from_config
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.records.prediction import (
     GIB,
@@ -89,8 +90,9 @@ def video_of(settings: GenerateConfig, quality: str) -> Video:
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
-    device_kind = parse_topology(settings.topology)[0].device_kind if settings.topology else None
-    presets, refused = settle_presets(request, names, configs, found[0] if found else None, device_kind or _A_TPU)
+    topology = settings.topology or "v6e"
+    device, _ = from_config(lambda: parse_topology(topology))
+    presets, refused = settle_presets(request, names, configs, found[0] if found else None, device.device_kind)
     return Video(presets, refused, configs, source)
 
 
