@@ -49,7 +49,7 @@ def main(settings: PredictConfig) -> int:
     options = from_config(lambda: checked_options(settings.compiler_options))
     stages = parse_stages(settings.stages)
     check_profile_run(settings.profile_run)
-    video = video_of(settings, settings.quality)
+    video = video_of(settings, settings.topology, settings.quality)
     first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)
     cache = JobCache.of_user(settings.reuse)

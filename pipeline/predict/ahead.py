@@ -68,8 +68,7 @@ def request_programs(
     devices: that they are for, here or not. configs: of the checkpoint's parts; checkpoint: None where it is not to be
     fetched, see `preset_steps`. Raises RequestError for a plan or preset that there is not.
     """
-    kind = {"device_kind": devices[0].device_kind} if devices[0].platform == "tpu" else {}
-    steps = preset_steps(request, request.quality, configs, checkpoint, **kind)
+    steps = preset_steps(request, request.quality, configs, checkpoint, devices[0].device_kind)
     request = steps.request
     if devices[0].platform == "tpu":
         request = dataclasses.replace(

@@ -9,7 +9,6 @@ import numpy as np
 from safetensors import safe_open
 
 from offline_tpu.compile import parse_topology
-from offline_tpu.machine.devices import DEVICES
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.checkpoints.magcache import ratios_path
@@ -39,7 +38,6 @@ from splash_workbench.records.prediction import (
 
 #: All presets of quality.
 ALL = "all"
-_A_TPU = DEVICES["v6e"].device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +72,8 @@ class Video:
         return Predictor(topology, preset.request, self.configs, timeout_s, say, reuse=preset.schedule.reuse)
 
 
-def video_of(settings: GenerateConfig, quality: str) -> Video:
-    """Return the video of a command line with a preset of quality, or ALL of them. Raises RequestError."""
+def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
+    """Return the video of a command line with a preset of quality, or ALL of them. Raises UserError."""
     names = tuple(PRESETS) if quality == ALL else (quality,)
     # How long the prompt is makes no difference: it is padded.
     request = to_request(dataclasses.replace(settings, quality=names[0], prompt=settings.prompt or "any"))
@@ -90,7 +88,6 @@ def video_of(settings: GenerateConfig, quality: str) -> Video:
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
-    topology = settings.topology or "v6e"
     device, _ = from_config(lambda: parse_topology(topology))
     presets, refused = settle_presets(request, names, configs, found[0] if found else None, device.device_kind)
     return Video(presets, refused, configs, source)
@@ -101,7 +98,7 @@ def preset_steps(
     quality: str,
     configs: Mapping[str, Any],
     checkpoint: Checkpoint | None,
-    device_kind: str = _A_TPU,
+    device_kind: str,
 ) -> PresetSteps:
     """Return the steps of a request with a quality, on a kind of TPU.
 
@@ -142,7 +139,7 @@ def settle_presets(
     names: Sequence[str],
     configs: Mapping[str, Any],
     checkpoint: Checkpoint | None,
-    device_kind: str = _A_TPU,
+    device_kind: str,
 ) -> tuple[dict[str, PresetSteps], list[str]]:
     """Return the steps of each quality, and why those of others are not known. Raises RequestError for a single one."""
     settled, refused = {}, []

@@ -77,7 +77,7 @@ def main(settings: TuneConfig) -> int:
     if (path_of := _PATHS[settings.promote]) is not None:
         require_writable(f"promote={settings.promote}", path_of().parent)
     space = dict(SPACE) | from_config(lambda: _checked_flags(settings.flags))
-    video = video_of(settings, settings.quality)
+    video = video_of(settings, settings.topology, settings.quality)
     cache = JobCache.of_user(settings.reuse)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         _search_all(settings, video, cache, Runner(Path(folder)), space, workers)

@@ -18,6 +18,7 @@ from pipeline.requests.reuse import PRESETS, CacheOptions
 from splash_workbench.records.jsonl import decode, encode
 
 BIG = "zai-org/CogVideoX1.5-5B"
+V6E = "TPU v6 lite"
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def configs():
 
 
 def test_presets_of_a_published_model(request_of_5b, configs):
-    settled, refused = settle_presets(request_of_5b, tuple(PRESETS), configs, None)
+    settled, refused = settle_presets(request_of_5b, tuple(PRESETS), configs, None, V6E)
     assert not refused
     exact, fast, fastest = settled.values()
     assert exact.schedule.steps == (StepWork(),) * 50 and not exact.schedule.reuse.residual
@@ -56,24 +57,24 @@ def test_a_preset_takes_int8_only_where_matrix_units_have_it(request_of_5b, conf
 def test_what_is_not_known_is_refused(request_of_5b, configs):
     far = dataclasses.replace(request_of_5b, cache=CacheOptions("teacache", threshold=0.5))
     with pytest.raises(RequestError, match=r"cache.threshold=0.5: .* thresholds up to 0.3"):
-        preset_steps(far, "exact", configs, None)
+        preset_steps(far, "exact", configs, None, V6E)
     other = dataclasses.replace(request_of_5b, checkpoint="zai-org/CogVideoX-2b")
     small = part_configs("zai-org/CogVideoX-2b", lambda: pytest.fail("fetched"))[0]
-    settled, refused = settle_presets(other, tuple(PRESETS), small, None)
+    settled, refused = settle_presets(other, tuple(PRESETS), small, None, V6E)
     assert list(settled) == ["exact"]
     assert [text.split(":")[0] for text in refused] == ["quality=fast", "quality=fastest"]
     with pytest.raises(RequestError, match="no ratios are here"):
-        preset_steps(dataclasses.replace(request_of_5b, cache=CacheOptions("magcache")), "exact", configs, None)
+        preset_steps(dataclasses.replace(request_of_5b, cache=CacheOptions("magcache")), "exact", configs, None, V6E)
 
 
 def test_a_local_checkpoint_is_read():
     checkpoint = resolve_checkpoint("tiny")
     request = GenerateRequest("any", num_inference_steps=32)
-    steps = preset_steps(request, "fast", read_configs(checkpoint), checkpoint)
+    steps = preset_steps(request, "fast", read_configs(checkpoint), checkpoint, V6E)
     assert steps.note is None and 0 < steps.schedule.steps_computed < 32
     teacache = CacheOptions("teacache", threshold=0.1, coefficients=(1.0, 0.0))
     by_weights = preset_steps(
-        dataclasses.replace(request, cache=teacache), "exact", read_configs(checkpoint), checkpoint
+        dataclasses.replace(request, cache=teacache), "exact", read_configs(checkpoint), checkpoint, V6E
     )
     assert 0 < by_weights.schedule.steps_computed < 32
 
@@ -100,7 +101,7 @@ def _result(time_s):
 
 
 def test_a_total_is_the_sum_over_kinds(request_of_5b, configs):
-    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None)
+    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None, V6E)
     said = []
     predictor = _Played("v6e-8", settled["exact"].request, configs, 60.0, said.append)
     stages = {"text": _result(0.1), "denoise": _result(2.0), "vae": _result(0.4)}
@@ -122,7 +123,7 @@ def test_a_preset_that_does_not_fit_is_a_note(request_of_5b, configs):
         def stage(self, stage, plan, work=StepWork()):  # type: ignore[no-untyped-def] # noqa: B008
             raise PipelineError("does not fit")
 
-    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None)
+    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None, V6E)
     predictor = Full("v6e-8", settled["exact"].request, configs, 60.0, lambda text: None)
     prediction = VideoPrediction(ParallelPlan("ulysses", 2, 4), {"denoise": _result(2.0)}, {})
     presets, notes = predict_presets(settled, predictor, prediction, ParallelOptions())
@@ -131,7 +132,7 @@ def test_a_preset_that_does_not_fit_is_a_note(request_of_5b, configs):
 
 
 def test_the_table_has_a_line_for_each_preset(request_of_5b, configs, capsys):
-    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None)
+    settled, _ = settle_presets(request_of_5b, tuple(PRESETS), configs, None, V6E)
     predictor = _Played("v6e-8", settled["exact"].request, configs, 60.0, lambda text: None)
     stages = {"text": _result(0.1), "denoise": _result(2.0), "vae": _result(0.4)}
     prediction = VideoPrediction(ParallelPlan("ulysses", 2, 4), stages, {})  # type: ignore[arg-type]

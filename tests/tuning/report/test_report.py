@@ -332,17 +332,6 @@ def test_an_estimate_is_not_first_and_says_what_it_is(run: Run, tmp_path: Path, 
     assert "only what was compiled whole can be first" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_a_newer_exact_sweep_does_not_hide_the_last_int8_one(run: Run, tmp_path: Path, make_trial: MakeTrial) -> None:
-    sweeps = tmp_path / "results" / "sweeps"
-    int8 = Variant(qk_dtype="int8").to_dict()
-    jsonl.append(sweeps / "old" / "trials.jsonl", make_trial(variant=int8, time_samples_ms=(11.5,)))
-    newer = make_trial(context="c2", time_samples_ms=(14.25,), created_at="2036-01-01T00:00:00+00:00")
-    jsonl.append(sweeps / "new" / "trials.jsonl", newer)
-    run("output=out")
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "### tiny on TPU v6e, int8, predicted" in text and "11.50" in text and "14.25" in text
-
-
 def test_a_winner_of_another_kernel_source_is_marked(
     run: Run, tmp_path: Path, make_trial: MakeTrial, todays: MakeTrial
 ) -> None:

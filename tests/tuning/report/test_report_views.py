@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from splash_attn.types import BlockSizes
+from splash_attn.types import BlockSizes, Variant
 from splash_workbench.records.jsonl import decode
 from splash_workbench.records.prediction import PredictionRecord
 from splash_workbench.records.quality import QualityRecord
@@ -163,3 +164,15 @@ def test_pictures_take_their_colours_from_variables() -> None:
     assert svg == charts.to_svg(parity(pairs), "p", {"pair-0": "a < b"})
     alone = charts.standalone(svg)
     assert "prefers-color-scheme:dark" in alone
+
+
+def test_a_newer_exact_sweep_does_not_hide_the_last_int8_one(make_trial: MakeTrial, tmp_path: Path) -> None:
+    int8 = Variant(qk_dtype="int8").to_dict()
+    old = make_trial(variant=int8, time_samples_ms=(11.5,))
+    newer = make_trial(context="c2", time_samples_ms=(14.25,), created_at="2036-01-01T00:00:00+00:00")
+    files = [
+        TrialFile("results/sweeps/old/trials.jsonl", (old,)),
+        TrialFile("results/sweeps/new/trials.jsonl", (newer,)),
+    ]
+    shown, outdated = kernels.sweeps(files, tmp_path / "results", top=3)
+    assert [sweep["first"] for sweep in shown] == [newer, old] and outdated == []
