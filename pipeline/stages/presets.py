@@ -17,8 +17,9 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 from pipeline.requests.reuse import PRESETS
 
-#: Kinds of devices whose matrix units multiply bfloat16 and fp8 but no int8, which is converted there: a step of the
-#: 720p video in int8 is slower by a sixth (predicted, docs/scale.md). Source: https://cloud.google.com/tpu/docs/tpu7x.
+#: Kinds of devices for which rates of bfloat16 and fp8 are published and none of int8
+#: (https://cloud.google.com/tpu/docs/tpu7x): a step of the 720p video in int8 is slower by a sixth there (predicted,
+#: docs/scale.md).
 WITHOUT_INT8 = frozenset({"TPU7x"})
 
 
