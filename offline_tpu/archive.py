@@ -12,10 +12,11 @@ _FACTS = "facts.json"
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What the dump does not say: coordinates of the chips, bytes of HBM at the peak, and what compiling took."""
+    """What the dump does not say: coordinates of the chips, bytes of HBM, and what compiling took."""
 
     coords: list[list[int]]
     peak_hbm_bytes: int
+    peak_live_bytes: int
     compile_time_s: float
     compile_cpu_s: float
 

@@ -147,7 +147,7 @@ def predict(
         compiled = _compile(traced, mesh, options)
         facts = archive.Facts(
             coords=[list(chip.coords) for chip in mesh.devices.flat],
-            peak_hbm_bytes=_peak_hbm_bytes(compiled),
+            **_peak_bytes(compiled),
             compile_time_s=time.perf_counter() - start,
             compile_cpu_s=time.process_time() - cpu_start,
         )
@@ -220,6 +220,7 @@ def _prediction(
         fill_count=sum(op.fill_count * op.calls for op in ops),
         hbm_bytes=sum(op.hbm_bytes * op.calls for op in ops),
         peak_hbm_bytes=facts.peak_hbm_bytes,
+        peak_live_bytes=facts.peak_live_bytes,
         compile_time_s=facts.compile_time_s,
         compile_cpu_s=facts.compile_cpu_s,
         compiler_options=options,
@@ -236,16 +237,18 @@ def _find_device(device: DeviceSpec | str | None, topology: str | None) -> Devic
     return by_name(device) if isinstance(device, str) else device  # type: ignore[return-value]
 
 
-def _peak_hbm_bytes(compiled: jax.stages.Compiled) -> int:
+def _peak_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Return the bytes of HBM that are reserved, and those of them in use at one time, as Facts has them."""
     memory = compiled.memory_analysis()
     assert memory is not None, "libtpu tells what a program needs"
-    return (
+    reserved = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    return {"peak_hbm_bytes": reserved, "peak_live_bytes": memory.peak_memory_in_bytes}
 
 
 def _trace(

@@ -43,5 +43,5 @@ def keep(
     table = "== CAPACITY\nMATMUL, VSTORE:SPILL, VLOAD:FILL\n2 1 3\n== UTILIZATION\n" + "0 0 0\n" * length
     (folder / "1-x.1-00-per-bundle-utilization.txt").write_text(table)
     (folder / "0-vmem_report.html").write_text('DATA = {"hlo_breakdowns": {}}')
-    archive.pack(folder, archive.Facts([[0, 0, 0]], 1, 1.0, 1.0), path)
+    archive.pack(folder, archive.Facts([[0, 0, 0]], 1, 1, 1.0, 1.0), path)
     return path

@@ -1,5 +1,7 @@
 """The worker's job that predicts the time of a measured row."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from offline_tpu.machine import devices
 from offline_tpu.schedule.execute import RUN_IN_PART
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import compile_error
-from tuning.validate.programs import CannotMakeError, build
-from tuning.validate.record import RowPrediction
+from tuning.validate.programs import CannotMakeError, Program, forms
+from tuning.validate.record import RowPrediction, has_memory
 from tuning.validate.rows import MeasuredRow
 
 
@@ -21,29 +23,61 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
     """Predict a row's time. Payload: `call`, see MeasuredRow.call, `device`, a known name, and `kept`, see
     `offline_tpu.predict` (None: nothing is kept).
 
+    Of the forms in which compilers have made the program, the one counts whose memory is nearest to the reported.
+
     Returns fields of a RowPrediction, or why the row's program cannot be made, as `unmade`.
     """
     device = devices.by_name(payload["device"])
     row = MeasuredRow(id="", source="", times_ms=(), **payload["call"])
     libtpu.describe_topology(device.topology)  # its errors are not the row's
     try:
-        program = build(row, device)
+        programs = forms(row, device)
     except CannotMakeError as error:
         return {"unmade": str(error)}
-    try:
-        prediction = offline_tpu.predict(
-            program.fn,
-            *program.args,
-            device=None if program.topology else device,
-            topology=program.topology,
-            mesh=program.mesh,
-            compiler_options=program.compiler_options,
-            kept=Path(payload["kept"]) if payload["kept"] else None,
-        )
-    except offline_tpu.UnknownDumpFormatError:
-        raise
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise compile_error(error) from error
-    if unknown := [text for text in prediction.unresolved if text.endswith((UNKNOWN_TRIPS, RUN_IN_PART))]:
+    kept = Path(payload["kept"]) if payload["kept"] else None
+    one = len(programs) == 1
+    found: list[_Form] = []
+    failures: list[Exception] = []
+    for number, program in enumerate(programs):
+        path = kept if one or not kept else kept.with_name(f"{number}-{kept.name}")
+        try:
+            found.append(_Form(program, _predict(program, device, path), path))
+        except offline_tpu.UnknownDumpFormatError:
+            raise
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            failures.append(error)
+            continue
+        if has_memory(row.peak_memory_mb, found[-1].peak_memory_mb):
+            break
+    if not found:
+        raise compile_error(failures[-1]) from failures[-1]
+    form = min(found, key=lambda form: abs(form.peak_memory_mb - (row.peak_memory_mb or 0.0)))
+    if kept and form.kept and not one:
+        shutil.copyfile(form.kept, kept)  # where the fit looks for it
+    unresolved = form.prediction.unresolved
+    if unknown := [text for text in unresolved if text.endswith((UNKNOWN_TRIPS, RUN_IN_PART))]:
         return {"unmade": unknown[0]}
-    return jsonl.encode(RowPrediction.of(prediction))
+    return jsonl.encode(RowPrediction.of(form.prediction, form.program.form))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    program: Program
+    prediction: offline_tpu.Prediction
+    kept: Path | None
+
+    @property
+    def peak_memory_mb(self) -> float:
+        return self.prediction.peak_live_bytes / 1e6
+
+
+def _predict(program: Program, device: devices.DeviceSpec, kept: Path | None) -> offline_tpu.Prediction:
+    return offline_tpu.predict(
+        program.fn,
+        *program.args,
+        device=None if program.topology else device,
+        topology=program.topology,
+        mesh=program.mesh,
+        compiler_options=program.compiler_options,
+        kept=kept,
+    )

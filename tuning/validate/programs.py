@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from offline_tpu import topology_mesh
@@ -44,6 +45,10 @@ _CANONICAL_PRECISIONS = ["BF16_BF16_F32", "BF16_BF16_F32"]
 #: the product whose gradient it is. Of 17 rows 15 have tiles that divide the axes only so (on v7x, of 14 none).
 _TILES_BY_THE_PRODUCT = ("TPU v5", "pallas_mosaic_tpu_ragged_dot")
 _TRANSPOSED = [[[1], [2]], [[], []]]
+_NOT_TRANSPOSED = [[[1], [1]], [[], []]]
+#: libtpu 0.0.34 to 0.0.40 at least make XLA's ragged matmul a kernel of theirs, whose float32 result another pass
+#: rounds; the one that predictions are made with does so on v5e and v7x only with this option.
+_RAGGED_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": "true"}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32"}
 
@@ -61,6 +66,7 @@ class Program:
       args: its abstract arguments; with a mesh they carry their shardings.
       mesh, topology: of a program of several chips; None: one chip.
       compiler_options: flags of libtpu.
+      form: in words, how an earlier compiler made it; empty: as this one does.
     """
 
     fn: Callable[..., Any]
@@ -68,6 +74,7 @@ class Program:
     mesh: Mesh | None = None
     topology: str | None = None
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    form: str = ""
 
 
 def build(row: MeasuredRow, device: DeviceSpec) -> Program:
@@ -94,6 +101,62 @@ def build(row: MeasuredRow, device: DeviceSpec) -> Program:
     if row.p_state is not None:
         options[P_STATE_OPTION] = str(row.p_state)
     return dataclasses.replace(program, compiler_options=options)
+
+
+def forms(row: MeasuredRow, device: DeviceSpec) -> list[Program]:
+    """Return the program of a row in the forms in which compilers are known to have made it, the likeliest first.
+
+    Which of them was timed, the memory says that was reported beside the time (`job.predict_row`). Without it there is
+    one form: as this compiler makes it.
+
+    Raises:
+      CannotMakeError: as `build`.
+    """
+    made = build(row, device)
+    if row.peak_memory_mb is None:
+        return [made]
+    if row.op == "ragged_dot":
+        return [_by_kernel(row, device), made]
+    if row.op == "gated_linear_unit" and isinstance(row.arguments["weights"], str):
+        return [made, _product_apart(row, made)]
+    return [made]
+
+
+def _by_kernel(row: MeasuredRow, device: DeviceSpec) -> Program:
+    """Return XLA's ragged matmul as a kernel with a float32 result; one with a transposed side transposes it before."""
+    row = msgspec.structs.replace(row, compiler_options=_RAGGED_KERNEL | row.compiler_options)
+    dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
+    if dimensions.get("dot_dimension_numbers") != _TRANSPOSED:
+        return dataclasses.replace(build(row, device), form="by a kernel with a float32 result")
+    right = _array(row.arguments["rhs"])
+    groups, columns, contracted = right.shape
+    dtype = row.arguments["rhs"].partition("[")[0]
+    swapped = {
+        "rhs": f"{dtype}[{groups},{contracted},{columns}]",
+        "ragged_dot_dimension_numbers": {**dimensions, "dot_dimension_numbers": _NOT_TRANSPOSED},
+    }
+    program = build(msgspec.structs.replace(row, arguments=row.arguments | swapped), device)
+
+    def transposed_before(arrays: list[jax.Array]) -> Any:
+        return program.fn([_transposed(array) if array.ndim == right.ndim else array for array in arrays])
+
+    args = [right if array.ndim == right.ndim else array for array in program.args[0]]
+    form = "with the right side transposed before, by a kernel with a float32 result"
+    return dataclasses.replace(program, fn=transposed_before, args=(args,), form=form)
+
+
+def _transposed(array: jax.Array) -> jax.Array:
+    """Return the array with its last axes exchanged, in a pass of its own."""
+    return jax.lax.optimization_barrier(jnp.swapaxes(array, -1, -2))
+
+
+def _product_apart(row: MeasuredRow, made: Program) -> Program:
+    """Return a gated linear unit whose product is laid out for the activation as bfloat16, before it is converted."""
+    module, _, name = (row.arguments["activation"] or "").rpartition(".")
+    activation = getattr(importlib.import_module(module), name) if module else None
+    fn = plain.gated_linear_unit(activation, jax.lax.DotAlgorithmPreset[row.arguments["precision"]])
+    args = tuple(_array(row.arguments[name]) for name in ("x", "weights"))
+    return dataclasses.replace(made, fn=fn, args=args, form="with the product apart from the activation")
 
 
 def tokamax_version() -> str | None:

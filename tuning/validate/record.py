@@ -16,6 +16,9 @@ from tuning.validate.sets import SIZES
 
 #: A row's error beyond which it is listed with what bounds it.
 LISTED_ERROR = 0.15
+#: By how much the memory of a program may differ from the reported, and be the program that was timed. Where they are
+#: the same they agree to a thousandth, code included.
+_SAME_MEMORY = 0.01
 _OPS_KEPT = 5
 _UNRESOLVED_KEPT = 5
 
@@ -29,6 +32,11 @@ class OpTime(msgspec.Struct, frozen=True):
     bound: str
 
 
+def has_memory(reported_mb: float | None, compiled_mb: float) -> bool:
+    """Return whether a program holds as much memory as was reported; where nothing was, it may."""
+    return reported_mb is None or abs(compiled_mb / reported_mb - 1) <= _SAME_MEMORY
+
+
 class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
     """The predicted time of a row's program.
 
@@ -38,6 +46,8 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
       shares: of the time, by the ops' categories, the largest first.
       ops: the longest, the longest first.
       unresolved: what the prediction had to assume, the first few; unresolved_count: all.
+      compiled_memory_mb: the most HBM that the program holds, 10^6 bytes.
+      form: in words, how an earlier compiler made the program; empty: as this one does.
     """
 
     predicted_ms: float
@@ -47,10 +57,12 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
     ops: tuple[OpTime, ...]
     unresolved: tuple[str, ...] = ()
     unresolved_count: int = 0
+    compiled_memory_mb: float
+    form: str = ""
 
     @classmethod
-    def of(cls, prediction: Prediction) -> Self:
-        """Return what a record keeps of a prediction."""
+    def of(cls, prediction: Prediction, form: str = "") -> Self:
+        """Return what a record keeps of a prediction of a program in that form."""
         ops = sorted(prediction.ops, key=lambda op: -op.time_s)
         sums: dict[str, float] = {}
         for op in ops:
@@ -67,6 +79,8 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
             ops=tuple(OpTime(op.name, op.time_s, op.cycles, op.bound) for op in ops[:_OPS_KEPT]),
             unresolved=tuple(text[:200] for text in prediction.unresolved[:_UNRESOLVED_KEPT]),
             unresolved_count=len(prediction.unresolved),
+            compiled_memory_mb=prediction.peak_live_bytes / 1e6,
+            form=form,
         )
 
 
@@ -81,6 +95,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
       ratio: predicted over reported; abs_error: |ratio - 1|.
       error: why there is no prediction.
       interval_ms: between which four fifths of the measured times of such work lie; None without a prediction.
+      reported_memory_mb: of the row; same_memory: whether the program holds as much. One that does not is not the one
+        that was timed, but what this compiler makes of the same op. None: not known.
       The others: see RowPrediction.
     """
 
@@ -104,6 +120,10 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     unresolved_count: int = 0
     compiler_options: dict[str, str] = {}
     p_state: int | None = None
+    reported_memory_mb: float | None = None
+    compiled_memory_mb: float | None = None
+    same_memory: bool | None = None
+    form: str = ""
 
     @classmethod
     def predicted(cls, row: MeasuredRow, prediction: RowPrediction) -> Self:
@@ -117,6 +137,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
             ratio=ratio,
             abs_error=abs(ratio - 1),
             interval_ms=(low * prediction.predicted_ms, high * prediction.predicted_ms),
+            same_memory=has_memory(row.peak_memory_mb, prediction.compiled_memory_mb) if row.peak_memory_mb else None,
         )
 
     @classmethod
@@ -145,19 +166,21 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 def _fields(row: MeasuredRow) -> dict[str, Any]:
     names = ("id", "device_kind", "op", "compiler_options", "p_state", "shape")
-    return {name: getattr(row, name) for name in names} | {"config": row.settings, "reported_ms": row.time_ms}
-
-
-#: XLA's own ragged matmul: how often its loops run is known only in part (docs/predictions.md), and times are off by
-#: more than any interval would say.
-LEFT_OUT = ("ragged_dot",)
+    reported = {"config": row.settings, "reported_ms": row.time_ms, "reported_memory_mb": row.peak_memory_mb}
+    return {name: getattr(row, name) for name in names} | reported
 
 
 class Group(Summary, frozen=True, kw_only=True):
-    """How good the predictions of one program on one chip are."""
+    """How good the predictions of one program on one chip are.
+
+    Attributes:
+      other_memory_count: predicted rows whose program does not hold the memory that was reported: another compiler made
+        what was timed.
+    """
 
     op: str
     device_kind: str
+    other_memory_count: int = 0
 
 
 class Validation(Summary, frozen=True, kw_only=True):
@@ -187,11 +210,12 @@ class Validation(Summary, frozen=True, kw_only=True):
 
     @property
     def chips(self) -> tuple[Group, ...]:
-        """Return the same by chip, all programs together but those that no interval is from."""
-        rows = [row for row in self.rows if row.op not in LEFT_OUT]
-        op = f"all but {', '.join(LEFT_OUT)}"
+        """Return the same by chip, all programs together, then of the rows whose memory is not another."""
+        same = [row for row in self.rows if row.same_memory is not False]
+        parts = {"all": self.rows, "all but those of other memory": same}
         return tuple(
-            Group(op=op, device_kind=kind, **_summary(row for row in rows if row.device_kind == kind))
+            _group(op, kind, (row for row in rows if row.device_kind == kind))
+            for op, rows in (parts if len(same) < len(self.rows) else {"all": self.rows}).items()
             for kind in sorted({row.device_kind for row in rows})
         )
 
@@ -206,7 +230,7 @@ class Validation(Summary, frozen=True, kw_only=True):
         """Return the comparisons with their figures."""
         pairs = dict.fromkeys((row.op, row.device_kind) for row in rows)
         groups = [
-            Group(op=op, device_kind=kind, **_summary(row for row in rows if (row.op, row.device_kind) == (op, kind)))
+            _group(op, kind, (row for row in rows if (row.op, row.device_kind) == (op, kind)))
             for op, kind in sorted(pairs)
         ]
         return cls(name=name, rows=tuple(rows), groups=tuple(groups), **_summary(rows), **fields)
@@ -235,6 +259,12 @@ def on_record(path: Path) -> Path | None:
     if not path.is_dir():
         return path if path.exists() else None
     return next((file for name in reversed(SIZES) if (file := path / f"{name}.json").exists()), None)
+
+
+def _group(op: str, kind: str, rows: Iterable[Comparison]) -> Group:
+    rows = list(rows)
+    others = sum(row.same_memory is False for row in rows)
+    return Group(op=op, device_kind=kind, other_memory_count=others, **_summary(rows))
 
 
 def _summary(rows: Iterable[Comparison]) -> dict[str, Any]:

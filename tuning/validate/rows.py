@@ -22,6 +22,7 @@ SPLASH = "splash_attention"
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
 
 Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
+Megabytes = Annotated[float, msgspec.Meta(gt=0)]
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -38,6 +39,8 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
       compiler_options: flags of libtpu that it was compiled with.
       p_state: the power state that the chip's clock was set to; None: the default.
       notes: what a reader of the time must know.
+      peak_memory_mb: the most HBM that the program held, 10^6 bytes, as reported; None: it is not told. It tells
+        programs apart that different compilers made of the same op.
     """
 
     id: str
@@ -50,6 +53,7 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     compiler_options: dict[str, str] = {}
     p_state: int | None = None
     notes: tuple[str, ...] = ()
+    peak_memory_mb: Megabytes | None = None
 
     @property
     def time_ms(self) -> float:
@@ -59,7 +63,7 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def call(self) -> dict[str, Any]:
         """Return what the prediction depends on: neither the times nor where they are from."""
-        names = ("device_kind", "op", "arguments", "config", "compiler_options", "p_state")
+        names = ("device_kind", "op", "arguments", "config", "compiler_options", "p_state", "peak_memory_mb")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -112,6 +116,7 @@ class _OpRow(msgspec.Struct, frozen=True, kw_only=True):
     compiler_options: dict[str, str] = {}
     p_state: int | None = None
     notes: tuple[str, ...] = ()
+    peak_memory_mb: Megabytes | None = None
 
 
 class _OpFile(msgspec.Struct, frozen=True):

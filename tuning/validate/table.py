@@ -7,14 +7,15 @@ from tuning.validate.agreement import Pair, Summary, summarize
 from tuning.validate.record import LISTED_ERROR, Comparison, Validation
 
 _LISTED_OPS = 3
-_HEAD = ("program", "chip", "rows", "median", "95 %", "worst", "Spearman", "in interval", "failed", "not made")
+_ERRORS = ("rows", "median", "95 %", "worst", "Spearman", "in interval")
+_HEAD = ("program", "chip", *_ERRORS, "other memory", "failed", "not made")
 
 
 def group_lines(validation: Validation) -> list[str]:
     """Return the table by program and chip, then by chip, its last line for all rows."""
     groups = [*validation.groups, *validation.chips]
-    rows = [_HEAD, *((group.op, group.device_kind, *_figures(group)) for group in groups)]
-    rows.append(("all", "", *_figures(validation)))
+    rows = [_HEAD, *((group.op, group.device_kind, *_figures(group, group.other_memory_count)) for group in groups)]
+    rows.append(("all", "", *_figures(validation, sum(group.other_memory_count for group in validation.groups))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -25,13 +26,14 @@ def group_lines(validation: Validation) -> list[str]:
     ]
 
 
-def _figures(summary: Summary) -> tuple[str, ...]:
+def _figures(summary: Summary, others: int) -> tuple[str, ...]:
     errors = (summary.median_abs_error, summary.p95_abs_error, summary.max_abs_error)
     return (
         str(summary.row_count),
         *("-" if error is None else f"{error:.1%}" for error in errors),
         "-" if summary.spearman is None else f"{summary.spearman:.3f}",
         "-" if summary.within_interval is None else f"{summary.within_interval:.0%}",
+        str(others or ""),
         str(summary.failed_count or ""),
         str(summary.unmade_count or ""),
     )
@@ -45,6 +47,13 @@ def listed_lines(validation: Validation) -> list[str]:
     for row in validation.listed:
         lines.append(f"{row.id} on {row.device_kind}: {row.shape} {row.config}".rstrip())
         lines.append(f"  {row.reported_ms:.4g} -> {row.predicted_ms:.4g}, ratio {row.ratio:.3f}; {_bound(row)}")
+        if row.same_memory is False:
+            lines.append(
+                f"  another program was timed: it held {row.reported_memory_mb:,.1f} MB, and this compiler's holds "
+                f"{row.compiled_memory_mb:,.1f}"
+            )
+        if row.form:
+            lines.append(f"  made {row.form}, whose memory is nearest to the reported")
         lines.extend(f"  not known: {text}" for text in row.unresolved)
         if more := row.unresolved_count - len(row.unresolved):
             lines.append(f"  ... and {more} more that are not known")
