@@ -16,6 +16,7 @@ class CalibrateConfig(GenerateConfig):
     """Keys of the command line: those of generate, and where the ratios go."""
 
     output: str | None = None
+    overwrite: bool = False
 
 
 _UNUSED = (
@@ -73,6 +74,10 @@ def main(settings: CalibrateConfig) -> int:
     checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
     require_writable_file(f"output={str(path)!r}", path)
+    if path.exists() and not settings.output and not settings.overwrite:
+        raise RequestError(
+            f"{path}: the checkpoint has ratios already; give output=FILE to keep both, or overwrite=true"
+        )
     check_request(request, read_configs(checkpoint))
     check_files(request)
     if settings.compilation_cache:

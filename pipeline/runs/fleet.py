@@ -16,13 +16,13 @@ from typing import Any
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import Stage
+from pipeline.runs import records
 from pipeline.runs.batch import ERROR_NAME, SCHEMA_VERSION, Line, duration
 from pipeline.runs.messages import Done, Job, Ready
 from pipeline.runs.slices import Slice
 from splash_workbench.engines.cluster import Cluster
 from splash_workbench.errors import UserError
 from splash_workbench.files import write_json
-from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id, utc_now
 
 #: Seconds between two looks at how many slices there is room for, between two lines on what all are at, and for which
@@ -181,7 +181,7 @@ class Fleet:
         if done.result is not None:
             line.result = self._shown(done.result)
             if self._results_path is not None and done.result.record is not None:
-                jsonl.append(self._results_path, done.result.record)
+                records.keep(self._results_path, done.result.record)
             self._tell(index, f"done on slice {member.number}: {line.result.video_path or line.result.run_dir}")
         else:
             self._tell(index, f"failed on slice {member.number}: {done.error}")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,15 +12,26 @@ import jax
 from pipeline.requests.request import GenerateRequest
 from pipeline.stages.progress import StageTimings
 from splash_workbench import provenance
+from splash_workbench.records import jsonl
 from splash_workbench.records.base import Devices
 from splash_workbench.records.generation import GenerationRecord, StageTimes
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.trial_status import Label
 
+logger = logging.getLogger(__name__)
+
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
 #: What a stage's result and time depend on.
 PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
 _SOURCES = ("pipeline/model/*.py", "pipeline/stages/*.py")
+
+
+def keep(path: Path, record: GenerationRecord) -> None:
+    """Append a record of timings to a file. Where that fails, as on a full disk, say so: the video is done."""
+    try:
+        jsonl.append(path, record)
+    except OSError as error:
+        logger.warning("results_path=%s: %s; video.json beside the video has the timings", path, error)
 
 
 def make_record(

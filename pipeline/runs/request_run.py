@@ -202,7 +202,7 @@ class RequestRun:
         written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
         remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
         if results_path is not None and not all(timing.reused for timing in self.timings):
-            jsonl.append(results_path, record)  # last: the video matters more
+            records.keep(results_path, record)  # last: the video matters more
         return GenerateResult(self.run_dir, video_path, tuple(self.timings), record)
 
     def finished(self) -> GenerateResult | None:

@@ -71,6 +71,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(output, mes
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+def test_ratios_that_are_there_are_not_replaced_without_a_word(monkeypatch, capsys):
+    """The tiny model comes with its own."""
+    monkeypatch.setattr("pipeline.calibrate.magnitudes.measure_ratios", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "compilation_cache=false"])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: \S*magcache.json: the checkpoint has ratios already; .* or overwrite=true\n", error)
+
+
 @pytest.mark.parametrize("output", ["/dev/null/x.safetensors", "/proc/x.safetensors", "there.safetensors"])
 def test_int8_weights_that_cannot_be_written_are_refused_before_any_work(output, monkeypatch, tmp_path, capsys):
     (tmp_path / "there.safetensors").mkdir()

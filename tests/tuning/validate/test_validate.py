@@ -174,6 +174,7 @@ PREDICTED = {
     "bottleneck": "HBM",
     "shares": {"kernel": 0.75, "layout": 0.25},
     "ops": [{"name": "fusion", "time_s": 0.009, "cycles": 7, "bound": "hbm"}],
+    "compiled_memory_mb": 100.0,
 }
 
 
