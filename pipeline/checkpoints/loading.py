@@ -22,7 +22,14 @@ import torch
 from pipeline.checkpoints.stored import open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
-from pipeline.checkpoints.weight_files import STEMS, files_to_fetch, open_weights, stock_name, weight_files
+from pipeline.checkpoints.weight_files import (
+    STEMS,
+    check_whole,
+    files_to_fetch,
+    open_weights,
+    stock_name,
+    weight_files,
+)
 from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
@@ -147,7 +154,8 @@ class Checkpoint:
         """Return the identity of these weights: the Hub commit, or a digest of a local folder's files.
 
         Files over 1 MiB are sampled (length, beginning, and blocks spread evenly), so that 11 GB need not be read: a
-        change of single values in a large local file can go unnoticed, another training run cannot.
+        change of single values in a large local file can go unnoticed, another training run cannot. Raises
+        CheckpointError for a file of weights that ends early.
         """
         hub = f"{self.repo_id}@{self.commit}" if self.commit is not None else ""
         if hub and (self.transformer is None or "transformer" not in parts):
@@ -160,7 +168,10 @@ class Checkpoint:
                     path for suffix in ("json", "model", "txt") for path in self.part(part).glob(f"[!.]*.{suffix}")
                 ]
             if part in STEMS and (not hub or part == "transformer"):
-                files += self.weight_files(part)
+                weights = self.weight_files(part)
+                for path in weights:
+                    check_whole(path, self.where(part))  # here, not when its stage's turn comes
+                files += weights
             for path in sorted(files):
                 size = path.stat().st_size
                 digest.update(f"{part}/{path.name}:{size}\n".encode())

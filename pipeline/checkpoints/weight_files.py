@@ -106,6 +106,12 @@ def stock_name(key: str) -> str:
     return _PREFIX.sub("", key, count=1)
 
 
+def check_whole(path: Path, where: str) -> None:
+    """Raise CheckpointError, from the header alone, where a file of weights ends early or is none. where: begins it."""
+    with open_weights(path, where):
+        pass
+
+
 @contextlib.contextmanager
 def open_weights(path: Path, where: str) -> Iterator[Any]:
     """Open a file of weights as `safe_open` does. Raises CheckpointError where it cannot be read. where: begins it."""

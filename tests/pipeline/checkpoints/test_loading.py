@@ -222,6 +222,16 @@ def test_identity_sees_a_changed_weight_and_not_a_changed_place(folder, tmp_path
     assert Checkpoint("b", Path(moved)).identity("vae") != before
 
 
+def test_a_file_that_ends_early_is_found_before_its_stage(folder):
+    """The VAE's, when the first stage's weights are identified."""
+    whole = Checkpoint("a", folder).identities("text", "denoise", "vae")
+    assert len(whole) == 3
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"checkpoint='a': vae/diffusion_\S+ is not readable .*download it again"):
+        Checkpoint("a", folder).identities("text", "denoise", "vae")
+
+
 def test_the_tiny_checkpoint_is_always_the_same(tmp_path):
     torch.manual_seed(1)
     first = ensure_tiny_checkpoint(tmp_path / "a", SMALL)
