@@ -74,6 +74,7 @@ def _check_parts(configs: Configs) -> dict[str, Any]:
             raise CheckpointError(f"{part}/config.json is for {config.get('_class_name')!r}, not {_CLASSES[part]!r}")
         if part == "text_encoder" and config.get("model_type", "t5") != "t5":
             raise CheckpointError(f"text_encoder/config.json is for {config['model_type']!r}, expected 't5'")
+        _check_numbers(part, config)
         try:
             modules[part] = build_module(part, config, torch.float32)
         except Exception as error:  # whatever a library makes of a value that it does not expect
@@ -88,6 +89,22 @@ def _check_parts(configs: Configs) -> dict[str, Any]:
         if transformer[name] != expected:
             raise CheckpointError(f"transformer/config.json: {name}={transformer[name]}, but {other}={expected}")
     return modules
+
+
+def _check_numbers(part: str, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the library's default is a number and something else is given."""
+    from transformers import T5Config
+
+    defaults = T5Config().to_dict() if part == "text_encoder" else with_defaults(part, {})
+    for name, default in defaults.items():
+        value = config.get(name)
+        if _is_number(default) and value is not None and not _is_number(value):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise CheckpointError(f"{part}/config.json: {name}={value!r}, expected {kind}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unexpected(file: str, error: Exception) -> CheckpointError:

@@ -96,8 +96,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.part("tokenizer")
     try:
         return T5Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        detail = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the library makes of files that it does not expect
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        detail = first_line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first_line}"
         raise CheckpointError(
             f"checkpoint={checkpoint.name!r}: cannot read tokenizer/ as a T5 tokenizer ({detail})"
         ) from error
