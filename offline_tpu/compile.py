@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
@@ -26,6 +27,7 @@ from offline_tpu.machine.links import Grid
 from offline_tpu.options import Value, checked_options, option_error
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
+from splash_workbench.trial_status import compile_error
 
 #: By number of axes: TensorCores, which slices are named by -> shape of the slice of chips. Sources:
 #: https://cloud.google.com/tpu/docs/v6e, where slices are flat and a chip has one, and .../tpu7x and .../v5p, where a
@@ -161,6 +163,17 @@ def predict(
         return prediction(facts, dump_dir, lambda: traced)
     finally:
         shutil.rmtree(dump_dir, ignore_errors=True)
+
+
+def try_options(payload: dict[str, Any]) -> dict[str, Any]:
+    """Compile the smallest program with each of the `options` of the payload, for its `device`: a worker's job."""
+    x = jax.ShapeDtypeStruct((8, 128), "float32")
+    for options in payload["options"]:
+        try:
+            predict(jnp.exp, x, device=payload["device"], compiler_options=options)
+        except ValueError as error:
+            raise compile_error(error) from error
+    return {}
 
 
 def trace(fn: Callable[..., Any], *args: Any, device: DeviceSpec) -> ClosedJaxpr:

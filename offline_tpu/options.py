@@ -1,12 +1,20 @@
 """Options of libtpu's compiler that are given for one program, in place of flags for the whole process."""
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 
+from offline_tpu.libtpu import worker_environment
+from offline_tpu.machine.devices import DeviceSpec
+from splash_workbench.trial_status import Status
+from splash_workbench.workers.pool import Runner
+
 Value = str | int | float | bool
 
+_TRY_TIMEOUT_S = 300.0
 _NAME = re.compile(r"[a-z]\w+")
 
 
@@ -32,6 +40,26 @@ def checked_options(options: Mapping[str, Value] | None) -> dict[str, str]:
             raise CompilerOptionError(f"compiler_options.{name}={value!r}: expected a number, a string, true or false.")
         found[name] = str(value).lower() if isinstance(value, bool) else str(value)
     return found
+
+
+def check_with_compiler(device: DeviceSpec, options: Sequence[Mapping[str, str]]) -> None:
+    """Compile the smallest program with each set of options, in a process of its own.
+
+    Raises:
+      CompilerOptionError: libtpu does not take them.
+    """
+    if not any(options):
+        return
+    payload = {"device": device.name, "options": [dict(each) for each in options]}
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Runner(Path(folder)).run(
+            "offline_tpu.compile:try_options",
+            payload,
+            timeout_s=_TRY_TIMEOUT_S,
+            variables=lambda worker_dir: worker_environment(device, worker_dir / "dump"),
+        )
+    if outcome.status is not Status.OK:
+        raise CompilerOptionError(outcome.error)
 
 
 def options_text(options: Mapping[str, str]) -> str:

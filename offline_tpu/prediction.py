@@ -110,7 +110,7 @@ class Prediction:
       device: name of the chip, e.g. "v6e".
       time_s, cycles, spill_count, fill_count, hbm_bytes: sums over `ops`, each times its calls.
       vmem_bytes: the most that an op reserves.
-      peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count: what is reserved.
+      peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
       peak_live_bytes: of the first three, the most that is in use at one time (XLA's peak_memory_in_bytes).
       compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
         threads, which tells more where the machine does other things.

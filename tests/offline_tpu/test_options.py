@@ -3,6 +3,8 @@ from typing import Any
 import jax
 import pytest
 
+from offline_tpu import options
+from offline_tpu.machine.devices import DEVICES
 from offline_tpu.options import CompilerOptionError, checked_options, option_error, options_text, parse_options
 
 
@@ -54,3 +56,15 @@ def test_what_libtpu_has_against_options(text: str, expected: str) -> None:
 
 def test_other_errors_are_not_about_options() -> None:
     assert option_error(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no VMEM")) is None
+
+
+@pytest.mark.compile
+def test_the_compiler_is_asked_before_any_work() -> None:
+    known = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    with pytest.raises(CompilerOptionError, match=r"^compiler_options.xla_tpu_foo: libtpu takes no such option"):
+        options.check_with_compiler(DEVICES["v6e"], [known, {"xla_tpu_foo": "1"}])
+
+
+def test_without_options_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "Runner", lambda *_: pytest.fail("a worker was started"))
+    options.check_with_compiler(DEVICES["v6e"], [{}])

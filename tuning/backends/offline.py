@@ -1,24 +1,21 @@
 """Compile for a device that is not here, and read the compiler's schedule."""
 
-import functools
-import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import offline_tpu
 from offline_tpu import dump, libtpu
 from offline_tpu.machine import devices
-from splash_workbench.errors import UserError
+from offline_tpu.options import check_with_compiler
+from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, compile_error
 from splash_workbench.workers import stages
-from splash_workbench.workers.pool import Runner
 from tuning.backends import quick
 from tuning.backends.base import Backend, Target, named_device
 from tuning.backends.jobs import Request
@@ -27,7 +24,6 @@ from tuning.kernels.protocol import abstract, known_values
 
 #: More than the dumps of one candidate take: two together took 93 MiB.
 DUMP_BYTES = 64 * 2**20
-_TRY_TIMEOUT_S = 300.0
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
@@ -41,26 +37,9 @@ def _find_target(device: str) -> Target:
 
 
 def _check_options(target: Target, options: Mapping[str, str]) -> None:
-    payload = {"device": target.name, "compiler_options": dict(options)}
-    with tempfile.TemporaryDirectory() as work_dir:
-        outcome = Runner(Path(work_dir)).run(
-            "tuning.backends.offline:try_options",
-            payload,
-            timeout_s=_TRY_TIMEOUT_S,
-            variables=functools.partial(_worker_env, target),
-        )
-    if outcome.status is not Status.OK:
-        raise UserError(f"{outcome.error}")
-
-
-def try_options(payload: dict[str, Any]) -> dict[str, Any]:
-    """Compile the smallest program with the compiler options of the payload, for its device."""
-    x = jax.ShapeDtypeStruct((8, 128), "float32")
-    try:
-        offline_tpu.predict(jnp.exp, x, device=payload["device"], compiler_options=payload["compiler_options"])
-    except ValueError as error:
-        raise compile_error(error) from error
-    return {}
+    assert target.spec is not None
+    spec = target.spec
+    from_config(lambda: check_with_compiler(spec, [options]))
 
 
 OFFLINE = Backend(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S
+from offline_tpu.options import CompilerOptionError
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model import step_options
@@ -220,6 +221,21 @@ def test_a_runs_name_that_cannot_be_is_refused_before_any_work(monkeypatch, caps
         assert predict.main() == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_the_compiler_does_not_take_are_refused_before_any_stage(monkeypatch, capsys):
+    asked = []
+
+    def check(device, options):
+        asked.extend([device.name, *options])
+        raise CompilerOptionError("compiler_options.xla_tpu_foo: libtpu takes no such option")
+
+    monkeypatch.setattr(predict, "check_with_compiler", check)
+    monkeypatch.setattr(Predictor, "predict", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sys, "argv", ["predict", "model=cogvideox1.5-5b", "compiler_options.xla_tpu_foo=1"])
+    assert predict.main() == 2
+    assert capsys.readouterr().err == "error: compiler_options.xla_tpu_foo: libtpu takes no such option\n"
+    assert asked == ["v6e", {"xla_tpu_foo": "1"}]
 
 
 def test_flops_of_the_full_step():

@@ -12,6 +12,7 @@ import pytest
 
 import pipeline.tune.__main__ as command
 from helpers import PLENTY_S
+from offline_tpu.options import CompilerOptionError
 from pipeline.model import step_options
 from pipeline.model.step_options import StepCall
 from pipeline.predict.planner import Predictor
@@ -50,6 +51,7 @@ def stages(monkeypatch):
         return {"time_s": time_s, "step_call": dataclasses.asdict(call), "compile_cpu_s": 100.0}
 
     monkeypatch.setattr(Predictor, "stage", stage)
+    monkeypatch.setattr(command, "check_with_compiler", lambda device, options: None)
     monkeypatch.setattr(command.step_options, "DEFAULT", step_options.DEFAULT | {VMEM: "57344"})
     return asked
 
@@ -157,6 +159,19 @@ def test_ctrl_c_ends_what_is_being_compiled(tune, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == EXIT_INTERRUPTED and "interrupted" in error and len(ended) == 1
+
+
+def test_flags_that_the_compiler_does_not_take_are_refused_before_any_step(stages, tune, monkeypatch):
+    asked = []
+
+    def check(device, options):
+        asked.extend([device.name, *options])
+        raise CompilerOptionError("compiler_options.xla_tpu_foo: libtpu takes no such option")
+
+    monkeypatch.setattr(command, "check_with_compiler", check)
+    code, _, error = tune("quality=exact", "promote=false", 'flags.xla_tpu_foo=["",1,true]')
+    assert (code, error) == (2, "error: compiler_options.xla_tpu_foo: libtpu takes no such option\n")
+    assert asked == ["v6e", {"xla_tpu_foo": "1"}, {"xla_tpu_foo": "true"}] and stages == []
 
 
 @pytest.mark.slow("3 min")
