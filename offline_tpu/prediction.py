@@ -111,12 +111,13 @@ class Prediction:
       time_s, cycles, spill_count, fill_count, hbm_bytes: sums over `ops`, each times its calls.
       vmem_bytes: the most that an op reserves.
       peak_hbm_bytes: arguments, results, temporaries and code on one chip, by the compiler's own count.
-      peak_live_bytes: of the first three, the most that is in use at one time (XLA's peak_memory_in_bytes).
       compile_time_s, compile_cpu_s: tracing, lowering and compiling here: on the clock, and of all of this process's
         threads, which tells more where the machine does other things.
       compiler_options: flags of libtpu that were given for this program.
       code_bytes: size of the whole program's code, its own control flow included.
       slow_time_s: as `time_s`, at the other end of what depends on data: with the `slow_grid_sizes` of `predict`.
+      peak_live_bytes: of arguments, results and temporaries, the most that is in use at one time (XLA's
+        peak_memory_in_bytes).
     """
 
     device: str
@@ -128,12 +129,12 @@ class Prediction:
     fill_count: int
     hbm_bytes: int
     peak_hbm_bytes: int
-    peak_live_bytes: int
     compile_time_s: float
     compile_cpu_s: float
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     code_bytes: int = 0
     slow_time_s: float | None = None
+    peak_live_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -15,7 +15,7 @@ from offline_tpu.schedule.execute import RUN_IN_PART
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import compile_error
 from tuning.validate.programs import CannotMakeError, Program, forms
-from tuning.validate.record import RowPrediction, has_memory
+from tuning.validate.record import RowPrediction, has_memory, memory_difference
 from tuning.validate.rows import MeasuredRow
 
 
@@ -51,7 +51,7 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
             break
     if not found:
         raise compile_error(failures[-1]) from failures[-1]
-    form = min(found, key=lambda form: abs(form.peak_memory_mb - (row.peak_memory_mb or 0.0)))
+    form = min(found, key=lambda form: memory_difference(row.peak_memory_mb, form.peak_memory_mb))
     if kept and form.kept and not one:
         shutil.copyfile(form.kept, kept)  # where the fit looks for it
     unresolved = form.prediction.unresolved

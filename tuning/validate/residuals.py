@@ -10,7 +10,7 @@ import numpy as np
 from offline_tpu.machine import devices, residuals
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from tuning.validate.record import Comparison, Validation
+from tuning.validate.record import LEFT_OUT, Comparison, Validation
 
 _PATH = Path(residuals.__file__).with_name("residuals.json")
 
@@ -45,11 +45,10 @@ def residuals_of(rows: tuple[Comparison, ...]) -> dict[str, dict[str, residuals.
     """Return the percentiles of measured over predicted times, by kind and device ("all": of all of them).
 
     A row is of the kind that takes most of its predicted time. Every program weighs the same, however many rows it has.
-    Rows whose program does not hold the memory that was reported are left out: another program was timed.
     """
     ratios: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
-        if row.predicted_ms is None or not row.shares or row.same_memory is False:
+        if row.predicted_ms is None or not row.shares or (row.op, row.device_kind) == LEFT_OUT:
             continue
         kind = residuals.kind_of(next(iter(row.shares)))
         for device in (devices.by_name(row.device_kind).name, "all"):

@@ -39,8 +39,8 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
       compiler_options: flags of libtpu that it was compiled with.
       p_state: the power state that the chip's clock was set to; None: the default.
       notes: what a reader of the time must know.
-      peak_memory_mb: the most HBM that the program held, 10^6 bytes, as reported; None: it is not told. It tells
-        programs apart that different compilers made of the same op.
+      peak_memory_mb: the most HBM that the program held, as reported, in 10^6 or 2^20 bytes; None: it is not told. It
+        tells programs apart that different compilers made of the same op.
     """
 
     id: str

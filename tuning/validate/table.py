@@ -49,8 +49,8 @@ def listed_lines(validation: Validation) -> list[str]:
         lines.append(f"  {row.reported_ms:.4g} -> {row.predicted_ms:.4g}, ratio {row.ratio:.3f}; {_bound(row)}")
         if row.same_memory is False:
             lines.append(
-                f"  another program was timed: it held {row.reported_memory_mb:,.1f} MB, and this compiler's holds "
-                f"{row.compiled_memory_mb:,.1f}"
+                f"  another compiler made what was timed: it held {row.reported_memory_mb:,.1f} MB, "
+                f"and this one's program holds {row.compiled_memory_mb:,.1f}"
             )
         if row.form:
             lines.append(f"  made {row.form}, whose memory is nearest to the reported")
