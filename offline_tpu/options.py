@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from offline_tpu.libtpu import worker_environment
+from offline_tpu.libtpu import check_versions, worker_environment
 from offline_tpu.machine.devices import DeviceSpec
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
@@ -47,9 +47,11 @@ def check_with_compiler(device: DeviceSpec, options: Sequence[Mapping[str, str]]
 
     Raises:
       CompilerOptionError: libtpu does not take them.
+      UnsupportedVersionError: as `check_versions`.
     """
     if not any(options):
         return
+    check_versions()
     payload = {"device": device.name, "options": [dict(each) for each in options]}
     with tempfile.TemporaryDirectory() as folder:
         outcome = Runner(Path(folder)).run(

@@ -46,8 +46,8 @@ _CANONICAL_PRECISIONS = ["BF16_BF16_F32", "BF16_BF16_F32"]
 _TILES_BY_THE_PRODUCT = ("TPU v5", "pallas_mosaic_tpu_ragged_dot")
 _TRANSPOSED = [[[1], [2]], [[], []]]
 _NOT_TRANSPOSED = [[[1], [1]], [[], []]]
-#: libtpu 0.0.34 to 0.0.40 at least make XLA's ragged matmul a kernel of theirs, whose float32 result another pass
-#: rounds; the one that predictions are made with does so on v5e and v7x only with this option.
+#: Most libtpus up to 0.0.50 make XLA's ragged matmul a kernel of theirs, whose float32 result another pass rounds; the
+#: one that predictions are made with does so on v5e and v7x only with this option (docs/predictions.md).
 _RAGGED_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": "true"}
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32"}
@@ -117,8 +117,8 @@ def forms(row: MeasuredRow, device: DeviceSpec) -> list[Program]:
         return [made]
     if row.op == "ragged_dot":
         return [_by_kernel(row, device), made]
-    if row.op == "gated_linear_unit" and isinstance(row.arguments["weights"], str):
-        return [made, _product_apart(row, made)]
+    if row.op == "gated_linear_unit":
+        return [made, *_product_apart(row, made)]
     return [made]
 
 
@@ -150,13 +150,20 @@ def _transposed(array: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.swapaxes(array, -1, -2))
 
 
-def _product_apart(row: MeasuredRow, made: Program) -> Program:
-    """Return a gated linear unit whose product is laid out for the activation as bfloat16, before it is converted."""
-    module, _, name = (row.arguments["activation"] or "").rpartition(".")
+def _product_apart(row: MeasuredRow, made: Program) -> list[Program]:
+    """Return a gated linear unit whose product is laid out for the activation as bfloat16, before it is converted.
+
+    Of weights in one array, at a named precision, and without residuals; of others there is no such form.
+    """
+    weights, precision = row.arguments["weights"], row.arguments.get("precision")
+    named = isinstance(precision, str) and precision in jax.lax.DotAlgorithmPreset.__members__
+    if not (isinstance(weights, str) and named) or row.arguments.get("return_residuals"):
+        return []
+    module, _, name = (row.arguments.get("activation") or "").rpartition(".")
     activation = getattr(importlib.import_module(module), name) if module else None
-    fn = plain.gated_linear_unit(activation, jax.lax.DotAlgorithmPreset[row.arguments["precision"]])
-    args = tuple(_array(row.arguments[name]) for name in ("x", "weights"))
-    return dataclasses.replace(made, fn=fn, args=args, form="with the product apart from the activation")
+    fn = plain.gated_linear_unit(activation, jax.lax.DotAlgorithmPreset[precision])
+    args = (_array(row.arguments["x"]), _array(weights))
+    return [dataclasses.replace(made, fn=fn, args=args, form="with the product apart from the activation")]
 
 
 def tokamax_version() -> str | None:

@@ -123,6 +123,14 @@ def test_every_op_has_its_own_form_and_only_some_have_others() -> None:
     assert [program.form for program in _forms(_shipped("dot_product_attention"))] == [""]
 
 
+def test_a_gated_linear_unit_of_another_kind_has_one_form() -> None:
+    pytest.importorskip("tokamax")
+    row = _shipped("gated_linear_unit")
+    for change in ({"precision": ["DEFAULT", "DEFAULT"]}, {"return_residuals": True}):
+        other = msgspec.structs.replace(row, arguments=row.arguments | change)
+        assert [program.form for program in _forms(other)] == [""]
+
+
 def test_without_a_reported_memory_there_is_one_form() -> None:
     pytest.importorskip("tokamax")
     row = msgspec.structs.replace(_shipped("ragged_dot"), peak_memory_mb=None)
