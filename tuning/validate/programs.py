@@ -156,12 +156,12 @@ def _product_apart(row: MeasuredRow, made: Program) -> list[Program]:
     Of weights in one array, at a named precision, and without residuals; of others there is no such form.
     """
     weights, precision = row.arguments["weights"], row.arguments.get("precision")
-    named = isinstance(precision, str) and precision in jax.lax.DotAlgorithmPreset.__members__
-    if not (isinstance(weights, str) and named) or row.arguments.get("return_residuals"):
+    presets = jax.lax.DotAlgorithmPreset.__members__
+    if not isinstance(weights, str) or str(precision) not in presets or row.arguments.get("return_residuals"):
         return []
     module, _, name = (row.arguments.get("activation") or "").rpartition(".")
     activation = getattr(importlib.import_module(module), name) if module else None
-    fn = plain.gated_linear_unit(activation, jax.lax.DotAlgorithmPreset[precision])
+    fn = plain.gated_linear_unit(activation, presets[str(precision)])
     args = (_array(row.arguments["x"]), _array(weights))
     return [dataclasses.replace(made, fn=fn, args=args, form="with the product apart from the activation")]
 
