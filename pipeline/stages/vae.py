@@ -11,6 +11,7 @@ edges that they need, and group norms sum their statistics over the whole, so th
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.loading import Checkpoint, open_module
 from pipeline.model.placement import SPLIT, Rows, place_all, put, split_mesh, to_host
+from pipeline.model.vae.convolution import V6E, VMEM
 from pipeline.model.vae.decoder import DecoderShape, decode
 from pipeline.model.vae.encoder import encode
 from pipeline.model.vae.fused import FusedLayer, can_fuse
@@ -197,7 +199,8 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         if by_height:
             z = z.swapaxes(1, 2)
             weights = {name: x.swapaxes(0, 2) if x.ndim == 5 else x for name, x in weights.items()}
-        layer = FusedLayer if fuses(weights, z, shape, mesh) else None
+        fused = functools.partial(FusedLayer, vmem=VMEM.get(mesh.devices.flat[0].device_kind, V6E))
+        layer = fused if fuses(weights, z, shape, mesh) else None
         paired = pays_in_pairs(weights, shape, mesh)
         video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired, layer)
         video = video.swapaxes(1, 2) if by_height else video
@@ -224,7 +227,7 @@ def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
 
 
 def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
-    """Return whether to decode by the kernel of `pipeline.model.vae.fused`: on v6e, bfloat16 of sizes that it takes.
+    """Return whether to decode by the kernel of `pipeline.model.vae.fused`: on v6e and v7x, bfloat16 of sizes it takes.
 
     z: a device's latents [frames, rows, columns, channels]. RequestError: VAE_KERNEL_VARIABLE is neither 0 nor 1.
     """
@@ -232,10 +235,11 @@ def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
         raise RequestError(
             f"{VAE_KERNEL_VARIABLE}={wanted}: expected 0 (XLA's convolutions) or 1 (the kernel where it can)."
         )
-    kind = mesh.devices.flat[0].device_kind
+    vmem = VMEM.get(mesh.devices.flat[0].device_kind)
+    if wanted == "0" or vmem is None or z.dtype != jnp.bfloat16:
+        return False
     _, rows, columns, _ = z.shape
-    taken = can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, mesh))
-    return wanted == "1" and kind == "TPU v6 lite" and z.dtype == jnp.bfloat16 and taken
+    return can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, mesh), vmem)
 
 
 def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 COLUMNS = 4  # in the ring
+_TILE_ROWS = 16  # of a tile of bfloat16
 _CHUNK = 256  # positions that are worked on at once between products, at most
 
 
@@ -69,6 +70,17 @@ class Sizes:
     def positions(self) -> int:
         return self.rows * self.strips
 
+    @property
+    def raw_start(self) -> int:
+        """Where in a slab rows lie before they are repeated: at its end, where a tile begins, as v7x's DMAs must."""
+        raw = self.positions // self.factor
+        return -(-(self.positions - raw) // _TILE_ROWS) * _TILE_ROWS
+
+    @property
+    def ring_positions(self) -> int:
+        """Positions that a slab of the ring has room for."""
+        return self.raw_start + self.positions // self.factor
+
     def latent_frame(self, frame: Any) -> Any:
         """Return the latents' frame that a step of this frame norms with."""
         frame = self.first_in + jnp.maximum(frame * self.stride - self.odd, 0)
@@ -125,7 +137,7 @@ class Loading:
                 )
 
         def one(f: Any, _: Any) -> Any:
-            to = self.ring.at[slot, n.given + f, pl.ds(n.positions - raw, raw)]
+            to = self.ring.at[slot, n.given + f, pl.ds(n.raw_start, raw)]
             inner, left, right = self.inputs
             last = n.columns_in + 1
             for slab, here in (
@@ -212,13 +224,13 @@ class Loading:
         lax.fori_loop(0, latent_rows // at_once, rows, 0)
 
     def _repeat_rows(self, slab: Any) -> None:
-        """Repeat the rows in the slab's second half over the whole."""
-        n, half = self.n, self.n.positions // 2
+        """Repeat the rows at the slab's end over the whole."""
+        n, raw_start = self.n, self.n.raw_start
         at_once = 16 // n.strips if n.strips in (1, 2, 4, 8) and n.rows // 2 % (16 // n.strips) == 0 else n.rows // 2
         size = at_once * n.strips
 
         def some(i: Any, _: Any) -> Any:
-            values = slab[pl.ds(half + i * size, size), :].astype(jnp.float32).reshape(at_once, n.strips, -1)
+            values = slab[pl.ds(raw_start + i * size, size), :].astype(jnp.float32).reshape(at_once, n.strips, -1)
             values = jnp.concatenate([values[:, None]] * 2, axis=1).reshape(2 * size, -1)
             slab[pl.ds(i * 2 * size, 2 * size), :] = values.astype(slab.dtype)
             return 0

@@ -5,7 +5,7 @@ See `pipeline.model.vae.conv_kernel`. The kernel takes a few seconds to compile,
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,19 @@ from pipeline.model.vae.conv_kernel import TILE, kernel
 from pipeline.model.vae.conv_loading import COLUMNS, Sizes
 
 LANES = 128  # channels of a TPU's vector register
-_VMEM_BYTES = 112 * 2**20  # that a call plans with, of 128
-_VMEM_LIMIT_BYTES = 122 * 2**20
 _BLOCK_POSITIONS = 600  # of a product, at most: more take longer to compile, and 2 % less time
+
+
+class Vmem(NamedTuple):
+    """Bytes of VMEM that a call plans with, and that it may take at most."""
+
+    planned: int
+    limit: int
+
+
+#: By device kind, where the kernel was tried to compile: of the 128 MiB of a v6e, of the 64 of a v7x's core.
+VMEM = {"TPU v6 lite": Vmem(112 * 2**20, 122 * 2**20), "TPU7x": Vmem(57 * 2**20, 63 * 2**20)}
+V6E = VMEM["TPU v6 lite"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +79,7 @@ def convolve(
     kept: int = 0,
     statistics: bool = False,
     dtype: Any = None,
+    vmem: Vmem = V6E,
     interpret: Any = False,
 ) -> Convolved:
     """Norm x, convolve it, and add bias and residual.
@@ -84,6 +95,7 @@ def convolve(
       stride: frames of x to one of the result. odd: 1 where the first one's are one less.
       factor: 2 repeats rows and columns before.
       kept: frames to return for the next batch.
+      vmem: of the chip: as many frames are at work in a call as it holds.
     """
     frames_in, columns, raw, channels = x.shape
     _, taps, _, _, channels_out = weights.shape
@@ -123,13 +135,13 @@ def convolve(
         shortcuts=0 if shortcut is None or residual is None else len(shortcut) // residual.shape[-1],
         statistics=statistics,
     )
-    slab_bytes = positions * channels * x.dtype.itemsize
+    slab_bytes = sizes.ring_positions * channels * x.dtype.itemsize
     result_bytes = positions * max(sizes.width, LANES) * 2 * max(jnp.dtype(dtype).itemsize, x.dtype.itemsize)
     beside_ring = weights.size * x.dtype.itemsize + result_bytes * (
         1 + max(sizes.shortcuts, 1) * (residual is not None)
     )
     beside_ring += 4 * latent_positions * channels * 4 if norm else 0
-    at_once = (_VMEM_BYTES - beside_ring) // (COLUMNS * slab_bytes) - (taps - stride)
+    at_once = (vmem.planned - beside_ring) // (COLUMNS * slab_bytes) - (taps - stride)
     at_once = max(min(at_once // stride, frames), 1)
     results: list[jax.Array] = []
     operands = _Operands(x, beside, before, before, layer, weights, bias, norm, residual, shortcut)
@@ -152,7 +164,7 @@ def convolve(
         )
         if results and residual is not None and shortcut is None:
             operands = dataclasses.replace(operands, residual=results[0])  # which is its place
-        results = _call(here, frames, dataclasses.replace(operands, before=before), results, dtype, interpret)
+        results = _call(here, frames, dataclasses.replace(operands, before=before), results, dtype, vmem, interpret)
         before = results.pop() if here.kept else None
     return Convolved(results[0], results[1] if statistics else None, before if kept else None)
 
@@ -177,7 +189,7 @@ class _Operands:
 
 
 def _call(
-    n: Sizes, frames: int, given: _Operands, results: list[jax.Array], dtype: Any, interpret: Any
+    n: Sizes, frames: int, given: _Operands, results: list[jax.Array], dtype: Any, vmem: Vmem, interpret: Any
 ) -> list[jax.Array]:
     """Compute some frames of all `frames`, into the results of the calls for those before them.
 
@@ -243,14 +255,14 @@ def _call(
         out_shape=out_shapes,
         input_output_aliases=aliases,
         scratch_shapes=[
-            pltpu.VMEM((COLUMNS, n.given + n.frames_in, n.positions, channels), x.dtype),
+            pltpu.VMEM((COLUMNS, n.given + n.frames_in, n.ring_positions, channels), x.dtype),
             pltpu.VMEM(scales, jnp.float32),
             pltpu.VMEM((3 * n.strips, n.width), jnp.float32),
             pltpu.VMEM((3, 8, n.width), jnp.float32),
             pltpu.SemaphoreType.DMA((COLUMNS, n.frames_in + 1)),
             pltpu.SemaphoreType.DMA((3, max(n.kept, 1))),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_LIMIT_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem.limit),
         name="vae_conv",
         interpret=interpret,
     )
@@ -271,9 +283,9 @@ def repeats_rows(row_repeat: int, strips: int) -> bool:
     return row_repeat == 1 or (strips % 8 == 0 and row_repeat * strips % 16 == 0)
 
 
-def takes(rows: int, strips: int, channels: int) -> bool:
-    """Return whether `convolve` takes images of such columns, in bfloat16, on a chip with 128 MiB of VMEM."""
+def takes(rows: int, strips: int, channels: int, vmem: Vmem = V6E) -> bool:
+    """Return whether `convolve` takes images of such columns, in bfloat16, on a chip with so much VMEM."""
     slab_bytes = rows * strips * channels * 2
-    fits = 20 * slab_bytes <= _VMEM_BYTES  # 16 of a convolution that makes pairs, results and what else is held
+    fits = 20 * slab_bytes <= vmem.planned  # 16 of a convolution that makes pairs, results and what else is held
     whole = channels % LANES == 0 and strips in (4, 8) and rows * strips % 8 == 0  # what was tried to compile
     return fits and whole and _block_rows(rows, strips) is not None

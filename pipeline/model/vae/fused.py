@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pipeline.model.placement import SPLIT
-from pipeline.model.vae.convolution import LANES, Convolved, Norm, convolve, repeats_rows, takes
+from pipeline.model.vae.convolution import LANES, V6E, Convolved, Norm, Vmem, convolve, repeats_rows, takes
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape
 from pipeline.model.vae.layers import NORM_EPS, Activations, Weights, cut, join, num_strips
 
@@ -37,10 +37,11 @@ class FusedLayer(DecoderLayer):
     """One layer at work, on `Image`s.
 
     Its cache is of all layers of a run, `index` being its own: [layers, frames, columns + 2, rows * strips, channels].
-    It is changed in place. interpret: as of `pallas_call`.
+    It is changed in place. vmem: of the chip. interpret: as of `pallas_call`.
     """
 
     index: Any = dataclasses.field(default=0, kw_only=True)
+    vmem: Vmem = dataclasses.field(default=V6E, kw_only=True)
     interpret: Any = dataclasses.field(default=False, kw_only=True)
 
     def input(self, x: Activations) -> Image:
@@ -134,6 +135,7 @@ class FusedLayer(DecoderLayer):
             residual=residual,
             shortcut=shortcut,
             statistics=statistics,
+            vmem=self.vmem,
             interpret=self.interpret,
             **how,
         )
@@ -209,7 +211,7 @@ def _in_strips(values: jax.Array, strips: int) -> Activations:
     return values.reshape(frames, columns, positions // strips, strips, channels)
 
 
-def can_fuse(weights: Weights, shape: DecoderShape, rows: int, columns: int, paired: bool) -> bool:
+def can_fuse(weights: Weights, shape: DecoderShape, rows: int, columns: int, paired: bool, vmem: Vmem = V6E) -> bool:
     """Return whether the kernel takes all of a decoder's sizes. rows, columns: of latents on one device."""
     last = shape.num_levels - 1
     pairs_of = f"decoder.up_blocks.{last}.resnets.0.conv_shortcut.weight"
@@ -220,6 +222,6 @@ def can_fuse(weights: Weights, shape: DecoderShape, rows: int, columns: int, pai
         name = f"decoder.up_blocks.{level}.resnets"
         taken, given = weights[f"{name}.0.conv1.conv.weight"].shape[3:]
         given *= 2 if paired and level == last else 1
-        if not all(takes(rows * 2**level, strips, channels) for channels in (taken, given)):
+        if not all(takes(rows * 2**level, strips, channels, vmem) for channels in (taken, given)):
             return False
     return True

@@ -19,7 +19,7 @@ from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import SPLIT, split_mesh
 from pipeline.model.vae import convolution
-from pipeline.model.vae.convolution import takes
+from pipeline.model.vae.convolution import VMEM, takes
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
 from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
 from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
@@ -127,12 +127,13 @@ def test_resnet_is_that_of_xla(latent_frames, paired, several_products, array, w
 
 
 @pytest.mark.compile
-def test_upsampling_is_that_of_xla(array):
+@pytest.mark.parametrize("rows", [4, 5])  # of 4 strips: a tile's positions, and some that end within one
+def test_upsampling_is_that_of_xla(array, rows):
     """With rows and columns repeated, frames, and other strips; and the statistics of what it gives."""
     weights, x, z = (
         {"conv.weight": array(3, 1, 3, 8, 8), "conv.bias": array(8)},
-        array(3, 2, 4, 4, 8),
-        array(3, 8, 4, 5),
+        array(3, 2, rows, 4, 8),
+        array(3, 8, rows, 5),
     )
 
     def by_xla(weights, x, z):
@@ -297,9 +298,14 @@ def test_another_value_is_refused(monkeypatch):
         _fuses()
 
 
-def _fuses():
-    """On a v6e, 720p, on eight devices."""
-    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="TPU v6 lite")]))
+@pytest.mark.parametrize(("kind", "expected"), [("TPU7x", True), ("TPU v5", False), ("cpu", False)])
+def test_the_kernel_is_for_chips_that_it_was_tried_on(kind, expected):
+    assert _fuses(kind) is expected
+
+
+def _fuses(kind="TPU v6 lite"):
+    """Of 720p, on eight devices."""
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)]))
     shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
     return fuses(_shapes(CONFIG), jax.ShapeDtypeStruct((3, 90, 20, 16), jnp.bfloat16), shape, mesh)
 
@@ -307,3 +313,4 @@ def _fuses():
 def test_kernel_takes_whole_registers():
     assert takes(720, 8, 256)
     assert not takes(720, 8, 200)
+    assert takes(720, 8, 256, VMEM["TPU7x"]) and not takes(768, 8, 256, VMEM["TPU7x"])
