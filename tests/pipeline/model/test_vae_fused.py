@@ -19,7 +19,7 @@ from pipeline.checkpoints.loading import build_module
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.placement import SPLIT, split_mesh
 from pipeline.model.vae import convolution
-from pipeline.model.vae.convolution import VMEM, takes
+from pipeline.model.vae.convolution import V6E, VMEM, Vmem, takes
 from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
 from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
 from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
@@ -173,11 +173,9 @@ def test_output_is_that_of_xla(array):
 
 @pytest.mark.compile
 @pytest.mark.slow("4 min")
-@pytest.mark.parametrize("vmem_bytes", [None, 0], ids=["all frames a call", "a frame a call"])
-def test_decoder_is_that_of_xla(vmem_bytes, rng, monkeypatch):
+@pytest.mark.parametrize("vmem", [V6E, Vmem(0, 0)], ids=["all frames a call", "a frame a call"])
+def test_decoder_is_that_of_xla(vmem, rng):
     """Of the latents of the first batch and the next."""
-    if vmem_bytes is not None:
-        monkeypatch.setattr(convolution, "_VMEM_BYTES", vmem_bytes)
     config = CONFIG | {
         "block_out_channels": (8, 16, 16),
         "layers_per_block": 1,
@@ -197,7 +195,7 @@ def test_decoder_is_that_of_xla(vmem_bytes, rng, monkeypatch):
             outputs.append(output)
         return jnp.concatenate(outputs)
 
-    kernel = functools.partial(FusedLayer, interpret=True)
+    kernel = functools.partial(FusedLayer, vmem=vmem, interpret=True)
     actual, expected = (_compiled(functools.partial(video, layer=layer), weights, *latents) for layer in (kernel, None))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * float(jnp.std(expected)))
 
