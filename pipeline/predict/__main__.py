@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from offline_tpu.compile import parse_topology
 from offline_tpu.options import check_with_compiler, checked_options
 from pipeline.predict.presets import ALL, predict_presets, video_of
 from pipeline.predict.report import make_report, print_report, write_timelines
@@ -51,8 +50,7 @@ def main(settings: PredictConfig) -> int:
     stages = parse_stages(settings.stages)
     check_profile_run(settings.profile_run)
     video = video_of(settings, settings.topology, settings.quality)
-    device, _ = parse_topology(settings.topology)
-    from_config(lambda: check_with_compiler(device, [options]))
+    from_config(lambda: check_with_compiler(video.device, [options]))
     first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)
     cache = JobCache.of_user(settings.reuse)

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from offline_tpu.compile import parse_topology
+from offline_tpu.machine.devices import DeviceSpec
 from pipeline.checkpoints.checks import check_request, part_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
 from pipeline.checkpoints.magcache import ratios_path
@@ -54,13 +55,14 @@ class Video:
     """What a command line asks for, without weights.
 
     presets: by quality, the first decides what they share. refused: why others are not known. configs: of the
-    checkpoint's parts; source: where they are from.
+    checkpoint's parts; source: where they are from. device: of the topology.
     """
 
     presets: Mapping[str, PresetSteps]
     refused: Sequence[str]
     configs: Mapping[str, Any]
     source: str
+    device: DeviceSpec
 
     @property
     def first(self) -> PresetSteps:
@@ -90,7 +92,7 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
     check_request(request, configs)
     device, _ = from_config(lambda: parse_topology(topology))
     presets, refused = settle_presets(request, names, configs, found[0] if found else None, device.device_kind)
-    return Video(presets, refused, configs, source)
+    return Video(presets, refused, configs, source, device)
 
 
 def preset_steps(

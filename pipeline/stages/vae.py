@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.loading import Checkpoint, open_module
 from pipeline.model.placement import SPLIT, Rows, place_all, put, split_mesh, to_host
-from pipeline.model.vae.convolution import V6E, VMEM
+from pipeline.model.vae.convolution import VMEM
 from pipeline.model.vae.decoder import DecoderShape, decode
 from pipeline.model.vae.encoder import encode
 from pipeline.model.vae.fused import FusedLayer, can_fuse
@@ -199,8 +199,9 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
         if by_height:
             z = z.swapaxes(1, 2)
             weights = {name: x.swapaxes(0, 2) if x.ndim == 5 else x for name, x in weights.items()}
-        fused = functools.partial(FusedLayer, vmem=VMEM.get(mesh.devices.flat[0].device_kind, V6E))
-        layer = fused if fuses(weights, z, shape, mesh) else None
+        layer = None
+        if fuses(weights, z, shape, mesh):
+            layer = functools.partial(FusedLayer, vmem=VMEM[mesh.devices.flat[0].device_kind])
         paired = pays_in_pairs(weights, shape, mesh)
         video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired, layer)
         video = video.swapaxes(1, 2) if by_height else video

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu import libtpu
-from offline_tpu.compile import parse_topology
 from offline_tpu.options import check_with_compiler, checked_options, options_text
 from pipeline.model import step_options
 from pipeline.model.denoise_step import EVERYTHING, StepWork
@@ -80,9 +79,8 @@ def main(settings: TuneConfig) -> int:
     flags = from_config(lambda: _checked_flags(settings.flags))
     space = dict(SPACE) | flags
     video = video_of(settings, settings.topology, settings.quality)
-    device, _ = parse_topology(settings.topology)
     asked = [{flag: value} for flag, values in flags.items() for value in values if value]
-    from_config(lambda: check_with_compiler(device, asked))
+    from_config(lambda: check_with_compiler(video.device, asked))
     cache = JobCache.of_user(settings.reuse)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         _search_all(settings, video, cache, Runner(Path(folder)), space, workers)

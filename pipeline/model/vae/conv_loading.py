@@ -71,15 +71,19 @@ class Sizes:
         return self.rows * self.strips
 
     @property
+    def raw(self) -> int:
+        """Positions before rows are repeated."""
+        return self.positions // self.factor
+
+    @property
     def raw_start(self) -> int:
-        """Where in a slab rows lie before they are repeated: at its end, where a tile begins, as v7x's DMAs must."""
-        raw = self.positions // self.factor
-        return -(-(self.positions - raw) // _TILE_ROWS) * _TILE_ROWS
+        """Where in a slab these lie: at its end, where a tile begins, as v7x's DMAs must."""
+        return -(-(self.positions - self.raw) // _TILE_ROWS) * _TILE_ROWS
 
     @property
     def ring_positions(self) -> int:
         """Positions that a slab of the ring has room for."""
-        return self.raw_start + self.positions // self.factor
+        return self.raw_start + self.raw
 
     def latent_frame(self, frame: Any) -> Any:
         """Return the latents' frame that a step of this frame norms with."""
@@ -125,7 +129,6 @@ class Loading:
     def _each_copy(self, j: Any, start: Any, stop: Any, act: Callable[[Any], None]) -> None:
         """Act on the copy of each of some frames of a column, and with the first, of those before it."""
         n, slot = self.n, lax.rem(j, COLUMNS)
-        raw = n.positions // n.factor
         if self.before is not None:
 
             @pl.when(start == 0)
@@ -137,7 +140,7 @@ class Loading:
                 )
 
         def one(f: Any, _: Any) -> Any:
-            to = self.ring.at[slot, n.given + f, pl.ds(n.raw_start, raw)]
+            to = self.ring.at[slot, n.given + f, pl.ds(n.raw_start, n.raw)]
             inner, left, right = self.inputs
             last = n.columns_in + 1
             for slab, here in (

@@ -283,7 +283,7 @@ def repeats_rows(row_repeat: int, strips: int) -> bool:
     return row_repeat == 1 or (strips % 8 == 0 and row_repeat * strips % 16 == 0)
 
 
-def takes(rows: int, strips: int, channels: int, vmem: Vmem = V6E) -> bool:
+def takes(rows: int, strips: int, channels: int, vmem: Vmem) -> bool:
     """Return whether `convolve` takes images of such columns, in bfloat16, on a chip with so much VMEM."""
     slab_bytes = rows * strips * channels * 2
     fits = 20 * slab_bytes <= vmem.planned  # 16 of a convolution that makes pairs, results and what else is held

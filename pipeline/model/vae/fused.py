@@ -211,7 +211,7 @@ def _in_strips(values: jax.Array, strips: int) -> Activations:
     return values.reshape(frames, columns, positions // strips, strips, channels)
 
 
-def can_fuse(weights: Weights, shape: DecoderShape, rows: int, columns: int, paired: bool, vmem: Vmem = V6E) -> bool:
+def can_fuse(weights: Weights, shape: DecoderShape, rows: int, columns: int, paired: bool, vmem: Vmem) -> bool:
     """Return whether the kernel takes all of a decoder's sizes. rows, columns: of latents on one device."""
     last = shape.num_levels - 1
     pairs_of = f"decoder.up_blocks.{last}.resnets.0.conv_shortcut.weight"

@@ -280,7 +280,7 @@ def _shapes(config):
 )
 def test_kernel_takes_what_fits(rows, columns, expected):
     shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
-    assert can_fuse(_shapes(CONFIG), shape, rows, columns, True) is expected
+    assert can_fuse(_shapes(CONFIG), shape, rows, columns, True, V6E) is expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, True), ("1", True), ("0", False)])
@@ -309,6 +309,6 @@ def _fuses(kind="TPU v6 lite"):
 
 
 def test_kernel_takes_whole_registers():
-    assert takes(720, 8, 256)
-    assert not takes(720, 8, 200)
+    assert takes(720, 8, 256, V6E)
+    assert not takes(720, 8, 200, V6E)
     assert takes(720, 8, 256, VMEM["TPU7x"]) and not takes(768, 8, 256, VMEM["TPU7x"])
