@@ -172,7 +172,7 @@ def test_output_is_that_of_xla(array):
 
 
 @pytest.mark.compile
-@pytest.mark.slow("4 min")
+@pytest.mark.slow("8 min")
 @pytest.mark.parametrize("vmem", [V6E, Vmem(0, 0)], ids=["all frames a call", "a frame a call"])
 def test_decoder_is_that_of_xla(vmem, rng):
     """Of the latents of the first batch and the next."""
