@@ -18,6 +18,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Make a temporary path beside `path` to write to; rename it to `path` when the block ends well, else remove it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in the place of this file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)

@@ -102,6 +102,17 @@ def resolve_attention(
     return resolution
 
 
+def check_runs_here(options: AttentionOptions, dtype: str) -> None:
+    """Raise RequestError for options that contradict one another or this machine."""
+    platform = jax.default_backend()
+    if options.implementation == "pallas_tpu" and platform != "tpu":
+        raise RequestError(
+            f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
+            "leave it out, or take xla or pallas_interpret"
+        )
+    resolve_attention(options, AttentionShape(1, 1, 128, 128, 64), dtype)  # for any shape the same
+
+
 def describe_attention(options: AttentionOptions, shape: AttentionShape, dtype: str) -> dict[str, Any]:
     """Describe what `splash_attn.attention` runs for a shape on this machine, and why, for records. JSON-able."""
     resolution = resolve_attention(options, shape, dtype)

@@ -70,7 +70,7 @@ def request_programs(
     """
     steps = preset_steps(request, request.quality, configs, checkpoint, devices[0].device_kind)
     request = steps.request
-    if devices[0].platform == "tpu":
+    if devices[0].platform == "tpu" and request.attention.implementation is None:
         request = dataclasses.replace(
             request, attention=dataclasses.replace(request.attention, implementation="pallas_tpu")
         )

@@ -79,6 +79,11 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
     names = tuple(PRESETS) if quality == ALL else (quality,)
     # How long the prompt is makes no difference: it is padded.
     request = to_request(dataclasses.replace(settings, quality=names[0], prompt=settings.prompt or "any"))
+    if request.attention.implementation not in (None, "pallas_tpu"):
+        raise RequestError(
+            f"attention.implementation={request.attention.implementation!r}: a prediction is of the TPU's kernel; "
+            "expected pallas_tpu, or leave it out"
+        )
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     found: list[Checkpoint] = []
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints.loading import use_compilation_cache
 from pipeline.checkpoints.shapes import parse_caption
+from pipeline.model.attention import check_runs_here
 from pipeline.quality.config import Budget, QualityConfig
 from pipeline.quality.gate import Comparison, QualityVariant, to_uint8
 from pipeline.quality.learned import require_weights
@@ -56,6 +57,8 @@ def judge(settings: QualityConfig) -> int:
     base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
     reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
     chosen = _chosen(settings, base)
+    for variant in (reference, *chosen):
+        _check_runs_here(variant)
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
     if not settings.first_frame_db >= 0:
@@ -112,6 +115,13 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         raise UserError(f"seeds={list(seeds)}: expected at least one, whole numbers from 0 to {2**63 - 1}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds={list(seeds)}: expected each once, as each makes the same videos again")
+
+
+def _check_runs_here(variant: QualityVariant) -> None:
+    try:
+        check_runs_here(variant.request.attention, variant.request.dtype)
+    except UserError as error:
+        raise UserError(f"candidate {variant.name!r}: {error}") from error
 
 
 def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:

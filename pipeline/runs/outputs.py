@@ -29,6 +29,7 @@ from splash_workbench.records import jsonl
 SCHEMA_VERSION = 1
 #: What reading a JSON file raises where it is damaged, whatever it holds instead.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+_MAPPINGS = ("attention", "compiler_options", "parallel")  # what a stage's JSON may hold besides, for the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,9 @@ def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
         saved_fields, fingerprint = dict(described["request"]), described["fingerprint"]
         described["timings"] = reused_timings(described["timings"])
+        for name in _MAPPINGS:
+            if described.get(name) is not None:
+                described[name] = dict(described[name])
     except FileNotFoundError as error:
         raise StageOutputError(f"{stage}: no saved output in {folder}") from error
     except UNREADABLE as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
-from pipeline.model.attention import resolve_attention
+from pipeline.model.attention import check_runs_here
 from pipeline.model.placement import on_first_process
 from pipeline.requests.errors import RequestError, StageOutputError
 from pipeline.requests.media import check_files
@@ -43,7 +43,6 @@ from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageClock, StageTimings, no_progress
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
-from splash_attn.types import AttentionShape
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
 from splash_workbench.provenance import package_versions
 from splash_workbench.records import jsonl
@@ -91,14 +90,19 @@ class RequestRun:
 
         identities: of the checkpoint's `needed_stages`.
         """
+        self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
         check_files(request)
         if jax.process_index() == 0:
             require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
-        self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
+            for path in self._written:
+                if path.is_dir():
+                    raise RequestError(
+                        f"run_dir={str(run_dir)!r}: {path.name} is a folder there; expected another run_dir"
+                    )
         self.context = StageContext(checkpoint, request, identities, run_options.parallel)
         self.keys = {stage: stage_key(self.request, stage, identities) for stage in identities}
         if "denoise" in stages:
-            _check_attention_device(self.request)
+            check_runs_here(self.request.attention, self.request.dtype)
         self.loaded_keys = {stage: self.context.loaded_key(stage) for stage in stages}
         self.timings: list[StageTimings] = []
         self.details: dict[Stage, dict[str, Any]] = {}
@@ -199,11 +203,15 @@ class RequestRun:
                 self.details["denoise"] = check_stage(self.run_dir, self.keys["denoise"])
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
         video_path = self._write_video(record) if "vae" in self.stages else None
-        written = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
-        remove_leftovers(*(self.run_dir / name for name in (*written, VIDEO_NAME, SIDECAR_NAME)))
+        remove_leftovers(*self._written)
         if results_path is not None and not all(timing.reused for timing in self.timings):
             records.keep(results_path, record)  # last: the video matters more
         return GenerateResult(self.run_dir, video_path, tuple(self.timings), record)
+
+    @property
+    def _written(self) -> list[Path]:
+        names = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
+        return [self.run_dir / name for name in (*names, VIDEO_NAME, SIDECAR_NAME)]
 
     def finished(self) -> GenerateResult | None:
         """Return the result where the video of exactly this request is already there, even if stage outputs are not."""
@@ -269,16 +277,6 @@ def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     versions = package_versions(records.PACKAGES)
     described = [key.fingerprint, plan, device.platform, device.device_kind, versions]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _check_attention_device(request: GenerateRequest) -> None:
-    platform = jax.default_backend()
-    if request.attention.implementation == "pallas_tpu" and platform != "tpu":
-        raise RequestError(
-            f"attention.implementation='pallas_tpu': needs a TPU, and JAX runs on {platform!r} here; "
-            "leave it out, or take xla or pallas_interpret"
-        )
-    resolve_attention(request.attention, AttentionShape(1, 1, 128, 128, 64), request.dtype)  # for any shape the same
 
 
 def generate(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, locked, require_writable, require_writable_file
+from splash_workbench.files import atomic_path, locked, require_writable, require_writable_file, write_json
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -26,6 +26,11 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_folder_in_a_files_place_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=re.escape(f"a folder is in the place of this file: '{tmp_path}'")):
+        write_json(tmp_path, {})
 
 
 def test_a_lock_has_one_holder_and_leaves_nothing(tmp_path):

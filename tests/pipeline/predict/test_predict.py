@@ -223,6 +223,14 @@ def test_a_runs_name_that_cannot_be_is_refused_before_any_work(monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_another_attention_than_the_kernel_is_refused_before_any_stage(monkeypatch, capsys, implementation):
+    monkeypatch.setattr(Predictor, "predict", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sys, "argv", ["predict", "model=tiny", f"attention.implementation={implementation}"])
+    assert predict.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: attention.implementation='{implementation}': a prediction is of")
+
+
 def test_options_that_the_compiler_does_not_take_are_refused_before_any_stage(monkeypatch, capsys):
     asked = []
 

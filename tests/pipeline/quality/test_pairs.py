@@ -22,6 +22,7 @@ from splash_workbench.records.quality import PairRecord, QualityRecord
 #: Names of candidates, and how far their videos are from the reference's.
 ERRORS = {"reference": 0.0, "near": 0.002, "far": 0.05, "broken": 0.0}
 FAR, NEAR, BROKEN = {"name": "far", "dtype": "bfloat16"}, {"name": "near", "quantization": "int8"}, {"name": "broken"}
+ON_TPU = {"name": "on tpu", "attention": {"implementation": "pallas_tpu"}}
 
 
 class Renderer:
@@ -165,6 +166,7 @@ def test_a_pairs_video_shows_both_and_the_enlarged_difference():
         ({"candidates": [], "page_dir": None}, "candidates=[]: expected some to compare"),
         ({"candidates": [NEAR, NEAR]}, "candidates: 'near' is the name of two"),
         ({"candidates": [{"name": "reference"}]}, "candidates: 'reference' is the name of two"),
+        ({"candidates": [ON_TPU]}, "candidate 'on tpu': attention.implementation='pallas_tpu': needs a TPU"),
     ],
 )
 def test_bad_input_is_told_before_any_video(run, renderer, changes, message):

@@ -213,6 +213,23 @@ def test_damaged_timings(timings, run_dir, same, asked):
     assert asked == ["text"]
 
 
+@pytest.mark.parametrize("attention", [[1], "xla", 1], ids=repr)
+def test_damaged_details(attention, run_dir, same, ran):
+    path = run_dir / "denoise.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "attention": attention}))
+    generate(same(), stages=["denoise"], run_dir=run_dir)
+    assert ran == ["denoise"]
+
+
+@pytest.mark.parametrize("name", ["text.json", "vae.safetensors", "video.json", "video.mp4"])
+def test_a_folder_where_an_output_should_be(name, same, ran, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"^run_dir='.*': {name} is a folder there; expected another run_dir$"):
+        generate(same(), run_dir=tmp_path)
+    assert ran == []
+
+
 def test_a_folder_in_which_another_run_is_at_work(run_dir, same, ran):
     with locked(run_dir / ".lock", ""), pytest.raises(UserError, match=r"^run_dir='.*run': another process is at work"):
         generate(same(), run_dir=run_dir, run_options=RunOptions(resume=False))

@@ -114,6 +114,7 @@ def test_flags_of_the_command_line_are_tried_too(stages, tune, tmp_path):
         ("topology=v6e-7", "topology='v6e-7': expected"),
         ("quality=best", "quality='best'"),
         ("prompt=cat", "prompt"),
+        ("attention.implementation=xla", "attention.implementation='xla': a prediction is of the TPU's kernel"),
     ],
 )
 def test_bad_input_is_told_before_any_work(stages, tune, argument, said):
