@@ -56,18 +56,19 @@ class Row:
 def predicted_times(path: str | None, request: GenerateRequest, checkpoint: Checkpoint) -> dict[str, str]:
     """Return what the newest prediction of such a video says, by quality, slice after slice: "9.1 s on v6e-8".
 
-    Nothing without a path. Raises UserError where no file is there.
+    Nothing without a path. Raises UserError for a file without predictions.
     """
     if path is None:
         return {}
-    if not Path(path).is_file():
+    records = jsonl.read(Path(path), PredictionRecord) if Path(path).is_file() else []
+    if not records:
         raise UserError(
             f"predictions={path!r}: expected a file of python -m pipeline.predict results_path=..., or null"
         )
     name = base_checkpoint(current_id(request.checkpoint), checkpoint.config("transformer"))
     size = request.width, request.height, request.num_frames, request.num_inference_steps
     found: dict[str, dict[str, str]] = {}
-    for record in jsonl.read(Path(path), PredictionRecord):
+    for record in records:
         video = record.video
         if (video.width, video.height, video.num_frames, video.num_inference_steps) == size:
             if current_id(video.checkpoint) != name:

@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from splash_workbench.errors import UserError
+
 T = TypeVar("T")
+
+
+class RecordError(UserError, ValueError):
+    """A whole line of a file of records is none that this version reads."""
 
 
 def decode(fields: Any, kind: type[T]) -> T:
@@ -59,7 +65,7 @@ def append(path: Path, record: Any) -> None:
 def read(path: Path, kind: type[T]) -> list[T]:
     """Return every record of a file, none where there is no file. A line that a crash tore is skipped with a warning.
 
-    Raises ValueError for a whole line that is not a `kind`, with the file, the line, the field and what to do.
+    Raises RecordError for a whole line that is not a `kind`, with the file, the line, the field and what to do.
     """
     if not path.exists():
         return []
@@ -77,5 +83,5 @@ def read(path: Path, kind: type[T]) -> list[T]:
         except ValueError as error:
             remedy = "delete this line, or move the file away"
             line_is = f"{path}:{number}: not a {kind.__name__} that this version reads"
-            raise ValueError(f"{line_is} ({error}); {remedy}.") from error
+            raise RecordError(f"{line_is} ({error}); {remedy}.") from error
     return records

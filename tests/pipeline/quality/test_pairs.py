@@ -149,6 +149,14 @@ def test_predicted_times_are_of_the_same_video():
     assert predicted_times(None, request, checkpoint) == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*torn line")
+@pytest.mark.parametrize("content", ["GARBAGE", "", '{"kind": "other"}'])
+def test_a_file_without_predictions_is_refused(content, tmp_path):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(UserError, match="expected a file of|not a PredictionRecord"):
+        predicted_times(str(tmp_path / "p.jsonl"), GenerateRequest("a cat"), SimpleNamespace(config=lambda part: {}))
+
+
 def test_a_pairs_video_shows_both_and_the_enlarged_difference():
     reference = np.full((1, 2, 2, 3), 0.5, np.float32)
     shown = side_by_side(reference, reference + np.float32(0.01))

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from helpers import PLENTY_S
+from splash_workbench.errors import UserError
 from splash_workbench.records import jsonl
 
 
@@ -96,4 +97,11 @@ def test_a_whole_line_of_another_form_is_an_error_that_names_the_field(tmp_path:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a", "later": 1}\n\n{"text": "a", "number": "b"}\n')
     with pytest.raises(ValueError, match=r"lines.jsonl:3: not a Line .*got `str` - at `\$\.number`"):
+        jsonl.read(path, Line)
+
+
+def test_a_line_of_another_kind_is_for_the_user_to_put_right(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": 1}\n')
+    with pytest.raises(UserError, match=r"lines.jsonl:1: not a Line that this version reads \(.*; delete this line"):
         jsonl.read(path, Line)
