@@ -153,7 +153,7 @@ def test_predicted_times_are_of_the_same_video():
 @pytest.mark.parametrize("content", ["GARBAGE", "", '{"kind": "other"}'])
 def test_a_file_without_predictions_is_refused(content, tmp_path):
     (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(UserError, match="expected a file of|not a PredictionRecord"):
+    with pytest.raises(UserError, match=r"expected a file of|not a PredictionRecord"):
         predicted_times(str(tmp_path / "p.jsonl"), GenerateRequest("a cat"), SimpleNamespace(config=lambda part: {}))
 
 
