@@ -36,6 +36,8 @@ SLICE_SHAPES = {
     2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {2: "1x1x1", 8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
 }
+#: By number of axes, the most chips that a pod has: the same sources.
+_POD_CHIPS = {2: 256, 3: 9216}
 
 
 def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
@@ -71,6 +73,8 @@ def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
     axes = shape.count("x") + 1
     slices = SLICE_SHAPES[axes]
     if re.fullmatch("x".join(["[1-9][0-9]*"] * axes), size):
+        if math.prod(map(int, size.split("x"))) > _POD_CHIPS[axes]:
+            raise ValueError(f"{topology=}: expected at most {_POD_CHIPS[axes]} chips, the largest {name} slice.")
         return device, f"{platform}:{size}"
     if not size.isdigit() or int(size) not in slices:
         counts = ", ".join(map(str, slices))

@@ -6,6 +6,8 @@ import functools
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -18,10 +20,13 @@ from offline_tpu.machine.devices import DEVICES, DeviceSpec
 from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_workbench import provenance
 from splash_workbench.accelerator import accelerator_visible
+from splash_workbench.files import ensure_folder
 from splash_workbench.profiles.profiler import load_libtpu_without_profiler
 
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
+#: Further ones that dump alike: what was timed with one of them can be compiled with it.
+EARLIER_LIBTPUS = ("0.0.40",)
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
 
@@ -31,16 +36,17 @@ SOURCES = ("offline_tpu/**/*.py",)
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 
 
-def worker_environment(device: DeviceSpec, dump_dir: Path) -> dict[str, str]:
+def worker_environment(device: DeviceSpec, dump_dir: Path, compiler: str = SUPPORTED_LIBTPU) -> dict[str, str]:
     """Return the variables that a process needs before libtpu loads, to compile for `device` and dump schedules.
 
-    Only the passes that are read are dumped: a hundredth of the whole dump's bytes.
+    Only the passes that are read are dumped: a hundredth of the whole dump's bytes. compiler: version of the libtpu.
 
     Raises:
       UnsupportedVersionError: another libtpu or jaxlib is installed.
     """
-    check_versions()
-    beside = {"TPU_LIBRARY_PATH": str(folder_beside() / "libtpu" / "libtpu.so")} if _is_beside() else {}
+    check_versions(compiler)
+    is_beside = installed_version("libtpu") != compiler
+    beside = {"TPU_LIBRARY_PATH": str(folder_beside(compiler) / "libtpu" / "libtpu.so")} if is_beside else {}
     return beside | {
         "JAX_PLATFORMS": "cpu",
         "TPU_ACCELERATOR_TYPE": device.accelerator_type,
@@ -107,13 +113,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_versions() -> None:
-    """Raise UnsupportedVersionError unless SUPPORTED_LIBTPU and SUPPORTED_JAXLIB are installed."""
-    found_versions = {"libtpu": compiler_version(), "jaxlib": installed_version("jaxlib")}
-    for name, expected in (("libtpu", SUPPORTED_LIBTPU), ("jaxlib", SUPPORTED_JAXLIB)):
+def check_versions(compiler: str = SUPPORTED_LIBTPU) -> None:
+    """Raise UnsupportedVersionError unless this libtpu and SUPPORTED_JAXLIB are installed."""
+    found_versions = {"libtpu": compiler_version(compiler), "jaxlib": installed_version("jaxlib")}
+    for name, expected in (("libtpu", compiler), ("jaxlib", SUPPORTED_JAXLIB)):
         found = found_versions[name]
         if found != expected:
-            beside = f", or beside it: pip install {beside_arguments()}" if name == "libtpu" and found else ""
+            beside = f", or beside it: pip install {beside_arguments(compiler)}" if name == "libtpu" and found else ""
             raise UnsupportedVersionError(
                 f"{f'{name} {found}' if found else f'no {name}'} is installed, and predictions need {name} {expected}, "
                 "since the dumps that they are read from change between releases; "
@@ -121,41 +127,61 @@ def check_versions() -> None:
             )
 
 
-def compiler_version() -> str | None:
-    """Return the version of the libtpu that predictions are made with; None where there is none.
+def compiler_version(compiler: str = SUPPORTED_LIBTPU) -> str | None:
+    """Return the version of the libtpu that predictions are made with, where `compiler` is to make them; None: no one.
 
-    JAX runs a TPU with the libtpu that it asks for, and predictions need SUPPORTED_LIBTPU: where that is not the one
-    installed, it may lie in `folder_beside`.
+    JAX runs a TPU with the libtpu that it asks for, and predictions need one whose dumps are known: where that is not
+    the one installed, it may lie in `folder_beside`.
     """
-    return SUPPORTED_LIBTPU if _is_beside() else installed_version("libtpu")
+    return compiler if is_beside(compiler) else installed_version("libtpu")
 
 
-def capture(sources: Iterable[str] = SOURCES) -> provenance.Environment:
+def capture(sources: Iterable[str] = SOURCES, compiler: str = SUPPORTED_LIBTPU) -> provenance.Environment:
     """Describe this process as `provenance.capture`, for predictions: with the libtpu that they are made with."""
-    return with_compiler(provenance.capture(sources))
+    return with_compiler(provenance.capture(sources), compiler)
 
 
-def with_compiler(captured: provenance.Environment) -> provenance.Environment:
+def with_compiler(captured: provenance.Environment, compiler: str = SUPPORTED_LIBTPU) -> provenance.Environment:
     """Return a description of this process with the libtpu that predictions are made with."""
-    compiler = {"libtpu": found} if (found := compiler_version()) else {}
-    return dataclasses.replace(captured, versions=captured.versions | compiler)
+    found = compiler_version(compiler)
+    return dataclasses.replace(captured, versions=captured.versions | ({"libtpu": found} if found else {}))
 
 
-def folder_beside() -> Path:
+def folder_beside(compiler: str = SUPPORTED_LIBTPU) -> Path:
     """Return the folder, below the user's cache, of a libtpu that only compiles: what `pip install --target` made."""
-    return provenance.user_cache_dir() / "libtpu"
+    return provenance.user_cache_dir() / f"libtpu-{compiler}"
 
 
-def beside_arguments() -> str:
-    """Return what `pip install` needs to put SUPPORTED_LIBTPU into `folder_beside`."""
-    return f"--no-deps --target {shlex.quote(str(folder_beside()))} libtpu=={SUPPORTED_LIBTPU}"
+def beside_arguments(compiler: str = SUPPORTED_LIBTPU) -> str:
+    """Return what `pip install` needs to put a libtpu into `folder_beside`."""
+    return f"--no-deps --target {shlex.quote(str(folder_beside(compiler)))} libtpu=={compiler}"
 
 
-def _is_beside() -> bool:
-    if installed_version("libtpu") == SUPPORTED_LIBTPU:
+def is_beside(compiler: str) -> bool:
+    """Return whether a libtpu lies in `folder_beside`, and is not the one installed."""
+    if installed_version("libtpu") == compiler:
         return False
-    found = distributions(name="libtpu", path=[str(folder_beside())])
-    return any(distribution.version == SUPPORTED_LIBTPU for distribution in found)
+    found = distributions(name="libtpu", path=[str(folder_beside(compiler))])
+    return any(distribution.version == compiler for distribution in found)
+
+
+def fetch_beside(compiler: str) -> None:
+    """Put a libtpu into `folder_beside` by pip, whole or not at all; it changes nothing else, and JAX does not see it.
+
+    Raises:
+      UnsupportedVersionError: pip does not get it; the message says how to do so by hand.
+    """
+
+    def install(folder: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*pip, f"libtpu=={compiler}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["pip failed"]
+            raise UnsupportedVersionError(
+                f"libtpu {compiler} cannot be fetched ({said[-1]}); by hand: pip install {beside_arguments(compiler)}"
+            )
+
+    ensure_folder(folder_beside(compiler), install)
 
 
 def installed_version(package: str) -> str | None:

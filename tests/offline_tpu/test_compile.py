@@ -49,6 +49,8 @@ def test_names_of_topologies(name: str, expected: str) -> None:
         ("v6e:2x2x1", "topology='v6e:2x2x1': expected"),
         ("v6e:0x4", "topology='v6e:0x4': expected"),
         ("v6e:2x", "topology='v6e:2x': expected"),
+        ("v6e:32x16", "topology='v6e:32x16': expected at most 256 chips, the largest v6e slice"),
+        ("v7x:99999x2x2", "topology='v7x:99999x2x2': expected at most 9216 chips"),
         ("v7x-4", "topology='v7x-4': expected v7x-N with N one of 2, 8, 16, 32, 64, 128, 256, or chips as v7x:2x2x1"),
         ("v7x:2x4", "topology='v7x:2x4': expected"),
         ("banana", "topology='banana': expected one of v6e, v5e, v5p, v7x"),

@@ -1,6 +1,7 @@
 """Predicted times against those of real chips, reported or measured: `python -m tuning.validate --help`."""
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 import offline_tpu
+from offline_tpu import libtpu
 from splash_workbench import cli
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import require_writable, write_json
@@ -21,7 +23,7 @@ from tuning.validate import sets, table
 from tuning.validate.agreement import Pair, pairs_of, parity, summarize
 from tuning.validate.record import Validation
 from tuning.validate.rows import MeasuredRow, read, read_shipped
-from tuning.validate.run import compare
+from tuning.validate.run import compare, compiler_of, fetch_compilers
 
 #: So many rows, and sources, are all printed.
 _FEW_ROWS, _FEW_SOURCES = 20, 3
@@ -39,6 +41,7 @@ class ValidateSchema:
     reuse: bool = MISSING
     dumps: str | None = None
     limit_s: float | None = None
+    libtpu: str | None = None
     json: str | None = None
     progress: bool = MISSING
 
@@ -59,7 +62,8 @@ def _lines(validation: Validation) -> list[str]:
     if (more := len(validation.sources) - _FEW_SOURCES) > 0:
         lines.append(f"... and {more} more sources, in the record")
     chips = ", ".join(validation.device_kinds)
-    lines += [f"predicted: this machine, libtpu {offline_tpu.SUPPORTED_LIBTPU}, for {chips}", ""]
+    compilers = ", ".join(f"libtpu {name} ({count} rows)" for name, count in validation.compilers.items())
+    lines += [f"predicted: this machine, {compilers or 'nothing'}, for {chips}", ""]
     if len(validation.rows) <= _FEW_ROWS:
         lines += [*table.row_lines(validation.rows), ""]
     for part in (table.listed_lines, table.missing_lines, table.group_lines):
@@ -75,10 +79,23 @@ def _draw(pairs: list[Pair], path: Path) -> str | None:
     return str(path)
 
 
+def _checked_compiler(chosen: str | None) -> str | None:
+    """Return the libtpu that compiles all rows, fetched if need be; None: each row's own. Raises UserError."""
+    if chosen is None:
+        return None
+    known = (libtpu.SUPPORTED_LIBTPU, *libtpu.EARLIER_LIBTPUS)
+    if chosen not in known:
+        raise UserError(f"libtpu={chosen}: expected one of {', '.join(known)}, whose dumps are known, or null.")
+    if libtpu.compiler_version(chosen) != chosen:
+        libtpu.fetch_beside(chosen)
+    return chosen
+
+
 @cli.command("validate", ValidateSchema)
 def main(settings: ValidateSchema) -> int:
     """Run the command; return its exit code."""
     offline_tpu.check_versions()
+    chosen_compiler = _checked_compiler(settings.libtpu)
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))
     if settings.limit_s is not None and not settings.limit_s >= 0:
@@ -90,6 +107,8 @@ def main(settings: ValidateSchema) -> int:
     dumps = Path(settings.dumps) if settings.dumps else None
     if dumps:
         require_writable(f"dumps={dumps}", dumps)
+    if chosen_compiler is None:
+        fetch_compilers(rows, functools.partial(print, file=sys.stderr, flush=True))
     measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         cache = JobCache.of_user(settings.reuse)
@@ -102,6 +121,7 @@ def main(settings: ValidateSchema) -> int:
             progress=settings.progress,
             dumps=dumps,
             limit_s=settings.limit_s,
+            compiler_of=compiler_of if chosen_compiler is None else lambda row: chosen_compiler,
         )
     pairs = [*(pair for row in comparisons if (pair := row.pair)), *measured]
     validation = Validation.of(

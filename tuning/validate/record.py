@@ -1,5 +1,6 @@
 """The record of `python -m tuning.validate`, which the report reads."""
 
+import collections
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -106,6 +107,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
       interval_ms: between which four fifths of the measured times of such work lie; None without a prediction.
       reported_memory_mb: of the row; same_memory: whether the program holds as much. One that does not is not the one
         that was timed, but what this compiler makes of the same op. None: not known.
+      libtpu: version of the compiler that made the program here; timed_with: of the one that made what was timed, as
+        far as it is known.
       The others: see RowPrediction.
     """
 
@@ -133,16 +136,19 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     compiled_memory_mb: float | None = None
     same_memory: bool | None = None
     form: str = ""
+    libtpu: str | None = None
+    timed_with: str | None = None
 
     @classmethod
-    def predicted(cls, row: MeasuredRow, prediction: RowPrediction) -> Self:
-        """Return the comparison of a row with its prediction."""
+    def predicted(cls, row: MeasuredRow, prediction: RowPrediction, compiler: str) -> Self:
+        """Return the comparison of a row with its prediction, which that version of libtpu made."""
         ratio = prediction.predicted_ms / row.time_ms
         low, high = residuals.factors(devices.by_name(row.device_kind).name, prediction.shares)
         return cls(
             **_fields(row),
             **msgspec.structs.asdict(prediction),
             status="predicted",
+            libtpu=compiler,
             ratio=ratio,
             abs_error=abs(ratio - 1),
             interval_ms=(low * prediction.predicted_ms, high * prediction.predicted_ms),
@@ -174,7 +180,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _fields(row: MeasuredRow) -> dict[str, Any]:
-    names = ("id", "device_kind", "op", "compiler_options", "p_state", "shape")
+    names = ("id", "device_kind", "op", "compiler_options", "p_state", "shape", "timed_with")
     reported = {"config": row.settings, "reported_ms": row.time_ms, "reported_memory_mb": row.peak_memory_mb}
     return {name: getattr(row, name) for name in names} | reported
 
@@ -220,6 +226,11 @@ class Validation(Summary, frozen=True, kw_only=True):
     def device_kinds(self) -> tuple[str, ...]:
         """Return the chips of the rows, in their order."""
         return tuple(dict.fromkeys(row.device_kind for row in self.rows))
+
+    @property
+    def compilers(self) -> dict[str, int]:
+        """Return how many rows each libtpu compiled."""
+        return dict(collections.Counter(row.libtpu for row in self.rows if row.libtpu))
 
     @property
     def chips(self) -> tuple[Group, ...]:

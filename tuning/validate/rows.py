@@ -18,6 +18,9 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
 
+#: What the rows of a source were timed with, as the memory that they report says (docs/predictions.md).
+TIMED_WITH = {"openxla/tokamax": "0.0.40"}
+
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
 
@@ -41,6 +44,7 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
       notes: what a reader of the time must know.
       peak_memory_mb: the most HBM that the program held, as reported, in 10^6 or 2^20 bytes; None: it is not told. It
         tells programs apart that different compilers made of the same op.
+      libtpu: version of the compiler that it was timed with; None: it is not told.
     """
 
     id: str
@@ -54,6 +58,12 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     p_state: int | None = None
     notes: tuple[str, ...] = ()
     peak_memory_mb: Megabytes | None = None
+    libtpu: str | None = None
+
+    @property
+    def timed_with(self) -> str | None:
+        """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
+        return self.libtpu or next((v for name, v in TIMED_WITH.items() if self.source.startswith(name)), None)
 
     @property
     def time_ms(self) -> float:
@@ -117,6 +127,7 @@ class _OpRow(msgspec.Struct, frozen=True, kw_only=True):
     p_state: int | None = None
     notes: tuple[str, ...] = ()
     peak_memory_mb: Megabytes | None = None
+    libtpu: Text | None = None
 
 
 class _OpFile(msgspec.Struct, frozen=True):
@@ -126,6 +137,7 @@ class _OpFile(msgspec.Struct, frozen=True):
     source: Text | None = None
     device_kind: Text | None = None
     op: Text | None = None
+    libtpu: Text | None = None
 
     def measured(self, stem: str) -> Iterator[MeasuredRow]:
         for number, row in enumerate(self.rows):
@@ -134,6 +146,7 @@ class _OpFile(msgspec.Struct, frozen=True):
                 if not (value := fields[name] or getattr(self, name)):
                     raise ValueError(f"expected `{name}`, of the file or of the row - at `$.rows[{number}]`")
                 fields[name] = value
+            fields["libtpu"] = row.libtpu or self.libtpu
             yield MeasuredRow(**fields | {"id": row.id or f"{stem}-{number:04d}", "config": row.config or {}})
 
 

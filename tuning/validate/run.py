@@ -4,14 +4,16 @@ import concurrent.futures
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import offline_tpu
+from offline_tpu import libtpu
 from offline_tpu.machine import devices
+from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_workbench import provenance
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
@@ -27,15 +29,45 @@ MAKERS = tuple(f"tuning/validate/{name}.py" for name in ("plain", "programs", "s
 SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
 
 
-def dump_path(dumps: Path, row: MeasuredRow) -> Path:
+#: Which libtpu compiles a row: its version.
+CompilerOf = Callable[[MeasuredRow], str]
+
+
+def compiler_of(row: MeasuredRow) -> str:
+    """Return the libtpu that a row was timed with, where its dumps are known and it is here; else that of predictions.
+
+    See `fetch_compilers`.
+    """
+    compiler = row.timed_with
+    return compiler if compiler in libtpu.EARLIER_LIBTPUS and _is_here(compiler) else libtpu.SUPPORTED_LIBTPU
+
+
+def fetch_compilers(rows: Iterable[MeasuredRow], say: Callable[[str], None]) -> None:
+    """Fetch what rows were timed with and is not here. Where that fails, say so: `compiler_of` takes another then."""
+    wanted = [compiler for compiler in libtpu.EARLIER_LIBTPUS if any(row.timed_with == compiler for row in rows)]
+    for compiler in wanted:
+        if not _is_here(compiler):
+            folder = libtpu.folder_beside(compiler)
+            say(f"fetching libtpu {compiler}, with which rows were timed, into {folder} (760 MB)")
+            try:
+                libtpu.fetch_beside(compiler)
+            except UnsupportedVersionError as error:
+                say(f"{error}; until then libtpu {libtpu.SUPPORTED_LIBTPU} compiles these rows")
+
+
+def _is_here(compiler: str) -> bool:
+    return libtpu.compiler_version(compiler) == compiler
+
+
+def dump_path(dumps: Path, row: MeasuredRow, compiler: str) -> Path:
     """Return where the dump of a row's program is kept. Raises ValueError for a chip that is not known."""
     payload = {"call": row.call, "device": devices.by_name(row.device_kind).name}
-    return dumps / f"{JobCache.key(_JOB, payload, _made_by())}.tar.gz"
+    return dumps / f"{JobCache.key(_JOB, payload, _made_by(compiler))}.tar.gz"
 
 
 @functools.cache
-def _made_by() -> dict[str, Any]:
-    versions = offline_tpu.capture().versions
+def _made_by(compiler: str) -> dict[str, Any]:
+    versions = offline_tpu.capture(compiler=compiler).versions
     return {"versions": versions, "sources": provenance.source_hash(MAKERS)}
 
 
@@ -49,6 +81,7 @@ def compare(
     progress: bool = False,
     dumps: Path | None = None,
     limit_s: float | None = None,
+    compiler_of: CompilerOf = compiler_of,
 ) -> list[Comparison]:
     """Predict every row. A row without a prediction is in the list too, and says why.
 
@@ -56,16 +89,16 @@ def compare(
     limit_s: seconds after which no row is begun any more; those left are listed as not tried. None: all are.
     Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
     """
-    captured = offline_tpu.capture()
-    dependencies = {"versions": captured.versions, "sources": provenance.source_hash(SOURCES)}
-
+    sources = provenance.source_hash(SOURCES)
+    compilers = [compiler_of(row) for row in rows]
+    versions = {compiler: offline_tpu.capture(compiler=compiler).versions for compiler in set(compilers)}
     known = {spec.device_kind for spec in devices.DEVICES.values()}
     deadline = math.inf if limit_s is None else time.monotonic() + limit_s
 
-    def has_dump(row: MeasuredRow) -> bool:
-        return dumps is not None and row.device_kind in known and dump_path(dumps, row).exists()
+    def has_dump(row: MeasuredRow, compiler: str) -> bool:
+        return dumps is not None and row.device_kind in known and dump_path(dumps, row, compiler).exists()
 
-    def compare_one(row: MeasuredRow) -> Comparison:
+    def compare_one(row: MeasuredRow, compiler: str) -> Comparison:
         if time.monotonic() > deadline:
             return Comparison.without(row, "reported", f"not tried within limit_s={limit_s:g}")
         try:
@@ -73,15 +106,15 @@ def compare(
         except ValueError as error:
             return Comparison.without(row, "unmade", str(error))
         payload: dict[str, Any] = {"call": row.call, "device": device.name}  # no time: the job must not know it
-        key = JobCache.key(_JOB, payload, dependencies)
-        payload["kept"] = str(dump_path(dumps, row)) if dumps else None
+        key = JobCache.key(_JOB, payload, {"versions": versions[compiler], "sources": sources})
+        payload["kept"] = str(dump_path(dumps, row, compiler)) if dumps else None
 
         def run_job() -> Outcome:
             return runner.run(
                 _JOB,
                 payload,
                 timeout_s=timeout_s,
-                variables=lambda worker_dir: offline_tpu.worker_environment(device, worker_dir / "dump"),
+                variables=lambda worker_dir: offline_tpu.worker_environment(device, worker_dir / "dump", compiler),
             )
 
         outcome = cache.outcome(key, run_job)[0] if cache else run_job()
@@ -89,13 +122,17 @@ def compare(
             return Comparison.without(row, "failed", f"{outcome.status}: {outcome.error}")
         if unmade := outcome.result.get("unmade"):
             return Comparison.without(row, "unmade", unmade)
-        return Comparison.predicted(row, jsonl.decode(outcome.result, RowPrediction))
+        return Comparison.predicted(row, jsonl.decode(outcome.result, RowPrediction), compiler)
 
-    # Chip by chip, since a worker is started for one; first what needs no compiling.
-    ordered = sorted(range(len(rows)), key=lambda number: (not has_dump(rows[number]), rows[number].device_kind))
+    def place(number: int) -> tuple[bool, str, str]:
+        """Chip by chip, since a worker is started for one and its compiler; first what needs no compiling."""
+        row, compiler = rows[number], compilers[number]
+        return not has_dump(row, compiler), row.device_kind, compiler
+
+    ordered = sorted(range(len(rows)), key=place)
     bar = tqdm(total=len(rows), disable=not progress, unit="row", leave=False, smoothing=0)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, bar:
-        futures = {number: pool.submit(compare_one, rows[number]) for number in ordered}
+        futures = {number: pool.submit(compare_one, rows[number], compilers[number]) for number in ordered}
         try:
             for _ in concurrent.futures.as_completed(futures.values()):
                 bar.update()

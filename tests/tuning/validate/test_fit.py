@@ -18,7 +18,7 @@ from tuning.validate.fit import sensitivity
 from tuning.validate.fit.fitting import FitRow, Fitted
 from tuning.validate.fit.retiming import KeptProgram
 from tuning.validate.rows import MeasuredRow
-from tuning.validate.run import dump_path
+from tuning.validate.run import compiler_of, dump_path
 
 PROGRAMS: dict[str, dict[str, Any]] = {
     "calls": {"ops": 3, "granules": 64},
@@ -97,8 +97,8 @@ def test_rows_are_left_out_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
 
     chosen = [row(0), row(1, p_state=7), row(2, op="psum"), row(3), row(4)]
-    tiny_dumps.keep(dump_path(tmp_path / "dumps", chosen[0]))
-    dump_path(tmp_path / "dumps", chosen[4]).write_bytes(b"torn")
+    tiny_dumps.keep(dump_path(tmp_path / "dumps", chosen[0], compiler_of(chosen[0])))
+    dump_path(tmp_path / "dumps", chosen[4], compiler_of(chosen[4])).write_bytes(b"torn")
     monkeypatch.setattr(fit, "read_shipped", lambda: chosen)
     monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
     output = tmp_path / "out"

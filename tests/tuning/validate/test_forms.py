@@ -82,7 +82,7 @@ def _compared(memory_mb: float, form: str = "", reported: float | None = 100.0) 
         compiled_memory_mb=memory_mb,
         form=form,
     )
-    return Comparison.predicted(msgspec.structs.replace(ROW, peak_memory_mb=reported), prediction)
+    return Comparison.predicted(msgspec.structs.replace(ROW, peak_memory_mb=reported), prediction, "0.0.52")
 
 
 @pytest.mark.parametrize(("compiled", "same"), [(100.1, True), (104.8, True), (102.5, False), (107.0, False)])

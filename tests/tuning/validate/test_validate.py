@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from offline_tpu.machine import residuals
+from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_attn.types import Variant
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
@@ -18,7 +19,7 @@ from tuning.trials.figures import save_png
 from tuning.trials.records import Trial
 from tuning.trials.reported import DEFAULT_PATH, Reported
 from tuning.validate import __main__ as validate
-from tuning.validate import agreement, table
+from tuning.validate import agreement, run, table
 from tuning.validate.agreement import Pair, pairs_of, spearman, summarize
 from tuning.validate.record import Comparison, Validation
 from tuning.validate.rows import MeasuredRow
@@ -185,15 +186,19 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, "Runner", _FakeRunner)
     monkeypatch.setattr(validate.offline_tpu, "check_versions", lambda: None)
-
+    monkeypatch.setattr(run.libtpu, "fetch_beside", _no_pip)
     monkeypatch.setattr(residuals, "factors", lambda device, shares: (0.72, 0.88))  # of 12.5 ms: 9 to 11
 
-    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+    def command(*arguments: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["validate", "json=out.json", "progress=false", "workers=1", *arguments])
         code = validate.main()
         return code, json.loads((tmp_path / "out.json").read_text())
 
-    return run
+    return command
+
+
+def _no_pip(compiler: str) -> None:
+    raise UnsupportedVersionError(f"libtpu {compiler} cannot be fetched (no network)")
 
 
 def _ops_file(path: Path, *ops: str, device_kind: str = "TPU v6 lite") -> Path:

@@ -30,7 +30,7 @@ from tuning.validate import sets
 from tuning.validate.fit import sensitivity, table
 from tuning.validate.fit.fitting import FitRow, Fitted
 from tuning.validate.rows import MeasuredRow, read_shipped
-from tuning.validate.run import dump_path
+from tuning.validate.run import compiler_of, dump_path
 
 _COLLECTIVES = ("all_gather", "psum")
 _READERS = ("tuning/validate/fit/retiming.py", "tuning/validate/fit/sensitivity.py")
@@ -100,7 +100,7 @@ def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> Fi
     if row.p_state is not None:
         raise NotFittedError("its p_state is set: the clock is published")
     device = devices.by_name(row.device_kind)
-    path = dump_path(dumps, row)
+    path = dump_path(dumps, row, compiler_of(row))
     if not path.exists():
         raise NotFittedError("no dump is kept")
 
