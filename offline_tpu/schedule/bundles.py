@@ -17,7 +17,7 @@ _OPERAND = re.compile(r"\s*(%s\w+) = inlined_call_operand\.(<no memory space>|\w
 _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|general))\b(.*)", re.DOTALL)
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
 #: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
-_CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[#allocation\d+\]\](?: \([^)]*\))? /\* megacore core id")
+_CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[#allocation\d+\]\](?: \([^)]*\))? /\* (?:megacore )?core id\b")
 _MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
@@ -132,7 +132,7 @@ def _parse_bundle(body: str) -> list[Instruction]:
             instruction: Instruction | None = _parse_dma(dma[1], dma[2])
         elif "dma.done.wait" in raw and (wait := _WAIT.match(raw)):
             instruction = _parse_wait(_COMMENT.sub("", wait[1]))
-        elif "megacore core id" in raw and (core := _CORE_ID.match(raw)):
+        elif "core id" in raw and (core := _CORE_ID.match(raw)):
             instruction = Instruction(MOVE, core[1], (0,))
         elif OPERAND in raw and (operand := _OPERAND.match(raw)):
             space = operand[2] if operand[2].isidentifier() else None

@@ -14,6 +14,7 @@ def op(name: str, time_s: float, **more) -> OpCost:
     ("fields", "expected"),
     [
         ({"utilization": {"MATMUL": 0.9, "VALU": 0.5}}, "MXU"),
+        ({"utilization": {"MXU": 0.9, "VALU": 0.5}}, "MXU"),
         ({"utilization": {"MATMUL": 0.2, "EUP": 0.8}}, "vector units"),
         ({"utilization": {"VLOAD:FILL": 0.7, "VALU": 0.5}}, "VMEM"),
         ({"utilization": {"SALU": 0.1}}, "scalar unit"),
