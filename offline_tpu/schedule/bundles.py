@@ -17,7 +17,7 @@ _OPERAND = re.compile(r"\s*(%s\w+) = inlined_call_operand\.(<no memory space>|\w
 _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|general))\b(.*)", re.DOTALL)
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
 #: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
-_CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[#allocation\d+\]\](?: \([^)]*\))? /\* (?:megacore )?core id\b")
+_CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[[^\]]+\]\](?: \([^)]*\))? /\* (?:megacore )?core id\b")
 _MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
