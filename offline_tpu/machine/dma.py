@@ -52,15 +52,15 @@ class DmaClock:
         """
         self.now += max(bundles, matmuls * self._timing.matmul_cycles)
 
-    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
-        """Start a DMA; `flag` is told when it ends (None: nobody can be waiting for it)."""
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...], cores: int = 1) -> None:
+        """Start a DMA; `flag` is told when it ends (None: nobody can be waiting for it). cores: whose VMEM it fills."""
         in_hbm = spaces.count("hbm") or spaces.count(None)  # a pointer that the dump does not explain: to HBM
         if "vmem" in spaces:
             self.now += size_bytes / self._timing.vmem_bytes_per_stolen_cycle
         begin = max(self.now + self._timing.latency_cycles, self._free_at)
-        end = begin + size_bytes * max(1, in_hbm) / self._timing.bytes_per_cycle
+        end = begin + size_bytes * max(1, in_hbm) / cores / self._timing.bytes_per_cycle
         if in_hbm:
-            self.hbm_bytes += size_bytes * in_hbm
+            self.hbm_bytes += size_bytes * in_hbm // cores
             self._free_at = end
         if flag is not None:
             self._pending.setdefault(flag, collections.deque()).append((end, size_bytes))
@@ -107,9 +107,9 @@ class RecordingClock(DmaClock):
         self._cycles += max(bundles, matmuls * self._timing.matmul_cycles)
         super().advance(bundles, matmuls)
 
-    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...]) -> None:
-        self._keep("start", (self._number(flag), size_bytes, spaces))
-        super().start(flag, size_bytes, spaces)
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...], cores: int = 1) -> None:
+        self._keep("start", (self._number(flag), size_bytes, spaces, cores))
+        super().start(flag, size_bytes, spaces, cores)
 
     def wait(self, flag: Hashable, size_bytes: int) -> bool:
         self._keep("wait", (self._number(flag), size_bytes))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock, Recording, RecordingClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import BRANCH, DMA, WAIT, Instruction, Program
-from offline_tpu.schedule.scalar import SMEM_TABLE, Pointer, Scalars
+from offline_tpu.schedule.scalar import SMEM_TABLE, Flag, Pointer, Scalars
 
 BRANCH_DELAY_SLOTS = 4
 WORD_BYTES = 4
@@ -197,7 +197,9 @@ class _Run:
         if None in spaces:
             self._unresolved[f"memories of the DMA at {address:#x}"] = None
         self._run_clock_to(address)
-        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces)
+        flag = self._scalars.value(instruction.operands[1])
+        cores = 2 if isinstance(flag, Flag) and flag.is_shared else 1
+        self._clock.start(self._scalars.flag(instruction.operands[1]), size * HBM_GRANULE_BYTES, spaces, cores)
 
     def _wait(self, instruction: Instruction, address: int) -> None:
         if self._scalars.holds(instruction) is False:

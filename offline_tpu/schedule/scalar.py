@@ -19,10 +19,11 @@ _HALF = 2**31
 
 
 class Flag(NamedTuple):
-    """A sync flag: "[#allocation7 + $0x1]" and number 1 of "[#allocation7]" are the same."""
+    """A sync flag: number 1 of "[#allocation7]" is "[#allocation7 + $0x1]". is_shared: each core's of that name."""
 
     allocation: str
     number: int
+    is_shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Scalars:
         value = self.value(operand)
         if isinstance(value, Pointer) and value.name is not None:
             return _named_flag(value.name)
-        return value if isinstance(value, Flag) else None
+        return value._replace(is_shared=False) if isinstance(value, Flag) else None
 
     def holds(self, instruction: Instruction) -> bool | None:
         """Return whether the instruction's predicate lets it run; None where that is not known."""
@@ -316,6 +317,8 @@ def _binary(name: str, full_name: str, left: Scalar, right: Scalar) -> Scalar:
         return None if operation is None else _signed(operation(left, right))
     if name == "ssub" and isinstance(left, Pointer) and isinstance(right, Pointer):
         return _distance(left, right)
+    if name == "sor" and (flag := next((side for side in (left, right) if isinstance(side, Flag)), None)):
+        return flag._replace(is_shared=True)  # the other core's is in the upper half
     for pointer in (left, right):
         if isinstance(pointer, Pointer):
             return pointer if name in ("sshll", "sadd") else None  # an address in another unit, or an offset

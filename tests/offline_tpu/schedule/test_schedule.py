@@ -150,6 +150,18 @@ def test_the_first_of_two_cores_that_share_an_op_is_followed(word: str) -> None:
     assert actual.unresolved == ()
 
 
+def test_a_transfer_into_both_cores_takes_half_of_the_time_of_each() -> None:
+    """Its flag has the other core's in the upper half; the bandwidth of a core is half of the chip's."""
+    both = "%s2_s1 = sor.u32 %s4_s3, %s3_s2  ;;  %s4_s3 = sshll.u32 %s5_s4, 16  ;;  %s5_s4 = sor.u32 24576, %s3_s2"
+    text = TRANSFER.replace("%s2_s1 = scalar_lea.sflag", "%s3_s2 = scalar_lea.sflag")
+    shared = text.replace("   0x2   :  {", f"   0x2   :  {{ {both}  ;; ")
+    alone, together = (execute(Program(one), TIMING) for one in (TRANSFER, shared))
+    assert (alone.hbm_bytes, together.hbm_bytes) == (64 * 32, 32 * 32)
+    assert together.unresolved == ()
+    transfer = 64 * 32 / TIMING.bytes_per_cycle
+    assert alone.stall_cycles - together.stall_cycles == pytest.approx(transfer / 2)
+
+
 def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
     clock = DmaClock(TIMING)
     clock.start("first", 100_000, ("hbm", "vmem"))
