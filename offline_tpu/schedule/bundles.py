@@ -25,6 +25,8 @@ _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 _FALL_THROUGH = "PF"
 BRANCH, DMA, WAIT = "sbr.rel", "dma", "dma.done.wait"
 LOAD, STORE, MOVE, PHI, OPERAND = "sld", "sst", "smov.u32", "sphi", "inlined_call_operand"
+#: The two results of a division wait in a queue.
+_DIVISION, _POP = "sdivrem.u32", "spop.drf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Program:
             kinds = _MATMUL.findall(body) if "vmatmul" in body else ()
             started.append(started[-1] + sum(0.5 if ".f32" in kind else 1.0 for kind in kinds))
             parsed.extend((index, instruction) for instruction in _parse_bundle(body))
-        self.events = _slice(parsed)
+        self.events = _slice(_with_divisions(parsed))
         self.matmuls = started
         targets = {i.target for bundle in self.events.values() for i in bundle if i.name == BRANCH}
         missing = sorted(str(target) for target in targets - self.labels.keys())
@@ -97,6 +99,20 @@ class Program:
             raise UnknownDumpFormatError(f"branches to unknown regions {', '.join(missing)}.")
         for exit_region in missing:  # nested regions that end with the op: empty, behind the last bundle, no label
             self.labels[exit_region] = self.length
+
+
+def _with_divisions(parsed: list[tuple[int, Instruction]]) -> list[tuple[int, Instruction]]:
+    """Replace a division and the pops of its results by its quotient, which is popped first, and its remainder."""
+    divisions = {i.result: iter(("sdiv.u32", "srem.u32")) for _, i in parsed if i.name == _DIVISION}
+    operands = {i.result: i.operands for _, i in parsed if i.name == _DIVISION}
+    if not divisions:
+        return parsed
+
+    def popped(i: Instruction) -> Instruction:
+        division = i.operands[0] if i.name == _POP else None
+        return Instruction(next(divisions[division]), i.result, operands[division]) if division in divisions else i
+
+    return [(index, popped(i)) for index, i in parsed if i.name != _DIVISION]
 
 
 def _slice(parsed: list[tuple[int, Instruction]]) -> dict[int, list[Instruction]]:
@@ -160,7 +176,7 @@ def _parse_scalar(raw: str) -> Instruction | None:
         )
     if name in (STORE, LOAD):
         return _parse_memory(name, result, rest)
-    if result is None or not result.startswith(("%s", "%p")):
+    if result is None or not (result.startswith(("%s", "%p")) or name == _DIVISION):
         return None
     guard = _PREDICATE.match(rest)
     if guard:

@@ -14,8 +14,7 @@ from offline_tpu.schedule.bundles import LOAD, OPERAND, PHI, STORE, Instruction
 SMEM_TABLE = -1
 _ADDRESS = "address in "
 
-_INT32 = 2**32
-_HALF = 2**31
+_INT32, _HALF = 2**32, 2**31
 
 
 class Flag(NamedTuple):
@@ -78,6 +77,8 @@ _BINARY: dict[str, _Binary] = {
     "ssub": operator.sub,
     "smul": operator.mul,
     "smulhi": lambda a, b: (_unsigned(a) * _unsigned(b)) >> 32,
+    "sdiv": lambda a, b: _unsigned(a) // _unsigned(b) if b else 0,
+    "srem": lambda a, b: _unsigned(a) % _unsigned(b) if b else 0,
     "sand": operator.and_,
     "sor": operator.or_,
     "sxor": operator.xor,

@@ -18,8 +18,11 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
 
-#: What the rows of a source were timed with, as the memory that they report says (docs/predictions.md).
-TIMED_WITH = {"openxla/tokamax": "0.0.40"}
+#: By source and chip, the libtpu that rows were timed with, as the memory that they report says (docs/predictions.md).
+#: 0.0.42 and 0.0.43 make the same memory as 0.0.40.
+TIMED_WITH = {
+    "openxla/tokamax": {"TPU v6 lite": "0.0.52", "TPU7x": "0.0.40", "TPU v5": "0.0.40", "TPU v5 lite": "0.0.40"}
+}
 
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
@@ -63,7 +66,8 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def timed_with(self) -> str | None:
         """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
-        return self.libtpu or next((v for name, v in TIMED_WITH.items() if self.source.startswith(name)), None)
+        inferred = (chips for source, chips in TIMED_WITH.items() if self.source.startswith(source))
+        return self.libtpu or next(inferred, {}).get(self.device_kind)
 
     @property
     def time_ms(self) -> float:

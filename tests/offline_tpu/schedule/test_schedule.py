@@ -162,6 +162,16 @@ def test_a_transfer_into_both_cores_takes_half_of_the_time_of_each() -> None:
     assert alone.stall_cycles - together.stall_cycles == pytest.approx(transfer / 2)
 
 
+def test_a_divisions_quotient_is_popped_first_and_its_remainder_then() -> None:
+    pops = "%9 = sdivrem.u32 20, 6  ;;  %s8_s8 = spop.drf %9  ;;  %s9_s9 = spop.drf %9  ;;  "
+    pops += "%s7_s7 = sadd.s32 %s8_s8, %s9_s9"
+    text = LOOP.replace("0x2   : > {", f"0x2   : > {{ {pops}  ;; ").replace("%s3_s2, 7 /*", "%s3_s2, %s7_s7 /*")
+    actual = execute(Program(text), TIMING)
+    assert (actual.counts[1], actual.unresolved) == (3 + 2, ())
+    reversed_text = text.replace("%s7_s7 = sadd.s32 %s8_s8, %s9_s9", "%s7_s7 = sshll.u32 %s8_s8, %s9_s9")
+    assert execute(Program(reversed_text), TIMING).counts[1] == 3 << 2
+
+
 def test_transfers_share_hbm_in_the_order_of_their_starts() -> None:
     clock = DmaClock(TIMING)
     clock.start("first", 100_000, ("hbm", "vmem"))
