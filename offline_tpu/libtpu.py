@@ -26,7 +26,7 @@ from splash_workbench.profiles.profiler import load_libtpu_without_profiler
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
 #: Further ones that dump alike: what was timed with one of them can be compiled with it.
-EARLIER_LIBTPUS = ("0.0.40",)
+EARLIER_LIBTPUS = ("0.0.45",)
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
 

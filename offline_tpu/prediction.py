@@ -16,7 +16,7 @@ Bottleneck = Literal["MXU", "vector units", "VMEM", "scalar unit", "HBM", "links
 
 #: Units of a schedule by what they are parts of. VPOP takes results from the MXU and the transcendental unit (EUP).
 _UNIT_GROUPS: dict[str, Bottleneck] = {
-    "MXU": "MXU",  # libtpu 0.0.40; later ones count the next two apart
+    "MXU": "MXU",  # of earlier libtpus; later ones count the next two apart
     "MATMUL": "MXU",
     "MATPUSH": "MXU",
     "VALU": "vector units",

@@ -19,9 +19,8 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 SPLASH = "splash_attention"
 
 #: By source and chip, the libtpu that rows were timed with, as the memory that they report says (docs/predictions.md).
-#: 0.0.42 and 0.0.43 make the same memory as 0.0.40.
 TIMED_WITH = {
-    "openxla/tokamax": {"TPU v6 lite": "0.0.52", "TPU7x": "0.0.40", "TPU v5": "0.0.40", "TPU v5 lite": "0.0.40"}
+    "openxla/tokamax": {"TPU v6 lite": "0.0.52", "TPU7x": "0.0.45", "TPU v5": "0.0.45", "TPU v5 lite": "0.0.45"}
 }
 
 #: Arguments that change nothing that a table's reader looks for.

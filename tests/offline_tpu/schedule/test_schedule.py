@@ -142,7 +142,7 @@ def test_a_word_that_the_core_stores_to_smem_is_known_when_it_is_loaded() -> Non
 
 @pytest.mark.parametrize("word", ["[#allocation4]] /* megacore core id :: core id", "[%s77_s7]] /* core id"])
 def test_the_first_of_two_cores_that_share_an_op_is_followed(word: str) -> None:
-    """Of libtpu 0.0.52 and 0.0.40."""
+    """As libtpu 0.0.52 says it, and as earlier ones do."""
     core = f"%s9_s9 = sld [smem:{word} */  ;;  %s8_s8 = sadd.s32 6, %s9_s9"
     text = LOOP.replace("0x2   : > {", f"0x2   : > {{ {core}  ;; ").replace("%s3_s2, 7 /*", "%s3_s2, %s8_s8 /*")
     actual = execute(Program(text), TIMING)
