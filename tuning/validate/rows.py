@@ -18,10 +18,10 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
 
-#: By source and chip, the libtpu that rows were timed with, as the memory that they report says (docs/predictions.md).
-TIMED_WITH = {
-    "openxla/tokamax": {"TPU v6 lite": "0.0.52", "TPU7x": "0.0.45", "TPU v5": "0.0.45", "TPU v5 lite": "0.0.45"}
-}
+#: By chip, the libtpu that tokamax's rows were timed with, as the memory that they report says (docs/predictions.md);
+#: of other chips, and of the ops below, that of predictions comes as near as any.
+_TOKAMAX, _TOKAMAX_LIBTPU = "openxla/tokamax", {"TPU7x": "0.0.45", "TPU v5": "0.0.45"}
+_OTHER_LIBTPU = ("ragged_dot",)
 
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
@@ -65,8 +65,9 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def timed_with(self) -> str | None:
         """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
-        inferred = (chips for source, chips in TIMED_WITH.items() if self.source.startswith(source))
-        return self.libtpu or next(inferred, {}).get(self.device_kind)
+        if self.libtpu or not self.source.startswith(_TOKAMAX) or self.op in _OTHER_LIBTPU:
+            return self.libtpu
+        return _TOKAMAX_LIBTPU.get(self.device_kind)
 
     @property
     def time_ms(self) -> float:
