@@ -1,7 +1,6 @@
 """Predicted times against those of real chips, reported or measured: `python -m tuning.validate --help`."""
 
 import dataclasses
-import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from tuning.validate import sets, table
 from tuning.validate.agreement import Pair, pairs_of, parity, summarize
 from tuning.validate.record import Validation
 from tuning.validate.rows import MeasuredRow, read, read_shipped
-from tuning.validate.run import compare, compiler_of, fetch_compilers
+from tuning.validate.run import compare, compiler_of, fetch_compiler, fetch_compilers
 
 #: So many rows, and sources, are all printed.
 _FEW_ROWS, _FEW_SOURCES = 20, 3
@@ -86,9 +85,12 @@ def _checked_compiler(chosen: str | None) -> str | None:
     known = (libtpu.SUPPORTED_LIBTPU, *libtpu.EARLIER_LIBTPUS)
     if chosen not in known:
         raise UserError(f"libtpu={chosen}: expected one of {', '.join(known)}, whose dumps are known, or null.")
-    if libtpu.compiler_version(chosen) != chosen:
-        libtpu.fetch_beside(chosen)
+    fetch_compiler(chosen, _say)
     return chosen
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @cli.command("validate", ValidateSchema)
@@ -108,7 +110,7 @@ def main(settings: ValidateSchema) -> int:
     if dumps:
         require_writable(f"dumps={dumps}", dumps)
     if chosen_compiler is None:
-        fetch_compilers(rows, functools.partial(print, file=sys.stderr, flush=True))
+        fetch_compilers(rows, _say)
     measured = from_config(lambda: pairs_of(records.read_all(results_dir)))
     with tempfile.TemporaryDirectory() as work_dir:
         cache = JobCache.of_user(settings.reuse)

@@ -44,15 +44,23 @@ def compiler_of(row: MeasuredRow) -> str:
 
 def fetch_compilers(rows: Iterable[MeasuredRow], say: Callable[[str], None]) -> None:
     """Fetch what rows were timed with and is not here. Where that fails, say so: `compiler_of` takes another then."""
-    wanted = [compiler for compiler in libtpu.EARLIER_LIBTPUS if any(row.timed_with == compiler for row in rows)]
-    for compiler in wanted:
-        if not _is_here(compiler):
-            folder = libtpu.folder_beside(compiler)
-            say(f"fetching libtpu {compiler}, with which rows were timed, into {folder} (760 MB)")
-            try:
-                libtpu.fetch_beside(compiler)
-            except UnsupportedVersionError as error:
-                say(f"{error}; until then libtpu {libtpu.SUPPORTED_LIBTPU} compiles these rows")
+    timed_with = {row.timed_with for row in rows}
+    for compiler in timed_with.intersection(libtpu.EARLIER_LIBTPUS):
+        try:
+            fetch_compiler(compiler, say)
+        except UnsupportedVersionError as error:
+            say(f"{error}; until then libtpu {libtpu.SUPPORTED_LIBTPU} compiles these rows")
+
+
+def fetch_compiler(compiler: str, say: Callable[[str], None]) -> None:
+    """Fetch a libtpu that is not here, and say so. Raises UnsupportedVersionError where that fails."""
+    if _is_here(compiler):
+        return
+    folder = libtpu.folder_beside(compiler)
+    say(f"fetching libtpu {compiler}, which rows are compiled with, into {folder} (760 MB)")
+    libtpu.fetch_beside(compiler)
+    if not _is_here(compiler):
+        raise UnsupportedVersionError(f"{folder}: expected libtpu {compiler}, found something else; delete the folder")
 
 
 def _is_here(compiler: str) -> bool:

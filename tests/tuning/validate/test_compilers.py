@@ -99,6 +99,12 @@ def test_what_is_missing_is_fetched_once_or_said_to_be_missing(
     assert [line.partition(", ")[0] for line in said[::2]] == [f"fetching libtpu {OLD}"] * 2
 
 
+def test_a_folder_that_holds_something_else_is_named(here: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libtpu, "fetch_beside", lambda compiler: None)
+    with pytest.raises(UnsupportedVersionError, match=f"libtpu-{OLD}: expected libtpu {OLD}, .*; delete the folder"):
+        run.fetch_compiler(OLD, print)
+
+
 def test_one_may_be_chosen_for_all_rows(here: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libtpu, "fetch_beside", here.add)
     assert validate._checked_compiler(None) is None
