@@ -45,7 +45,9 @@ def compiler_of(row: MeasuredRow) -> str:
 def fetch_compilers(rows: Iterable[MeasuredRow], say: Callable[[str], None]) -> None:
     """Fetch what rows were timed with and is not here. Where that fails, say so: `compiler_of` takes another then."""
     timed_with = {row.timed_with for row in rows}
-    for compiler in timed_with.intersection(libtpu.EARLIER_LIBTPUS):
+    for compiler in libtpu.EARLIER_LIBTPUS:
+        if compiler not in timed_with:
+            continue
         try:
             fetch_compiler(compiler, say)
         except UnsupportedVersionError as error:
