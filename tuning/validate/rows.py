@@ -19,9 +19,9 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 SPLASH = "splash_attention"
 
 #: By chip, the libtpu that tokamax's rows were timed with, as the memory that they report says (docs/predictions.md);
-#: of other chips, and of the ops below, that of predictions comes as near as any.
+#: of other chips, and of the ops below, that of predictions comes as near.
 _TOKAMAX, _TOKAMAX_LIBTPU = "openxla/tokamax", {"TPU7x": "0.0.45", "TPU v5": "0.0.45"}
-_OTHER_LIBTPU = ("ragged_dot",)
+_OTHER_LIBTPU = re.compile(r"ragged_dot|.*cross_entropy.*")
 
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
@@ -65,7 +65,7 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def timed_with(self) -> str | None:
         """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
-        if self.libtpu or not self.source.startswith(_TOKAMAX) or self.op in _OTHER_LIBTPU:
+        if self.libtpu or not self.source.startswith(_TOKAMAX) or _OTHER_LIBTPU.fullmatch(self.op):
             return self.libtpu
         return _TOKAMAX_LIBTPU.get(self.device_kind)
 
