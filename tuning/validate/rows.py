@@ -18,10 +18,13 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
 
-#: By chip, the libtpu that tokamax's rows were timed with, as the memory that they report says (docs/predictions.md);
-#: of other chips, and of the ops below, that of predictions comes as near.
-_TOKAMAX, _TOKAMAX_LIBTPU = "openxla/tokamax", {"TPU7x": "0.0.45", "TPU v5": "0.0.45"}
-_OTHER_LIBTPU = re.compile(r"ragged_dot|.*cross_entropy.*")
+_TOKAMAX = "openxla/tokamax"
+#: By chip, the libtpu that its rows of these ops were timed with, as the memory that they report says
+#: (docs/predictions.md). Of v7x those of XLA's programs alone: Pallas kernels take that one minutes each.
+_TOKAMAX_LIBTPU = {
+    "TPU7x": ("0.0.45", re.compile(r"(xla_chunked_)?dot_product_attention(_vjp)?|normalization(_vjp)?|triangle_.*")),
+    "TPU v5": ("0.0.45", re.compile(r"(?!ragged_dot).*")),
+}
 
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
@@ -65,9 +68,10 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def timed_with(self) -> str | None:
         """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
-        if self.libtpu or not self.source.startswith(_TOKAMAX) or _OTHER_LIBTPU.fullmatch(self.op):
+        if self.libtpu or not self.source.startswith(_TOKAMAX) or self.device_kind not in _TOKAMAX_LIBTPU:
             return self.libtpu
-        return _TOKAMAX_LIBTPU.get(self.device_kind)
+        libtpu, ops = _TOKAMAX_LIBTPU[self.device_kind]
+        return libtpu if ops.fullmatch(self.op) else None
 
     @property
     def time_ms(self) -> float:
