@@ -69,10 +69,12 @@ def test_a_stage_is_found_in_the_shipped_records(stage: str, predicted: Any) -> 
 
 
 def test_another_libtpu_has_no_prediction_and_says_why(predicted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libtpu, "SUPPORTED_LIBTPU", "0.0.1")
+    versions = {"libtpu": "0.0.1", "jaxlib": libtpu.SUPPORTED_JAXLIB}
+    monkeypatch.setattr(libtpu, "installed_version", versions.get)
     (task, *_) = kernel_tasks(V6E)
     found = predicted(task, V6E, "fake_jobs:predicts")
-    assert found.time_ms is None and "predictions need libtpu 0.0.1" in found.says
+    assert found.time_ms is None
+    assert f"libtpu 0.0.1 is installed, and predictions need libtpu {libtpu.SUPPORTED_LIBTPU}" in found.says
 
 
 def test_other_devices_have_none(predicted: Any) -> None:
