@@ -173,7 +173,17 @@ def fetch_beside(compiler: str) -> None:
     """
 
     def install(folder: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(folder),
+        ]
         done = subprocess.run([*pip, f"libtpu=={compiler}"], capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["pip failed"]

@@ -56,9 +56,8 @@ def judge(settings: QualityConfig) -> int:
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
     base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
     reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
+    check_runs_here(reference.request.attention, reference.request.dtype)
     chosen = _chosen(settings, base)
-    for variant in (reference, *chosen):
-        _check_runs_here(variant)
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
     if not settings.first_frame_db >= 0:
@@ -117,13 +116,6 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         raise UserError(f"seeds={list(seeds)}: expected each once, as each makes the same videos again")
 
 
-def _check_runs_here(variant: QualityVariant) -> None:
-    try:
-        check_runs_here(variant.request.attention, variant.request.dtype)
-    except UserError as error:
-        raise UserError(f"candidate {variant.name!r}: {error}") from error
-
-
 def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:
     candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
     names = [candidate.name for candidate in candidates]
@@ -151,7 +143,9 @@ def _candidate(base: GenerateConfig, fields: Any, budget: Budget) -> QualityVari
     limits |= own
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
-        return QualityVariant(name, to_request(settings), to_parallel(settings), Budget(**limits))
+        request = to_request(settings)
+        check_runs_here(request.attention, request.dtype)
+        return QualityVariant(name, request, to_parallel(settings), Budget(**limits))
     except (UserError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
 
