@@ -30,6 +30,7 @@ from pipeline.stages.vae import (
     ENCODER_PREFIXES,
     cache_like,
     decode_program,
+    decoder_sharding,
     encode_frames_program,
     frame_batches,
     frame_sharding,
@@ -166,7 +167,6 @@ def vae_programs(
         LatentGeometry.from_request(request, configs["transformer"], config),
     )
     channels, height, width = geometry.shape[2:]
-    sharding = latent_sharding(geometry.shape, devices)
     batches = list(frame_batches(geometry.num_frames, module.num_latent_frames_batch_size))
     latents = [(1, stop - start, channels, height, width) for start, stop in batches]
     programs = []
@@ -174,30 +174,35 @@ def vae_programs(
         num_frames = 1 if request.image is not None else request.num_frames
         batches = list(frame_batches(num_frames, module.num_sample_frames_batch_size))
         frames = [(stop - start, request.height, request.width, 3) for start, stop in batches]
-        split = frame_sharding(sharding)
-        programs += _batch_programs(encode_frames_program(shape, split), module, ENCODER_PREFIXES, dtype, frames, split)
-    decode = decode_program(shape, True, sharding)
-    return [*programs, *_batch_programs(decode, module, DECODER_PREFIXES, dtype, latents, sharding)]
+        split = frame_sharding(latent_sharding(geometry.shape, devices))
+        weights = _vae_weights(module, ENCODER_PREFIXES, dtype, devices)
+        programs += _batch_programs(encode_frames_program(shape, split), weights, dtype, frames, split)
+    weights = _vae_weights(module, DECODER_PREFIXES, dtype, devices)
+    sharding = decoder_sharding(weights, jax.ShapeDtypeStruct(geometry.shape, dtype), shape, devices)
+    return [*programs, *_batch_programs(decode_program(shape, True, sharding), weights, dtype, latents, sharding)]
 
 
-def _batch_programs(
-    jitted: Any,
-    module: Any,
-    prefixes: tuple[str, ...],
-    dtype: Any,
-    inputs: Sequence[tuple[int, ...]],
-    sharding: NamedSharding,
-) -> list[tuple[Program, int]]:
-    """Return a half of the VAE on its first batch, and on any other where there are, and how often each runs."""
-    mesh = cast(Mesh, sharding.mesh)
-    everywhere = NamedSharding(split_mesh(mesh.devices.flatten().tolist(), 1), PartitionSpec())  # as a run places them
-    weights = {
+def _vae_weights(module: Any, prefixes: tuple[str, ...], dtype: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Return a half's weights, on every device, as a run places them."""
+    everywhere = NamedSharding(split_mesh(devices, 1), PartitionSpec())
+    return {
         name: jax.ShapeDtypeStruct(
             jax.eval_shape(arrange, jax.ShapeDtypeStruct(value.shape, dtype)).shape, dtype, sharding=everywhere
         )
         for name, value in module.named_parameters()
         if name.startswith(prefixes)
     }
+
+
+def _batch_programs(
+    jitted: Any,
+    weights: Mapping[str, Any],
+    dtype: Any,
+    inputs: Sequence[tuple[int, ...]],
+    sharding: NamedSharding,
+) -> list[tuple[Program, int]]:
+    """Return a half of the VAE on its first batch, and on any other where there are, and how often each runs."""
+    mesh = cast(Mesh, sharding.mesh)
     programs, cache = [], None
     for index, shape in enumerate(inputs[:2]):
         batch = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -12,6 +12,7 @@ edges that they need, and group norms sum their statistics over the whole, so th
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,8 @@ class VaeDecoder(_VaeHalf):
         `progress` raises, which is called once a batch of latent frames.
         """
         batches = list(frame_batches(latents.shape[1], int(self._module.num_latent_frames_batch_size)))
-        sharding = latent_sharding(latents.shape, self._devices)
+        z = jax.ShapeDtypeStruct(latents.shape, latents.dtype)
+        sharding = decoder_sharding(self._weights, z, self._shape, self._devices)
         inputs = [put(latents[:, start:stop], sharding) for start, stop in batches]
 
         def program(sharding: NamedSharding) -> Any:
@@ -187,7 +189,7 @@ class VaeEncoder(_VaeHalf):
 def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding) -> Any:
     """Return (weights, latents of a batch, cache) -> (frames, cache, is all finite) under jit, the cache donated.
 
-    sharding: of the latents [1, frames, channels, height, width], as `latent_sharding` makes it.
+    sharding: of the latents [1, frames, channels, height, width], as `decoder_sharding` makes it.
     """
     mesh = sharding.mesh
     by_height = len(sharding.spec) == 4  # then height and width change places around the decoder
@@ -200,9 +202,9 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
             z = z.swapaxes(1, 2)
             weights = {name: x.swapaxes(0, 2) if x.ndim == 5 else x for name, x in weights.items()}
         layer = None
-        if fuses(weights, z, shape, mesh):
+        if fuses(weights, z, shape, mesh.devices.flat[0]):
             layer = functools.partial(FusedLayer, vmem=VMEM[mesh.devices.flat[0].device_kind])
-        paired = pays_in_pairs(weights, shape, mesh)
+        paired = pays_in_pairs(weights, shape, mesh.devices.flat[0])
         video, cache = decode(weights, z, cache, shape, mesh.shape[SPLIT], paired, layer)
         video = video.swapaxes(1, 2) if by_height else video
         frames = jnp.clip(video / 2 + 0.5, 0, 1)
@@ -220,14 +222,13 @@ def decode_program(shape: DecoderShape, quantize: bool, sharding: NamedSharding)
     return jax.jit(over_mesh, donate_argnums=2)
 
 
-def pays_in_pairs(weights: Any, shape: DecoderShape, mesh: Any) -> bool:
+def pays_in_pairs(weights: Any, shape: DecoderShape, device: jax.Device) -> bool:
     """Return whether to decode frames in pairs: where channels fill half of a matrix unit at most, and off TPU."""
     channels = weights["decoder.conv_out.conv.weight"].shape[3]
-    kind = mesh.devices.flat[0].device_kind
-    return shape.time_levels > 0 and channels <= 128 and kind not in _NARROW_TPUS
+    return shape.time_levels > 0 and channels <= 128 and device.device_kind not in _NARROW_TPUS
 
 
-def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
+def fuses(weights: Any, z: Any, shape: DecoderShape, device: jax.Device) -> bool:
     """Return whether to decode by the kernel of `pipeline.model.vae.fused`: on v6e and v7x, bfloat16 of sizes it takes.
 
     z: a device's latents [frames, rows, columns, channels]. RequestError: VAE_KERNEL_VARIABLE is neither 0 nor 1.
@@ -236,11 +237,11 @@ def fuses(weights: Any, z: jax.Array, shape: DecoderShape, mesh: Any) -> bool:
         raise RequestError(
             f"{VAE_KERNEL_VARIABLE}={wanted}: expected 0 (XLA's convolutions) or 1 (the kernel where it can)."
         )
-    vmem = VMEM.get(mesh.devices.flat[0].device_kind)
+    vmem = VMEM.get(device.device_kind)
     if wanted == "0" or vmem is None or z.dtype != jnp.bfloat16:
         return False
     _, rows, columns, _ = z.shape
-    return can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, mesh), vmem)
+    return can_fuse(weights, shape, rows, columns, pays_in_pairs(weights, shape, device), vmem)
 
 
 def encode_frames_program(shape: DecoderShape, sharding: NamedSharding) -> Any:
@@ -276,13 +277,37 @@ def cache_like(cache: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
 
+def decoder_sharding(
+    weights: Any, latents: jax.ShapeDtypeStruct, shape: DecoderShape, devices: Sequence[jax.Device]
+) -> NamedSharding:
+    """Split latents as `latent_sharding`, or over half as many devices where only then the decoder `fuses`.
+
+    Two groups of devices decode the same then, e.g. 720p on 16 chips: XLA's convolutions of a sixteenth of the columns
+    were not compiled after 50 minutes.
+    """
+    widest = latent_sharding(latents.shape, devices)
+    _, frames, channels, *sides = latents.shape
+    split = widest.mesh.shape[SPLIT]
+    splits = (split, split // 2) if split % 2 == 0 else (split,)
+    for split, by_width in itertools.product(splits, (True, False)):
+        rows, columns = sides if by_width else reversed(sides)
+        z = jax.ShapeDtypeStruct((frames, rows, columns // split, channels), latents.dtype)
+        if columns % split == 0 and fuses(weights, z, shape, devices[0]):
+            return NamedSharding(split_mesh(devices, split), _latent_spec(by_width))
+    return widest
+
+
 def latent_sharding(shape: Sequence[int], devices: Sequence[jax.Device]) -> NamedSharding:
     """Split latents [1, frames, channels, height, width] by width or height over as many devices as divide it."""
     *_, height, width = shape
     by_width, by_height = split_mesh(devices, width), split_mesh(devices, height)
     if by_width.shape[SPLIT] >= by_height.shape[SPLIT]:
-        return NamedSharding(by_width, PartitionSpec(None, None, None, None, SPLIT))
-    return NamedSharding(by_height, PartitionSpec(None, None, None, SPLIT))
+        return NamedSharding(by_width, _latent_spec(by_width=True))
+    return NamedSharding(by_height, _latent_spec(by_width=False))
+
+
+def _latent_spec(by_width: bool) -> PartitionSpec:
+    return PartitionSpec(None, None, None, None, SPLIT) if by_width else PartitionSpec(None, None, None, SPLIT)
 
 
 def frame_sharding(latents: NamedSharding) -> NamedSharding:

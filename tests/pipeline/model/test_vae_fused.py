@@ -24,7 +24,7 @@ from pipeline.model.vae.decoder import DecoderLayer, DecoderShape, decode
 from pipeline.model.vae.fused import FusedLayer, Image, can_fuse
 from pipeline.model.vae.layers import arrange, pair, pair_weights, unpair, weights_to_pairs
 from pipeline.requests.errors import RequestError
-from pipeline.stages.vae import fuses
+from pipeline.stages.vae import decoder_sharding, fuses
 from splash_workbench.provenance import VAE_KERNEL_VARIABLE
 
 CONFIG = PUBLISHED_CONFIGS["zai-org/CogVideoX1.5-5B"]["vae"]
@@ -270,6 +270,9 @@ def _shapes(config):
     }
 
 
+SHAPE = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)  # as published
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "expected"),
     [
@@ -279,8 +282,7 @@ def _shapes(config):
     ],
 )
 def test_kernel_takes_what_fits(rows, columns, expected):
-    shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
-    assert can_fuse(_shapes(CONFIG), shape, rows, columns, True, V6E) is expected
+    assert can_fuse(_shapes(CONFIG), SHAPE, rows, columns, True, V6E) is expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, True), ("1", True), ("0", False)])
@@ -301,11 +303,34 @@ def test_the_kernel_is_for_chips_that_it_was_tried_on(kind, expected):
     assert _fuses(kind) is expected
 
 
+class _Device(types.SimpleNamespace):
+    def __hash__(self):
+        return self.id
+
+
+@pytest.mark.parametrize(
+    ("chips", "kind", "latents", "groups"),
+    [
+        pytest.param(8, "TPU v6 lite", (90, 160), (1, 8), id="columns that the kernel takes"),
+        pytest.param(16, "TPU v6 lite", (90, 160), (2, 8), id="of half as many chips"),
+        pytest.param(32, "TPU v6 lite", (90, 160), (1, 32), id="of a quarter: XLA is faster"),
+        pytest.param(16, "TPU v5", (90, 160), (1, 16), id="no kernel"),
+        pytest.param(9, "TPU v6 lite", (90, 180), (1, 9), id="an odd number"),
+        pytest.param(16, "TPU v6 lite", (160, 90), (2, 8), id="upright"),
+    ],
+)
+def test_latents_are_split_so_that_the_kernel_takes_them(chips, kind, latents, groups):
+    devices = [_Device(id=index, device_kind=kind, process_index=0, platform="tpu") for index in range(chips)]
+    z = jax.ShapeDtypeStruct((1, 21, 16, *latents), jnp.bfloat16)
+    sharding = decoder_sharding(_shapes(CONFIG), z, SHAPE, devices)
+    assert tuple(sharding.mesh.shape.values()) == groups
+    assert sharding.spec[3:] == ((SPLIT,) if latents[0] > latents[1] else (None, SPLIT))
+
+
 def _fuses(kind="TPU v6 lite"):
     """Of 720p, on eight devices."""
-    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind=kind)]))
-    shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
-    return fuses(_shapes(CONFIG), jax.ShapeDtypeStruct((3, 90, 20, 16), jnp.bfloat16), shape, mesh)
+    device = types.SimpleNamespace(device_kind=kind)
+    return fuses(_shapes(CONFIG), jax.ShapeDtypeStruct((3, 90, 20, 16), jnp.bfloat16), SHAPE, device)
 
 
 def test_kernel_takes_whole_registers():

@@ -150,10 +150,10 @@ def test_frames(num_latent_frames, decoder, stock, rng):
     ("kind", "channels", "expected"), [("TPU v6 lite", 128, True), ("TPU v5", 128, False), ("TPU7x", 256, False)]
 )
 def test_frames_are_paired_where_channels_fill_half_of_a_matrix_unit(kind, channels, expected):
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+    device = SimpleNamespace(device_kind=kind)
     weights = {"decoder.conv_out.conv.weight": np.zeros((3, 3, 3, channels, 3))}
     shape = DecoderShape(num_levels=4, num_resnets=4, num_groups=32, time_levels=2, scaling_factor=0.7)
-    assert pays_in_pairs(weights, shape, mesh) is expected
+    assert pays_in_pairs(weights, shape, device) is expected
 
 
 def test_eight_bit_frames_are_rounded(decoder, rng):
