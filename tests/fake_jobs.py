@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,23 @@ def staged(payload: dict[str, Any]) -> dict[str, Any]:
     while not Path(payload["until"]).exists():
         time.sleep(0.02)
     return {"done": True}
+
+
+def forks(payload: dict[str, Any]) -> dict[str, Any]:
+    """Fork a process that says a stage, fails and comes back to the worker's loop."""
+    if child := os.fork():
+        os.waitpid(child, 0)
+        return {"from": "the job"}
+    stages.enter("forked")
+    raise ValueError("of the forked process")
+
+
+def answers_twice(payload: dict[str, Any]) -> dict[str, Any]:
+    for found in gc.get_objects():
+        if isinstance(found, Connection):
+            found.send_bytes(json.dumps({"status": "ok", "number": 0, "from": "nobody"}).encode())
+    return {}
+
+
+def says_what_is_no_text(payload: dict[str, Any]) -> dict[str, Any]:
+    raise TrialError(Status.WRONG, "a file's name: \udcff")

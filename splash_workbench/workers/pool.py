@@ -214,12 +214,15 @@ class _Worker:
         start = time.monotonic()
         result: dict[str, Any] = {}
         try:
-            request = {"target": target, "payload": payload, "timeout_s": timeout_s}
+            request = {"number": self.job_count, "target": target, "payload": payload, "timeout_s": timeout_s}
             self._connection.send_bytes(json.dumps(request).encode())
             while True:
                 if self._connection.poll(max(0.0, min(_SAMPLE_S, start + timeout_s - time.monotonic()))):
                     result = json.loads(self._connection.recv_bytes())
                     if set(result) != {"stage"}:
+                        if result.pop("number") != self.job_count:
+                            status, error, result = Status.CRASHED, "the worker answered another job", {}
+                            break
                         status, error = Status(result.pop("status")), result.pop("error", None)
                         break
                     self.stage, result = (result["stage"], time.monotonic()), {}
@@ -291,9 +294,9 @@ def _last_words(log: str) -> str:
 
 
 def _scrub(text: str, directory: Path) -> str:
-    """Return a text without the paths of this machine: results are shared."""
+    """Return a text that can be written anywhere, without the paths of this machine: results are shared."""
     stdlib = sysconfig.get_path("stdlib")  # which is not below the prefix of a virtual environment
     names = {directory: "JOB", sys.prefix: "PREFIX", stdlib: "STDLIB", REPO_ROOT: "REPO", Path.home(): "HOME"}
     for path, name in names.items():
         text = text.replace(str(path), name)
-    return text
+    return text.encode(errors="backslashreplace").decode()

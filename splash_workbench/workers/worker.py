@@ -38,18 +38,26 @@ def main(folder: str, descriptor: str) -> NoReturn:
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     os.set_inheritable(int(descriptor), False)  # what a job starts must not keep the connection open
     connection = Connection(int(descriptor))
-    stages.listen(lambda stage: connection.send_bytes(json.dumps({"stage": stage}).encode()))
+    own_pid = os.getpid()
+
+    def send(reply: dict[str, Any]) -> None:
+        if os.getpid() == own_pid:  # a process that a job forked comes here, too, and answers nothing
+            connection.send_bytes(json.dumps(reply).encode())
+
+    stages.listen(lambda stage: send({"stage": stage}))
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests, Path(folder)), daemon=True).start()
     while True:
         request = requests.get()
         signal.alarm(math.ceil(request["timeout_s"]) + _ALARM_GRACE_S)
-        reply = json.dumps(_run(request)).encode()
+        reply = _run(request) | {"number": request["number"]}
+        if os.getpid() != own_pid:
+            os._exit(0)
         signal.alarm(0)
         _forget(Path(folder))
         sys.stdout.flush()
         sys.stderr.flush()
-        connection.send_bytes(reply)
+        send(reply)
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,24 @@ def test_a_worker_that_has_grown_is_replaced(warm: Runner, monkeypatch: pytest.M
     assert (warm.usage.peak_memory_bytes or 0) > 1000
 
 
+def test_a_forked_process_answers_nothing(warm: Runner) -> None:
+    for _ in range(2):
+        outcome = warm.run("fake_jobs:forks", {}, timeout_s=PLENTY_S)
+        assert (outcome.status, outcome.result) == (Status.OK, {"from": "the job"})
+    _pid(warm)  # and no answer of theirs is left for the next job
+
+
+def test_another_jobs_answer_is_none(warm: Runner) -> None:
+    outcome = warm.run("fake_jobs:answers_twice", {}, timeout_s=PLENTY_S)
+    assert (outcome.status, outcome.result, outcome.error) == (Status.CRASHED, {}, "the worker answered another job")
+    _pid(warm)
+
+
+def test_an_error_can_be_written_to_a_file(runner: Runner) -> None:
+    error = runner.run("fake_jobs:says_what_is_no_text", {}, timeout_s=PLENTY_S).error
+    assert error == r"a file's name: \udcff"
+
+
 def test_another_environment_is_another_worker(warm: Runner, tmp_path: Path) -> None:
     first = _pid(warm, LIBTPU_INIT_ARGS="--a")
     assert _pid(warm, LIBTPU_INIT_ARGS="--b") != first
