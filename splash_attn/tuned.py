@@ -142,7 +142,7 @@ def read_file(path: Path) -> TunedFile:
     try:
         return msgspec.json.decode(path.read_bytes(), type=TunedFile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: unreadable tuned entries ({error}).") from error
+        raise ValueError(f"{path}: unreadable tuned entries ({error}); put them right, or remove the file.") from error
 
 
 def _entries(path: Path) -> tuple[TunedEntry, ...]:

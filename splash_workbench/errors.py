@@ -26,6 +26,10 @@ def from_config(make: Callable[[], T]) -> T:
         raise UserError(str(error)) from error
 
 
+#: What the code of a user may raise that ends only what called it: `sys.exit`, too.
+OF_USERS_CODE = (Exception, SystemExit)
+
+
 def innermost_line(error: BaseException, is_wanted: Callable[[str], bool]) -> str | None:
     """Return "NAME:LINE" of the innermost line that an error passed through in a file whose path is wanted."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_wanted(frame.filename)]

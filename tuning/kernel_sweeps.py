@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from splash_workbench import provenance
-from splash_workbench.errors import UserError, from_config, line_of
+from splash_workbench.errors import OF_USERS_CODE, UserError, from_config, line_of
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label, Status
 from splash_workbench.workers.pool import Runner
@@ -54,7 +54,7 @@ def _count(kernel: Kernel[Any, Any], workload: Any, source: str, name: str) -> f
     """Return what one of a kernel's methods counts. Raises UserError in one line where it fails or is no count."""
     try:
         found = getattr(kernel, name)(workload)
-    except Exception as error:
+    except OF_USERS_CODE as error:
         path = loading.file_of(source)
         at = f"{line_of(error, path)}: " if path is not None else ""
         first = str(error).partition("\n")[0]
@@ -70,23 +70,24 @@ def look(settings: SweepSettings, evaluator: Evaluator) -> None:
     if settings.progress:
         print(f"looking at {settings.space.name} and its default configuration ...", file=sys.stderr, flush=True)
     payload = evaluator.payload(None, settings.space.defaults, settings.kernel_name, "shorter")
-    outcome = evaluator.runner.run(
-        "tuning.backends.preflight:look",
-        payload
-        | {
-            "space": dict(settings.space.choices),
-            "traces": settings.backend.quick,
-            "device_checks": settings.backend.exclusive,
-        },
-        timeout_s=settings.timeout_s,
-        variables=functools.partial(settings.backend.worker_env, evaluator.target),
-    )
-    if outcome.status is Status.TIMEOUT:
-        default = settings.space.kernel.Config()
-        raise UserError(
-            f"{settings.kernel_name}: the look at its default configuration {default} did not end in "
-            f"timeout_s={settings.timeout_s:g} seconds; give it a check_workload that is smaller, or more time."
+    payload |= {
+        "space": dict(settings.space.choices),
+        "traces": settings.backend.quick,
+        "device_checks": settings.backend.exclusive,
+    }
+    for _ in range(2):
+        outcome = evaluator.runner.run(
+            "tuning.backends.preflight:look",
+            payload,
+            timeout_s=settings.timeout_s,
+            variables=functools.partial(settings.backend.worker_env, evaluator.target),
         )
+        if outcome.status is not Status.CRASHED:  # which may be this machine's fault
+            break
+    if outcome.status in (Status.TIMEOUT, Status.CRASHED):
+        remedy = "; give it a check_workload that is smaller, or more time" if outcome.status is Status.TIMEOUT else ""
+        looked_at = f"{settings.kernel_name}: the look at its default configuration {settings.space.kernel.Config()}"
+        raise UserError(f"{looked_at}: {outcome.error}{remedy}.")
     if outcome.status is not Status.OK:
         raise UserError(str(outcome.error))
 

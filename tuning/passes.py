@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import functools
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -43,9 +43,12 @@ class Passes:
         evaluator: Evaluator,
         on_record: Mapping[str, Trial],
         path: Path,
+        recorded: Sequence[Trial] = (),
     ) -> None:
+        """recorded: all that earlier runs made of this context; on_record: by key, what counts of it."""
         self._settings, self._search, self._evaluator = settings, search, evaluator
         self._on_record, self._path = on_record, path
+        self._alone_ms = {trial.key: ms for trial in recorded if (ms := _alone_ms(trial)) is not None}
         self._first_pass: Compiled = "shorter" if settings.quick and settings.backend.quick else "whole"
         self.evaluated_count = 0
 
@@ -77,6 +80,8 @@ class Passes:
         trial = self._evaluator.evaluate(block_sizes, options, kernel, compiled=compiled, estimate_ms=estimate_ms)
         jsonl.append(self._path, trial)  # on disk first: the study can be put right from it, not the other way
         self.evaluated_count += 1
+        if (alone_ms := _alone_ms(trial)) is not None:
+            self._alone_ms[trial.key] = alone_ms
         self._feedback.finished(trial, refined=before is not None)
         return trial
 
@@ -132,16 +137,24 @@ class Passes:
         """Return the ok trials with the ms that a whole compile is expected to say, the best first.
 
         An estimate is taken to be off by as much as those of the same variant were that have been settled. Where there
-        are none, cautious: it is taken as it is; else to be off as those of the variants most like it.
+        are none, cautious: it is taken as it is; else to be off as those of the variants most like it. What a kernel
+        compiled alone says is taken to be off by as much as it was of those that were compiled whole after that.
         """
         timed = [t for t in self._search.told.values() if t.status is Status.OK and t.time_ms is not None]
         settled = [(t, objective(t) / t.estimate_ms) for t in timed if t.estimate_ms and t.compiled != "shorter"]
+
+        whole = [
+            objective(t) / self._alone_ms[t.key] for t in timed if t.compiled == "whole" and t.key in self._alone_ms
+        ]
+        of_alone = statistics.median(whole) if whole else 1.0
 
         def alike(one: Trial, other: Trial) -> int:
             return sum(other.variant.get(name) == value for name, value in one.variant.items())
 
         def expected(trial: Trial) -> float:
-            if trial.compiled != "shorter" or not settled:
+            if trial.compiled == "kernel":
+                return objective(trial) * of_alone
+            if trial.compiled == "whole" or not settled:
                 return objective(trial)
             most = max(alike(trial, other) for other, _ in settled)
             if cautious and most < len(trial.variant):
@@ -171,6 +184,11 @@ class Passes:
             yield None, self._settings.default_options
         elif (choice := todays_choice(winner, self._settings.promotion_dir)) is not None:
             yield choice.block_sizes, choice.variant.to_dict()
+
+
+def _alone_ms(trial: Trial) -> float | None:
+    """Return the time of an op whose kernel was compiled alone; None where it was not, or has none."""
+    return trial.time_ms if trial.compiled == "kernel" and trial.status is Status.OK else None
 
 
 def todays_keys(settings: SweepSettings, device_kind: str) -> list[str]:

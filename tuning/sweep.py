@@ -29,6 +29,7 @@ from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
 from tuning.backends.offline import DUMP_BYTES
 from tuning.kernel_sweeps import capture
+from tuning.kernels import promoted
 from tuning.on_nodes import OnNode, shipped_files
 from tuning.passes import Passes, todays_keys
 from tuning.search import kernel_settings
@@ -99,10 +100,13 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
     context = context_of(workload, target, backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
     require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
-    if settings.promote and settings.tuned_path is not None:
-        require_writable(f"tuned={settings.tuned_path}", settings.tuned_path.parent)
+    if settings.promote and (tuned_path := settings.tuned_path) is not None:
+        require_writable(f"tuned={tuned_path}", tuned_path.parent)
+        from_config(lambda: promoted.read(tuned_path))
     elif settings.promote and target.device_kind.startswith("TPU"):
-        require_writable(f"promote={settings.promote}", settings.promotion_dir or tuned.user_dir())
+        names = "" if settings.promotion_dir else f" ({tuned.USER_VARIABLE} names the folder; promote=false needs none)"
+        require_writable(f"promote={settings.promote}{names}", settings.promotion_dir or tuned.user_dir())
+    first = from_config(lambda: todays_keys(settings, target.device_kind)) if settings.promote else []
     directory = sweeps_dir / f"{workload.name}-{target.name}-{backend.name}-{context[:8]}"
     state, path = directory / "state", directory / records.TRIALS_FILE
     vmem_limit_bytes = target.spec.vmem_bytes if settings.vmem_pruning and target.spec else None
@@ -153,14 +157,13 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
         if settings.search.storage is not None:
             study_name = f"{directory.name}/{study_name}"  # other workloads may be in the same storage
         with storage_errors(where(settings.search, storage_path)):
-            first = todays_keys(settings, target.device_kind) if settings.promote else []
             search = Search(storage_path, study_name, settings.space, candidates, settings.search, on_record, first)
             stack.callback(search.close)
             where_run = cluster.line() if cluster is not None else room_line()
             for line in _introduction(settings, target, candidates, search, path, where_run):
                 report(line)
             start = time.monotonic()
-            passes = Passes(settings, search, evaluator, on_record, path)
+            passes = Passes(settings, search, evaluator, on_record, path, recorded)
             passes.run()
             for trial in _from_others(search, recorded, path):
                 jsonl.append(path, trial)

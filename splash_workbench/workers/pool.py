@@ -228,7 +228,10 @@ class _Worker:
                     self.stage, result = (result["stage"], time.monotonic()), {}
                 sample()
                 if time.monotonic() >= start + timeout_s:
-                    status, error = Status.TIMEOUT, f"killed after the time limit of {timeout_s:g} s"
+                    status, error = (
+                        Status.TIMEOUT,
+                        f"killed after the time limit of {timeout_s:g} s, at: {self.stage[0]}",
+                    )
                     break
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):

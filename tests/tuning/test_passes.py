@@ -1,7 +1,7 @@
 """What is compiled whole after a first pass, with times that are made up."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ TIMES = {
 def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., tuple[Trial | None, list[str]]]:
     """Run the passes over such times; return the winner, and what was compiled in the order of the calls."""
 
-    def run(workers: int, times: dict[tuple[int, bool], tuple[float, float]]) -> tuple[Trial | None, list[str]]:
+    def run(
+        workers: int, times: dict[tuple[int, bool], tuple[float, float]], recorded: Sequence[Trial] = ()
+    ) -> tuple[Trial | None, list[str]]:
         calls: list[str] = []
-        told: dict[str, Trial] = {}
-        left = [Candidate(BlockSizes(q, 512, 256), Variant(lp_scheduler=lp)) for q, lp in times]
+        told: dict[str, Trial] = {trial.key: trial for trial in recorded}
+        of_times = () if recorded else times
+        left = [Candidate(BlockSizes(q, 512, 256), Variant(lp_scheduler=lp)) for q, lp in of_times]
 
         def evaluate(
             block_sizes: BlockSizes, variant: dict[str, Any], kernel: str, *, compiled: str, estimate_ms: float | None
@@ -55,8 +58,8 @@ def settled(make_trial: Callable[..., Trial], tmp_path: Path) -> Callable[..., t
         runner = types.SimpleNamespace(stages=dict, cancel=lambda: None)
         evaluator = types.SimpleNamespace(evaluate=evaluate, runner=runner)
         passes: Any = Passes
-        passes(settings, search, evaluator, {}, tmp_path / "trials.jsonl").run()
-        return best_of(told.values()), calls[len(times) :]
+        passes(settings, search, evaluator, {}, tmp_path / "trials.jsonl", recorded).run()
+        return best_of(told.values()), calls[0 if recorded else len(times) :]
 
     return run
 
@@ -77,3 +80,17 @@ def test_one_that_is_alone_near_the_best_is_compiled_once_more(settled) -> None:
     winner, calls = settled(2, {(1024, False): (10.0, 10.1), (2048, False): (11.0, 11.0)})
     assert calls == ["whole 1024 False"]
     assert winner is not None and (winner.time_ms, winner.estimate_ms) == (10.1, 10.0)
+
+
+def test_what_kernels_alone_said_too_much_is_known_when_the_run_goes_on(settled, make_trial) -> None:
+    """The whole compile of the best crashed: another is whole, and by itself the best one looked slower."""
+
+    def trial(block_q: int, compiled: str, time_ms: float) -> Trial:
+        variant = Variant(lp_scheduler=False).to_dict()
+        fields = {"block_sizes": BlockSizes(block_q, 512, 256), "variant": variant, "compiled": compiled}
+        return make_trial(**fields, estimate_ms=9.8, time_samples_ms=(time_ms,))
+
+    recorded = [trial(2048, "kernel", 9.74), trial(1024, "kernel", 9.75), trial(1024, "whole", 9.615)]
+    winner, calls = settled(1, {(1024, False): (9.8, 9.615), (2048, False): (9.8, 9.6)}, recorded)
+    assert calls == ["whole 2048 False"]
+    assert winner is not None and winner.time_ms == 9.6

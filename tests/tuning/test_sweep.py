@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from helpers import PLENTY_S
+from splash_attn import tuned
 from splash_workbench import provenance
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
@@ -168,6 +169,18 @@ def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: M
     for folder in (tmp_path / "file", Path("/proc/results")):
         with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; name another folder"):
             sweep(with_job("bowl", make_settings(results_dir=folder)), report=quiet)
+
+
+def test_damaged_tuned_entries_are_one_refusal(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tuned.USER_VARIABLE, str(tmp_path))
+    settings = with_job("bowl", make_settings(promote=True))
+    for content in ("", "{", '{"schema_version": 1, "device_kind": "TPU v6 lite", "entries": [3]}'):
+        (tmp_path / "tpu_v6_lite.json").write_text(content)
+        with pytest.raises(UserError, match=r"tpu_v6_lite\.json: unreadable tuned entries \(.*or remove the file"):
+            sweep(settings, report=quiet)
+    assert not list(settings.results_dir.rglob(records.TRIALS_FILE))
 
 
 def test_a_cache_that_cannot_write_costs_nothing(

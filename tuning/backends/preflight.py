@@ -7,7 +7,7 @@ import jax
 
 import offline_tpu
 from offline_tpu.machine import devices
-from splash_workbench.errors import line_of
+from splash_workbench.errors import OF_USERS_CODE, line_of
 from splash_workbench.records.jsonl import decode
 from splash_workbench.trial_status import Status, TrialError
 from splash_workbench.workers import stages
@@ -33,7 +33,7 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     name = request.found.name
     try:
         arguments = abstract(request.found.arguments(request.workload))
-    except Exception as error:
+    except OF_USERS_CODE as error:
         raise _refusal(request, f"{name}.arguments", error) from error
     for position, x in enumerate(arguments):
         if min(x.shape, default=1) < 1:
@@ -44,7 +44,9 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
             )
     on_device = payload["device_checks"]
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
+    stages.enter("reference")
     expected = _shapes(request, f"{name}.reference", request.found.reference, arguments)
+    stages.enter("build")
     _refuse_what_cannot_be_called(request)
     actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
@@ -56,14 +58,16 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
                 jax.eval_shape(baseline, *arguments)
             except NotImplementedError:
                 continue  # not for this device, which is said beside the winner
-            except Exception as error:
+            except OF_USERS_CODE as error:
                 raise _refusal(request, f"{name}.baselines: {title}", error) from error
     if payload["traces"]:
+        stages.enter("trace")
         for tunable, values in payload["space"].items():
             _refuse_idle(request, tunable, values)
+    stages.enter("check")
     try:
         checked = check_numerics(request, implementation)
-    except Exception as error:
+    except OF_USERS_CODE as error:
         raise _refusal(request, f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
     if checked["status"] != Status.OK:
         how = "disagrees with the reference: " if "numerics" in checked else ""
@@ -72,7 +76,7 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _refusal(request: Request, what: str, error: Exception) -> TrialError:
+def _refusal(request: Request, what: str, error: BaseException) -> TrialError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     path = loading.file_of(request.kernel)
     at = f"{line_of(error, path)}: " if path is not None else ""
@@ -82,7 +86,7 @@ def _refusal(request: Request, what: str, error: Exception) -> TrialError:
 def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) -> list[str]:
     try:
         found = jax.eval_shape(function, *arguments)
-    except Exception as error:
+    except OF_USERS_CODE as error:
         raise _refusal(request, what, error) from error
     return [f"{list(x.shape)}" for x in jax.tree.leaves(found)]
 
@@ -90,7 +94,7 @@ def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) ->
 def _refuse_what_cannot_be_called(request: Request) -> None:
     try:
         built = request.found.build(request.config)
-    except Exception:
+    except OF_USERS_CODE:
         return  # told where it is called, with its line
     if not callable(built):
         raise TrialError(
@@ -109,7 +113,7 @@ def _refuse_idle(request: Request, tunable: str, values: list[Any]) -> None:
             if isinstance(verdict, str) or not verdict:
                 continue
             text = _program(request, config)
-        except Exception:
+        except OF_USERS_CODE:
             continue  # what cannot be traced is a trial of its own
         seen.add((text, str(request.found.compiler_options(config))))
         traced.append(value)

@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[Entry, ...]:
     except FileNotFoundError:
         return ()
     except (msgspec.DecodeError, OSError) as error:
-        raise KernelError(f"{path}: unreadable tuned entries ({error}).") from error
+        raise KernelError(f"{path}: unreadable tuned entries ({error}); put them right, or remove the file.") from error
 
 
 def lookup(
@@ -131,6 +131,8 @@ def promote(path: Path, new: Entry) -> tuple[bool, str]:
             lock.unlink(missing_ok=True)
     except OSError as error:
         return False, f"cannot be written ({error}); tuned=PATH names another file"
+    except KernelError as error:
+        return False, str(error)
     return True, "it beats the default configuration" if new.default_ms else "the default configuration has no time"
 
 

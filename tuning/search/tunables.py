@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from splash_workbench.errors import OF_USERS_CODE
 from tuning.kernels import Kernel, KernelError, loading
 from tuning.kernels.protocol import tunables
 from tuning.search.space import Candidate, Candidates
@@ -94,7 +95,7 @@ class TunableSpace:
                 continue
             try:
                 verdict = self.kernel.is_valid(candidate.variant, workload)
-            except Exception as error:
+            except OF_USERS_CODE as error:
                 what = f"{self.name}.is_valid({candidate.variant})"
                 raise KernelError(f"{what}: {type(error).__name__}: {error}") from error
             if not isinstance(verdict, str | bool | np.bool_):

@@ -83,10 +83,10 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
         return Promotion(False, f"{winner.device_kind!r} is not a TPU", path)
     if winner.compiler_options:
         return Promotion(False, f"attention() runs without {options_text(winner.compiler_options)}", path)
-    better, reason = _compare(winner, new, trials, directory)
-    if not better:
-        return Promotion(False, reason, path)
     try:
+        better, reason = _compare(winner, new, trials, directory)
+        if not better:
+            return Promotion(False, reason, path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -103,6 +103,8 @@ def promote(winner: Trial, trials: Sequence[Trial], directory: Path | None = Non
                 content = dataclasses.asdict(tuned.TunedFile(1, winner.device_kind, tuple(ordered)))
                 with atomic_path(path) as temporary:
                     temporary.write_text(json.dumps(content, indent=1) + "\n")
+    except ValueError as error:  # entries that cannot be read any more
+        return Promotion(False, str(error), path)
     except OSError as error:
         return Promotion(False, f"cannot be written ({error}); {tuned.USER_VARIABLE} names another folder", path)
     return Promotion(better, reason, path)

@@ -67,7 +67,7 @@ def test_timeout_kills_the_whole_process_group(runner: Runner, tmp_path: Path, m
     for timeout_s in (1, 10, 100):  # as long as the job needs to have a child
         outcome = runner.run("fake_jobs:hang", {}, timeout_s=timeout_s)
         assert outcome.status is Status.TIMEOUT
-        assert outcome.error == f"killed after the time limit of {timeout_s} s"
+        assert outcome.error == f"killed after the time limit of {timeout_s} s, at: start"
         assert outcome.result == {}
         if marker.exists():
             break

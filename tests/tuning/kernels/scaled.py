@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,13 @@ class Divides(Scaled):
 
     def build(self, config):
         return super().build(dataclasses.replace(config, block=config.block // 0))
+
+
+class Exits(Scaled):
+    """Ends the process in build."""
+
+    def build(self, config):
+        sys.exit(3)
 
 
 class Partly(Scaled):

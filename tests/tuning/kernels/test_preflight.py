@@ -54,6 +54,7 @@ def test_nothing_is_said_of_a_good_kernel(look_at: Callable[[str], dict[str, Any
         ("BuildsNothing", r"BuildsNothing\.build\(Config\(.*\)\) returns 3: expected a function of the arguments"),
         ("TakesAnother", r"TakesAnother\.baselines: XLA: TypeError: .* missing 1 required positional argument"),
         ("Plain", r"Plain\.arguments: KernelError: arguments: the one at 0 is 1\.0, expected a jax\.Shape"),
+        ("Exits", r"^scaled\.py:\d+: Exits\.build: SystemExit: 3$"),
         ("Divides", r"^scaled\.py:\d+: Divides\.build: ZeroDivisionError: integer division or modulo by zero$"),
         ("NanWhereUnwritten", r"Config\(block=8, add_first=False\) disagrees with the reference: rms_error=nan"),
     ],

@@ -175,8 +175,48 @@ def test_what_a_bound_is_made_of_is_checked(method: str, message: str, monkeypat
 
 def test_a_look_that_hangs_says_at_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "run", lambda *args, **options: Outcome(Status.TIMEOUT, {}, "killed", "", 1.0))
-    with pytest.raises(UserError, match=r"look at its default configuration Config\(.*\) did not end in timeout_s="):
+    with pytest.raises(
+        UserError, match=r"look at its default configuration Config\(.*\): killed; give it a check_work"
+    ):
         autotune(loading.find(SCALED), backend="interpret", results_dir=tmp_path, workers=1, progress=False)
+
+
+def test_a_worker_lost_at_the_look_is_tried_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: list[str] = []
+
+    def run(self: Runner, target: str, payload: dict[str, Any], **options: Any) -> Outcome:
+        targets.append(target)
+        return Outcome(Status.CRASHED, {}, "the worker died of SIGKILL", "", 1.0)
+
+    monkeypatch.setattr(Runner, "run", run)
+    message = r"Scaled: the look at its default configuration Config\(.*\): the worker died of SIGKILL\.$"
+    with pytest.raises(UserError, match=message):
+        autotune(loading.find(SCALED), backend="interpret", results_dir=tmp_path, workers=1, progress=False)
+    assert targets == ["tuning.backends.preflight:look"] * 2
+
+
+def test_sys_exit_in_a_kernel_does_not_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = loading.find(SCALED)
+    made = kernel_settings(kernel, {}, **user_defaults())
+    monkeypatch.setattr(type(kernel), "is_valid", lambda *args: sys.exit(0))
+    with pytest.raises(KernelError, match=r"Scaled\.is_valid\(Config\(.*\): SystemExit: 0"):
+        made.space.candidates(made.workload)
+    monkeypatch.setattr(type(kernel), "flops", lambda *args: sys.exit("no"))
+    with pytest.raises(UserError, match=r"Scaled\.flops\(.*\): SystemExit: no"):
+        kernel_sweeps.bound_ms(made, made.backend.find_target("v6e"))
+
+
+@pytest.mark.parametrize("content", [b"{", None])
+def test_damaged_tuned_entries_are_refused_before_any_work(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tuned.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    kernel = loading.find(SCALED)
+    options = GRID | {"results_dir": tmp_path / "results", "tuned_path": path, "promote": True}
+    with pytest.raises(
+        UserError, match=r"tuned\.json: unreadable tuned entries \(.*put them right, or remove the file"
+    ):
+        autotune(kernel, kernel.Workload(rows=ROWS), **options)
+    assert not list(tmp_path.rglob(records.TRIALS_FILE))
 
 
 def test_a_gpus_kernel_is_not_predicted() -> None:
