@@ -13,7 +13,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.dma import CoreTiming
 
 #: By device, share of the published HBM bandwidth that streaming DMAs reach.
-HBM_EFFICIENCY = {"v6e": 0.88, "v5e": 0.90, "v5p": 0.927, "v7x": 0.872}
+HBM_EFFICIENCY = {"v6e": 0.88, "v5e": 0.90, "v5p": 0.927, "v7x": 0.873}
 
 #: By device, the share of that bandwidth which can be kept up, and the seconds for which all of it can; see
 #: offline_tpu.machine.sustained. Of the others no row shows a limit.
@@ -22,9 +22,9 @@ HBM_SUSTAINED = {"v6e": (0.78, 8.5e-3)}
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
 DMA_LATENCY_S = 0.85e-6
 
-#: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want
-#: the same memory.
-VMEM_BYTES_PER_STOLEN_CYCLE = 5700.0
+#: By device, bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and
+#: stores want the same memory. Where each device has its own, the first three come out alike.
+VMEM_BYTES_PER_STOLEN_CYCLE = {"v6e": 5700.0, "v5e": 5700.0, "v5p": 5700.0, "v7x": 10_000.0}
 
 #: From the end of one op to the first bundle of the next.
 OP_OVERHEAD_S = 0.27e-6
@@ -49,8 +49,8 @@ class FittedConstants:
     """
 
     hbm_efficiency: float
+    vmem_bytes_per_stolen_cycle: float
     dma_latency_s: float = DMA_LATENCY_S
-    vmem_bytes_per_stolen_cycle: float = VMEM_BYTES_PER_STOLEN_CYCLE
     op_overhead_s: float = OP_OVERHEAD_S
     hbm_sustained_share: float = 1.0
     hbm_burst_s: float = 0.0
@@ -59,7 +59,12 @@ class FittedConstants:
     def of(cls, device: DeviceSpec) -> Self:
         """Return those in use."""
         share, burst_s = HBM_SUSTAINED.get(device.name, (1.0, 0.0))
-        return cls(HBM_EFFICIENCY[device.name], hbm_sustained_share=share, hbm_burst_s=burst_s)
+        return cls(
+            HBM_EFFICIENCY[device.name],
+            VMEM_BYTES_PER_STOLEN_CYCLE[device.name],
+            hbm_sustained_share=share,
+            hbm_burst_s=burst_s,
+        )
 
     def hbm_bytes_per_s(self, device: DeviceSpec) -> float:
         """Return the bandwidth that streaming DMAs reach."""

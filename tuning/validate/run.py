@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,24 +30,37 @@ MAKERS = tuple(f"tuning/validate/{name}.py" for name in ("plain", "programs", "s
 SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
 
 
+#: By an earlier libtpu, what it takes minutes for: the chip and the ops. For v7x 0.0.45 looks for the store before each
+#: load of VMEM bundle by bundle, which takes long where kernels are unrolled.
+_SLOW = {"0.0.45": ("TPU7x", re.compile(r"pallas_mosaic_tpu_flash_attention(_vjp)?"))}
+
 #: Which libtpu compiles a row: its version.
 CompilerOf = Callable[[MeasuredRow], str]
 
 
 def compiler_of(row: MeasuredRow) -> str:
-    """Return the libtpu that a row was timed with, where its dumps are known and it is here; else that of predictions.
+    """Return the libtpu that a row was timed with, where it is here and takes no minutes; else that of predictions.
 
     See `fetch_compilers`.
     """
+    compiler = _earlier(row)
+    return compiler if compiler and _is_here(compiler) else libtpu.SUPPORTED_LIBTPU
+
+
+def _earlier(row: MeasuredRow) -> str | None:
+    """Return the earlier libtpu that is to compile a row, if any."""
     compiler = row.timed_with
-    return compiler if compiler in libtpu.EARLIER_LIBTPUS and _is_here(compiler) else libtpu.SUPPORTED_LIBTPU
+    if compiler not in libtpu.EARLIER_LIBTPUS:
+        return None
+    device_kind, ops = _SLOW.get(compiler, ("", re.compile("")))
+    return None if row.device_kind == device_kind and ops.fullmatch(row.op) else compiler
 
 
 def fetch_compilers(rows: Iterable[MeasuredRow], say: Callable[[str], None]) -> None:
     """Fetch what rows were timed with and is not here. Where that fails, say so: `compiler_of` takes another then."""
-    timed_with = {row.timed_with for row in rows}
+    wanted = {_earlier(row) for row in rows}
     for compiler in libtpu.EARLIER_LIBTPUS:
-        if compiler not in timed_with:
+        if compiler not in wanted:
             continue
         try:
             fetch_compiler(compiler, say)

@@ -60,6 +60,26 @@ def test_a_compiler_that_is_not_here_or_whose_dumps_are_not_known_is_not_taken(h
     assert run.compiler_of(msgspec.structs.replace(ROW, libtpu="0.0.47")) == NEW
 
 
+@pytest.mark.parametrize(
+    ("device_kind", "op", "expected"),
+    [
+        ("TPU7x", "pallas_mosaic_tpu_flash_attention_vjp", NEW),
+        ("TPU7x", "xla_chunked_dot_product_attention", OLD),
+        ("TPU v5", "pallas_mosaic_tpu_flash_attention", OLD),
+    ],
+)
+def test_what_takes_a_compiler_minutes_is_left_to_another(
+    device_kind: str, op: str, expected: str, here: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.add(OLD)
+    row = msgspec.structs.replace(ROW, device_kind=device_kind, op=op, libtpu=OLD)
+    assert run.compiler_of(row) == expected
+    here.clear()
+    monkeypatch.setattr(libtpu, "fetch_beside", here.add)
+    run.fetch_compilers([row], print)
+    assert here == {expected} - {NEW}
+
+
 def test_each_compiler_has_workers_and_predictions_of_its_own(here: set[str], tmp_path: Path) -> None:
     here.add(OLD)
     rows = [msgspec.structs.replace(ROW, id=name, libtpu=name) for name in (NEW, OLD)]
