@@ -10,6 +10,7 @@ import select
 import sys
 import tempfile
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -34,9 +35,11 @@ from splash_workbench.errors import (
 from splash_workbench.files import atomic_path, require_writable, require_writable_file
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
+from splash_workbench.records.jsonl import TornLineWarning
 from splash_workbench.startup import interrupts_raise
 
 S = TypeVar("S")
+_stock_warning_line = warnings.formatwarning
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: Keys of schemas that hold paths.
 _PATHS = {
@@ -226,6 +229,7 @@ def _hydra_arguments(keys: Keys) -> Iterator[None]:
 def _exit_code(run: Callable[[], int]) -> int:
     """Run, and tell the user in one line where that fails for a reason that is the user's."""
     quiet_jax_without_accelerator()
+    warnings.formatwarning = _warning_line
     try:
         interrupts_raise()
         code = run()
@@ -244,6 +248,13 @@ def _exit_code(run: Callable[[], int]) -> int:
         for message in _messages(error):
             print(f"error: {one_line(message)}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _warning_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """Return a warning as it is printed: ours in one line, of a library where it is from, too."""
+    if category is TornLineWarning:
+        return f"warning: {message}\n"
+    return _stock_warning_line(message, category, *where, **more)
 
 
 def _messages(error: UserError | OSError) -> tuple[str, ...]:

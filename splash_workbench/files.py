@@ -12,7 +12,8 @@ from typing import Any
 
 from splash_workbench.errors import UserError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: Errors that room mends.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
         amount = f" {byte_count / 2**20:.3g} MiB" if byte_count >= 2**20 else ""
-        room = "make room there, or " if error.errno in _NO_SPACE else ""
+        room = "make room there, or " if error.errno in NO_SPACE else ""
         raise UserError(
             f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder."
         ) from error

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 from splash_attn.types import BlockSizes, QkDtype
+from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from tuning.backends.evaluate import Evaluator
+from tuning.backends.offline import DUMP_BYTES
 from tuning.feedback import Feedback
 from tuning.search.settings import SweepSettings
 from tuning.search.space import Candidate
@@ -83,6 +85,8 @@ class Passes:
         if (alone_ms := _alone_ms(trial)) is not None:
             self._alone_ms[trial.key] = alone_ms
         self._feedback.finished(trial, refined=before is not None)
+        if trial.status is Status.CRASHED:  # of a full disk all others would, too
+            require_writable(f"results_dir={self._settings.results_dir}", self._path.parent, DUMP_BYTES)
         return trial
 
     def _explore(self) -> None:

@@ -11,8 +11,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from splash_workbench.errors import UserError
+from splash_workbench.files import NO_SPACE
 
 T = TypeVar("T")
+
+
+class TornLineWarning(UserWarning):
+    """A line of a file of records that a crash tore was skipped."""
 
 
 class RecordError(UserError, ValueError):
@@ -57,7 +62,8 @@ def append(path: Path, record: Any) -> None:
             os.fsync(descriptor)
         except OSError as error:
             os.ftruncate(descriptor, size)  # the lock is held: nobody has written behind it
-            raise OSError(error.errno, f"{error.strerror}; the record was not written", str(path)) from error
+            remedy = ": make room, then run the same command again" if error.errno in NO_SPACE else ""
+            raise OSError(error.errno, f"{error.strerror}; the record was not written{remedy}", str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -69,14 +75,17 @@ def read(path: Path, kind: type[T]) -> list[T]:
     """
     if not path.exists():
         return []
+    if path.is_dir():
+        raise RecordError(f"{path}: expected a file of records, got a folder; move it away.")
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
-            warnings.warn(f"{path}:{number}: skipped a torn line of {len(line)} bytes.", stacklevel=2)
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
+            torn = f"{path}:{number}: skipped a torn line of {len(line)} bytes."
+            warnings.warn(torn, TornLineWarning, stacklevel=1)  # from here: once, however many read it
             continue
         try:
             records.append(decode(fields, kind))

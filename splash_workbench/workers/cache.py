@@ -60,7 +60,9 @@ class JobCache:
                     temporary.write_text(json.dumps(stored))
             except OSError as error:
                 self.trouble = (
-                    f"cache: cannot write to {self.directory} ({error.strerror}): what is compiled is not kept; "
+                    f"cache: {path}: {error.strerror}; what was compiled is not kept there: remove it"
+                    if path.is_dir()
+                    else f"cache: cannot write to {self.directory} ({error.strerror}): what is compiled is not kept; "
                     f"set ${CACHE_VARIABLE} to a folder with space, or reuse=false"
                 )
         return outcome, False

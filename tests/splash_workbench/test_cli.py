@@ -21,6 +21,7 @@ from splash_workbench import cli
 from splash_workbench.errors import UserError
 from splash_workbench.overrides import Keys, as_given, key_types
 from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
+from splash_workbench.records.jsonl import TornLineWarning
 
 MISTAKES = [
     ("tuning.sweep", ("device=false",)),
@@ -277,6 +278,11 @@ def raising(error: BaseException) -> Callable[[Schema], int]:
 )
 def test_exit_codes(run: Run, error: BaseException, code: int, message: str) -> None:
     assert run(entry_point(raising(error))) == (code, "", message)
+
+
+def test_a_warning_of_ours_is_one_line() -> None:
+    assert cli._warning_line("torn", TornLineWarning, "/a/file.py", 7, "the line") == "warning: torn\n"
+    assert "/a/file.py:7: UserWarning: theirs" in cli._warning_line("theirs", UserWarning, "/a/file.py", 7, "the line")
 
 
 def test_an_error_of_ours_shows_where_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

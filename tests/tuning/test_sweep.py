@@ -12,6 +12,7 @@ from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Outcome, Runner
 from sweeps import job_count, quiet, with_job
+from tuning import passes
 from tuning.backends import evaluate
 from tuning.backends.registry import BACKENDS
 from tuning.search.settings import SweepSettings
@@ -169,6 +170,21 @@ def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: M
     for folder in (tmp_path / "file", Path("/proc/results")):
         with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; name another folder"):
             sweep(with_job("bowl", make_settings(results_dir=folder)), report=quiet)
+
+
+def test_a_disk_that_fills_up_ends_the_sweep_at_once(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(option: str, folder: Path, byte_count: int = 1) -> None:
+        raise UserError(f"{option}: cannot write to {folder} (No space left on device); make room there.")
+
+    monkeypatch.setattr(passes, "require_writable", full)
+    monkeypatch.setenv("FAKE_JOBS_SHORT_OF", "disk")
+    settings = with_job("short_of_something", make_settings(workers=1))
+    with pytest.raises(UserError, match="No space left on device"):
+        sweep(settings, report=quiet)
+    (path,) = settings.results_dir.rglob(records.TRIALS_FILE)
+    assert [trial.status for trial in records.read(path)] == [Status.CRASHED]
 
 
 def test_damaged_tuned_entries_are_one_refusal(

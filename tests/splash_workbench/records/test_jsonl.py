@@ -77,12 +77,13 @@ def test_what_was_half_written_is_taken_back(tmp_path: Path, monkeypatch: pytest
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, failing, half if failing == "write" else refuse)
-    with pytest.raises(OSError, match="the record was not written"):
+    remedy = ": make room, then run the same command again" if failing == "write" else "'?: "
+    with pytest.raises(OSError, match=f"the record was not written{remedy}"):
         jsonl.append(path, Line("last"))
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("torn", [b'{"text": "a', '{"text": "é'.encode()[:-1]])
+@pytest.mark.parametrize("torn", [b'{"text": "a', '{"text": "é'.encode()[:-1], b"[" * 200_000])
 def test_a_torn_line_is_kept_apart_and_skipped_with_a_warning(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "lines.jsonl"
     jsonl.append(path, Line("first"))
@@ -105,3 +106,8 @@ def test_a_line_of_another_kind_is_for_the_user_to_put_right(tmp_path: Path) -> 
     path.write_text('{"text": 1}\n')
     with pytest.raises(UserError, match=r"lines.jsonl:1: not a Line that this version reads \(.*; delete this line"):
         jsonl.read(path, Line)
+
+
+def test_a_folder_is_no_file_of_records(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected a file of records, got a folder; move it away"):
+        jsonl.read(tmp_path, Line)

@@ -59,8 +59,14 @@ def test_an_entry_that_the_caller_refuses_is_made_again(tmp_path: Path) -> None:
     assert JobCache(tmp_path).outcome("key", lambda: OUTCOME, accept) == (OUTCOME, False)
 
 
-@pytest.mark.parametrize("in_the_way", ["cache", "cache/key.json"])
-def test_a_cache_that_cannot_write_loses_no_outcome(tmp_path: Path, in_the_way: str) -> None:
+@pytest.mark.parametrize(
+    ("in_the_way", "said"),
+    [
+        ("cache", "/cache (File exists): what is compiled is not kept; set $COGVIDEOX_SPLASH_CACHE to a folder"),
+        ("cache/key.json", "/cache/key.json: a folder is in the place of this file; what was compiled is not kept"),
+    ],
+)
+def test_a_cache_that_cannot_write_loses_no_outcome(tmp_path: Path, in_the_way: str, said: str) -> None:
     path = tmp_path / in_the_way
     if path.suffix:
         path.mkdir(parents=True)
@@ -68,4 +74,4 @@ def test_a_cache_that_cannot_write_loses_no_outcome(tmp_path: Path, in_the_way: 
         path.touch()
     cache = JobCache(tmp_path / "cache")
     assert cache.outcome("key", lambda: OUTCOME) == (OUTCOME, False)
-    assert cache.trouble is not None and "set $COGVIDEOX_SPLASH_CACHE" in cache.trouble
+    assert cache.trouble is not None and said in cache.trouble
