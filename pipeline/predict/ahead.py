@@ -41,7 +41,7 @@ def compile_ahead(programs: Iterable[tuple[Stage, str, Program]], say: Callable[
     say: told of every program, before and after. Raises PipelineError where one does not compile.
     """
     seconds: dict[Stage, float] = {}
-    for stage, label, program in programs:
+    for stage, label, program in list(programs):  # all are made before one compiles: what refuses does so now
         say(f"{label}: compiling")
         start = time.perf_counter()
         try:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.model import step_options
 from pipeline.model.attention import check_runs_here
 from pipeline.model.placement import on_first_process
 from pipeline.requests.errors import RequestError, StageOutputError
@@ -103,6 +104,8 @@ class RequestRun:
         self.keys = {stage: stage_key(self.request, stage, identities) for stage in identities}
         if "denoise" in stages:
             check_runs_here(self.request.attention, self.request.dtype)
+            if jax.default_backend() == "tpu":
+                step_options.read(step_options.user_path())
         self.loaded_keys = {stage: self.context.loaded_key(stage) for stage in stages}
         self.timings: list[StageTimings] = []
         self.details: dict[Stage, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from helpers import PLENTY_S, virtual_devices
-from pipeline.predict.ahead import topology_devices
+from pipeline.predict.ahead import compile_ahead, topology_devices
 from pipeline.requests.errors import RequestError
 
 _BOTH = """
@@ -66,3 +66,14 @@ def test_a_run_finds_every_program_that_was_compiled_ahead(tiny_folder, tmp_path
 def test_there_is_no_such_topology():
     with pytest.raises(RequestError, match="topology='v6e-9': expected v6e-N"):
         topology_devices("v6e-9")
+
+
+def test_what_refuses_does_so_before_any_program_is_compiled():
+    def programs():
+        yield "text", "text", None
+        raise RequestError("step_options.json: unreadable compiler options; put it right or remove it.")
+
+    said = []
+    with pytest.raises(RequestError, match="unreadable compiler options"):
+        compile_ahead(programs(), said.append)
+    assert not said
