@@ -29,13 +29,13 @@ from splash_workbench.errors import (
     EXIT_INTERRUPTED,
     EXIT_SIGNAL,
     EXIT_USER_ERROR,
+    TornLineWarning,
     UserError,
     from_config,
 )
 from splash_workbench.files import atomic_path, require_writable, require_writable_file
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
-from splash_workbench.records.jsonl import TornLineWarning
 from splash_workbench.startup import interrupts_raise
 
 S = TypeVar("S")

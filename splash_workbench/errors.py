@@ -26,6 +26,10 @@ def from_config(make: Callable[[], T]) -> T:
         raise UserError(str(error)) from error
 
 
+class TornLineWarning(UserWarning):
+    """A line of a file of records that a crash tore was skipped."""
+
+
 #: What the code of a user may raise that ends only what called it: `sys.exit`, too.
 OF_USERS_CODE = (Exception, SystemExit)
 

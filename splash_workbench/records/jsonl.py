@@ -10,14 +10,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from splash_workbench.errors import UserError
+from splash_workbench.errors import TornLineWarning, UserError
 from splash_workbench.files import NO_SPACE
 
 T = TypeVar("T")
-
-
-class TornLineWarning(UserWarning):
-    """A line of a file of records that a crash tore was skipped."""
 
 
 class RecordError(UserError, ValueError):

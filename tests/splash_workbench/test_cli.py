@@ -18,10 +18,9 @@ from omegaconf import OmegaConf
 
 from commands import COMMANDS, HYDRA_COMMANDS, main_of
 from splash_workbench import cli
-from splash_workbench.errors import UserError
+from splash_workbench.errors import TornLineWarning, UserError
 from splash_workbench.overrides import Keys, as_given, key_types
 from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
-from splash_workbench.records.jsonl import TornLineWarning
 
 MISTAKES = [
     ("tuning.sweep", ("device=false",)),
