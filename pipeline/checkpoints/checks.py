@@ -50,7 +50,7 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
         raise checkpoint.error(f"this is a {pipeline}; {_SUPPORTED}")
     transformer = checkpoint.config("transformer")
     if transformer.get("_class_name") != _CLASSES["transformer"]:
-        raise checkpoint.error(f"transformer/config.json is for {transformer.get('_class_name')!r}; {_SUPPORTED}")
+        raise checkpoint.error(f"transformer/config.json {_class_of(transformer)}; {_SUPPORTED}")
     configs = {part: checkpoint.config(part) for part in COGVIDEOX_1_5_5B}
     try:
         modules = _check_parts(configs)
@@ -65,13 +65,18 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
     return configs
 
 
+def _class_of(config: Mapping[str, Any]) -> str:
+    name = config.get("_class_name")
+    return f"is for {name!r}" if name else "has no _class_name"
+
+
 def _check_parts(configs: Configs) -> dict[str, Any]:
     """Return the parts' stock modules, without storage."""
     modules: dict[str, Any] = {}
     for part in ("text_encoder", "transformer", "vae"):
         config = configs[part]
         if part in _CLASSES and config.get("_class_name") != _CLASSES[part]:
-            raise CheckpointError(f"{part}/config.json is for {config.get('_class_name')!r}, not {_CLASSES[part]!r}")
+            raise CheckpointError(f"{part}/config.json {_class_of(config)}, expected {_CLASSES[part]!r}")
         if part == "text_encoder" and config.get("model_type", "t5") != "t5":
             raise CheckpointError(f"text_encoder/config.json is for {config['model_type']!r}, expected 't5'")
         _check_numbers(part, config)

@@ -70,6 +70,7 @@ WRONG = [
     ("vae", {"norm_num_groups": 7}, "vae/config.json: ValueError"),
     ("vae", {"scaling_factor": 0}, "scaling_factor=0"),
     ("vae", {"_class_name": "AutoencoderKLWan"}, "vae/config.json is for 'AutoencoderKLWan'"),
+    ("vae", {"_class_name": None}, "vae/config.json has no _class_name, expected 'AutoencoderKLCogVideoX'"),
     ("text_encoder", {"model_type": "umt5"}, "text_encoder/config.json is for 'umt5', expected 't5'"),
     ("text_encoder", {"feed_forward_proj": "gated-what-gelu"}, "text_encoder/config.json: .*gated-what-gelu"),
     ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "for 'EulerDiscreteScheduler', expected one of CogVideoX"),
