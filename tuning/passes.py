@@ -27,6 +27,8 @@ _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
 #: must be: twice the largest error seen of most such passes (docs/tuning.md).
 _FINALISTS, _NEAR = 6, 1.02
+#: With so many near the best, or fewer, that is compiled whole at once, beside the others' kernels.
+_FEW = 2
 _KERNEL: Compiled = "kernel"
 _WHOLE: Compiled = "whole"
 
@@ -125,13 +127,14 @@ class Passes:
             best_ms, best = ranked[0]
             if best.compiled == "whole":
                 return
-            chosen, how = [best], _WHOLE
+            chosen, how_best = [best], _WHOLE
             if best.compiled == "shorter" and finalists_left:
                 near = [t for ms, t in ranked if t.compiled == "shorter" and ms <= _NEAR * best_ms]
                 chosen = near[: min(self._settings.workers, finalists_left)]
-                how = _KERNEL if len(near) > 1 else _WHOLE  # one that is alone would be compiled whole next
+                how_best = _KERNEL if len(near) > _FEW else _WHOLE  # the best of a few most often stays it
                 finalists_left -= len(chosen)
-            for trial in self._pool.map(functools.partial(self._refined, compiled=how), chosen):
+            ways = [how_best if trial is best else _KERNEL for trial in chosen]
+            for trial in self._pool.map(self._refined, chosen, ways):
                 told[trial.key] = trial
 
     def _refined(self, before: Trial, compiled: Compiled) -> Trial:

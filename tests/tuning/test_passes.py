@@ -82,6 +82,16 @@ def test_one_that_is_alone_near_the_best_is_compiled_once_more(settled) -> None:
     assert winner is not None and (winner.time_ms, winner.estimate_ms) == (10.1, 10.0)
 
 
+@pytest.mark.parametrize(("second_ms", "calls_after"), [(10.3, []), (10.15, ["whole 2048 True"])])
+def test_of_two_near_the_best_is_compiled_whole_beside_the_kernel_of_the_other(
+    second_ms: float, calls_after: list[str], settled
+) -> None:
+    winner, calls = settled(2, {(1024, False): (10.0, 10.2), (2048, True): (10.1, second_ms)})
+    assert sorted(calls[:2]) == ["kernel 2048 True", "whole 1024 False"]
+    assert calls[2:] == calls_after
+    assert winner is not None and winner.time_ms == min(10.2, second_ms)
+
+
 def test_what_kernels_alone_said_too_much_is_known_when_the_run_goes_on(settled, make_trial) -> None:
     """The whole compile of the best crashed: another is whole, and by itself the best one looked slower."""
 
