@@ -96,8 +96,9 @@ class ProgramCost:
         self._trip_counts = trip_counts
         self._constants = constants or FittedConstants.of(device)
         self._hbm_bytes_per_s = self._constants.hbm_bytes_per_s(device)
+        self._issue_hz = self._constants.issue_hz(device)
         #: Of the time that a transfer fills VMEM, the part that the ops beside it lose.
-        self._slowdown = self._hbm_bytes_per_s / (self._constants.vmem_bytes_per_stolen_cycle * device.clock_hz)
+        self._slowdown = self._hbm_bytes_per_s / (self._constants.vmem_bytes_per_stolen_cycle * self._issue_hz)
         #: How much longer ops take because HBM does not keep up its bandwidth, by name.
         self._slowdowns: Mapping[str, float] = {}
         self.ops: list[OpCost] = []
@@ -252,9 +253,8 @@ class ProgramCost:
                 note = "no schedule was dumped for it: not counted"
                 self._add(op, context, now, 0.0, "other", "compute", unresolved=(note,))
             return 0.0
-        clock_hz = self._device.clock_hz
         loading_s, notes = self._load_code(schedule)
-        time_s = (schedule.cycles + schedule.stall_cycles) / clock_hz + loading_s + self._constants.op_overhead_s
+        time_s = (schedule.cycles + schedule.stall_cycles) / self._issue_hz + loading_s + self._constants.op_overhead_s
         hbm_s = schedule.hbm_bytes / self._hbm_bytes_per_s
         time_s = self._slowdowns.get(op.name, 1.0) * (time_s + self._let_others_go_on(beside, time_s, hbm_s, 0.0))
         self._add(
@@ -263,7 +263,7 @@ class ProgramCost:
             now,
             time_s,
             self._category(op),
-            "compute" if schedule.cycles / clock_hz >= hbm_s else "hbm",
+            "compute" if schedule.cycles / self._issue_hz >= hbm_s else "hbm",
             hbm_bytes=schedule.hbm_bytes,
             schedule=schedule,
             unresolved=schedule.unresolved + notes,
@@ -326,7 +326,7 @@ class ProgramCost:
                 category=category,
                 time_s=time_s * context.calls,
                 cycles=cycles,
-                stall_cycles=time_s * self._device.clock_hz - cycles,
+                stall_cycles=time_s * self._issue_hz - cycles,
                 calls=context.calls,
                 hbm_bytes=hbm_bytes,
                 bound=bound,

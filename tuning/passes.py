@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -135,7 +135,7 @@ DEVICES = {
             device_kind="TPU7x",
             topology="tpu7x:2x2x1",
             accelerator_type="tpu7x-8",
-            clock_hz=1.83e9,
+            clock_hz=1.9e9,
             peak_bf16_flops_per_s=1153.5e12,
             hbm_bytes_per_s=3690 * _GB,
             hbm_bytes=96 * _GIB,
@@ -144,10 +144,10 @@ DEVICES = {
             ici_wrap_length=4,
             source="https://cloud.google.com/tpu/docs/tpu7x, halved: a chip's two TensorCores are two JAX devices; "
             "1153.5 TFLOP/s over two 256x256 MXUs is 2.2 GHz, the clock of p_state 7; by default it runs slower: "
-            "1.83 GHz is fitted (docs/predictions.md); 1200 GB/s of bidirectional ICI a chip over 6 ports",
+            "1.9 GHz is fitted (docs/predictions.md); 1200 GB/s of bidirectional ICI a chip over 6 ports",
             matmul_cycles=4,
             devices_per_chip=2,
-            p_states={3: 1.83e9, 7: 2.2e9},
+            p_states={3: 1.9e9, 7: 2.2e9},
         ),
     )
 }

@@ -15,7 +15,7 @@ HBM_GRANULE_BYTES = 32
 
 @dataclasses.dataclass(frozen=True)
 class CoreTiming:
-    """Constants of the model, in cycles of the core.
+    """Constants of the model, in cycles in which the core issues a bundle.
 
     Attributes:
       bytes_per_cycle: HBM bandwidth that streaming transfers reach.

@@ -20,6 +20,7 @@ from jax.extend import core
 
 import offline_tpu
 from offline_tpu.dump import UNKNOWN_TRIPS
+from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.prediction import Prediction
 from splash_workbench.errors import UserError
@@ -101,9 +102,10 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     if unrolled is not None and len(costs) == 2:
         per_step = [cost.cycles / count for cost, count in zip(costs, steps[1:], strict=True)]
         cycles = steps[0] * _line(lengths, per_step)(unrolled.length)
+        issue_hz = FittedConstants.of(device).issue_hz(device)
         # What a step waits for memory beside its work is no line: the longer kernel waits least, as the candidate does.
-        waits_ms = (costs[1].time_ms - costs[1].cycles / device.clock_hz * 1e3) / steps[2]
-        time_ms = cycles / device.clock_hz * 1e3 + steps[0] * max(0.0, waits_ms)
+        waits_ms = (costs[1].time_ms - costs[1].cycles / issue_hz * 1e3) / steps[2]
+        time_ms = cycles / issue_hz * 1e3 + steps[0] * max(0.0, waits_ms)
         fields |= {"time_samples_ms": [rest.time_ms + time_ms], "kernel_time_ms": time_ms, "cycles": round(cycles)}
         fields |= {"compiled": "shorter", **dict.fromkeys(("vmem_bytes", "spill_count", "fill_count", "code_bytes"))}
     elif costs[-1].code_load_ms:

@@ -23,6 +23,7 @@ from tuning.validate.run import compiler_of, dump_path
 PROGRAMS: dict[str, dict[str, Any]] = {
     "calls": {"ops": 3, "granules": 64},
     "waits": {"ops": 1, "granules": 1009},
+    "hides": {"ops": 5, "granules": 64, "beside": 2003},
     "streams": {"granules": 3_000_017, "memory": "smem"},
     "fills": {"granules": 3_000_017, "memory": "vmem"},
     "computes": {"granules": 211, "beside": 9001, "after": 9001},
@@ -31,8 +32,8 @@ PLANTED = {
     "hbm_efficiency v6e": 0.97,
     "hbm_efficiency v7x": 1.02,
     "dma_latency_s": 0.9,
+    "cycle_efficiency": 0.98,
     "vmem_bytes_per_stolen_cycle": 1.1,
-    "vmem_bytes_per_stolen_cycle v7x": 0.9,
     "op_overhead_s": 1.3,
     "hbm_sustained_share v6e": 1.0,  # no program here is so long
     "hbm_burst_s v6e": 1.0,

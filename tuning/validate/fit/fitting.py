@@ -128,7 +128,7 @@ def fit(rows: Sequence[FitRow], weight_power: float = 0.5) -> dict[str, float]:
     pairs = [(row.op, row.device) for row in rows]
     share = np.array([pairs.count(pair) ** (weight_power - 1) for pair in pairs])
     share /= share.mean()
-    published = [name.startswith(("hbm_efficiency", "clock_hz")) for name in names]
+    published = [name.startswith(("hbm_efficiency", "cycle_efficiency", "clock_hz")) for name in names]
     prior = np.diag(_PRIOR_WEIGHT / np.where(published, _PRIOR_OF_PUBLISHED, _PRIOR) ** 2)
     shift = np.zeros(len(names))
     for _ in range(_ITERATIONS):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offline_tpu.machine.constants import VMEM_BYTES_PER_STOLEN_CYCLE, FittedConstants
+from offline_tpu.machine.constants import FittedConstants
 from offline_tpu.machine.devices import DeviceSpec
 from tuning.validate.fit.retiming import KeptProgram
 
@@ -19,11 +19,10 @@ Model = tuple[DeviceSpec, FittedConstants]
 def parameters(device: DeviceSpec) -> dict[str, float]:
     """Return by name the constants in use on a device that are fitted. A name with a device is of that alone."""
     constants = FittedConstants.of(device)
-    stolen = constants.vmem_bytes_per_stolen_cycle
-    is_shared = list(VMEM_BYTES_PER_STOLEN_CYCLE.values()).count(stolen) > 1
     found = {
         f"hbm_efficiency {device.name}": constants.hbm_efficiency,
-        "vmem_bytes_per_stolen_cycle" + ("" if is_shared else f" {device.name}"): stolen,
+        "cycle_efficiency": constants.cycle_efficiency,
+        "vmem_bytes_per_stolen_cycle": constants.vmem_bytes_per_stolen_cycle,
         "dma_latency_s": constants.dma_latency_s,
         "op_overhead_s": constants.op_overhead_s,
     }
