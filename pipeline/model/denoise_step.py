@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.model import step_options
 from pipeline.model.attention import SplashAttentionProcessor, attention_function
+from pipeline.model.device_share import DeviceShare
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import DP, MODEL, SEQUENCE, ParallelPlan
 from pipeline.model.torchax_bridge import jax_function
-from pipeline.model.transformer import DeviceShare, TransformerShape, block, transformer
+from pipeline.model.transformer import TransformerShape, block, transformer
 from pipeline.requests.request import AttentionOptions
 
 _REPLICATED = PartitionSpec()
@@ -213,19 +214,19 @@ class DenoiseStep:
         block,
     ):  # type: ignore[no-untyped-def]
         share, kept = DeviceShare(self.plan, self.layout), dict(kept)
+        in_shard_map = not self.plan.uses_stock_block
         prediction = transformer(
             weights,
             sample,
             embeddings,
             timestep,
-            rotary,
+            share.rotary_of_heads(rotary) if in_shard_map else rotary,
             conditions,
             shape=self.shape,
             share=share,
             block=block,
             run=functools.partial(self._run_blocks, kept, share),
         ).astype(jnp.float32)
-        in_shard_map = not self.plan.uses_stock_block
         with jax.named_scope("guidance"):
             if self.guided and not self.work.negative:
                 (positive,) = prediction

@@ -12,9 +12,8 @@ float32 it differs in the order of sums only.
 """
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -22,22 +21,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pipeline.model.latents import TokenLayout
+from pipeline.model.device_share import DeviceShare
 from pipeline.model.layers import int8
-from pipeline.model.layers.int8 import Quantized
 from pipeline.model.layers.linears import (
     Waves,
     Weights,
     group_of_heads,
-    inputs_by_groups,
     join_heads,
     linear,
     product,
     project_heads,
     scalar_embedding,
 )
-from pipeline.model.layers.norms import Rotary, layer_norm, modulate, norm_rotary
-from pipeline.model.sharding import KV, MODEL, SEQUENCE, ParallelPlan
+from pipeline.model.layers.norms import Rotary, join_rows, layer_norm, modulate, norm_rotary
 from pipeline.model.weights import BLOCKS
 from pipeline.requests.errors import CheckpointError
 
@@ -50,10 +46,6 @@ _EXPECTED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "sil
 #: Names of sizes in transformer/config.json, and those of them that a model may do without.
 _SIZE = re.compile(r"num_\w+|patch_size(_t)?|sample_\w+|\w+_(dim|channels|length)")
 _OPTIONAL = ("patch_size_t", "ofs_embed_dim")
-#: Of the heads of a device, the first that divides them: while it attends to those of one, those of another are on
-#: their way.
-_GROUPS = (2, 3)
-_OUT = "attn1.to_out.0.weight"
 _OFS = 2.0  # fixed in diffusers' CogVideoXImageToVideoPipeline
 
 
@@ -132,103 +124,6 @@ class TransformerShape:
         return {name: channels for name, channels in found.items() if channels}
 
 
-@dataclasses.dataclass(frozen=True)
-class DeviceShare:
-    """One device's part of a plan: which rows it has, and how it talks to the others of its prompt.
-
-    Within shard_map, unless the plan uses the stock block, which sees the whole arrays.
-    """
-
-    plan: ParallelPlan
-    layout: TokenLayout
-
-    def row_ids(self) -> Int[Array, " rows"]:
-        """Return where this device's rows lie in the joint sequence."""
-        start = lax.axis_index(SEQUENCE) * self.layout.rows_per_shard if self._splits else 0
-        return start + jnp.arange(self.layout.rows_per_shard)
-
-    def local_text(self, text: Float[Array, "batch text channels"]) -> Float[Array, "batch rows channels"]:
-        """Put text tokens at their rows; other rows are arbitrary."""
-        if not self._splits:
-            return jnp.pad(text, ((0, 0), (0, self.layout.rows - self.layout.text), (0, 0)))
-        rows = self.layout.rows_per_shard
-        text = jnp.pad(text, ((0, 0), (0, -self.layout.text % rows), (0, 0)))
-        return lax.dynamic_slice_in_dim(text, lax.axis_index(SEQUENCE) * rows, rows, axis=1)
-
-    def to_heads(self, x: Float[Array, "b heads d rows"], keys: bool) -> Float[Array, "b local_heads d more_rows"]:
-        """Exchange some rows of all heads for more rows of some heads, for attention; the first heads fill up.
-
-        keys: whether these are keys or values, of which each device needs all rows; queries are those of "model".
-        """
-        if not self._splits:
-            return x
-        missing = -x.shape[1] % self.plan.model
-        x = jnp.concatenate([x, x[:, :missing]], axis=1) if missing else x
-        x = x.reshape(x.shape[0], self.plan.model, -1, *x.shape[2:])
-        # Joined by hand, since of an exchange along rows XLA copies what it received twice; and once, here, since it
-        # would otherwise join the parts anew for every sum over them.
-        received = lax.all_to_all(x, MODEL, split_axis=1, concat_axis=0)
-        if keys and self.plan.kv > 1:
-            received = lax.all_gather(received, KV, axis=0, tiled=True)
-        return lax.optimization_barrier(jnp.concatenate(list(received), axis=3))
-
-    def to_rows(self, x: Float[Array, "b local_heads d more_rows"], num_heads: int) -> Float[Array, "b heads d rows"]:
-        """Invert `to_heads` of queries."""
-        if not self._splits:
-            return x
-        x = lax.all_to_all(jnp.stack(jnp.split(x, self.plan.model, axis=3)), MODEL, split_axis=0, concat_axis=1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_heads]
-
-    def head_groups(self, num_heads: int) -> int:
-        """Return in how many groups heads are attended to: one is exchanged beside another's attention."""
-        if not self._splits:
-            return 1
-        return next((groups for groups in _GROUPS if num_heads % (self.plan.model * groups) == 0), 1)
-
-    def attended_rows(self, parts: Sequence[jax.Array], num_heads: int, quantize: bool) -> jax.Array | Quantized:
-        """Exchange attention's output, in groups of heads, as `to_rows` does; in int8 with half the bytes.
-
-        Heads come out group by group.
-        """
-        if not quantize:
-            return jnp.concatenate([self.to_rows(each, num_heads // len(parts)) for each in parts], axis=1)
-        wide = [x.astype(jnp.float32) for x in parts]
-        largest = functools.reduce(jnp.maximum, (jnp.abs(x).max((1, 2)) for x in wide))
-        step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.model > 1 else largest)
-        values = [self.to_rows(int8.to_steps(x, step[:, None, None]), num_heads // len(parts)) for x in wide]
-        if self._splits:
-            rows = self.layout.rows_per_shard
-            step = lax.dynamic_slice_in_dim(step, lax.axis_index(MODEL) * rows, rows, axis=1)
-        return Quantized(jnp.concatenate(values, axis=1), step)
-
-    def quantize_hidden(self, x: Float[Array, "b rows hidden"], weights: Weights, dtype: Any) -> Quantized:
-        """Quantize what the feed-forward's activation leaves, in float32; read once more in `dtype`."""
-        x = x * weights[f"ff.net.2.{int8.SMOOTHING}"]
-        largest = jnp.abs(x).max(-1)
-        step = int8.scale_of(lax.pmax(largest, MODEL) if self.plan.sums_partial_products else largest)
-        rounded, step = lax.optimization_barrier((x.astype(dtype), step))
-        return Quantized(lax.optimization_barrier(int8.to_steps(rounded.astype(jnp.float32), step[..., None])), step)
-
-    @jax.named_scope("all_reduce")
-    def reduce(self, x: jax.Array) -> jax.Array:
-        """Sum over devices that each hold a part of a contraction."""
-        return lax.psum(x, MODEL) if self.plan.sums_partial_products else x
-
-    @jax.named_scope("gather_weights")
-    def whole_weights(self, weights: Weights) -> Weights:
-        """Gather one layer's weights where they are split at rest."""
-        if not self.plan.gathers_weights:
-            return weights
-        return {
-            name: lax.all_gather(value, MODEL, axis=0, tiled=True) if self.plan.weight_spec(BLOCKS + name) else value
-            for name, value in weights.items()
-        }
-
-    @property
-    def _splits(self) -> bool:
-        return self.plan.sequence_shards > 1
-
-
 def timestep_embedding(weights: Weights, shape: TransformerShape, timestep: jax.Array, dtype: Any) -> jax.Array:
     """Return what conditions the blocks, [time_embed_dim] in dtype: the timestep, and `ofs` where the model has it."""
     waves = shape.waves(shape.num_heads * shape.head_dim)
@@ -244,13 +139,13 @@ def block(
     weights: Weights,
     temb: Float[Array, " time_embed_dim"],
     is_text: jax.Array,
-    rotary: Rotary,
+    rotary: tuple[Rotary, Rotary],
     *,
     shape: TransformerShape,
     share: DeviceShare,
     attend: AttentionFn,
 ) -> Float[Array, "batch rows channels"]:
-    """Apply one CogVideoXBlock to this device's rows (or heads)."""
+    """Apply one CogVideoXBlock to this device's rows (or heads). rotary: see `DeviceShare.rotary_of_heads`."""
     weights = share.whole_weights(weights)
     conditioning, quantize = jax.nn.silu(temb), f"ff.net.2.{int8.SCALE}" in weights
     with jax.named_scope("norm1"):
@@ -258,21 +153,27 @@ def block(
         h, gate = modulate(x, weights, "norm1", modulation, is_text, shape.norm_eps, quantize)
     groups, exchanged = share.head_groups(shape.num_heads), []
     for group in range(groups):
-        of_group = group_of_heads(weights, share.plan.model, group, groups)
+        of_group = group_of_heads(weights, group, groups)
         with jax.named_scope("qkv"):
             q, k, v = (project_heads(h, of_group, f"attn1.to_{name}", shape.head_dim, x.dtype) for name in "qkv")
-        with jax.named_scope("qk_norm_rotary"):
-            q = norm_rotary(q, weights, "attn1.norm_q", rotary)
-            k = norm_rotary(k, weights, "attn1.norm_k", rotary)
         with jax.named_scope("to_heads"):
             exchanged.append([share.to_heads(q, keys=False), *(share.to_heads(each, keys=True) for each in (k, v))])
-    with jax.named_scope("attention"):
-        parts = [attend(*each) for each in exchanged]
+    parts: list[jax.Array] = []
+    for each in exchanged:
+        if parts:  # what is on its way beside an attention is not waited for before that has ended
+            each, parts[-1] = lax.optimization_barrier((each, parts[-1]))
+        q, k, v = each
+        with jax.named_scope("qk_norm_rotary"):  # now, since what was received is joined on the way
+            q = norm_rotary(q, weights, "attn1.norm_q", rotary[0])
+            k = norm_rotary(k, weights, "attn1.norm_k", rotary[1])
+        with jax.named_scope("to_heads"):  # once: XLA would join the parts anew for every sum over them
+            v = lax.optimization_barrier(join_rows(v))
+        with jax.named_scope("attention"):
+            parts.append(attend(q, k, v))
     with jax.named_scope("to_rows"):
         attended = share.attended_rows(parts, shape.num_heads, quantize)
     with jax.named_scope("attention_out"):
-        ordered = {**weights, _OUT: inputs_by_groups(weights[_OUT], share.plan.model, groups)}
-        out = share.reduce(join_heads(attended, ordered, "attn1.to_out.0").astype(x.dtype))
+        out = share.reduce(join_heads(attended, weights, "attn1.to_out.0").astype(x.dtype))
         x = x + (gate * (out + weights["attn1.to_out.0.bias"])).astype(x.dtype)
     with jax.named_scope("norm2"):
         modulation = linear(conditioning, weights, "norm2.linear")
@@ -294,7 +195,7 @@ def transformer(
     tokens: Float[Array, "rows patch_channels"],
     embeddings: Float[Array, "batch text text_embed_dim"],
     timestep: Int[Array, ""],
-    rotary: Rotary,
+    rotary: Any,
     conditions: Mapping[str, jax.Array],
     *,
     shape: TransformerShape,
@@ -305,7 +206,8 @@ def transformer(
     """Return the model's output on this device's rows; those of text and padding are arbitrary.
 
     tokens: patches of the latents at their rows, in the weights' dtype. conditions: see
-    `TransformerShape.condition_channels`. block: `(x, layer's weights, temb, is_text, rotary) -> x`. run: how often.
+    `TransformerShape.condition_channels`. block: `(x, layer's weights, temb, is_text, rotary) -> x`, with rotary as it
+    is given here. run: how often.
     """
     dtype = tokens.dtype
     is_text = share.row_ids() < share.layout.text

@@ -13,9 +13,10 @@ from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
 from offline_tpu.compile import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
+from pipeline.model.device_share import DeviceShare
 from pipeline.model.latents import TokenLayout
 from pipeline.model.sharding import ParallelPlan
-from pipeline.model.transformer import DeviceShare, TransformerShape
+from pipeline.model.transformer import TransformerShape
 from pipeline.requests.request import AttentionOptions, GenerateRequest, Stage
 from pipeline.stages.programs import denoise_program, model_request, text_program, vae_programs
 from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes

@@ -71,22 +71,11 @@ def join_heads(x: jax.Array | Quantized, weights: Weights, name: str) -> jax.Arr
     return out * x.scale[:, :, None] * weights[f"{name}.{int8.SCALE}"]
 
 
-def group_of_heads(weights: Weights, devices: int, group: int, groups: int) -> Weights:
-    """Return a layer's weights, of those of q, k and v only the rows for one group of each device's heads."""
-    if groups == 1:
-        return weights
-    found = {}
-    for name, value in weights.items():
-        if re.match(r"attn1\.to_[qkv]\.", name):
-            by_device = value.reshape(devices, groups, -1, *value.shape[1:])
-            value = by_device[:, group].reshape(-1, *value.shape[1:])
-        found[name] = value
-    return found
+def group_of_heads(weights: Weights, group: int, groups: int) -> Weights:
+    """Return a layer's weights, of those of q, k and v only the rows of one group of heads."""
 
+    def rows(value: jax.Array) -> jax.Array:
+        size = value.shape[0] // groups
+        return value[group * size : (group + 1) * size]
 
-def inputs_by_groups(weight: jax.Array, devices: int, groups: int) -> jax.Array:
-    """Put the inputs of a weight [out, heads * head_dim] in the order of groups, in each of which are all devices."""
-    if groups == 1:
-        return weight
-    by_device = weight.reshape(weight.shape[0], devices, groups, -1)
-    return by_device.swapaxes(1, 2).reshape(weight.shape)
+    return {name: rows(each) if re.match(r"attn1\.to_[qkv]\.", name) else each for name, each in weights.items()}

@@ -49,7 +49,10 @@ def modulate(
 
 
 def norm_rotary(x: jax.Array, weights: Weights, name: str, rotary: Rotary) -> jax.Array:
-    """Apply LayerNorm over head_dim, then rotary embedding of the halves. x: [batch, heads, head_dim, rows]."""
+    """Join the parts of the rows; apply LayerNorm over head_dim, then rotary embedding of the halves.
+
+    x: [parts, batch, heads, head_dim, rows of a part]; rotary: of all rows. Returns [batch, heads, head_dim, rows].
+    """
     weight, bias = (weights[f"{name}.{part}"].astype(jnp.float32) for part in ("weight", "bias"))
     on_tpu, elsewhere = (
         functools.partial(function, eps=QK_NORM_EPS) for function in (norm_rotary_on_tpu, norm_rotary_in_xla)
@@ -57,8 +60,14 @@ def norm_rotary(x: jax.Array, weights: Weights, name: str, rotary: Rotary) -> ja
     return lax.platform_dependent(x, weight, bias, rotary, tpu=on_tpu, default=elsewhere)
 
 
+def join_rows(x: jax.Array) -> jax.Array:
+    """[parts, batch, heads, head_dim, rows of a part] -> [batch, heads, head_dim, rows]."""
+    return jnp.concatenate(list(x), axis=3)
+
+
 def norm_rotary_in_xla(x: jax.Array, weight: jax.Array, bias: jax.Array, rotary: Rotary, eps: float) -> jax.Array:
     """Return what `norm_rotary_on_tpu` does, on any device."""
+    x = lax.optimization_barrier(join_rows(x))
     normed = x.astype(jnp.float32)
     mean = normed.mean(2, keepdims=True)
     variance = jnp.square(normed - mean).mean(2, keepdims=True)

@@ -13,17 +13,24 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}  # a unit in the last place o
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
-    ("rows", "rotated"),
-    [(40, True), (2176, True), (40, False), pytest.param(2176, False, marks=pytest.mark.slow("3 s"))],
+    ("parts", "rows", "rotated"),
+    [
+        (1, 40, True),
+        (1, 2176, True),
+        (1, 40, False),
+        (4, 256, True),
+        (3, 40, True),
+        pytest.param(1, 2176, False, marks=pytest.mark.slow("3 s")),
+    ],
 )
-def test_queries(rows, rotated, dtype, rng):
-    x = jnp.asarray(rng.normal(size=(2, 6, 32, rows)), dtype)
+def test_queries(parts, rows, rotated, dtype, rng):
+    x = jnp.asarray(rng.normal(size=(parts, 2, 6, 32, rows)), dtype)
     weight, bias = (jnp.asarray(rng.normal(size=32), jnp.float32) for _ in range(2))
-    angles = rng.normal(size=(16, rows))
+    angles = rng.normal(size=(16, parts * rows))
     rotary = tuple(jnp.asarray(each(angles), jnp.float32) for each in (np.cos, np.sin)) if rotated else None
     actual = norm_rotary_on_tpu(x, weight, bias, rotary, 1e-6, interpret=True)
     expected = norm_rotary_in_xla(x, weight, bias, rotary, 1e-6)
-    assert actual.dtype == x.dtype
+    assert (actual.dtype, actual.shape) == (x.dtype, (2, 6, 32, parts * rows))
     difference = np.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32))
     assert difference.max() < TOLERANCE[dtype]
     assert difference.mean() < TOLERANCE[dtype] / 100
