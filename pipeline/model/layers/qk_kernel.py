@@ -55,11 +55,10 @@ def norm_rotary_on_tpu(
 
 
 def _block_rows(rows: int) -> int:
-    """Return how many rows, on lanes, are taken at a time: whole registers that divide them, or all of a few."""
+    """Return how many rows, on lanes, are taken at a time: whole registers that divide them if any do, or all of a few."""
     if rows <= _MAX_ROWS:
         return rows
-    assert rows % LANES == 0, rows
-    return next(size for size in range(_MAX_ROWS, 0, -LANES) if rows % size == 0)
+    return next((size for size in range(_MAX_ROWS, 0, -LANES) if rows % size == 0), _MAX_ROWS)
 
 
 def _kernel(x_ref: Any, weight_ref: Any, bias_ref: Any, *refs: Any, eps: float) -> None:

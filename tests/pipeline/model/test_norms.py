@@ -20,6 +20,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-5}  # a unit in the last place o
         (1, 40, False),
         (4, 256, True),
         (3, 40, True),
+        (8, 264, True),
         pytest.param(1, 2176, False, marks=pytest.mark.slow("3 s")),
     ],
 )
