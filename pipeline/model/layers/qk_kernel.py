@@ -55,7 +55,7 @@ def norm_rotary_on_tpu(
 
 
 def _block_rows(rows: int) -> int:
-    """Return how many rows, on lanes, are taken at a time: whole registers that divide them if any do, or all of a few."""
+    """Return how many rows, on lanes, are taken at a time: whole registers that divide them if any do; all of a few."""
     if rows <= _MAX_ROWS:
         return rows
     return next((size for size in range(_MAX_ROWS, 0, -LANES) if rows % size == 0), _MAX_ROWS)
