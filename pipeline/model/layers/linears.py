@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pipeline.model.layers import int8
 from pipeline.model.layers.int8 import Quantized
@@ -76,6 +77,8 @@ def group_of_heads(weights: Weights, group: int, groups: int) -> Weights:
 
     def rows(value: jax.Array) -> jax.Array:
         size = value.shape[0] // groups
+        if value.dtype == jnp.int8:  # else XLA copies the stack of all layers in each of them, for another layout
+            value = lax.optimization_barrier(value)
         return value[group * size : (group + 1) * size]
 
     return {name: rows(each) if re.match(r"attn1\.to_[qkv]\.", name) else each for name, each in weights.items()}
