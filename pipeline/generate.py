@@ -124,10 +124,11 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
     import jax
 
     from pipeline.checkpoints.checks import check_request, part_configs
-    from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint, use_compilation_cache
+    from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
     from pipeline.predict.ahead import compile_ahead, request_programs, topology_devices
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import parse_stages, to_request
+    from splash_workbench.compile_cache import use_compilation_cache
 
     _set_up_logging(settings.verbose)
     stages, request, cache_dir = parse_stages(settings.stages), to_request(settings), _path(settings.cache_dir)
@@ -270,7 +271,7 @@ def _begin(settings: GenerateConfig, checkpoint: str) -> None:
     """Turn the compilation cache on, and say what runs, where, and why this model."""
     import jax
 
-    from pipeline.checkpoints.loading import use_compilation_cache
+    from splash_workbench.compile_cache import use_compilation_cache
 
     if settings.compilation_cache:
         use_compilation_cache()

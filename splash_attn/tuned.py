@@ -104,7 +104,7 @@ class Choice:
 def user_dir() -> Path:
     """Return $COGVIDEOX_SPLASH_TUNED, or cogvideox-splash/tuned in the user's configuration folder."""
     if chosen := os.environ.get(USER_VARIABLE):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     # Not Path.home(), which raises where there is none, as in some containers.
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "cogvideox-splash" / "tuned"
 

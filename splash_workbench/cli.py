@@ -33,7 +33,7 @@ from splash_workbench.errors import (
     UserError,
     from_config,
 )
-from splash_workbench.files import atomic_path, require_writable, require_writable_file
+from splash_workbench.files import atomic_path, require_writable, require_writable_file, user_path
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
 from splash_workbench.startup import interrupts_raise
@@ -184,7 +184,7 @@ def given_keys() -> frozenset[str]:
 
 def path_flag(text: str) -> Path:
     """Return the path that a flag of a `Parser` gives: its `type`."""
-    return Path(text).expanduser()
+    return user_path(text)
 
 
 def _check_outputs(settings: Any) -> None:

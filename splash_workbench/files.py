@@ -16,6 +16,11 @@ from splash_workbench.errors import UserError
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def user_path(text: str | Path) -> Path:
+    """Return a path that a user gave, `~` being their home; of a user who is not known it stays as it is."""
+    return Path(os.path.expanduser(text))  # Path.expanduser raises there
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Make a temporary path beside `path` to write to; rename it to `path` when the block ends well, else remove it."""

@@ -9,10 +9,13 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+
+from splash_workbench.files import user_path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 #: In a checkout a link to configs/; an installed package holds the files.
@@ -83,10 +86,15 @@ def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> En
 
 
 def user_cache_dir() -> Path:
-    """Return $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder."""
+    """Return $COGVIDEOX_SPLASH_CACHE, or cogvideox-splash in the user's cache folder, or a temporary one."""
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogvideox-splash"
+        return user_path(chosen)
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "cogvideox-splash"
+    home = user_path("~")
+    if not home.is_absolute():  # as in containers, for a user without an entry
+        return Path(tempfile.gettempdir()) / f"cogvideox-splash-{os.getuid()}"
+    return home / ".cache" / "cogvideox-splash"
 
 
 def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:

@@ -51,7 +51,8 @@ class TrialError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out. The one place that reads an error's text: XLA tells no other way."""
-    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    text = str(error)  # which of a full disk has the same status
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text and os.strerror(errno.ENOSPC) not in text
 
 
 def compile_error(error: Exception) -> TrialError:

@@ -59,13 +59,14 @@ def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""
     from pipeline.calibrate.magnitudes import measure_ratios
     from pipeline.checkpoints.checks import check_request, read_configs
-    from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+    from pipeline.checkpoints.loading import resolve_checkpoint
     from pipeline.checkpoints.magcache import ratios_path, write_ratios
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import STAGES, to_request
     from pipeline.stages.progress import StageEvent
     from pipeline.stages.stages import StageContext
+    from splash_workbench.compile_cache import use_compilation_cache
 
     request = to_request(settings)
     if request.num_inference_steps < 2:

@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from pipeline.requests.limits import MAX_FRAMES
 from pipeline.requests.media import read_latents
 from pipeline.requests.models import MODELS
 from pipeline.requests.request import GenerateRequest, LoraFile, require_multiple
+from splash_workbench.files import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def check_transformer(
     path: str | None, int8: bool, loras: Sequence[LoraFile], config: Mapping[str, Any], checkpoint: str
 ) -> None:
     """Raise RequestError or CheckpointError for LoRAs, or a file of weights, that cannot be used so."""
-    if path is not None and is_quantized(Path(path).expanduser()):
+    if path is not None and is_quantized(user_path(path)):
         if not int8:
             raise RequestError(f"transformer={path!r}: its weights are int8; expected quantization=int8, too")
         if loras:

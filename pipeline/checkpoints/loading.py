@@ -22,17 +22,11 @@ import torch
 from pipeline.checkpoints.stored import open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
-from pipeline.checkpoints.weight_files import (
-    STEMS,
-    check_whole,
-    files_to_fetch,
-    open_weights,
-    stock_name,
-    weight_files,
-)
+from pipeline.checkpoints.weight_files import STEMS, check_whole, files_to_fetch, open_weights, stock_name, weight_files
 from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
+from splash_workbench.files import user_path
 from splash_workbench.provenance import user_cache_dir
 
 logger = logging.getLogger(__name__)
@@ -49,24 +43,6 @@ _STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _SAMPLED_BLOCKS = 16
 _BLOCK_BYTES = 65536
-
-
-def use_compilation_cache(folder: Path | None = None) -> None:
-    """Keep compiled programs in a folder, by default the user's; what is set (JAX_COMPILATION_CACHE_DIR) stays."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = folder or user_cache_dir() / "compiled"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-        except OSError as error:
-            logger.warning(
-                "cache: cannot write to %s (%s); programs are compiled again each time, unless "
-                "$COGVIDEOX_SPLASH_CACHE or cache_dir names another folder",
-                folder,
-                error.strerror,
-            )
-    # XLA's own caches, of GPUs, put the folder's path into every key: filled on another machine, it would serve nobody.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +172,7 @@ def resolve_checkpoint(
     found = _resolve(name, revision, cache_dir)
     if transformer is None:
         return found
-    path = Path(transformer).expanduser()
+    path = user_path(transformer)
     if not path.is_file() or path.suffix != ".safetensors":
         problem = "a file of another kind" if path.is_file() else "no such file"
         raise CheckpointError(f"transformer={transformer!r}: {problem}; expected a file of safetensors")
@@ -204,7 +180,7 @@ def resolve_checkpoint(
 
 
 def _resolve(name: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
-    folder = TRAINED_FOLDER if name == TINY else Path(name).expanduser()
+    folder = TRAINED_FOLDER if name == TINY else user_path(name)
     if name in _MADE or folder.is_dir():
         if revision is not None:
             raise CheckpointError(

@@ -22,6 +22,7 @@ from pipeline.model.placement import Changed
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.media import content_digest
 from pipeline.requests.request import LoraFile
+from splash_workbench.files import user_path
 
 #: LoRAs that come with the package, by the names that stand for their paths.
 SHIPPED: Mapping[str, Path] = {"tiny-outline": Path(__file__).parents[1] / "tiny_lora"}
@@ -109,7 +110,7 @@ def merge_loras(weights: dict[str, Any], loras: Sequence[LoraFile], of: str) -> 
 
 
 def _path(lora: LoraFile) -> Path:
-    return SHIPPED.get(lora.path) or Path(lora.path).expanduser()
+    return SHIPPED.get(lora.path) or user_path(lora.path)
 
 
 def _matrix(tensor: Any) -> np.ndarray:

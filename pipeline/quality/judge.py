@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from pipeline.checkpoints.loading import use_compilation_cache
 from pipeline.checkpoints.shapes import parse_caption
 from pipeline.model.attention import check_runs_here
 from pipeline.quality.config import Budget, QualityConfig
@@ -25,6 +24,7 @@ from pipeline.requests.media import open_image
 from pipeline.requests.options import to_parallel
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.runs.video import write_mp4
+from splash_workbench.compile_cache import use_compilation_cache
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.overrides import one_line

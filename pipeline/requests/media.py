@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import GenerateRequest
+from splash_workbench.files import user_path
 
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 def content_digest(name: str, path: str) -> str:
     """Return a digest of a file's bytes, or of a folder's files; of a field `name`, for RequestError's message."""
-    found = Path(path).expanduser()
+    found = user_path(path)
     files = sorted(file for file in found.iterdir() if file.is_file()) if found.is_dir() else [found]
     try:
         return "+".join(_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
@@ -37,8 +38,11 @@ def _digest(path: Path, modified_ns: int, size: int) -> str:
 
 def open_image(path: str) -> Image.Image:
     """Read an image as RGB, turned upright as its camera noted, transparency dropped. Raises RequestError."""
+    source = user_path(path)
+    if source.exists() and not source.is_file() and not source.is_dir():  # such as a pipe, which would be waited for
+        raise RequestError(f"image={path!r}: not a file; expected one such as PNG, JPEG or WebP")
     try:
-        with Image.open(Path(path).expanduser()) as image:
+        with Image.open(source) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
@@ -69,7 +73,7 @@ def _check_count(path: str, count: int, num_frames: int) -> None:
 
 def _decode(path: str, num_frames: int, *options: str) -> bytes:
     """Return frames as PPM images, one behind the other."""
-    source = Path(path).expanduser()
+    source = user_path(path)
     if not source.is_file():
         raise RequestError(f"video={path!r}: no such file; expected a video")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{source}", "-frames:v", str(num_frames)]
@@ -97,7 +101,7 @@ def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:
     shape: expected. Raises RequestError.
     """
     try:
-        with safe_open(Path(path).expanduser(), framework="pt", device="cpu") as file:
+        with safe_open(user_path(path), framework="pt", device="cpu") as file:
             names = list(file.keys())
             name = "latents" if "latents" in names else names[0]
             if len(names) > 1 and name != "latents":

@@ -36,8 +36,11 @@ def latent_rgb(checkpoint: Checkpoint) -> np.ndarray:
         return np.load(path)
     except (OSError, ValueError, EOFError):  # not there yet, or spoilt
         factors = _fit(checkpoint)
-    with atomic_path(path) as temporary:
-        np.save(temporary, factors)
+    try:
+        with atomic_path(path) as temporary:
+            np.save(temporary, factors)
+    except OSError as error:
+        logger.warning("previews: their colours cannot be kept in %s (%s)", path.parent, error.strerror)
     return factors
 
 

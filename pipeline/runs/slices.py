@@ -11,13 +11,13 @@ import threading
 
 import jax
 
-from pipeline.checkpoints.loading import use_compilation_cache
 from pipeline.model.step_options import entry_hashes
 from pipeline.requests.request import Stage
 from pipeline.runs.batch import Batch, prepare
 from pipeline.runs.messages import Done, Job, Ready
 from pipeline.runs.records import PACKAGES
 from pipeline.stages.progress import Interrupted, StageEvent
+from splash_workbench.compile_cache import use_compilation_cache
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import package_versions
 

@@ -1,5 +1,7 @@
 """Writes frames as mp4 (H.264, yuv420p: plays everywhere)."""
 
+import errno
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,5 +36,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, metadata: Mapping[str,
         # In a session of its own: Ctrl-C goes to the whole group, and what is being saved should be saved.
         done = subprocess.run(command, input=data, capture_output=True, check=False, start_new_session=True)
         if done.returncode != 0:
-            last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            said = done.stderr.decode(errors="replace")
+            if os.strerror(errno.ENOSPC) in said:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            last_words = said.strip().splitlines()[-1:] or ["no message"]
             raise PipelineError(f"{path}: ffmpeg could not encode {width}x{height} at {fps} fps ({last_words[0]})")

@@ -10,7 +10,7 @@ import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pipeline.checkpoints.checks import part_configs
-from pipeline.checkpoints.loading import build_module, resolve_checkpoint, use_compilation_cache
+from pipeline.checkpoints.loading import build_module, resolve_checkpoint
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
 from pipeline.model.latents import LatentGeometry, TokenLayout
 from pipeline.model.noise_schedule import build_scheduler, step_table
@@ -36,6 +36,7 @@ from pipeline.stages.vae import (
     frame_sharding,
     latent_sharding,
 )
+from splash_workbench.compile_cache import use_compilation_cache
 from splash_workbench.program import Program
 
 Configs = Mapping[str, Mapping[str, Any]]

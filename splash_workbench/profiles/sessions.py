@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import urllib.parse
@@ -26,6 +27,8 @@ from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.records.base import utc_now
 from splash_workbench.records.jsonl import decode, encode
 from splash_workbench.trial_status import Label
+
+logger = logging.getLogger(__name__)
 
 SESSION_FILE = "session.json"
 PORT = 6006
@@ -74,7 +77,10 @@ class Recorder:
 
     @contextlib.contextmanager
     def record(self, part: str = "") -> Iterator[Session]:
-        """Profile the block, which should compile nothing. One that fails leaves a session without SESSION_FILE."""
+        """Profile the block, which should compile nothing. One that fails leaves a session without SESSION_FILE.
+
+        A trace that cannot be written is a warning.
+        """
         session = Session(
             run=self.run,
             part=part,
@@ -90,10 +96,18 @@ class Recorder:
         options.python_tracer_level = 0  # every call of Python as an event would slow down what is measured
         if jax.process_count() == 1:  # what a run that failed left, and TensorBoard made of it
             shutil.rmtree(profile_dir(self.logdir) / session.name, ignore_errors=True)
-        with profiler.trace(self.logdir, options):
-            yield session
-        if jax.process_index() == 0:
-            write_session(self.logdir, session)
+        ended = False
+        try:
+            with profiler.trace(self.logdir, options):
+                yield session
+                ended = True
+            if jax.process_index() == 0:
+                write_session(self.logdir, session)
+        except (OSError, RuntimeError) as error:
+            if not ended:
+                raise
+            # What was profiled has been computed, and matters more.
+            logger.warning("logdir=%s: the trace of %s was not written (%s)", self.logdir, session.name, error)
 
 
 def how_to_look(logdir: Path, run: str) -> tuple[str, ...]:

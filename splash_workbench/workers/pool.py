@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from splash_workbench.files import user_path
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.trial_status import Status
 
@@ -299,7 +300,7 @@ def _last_words(log: str) -> str:
 def _scrub(text: str, directory: Path) -> str:
     """Return a text that can be written anywhere, without the paths of this machine: results are shared."""
     stdlib = sysconfig.get_path("stdlib")  # which is not below the prefix of a virtual environment
-    names = {directory: "JOB", sys.prefix: "PREFIX", stdlib: "STDLIB", REPO_ROOT: "REPO", Path.home(): "HOME"}
+    names = {directory: "JOB", sys.prefix: "PREFIX", stdlib: "STDLIB", REPO_ROOT: "REPO", user_path("~"): "HOME"}
     for path, name in names.items():
         text = text.replace(str(path), name)
     return text.encode(errors="backslashreplace").decode()

@@ -51,6 +51,38 @@ def test_a_latent_of_another_shape(nodes: dict[str, Any], shape: tuple[int, ...]
         nodes["CogVideoXTPUFromLatent"].execute({"samples": torch.zeros(shape)}, model_id="tiny")
 
 
+@pytest.mark.parametrize(
+    "latent",
+    [
+        None,
+        {},
+        {"samples": [1.0]},
+        {"samples": torch.zeros(1, 16, 3, 4, 6, dtype=torch.complex64)},
+        {"samples": torch.full((1, 16, 3, 4, 6), torch.nan)},
+    ],
+)
+def test_a_latent_of_another_kind(nodes: dict[str, Any], latent: Any) -> None:
+    with pytest.raises(RequestError, match=r"^samples: .*; expected a LATENT of finite floating-point numbers"):
+        nodes["CogVideoXTPUFromLatent"].execute(latent, model_id="tiny")
+
+
+@pytest.mark.parametrize("prefix", ["a\0b", "a" * 400, "\ud800"])
+def test_a_name_that_no_file_can_have(part: Any, latents: Any, prefix: str) -> None:
+    with pytest.raises(RequestError, match=r"^filename_prefix=.*: the file cannot be written"):
+        part("exchange").save(latents, prefix)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 1), (8, 8, 3), (1, 0, 0, 3)])
+def test_images_of_another_shape(embeds: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=r"^images: .*expected an IMAGE of \[frames, height, width"):
+        dataclasses.replace(embeds, image=torch.zeros(shape)).pictures(1)
+
+
+def test_an_image_that_is_not_finite(embeds: Any) -> None:
+    with pytest.raises(RequestError, match=r"^images: .*not finite"):
+        dataclasses.replace(embeds, image=torch.full((1, 8, 8, 3), torch.nan)).pictures(1)
+
+
 def _only_option(schema: Any) -> str:
     (slot,) = schema.inputs
     (name,) = slot.options

@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, locked, require_writable, require_writable_file, write_json
+from splash_workbench.files import (
+    atomic_path,
+    locked,
+    require_writable,
+    require_writable_file,
+    user_path,
+    write_json,
+)
+
+
+def test_the_home_of_a_user_who_is_not_known(monkeypatch):
+    assert user_path("~no_such_user/a") == Path("~no_such_user/a")
+    monkeypatch.setenv("HOME", "/home/of/me")
+    assert user_path("~/a") == Path("/home/of/me/a")
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

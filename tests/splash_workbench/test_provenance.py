@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from splash_workbench import provenance
 from splash_workbench.provenance import REPO_ROOT
 
 
@@ -56,3 +58,10 @@ def test_a_checkout_in_the_hook_of_another_repository(tmp_path: Path) -> None:
     commit = git(tmp_path / "ours", "rev-parse", "HEAD")
     state = git_state_in(tmp_path / "ours", GIT_DIR=str(tmp_path / "theirs" / ".git"))
     assert state == f"({commit!r}, False)"
+
+
+def test_a_user_without_a_home_has_a_temporary_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COGVIDEOX_SPLASH_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry
+    assert provenance.user_cache_dir() == Path(tempfile.gettempdir()) / f"cogvideox-splash-{os.getuid()}"

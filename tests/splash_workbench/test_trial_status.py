@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from splash_workbench.trial_status import Status, compile_error
+from splash_workbench.trial_status import Status, compile_error, is_out_of_memory
 
 
 def test_what_does_not_fit_vmem_is_said_first() -> None:
@@ -37,3 +37,8 @@ def test_what_does_not_fit_vmem_is_said_first() -> None:
 def test_only_what_the_program_is_to_blame_for_is_conclusive(error: Exception, status: Status) -> None:
     assert compile_error(error).status is status
     assert status.conclusive == (status is not Status.CRASHED)
+
+
+def test_a_full_disk_is_not_a_lack_of_memory() -> None:
+    assert is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: out of memory while allocating 3 GiB"))
+    assert not is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from offline_tpu import timeline
 from splash_workbench.errors import UserError
+from splash_workbench.files import user_path
 from splash_workbench.profiles import reader
 from splash_workbench.profiles import sessions as trace
 from splash_workbench.profiles.scopes import named_scope
@@ -28,7 +29,7 @@ _LEAST_ID = 6
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
     """Find a run by what the user calls it, see `HELP`. Raises UserError where there is none, with those there are."""
     name, _, source = argument.rpartition("=")
-    path = Path(source).expanduser()
+    path = user_path(source)
     file, colon, selector = str(path).rpartition(":")
     if colon and file.endswith(".jsonl"):
         return _of_record(name, Path(file), selector)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.errors import line_of
+from splash_workbench.files import user_path
 from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
 from tuning.kernels.attention import ATTENTION_KERNELS
 from tuning.kernels.protocol import Kernel, KernelError, tunables
@@ -30,7 +31,7 @@ def find(spec: str) -> Kernel[Any, Any]:
     text, colon, name = spec.rpartition(":")
     if not colon or not text.endswith(".py"):
         raise KernelError(f"kernel={spec}: expected {', '.join(KERNELS)}, or FILE.py:CLASS.")
-    path = Path(text).expanduser().absolute()
+    path = user_path(text).absolute()
     if not path.is_file():
         raise KernelError(f"kernel={spec}: there is no file {text}.")
     return _from_file(path, path.stat().st_mtime_ns, name)
@@ -57,7 +58,7 @@ def file_name(spec: str) -> str:
 
 def file_of(spec: str) -> Path | None:
     """Return the file of a user's kernel; None for one of KERNELS."""
-    return None if spec in KERNELS else Path(spec.rpartition(":")[0]).expanduser().absolute()
+    return None if spec in KERNELS else user_path(spec.rpartition(":")[0]).absolute()
 
 
 def hash_of(spec: str) -> str:

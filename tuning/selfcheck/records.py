@@ -6,11 +6,11 @@ import re
 import socket
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from splash_workbench.files import user_path
 from splash_workbench.trial_status import Status
 
 #: An absolute path of two parts or more; an address on the Internet begins otherwise.
@@ -150,7 +150,7 @@ def file_name(device_kind: str, date: str) -> str:
 
 def anonymous(text: str) -> str:
     """Return a text of a program or compiler without paths, addresses, and the names of machine and user."""
-    text = _IP_ADDRESS.sub("ADDRESS", _PATH.sub("PATH", text.replace(str(Path.home()), "HOME")))
+    text = _IP_ADDRESS.sub("ADDRESS", _PATH.sub("PATH", text.replace(str(user_path("~")), "HOME")))
     for name in {_user(), socket.gethostname(), socket.getfqdn(), socket.gethostname().partition(".")[0]}:
         if len(name) > 1:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "NAME", text)

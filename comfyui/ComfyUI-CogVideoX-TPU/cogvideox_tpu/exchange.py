@@ -25,13 +25,16 @@ def to_native(latents: Latents) -> dict[str, torch.Tensor]:
 
 
 def from_native(latent: Mapping[str, Any], model_id: str, dtype: str) -> Latents:
-    """Return a LATENT's samples as a model's latents. Raises RequestError for those of another shape."""
+    """Return a LATENT's samples as a model's latents. Raises RequestError for those of another shape or kind."""
     from pipeline.model.torchax_bridge import torch_to_numpy
     from pipeline.requests.errors import RequestError
 
     checkpoint, dtype = settings.find_checkpoint(model_id), settings.resolve_dtype(dtype, model_id)
-    vae, samples = checkpoint.config("vae"), latent["samples"]
+    vae, samples = checkpoint.config("vae"), latent.get("samples") if isinstance(latent, Mapping) else latent
     channels = vae["latent_channels"]
+    if not isinstance(samples, torch.Tensor) or not samples.is_floating_point() or not samples.isfinite().all():
+        kind = samples.dtype if isinstance(samples, torch.Tensor) else type(samples).__name__
+        raise RequestError(f"samples: {kind}, or not finite; expected a LATENT of finite floating-point numbers")
     if samples.ndim != 5 or samples.shape[0] != 1 or samples.shape[1] != channels:
         raise RequestError(
             f"samples: a LATENT of shape {list(samples.shape)}; expected [1, {channels}, frames, height, width], "
@@ -65,8 +68,10 @@ def _request(checkpoint: Any, dtype: str, frames: int, height: int, width: int, 
 def save(value: Embeds | Latents, filename_prefix: str) -> str:
     """Write embeddings or latents under ComfyUI's output folder. Returns the file's name there.
 
-    Raises RequestError for embeddings with an image, a video or LoRAs, which are not kept.
+    Raises RequestError for embeddings with an image, a video or LoRAs, which are not kept, and for a file that cannot
+    be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from pipeline.model.torchax_bridge import numpy_to_torch
@@ -81,9 +86,12 @@ def save(value: Embeds | Latents, filename_prefix: str) -> str:
         kind, stage, array = "latents", "vae", value.latents
         details = {"prompt": value.request.prompt, "dtype": value.request.dtype}
     details |= {"model_id": value.checkpoint.name, "weights": value.checkpoint.identities(stage)[stage]}
-    path, name = host.path_to_save(filename_prefix, SUFFIXES[kind])
     metadata = {"format": _FORMAT, "kind": kind, "details": json.dumps(details)}
-    save_file({_TENSOR: numpy_to_torch(np.array(array))}, path, metadata=metadata)
+    try:
+        path, name = host.path_to_save(filename_prefix, SUFFIXES[kind])
+        save_file({_TENSOR: numpy_to_torch(np.array(array))}, path, metadata=metadata)
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise RequestError(f"filename_prefix={filename_prefix!r}: the file cannot be written ({error})") from error
     return name
 
 

@@ -259,8 +259,9 @@ def _local_folder(model_id: str) -> Path | None:
     for root in host.model_folders():
         root = Path(os.path.abspath(root))
         folder = Path(os.path.abspath(root / model_id))
-        if folder != root and folder.is_relative_to(root) and folder.is_dir():
-            return folder
+        with contextlib.suppress(OSError):  # a name that is too long for one
+            if folder != root and folder.is_relative_to(root) and folder.is_dir():
+                return folder
     return None
 
 

@@ -65,6 +65,10 @@ class Embeds:
         frames, count = (self.image, 1) if self.video is None else (self.video, num_frames)
         if frames is None:
             return None
+        if frames.ndim != 4 or frames.shape[-1] < 3 or 0 in frames.shape or not frames.isfinite().all():
+            raise RequestError(
+                f"images: {list(frames.shape)}, or not finite; expected an IMAGE of [frames, height, width, 3 or 4]"
+            )
         if len(frames) < count:
             raise RequestError(f"images: {len(frames)} frames; expected num_frames={count} of them, or a smaller one")
         pixels = (frames[:count, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -91,9 +95,9 @@ models.call_when_released(_frames.clear)
 @contextlib.contextmanager
 def _running(stage: str) -> Iterator[Any]:
     """Yield the pipeline's Stages, torch set as they need it (ComfyUI runs nodes in inference mode)."""
-    from pipeline.checkpoints.loading import use_compilation_cache
     from pipeline.requests.errors import DeviceMemoryError
     from pipeline.stages.stages import Stages
+    from splash_workbench.compile_cache import use_compilation_cache
 
     use_compilation_cache()  # before the first program: after /free or a restart nothing is compiled again
     try:

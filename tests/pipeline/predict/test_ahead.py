@@ -16,7 +16,8 @@ import collections, json, sys
 import jax
 from pathlib import Path
 from pipeline.checkpoints.checks import read_configs
-from pipeline.checkpoints.loading import resolve_checkpoint, use_compilation_cache
+from pipeline.checkpoints.loading import resolve_checkpoint
+from splash_workbench.compile_cache import use_compilation_cache
 from pipeline.predict.ahead import compile_ahead, request_programs
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest

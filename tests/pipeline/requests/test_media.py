@@ -1,5 +1,6 @@
 """Images of any size, mode and orientation, and videos, as diffusers takes them; and files that are none."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,9 @@ def test_inputs_that_cannot_be(changes, message):
 def test_a_video_is_put_through_the_last_steps():
     assert _request(video="a", strength=0.6, num_inference_steps=50).steps_left_out == 20
     assert _request(strength=0.6, num_inference_steps=50).steps_left_out == 0
+
+
+def test_an_image_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(RequestError, match=r"image='.*pipe.png': not a file"):
+        open_image(str(tmp_path / "pipe.png"))

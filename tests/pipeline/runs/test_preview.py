@@ -45,3 +45,12 @@ def test_a_preview_has_the_videos_colours(cache_folder, monkeypatch):
     monkeypatch.setattr(preview, "_fit", None)
     np.testing.assert_array_equal(preview.latent_rgb(checkpoint), factors)  # once for all
     assert [path.suffix for path in (cache_folder / "latent_rgb").iterdir()] == [".npy"]
+
+
+def test_colours_that_cannot_be_kept_are_used(cache_folder, monkeypatch, caplog):
+    fitted = np.zeros((17, 3))
+    monkeypatch.setattr(preview, "_fit", lambda checkpoint: fitted)
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    (cache_folder / "latent_rgb").touch()  # where a folder would be made
+    assert preview.latent_rgb(resolve_checkpoint("tiny")) is fitted
+    assert "previews: their colours cannot be kept in" in caplog.text

@@ -233,7 +233,8 @@ _START = """
 import collections, json, sys
 import jax, torch
 from pathlib import Path
-from pipeline.checkpoints.loading import Checkpoint, use_compilation_cache
+from pipeline.checkpoints.loading import Checkpoint
+from splash_workbench.compile_cache import use_compilation_cache
 from pipeline.stages.text import TextEncoder
 
 use_compilation_cache(Path(sys.argv[1]))

@@ -1,11 +1,13 @@
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
-from splash_workbench.profiles import profiler
+from splash_workbench.profiles import profiler, sessions
 from tuning.backends import device_times
 
 _PROFILE_AFTER_LIBTPU = """
@@ -25,6 +27,23 @@ def test_a_process_that_compiles_for_tpus_can_be_profiled(tmp_path: Path) -> Non
     """jaxlib dies of SIGSEGV where it starts the profiler of another libtpu than its own."""
     subprocess.run([sys.executable, "-c", _PROFILE_AFTER_LIBTPU, tmp_path], check=True, timeout=300)
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextlib.contextmanager
+    def trace(logdir: Path, options: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("RESOURCE_EXHAUSTED: vm.xplane.pb; No space left on device")
+
+    monkeypatch.setattr(profiler, "trace", trace)
+    with sessions.Recorder(tmp_path, "run", {}).record("denoise"):
+        computed = True
+    assert computed
+    assert f"logdir={tmp_path}: the trace of run-denoise was not written (RESOURCE_EXHAUSTED" in caplog.text
+    with pytest.raises(RuntimeError, match="stop"), sessions.Recorder(tmp_path, "run", {}).record():
+        raise RuntimeError("stop")
 
 
 def _pretend_jax_loaded(monkeypatch: pytest.MonkeyPatch, libtpu: str) -> None:
