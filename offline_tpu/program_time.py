@@ -182,6 +182,7 @@ class ProgramCost:
             )
         ends = op.shape.tuple_shapes[:2]  # where it goes and where it comes from
         hbm_bytes = min(map(array_bytes, ends)) * sum(array_bytes(end, hbm_only=True) > 0 for end in ends)
+        hbm_bytes //= self._device.cores  # each moves its part, as of an op
         if op.proto.HasField("cross_program_prefetch_index"):
             return _Transfer(op.name, "hbm", 0.0, now, hbm_bytes, None, True)
         earliest_s = now + self._constants.dma_latency_s
