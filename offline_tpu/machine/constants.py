@@ -27,7 +27,7 @@ HBM_SUSTAINED = {"v6e": (0.78, 10e-3)}
 #: From the start of a DMA to the flag that says it is done, without the transfer itself.
 DMA_LATENCY_S = 0.75e-6
 
-#: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers and vector loads and stores want the
+#: Bytes moved into or out of VMEM for each TensorCore cycle lost to them: transfers, vector loads and stores want the
 #: same memory.
 VMEM_BYTES_PER_STOLEN_CYCLE = 9000.0
 
