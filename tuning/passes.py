@@ -27,7 +27,7 @@ _ASKED_PER_WORKER = 2
 #: must be: twice the largest error seen of most such passes (docs/tuning.md).
 _FINALISTS, _NEAR = 6, 1.02
 #: With so many near the best, or fewer, that is compiled whole at once, beside the others' kernels.
-_FEW = 2
+_FEW = 3
 _KERNEL: Compiled = "kernel"
 _WHOLE: Compiled = "whole"
 
