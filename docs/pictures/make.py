@@ -186,13 +186,14 @@ def layer() -> None:
     end_ms = max(op["start_ms"] + op["time_ms"] for op in ops)
     attention = [op for op in ops if op["scope"] == "attention" and op["category"] == "kernel"]
     kernels = [op for op in attention if op["time_ms"] > 0.01]  # one a group of heads; no head goes to the fallbacks
-    others = [{**op, "category": "elementwise"} for op in ops if op["category"] == "kernel" and op not in attention]
     kernel_end_ms = kernels[-1]["start_ms"] + kernels[-1]["time_ms"]
     figure, rows = plt.subplots(3, 1, figsize=(11, 5.6), layout="constrained", height_ratios=(1, 1.6, 1.6))
     views = (("one layer", 0.0, end_ms), ("before the kernel", 0.0, kernels[0]["start_ms"]))
     for axes, (title, start_ms, stop_ms) in zip(rows, (*views, ("after it", kernel_end_ms, end_ms)), strict=True):
-        for op in [*ops, *others]:
-            axes.add_patch(Rectangle((op["start_ms"], 0), op["time_ms"], 1, color=_colour(op["category"]), lw=0))
+        for op in ops:
+            is_norm = op["category"] == "kernel" and op not in attention
+            colour = _colour("elementwise" if is_norm else op["category"])
+            axes.add_patch(Rectangle((op["start_ms"], 0), op["time_ms"], 1, color=colour, lw=0))
         if title != "one layer":
             _name_parts(axes, ops, start_ms, stop_ms)
         axes.set(xlim=(start_ms, stop_ms), ylim=(0, 1), yticks=[])

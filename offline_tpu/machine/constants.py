@@ -14,7 +14,7 @@ from offline_tpu.machine.devices import DeviceSpec
 from offline_tpu.machine.dma import CoreTiming
 
 #: Of the cycles of the published clock, the share in which a bundle of the schedule is issued. Why the rest is lost the
-#: compiler does not say. Where each device has its own, they come out from 0.96 to 0.98.
+#: compiler does not say. Fitted by hand with one for each device, they come out from 0.96 to 0.98.
 CYCLE_EFFICIENCY = 0.962
 
 #: By device, share of the published HBM bandwidth that streaming DMAs reach.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import loading
-from pipeline.requests.errors import RequestError
+from pipeline.requests.errors import CheckpointError, RequestError
 from pipeline.requests.request import GenerateRequest
 
 pytestmark = pytest.mark.usefixtures("small_tiny")
@@ -64,6 +64,12 @@ def test_a_latent_of_another_shape(nodes: dict[str, Any], shape: tuple[int, ...]
 def test_a_latent_of_another_kind(nodes: dict[str, Any], latent: Any) -> None:
     with pytest.raises(RequestError, match=r"^samples: .*; expected a LATENT of finite floating-point numbers"):
         nodes["CogVideoXTPUFromLatent"].execute(latent, model_id="tiny")
+
+
+def test_a_model_whose_name_is_too_long_for_a_folder(nodes: dict[str, Any], latents: Any) -> None:
+    (native,) = nodes["CogVideoXTPUToLatent"].execute(latents).args
+    with pytest.raises(CheckpointError, match=r"^model_id='a.*: expected"):
+        nodes["CogVideoXTPUFromLatent"].execute(native, model_id="a" * 5000)
 
 
 @pytest.mark.parametrize("prefix", ["a\0b", "a" * 400, "\ud800"])
