@@ -25,7 +25,7 @@ class Collective:
       group_count: such groups at once.
       size_bytes: per chip: gathered, reduced, or sent.
       link_bytes: over the busiest link, in one direction.
-      hbm_bytes: read and written by one chip.
+      hbm_bytes: read and written by one core.
       link_s: seconds on the links.
     """
 
@@ -90,7 +90,8 @@ def cost_of(op: HloOp, computation: str, module: HloModule, grid: links.Grid, de
             traffic = links.gather(grid, groups, size)
             if kind == "all-reduce":  # a reduce-scatter, then an all-gather
                 traffic = links.Traffic(2 * traffic.link_bytes, 2 * traffic.hops)
-    hbm_bytes = sum(array_bytes(shape, hbm_only=True) for shape in (*operands, result))
+    # Each core of a chip moves its part, as of an op.
+    hbm_bytes = sum(array_bytes(shape, hbm_only=True) for shape in (*operands, result)) // device.cores
     return Collective(
         kind=kind,
         group_size=group_size,
