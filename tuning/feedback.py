@@ -119,8 +119,7 @@ def describe(trial: Trial) -> str:
         return f"{config}: {trial.status} {(trial.error or '')[:_ERROR_CHARACTERS]}".rstrip()
     if trial.time_ms is None:
         return f"{config}: ok"
-    label = f"{trial.time_ms:.4g} ms {trial.label}" if trial.label else f"{trial.time_ms:.4g} ms"
-    return f"{config}: {label}{_SAYS[trial.compiled]}"
+    return f"{config}: {trial.time_ms:.4g} ms {trial.label}{_SAYS[trial.compiled]}"
 
 
 def _duration(seconds: float) -> str:

@@ -92,6 +92,7 @@ class SharedStudy:
 
     def __init__(self, study: optuna.Study) -> None:
         self._study, self._name = study, new_id()
+        self._attribute = f"beat:{self._name}"
         self._changed: dict[str, tuple[int, float]] = {}  # sweep -> its last beat, and when it was seen to change
         self._decoded: dict[int, Trial] = {}
         self._stop = threading.Event()
@@ -167,7 +168,3 @@ class SharedStudy:
             beat += 1
             with contextlib.suppress(Exception):  # a network that fails for a while: the sweep itself will say so
                 self._study.set_user_attr(self._attribute, beat)
-
-    @property
-    def _attribute(self) -> str:
-        return f"beat:{self._name}"

@@ -99,9 +99,11 @@ class Predictions:
         """Return the prediction on record for the libtpu that predicts here, None without one."""
         version = libtpu.compiler_version()
         if task.part == "kernels":
+            asked = task.payload
+            blocks, variant = BlockSizes(**asked["block_sizes"]), Variant.from_dict(asked["options"])
+            call = (AttentionShape(**asked["shape"]), blocks, variant)
             for entry in tuned.load(self._found["device_kind"], tuned.TUNED_DIR):
-                same = (entry.block_sizes, entry.variant) == _variant_of(task.payload)
-                if same and entry.shape == AttentionShape(**task.payload["shape"]):
+                if (entry.shape, entry.block_sizes, entry.variant) == call:
                     origin = entry.provenance
                     if (origin.label, origin.versions.get("libtpu")) == ("predicted", version):
                         return Predicted(time_ms=origin.time_ms, says=f"tuned entry of {origin.created_at[:10]}")
@@ -132,10 +134,6 @@ def _job_of(task: Task, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return _KERNEL_JOB, task.payload | {"device": found["device_kind"]}
     row = msgspec.convert(task.payload["row"], MeasuredRow)
     return _ROW_JOB, {"call": row.call, "device": found["device_kind"], "kept": None}
-
-
-def _variant_of(payload: Mapping[str, Any]) -> tuple[BlockSizes, Variant]:
-    return BlockSizes(**payload["block_sizes"]), Variant.from_dict(payload["options"])
 
 
 def _predicted(result: Mapping[str, Any], says: str) -> Predicted:

@@ -130,13 +130,10 @@ class Session:
         if limit_s <= 0:
             return Outcome(Status.TIMEOUT, {}, f"the {share_s:.0f} s of this part were over before it began", "", 0.0)
         # JAX goes on with the CPU where it cannot have the chips, unless it is told that it must.
-        must = {"JAX_PLATFORMS": "tpu,cpu"} if self._on_tpu and not os.environ.get("JAX_PLATFORMS") else {}
+        on_tpu = self.found.environment.get("platform") == "tpu"
+        must = {"JAX_PLATFORMS": "tpu,cpu"} if on_tpu and not os.environ.get("JAX_PLATFORMS") else {}
         payload = task.payload | {"chip": self.chip}
         return runner.run(task.job, payload, timeout_s=limit_s, variables=lambda folder: must)
-
-    @property
-    def _on_tpu(self) -> bool:
-        return self.found.environment.get("platform") == "tpu"
 
     @property
     def _left_s(self) -> float:

@@ -302,7 +302,7 @@ def _splash_rows(path: Path) -> list[MeasuredRow]:
             source=reported.source,
             device_kind=reported.device_kind,
             op=SPLASH,
-            arguments={name: value for name, value in row.to_dict().items() if name != "median_time_ms"},
+            arguments={n: value for n, value in msgspec.structs.asdict(row).items() if n != "median_time_ms"},
             times_ms=(row.median_time_ms,),
         )
         for number, row in enumerate(reported.rows)
