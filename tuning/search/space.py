@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from splash_attn.kernel import vmem_bytes_estimate
@@ -41,6 +41,21 @@ class Candidates:
 
     valid: tuple[Candidate, ...]
     pruned: dict[str, int]
+
+
+def listed(
+    choices: Mapping[str, tuple[Any, ...]], candidate_or_reason: Callable[[dict[str, Any]], Candidate | str]
+) -> Candidates:
+    """Return the candidates of all combinations of values; where a text stands for one, it says why it is left out."""
+    valid: dict[str, Candidate] = {}
+    pruned: collections.Counter[str] = collections.Counter()
+    for values in itertools.product(*choices.values()):
+        found = candidate_or_reason(dict(zip(choices, values, strict=True)))
+        if isinstance(found, str):
+            pruned[found] += 1
+        else:
+            valid.setdefault(found.key, found)
+    return Candidates(tuple(valid.values()), dict(pruned.most_common()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,16 +134,7 @@ class Space:
 
         vmem_limit_bytes: VMEM of one core; None leaves out the estimate.
         """
-        valid: dict[str, Candidate] = {}
-        pruned: collections.Counter[str] = collections.Counter()
-        for values in itertools.product(*self.choices.values()):
-            parameters = dict(zip(self.choices, values, strict=True))
-            found = self._candidate_or_reason(parameters, workload, vmem_limit_bytes)
-            if isinstance(found, str):
-                pruned[found] += 1
-            else:
-                valid.setdefault(found.key, found)
-        return Candidates(tuple(valid.values()), dict(pruned.most_common()))
+        return listed(self.choices, lambda named: self._candidate_or_reason(named, workload, vmem_limit_bytes))
 
     def _candidate_or_reason(
         self, parameters: Mapping[str, Any], workload: Workload, vmem_limit_bytes: int | None

@@ -89,7 +89,7 @@ class Latents:
 
 #: Decoded frames, as long as ComfyUI keeps the latents: another fps runs the decoder's node, not the decoder.
 _frames: weakref.WeakKeyDictionary[Latents, torch.Tensor] = weakref.WeakKeyDictionary()
-models.call_when_released(_frames.clear)
+models.on_release.append(_frames.clear)
 
 
 @contextlib.contextmanager
