@@ -84,11 +84,11 @@ def autotune(
         loading.checked(type(kernel))
         if workload is not None and not isinstance(workload, kernel.Workload):
             raise KernelError(f"{workload=}: expected a {kernel.name}.Workload.")
-        sizes = dataclasses.asdict(workload) if workload is not None else {}  # type: ignore[call-overload]
         config = KernelSweepSchema(
             device=DeviceSchema(device),
             backend=BackendSchema(backend),
             search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=seed),
+            workload={} if workload is None else dataclasses.asdict(workload),  # type: ignore[call-overload]
             space=dict(space or {}),
             compiler_options=dict(compiler_options or {}),
             workers=workers,
@@ -100,7 +100,7 @@ def autotune(
             quick=quick,
             progress=progress,
         )
-        return kernel_settings(kernel, sizes, config)
+        return kernel_settings(kernel, config)
 
     made = from_config(settings)
     result = sweep(made, report=report)

@@ -49,7 +49,7 @@ def settings(request: pytest.FixtureRequest, make_settings: MakeSettings, tmp_pa
     if not whose:
         return attention
     kernel = loading.find(f"{Path(__file__).with_name('kernels') / 'scaled.py'}:Scaled")
-    return kernel_settings(kernel, {}, user_config(results_dir=str(tmp_path / "results"), search=search))
+    return kernel_settings(kernel, user_config(results_dir=str(tmp_path / "results"), search=search))
 
 
 def test_kill_9_loses_nothing_and_repeats_nothing(

@@ -1,7 +1,6 @@
 """Define the configuration of a sweep of a user's kernel: `python -m tuning.sweep kernel=FILE.py:CLASS`."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ def settings_from(config: KernelSweepSchema) -> SweepSettings:
     for name, values in config.space.items():
         if not isinstance(values, list):
             raise ValueError(f"space.{name}={values!r}: expected a list.")
-    return kernel_settings(kernel, call_of(kernel, config.workload).sizes, config)
+    return kernel_settings(kernel, config)
 
 
-def kernel_settings(kernel: Kernel[Any, Any], sizes: Mapping[str, Any], config: KernelSweepSchema) -> SweepSettings:
-    """Return the settings of a sweep of a kernel for a workload of these sizes. Raises ValueError as SweepSettings."""
+def kernel_settings(kernel: Kernel[Any, Any], config: KernelSweepSchema) -> SweepSettings:
+    """Return the settings of a sweep of a kernel, whatever `config.kernel` says. Raises ValueError as SweepSettings."""
     source, fields = loading.spec_of(kernel), common_fields(config)
     if kernel.platform == "gpu" and fields["backend"].quick:
         raise KernelError(
@@ -48,7 +47,7 @@ def kernel_settings(kernel: Kernel[Any, Any], sizes: Mapping[str, Any], config: 
     names = tuple(sorted(choices, key=lambda name: len(choices[name]) < 2)[:2])
     return SweepSettings(
         **fields,
-        workload=call_of(kernel, sizes),
+        workload=call_of(kernel, config.workload),
         space=TunableSpace(kernel, choices),
         vmem_pruning=False,
         heatmap=heatmap_names(config.heatmap, names if len(names) == 2 else names * 2),

@@ -21,7 +21,7 @@ def _swept(name: str, folder: Path, **changes: Any) -> sweep.SweepResult:
     kernel = loading.find(f"{Path(__file__).with_name('scaled.py')}:{name}")
     space = {"block": (16,), "add_first": (True, False)}
     return sweep.sweep(
-        kernel_settings(kernel, {"rows": 64}, user_config(space=space, results_dir=str(folder), **changes)),
+        kernel_settings(kernel, user_config(workload={"rows": 64}, space=space, results_dir=str(folder), **changes)),
         report=quiet,
     )
 
