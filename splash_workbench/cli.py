@@ -182,9 +182,8 @@ def given_keys() -> frozenset[str]:
     return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
 
 
-def path_flag(text: str) -> Path:
-    """Return the path that a flag of a `Parser` gives: its `type`."""
-    return user_path(text)
+#: The `type` of a `Parser`'s flag that is a path.
+path_flag = user_path
 
 
 def _check_outputs(settings: Any) -> None:

@@ -14,7 +14,7 @@ from tuning.search.kernel_settings import KernelSweepSchema, kernel_settings
 from tuning.search.schemas import BackendSchema, DeviceSchema
 from tuning.search.settings import SweepSettings
 from tuning.search.study import SearchSettings
-from tuning.sweep import SweepResult, sweep
+from tuning.sweep import sweep
 from tuning.trials import records
 from tuning.trials.records import Trial
 
@@ -104,7 +104,11 @@ def autotune(
 
     made = from_config(settings)
     result = sweep(made, report=report)
-    winner = result.winner or _right(result)
+    # A backend that times nothing has no winner: the first that is right stands for it.
+    winner = result.winner or next((trial for trial in result.trials if trial.status is Status.OK), None)
+    if winner is None:
+        first = result.trials[0]
+        raise UserError(f"no candidate was ok; the first is {first.status}: {first.error}")
     config = kernel.config_of(None, winner.variant)
     promoted = "not asked for"
     if promote and result.winner is not None:
@@ -112,11 +116,3 @@ def autotune(
         promoted = kernel_sweeps.promote(winner, on_record, made).reason
     label = winner.label.value if winner.label else None
     return Best(config, winner.time_ms, label, kernel.build(config), winner, result.trials, promoted)
-
-
-def _right(result: SweepResult) -> Trial:
-    """Return the first ok trial of a backend that times nothing. Raises UserError where no trial is ok."""
-    for trial in result.trials:
-        if trial.status is Status.OK:
-            return trial
-    raise UserError(f"no candidate was ok; the first is {result.trials[0].status}: {result.trials[0].error}")

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from splash_attn.kernel import vmem_bytes_estimate
 from splash_attn.tuned import fit_block_q
@@ -72,6 +72,8 @@ class Space:
     choices: Mapping[str, tuple[Any, ...]]
     first: tuple[Mapping[str, Any], ...] = ()
     max_block_scores: int | None = None
+    #: Parameters with which the need for VMEM grows.
+    grows_with: ClassVar[tuple[str, ...]] = ("block_q", "block_kv")
 
     def __post_init__(self) -> None:
         variant_fields = tuple(VARIANT_PREFIX + field.name for field in dataclasses.fields(Variant))
@@ -91,11 +93,6 @@ class Space:
         for parameter, value in (named for parameters in self.first for named in self.complete(parameters).items()):
             if value not in self.choices[parameter]:
                 raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
-
-    @property
-    def grows_with(self) -> tuple[str, ...]:
-        """Return the parameters with which the need for VMEM grows."""
-        return ("block_q", "block_kv")
 
     @property
     def fingerprint(self) -> str:
