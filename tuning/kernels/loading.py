@@ -73,11 +73,12 @@ def files_of(path: Path) -> list[Path]:
     """Return a kernel's file and those beside it that it imports; of a package its __init__.py."""
     found, unread = {path}, [path]
     while unread:
-        folder, names = unread[-1].parent, list(_imported(unread.pop()))
-        named = [file for name in names for file in (folder / f"{name}.py", folder / name / "__init__.py")]
-        beside = {file for file in named if file.is_file() and folder != REPO_ROOT} - found
-        unread += beside
-        found |= beside
+        path = unread.pop()
+        for name in _imported(path):
+            for other in (path.parent / f"{name}.py", path.parent / name / "__init__.py"):
+                if other.is_file() and path.parent != REPO_ROOT and other not in found:
+                    found.add(other)
+                    unread.append(other)
     return sorted(found)
 
 
