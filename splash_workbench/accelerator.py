@@ -12,9 +12,7 @@ _GPU_DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm,
 
 def accelerator_visible() -> bool:
     """Return whether files or variables of a TPU or a GPU are seen, without touching a device or importing JAX."""
-    if any(os.environ.get(name) for name in _TPU_VARIABLES):
-        return True
-    return any(glob.glob(pattern) for pattern in _TPU_DEVICE_FILES + _GPU_DEVICE_FILES)
+    return tpu_visible() or any(map(glob.glob, _GPU_DEVICE_FILES))
 
 
 def tpu_visible() -> bool:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
@@ -182,9 +182,8 @@ def given_keys() -> frozenset[str]:
     return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
 
 
-def path_flag(text: str) -> Path:
-    """Return the path that a flag of a `Parser` gives: its `type`."""
-    return user_path(text)
+#: The `type` of a `Parser`'s flag that is a path.
+path_flag = user_path
 
 
 def _check_outputs(settings: Any) -> None:
@@ -204,6 +203,18 @@ def write_json(path: str | None, content: Mapping[str, Any]) -> None:
     if path is not None:
         with atomic_path(Path(path)) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Return rows of cells as lines, the columns in `left` flush left and the others, of figures, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 @contextlib.contextmanager

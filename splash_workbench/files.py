@@ -112,7 +112,7 @@ def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
         ) from error
 
 
-def require_writable_file(option: str, path: Path, byte_count: int = 1) -> None:
+def require_writable_file(option: str, path: Path) -> None:
     """See whether a file can be written there, as `require_writable` sees it of a folder. Leaves nothing behind."""
     try:
         if path.is_dir():
@@ -123,4 +123,4 @@ def require_writable_file(option: str, path: Path, byte_count: int = 1) -> None:
             raise UserError(f"{option}: may not be written to; expected another file.")
     except OSError as error:  # e.g. of a name that is too long
         raise UserError(f"{option}: {error.strerror}; name another file.") from error
-    require_writable(option, path.parent, byte_count)
+    require_writable(option, path.parent)

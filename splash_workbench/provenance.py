@@ -50,7 +50,7 @@ class Environment:
       flags: environment variables that JAX, XLA and libtpu read, where set.
       git_commit, git_dirty: see `git_state`.
       kernel_hash, backend_hash: see `source_hash`; of KERNEL_SOURCES, and of the sources that make the figure.
-      host: processor architecture and system.
+      host: processor architecture and system, e.g. "x86_64-linux".
     """
 
     versions: dict[str, str]
@@ -80,7 +80,7 @@ def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> En
         git_dirty=dirty,
         kernel_hash=source_hash(KERNEL_SOURCES),
         backend_hash=source_hash(sources),
-        host=host(),
+        host=f"{platform.machine()}-{platform.system().lower()}",
         cpu_count=os.cpu_count() or 1,
     )
 
@@ -131,11 +131,6 @@ def package_versions(packages: tuple[str, ...]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
-
-
-def host() -> str:
-    """Return the processor architecture and system of this machine, e.g. "x86_64-linux"; not its name."""
-    return f"{platform.machine()}-{platform.system().lower()}"
 
 
 def git_state() -> tuple[str | None, bool]:

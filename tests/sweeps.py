@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from tuning.search.kernel_settings import KernelSweepSchema
+from tuning.search.schemas import BackendSchema, DeviceSchema
 from tuning.search.settings import SweepSettings
 from tuning.search.study import SearchSettings
 
@@ -23,24 +25,24 @@ def job_count(log: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def user_defaults(**changes: Any) -> dict[str, Any]:
-    """Return arguments of `kernel_settings`: a grid in interpret mode, unless told otherwise."""
+def user_config(
+    device: str = "v6e",
+    backend: str = "interpret",
+    measure: dict[str, Any] | None = None,
+    max_trials: int | None = None,
+    **changes: Any,
+) -> KernelSweepSchema:
+    """Return a configuration of `kernel_settings`: a grid in interpret mode, unless told otherwise."""
     settings: dict[str, Any] = {
-        "space": {},
-        "device": "v6e",
-        "backend": "interpret",
-        "measure": {},
-        "search": SearchSettings("grid", changes.pop("max_trials", None), 0),
-        "compiler_options": {},
+        "device": DeviceSchema(device),
+        "backend": BackendSchema(backend, measure or {}),
+        "search": SearchSettings("grid", max_trials, 0),
         "workers": 1,
-        "engine": None,
         "timeout_s": 1800.0,
-        "results_dir": Path("results"),
-        "tuned_path": None,
-        "heatmap": None,
+        "results_dir": "results",
         "reuse": False,
         "promote": False,
         "quick": True,
         "progress": False,
     }
-    return settings | changes
+    return KernelSweepSchema(**settings | changes)

@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic
 
-from splash_workbench.errors import from_config
+from splash_workbench.errors import UserError, from_config
+from splash_workbench.trial_status import Status
 from tuning import kernel_sweeps
 from tuning.kernels import KernelError, loading
 from tuning.kernels.protocol import C, Kernel, W
-from tuning.search.kernel_settings import kernel_settings
+from tuning.search.kernel_settings import KernelSweepSchema, kernel_settings
+from tuning.search.schemas import BackendSchema, DeviceSchema
+from tuning.search.settings import SweepSettings
 from tuning.search.study import SearchSettings
-from tuning.sweep import SweepResult, sweep
+from tuning.sweep import sweep
 from tuning.trials import records
 from tuning.trials.records import Trial
 
@@ -76,36 +79,36 @@ def autotune(
       UserError: the kernel, or something else that was given, is wrong; the message is one line.
     """
 
-    def settings() -> Any:
+    def settings() -> SweepSettings:
         loading.refuse_while_loading()
         loading.checked(type(kernel))
         if workload is not None and not isinstance(workload, kernel.Workload):
             raise KernelError(f"{workload=}: expected a {kernel.name}.Workload.")
-        sizes = dataclasses.asdict(workload) if workload is not None else {}  # type: ignore[call-overload]
-        return kernel_settings(
-            kernel,
-            sizes,
-            space={name: tuple(values) for name, values in (space or {}).items()},
-            device=device,
-            backend=backend,
-            measure={},
+        config = KernelSweepSchema(
+            device=DeviceSchema(device),
+            backend=BackendSchema(backend),
             search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=seed),
-            compiler_options=compiler_options or {},
+            workload={} if workload is None else dataclasses.asdict(workload),  # type: ignore[call-overload]
+            space=dict(space or {}),
+            compiler_options=dict(compiler_options or {}),
             workers=workers,
-            engine=None,
             timeout_s=timeout_s,
-            results_dir=Path(results_dir),
-            tuned_path=Path(tuned_path) if tuned_path is not None else None,
-            heatmap=None,
+            results_dir=str(results_dir),
+            tuned=None if tuned_path is None else str(tuned_path),
             reuse=reuse,
             promote=promote,
             quick=quick,
             progress=progress,
         )
+        return kernel_settings(kernel, config)
 
     made = from_config(settings)
     result = sweep(made, report=report)
-    winner = result.winner or _right(result)
+    # A backend that times nothing has no winner: the first that is right stands for it.
+    winner = result.winner or next((trial for trial in result.trials if trial.status is Status.OK), None)
+    if winner is None:
+        first = result.trials[0]
+        raise UserError(f"no candidate was ok; the first is {first.status}: {first.error}")
     config = kernel.config_of(None, winner.variant)
     promoted = "not asked for"
     if promote and result.winner is not None:
@@ -113,15 +116,3 @@ def autotune(
         promoted = kernel_sweeps.promote(winner, on_record, made).reason
     label = winner.label.value if winner.label else None
     return Best(config, winner.time_ms, label, kernel.build(config), winner, result.trials, promoted)
-
-
-def _right(result: SweepResult) -> Trial:
-    """Return the first ok trial of a backend that times nothing. Raises UserError where no trial is ok."""
-
-    def first() -> Trial:
-        for trial in result.trials:
-            if trial.status == "ok":
-                return trial
-        raise KernelError(f"no candidate was ok; the first is {result.trials[0].status}: {result.trials[0].error}")
-
-    return from_config(first)

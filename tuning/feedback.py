@@ -39,7 +39,7 @@ class Feedback:
         self._start, self._done_before = time.monotonic(), len(on_record)
         self._done, self._total = len(on_record), total
         #: The newest of each configuration.
-        self._timed = {trial.config: trial for trial in on_record if _is_timed(trial)}
+        self._timed = {trial.config: trial for trial in on_record if trial.time_ms is not None}
         self._end, self._lock = threading.Event(), threading.Lock()
         self._bar = tqdm(
             total=total,
@@ -67,7 +67,7 @@ class Feedback:
         with self._lock:
             self._done += 1
             self._total = max(self._total + refined, self._done)  # today's choice is not in the budget
-            if _is_timed(trial):
+            if trial.time_ms is not None:
                 self._timed[trial.config] = trial
             self._bar.total = self._total
             self._bar.update()
@@ -76,7 +76,7 @@ class Feedback:
     def known(self, trial: Trial) -> None:
         """Count a trial that was on record."""
         with self._lock:
-            if _is_timed(trial):
+            if trial.time_ms is not None:
                 self._timed[trial.config] = trial
             self._done += 1
             self._done_before += 1
@@ -119,15 +119,10 @@ def describe(trial: Trial) -> str:
         return f"{config}: {trial.status} {(trial.error or '')[:_ERROR_CHARACTERS]}".rstrip()
     if trial.time_ms is None:
         return f"{config}: ok"
-    label = f"{trial.time_ms:.4g} ms {trial.label}" if trial.label else f"{trial.time_ms:.4g} ms"
-    return f"{config}: {label}{_SAYS[trial.compiled]}"
+    return f"{config}: {trial.time_ms:.4g} ms {trial.label}{_SAYS[trial.compiled]}"
 
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _is_timed(trial: Trial) -> bool:
-    return trial.status is Status.OK and trial.time_ms is not None

@@ -106,8 +106,7 @@ def main(settings: PeersSchema) -> int:
     entered, lines = from_config(lambda: entrants(settings.peers, workload, target.device_kind))
     results_dir = Path(settings.results_dir)
     require_writable(f"results_dir={results_dir}", results_dir)
-    for line in (f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines):
-        print(line)
+    print(f"{workload.name}: {workload.shape} {workload.dtype} on {target.device_kind}", *lines, sep="\n")
     captured = OFFLINE.capture(OFFLINE.sources)
     context = context_of(workload, target, OFFLINE, captured)
     path = results_dir / "peers" / f"{workload.name}-{target.name}-{context[:8]}" / records.TRIALS_FILE

@@ -51,10 +51,8 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
         if value not in there:
             raise ValueError(f"{'shape' if name == 'call' else name}={value!r}: on record are {', '.join(there)}.")
         trials = [trial for trial in trials if str(getattr(trial, name)) == value]
-    names: dict[tuple[object, ...], str] = {}
-    for trial in sorted(trials, key=lambda trial: trial.workload):
-        names.setdefault((trial.call, trial.dtype), trial.workload)
-
+    by_name = sorted(trials, key=lambda trial: trial.workload, reverse=True)
+    names = {(trial.call, trial.dtype): trial.workload for trial in by_name}  # of several the first
     groups: dict[tuple[str, ...], list[Trial]] = {}
     for trial in trials:
         group = (names[trial.call, trial.dtype], trial.call, trial.dtype, trial.device, trial.backend)

@@ -185,7 +185,7 @@ class _Worker:
         self.job_count = 0
         #: What the job that runs is at, and since when on the monotonic clock.
         self.stage = ("start", time.monotonic())
-        self._directory = directory
+        self._directory, self._log_path = directory, directory / "log"
         self._limit_bytes = _RETIRE_RSS_BYTES
         # The worker ends when the other end of this closes: when this process does, however this process ends.
         self._connection, theirs = multiprocessing.Pipe()
@@ -200,10 +200,6 @@ class _Worker:
                 start_new_session=True,
                 pass_fds=(theirs.fileno(),),
             )
-
-    @property
-    def _log_path(self) -> Path:
-        return self._directory / "log"
 
     def run(
         self, target: str, payload: Mapping[str, Any], timeout_s: float, sample: Callable[[], None]
@@ -229,10 +225,8 @@ class _Worker:
                     self.stage, result = (result["stage"], time.monotonic()), {}
                 sample()
                 if time.monotonic() >= start + timeout_s:
-                    status, error = (
-                        Status.TIMEOUT,
-                        f"killed after the time limit of {timeout_s:g} s, at: {self.stage[0]}",
-                    )
+                    status = Status.TIMEOUT
+                    error = f"killed after the time limit of {timeout_s:g} s, at: {self.stage[0]}"
                     break
         except (EOFError, OSError):  # it closed its end: it is dead, or about to be
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,5 +1,6 @@
 """The nodes check what they are given, in the widgets' words, before any work; and the node that tells of a size."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,12 +95,18 @@ def test_every_node_checks_its_widgets(
     ],
 )
 def test_errors_name_the_widgets(part: Any, message: str, expected: str) -> None:
-    @part("settings").in_widget_terms
-    def fail() -> None:
-        raise RequestError(message)
+    class Node:
+        @staticmethod
+        def define_schema() -> Any:
+            return SimpleNamespace(inputs=[])
+
+        @classmethod
+        @part("settings").checked_widgets
+        def execute(cls) -> None:
+            raise RequestError(message)
 
     with pytest.raises(RequestError) as caught:
-        fail()
+        Node.execute()
     assert str(caught.value).startswith(expected)
     assert not any(term in str(caught.value) for term in ("tiny-random", "as given", "context_frames"))
 

@@ -98,7 +98,7 @@ def _only_option(schema: Any) -> str:
 def test_latents_come_back_as_they_were(nodes: dict[str, Any], latents: Any, comfy: Any) -> None:
     load = nodes["CogVideoXTPULoadLatents"]
     latents = dataclasses.replace(latents, latents=latents.latents.astype("bfloat16"))
-    shown = nodes["CogVideoXTPUSaveLatents"].execute(latents, filename_prefix="latents/CogVideoX").ui["text"][0]
+    shown = nodes["CogVideoXTPUSaveLatents"].execute(latents=latents, filename_prefix="latents/CogVideoX").ui["text"][0]
     name = _only_option(load.define_schema())
     assert (shown, name) == ("latents/CogVideoX_00001_.latents.safetensors", f"{shown} [output]")
     assert comfy.texts[-1][0] == shown
@@ -109,7 +109,7 @@ def test_latents_come_back_as_they_were(nodes: dict[str, Any], latents: Any, com
 
 
 def test_embeddings_come_back_as_they_were(nodes: dict[str, Any], embeds: Any, comfy: Any) -> None:
-    nodes["CogVideoXTPUSaveEmbeddings"].execute(embeds, filename_prefix="cats/a")
+    nodes["CogVideoXTPUSaveEmbeddings"].execute(embeddings=embeds, filename_prefix="cats/a")
     (back,) = nodes["CogVideoXTPULoadEmbeddings"].execute(file="cats/a_00001_.embeddings.safetensors [output]").args
     np.testing.assert_array_equal(back.prompts, embeds.prompts)
     assert back.fields == embeds.fields
@@ -118,7 +118,7 @@ def test_embeddings_come_back_as_they_were(nodes: dict[str, Any], embeds: Any, c
 def test_only_prompts_are_kept(nodes: dict[str, Any], embeds: Any) -> None:
     with_image = dataclasses.replace(embeds, image=torch.zeros(1, 8, 8, 3))
     with pytest.raises(RequestError, match="only prompts are kept; expected them from the text encoder itself"):
-        nodes["CogVideoXTPUSaveEmbeddings"].execute(with_image, filename_prefix="x")
+        nodes["CogVideoXTPUSaveEmbeddings"].execute(embeddings=with_image, filename_prefix="x")
 
 
 def test_files_that_do_not_fit(

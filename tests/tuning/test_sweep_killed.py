@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PLENTY_S, environment_with_repo, wait_until
-from sweeps import job_count, quiet, user_defaults, with_job
+from sweeps import job_count, quiet, user_config, with_job
 from tuning.kernels import loading
 from tuning.search.kernel_settings import kernel_settings
 from tuning.search.settings import SweepSettings
@@ -49,7 +49,7 @@ def settings(request: pytest.FixtureRequest, make_settings: MakeSettings, tmp_pa
     if not whose:
         return attention
     kernel = loading.find(f"{Path(__file__).with_name('kernels') / 'scaled.py'}:Scaled")
-    return kernel_settings(kernel, {}, **user_defaults(results_dir=tmp_path / "results", search=search))
+    return kernel_settings(kernel, user_config(results_dir=str(tmp_path / "results"), search=search))
 
 
 def test_kill_9_loses_nothing_and_repeats_nothing(

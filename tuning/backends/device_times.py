@@ -97,7 +97,7 @@ def measure(run: Callable[[], object], settings: MeasureSettings, *, platform: s
         except NoDeviceTimesError as error:
             notes = [f"wall time, dispatch included: {error}"]
     if runs is None:
-        runs = _until_known(lambda count: _by_wall_clock(run, count), settings, batch=1)
+        runs = _until_known(lambda count: by_wall_clock(run, count), settings, batch=1)
     return measurement_of(runs, [*notes, *quality_notes([run.time_ms for run in runs], settings.target_ci_fraction)])
 
 
@@ -175,7 +175,7 @@ def _until_known(take: Callable[[int], list[Run]], settings: MeasureSettings, *,
     return runs
 
 
-def _by_wall_clock(run: Callable[[], object], count: int, clock: Callable[[], float] = time.perf_counter) -> list[Run]:
+def by_wall_clock(run: Callable[[], object], count: int, clock: Callable[[], float] = time.perf_counter) -> list[Run]:
     """Time each run by itself, and wait for it."""
     runs = []
     for _ in range(count):

@@ -37,10 +37,9 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
         raise _refusal(request, f"{name}.arguments", error) from error
     for position, x in enumerate(arguments):
         if min(x.shape, default=1) < 1:
-            raise TrialError(
-                Status.WRONG,
+            raise _wrong(
                 f"{name}.arguments({request.workload}): the one at {position} is {x.dtype}{list(x.shape)}, expected "
-                "sizes of 1 or more.",
+                "sizes of 1 or more."
             )
     on_device = payload["device_checks"]
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
@@ -51,7 +50,7 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
         ours, theirs = (" and ".join(shapes) or "nothing" for shapes in (actual, expected))
-        raise TrialError(Status.WRONG, f"{name}: what build makes returns {ours}, and the reference {theirs}.")
+        raise _wrong(f"{name}: what build makes returns {ours}, and the reference {theirs}.")
     if request.found.platform == "tpu" or on_device:
         for title, baseline in request.found.baselines().items():
             try:
@@ -71,16 +70,19 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
         raise _refusal(request, f"{name} on this machine's {'device' if on_device else 'CPU'}", error) from error
     if checked["status"] != Status.OK:
         how = "disagrees with the reference: " if "numerics" in checked else ""
-        shown = f"the default configuration {request.config}"
-        raise TrialError(Status.WRONG, f"{name}: {shown} {how}{checked['error']}.")
+        raise _wrong(f"{name}: the default configuration {request.config} {how}{checked['error']}.")
     return {}
+
+
+def _wrong(text: str) -> TrialError:
+    return TrialError(Status.WRONG, text)
 
 
 def _refusal(request: Request, what: str, error: BaseException) -> TrialError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     path = loading.file_of(request.kernel)
     at = f"{line_of(error, path)}: " if path is not None else ""
-    return TrialError(Status.WRONG, f"{at}{what}: {type(error).__name__}: {lines[0]}")
+    return _wrong(f"{at}{what}: {type(error).__name__}: {lines[0]}")
 
 
 def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) -> list[str]:
@@ -97,10 +99,8 @@ def _refuse_what_cannot_be_called(request: Request) -> None:
     except OF_USERS_CODE:
         return  # told where it is called, with its line
     if not callable(built):
-        raise TrialError(
-            Status.WRONG,
-            f"{request.found.name}.build({request.config}) returns {built!r}: expected a function of the arguments.",
-        )
+        called = f"{request.found.name}.build({request.config})"
+        raise _wrong(f"{called} returns {built!r}: expected a function of the arguments.")
 
 
 def _refuse_idle(request: Request, tunable: str, values: list[Any]) -> None:
@@ -121,10 +121,9 @@ def _refuse_idle(request: Request, tunable: str, values: list[Any]) -> None:
             return
     if len(traced) > 1:
         listed = ", ".join(map(str, traced))
-        raise TrialError(
-            Status.WRONG,
+        raise _wrong(
             f"{request.found.name}.Config.{tunable} changes nothing: JAX traces the same program for {listed}; use it "
-            "in build, or leave it out.",
+            "in build, or leave it out."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from splash_workbench import cli
 from splash_workbench.trial_status import Label
 
 #: Rows that are no scope's, after the part of the run that they are of: "denoise (step)".
@@ -149,12 +150,7 @@ def records(runs: Sequence[Run], rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def text(runs: Sequence[Run], rows: Sequence[Row], limit: int | None = None) -> str:
     """Return the table for a terminal: milliseconds, half the range as +-, ratios and verdicts."""
-    lines = _lines(runs, rows[:limit], "")
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    shown = [
-        "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], others)]).rstrip()  # figures to the right
-        for line in lines
-    ]
+    shown = cli.aligned(_lines(runs, rows[:limit], ""))
     if left_out := len(rows) - len(rows[:limit]):
         shown.append(f"... {left_out} more scopes, all in the files")
     return "\n".join(shown)

@@ -92,10 +92,6 @@ class AttentionKernel(Kernel[AttentionConfig, workloads.Workload]):
         """Return the attention of q, k and v on a TPU."""
         return self.attention(config.block_sizes, dict(config.options), "pallas_tpu")
 
-    def interpreted(self, config: AttentionConfig) -> Attention:
-        """Return the attention of q, k and v on this machine's CPU."""
-        return self.attention(config.block_sizes, dict(config.options), "pallas_interpret")
-
     def arguments(self, workload: workloads.Workload) -> Sequence[jax.ShapeDtypeStruct]:
         """Return [batch, seq, heads * head_dim] three times."""
         shape = workload.shape
@@ -144,11 +140,6 @@ class AttentionKernel(Kernel[AttentionConfig, workloads.Workload]):
     def limits(self, config: AttentionConfig, workload: workloads.Workload) -> tuple[float, float]:
         """Return the limits of the error over all rows and of the worst row."""
         return INT8_TOLERANCE if _is_int8(config) else TOLERANCES[workload.dtype]
-
-    def compiler_options(self, config: AttentionConfig) -> dict[str, str]:
-        """Return none: such flags are no tunables of attention."""
-        del config
-        return {}
 
 
 def _is_int8(config: AttentionConfig) -> bool:

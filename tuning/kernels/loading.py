@@ -71,25 +71,21 @@ def hash_of(spec: str) -> str:
 
 def files_of(path: Path) -> list[Path]:
     """Return a kernel's file and those beside it that it imports; of a package its __init__.py."""
-    return sorted(_with_imports(path, set()))
+    found, unread = {path}, [path]
+    while unread:
+        path = unread.pop()
+        for name in _imported(path):
+            for other in (path.parent / f"{name}.py", path.parent / name / "__init__.py"):
+                if other.is_file() and path.parent != REPO_ROOT and other not in found:
+                    found.add(other)
+                    unread.append(other)
+    return sorted(found)
 
 
 def refuse_while_loading() -> None:
     """Raise KernelError inside a kernel's file that is being loaded: each worker would start a sweep of its own."""
     if (path := _loading.get()) is not None:
         raise KernelError(f'{path} tunes when it is imported; put that under `if __name__ == "__main__":`.')
-
-
-def _with_imports(path: Path, seen: set[Path]) -> set[Path]:
-    """Return a file and what it imports from its own folder."""
-    if path in seen:
-        return seen
-    seen.add(path)
-    for name in _imported(path):
-        for other in (path.parent / f"{name}.py", path.parent / name / "__init__.py"):
-            if other.is_file() and path.parent != REPO_ROOT:
-                _with_imports(other, seen)
-    return seen
 
 
 def _imported(path: Path) -> Iterator[str]:

@@ -94,20 +94,15 @@ def lookup(
     file = Path(path) if path is not None else default_path(kernel)
     sizes = dataclasses.asdict(workload)  # type: ignore[call-overload]
     entries = [e for e in read(file) if (e.kernel, e.device_kind, e.sizes) == (kernel.name, kind, sizes)]
-    if not entries:
-        if default is not None:
-            return default
-        raise KernelError(
-            f"{file.name}: no entry of {kernel.name} for {sizes} on {kind!r}; tune it, or give a default."
-        )
-    config = min(entries, key=lambda entry: entry.label != "measured").config
-    if config.keys() <= tunables(kernel).keys():
-        return kernel.config_of(None, config)
+    entry = min(entries, key=lambda entry: entry.label != "measured", default=None)
+    if entry is not None and entry.config.keys() <= tunables(kernel).keys():
+        return kernel.config_of(None, entry.config)
     if default is not None:
         return default
-    raise KernelError(
-        f"{file.name}: {config} is no configuration of {kernel.name} as it is now; tune it again, or give a default."
-    )
+    reason = f"no entry of {kernel.name} for {sizes} on {kind!r}; tune it"
+    if entry is not None:
+        reason = f"{entry.config} is no configuration of {kernel.name} as it is now; tune it again"
+    raise KernelError(f"{file.name}: {reason}, or give a default.")
 
 
 def promote(path: Path, new: Entry) -> tuple[bool, str]:

@@ -197,12 +197,11 @@ class Kernel(abc.ABC, Generic[C, W]):
         """Return the compiler's flags of a configuration, as text."""
         names = {field.name: field.metadata.get(_OPTION) for field in dataclasses.fields(self.Config)}
         values = {option: getattr(config, name) for name, option in names.items() if option}
-        return {option: option_value(value) for option, value in values.items() if value is not None}
-
-
-def option_value(value: Any) -> str:
-    """Return a flag's value as the compiler takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return {
+            option: str(value).lower() if isinstance(value, bool) else str(value)
+            for option, value in values.items()
+            if value is not None
+        }
 
 
 def tunables(kernel: Kernel[Any, Any]) -> dict[str, tuple[Any, ...]]:

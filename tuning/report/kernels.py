@@ -26,7 +26,6 @@ _HOW = {
     Label.MEASURED: "measured on",
     Label.REPORTED: "reported for",
 }
-_ABSENT = object()
 
 
 def winners(entries: Iterable[tuple[str, tuned.TunedEntry]], tuned_dir: Path | None) -> list[dict[str, Any]]:
@@ -257,7 +256,7 @@ def options(trial: Trial, among: Sequence[Trial]) -> str:
     return " ".join(
         f"{name}={value}"
         for name, value in trial.variant.items()
-        if any(other.variant.get(name, _ABSENT) != value for other in among)
+        if any((name, value) not in other.variant.items() for other in among)
     )
 
 

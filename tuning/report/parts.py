@@ -66,11 +66,9 @@ def percent(value: float | None, digits: int = 0) -> str:
     return MISSING if value is None else f"{value * 100:.{digits}f} %"
 
 
-def signed_percent(value: float | None, digits: int = 1) -> str:
+def signed_percent(value: float | None) -> str:
     """Return "−1.4 %" for -0.0135, with a minus sign as long as the plus."""  # noqa: RUF002
-    if value is None:
-        return MISSING
-    return f"{value * 100:+.{digits}f} %".replace("-", "\u2212")
+    return MISSING if value is None else f"{value * 100:+.1f} %".replace("-", "\u2212")
 
 
 def device_title(device_kind: str) -> str:

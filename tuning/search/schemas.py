@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from offline_tpu.machine import devices
+from splash_workbench.cli import given_keys
 from splash_workbench.errors import from_config
 from tuning.trials.workloads import Workload
 
@@ -26,9 +27,8 @@ class WorkloadSchema:
 
     def frozen(self) -> Workload:
         """Return the checked workload, under a name that is its own. Raises UserError."""
-        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-        keys = [override.lstrip("+").partition("=")[0] for override in overrides]
-        overridden = {key.removeprefix("workload.") for key in keys if key.startswith("workload.")}
+        given = given_keys() if HydraConfig.initialized() else ()
+        overridden = {key.removeprefix("workload.") for key in given if key.startswith("workload.")}
         fields = dataclasses.asdict(self)
         return from_config(lambda: Workload.from_dict(fields, overridden).under_its_own_name(overridden))
 

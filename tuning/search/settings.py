@@ -149,34 +149,36 @@ class SweepSettings:
 
 def settings_from(config: SweepSchema) -> SweepSettings:
     """Return the frozen settings of a composed configuration. Raises ValueError for values out of range."""
-    backend = BACKENDS.get(config.backend.name)
-    if backend is None:
-        raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
-    workload = config.workload.frozen()
+    fields, workload = common_fields(config), config.workload.frozen()
     return SweepSettings(
+        **fields,
         workload=workload,
-        device=config.device.name,
-        backend=backend,
-        measure=config.backend.measure,
-        search=config.search,
         space=_space(config.space).fitted_to(workload.shape),
-        compiler_options=checked_options(config.compiler_options),
-        engine=(engine := engine_from(config.engine)),
-        workers=workers_of(config.workers, backend, engine),
-        results_dir=Path(config.results_dir),
-        **{
-            name: getattr(config, name)
-            for name in ("timeout_s", "vmem_pruning", "reuse", "promote", "quick", "progress")
-        },
+        vmem_pruning=config.vmem_pruning,
         heatmap=heatmap_names(config.heatmap, ("block_q", "block_kv")),
     )
 
 
-def workers_of(requested: int | None, backend: Backend, engine: EngineSettings | None) -> int:
-    """Return how many candidates a sweep is at, see SweepSettings. Raises ValueError for a number below 1."""
-    if requested is None and engine is not None:
-        return 0
-    return worker_count(1 if requested is None and backend.exclusive else requested)
+def common_fields(config: AnySweepSchema) -> dict[str, Any]:
+    """Return the fields of SweepSettings that a sweep has whatever its kernel. Raises ValueError as SweepSettings."""
+    backend = BACKENDS.get(config.backend.name)
+    if backend is None:
+        raise ValueError(f"backend.name={config.backend.name!r}: expected one of {', '.join(BACKENDS)}.")
+    engine = engine_from(config.engine)
+    if config.workers is None and engine is not None:
+        workers = 0
+    else:
+        workers = worker_count(1 if config.workers is None and backend.exclusive else config.workers)
+    as_they_are = ("search", "timeout_s", "reuse", "promote", "quick", "progress")
+    return {name: getattr(config, name) for name in as_they_are} | {
+        "device": config.device.name,
+        "backend": backend,
+        "measure": config.backend.measure,
+        "compiler_options": checked_options(config.compiler_options),
+        "engine": engine,
+        "workers": workers,
+        "results_dir": Path(config.results_dir),
+    }
 
 
 def heatmap_names(given: list[str] | None, default: tuple[str, ...]) -> tuple[str, str]:

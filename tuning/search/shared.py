@@ -6,7 +6,6 @@ until it has (Lamport's bakery). Optuna's own heartbeats are no help: they are o
 """
 
 import contextlib
-import dataclasses
 import threading
 import time
 import warnings
@@ -54,9 +53,8 @@ def open_storage(url: str) -> BaseStorage:
     except ArgumentError as error:
         raise UserError(f"{option}: expected a file, redis://... or the URL of a database ({error}).") from error
     except OperationalError as error:
-        reason = (
-            str(error.orig).strip().splitlines()[0]
-        )  # of PostgreSQL several lines, with host, port and what to check
+        # Of PostgreSQL several lines, with host, port and what to check.
+        reason = str(error.orig).strip().splitlines()[0]
         raise UserError(
             f"{option}: the database does not answer ({reason}); start it, or check host and port."
         ) from error
@@ -79,19 +77,12 @@ def shown(url: str) -> str:
         return url.rpartition("@")[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """The study at one moment. records: by candidate's key, of all sweeps; taken: keys that other sweeps are at."""
-
-    records: dict[str, Trial]
-    taken: set[str]
-
-
 class SharedStudy:
     """A sweep's share in a study that others work on, too; call `close` at the end."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study, self._name = study, new_id()
+        self._attribute = f"beat:{self._name}"
         self._changed: dict[str, tuple[int, float]] = {}  # sweep -> its last beat, and when it was seen to change
         self._decoded: dict[int, Trial] = {}
         self._stop = threading.Event()
@@ -122,8 +113,8 @@ class SharedStudy:
         """Give a record to the other sweeps."""
         trial.set_user_attr(_RECORD, jsonl.encode(record))
 
-    def look(self) -> Seen:
-        """Return the study as it is now; frees what dead sweeps had."""
+    def look(self) -> tuple[dict[str, Trial], set[str]]:
+        """Return all sweeps' records by candidate's key, and the keys that others are at; frees what the dead had."""
         self._release_the_dead()
         records: dict[str, Trial] = {}
         taken: set[str] = set()
@@ -133,7 +124,7 @@ class SharedStudy:
                 records[key] = self._record_of(trial)
             elif trial.user_attrs[_SWEEP] != self._name:
                 taken.add(key)
-        return Seen(records, taken - records.keys())
+        return records, taken - records.keys()
 
     def _record_of(self, trial: FrozenTrial) -> Trial:
         if trial.number not in self._decoded:
@@ -167,7 +158,3 @@ class SharedStudy:
             beat += 1
             with contextlib.suppress(Exception):  # a network that fails for a while: the sweep itself will say so
                 self._study.set_user_attr(self._attribute, beat)
-
-    @property
-    def _attribute(self) -> str:
-        return f"beat:{self._name}"

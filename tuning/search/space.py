@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 from splash_attn.kernel import vmem_bytes_estimate
 from splash_attn.tuned import fit_block_q
@@ -43,6 +43,21 @@ class Candidates:
     pruned: dict[str, int]
 
 
+def listed(
+    choices: Mapping[str, tuple[Any, ...]], candidate_or_reason: Callable[[dict[str, Any]], Candidate | str]
+) -> Candidates:
+    """Return the candidates of all combinations of values; where a text stands for one, it says why it is left out."""
+    valid: dict[str, Candidate] = {}
+    pruned: collections.Counter[str] = collections.Counter()
+    for values in itertools.product(*choices.values()):
+        found = candidate_or_reason(dict(zip(choices, values, strict=True)))
+        if isinstance(found, str):
+            pruned[found] += 1
+        else:
+            valid.setdefault(found.key, found)
+    return Candidates(tuple(valid.values()), dict(pruned.most_common()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """Listed values of every parameter ("block_q", "variant.softmax", ...), and which candidates to try first.
@@ -57,6 +72,8 @@ class Space:
     choices: Mapping[str, tuple[Any, ...]]
     first: tuple[Mapping[str, Any], ...] = ()
     max_block_scores: int | None = None
+    #: Parameters with which the need for VMEM grows.
+    grows_with: ClassVar[tuple[str, ...]] = ("block_q", "block_kv")
 
     def __post_init__(self) -> None:
         variant_fields = tuple(VARIANT_PREFIX + field.name for field in dataclasses.fields(Variant))
@@ -78,11 +95,6 @@ class Space:
                 raise ValueError(f"space.first {parameter}={value!r}: expected one of {list(self.choices[parameter])}.")
 
     @property
-    def grows_with(self) -> tuple[str, ...]:
-        """Return the parameters with which the need for VMEM grows."""
-        return ("block_q", "block_kv")
-
-    @property
     def fingerprint(self) -> str:
         """Return what a study's name is made from; `first` and the name do not change what is searched."""
         choices = {name: list(values) for name, values in self.choices.items()}
@@ -102,16 +114,49 @@ class Space:
         }
 
     def candidate_of(self, parameters: Mapping[str, Any]) -> Candidate:
-        """Return the candidate of parameters; see the function of that name."""
-        return candidate_of(parameters)
+        """Return the candidate of parameters. Raises ValueError where BlockSizes or Variant refuses them."""
+        blocks = {name: parameters[name] for name in _BLOCK_FIELDS}
+        variant = {name.removeprefix(VARIANT_PREFIX): parameters[name] for name in parameters if name not in blocks}
+        return Candidate(BlockSizes(**blocks), Variant.from_dict(variant))
 
     def parameters_of(self, candidate: Candidate) -> dict[str, Any]:
-        """Return the parameters of a candidate; see the function of that name."""
-        return parameters_of(candidate, self)
+        """Return the parameters of a candidate that the space lists, so that `candidate_of` gives it back."""
+        variant = candidate.variant.to_dict()
+        assert candidate.block_sizes is not None
+        values = dataclasses.asdict(candidate.block_sizes) | {VARIANT_PREFIX + name: variant[name] for name in variant}
+        return {name: values[name] for name in self.choices}
 
     def candidates(self, workload: Workload, vmem_limit_bytes: int | None = None) -> Candidates:
-        """Return the candidates for a workload; see `enumerate_candidates`."""
-        return enumerate_candidates(self, workload.shape, vmem_limit_bytes, workload.itemsize)
+        """Return every candidate that is worth compiling for a workload, in the space's order.
+
+        vmem_limit_bytes: VMEM of one core; None leaves out the estimate.
+        """
+        return listed(self.choices, lambda named: self._candidate_or_reason(named, workload, vmem_limit_bytes))
+
+    def _candidate_or_reason(
+        self, parameters: Mapping[str, Any], workload: Workload, vmem_limit_bytes: int | None
+    ) -> Candidate | str:
+        """Return the candidate of parameters, or why it is left out, in words that group."""
+        if parameters["block_kv"] % parameters["block_kv_compute"]:
+            return "block_kv_compute does not divide block_kv"
+        try:
+            candidate = self.candidate_of(parameters)
+        except (ValueError, NotImplementedError) as error:
+            return f"not a kernel: {error}"
+        blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
+        assert blocks is not None
+        # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
+        if blocks.block_kv >= workload.shape.kv_seq_len + blocks.block_kv_compute:
+            return "block_kv longer than the padded kv sequence"
+        if unroll_q is not None and unroll_q >= blocks.block_q:
+            return "unroll_q is all of block_q, as with null"
+        limit = self.max_block_scores
+        if limit is not None and (unroll_q or blocks.block_q) * blocks.block_kv > limit:
+            return "more scores unrolled than space.max_block_scores"
+        vmem_bytes = vmem_bytes_estimate(workload.shape, blocks, candidate.variant, workload.itemsize)
+        if vmem_limit_bytes is not None and vmem_bytes > vmem_limit_bytes:
+            return "VMEM estimate over the device's"
+        return candidate
 
     def fitted_to(self, shape: AttentionShape) -> Self:
         """Return the space with each block_q the smallest that needs no more blocks; see `tuned.fit_block_q`."""
@@ -124,60 +169,3 @@ class Space:
         return dataclasses.replace(
             self, choices={**self.choices, "block_q": tuple(block_q)}, first=tuple(map(fitted, self.first))
         )
-
-
-def candidate_of(parameters: Mapping[str, Any]) -> Candidate:
-    """Return the candidate of parameters. Raises ValueError where BlockSizes or Variant refuses them."""
-    blocks = {name: parameters[name] for name in _BLOCK_FIELDS}
-    variant = {name.removeprefix(VARIANT_PREFIX): parameters[name] for name in parameters if name not in blocks}
-    return Candidate(BlockSizes(**blocks), Variant.from_dict(variant))
-
-
-def parameters_of(candidate: Candidate, space: Space) -> dict[str, Any]:
-    """Return the parameters of a candidate that the space lists, so that `candidate_of` gives it back."""
-    variant = candidate.variant.to_dict()
-    assert candidate.block_sizes is not None
-    values = dataclasses.asdict(candidate.block_sizes) | {VARIANT_PREFIX + name: variant[name] for name in variant}
-    return {name: values[name] for name in space.choices}
-
-
-def enumerate_candidates(
-    space: Space, shape: AttentionShape, vmem_limit_bytes: int | None = None, itemsize: int = 2
-) -> Candidates:
-    """Return every candidate of a space that is worth compiling for a shape, in the space's order.
-
-    vmem_limit_bytes: VMEM of one core; None leaves out the estimate, which is for elements of `itemsize` bytes.
-    """
-
-    def candidate_or_reason(parameters: Mapping[str, Any]) -> Candidate | str:
-        """Return the candidate of parameters, or why it is left out, in words that group."""
-        if parameters["block_kv"] % parameters["block_kv_compute"]:
-            return "block_kv_compute does not divide block_kv"
-        try:
-            candidate = candidate_of(parameters)
-        except (ValueError, NotImplementedError) as error:
-            return f"not a kernel: {error}"
-        blocks, unroll_q = candidate.block_sizes, candidate.variant.unroll_q
-        assert blocks is not None
-        # A block longer than the sequence is the same kernel as the block clamped to it, only with more padding.
-        if blocks.block_kv >= shape.kv_seq_len + blocks.block_kv_compute:
-            return "block_kv longer than the padded kv sequence"
-        if unroll_q is not None and unroll_q >= blocks.block_q:
-            return "unroll_q is all of block_q, as with null"
-        limit = space.max_block_scores
-        if limit is not None and (unroll_q or blocks.block_q) * blocks.block_kv > limit:
-            return "more scores unrolled than space.max_block_scores"
-        vmem_bytes = vmem_bytes_estimate(shape, blocks, candidate.variant, itemsize)
-        if vmem_limit_bytes is not None and vmem_bytes > vmem_limit_bytes:
-            return "VMEM estimate over the device's"
-        return candidate
-
-    valid: dict[str, Candidate] = {}
-    pruned: collections.Counter[str] = collections.Counter()
-    for values in itertools.product(*space.choices.values()):
-        found = candidate_or_reason(dict(zip(space.choices, values, strict=True)))
-        if isinstance(found, str):
-            pruned[found] += 1
-        else:
-            valid.setdefault(found.key, found)
-    return Candidates(tuple(valid.values()), dict(pruned.most_common()))

@@ -177,11 +177,11 @@ class Search:
 
     def _hear(self, shared: SharedStudy) -> None:
         """Take what other sweeps have told, and what they are at."""
-        seen = shared.look()
-        self._taken = seen.taken & self._valid.keys()
-        for key in seen.records.keys() - self.told.keys() - self._asked.keys():
+        records, taken = shared.look()
+        self._taken = taken & self._valid.keys()
+        for key in records.keys() - self.told.keys() - self._asked.keys():
             if key in self._valid:
-                self.told[key] = seen.records[key]
+                self.told[key] = records[key]
                 if self.told[key].status is Status.OUT_OF_MEMORY:
                     self._rule_out(self._valid[key])
 

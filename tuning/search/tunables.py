@@ -1,9 +1,7 @@
 """List the configurations of a kernel that is no attention: the product of its tunables, less what is not valid."""
 
-import collections
 import dataclasses
 import functools
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ import numpy as np
 from splash_workbench.errors import OF_USERS_CODE
 from tuning.kernels import Kernel, KernelError, loading
 from tuning.kernels.protocol import tunables
-from tuning.search.space import Candidate, Candidates
+from tuning.search.space import Candidate, Candidates, listed
 from tuning.trials.workloads import KernelCall
 
 #: More are not listed, for each is looked at before the search.
@@ -84,28 +82,25 @@ class TunableSpace:
         """Return the configurations that the kernel calls valid for a workload. Raises KernelError where it fails."""
         del vmem_limit_bytes  # the compiler says what does not fit
         workload = self.kernel.Workload(**call.sizes)
-        valid: list[Candidate] = []
-        pruned: collections.Counter[str] = collections.Counter()
-        for values in itertools.product(*self.choices.values()):
-            parameters = dict(zip(self.choices, values, strict=True))
-            try:
-                candidate = self.candidate_of(parameters)
-            except (ValueError, NotImplementedError) as error:
-                pruned[f"not a configuration: {error}"] += 1
-                continue
-            try:
-                verdict = self.kernel.is_valid(candidate.variant, workload)
-            except OF_USERS_CODE as error:
-                what = f"{self.name}.is_valid({candidate.variant})"
-                raise KernelError(f"{what}: {type(error).__name__}: {error}") from error
-            if not isinstance(verdict, str | bool | np.bool_):
-                what = f"{self.name}.is_valid({candidate.variant}) returns {verdict!r}"
-                raise KernelError(f"{what}: expected True, False, or a text that says why not.")
-            if not isinstance(verdict, str) and verdict:
-                valid.append(candidate)
-            else:
-                pruned[verdict if isinstance(verdict, str) else "refused by is_valid"] += 1
-        return Candidates(tuple(valid), dict(pruned.most_common()))
+        return listed(self.choices, lambda parameters: self._candidate_or_reason(parameters, workload))
+
+    def _candidate_or_reason(self, parameters: Mapping[str, Any], workload: Any) -> Candidate | str:
+        """Return the candidate of parameters, or why it is left out."""
+        try:
+            candidate = self.candidate_of(parameters)
+        except (ValueError, NotImplementedError) as error:
+            return f"not a configuration: {error}"
+        try:
+            verdict = self.kernel.is_valid(candidate.variant, workload)
+        except OF_USERS_CODE as error:
+            what = f"{self.name}.is_valid({candidate.variant})"
+            raise KernelError(f"{what}: {type(error).__name__}: {error}") from error
+        if isinstance(verdict, str):
+            return verdict
+        if not isinstance(verdict, bool | np.bool_):
+            what = f"{self.name}.is_valid({candidate.variant}) returns {verdict!r}"
+            raise KernelError(f"{what}: expected True, False, or a text that says why not.")
+        return candidate if verdict else "refused by is_valid"
 
 
 def call_of(kernel: Kernel[Any, Any], given: Mapping[str, Any]) -> KernelCall:

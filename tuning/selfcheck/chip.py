@@ -18,7 +18,7 @@ from splash_attn.api import Implementation
 from splash_workbench.accelerator import accelerator_visible
 from splash_workbench.program import Program
 from tuning.backends import device_times
-from tuning.backends.device_times import Measurement, NoDeviceTimesError, Run
+from tuning.backends.device_times import Measurement, NoDeviceTimesError
 
 #: Seconds of runs that are enough of one program, and the fewest and the most of them.
 _ENOUGH_S, _FEWEST, _MOST = 5.0, 2, 20
@@ -73,7 +73,7 @@ class Chip:
 
         kernel: text in the names of the ops whose time is told apart.
         """
-        (warm_up,) = _by_clock(run, 1)
+        (warm_up,) = device_times.by_wall_clock(run, 1)
         count = min(_MOST, max(_FEWEST, math.ceil(_ENOUGH_S * 1e3 / max(warm_up.time_ms, 1e-3))))
         notes: list[str] = []
         try:
@@ -81,7 +81,7 @@ class Chip:
                 raise NoDeviceTimesError("a CPU has no device plane in the profile")
             runs = device_times.runs_of(self.profile(run, count), count, kernel)
         except NoDeviceTimesError as error:
-            runs = _by_clock(run, count)
+            runs = device_times.by_wall_clock(run, count)
             notes.append(f"wall time, dispatch included: {error}")
         if len(runs) >= _TELLING:
             notes += device_times.quality_notes([each.time_ms for each in runs], _TARGET_CI_FRACTION)
@@ -159,12 +159,3 @@ def _maker(shape: tuple[int, ...], dtype: Any, sharding: Any, scale: float) -> A
         return (unit * (scale * math.sqrt(12))).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)
-
-
-def _by_clock(run: Callable[[], object], count: int) -> list[Run]:
-    runs = []
-    for _ in range(count):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        runs.append(Run((time.perf_counter() - start) * 1e3))
-    return runs

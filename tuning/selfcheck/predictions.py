@@ -5,7 +5,7 @@ A process that holds the chips cannot predict, and need not: these workers have 
 
 import concurrent.futures
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,15 +93,17 @@ class Predictions:
         if "predicted_ms" in result:
             time_ms, (low, high) = result["predicted_ms"], residuals.factors(device.name, result["shares"])
             return Predicted(time_ms=time_ms, interval_ms=(low * time_ms, high * time_ms), says=says)
-        return _predicted(result, says)
+        return _predicted(result["time_s"], result["interval_s"], says)
 
     def _shipped(self, task: Task) -> Predicted | None:
         """Return the prediction on record for the libtpu that predicts here, None without one."""
         version = libtpu.compiler_version()
         if task.part == "kernels":
+            asked = task.payload
+            blocks, variant = BlockSizes(**asked["block_sizes"]), Variant.from_dict(asked["options"])
+            call = (AttentionShape(**asked["shape"]), blocks, variant)
             for entry in tuned.load(self._found["device_kind"], tuned.TUNED_DIR):
-                same = (entry.block_sizes, entry.variant) == _variant_of(task.payload)
-                if same and entry.shape == AttentionShape(**task.payload["shape"]):
+                if (entry.shape, entry.block_sizes, entry.variant) == call:
                     origin = entry.provenance
                     if (origin.label, origin.versions.get("libtpu")) == ("predicted", version):
                         return Predicted(time_ms=origin.time_ms, says=f"tuned entry of {origin.created_at[:10]}")
@@ -134,17 +136,9 @@ def _job_of(task: Task, found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return _ROW_JOB, {"call": row.call, "device": found["device_kind"], "kept": None}
 
 
-def _variant_of(payload: Mapping[str, Any]) -> tuple[BlockSizes, Variant]:
-    return BlockSizes(**payload["block_sizes"]), Variant.from_dict(payload["options"])
-
-
-def _predicted(result: Mapping[str, Any], says: str) -> Predicted:
-    interval = result["interval_s"]
-    return Predicted(
-        time_ms=result["time_s"] * 1e3,
-        interval_ms=(interval[0] * 1e3, interval[1] * 1e3) if interval else None,
-        says=says,
-    )
+def _predicted(time_s: float, interval_s: Sequence[float] | None, says: str) -> Predicted:
+    interval_ms = (interval_s[0] * 1e3, interval_s[1] * 1e3) if interval_s else None
+    return Predicted(time_ms=time_s * 1e3, interval_ms=interval_ms, says=says)
 
 
 def _why_not(found: Mapping[str, Any]) -> str | None:
@@ -171,6 +165,5 @@ def _recorded(path: Path, task: Task, topology: str | None, version: str | None)
             continue
         if record.environment.versions.get("libtpu") == version:
             program = stage.programs[-1] if task.part == "vae" else stage
-            made = {"time_s": program.time_s, "interval_s": program.interval_s}
-            return _predicted(made, f"record of {record.created_at[:10]}")
+            return _predicted(program.time_s, program.interval_s, f"record of {record.created_at[:10]}")
     return None

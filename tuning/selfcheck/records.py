@@ -82,9 +82,9 @@ class TimedRow(msgspec.Struct, frozen=True, kw_only=True):
             return "not judged: wall time, dispatch included"
         if predicted.interval_ms is None:
             return f"predicted {predicted.time_ms / self.time_ms - 1:+.1%}; no interval is stated"
-        low, high = predicted.interval_ms
-        if low <= self.time_ms <= high:
+        if self.inside:
             return "within the interval"
+        low, high = predicted.interval_ms
         end, side = (low, "under") if self.time_ms < low else (high, "over")
         return f"outside by {abs(self.time_ms / end - 1):.1%}, {side} it"
 

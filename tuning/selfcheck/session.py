@@ -81,14 +81,9 @@ class Session:
         wanted = self._wanted(parts)
         self._leave_out({part.name: "not asked for" for part in parts if part not in wanted})
         ready = [(part, tasks) for part in wanted if (tasks := self._tasks_of(part))]
-        predictions = Predictions(
-            self.found.environment,
-            Path(self._work.name) / "predictions",
-            max(1, worker_count(None) - 1),
-            self.timeout_s,
-        )
+        folder, workers = Path(self._work.name) / "predictions", max(1, worker_count(None) - 1)
         predicted = {row.task for row in self.found.rows if row.predicted.time_ms is not None}
-        with predictions:
+        with Predictions(self.found.environment, folder, workers, self.timeout_s) as predictions:
             for _, tasks in reversed(ready):  # the stages, which take longest, first
                 for task in (task for task in tasks if task.id not in predicted):
                     self._tasks[task.id] = task
@@ -96,8 +91,7 @@ class Session:
             for index, (part, tasks) in enumerate(ready):
                 self._run_part(part, tasks, [part for part, _ in ready[index:]])
             self.say("waiting for predictions")
-            rows = tuple(self._with_prediction(row, predictions) for row in self.found.rows)
-            self._update(rows=rows)
+            self._update(rows=tuple(self._with_prediction(row, predictions) for row in self.found.rows))
 
     def _wanted(self, parts: Sequence[Part]) -> list[Part]:
         return [part for part in parts if part.name in self.parts]
@@ -130,13 +124,10 @@ class Session:
         if limit_s <= 0:
             return Outcome(Status.TIMEOUT, {}, f"the {share_s:.0f} s of this part were over before it began", "", 0.0)
         # JAX goes on with the CPU where it cannot have the chips, unless it is told that it must.
-        must = {"JAX_PLATFORMS": "tpu,cpu"} if self._on_tpu and not os.environ.get("JAX_PLATFORMS") else {}
+        on_tpu = self.found.environment.get("platform") == "tpu"
+        must = {"JAX_PLATFORMS": "tpu,cpu"} if on_tpu and not os.environ.get("JAX_PLATFORMS") else {}
         payload = task.payload | {"chip": self.chip}
         return runner.run(task.job, payload, timeout_s=limit_s, variables=lambda folder: must)
-
-    @property
-    def _on_tpu(self) -> bool:
-        return self.found.environment.get("platform") == "tpu"
 
     @property
     def _left_s(self) -> float:

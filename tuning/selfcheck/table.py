@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from splash_workbench import cli
 from tuning.selfcheck.records import SelfCheck, TimedRow
 
 _COLUMNS = ("part", "what", "measured ms", "predicted ms", "interval ms", "reported ms", "verdict")
@@ -17,7 +18,7 @@ def lines(found: SelfCheck) -> Iterator[str]:
         yield from (f"  {check.name}: {check.says}" for check in found.checks)
     if found.rows:
         yield ""
-        yield from _table(found)
+        yield from cli.aligned([_COLUMNS, *map(_cells, found.rows)], _LEFT_ALIGNED)
         yield from (f"  {row.task}: {note}" for row in found.rows for note in row.notes)
     if found.failures:
         yield "\nfailed:"
@@ -48,17 +49,6 @@ def _environment(found: SelfCheck) -> Iterator[str]:
     known = [f"{title} {about[name] / 2**30:.1f} GiB" for title, name in free.items() if about[name] is not None]
     yield f"free: {', '.join(known)}"
     yield from (f"{name}={value}" for name, value in about["flags"].items())
-
-
-def _table(found: SelfCheck) -> Iterator[str]:
-    cells = [_COLUMNS, *map(_cells, found.rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        aligned = (
-            cell.ljust(width) if index in _LEFT_ALIGNED else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(aligned).rstrip()
 
 
 def _cells(row: TimedRow) -> tuple[str, ...]:

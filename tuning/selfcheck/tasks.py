@@ -67,12 +67,6 @@ class Part:
     left_out: Callable[[Mapping[str, Any]], str | None] = lambda found: None
 
 
-def environment_tasks(found: Mapping[str, Any]) -> list[Task]:
-    """Return the look at the machine, on which all others depend."""
-    del found
-    return [Task("environment", "chips and versions", f"{_JOBS}:environment", {})]
-
-
 def numerics_tasks(found: Mapping[str, Any]) -> list[Task]:
     """Return a check of each softmax, and of int8, for both widths of heads and both dtypes."""
     on_tpu = found["platform"] == "tpu"
@@ -182,8 +176,10 @@ def _no_programs(found: Mapping[str, Any]) -> str | None:
     return None if "tokamax" in found["versions"] else "needs tokamax; pip install 'cogvideox-splash[peers]'"
 
 
+#: The look at the machine, on which all others depend.
+ENVIRONMENT = Task("environment", "chips and versions", f"{_JOBS}:environment", {})
 PARTS = (
-    Part("environment", 60, environment_tasks),
+    Part("environment", 60, lambda found: [ENVIRONMENT]),
     Part("numerics", 80, numerics_tasks),
     Part("kernels", 100, kernel_tasks, _no_kernels),
     Part("programs", 130, row_tasks, _no_programs),

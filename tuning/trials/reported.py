@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import msgspec
 
@@ -70,9 +70,6 @@ class ReportedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layouts = "".join("s" if x == "SEQ_MINOR" else "h" for x in (self.q_layout, self.k_layout, self.v_layout))
         scheduler = " lp" if self.lp_llo_scheduler else ""
         return f"{self.block_q}/{self.block_kv}/{self.block_kv_compute} {layouts}{scheduler}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ReportedRow.__struct_fields__}
 
 
 class Reported(msgspec.Struct, frozen=True):

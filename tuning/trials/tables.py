@@ -165,7 +165,7 @@ def _row(trial: Trial) -> dict[str, Any]:
 def _common_options(trials: Sequence[Trial]) -> dict[str, Any]:
     """Return the fields of the variant that all trials have alike."""
     first, *others = (trial.variant for trial in trials)
-    return {name: v for name, v in first.items() if all(name in other and other[name] == v for other in others)}
+    return {name: v for name, v in first.items() if all((name, v) in other.items() for other in others)}
 
 
 def _shorten(error: str) -> str:

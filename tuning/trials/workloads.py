@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from omegaconf import OmegaConf
 
@@ -32,6 +32,7 @@ class Workload:
     name: str
     shape: AttentionShape
     dtype: str
+    sizes: ClassVar[Mapping[str, Any]] = {}  # the shape says all
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,11 +50,6 @@ class Workload:
     def call(self) -> str:
         """What is called, in one word."""
         return str(self.shape)
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Return nothing: the shape says all."""
-        return {}
 
     @property
     def itemsize(self) -> int:

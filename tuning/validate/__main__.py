@@ -19,7 +19,7 @@ from splash_workbench.workers.room import check_timeout_s, worker_count
 from tuning.trials import records
 from tuning.trials.figures import save_png
 from tuning.validate import sets, table
-from tuning.validate.agreement import Pair, pairs_of, parity, summarize
+from tuning.validate.agreement import pairs_of, parity, summarize
 from tuning.validate.record import Validation
 from tuning.validate.rows import MeasuredRow, read, read_shipped
 from tuning.validate.run import compare, compiler_of, fetch_compiler, fetch_compilers
@@ -71,13 +71,6 @@ def _lines(validation: Validation) -> list[str]:
     return lines
 
 
-def _draw(pairs: list[Pair], path: Path) -> str | None:
-    if not pairs:
-        return None
-    save_png(parity(pairs), path)
-    return str(path)
-
-
 def _checked_compiler(chosen: str | None) -> str | None:
     """Return the libtpu that compiles all rows, fetched if need be; None: each row's own. Raises UserError."""
     if chosen is None:
@@ -126,6 +119,9 @@ def main(settings: ValidateSchema) -> int:
             compiler_of=compiler_of if chosen_compiler is None else lambda row: chosen_compiler,
         )
     pairs = [*(pair for row in comparisons if (pair := row.pair)), *measured]
+    picture = directory / f"{name}.png" if pairs else None
+    if picture:
+        save_png(parity(pairs), picture)
     validation = Validation.of(
         name,
         comparisons,
@@ -135,13 +131,13 @@ def main(settings: ValidateSchema) -> int:
             **jsonl.encode(summarize(measured)),
             "rows": [jsonl.encode(pair) | {"ratio": pair.ratio} for pair in measured],
         },
-        picture=_draw(pairs, directory / f"{name}.png"),
+        picture=str(picture) if picture else None,
     )
     print("\n".join([*_lines(validation), *table.measured_lines(measured, results_dir)]))
     if cache and cache.trouble:
         print(cache.trouble)
-    if validation.picture:
-        print(f"picture: {validation.picture}")
+    if picture:
+        print(f"picture: {picture}")
     write_json(directory / f"{name}.json", jsonl.encode(validation))
     print(f"record: {directory / f'{name}.json'}")
     cli.write_json(settings.json, jsonl.encode(validation))

@@ -77,15 +77,12 @@ class RowPrediction(msgspec.Struct, frozen=True, kw_only=True):
         sums: dict[str, float] = {}
         for op in ops:
             sums[op.category] = sums.get(op.category, 0.0) + op.time_s
+        longest_first = sorted(sums.items(), key=lambda item: -item[1])
         return cls(
             predicted_ms=prediction.time_s * 1e3,
             bound=ops[0].bound if ops else "compute",
             bottleneck=ops[0].bottleneck if ops else "scalar unit",
-            shares={
-                name: time_s / prediction.time_s
-                for name, time_s in sorted(sums.items(), key=lambda item: -item[1])
-                if time_s
-            },
+            shares={name: time_s / prediction.time_s for name, time_s in longest_first if time_s},
             ops=tuple(OpTime(op.name, op.time_s, op.cycles, op.bound) for op in ops[:_OPS_KEPT]),
             unresolved=tuple(text[:200] for text in prediction.unresolved[:_UNRESOLVED_KEPT]),
             unresolved_count=len(prediction.unresolved),

@@ -89,7 +89,7 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
         """Arrays and sizes in one string for tables; what is at its default says nothing."""
         if self.op == SPLASH:
             return self.splash.shape
-        shown = {name: value for name, value in self.arguments.items() if name not in _UNSAID and _says(value)}
+        shown = {name: value for name, value in self.arguments.items() if name not in _UNSAID and value}
         return " ".join(_described(name, value) for name, value in shown.items())
 
     @property
@@ -106,15 +106,11 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
         return ReportedRow(**self.arguments, median_time_ms=1.0)
 
 
-def _says(value: Any) -> bool:
-    return value is not None and value is not False and value not in (0.0, "", [], {})
-
-
 def _described(name: str, value: Any) -> str:
     if name == "ragged_dot_dimension_numbers" and isinstance(value, Mapping):
         name, value = "contracted", value["dot_dimension_numbers"][0]
     if isinstance(value, Mapping):
-        inside = [_described(key, item) for key, item in value.items() if _says(item)]
+        inside = [_described(key, item) for key, item in value.items() if item]
         return f"{name}({' '.join(inside)})"
     if isinstance(value, list) and len(value) > 4:
         return f"{name}=[{len(value)}]"
@@ -302,7 +298,7 @@ def _splash_rows(path: Path) -> list[MeasuredRow]:
             source=reported.source,
             device_kind=reported.device_kind,
             op=SPLASH,
-            arguments={name: value for name, value in row.to_dict().items() if name != "median_time_ms"},
+            arguments={n: value for n, value in msgspec.structs.asdict(row).items() if n != "median_time_ms"},
             times_ms=(row.median_time_ms,),
         )
         for number, row in enumerate(reported.rows)

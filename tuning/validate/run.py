@@ -34,9 +34,6 @@ SOURCES = (*offline_tpu.SOURCES, "tuning/validate/job.py", *MAKERS)
 #: load of VMEM bundle by bundle, which takes long where kernels are unrolled.
 _SLOW = {"0.0.45": ("TPU7x", re.compile(r"pallas_mosaic_tpu_flash_attention(_vjp)?"))}
 
-#: Which libtpu compiles a row: its version.
-CompilerOf = Callable[[MeasuredRow], str]
-
 
 def compiler_of(row: MeasuredRow) -> str:
     """Return the libtpu that a row was timed with, where it is here and takes no minutes; else that of predictions.
@@ -105,11 +102,12 @@ def compare(
     progress: bool = False,
     dumps: Path | None = None,
     limit_s: float | None = None,
-    compiler_of: CompilerOf = compiler_of,
+    compiler_of: Callable[[MeasuredRow], str] = compiler_of,
 ) -> list[Comparison]:
     """Predict every row. A row without a prediction is in the list too, and says why.
 
     dumps: folder to keep the compiler's dumps in, and to read them from: a change of the model needs no compiling then.
+    compiler_of: row -> the version of libtpu that compiles it.
     limit_s: seconds after which no row is begun any more; those left are listed as not tried. None: all are.
     Outcomes that would be the same again are in the cache as soon as they are there: a run that was killed goes on.
     """

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from splash_workbench import cli
 from tuning.validate.agreement import Pair, Summary, summarize
 from tuning.validate.record import LISTED_ERROR, Comparison, Validation
 
@@ -16,14 +17,7 @@ def group_lines(validation: Validation) -> list[str]:
     groups = [*validation.groups, *validation.chips]
     rows = [_HEAD, *((group.op, group.device_kind, *_figures(group, group.other_memory_count)) for group in groups)]
     rows.append(("all", "", *_figures(validation, sum(group.other_memory_count for group in validation.groups))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number < 2 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return cli.aligned(rows, left=(0, 1))
 
 
 def _figures(summary: Summary, others: int) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class CogVideoXTPUToLatent(io.ComfyNode):
         return node_schema("CogVideoXTPUToLatent", [(LatentsIO, "latents", {})], [io.Latent])
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, latents: Any) -> io.NodeOutput:
         return io.NodeOutput(exchange.to_native(latents))
 
@@ -30,86 +30,67 @@ class CogVideoXTPUFromLatent(io.ComfyNode):
         return node_schema("CogVideoXTPUFromLatent", inputs, [LatentsIO])
 
     @classmethod
-    @settings.in_widget_terms
-    def execute(cls, samples: Any, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
-        return io.NodeOutput(exchange.from_native(samples, **values))
+    @settings.checked_widgets
+    def execute(cls, samples: Any, model_id: str, dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(exchange.from_native(samples, model_id, dtype))
 
 
-def _savenode_schema(node_id: str, kind: Any, name: str) -> io.Schema:
-    prefix = (io.String, "filename_prefix", {"default": f"{name}/CogVideoX"})
-    return node_schema(node_id, [(kind, name, {}), prefix], [], is_output_node=True)
+class _SaveNode(io.ComfyNode):
+    """A value -> a file. node_id: of the node; kind, name: of the value."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        prefix = (io.String, "filename_prefix", {"default": f"{cls.name}/CogVideoX"})
+        return node_schema(cls.node_id, [(cls.kind, cls.name, {}), prefix], [], is_output_node=True)
+
+    @classmethod
+    @settings.checked_widgets
+    def execute(cls, filename_prefix: str, **value: Any) -> io.NodeOutput:
+        saved = exchange.save(value[cls.name], filename_prefix)
+        return io.NodeOutput(ui=host.show(cls.hidden.unique_id, saved))
 
 
-class CogVideoXTPUSaveEmbeddings(io.ComfyNode):
+class _LoadNode(io.ComfyNode):
+    """A file -> a value. node_id: of the node; kind, name: of the value."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = host.saved_files(exchange.SUFFIXES[cls.name]) or [settings.NO_FILE]
+        return node_schema(cls.node_id, [combo("file", files)], [cls.kind])
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        """A file that is written anew is read anew."""
+        return host.file_version(file, exchange.SUFFIXES[cls.name])
+
+    @classmethod
+    @settings.checked_widgets
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(exchange.load(file, cls.name))
+
+
+class CogVideoXTPUSaveEmbeddings(_SaveNode):
     """Embeddings -> a file."""
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _savenode_schema("CogVideoXTPUSaveEmbeddings", EmbedsIO, "embeddings")
-
-    @classmethod
-    @settings.in_widget_terms
-    def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        name = exchange.save(embeddings, **settings.checked_widgets(cls.define_schema(), values))
-        return io.NodeOutput(ui=host.show(cls.hidden.unique_id, name))
+    node_id, kind, name = "CogVideoXTPUSaveEmbeddings", EmbedsIO, "embeddings"
 
 
-class CogVideoXTPUSaveLatents(io.ComfyNode):
+class CogVideoXTPUSaveLatents(_SaveNode):
     """Latents -> a file."""
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _savenode_schema("CogVideoXTPUSaveLatents", LatentsIO, "latents")
-
-    @classmethod
-    @settings.in_widget_terms
-    def execute(cls, latents: Any, **values: Any) -> io.NodeOutput:
-        name = exchange.save(latents, **settings.checked_widgets(cls.define_schema(), values))
-        return io.NodeOutput(ui=host.show(cls.hidden.unique_id, name))
+    node_id, kind, name = "CogVideoXTPUSaveLatents", LatentsIO, "latents"
 
 
-def _loadnode_schema(node_id: str, kind: Any, name: str) -> io.Schema:
-    files = host.saved_files(exchange.SUFFIXES[name]) or [settings.NO_FILE]
-    return node_schema(node_id, [combo("file", files)], [kind])
-
-
-class CogVideoXTPULoadEmbeddings(io.ComfyNode):
+class CogVideoXTPULoadEmbeddings(_LoadNode):
     """A file -> embeddings."""
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _loadnode_schema("CogVideoXTPULoadEmbeddings", EmbedsIO, "embeddings")
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        """A file that is written anew is read anew."""
-        return host.file_version(file, exchange.SUFFIXES["embeddings"])
-
-    @classmethod
-    @settings.in_widget_terms
-    def execute(cls, **values: Any) -> io.NodeOutput:
-        file = settings.checked_widgets(cls.define_schema(), values)["file"]
-        return io.NodeOutput(exchange.load(file, "embeddings"))
+    node_id, kind, name = "CogVideoXTPULoadEmbeddings", EmbedsIO, "embeddings"
 
 
-class CogVideoXTPULoadLatents(io.ComfyNode):
+class CogVideoXTPULoadLatents(_LoadNode):
     """A file -> latents."""
 
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _loadnode_schema("CogVideoXTPULoadLatents", LatentsIO, "latents")
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        """A file that is written anew is read anew."""
-        return host.file_version(file, exchange.SUFFIXES["latents"])
-
-    @classmethod
-    @settings.in_widget_terms
-    def execute(cls, **values: Any) -> io.NodeOutput:
-        file = settings.checked_widgets(cls.define_schema(), values)["file"]
-        return io.NodeOutput(exchange.load(file, "latents"))
+    node_id, kind, name = "CogVideoXTPULoadLatents", LatentsIO, "latents"
 
 
 NODES: list[type[io.ComfyNode]] = [

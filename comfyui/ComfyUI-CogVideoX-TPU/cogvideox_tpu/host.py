@@ -55,11 +55,6 @@ def file_version(name: str, suffix: str) -> str:
     return f"{path.stat().st_mtime_ns} {path.stat().st_size}" if path else ""
 
 
-def interrupt_if_asked() -> None:
-    """Raise ComfyUI's InterruptProcessingException once the user has pressed Cancel."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
 class NodeProgress:
     """A `pipeline.stages.progress.Progress` that shows on a node what it is doing, and stops it when the user asks.
 
@@ -75,7 +70,7 @@ class NodeProgress:
         self._step_times_s: list[float] = []
 
     def __call__(self, event: Any) -> None:
-        interrupt_if_asked()
+        comfy.model_management.throw_exception_if_processing_interrupted()
         if event.phase != "run":
             self.say(f"{event.stage}: {_DOING[event.phase]} ...")
         elif event.step == 0:

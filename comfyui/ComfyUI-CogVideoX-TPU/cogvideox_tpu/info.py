@@ -6,12 +6,8 @@ from typing import Any
 
 from . import settings
 
-DEVICE_KINDS = (
-    "TPU v6 lite",
-    "TPU v5 lite",
-    "TPU v5",
-    "TPU7x",
-)  # v6e, v5e, v5p, v7x: offline_tpu.machine.devices's; the tests compare them
+#: v6e, v5e, v5p, v7x: those of offline_tpu.machine.devices; the tests compare them.
+DEVICE_KINDS = ("TPU v6 lite", "TPU v5 lite", "TPU v5", "TPU7x")
 _TIMEOUT_S = 1200.0
 
 

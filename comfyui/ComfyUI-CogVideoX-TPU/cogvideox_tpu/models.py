@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 _HELD_FRACTION = 0.5
 
 _stages: dict[Hashable, Any] = {}  # least recently used first
-_droppers: list[Callable[[], None]] = []
+#: What `release` calls, too, so that other modules drop what they keep.
+on_release: list[Callable[[], None]] = []
 
 
 def loaded_stage(key: Hashable, load: Callable[[], Any]) -> Any:
@@ -30,16 +31,11 @@ def loaded_stage(key: Hashable, load: Callable[[], Any]) -> Any:
     return stage
 
 
-def call_when_released(drop: Callable[[], None]) -> None:
-    """Have `release` also drop what another module keeps."""
-    _droppers.append(drop)
-
-
 def release() -> None:
     """Drop every stage: weights and compiled programs."""
     if _stages:
         logger.info("freeing %d loaded stages", len(_stages))
-    for drop in (_stages.clear, *_droppers):
+    for drop in (_stages.clear, *on_release):
         drop()
     gc.collect()  # torch modules are cyclic
 

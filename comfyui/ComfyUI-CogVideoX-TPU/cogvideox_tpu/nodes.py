@@ -46,9 +46,8 @@ class CogVideoXTextEncoder(io.ComfyNode):
         return node_schema("CogVideoXTextEncoder", inputs, [EmbedsIO])
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
         return io.NodeOutput(stages.encode(**values, progress=NodeProgress(cls.hidden.unique_id)))
 
 
@@ -60,9 +59,9 @@ class CogVideoXTPUModel(io.ComfyNode):
         return node_schema("CogVideoXTPUModel", [combo("model", settings.model_ids())], [io.String])
 
     @classmethod
-    @settings.in_widget_terms
-    def execute(cls, **values: Any) -> io.NodeOutput:
-        return io.NodeOutput(settings.checked_widgets(cls.define_schema(), values)["model"])
+    @settings.checked_widgets
+    def execute(cls, model: str) -> io.NodeOutput:
+        return io.NodeOutput(model)
 
 
 class CogVideoXTPUImage(io.ComfyNode):
@@ -75,9 +74,8 @@ class CogVideoXTPUImage(io.ComfyNode):
         return node_schema("CogVideoXTPUImage", inputs, [EmbedsIO])
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
         return io.NodeOutput(dataclasses.replace(embeddings, **values))
 
 
@@ -91,9 +89,8 @@ class CogVideoXTPUVideo(io.ComfyNode):
         return node_schema("CogVideoXTPUVideo", inputs, [EmbedsIO])
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, embeddings: Any, images: Any, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
         return io.NodeOutput(dataclasses.replace(embeddings, video=images, **values))
 
 
@@ -111,10 +108,9 @@ class CogVideoXTPULora(io.ComfyNode):
         return node_schema("CogVideoXTPULora", inputs, [EmbedsIO])
 
     @classmethod
-    @settings.in_widget_terms
-    def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
-        return io.NodeOutput(stages.with_lora(embeddings, values["lora_name"], values["strength"]))
+    @settings.checked_widgets
+    def execute(cls, embeddings: Any, lora_name: str, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(stages.with_lora(embeddings, lora_name, strength))
 
 
 class CogVideoXTPUSampler(io.ComfyNode):
@@ -137,20 +133,21 @@ class CogVideoXTPUSampler(io.ComfyNode):
         return node_schema("CogVideoXTPUSampler", inputs, [LatentsIO])
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def check_lazy_status(cls, embeddings: Any = None, **values: Any) -> list[str]:
         """Ask for the embeddings once all other values are known to be good."""
-        stages.sampling_request(embeddings, **settings.checked_widgets(cls.define_schema(), values))
+        stages.sampling_request(embeddings, **values)
         return ["embeddings"] if embeddings is None else []
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
+        from pipeline.checkpoints.checks import size_warning
+
         request, parallel = stages.sampling_request(embeddings, **values)
         progress = NodeProgress(cls.hidden.unique_id, embeddings.checkpoint)
         latents = stages.denoise(embeddings, request, parallel, progress)
-        if warning := stages.size_warning(request):
+        if warning := size_warning(request):
             progress.say(warning)  # last, so that it stays there
         return io.NodeOutput(latents)
 
@@ -165,9 +162,8 @@ class CogVideoXTPUVAEDecoder(io.ComfyNode):
         return node_schema("CogVideoXTPUVAEDecoder", inputs, [io.Image, io.Float])
 
     @classmethod
-    @settings.in_widget_terms
-    def execute(cls, latents: Any, **values: Any) -> io.NodeOutput:
-        fps = settings.checked_widgets(cls.define_schema(), values)["fps"]
+    @settings.checked_widgets
+    def execute(cls, latents: Any, fps: float) -> io.NodeOutput:
         return io.NodeOutput(stages.decode(latents, NodeProgress(cls.hidden.unique_id)), float(fps))
 
 
@@ -192,9 +188,8 @@ class CogVideoXTPUInfo(io.ComfyNode):
         return info.tuned_version(device)
 
     @classmethod
-    @settings.in_widget_terms
+    @settings.checked_widgets
     def execute(cls, **values: Any) -> io.NodeOutput:
-        values = settings.checked_widgets(cls.define_schema(), values)
         report = info.report(**values, say=NodeProgress(cls.hidden.unique_id).say)
         return io.NodeOutput(report, ui=host.show(cls.hidden.unique_id, report))
 

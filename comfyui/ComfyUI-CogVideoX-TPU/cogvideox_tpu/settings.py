@@ -167,20 +167,23 @@ def _first_on_path(root: str | None) -> Iterator[None]:
         sys.path[:] = before
 
 
-def in_widget_terms(execute: _Function) -> _Function:
-    """Have the errors of a node name its widgets, not the keys of the command line."""
+def checked_widgets(execute: _Function) -> _Function:
+    """Have a node check the values of its widgets, and its errors name these, not the keys of the command line.
+
+    Optional widgets that a workflow leaves out get their defaults. Raises RequestError.
+    """
 
     @functools.wraps(execute)
-    def translated(*arguments: Any, **values: Any) -> Any:
+    def checked(node: Any, *linked: Any, **values: Any) -> Any:
         require_packages()
         from splash_workbench.errors import UserError
 
         try:
-            return execute(*arguments, **values)
+            return execute(node, *linked, **_checked(node.define_schema(), values))
         except UserError as error:
             raise type(error)(*map(_in_widget_terms, error.messages)) from error
 
-    return translated  # type: ignore[return-value]
+    return checked  # type: ignore[return-value]
 
 
 def _in_widget_terms(message: str) -> str:
@@ -203,11 +206,8 @@ def model_ids() -> list[str]:
     return [*PUBLISHED, *TINY_MODELS, *found.values()]
 
 
-def checked_widgets(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a node's widgets, with the defaults of optional ones that a workflow leaves out.
-
-    ComfyUI does not check a value that comes over a link. Raises RequestError.
-    """
+def _checked(schema: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a node's inputs with defaults. ComfyUI does not check a value that comes over a link."""
     from pipeline.requests.errors import RequestError
 
     checked = dict(values)
@@ -254,8 +254,6 @@ def find_checkpoint(model_id: str) -> Any:
 
 
 def _local_folder(model_id: str) -> Path | None:
-    if not model_id:
-        return None
     for root in host.model_folders():
         root = Path(os.path.abspath(root))
         folder = Path(os.path.abspath(root / model_id))
@@ -285,13 +283,6 @@ def attention_options(kernel: str) -> Any:
         variant=Variant(softmax=softmax) if softmax else None,  # type: ignore[arg-type]
         qk_dtype=qk_dtype,  # type: ignore[arg-type]
     )
-
-
-def cache_options(cache: str) -> Any:
-    """Return the `pipeline.requests.reuse.CacheOptions` of a cache's name."""
-    from pipeline.requests.reuse import CacheOptions
-
-    return CacheOptions(**CACHES[cache])
 
 
 def parallel_options(parallel_plan: str, num_devices: int) -> Any:

@@ -89,7 +89,7 @@ class Latents:
 
 #: Decoded frames, as long as ComfyUI keeps the latents: another fps runs the decoder's node, not the decoder.
 _frames: weakref.WeakKeyDictionary[Latents, torch.Tensor] = weakref.WeakKeyDictionary()
-models.call_when_released(_frames.clear)
+models.on_release.append(_frames.clear)
 
 
 @contextlib.contextmanager
@@ -143,20 +143,14 @@ def sampling_request(
     embeds: None while the text is not encoded yet. Raises RequestError.
     """
     from pipeline.requests.request import GenerateRequest
+    from pipeline.requests.reuse import CacheOptions
 
     of_text: dict[str, Any] = {"prompt": "not known yet"} if embeds is None else embeds.fields
-    options = {"attention": settings.attention_options(kernel), "cache": settings.cache_options(cache)}
+    options = {"attention": settings.attention_options(kernel), "cache": CacheOptions(**settings.CACHES[cache])}
     request = GenerateRequest(**of_text, **fields, **options)
     parallel = settings.parallel_options(parallel_plan, num_devices)
     settings.check_devices(request.attention, parallel)
     return request, parallel
-
-
-def size_warning(request: Any) -> str | None:
-    """Return what to say of a size that the model was not trained for."""
-    from pipeline.checkpoints import checks
-
-    return checks.size_warning(request)
 
 
 def denoise(embeds: Embeds, request: Any, parallel: Any, progress: Any) -> Latents:

@@ -34,8 +34,8 @@ def wall_clock(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
     def set_durations(*durations_s: float) -> None:
         times = itertools.accumulate(itertools.chain.from_iterable((1.0, d) for d in itertools.cycle(durations_s)))
-        real = module._by_wall_clock
-        monkeypatch.setattr(module, "_by_wall_clock", lambda run, count: real(run, count, lambda: next(times)))
+        real = module.by_wall_clock
+        monkeypatch.setattr(module, "by_wall_clock", lambda run, count: real(run, count, lambda: next(times)))
 
     return set_durations
 

@@ -8,7 +8,7 @@ import pytest
 from splash_workbench.provenance import capture
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Label
-from sweeps import quiet, user_defaults
+from sweeps import quiet, user_config
 from tuning import sweep
 from tuning.kernels import loading
 from tuning.search.kernel_settings import kernel_settings
@@ -21,7 +21,8 @@ def _swept(name: str, folder: Path, **changes: Any) -> sweep.SweepResult:
     kernel = loading.find(f"{Path(__file__).with_name('scaled.py')}:{name}")
     space = {"block": (16,), "add_first": (True, False)}
     return sweep.sweep(
-        kernel_settings(kernel, {"rows": 64}, **user_defaults(space=space, results_dir=folder) | changes), report=quiet
+        kernel_settings(kernel, user_config(workload={"rows": 64}, space=space, results_dir=str(folder), **changes)),
+        report=quiet,
     )
 
 

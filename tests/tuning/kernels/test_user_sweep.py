@@ -12,7 +12,7 @@ import pytest
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Outcome, Runner
-from sweeps import quiet, user_defaults, with_job
+from sweeps import quiet, user_config, with_job
 from tuning import hparams, kernel_sweeps, sweep
 from tuning.autotune import Best, autotune
 from tuning.kernels import KernelError, loading, promoted
@@ -168,7 +168,7 @@ def test_what_a_bound_is_made_of_is_checked(method: str, message: str, monkeypat
     wrong = {"flops": lambda self, workload: -1, "hbm_bytes": lambda self, workload: "many"}
     wrong["reference"] = lambda self, x: x * (1 // 0)
     monkeypatch.setattr(type(kernel), method, wrong[method])
-    made = kernel_settings(kernel, {}, **user_defaults())
+    made = kernel_settings(kernel, user_config())
     with pytest.raises(UserError, match=message):
         kernel_sweeps.bound_ms(made, made.backend.find_target("v6e"))
 
@@ -197,7 +197,7 @@ def test_a_worker_lost_at_the_look_is_tried_again_once(tmp_path: Path, monkeypat
 
 def test_sys_exit_in_a_kernel_does_not_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = loading.find(SCALED)
-    made = kernel_settings(kernel, {}, **user_defaults())
+    made = kernel_settings(kernel, user_config())
     monkeypatch.setattr(type(kernel), "is_valid", lambda *args: sys.exit(0))
     with pytest.raises(KernelError, match=r"Scaled\.is_valid\(Config\(.*\): SystemExit: 0"):
         made.space.candidates(made.workload)
@@ -221,7 +221,7 @@ def test_damaged_tuned_entries_are_refused_before_any_work(tmp_path: Path, conte
 
 def test_a_gpus_kernel_is_not_predicted() -> None:
     with pytest.raises(KernelError, match="GpuAttention is for a GPU: backend=offline predicts TPUs"):
-        kernel_settings(_gpu(), {}, **user_defaults(backend="offline"))
+        kernel_settings(_gpu(), user_config(backend="offline"))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_gpus_kernel_is_not_predicted() -> None:
     [("abort", Status.CRASHED), pytest.param("out_of_memory", Status.OUT_OF_MEMORY, marks=pytest.mark.slow("5 s"))],
 )
 def test_a_kernel_that_fails_costs_only_its_trial(tmp_path: Path, job: str, status: Status) -> None:
-    made = kernel_settings(loading.find(SCALED), {}, **user_defaults(results_dir=tmp_path, max_trials=2))
+    made = kernel_settings(loading.find(SCALED), user_config(results_dir=str(tmp_path), max_trials=2))
     result = sweep.sweep(with_job(job, made), report=quiet)
     assert {trial.status for trial in result.trials} == {status}
     assert {trial.kernel for trial in result.trials} == {"Scaled"}
@@ -270,9 +270,7 @@ def test_its_trials_go_to_tensorboard(tuned: tuple[Best[Any], Path, Path], tmp_p
 def test_trouble_with_the_machine_is_no_fact_about_its_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = with_job(
-        "short_of_something", kernel_settings(loading.find(SCALED), {}, **user_defaults(results_dir=tmp_path))
-    )
+    made = with_job("short_of_something", kernel_settings(loading.find(SCALED), user_config(results_dir=str(tmp_path))))
     monkeypatch.setenv("FAKE_JOBS_SHORT_OF", "disk")
     first = sweep.sweep(made, report=quiet)
     assert {(trial.status, trial.conclusive) for trial in first.trials} == {(Status.CRASHED, False)}

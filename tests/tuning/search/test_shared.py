@@ -26,16 +26,17 @@ from splash_workbench.trial_status import Status
 from sweeps import quiet, with_job
 from tuning.search import shared
 from tuning.search.settings import SweepSettings
-from tuning.search.space import Candidate, Space, enumerate_candidates
+from tuning.search.space import Candidate, Space
 from tuning.search.study import Search, SearchSettings
 from tuning.sweep import sweep
 from tuning.trials import records
 from tuning.trials.records import Trial
+from tuning.trials.workloads import Workload
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
 CHOICES_24 = {"block_q": (128, 256, 384, 512), "block_kv": (256, 512, 768), "block_kv_compute": (128, 256)}
-CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
+CANDIDATES = Space("test", CHOICES).candidates(Workload("test", SHAPE, "bfloat16"))
 
 
 @pytest.fixture

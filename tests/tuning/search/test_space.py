@@ -1,15 +1,17 @@
 import pytest
 
 from splash_attn.types import AttentionShape, BlockSizes, Variant
-from tuning.search.space import Candidate, Space, candidate_of, enumerate_candidates, parameters_of
+from tuning.search.space import Candidate, Space
+from tuning.trials.workloads import Workload
 
 SHAPE = AttentionShape(batch_size=1, num_heads=2, q_seq_len=1021, kv_seq_len=509, head_dim=64)
+WORKLOAD = Workload("test", SHAPE, "bfloat16")
 UNROLLS = (None, 128, 256, 1024)
 BLOCKS = {"block_q": (128, 1024), "block_kv": (256, 512, 640, 768), "block_kv_compute": (128, 256)}
 
 
 def test_what_cannot_be_valid_is_left_out_and_counted() -> None:
-    found = enumerate_candidates(Space("test", BLOCKS), SHAPE)
+    found = Space("test", BLOCKS).candidates(WORKLOAD)
     assert found.pruned == {
         "block_kv longer than the padded kv sequence": 6,  # 640/128, 768/128 and 768/256 for 509, two block_q each
         "block_kv_compute does not divide block_kv": 2,  # 640/256
@@ -26,11 +28,11 @@ def test_block_q_is_as_short_as_as_many_blocks_need() -> None:
     assert fitted.choices["block_kv"] == BLOCKS["block_kv"]
     assert fitted.first == ({"block_q": 1024, "block_kv": 512}, {"block_kv": 256})
     assert fitted.fitted_to(SHAPE) == fitted
-    assert not any("block_q" in reason for reason in enumerate_candidates(fitted, SHAPE).pruned)
+    assert not any("block_q" in reason for reason in fitted.candidates(WORKLOAD).pruned)
 
 
 def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
-    found = enumerate_candidates(Space("test", BLOCKS, max_block_scores=128 * 512), SHAPE)
+    found = Space("test", BLOCKS, max_block_scores=128 * 512).candidates(WORKLOAD)
     assert {str(candidate.block_sizes) for candidate in found.valid} == {
         f"128/{block_kv}/{compute}" for block_kv in (256, 512) for compute in (128, 256)
     }
@@ -39,7 +41,7 @@ def test_blocks_that_unroll_into_too_much_code_are_left_out() -> None:
         {"block_q": (1024,), "block_kv": (512,), "block_kv_compute": (256,), "variant.unroll_q": UNROLLS},
         max_block_scores=128 * 512,
     )
-    found = enumerate_candidates(space, SHAPE)
+    found = space.candidates(WORKLOAD)
     assert [candidate.variant.unroll_q for candidate in found.valid] == [128]
     assert found.pruned == {
         "more scores unrolled than space.max_block_scores": 2,
@@ -56,7 +58,7 @@ def test_vmem_estimate_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tuning.search.space.vmem_bytes_estimate", estimate)
     space = Space("test", BLOCKS | {"block_q": (128,), "variant.lp_scheduler": (False, True)})
-    found = enumerate_candidates(space, SHAPE, vmem_limit_bytes=512, itemsize=4)
+    found = space.candidates(Workload("test", SHAPE, "float32"), vmem_limit_bytes=512)
     assert found.pruned["VMEM estimate over the device's"] == 2  # 512 with lp_scheduler
     assert len(found.valid) == 6
 
@@ -67,17 +69,17 @@ def test_real_vmem_estimate_prunes_what_no_tpu_holds() -> None:
     shape = AttentionShape(1, 12, 400_000, 400_000, 128)
     space = Space("test", {"block_q": (1024, 131072), "block_kv": (1024, 131072), "block_kv_compute": (1024,)})
     limit = devices.by_name("v6e").vmem_bytes
-    found = enumerate_candidates(space, shape, limit)
+    found = space.candidates(Workload("test", shape, "bfloat16"), limit)
     assert [str(candidate.block_sizes) for candidate in found.valid] == ["1024/1024/1024"]
 
 
 def test_parameters_and_candidates_convert_both_ways() -> None:
     space = Space("test", BLOCKS | {"variant.lp_scheduler": (False, True)})
     candidate = Candidate(BlockSizes(128, 512, 256), Variant(lp_scheduler=True))
-    parameters = parameters_of(candidate, space)
+    parameters = space.parameters_of(candidate)
     assert parameters == {"block_q": 128, "block_kv": 512, "block_kv_compute": 256, "variant.lp_scheduler": True}
-    assert candidate_of(parameters) == candidate
-    assert candidate_of(parameters).key == candidate.key
+    assert space.candidate_of(parameters) == candidate
+    assert space.candidate_of(parameters).key == candidate.key
     assert candidate.key != Candidate(candidate.block_sizes, Variant(lp_scheduler=False)).key
 
 

@@ -12,14 +12,16 @@ import pytest
 from splash_attn.types import AttentionShape
 from splash_workbench.errors import UserError
 from splash_workbench.trial_status import Status
-from tuning.search.space import Candidate, Candidates, Space, candidate_of, enumerate_candidates
+from tuning.search.space import Candidate, Candidates, Space
 from tuning.search.study import Search, SearchSettings
 from tuning.trials.records import Trial
+from tuning.trials.workloads import Workload
 
 SHAPE = AttentionShape(batch_size=1, num_heads=3, q_seq_len=1021, kv_seq_len=1013, head_dim=64)
 CHOICES = {"block_q": (128, 256, 384), "block_kv": (256, 512), "block_kv_compute": (128, 256)}
 FIRST = {"block_q": 384, "block_kv": 512, "block_kv_compute": 256}
-CANDIDATES = enumerate_candidates(Space("test", CHOICES), SHAPE)
+SPACE = Space("test", CHOICES)
+CANDIDATES = SPACE.candidates(Workload("test", SHAPE, "bfloat16"))
 SAMPLERS = pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
 #: Grid and random propose alike, in another order.
 ALIKE_SLOW = pytest.mark.parametrize("sampler", ["grid", pytest.param("random", marks=pytest.mark.slow("1 s")), "tpe"])
@@ -98,7 +100,7 @@ def test_the_seed_decides_the_order(make_search, trial_of, sampler):
 
 @SAMPLERS
 def test_what_the_space_names_first_comes_first(make_search, sampler):
-    assert make_search(sampler, first=(FIRST,)).ask() == candidate_of(FIRST)
+    assert make_search(sampler, first=(FIRST,)).ask() == SPACE.candidate_of(FIRST)
 
 
 @ALIKE_SLOW
@@ -166,7 +168,7 @@ def test_a_candidate_is_told_once(make_search, trial_of):
 
 
 def test_only_what_was_asked_can_be_told(make_search, trial_of):
-    outside = candidate_of(FIRST | {"block_q": 1024})
+    outside = SPACE.candidate_of(FIRST | {"block_q": 1024})
     with pytest.raises(KeyError):
         make_search().tell(outside, trial_of(outside))
 
@@ -174,7 +176,7 @@ def test_only_what_was_asked_can_be_told(make_search, trial_of):
 def test_nothing_outside_the_valid_candidates_is_asked(make_search, trial_of):
     """Not even what an earlier run with more of them left interrupted, or what the space names first."""
     wide = make_search("tpe", first=(FIRST,))
-    assert wide.ask() == candidate_of(FIRST)
+    assert wide.ask() == SPACE.candidate_of(FIRST)
     few = Candidates(tuple(c for c in CANDIDATES.valid if c.block_sizes.block_q == 128), {})
     narrow = make_search("tpe", first=(FIRST,), candidates=few)
     assert narrow.interrupted == () and narrow.budget == 4
