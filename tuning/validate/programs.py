@@ -49,6 +49,10 @@ _NOT_TRANSPOSED = [[[1], [1]], [[], []]]
 #: Most libtpus up to 0.0.50 make XLA's ragged matmul a kernel of theirs, whose float32 result another pass rounds; the
 #: one that predictions are made with does so on v5e and v7x only with this option (docs/predictions.md).
 _RAGGED_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": "true"}
+#: Without it, on a chip that cannot skip what a mask leaves out, the product is one of all groups with all rows.
+_NO_RAGGED_KERNEL = {"xla_tpu_enable_ragged_dot_kernel": "false"}
+#: The chip of whose rows all but those with the right side transposed have the memory of such a product.
+_BY_MASKS = "TPU v5"
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32"}
 
@@ -116,7 +120,9 @@ def forms(row: MeasuredRow, device: DeviceSpec) -> list[Program]:
     if row.peak_memory_mb is None:
         return [made]
     if row.op == "ragged_dot":
-        return [_by_kernel(row, device), made]
+        by_kernel, by_masks = _by_kernel(row, device), _by_masks(row, device)
+        likely_masks = row.device_kind == _BY_MASKS and not _is_transposed(row)
+        return [by_masks, by_kernel, made] if likely_masks else [by_kernel, made, by_masks]
     if row.op == "gated_linear_unit":
         return [made, *_product_apart(row, made)]
     return [made]
@@ -125,15 +131,17 @@ def forms(row: MeasuredRow, device: DeviceSpec) -> list[Program]:
 def _by_kernel(row: MeasuredRow, device: DeviceSpec) -> Program:
     """Return XLA's ragged matmul as a kernel with a float32 result; one with a transposed side transposes it before."""
     row = msgspec.structs.replace(row, compiler_options=_RAGGED_KERNEL | row.compiler_options)
-    dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
-    if dimensions.get("dot_dimension_numbers") != _TRANSPOSED:
+    if not _is_transposed(row):
         return dataclasses.replace(build(row, device), form="by a kernel with a float32 result")
     right = _array(row.arguments["rhs"])
     groups, columns, contracted = right.shape
     dtype = row.arguments["rhs"].partition("[")[0]
     swapped = {
         "rhs": f"{dtype}[{groups},{contracted},{columns}]",
-        "ragged_dot_dimension_numbers": {**dimensions, "dot_dimension_numbers": _NOT_TRANSPOSED},
+        "ragged_dot_dimension_numbers": {
+            **row.arguments["ragged_dot_dimension_numbers"],
+            "dot_dimension_numbers": _NOT_TRANSPOSED,
+        },
     }
     program = build(msgspec.structs.replace(row, arguments=row.arguments | swapped), device)
 
@@ -143,6 +151,17 @@ def _by_kernel(row: MeasuredRow, device: DeviceSpec) -> Program:
     args = [right if array.ndim == right.ndim else array for array in program.args[0]]
     form = "with the right side transposed before, by a kernel with a float32 result"
     return dataclasses.replace(program, fn=transposed_before, args=(args,), form=form)
+
+
+def _by_masks(row: MeasuredRow, device: DeviceSpec) -> Program:
+    """Return XLA's ragged matmul without a kernel: all rows times all groups, of which a mask keeps each its own."""
+    row = msgspec.structs.replace(row, compiler_options=_NO_RAGGED_KERNEL | row.compiler_options)
+    return dataclasses.replace(build(row, device), form="by masks, without a kernel")
+
+
+def _is_transposed(row: MeasuredRow) -> bool:
+    dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
+    return dimensions.get("dot_dimension_numbers") == _TRANSPOSED
 
 
 def _transposed(array: jax.Array) -> jax.Array:
@@ -278,8 +297,7 @@ def _tokamax(row: MeasuredRow, device: DeviceSpec) -> Program:
 def _config(row: MeasuredRow) -> dict[str, Any]:
     """Return a row's configuration in the names that the op has for it."""
     config = dict(row.config)
-    dimensions = row.arguments.get("ragged_dot_dimension_numbers") or {}
-    if (row.device_kind, row.op) == _TILES_BY_THE_PRODUCT and dimensions.get("dot_dimension_numbers") == _TRANSPOSED:
+    if (row.device_kind, row.op) == _TILES_BY_THE_PRODUCT and _is_transposed(row):
         match = _ARRAY.fullmatch(row.arguments["rhs"])
         _, columns, contracted = map(int, match[2].split(",")) if match else (0, 0, 0)
         if {"tile_k", "tile_n"} <= config.keys() and (contracted % config["tile_k"] or columns % config["tile_n"]):

@@ -182,10 +182,6 @@ def _fields(row: MeasuredRow) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names} | reported
 
 
-#: Program and chip of most of whose rows another program was timed, as the memory says: no interval is made from them.
-LEFT_OUT = ("ragged_dot", "TPU v5")
-
-
 class Group(Summary, frozen=True, kw_only=True):
     """How good the predictions of one program on one chip are.
 
@@ -231,15 +227,9 @@ class Validation(Summary, frozen=True, kw_only=True):
 
     @property
     def chips(self) -> tuple[Group, ...]:
-        """Return the same by chip, all programs together, and without the one that no interval is from."""
-        groups = []
-        for kind in sorted({row.device_kind for row in self.rows}):
-            rows = [row for row in self.rows if row.device_kind == kind]
-            kept = [row for row in rows if (row.op, kind) != LEFT_OUT]
-            groups.append(_group("all", kind, rows))
-            if 0 < len(kept) < len(rows):
-                groups.append(_group(f"all but {LEFT_OUT[0]}", kind, kept))
-        return tuple(groups)
+        """Return the same by chip, all programs together."""
+        kinds = sorted({row.device_kind for row in self.rows})
+        return tuple(_group("all", kind, (row for row in self.rows if row.device_kind == kind)) for kind in kinds)
 
     @property
     def listed(self) -> tuple[Comparison, ...]:

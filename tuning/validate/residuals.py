@@ -10,7 +10,7 @@ import numpy as np
 from offline_tpu.machine import devices, residuals
 from splash_workbench import cli
 from splash_workbench.errors import UserError
-from tuning.validate.record import LEFT_OUT, Comparison, Validation
+from tuning.validate.record import Comparison, Validation
 
 _PATH = Path(residuals.__file__).with_name("residuals.json")
 
@@ -48,7 +48,7 @@ def residuals_of(rows: tuple[Comparison, ...]) -> dict[str, dict[str, residuals.
     """
     ratios: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
-        if row.predicted_ms is None or not row.shares or (row.op, row.device_kind) == LEFT_OUT:
+        if row.predicted_ms is None or not row.shares:
             continue
         kind = residuals.kind_of(next(iter(row.shares)))
         for device in (devices.by_name(row.device_kind).name, "all"):

@@ -116,9 +116,13 @@ def _forms(row: MeasuredRow) -> list[Program]:
 
 def test_every_op_has_its_own_form_and_only_some_have_others() -> None:
     pytest.importorskip("tokamax")
-    kernel, made = _forms(_shipped("ragged_dot", contracted=[[1], [1]]))
-    assert (kernel.compiler_options, made.compiler_options) == ({"xla_tpu_enable_ragged_dot_kernel": "true"}, {})
-    assert (bool(kernel.form), made.form) == (True, "")
+    kernel, made, masks = _forms(_shipped("ragged_dot", contracted=[[1], [2]]))
+    flag = "xla_tpu_enable_ragged_dot_kernel"
+    options = [program.compiler_options for program in (kernel, made, masks)]
+    assert options == [{flag: "true"}, {}, {flag: "false"}]
+    assert [bool(program.form) for program in (kernel, made, masks)] == [True, False, True]
+    dense = next(row for row in read_shipped() if (row.op, row.device_kind) == ("ragged_dot", "TPU v5"))
+    assert [program.compiler_options for program in _forms(dense)] == [{flag: "false"}, {flag: "true"}, {}]
     assert [bool(program.form) for program in _forms(_shipped("gated_linear_unit"))] == [False, True]
     assert [program.form for program in _forms(_shipped("dot_product_attention"))] == [""]
 
@@ -155,8 +159,9 @@ def test_forms_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = _shipped("gated_linear_unit").arguments | {"x": "f32[4,6,8]", "weights": "f32[8,2,16]"}
     for op, arguments in {"ragged_dot": ragged, "gated_linear_unit": unit}.items():
         row = msgspec.structs.replace(ROW, op=op, arguments=arguments)
-        first, second = (_computed(program) for program in _forms(row))
-        np.testing.assert_allclose(first, second, rtol=2e-2, atol=1e-2, err_msg=op)
+        first, *others = (_computed(program) for program in _forms(row))
+        for other in others:
+            np.testing.assert_allclose(first, other, rtol=2e-2, atol=1e-2, err_msg=op)
         assert np.abs(first).max() > 0.1
 
 
