@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.requests.config import GenerateConfig
+from pipeline.requests.config import OF_RUNS, GenerateConfig
 from pipeline.requests.default_model import default_model
 from pipeline.requests.errors import RequestError
 from splash_workbench import cli
@@ -20,31 +20,8 @@ class CalibrateConfig(GenerateConfig):
 
 
 _UNUSED = (
-    *(
-        "prompts",
-        "run_dir",
-        "output_dir",
-        "name",
-        "resume",
-        "checkpoint_every",
-        "preview_every",
-        "warm_up",
-        "topology",
-        "stages",
-    ),
-    *(
-        "num_videos",
-        "profile",
-        "profile_run",
-        "logdir",
-        "results_path",
-        "quality",
-        "cache.*",
-        "distributed.*",
-        "engine",
-        "engine.*",
-    ),
-    *("context_frames", "context_overlap"),
+    *OF_RUNS,
+    *("prompts", "topology", "stages", "profile", "profile_run", "logdir", "results_path", "quality", "cache.*"),
 )
 
 

@@ -32,15 +32,16 @@ _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLC
 _SUPPORTED = f"supported here: CogVideoX, {', '.join(f'model={model}' for model in MODELS)}"
 
 
-def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[Configs, str]:
-    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+def part_configs(name: str, find: Callable[[], Checkpoint]) -> tuple[Configs, Checkpoint | None]:
+    """Return the configurations of a checkpoint's parts, and the checkpoint; None where they are built in.
 
     find: called only for a checkpoint that is not published here, so that nothing is fetched for the others. Raises
     CheckpointError.
     """
-    if checkpoint in PUBLISHED_CONFIGS:
-        return {part: with_defaults(part, config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
-    return read_configs(find()), "checkpoint"
+    if name in PUBLISHED_CONFIGS:
+        return {part: with_defaults(part, config) for part, config in PUBLISHED_CONFIGS[name].items()}, None
+    checkpoint = find()
+    return read_configs(checkpoint), checkpoint
 
 
 def read_configs(checkpoint: Checkpoint) -> Configs:

@@ -1,10 +1,11 @@
 """What each preset of quality costs: how many denoising steps run the transformer's blocks, and what a step takes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors import safe_open
 
@@ -18,7 +19,7 @@ from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor, VideoPrediction
-from pipeline.requests.config import GenerateConfig
+from pipeline.requests.config import OF_RUNS, GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.models import current_id
 from pipeline.requests.options import ParallelOptions
@@ -39,6 +40,12 @@ from splash_workbench.records.prediction import (
 
 #: All presets of quality.
 ALL = "all"
+#: What makes no difference to a prediction.
+UNUSED = (
+    *OF_RUNS,
+    *("prompts", "compilation_cache", "verbose", "image", "noise_aug_strength", "video", "strength", "latents"),
+    *("lora", "transformer"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +76,6 @@ class Video:
         """Return the first preset."""
         return next(iter(self.presets.values()))
 
-    def predictor(self, preset: PresetSteps, topology: str, timeout_s: float, say: Callable[[str], None]) -> Predictor:
-        """Return what predicts the stages of one of the presets, see `Predictor`."""
-        return Predictor(topology, preset.request, self.configs, timeout_s, say, reuse=preset.schedule.reuse)
-
 
 def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
     """Return the video of a command line with a preset of quality, or ALL of them. Raises UserError."""
@@ -85,19 +88,14 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
             "expected pallas_tpu, or leave it out"
         )
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    found: list[Checkpoint] = []
-
-    def find() -> Checkpoint:
-        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
-        return found[0]
-
-    configs, source = part_configs(request.checkpoint, find)
+    name, revision = request.checkpoint, request.revision
+    configs, checkpoint = part_configs(name, lambda: resolve_checkpoint(name, revision, cache_dir))
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
     device, _ = from_config(lambda: parse_topology(topology))
-    presets, refused = settle_presets(request, names, configs, found[0] if found else None, device.device_kind)
-    return Video(presets, refused, configs, source, device)
+    presets, refused = settle_presets(request, names, configs, checkpoint, device.device_kind)
+    return Video(presets, refused, configs, "built in" if checkpoint is None else "checkpoint", device)
 
 
 def preset_steps(
@@ -235,16 +233,7 @@ def _preset(
 ) -> PresetPrediction:
     works = steps.schedule.steps
     counted = tuple(
-        StepKind(
-            work=str(work),
-            count=works.count(work),
-            time_s=result.time_s,
-            interval_s=result.interval_s,
-            breakdown_s=result.breakdown_s,
-            peak_hbm_bytes=result.peak_hbm_bytes,
-            compile_cpu_s=result.compile_cpu_s,
-            step_options=result.step_options,
-        )
+        decode(msgspec.structs.asdict(result) | {"work": str(work), "count": works.count(work)}, StepKind)
         for work, result in kinds.items()
     )
     parts: list[tuple[StepKind | StagePrediction, int]] = [(kind, kind.count) for kind in counted]

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from pipeline.model.denoise_step import EVERYTHING, StepWork
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.step_options import Entry, StepCall
 from pipeline.predict.planner import SOURCES, Predictor
-from pipeline.predict.presets import ALL, PresetSteps, Video, video_of
+from pipeline.predict.presets import ALL, UNUSED, PresetSteps, Video, video_of
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.options import ParallelOptions, to_parallel
+from pipeline.requests.options import to_parallel
 from pipeline.requests.request import AttentionOptions
 from pipeline.runs.records import environment
 from pipeline.stages.presets import settle_parallel
@@ -59,12 +59,7 @@ class TuneConfig(GenerateConfig):
     workers: int | None = None
 
 
-_UNUSED = (
-    *("prompt", "prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
-    *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
-    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*", "engine*", "stages", "fps", "seed"),
-    *("negative_prompt", "profile", "profile_run", "logdir"),
-)
+_UNUSED = (*UNUSED, "prompt", "negative_prompt", "stages", "fps", "seed", "profile", "profile_run", "logdir")
 
 
 @cli.command("tune", TuneConfig, unused=_UNUSED, free=("flags",))
@@ -98,13 +93,25 @@ def _search_all(
     space: Mapping[str, tuple[str, ...]],
     workers: int,
 ) -> None:
-    """Search each kind of step once; print, keep and record what is found."""
+    """Search each kind of step that runs the transformer's blocks once; print, keep and record what is found."""
     captured = libtpu.with_compiler(environment(SOURCES))
     done: set[tuple[str, str, bool, AttentionOptions]] = set()
     for name, preset in video.presets.items():
-        for work, plan, predictor in _kinds(settings, video, preset, cache, runner):
-            request = predictor.request
-            if (same := (str(plan), str(work), request.int8_linears, request.attention)) in done:
+        request = preset.request
+        predictor = Predictor(
+            topology=settings.topology,
+            request=request,
+            configs=video.configs,
+            timeout_s=settings.timeout_s,
+            say=lambda text: None,
+            reuse=preset.schedule.reuse,
+            cache=cache,
+            runner=runner,
+        )
+        plan = predictor.plan(settle_parallel(to_parallel(settings), request))
+        for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
+            same = (str(plan), str(work), request.int8_linears, request.attention)
+            if same in done or not work.blocks:
                 continue
             done.add(same)
             kind = _Kind(predictor, plan, work, most_trials(space))
@@ -128,19 +135,6 @@ def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"flags.{flag}={values!r}: expected a list of values, as [true,false].")
         checked[flag] = tuple(checked_options({flag: value})[flag] if value != "" else "" for value in values)
     return checked
-
-
-def _kinds(
-    settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None, runner: Runner
-) -> Iterator[tuple[StepWork, ParallelPlan, Predictor]]:
-    """Yield the kinds of steps of a preset that run the transformer's blocks, each with its plan."""
-    base = video.predictor(preset, settings.topology, settings.timeout_s, say=lambda text: None)
-    base = dataclasses.replace(base, cache=cache, runner=runner)
-    parallel: ParallelOptions = settle_parallel(to_parallel(settings), preset.request)
-    plan = base.plan(parallel)
-    for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
-        if work.blocks:
-            yield work, plan, base
 
 
 class _Kind:
