@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,19 @@ import numpy as np
 import torch
 
 from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
-from pipeline.checkpoints.tiny import build_tokenizer
+from pipeline.checkpoints.tiny import build_scheduler, build_tokenizer
+from pipeline.model.latents import LatentGeometry
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
-from pipeline.train_tiny.training import Loop, check_ranges, encode_clips
+from pipeline.stages.conditioning import image_condition
+from pipeline.train_tiny.training import (
+    Loop,
+    check_ranges,
+    diffusion_loss,
+    encode_clips,
+    optimize,
+    rotary_tables,
+)
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
 from splash_workbench.records.base import utc_now
@@ -112,9 +122,42 @@ class DrawnClips:
         return torch.from_numpy(np.load(path))
 
 
-def padded(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
-    """Return scaled latents [clips, frames, 16, h, w] with the leading frame that fills the last temporal patch."""
-    return torch.cat([latents[:, :1]] * (-latents.shape[1] % patch_size_t) + [latents], dim=1)
+def optimize_transformer(
+    name: str,
+    trained: dict[str, Any],
+    clips: DrawnClips,
+    parts: Mapping[str, Any],
+    images: torch.Tensor | None = None,
+) -> tuple[list[dict[str, float]], float]:
+    """Train modules by the loss of the transformer that is in `parts`, beside its T5 and VAE; return as `optimize`.
+
+    images: unscaled latents of what the clips begin with, of an image-to-video model.
+    """
+    settings, transformer, vae = clips.settings, parts["transformer"], parts["vae"]
+    patch_size_t = transformer.config.patch_size_t
+    latents = clips.latents(vae)
+    padding = [latents[:, :1]] * (-latents.shape[1] % patch_size_t)  # fills the last temporal patch
+    latents = torch.cat([*padding, latents], dim=1) * vae.config.scaling_factor
+    conditions = None
+    if images is not None:
+        frames, channels, height, width = latents.shape[1:]
+        geometry = LatentGeometry(frames, 0, channels, height, width, (patch_size_t, 2, 2))
+        conditions = torch.cat([image_condition(image[None], geometry, vae.config) for image in images])
+    *token_ids, empty_ids = clips.token_ids("")
+    loss = diffusion_loss(
+        transformer,
+        parts["text_encoder"],
+        build_scheduler(),
+        latents,
+        torch.stack(token_ids),
+        empty_ids,
+        rotary_tables(transformer.config, latents.shape),
+        settings.transformer.batch_size,
+        settings.caption_dropout,
+        conditions,
+    )
+    path = clips.work_dir / "transformer.pt"
+    return optimize(name, trained, settings.transformer, loss, settings.seed, path)
 
 
 def write_provenance(folder: Path, settings: TrainTinyConfig, **more: Any) -> None:
