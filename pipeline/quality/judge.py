@@ -18,7 +18,7 @@ from pipeline.quality.gate import Comparison, QualityVariant, to_uint8
 from pipeline.quality.learned import require_weights
 from pipeline.quality.page import Row, predicted_times, write_page
 from pipeline.quality.pairs import Pairs
-from pipeline.quality.render import Wanted, checkpoint_of
+from pipeline.quality.render import checkpoint_of
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.media import open_image
 from pipeline.requests.options import to_parallel
@@ -275,8 +275,6 @@ def _record(
 ) -> QualityRecord:
     """Return the record of a variant. settled: its request with what its quality chooses."""
     variant, pairs = outcome.variant, outcome.pairs
-    is_reference = variant.name == _REFERENCE
-    wanted: list[Wanted] = [(pair.prompt, pair.seed) for pair in pairs]
     return QualityRecord(
         label=Label.MEASURED,
         device=made_by.devices,
@@ -284,9 +282,9 @@ def _record(
         request=dataclasses.asdict(variant.request),
         candidate=variant.name,
         parallel=dataclasses.asdict(variant.parallel),
-        prompts=tuple(dict.fromkeys(prompt for prompt, _ in wanted)),
+        prompts=tuple(dict.fromkeys(pair.prompt for pair in pairs)),
         seeds=tuple(settings.seeds),
-        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(variant.budget),
+        budget={"follows": settings.follows} if variant.name == _REFERENCE else dataclasses.asdict(variant.budget),
         chosen=choices(settled),
         psnr_db=tuple(pair.psnr_db for pair in pairs),
         ssim=outcome.ssim,

@@ -10,7 +10,7 @@ import jinja2
 
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.quality.gate import Comparison, QualityVariant
-from pipeline.quality.pairs import GAIN, Pairs
+from pipeline.quality.pairs import GAIN, Pairs, video_path
 from pipeline.requests.models import current_id
 from pipeline.requests.request import GenerateRequest
 from pipeline.stages.presets import base_checkpoint
@@ -165,7 +165,7 @@ def _prompt(pairs: Pairs, index: int, rows: list[Row]) -> dict[str, Any]:
             figures.append(
                 "read: " + " ".join(str(pair.reading[name] or "?") for name in ("colour", "shape", "motion"))
             )
-        shown.append({"name": row.variant.name, "video": pairs.video_path(pair.key), "figures": ", ".join(figures)})
+        shown.append({"name": row.variant.name, "video": video_path(pair.key), "figures": ", ".join(figures)})
     return {"prompt": prompt, "seed": seed, "reference": shown[0], "pairs": shown[1:]}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.quality.gate import QualityVariant, measure, to_uint8
 from pipeline.quality.render import (
+    Made,
     Wanted,
     begins_with_drawn,
     checkpoint_of,
@@ -69,10 +70,6 @@ class Pairs:
         """Return the numbers of the pairs that are not on record. Raises RequestError, CheckpointError."""
         return [index for index, key in enumerate(self._keys(variant)) if not self._is_there(variant, key)]
 
-    def video_path(self, key: str) -> Path | None:
-        """Return where the video of a pair is, from the folder."""
-        return None if self.folder is None else Path("videos", f"{key}.mp4")
-
     def compare(self, variant: QualityVariant, tell: Tell = lambda part, text: None) -> list[PairRecord]:
         """Return a record for each of the wanted, made where there is none. Raises what the stages raise."""
         keys, missing = self._keys(variant), self.missing(variant)
@@ -81,14 +78,13 @@ class Pairs:
         if variant is not self.reference and missing:
             videos = variant_videos(variant, self._of(missing), self.cache_dir, _steps_told(tell))
             for index, made in zip(missing, videos, strict=True):
-                expected = self._reference(reference_keys[index])
-                self._add(variant, index, keys[index], made.frames, expected, made.denoise_time_s, made.steps_computed)
+                self._add(variant, index, made, self._reference(reference_keys[index]))
                 tell(1, "")
         return [self._on_record[variant.name, key] for key in keys]
 
-    def references(self, tell: Tell = lambda part, text: None) -> Iterator[np.ndarray]:
+    def references(self) -> Iterator[np.ndarray]:
         """Return the reference's videos, float32 [frames, height, width, 3], made where they are not kept."""
-        self._make_references(range(len(self.wanted)), tell)
+        self._make_references(range(len(self.wanted)), lambda part, text: None)
         return (self._reference(key) for key in self._keys(self.reference))
 
     def drop_references(self) -> None:
@@ -116,37 +112,32 @@ class Pairs:
             if not self._is_there(self.reference, keys[index]):
                 image = first_frame(request, *self.wanted[index]) if drawn else None
                 first_frame_db = None if image is None else first_frame_psnr(made.frames, image)
-                times = made.denoise_time_s, made.steps_computed
-                self._add(self.reference, index, keys[index], made.frames, made.frames, *times, first_frame_db)
+                self._add(self.reference, index, made, made.frames, first_frame_db)
             tell(1, "")
 
     def _add(
         self,
         variant: QualityVariant,
         index: int,
-        key: str,
-        video: np.ndarray,
+        made: Made,
         expected: np.ndarray,
-        denoise_time_s: float,
-        steps_computed: int,
         first_frame_db: float | None = None,
     ) -> None:
         """Compare a video, and put it on record: its file first, so that what is on record is there."""
-        prompt, seed = self.wanted[index]
+        key, (prompt, seed) = self._keys(variant)[index], self.wanted[index]
         record = PairRecord(
             key=key,
             candidate=variant.name,
             prompt=prompt,
             seed=seed,
-            denoise_time_s=denoise_time_s,
-            steps_computed=steps_computed,
+            denoise_time_s=made.denoise_time_s,
+            steps_computed=made.steps_computed,
             first_frame_db=first_frame_db,
-            **measure(video, expected, self.with_lpips, self.with_readings),
+            **measure(made.frames, expected, self.with_lpips, self.with_readings),
         )
-        path = self.video_path(key)
-        if self.folder is not None and path is not None:
-            shown = video if variant is self.reference else side_by_side(expected, video)
-            write_mp4(self.folder / path, to_uint8(shown), variant.request.fps)
+        if self.folder is not None:
+            shown = made.frames if variant is self.reference else side_by_side(expected, made.frames)
+            write_mp4(self.folder / video_path(key), to_uint8(shown), variant.request.fps)
             jsonl.append(self.folder / PAIRS_FILE, record)
         self._on_record[variant.name, key] = record
 
@@ -154,8 +145,7 @@ class Pairs:
         return [self.wanted[index] for index in indices]
 
     def _is_there(self, variant: QualityVariant, key: str) -> bool:
-        path = self.video_path(key)
-        there = self.folder is None or path is None or (self.folder / path).exists()
+        there = self.folder is None or (self.folder / video_path(key)).exists()
         return there and (variant.name, key) in self._on_record
 
     def _keys(self, variant: QualityVariant) -> list[str]:
@@ -204,6 +194,11 @@ class Pairs:
     def _reference(self, key: str) -> np.ndarray:
         path = self._reference_path(key)
         return self._kept[key] if path is None else np.load(path)
+
+
+def video_path(key: str) -> Path:
+    """Return where the video of a pair is, from the folder."""
+    return Path("videos", f"{key}.mp4")
 
 
 def side_by_side(reference: np.ndarray, video: np.ndarray) -> np.ndarray:
