@@ -37,8 +37,9 @@ def make_checkpoint(folder: Path, num_layers: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.checkpoints.loading import build_module, weight_shapes
+    from pipeline.checkpoints.loading import build_module
     from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
+    from pipeline.checkpoints.weight_files import weight_shapes
 
     config = {**COGVIDEOX_1_5_5B["transformer"], "num_layers": num_layers}
     shapes = weight_shapes(build_module("transformer", config, torch.bfloat16))

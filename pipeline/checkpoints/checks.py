@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, weight_shapes, with_defaults
+from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, with_defaults
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
+from pipeline.checkpoints.weight_files import weight_shapes
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape

@@ -22,7 +22,15 @@ import torch
 from pipeline.checkpoints.stored import open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
-from pipeline.checkpoints.weight_files import STEMS, check_whole, files_to_fetch, open_weights, stock_name, weight_files
+from pipeline.checkpoints.weight_files import (
+    STEMS,
+    check_whole,
+    files_to_fetch,
+    open_weights,
+    stock_name,
+    weight_files,
+    weight_shapes,
+)
 from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
@@ -260,13 +268,6 @@ def build_module(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> to
             module = _diffusers_classes()[part].from_config(dict(config))
     # torch's own `to`: diffusers' warns of modules to keep in float32, of which these have none.
     return torch.nn.Module.to(module, dtype).eval()
-
-
-def weight_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a module's weights by name: parameters, tied ones once, and buffers that are saved."""
-    saved = module.state_dict().keys()  # not these themselves: tied weights are there under each name
-    buffers = {name: value for name, value in module.named_buffers() if name in saved}
-    return {name: value.shape for name, value in {**dict(module.named_parameters()), **buffers}.items()}
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, open_module, weight_shapes
+from pipeline.checkpoints.loading import Checkpoint, build_module, open_module
 from pipeline.checkpoints.lora import MergedWeight, lora_changes
 from pipeline.checkpoints.quantized import is_quantized, open_quantized
+from pipeline.checkpoints.weight_files import weight_shapes
 from pipeline.model.placement import Stacked, place_all, read_whole
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.weights import BLOCKS, POSITIONS, place_weights, weight_sharding

@@ -7,7 +7,7 @@ made where it is wanted, always the same for one `TinySpec`: for tests of parity
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
-from pipeline.checkpoints.weight_files import STEMS
+from pipeline.checkpoints.weight_files import STEMS, saved_weights
 from pipeline.model import noise_schedule
 from splash_workbench.files import ensure_folder
 
@@ -92,14 +92,10 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
-    names: tuple[str, ...] = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "time_embed_dim",
-        "text_embed_dim",
+    names = (
+        *("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim"),
+        *("max_text_seq_length", "sample_height", "sample_width", "sample_frames"),
     )
-    names += ("max_text_seq_length", "sample_height", "sample_width", "sample_frames")
     sizes = {name: value for name in names if (value := getattr(spec, name)) is not None}
     published = spec.configs["transformer"]
     if "ofs_embed_dim" in published:
@@ -131,7 +127,7 @@ def write_checkpoint(
     for part in ("transformer", "vae"):
         modules[part].save_config(folder / part)
     for part, stem in STEMS.items():
-        weights = {name: value.detach().to(dtype).contiguous() for name, value in _saved(modules[part])}
+        weights = {name: value.detach().to(dtype).contiguous() for name, value in saved_weights(modules[part])}
         save_file(weights, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
     config = modules["transformer"].config
     from_image = config["in_channels"] != config["out_channels"]
@@ -146,17 +142,10 @@ def write_checkpoint(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _saved(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a file of weights holds: parameters, tied ones once, and learned positions."""
-    yield from module.named_parameters()
-    saved = module.state_dict().keys()
-    yield from ((name, value) for name, value in module.named_buffers() if name in saved)
-
-
 def _randomize(module: torch.nn.Module, seed: int) -> None:
     """Fill every weight from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(_saved(module)):
+    for name, parameter in sorted(saved_weights(module)):
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             value = (0.0 if name.endswith("bias") else 1.0) + 0.1 * value  # 1: a norm's scale

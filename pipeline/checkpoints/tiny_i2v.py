@@ -19,7 +19,7 @@ from pipeline.checkpoints.lora import merge_loras
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.requests.request import LoraFile
-from splash_workbench.files import ensure_folder
+from splash_workbench.files import ensure_folder, write_json
 
 I2V_FOLDER = Path(__file__).parents[1] / "tiny_i2v"
 LORA_NAME, WHOLE_NAME = "lora.safetensors", "whole.safetensors"
@@ -41,12 +41,11 @@ def ensure_tiny_i2v(cache_dir: Path) -> Path:
 def write_tiny_i2v(base: Path, changes: Path, folder: Path) -> None:
     """Write the checkpoint that `changes` make of the one in `base`."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer", "training.json"))
-    (folder / "transformer").mkdir()
     config = i2v_config(_read(base / "transformer/config.json"))
-    _write(folder / "transformer/config.json", config)
-    _write(folder / "vae/config.json", {**_read(base / "vae/config.json"), "invert_scale_latents": True})
+    write_json(folder / "transformer/config.json", config)
+    write_json(folder / "vae/config.json", {**_read(base / "vae/config.json"), "invert_scale_latents": True})
     index = {**_read(base / "model_index.json"), "_class_name": "CogVideoXImageToVideoPipeline"}
-    _write(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
     weights = load_file(base / _WEIGHTS)
     merge_loras(weights, [LoraFile(str(changes / LORA_NAME))], "tiny")
     weights.update(load_file(changes / WHOLE_NAME))
@@ -66,7 +65,3 @@ def widened(patch_weight: np.ndarray) -> np.ndarray:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

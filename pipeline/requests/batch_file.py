@@ -17,9 +17,6 @@ T = TypeVar("T")
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)), "num_videos")
 
 
-_PLAIN_SUFFIX = ".txt"  # of a file of prompts, one a line
-
-
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A video of a batch: the number of its line, from 1, and the folder's name."""
@@ -48,9 +45,12 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
-        parse = _parse_plain if path.suffix == _PLAIN_SUFFIX else _parse_line
         try:
-            for entry in parse(text, number, config):
+            if path.suffix == ".txt":
+                found = entries_of(dataclasses.replace(config, prompt=text.strip()), number)
+            else:
+                found = _parse_line(text, number, config)
+            for entry in found:
                 if entry.name in taken:
                     raise RequestError(
                         f"would go to {entry.name!r} as line {taken[entry.name]} does; give it another seed or name, "
@@ -80,10 +80,6 @@ def entries_of(config: GenerateConfig, number: int = 1) -> list[Entry]:
     if len({entry.name for entry in entries}) < count:
         raise RequestError(f"name={config.name!r}: the same for {count} videos; expected one with {{seed}} in it")
     return entries
-
-
-def _parse_plain(text: str, number: int, config: GenerateConfig) -> list[Entry]:
-    return entries_of(dataclasses.replace(config, prompt=text.strip()), number)
 
 
 def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:

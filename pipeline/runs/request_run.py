@@ -144,7 +144,8 @@ class RequestRun:
             self.details[stage] = saved
             self.timings.append(saved["timings"])
         else:
-            inputs, clock = self._inputs(stage), StageClock(stage, progress)
+            inputs = on_first_process(lambda: load_inputs(self.run_dir, self.keys, stage))
+            clock = StageClock(stage, progress)
             context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
             timings = dataclasses.asdict(clock.timings)
@@ -245,9 +246,6 @@ class RequestRun:
             return None
         logger.info("%s: reusing the output in %s", key.stage, self.run_dir)
         return details
-
-    def _inputs(self, stage: Stage) -> dict[str, np.ndarray]:
-        return on_first_process(lambda: load_inputs(self.run_dir, self.keys, stage))
 
     def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
