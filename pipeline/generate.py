@@ -123,8 +123,7 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from pipeline.checkpoints.checks import check_request, part_configs
-    from pipeline.checkpoints.loading import resolve_checkpoint
+    from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
     from pipeline.predict.ahead import compile_ahead, request_programs, topology_devices
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import parse_stages, to_request
@@ -132,10 +131,7 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
 
     _set_up_logging(settings.verbose)
     stages, request, cache_dir = parse_stages(settings.stages), to_request(settings), _path(settings.cache_dir)
-    configs, checkpoint = part_configs(
-        request.checkpoint,
-        lambda: resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer),
-    )
+    configs, checkpoint = part_configs(request.checkpoint, lambda: checkpoint_of(request, cache_dir))
     check_request(request, configs)
     use_compilation_cache()
     folder = jax.config.values["jax_compilation_cache_dir"]

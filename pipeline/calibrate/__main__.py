@@ -35,8 +35,7 @@ _UNUSED = (
 def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""
     from pipeline.calibrate.magnitudes import measure_ratios
-    from pipeline.checkpoints.checks import check_request, read_configs
-    from pipeline.checkpoints.loading import resolve_checkpoint
+    from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
     from pipeline.checkpoints.magcache import ratios_path, write_ratios
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
@@ -49,7 +48,7 @@ def main(settings: CalibrateConfig) -> int:
     if request.num_inference_steps < 2:
         raise RequestError(f"num_inference_steps={request.num_inference_steps}: expected 2 or more to compare")
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+    checkpoint = checkpoint_of(request, cache_dir)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
     require_writable_file(f"output={str(path)!r}", path)
     if path.exists() and not settings.output and not settings.overwrite:

@@ -4,11 +4,12 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, with_defaults
+from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, resolve_checkpoint, with_defaults
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 Configs = Mapping[str, dict[str, Any]]
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
 _SUPPORTED = f"supported here: CogVideoX, {', '.join(f'model={model}' for model in MODELS)}"
+
+
+def checkpoint_of(request: GenerateRequest, cache_dir: Path | None) -> Checkpoint:
+    """Return the checkpoint that a request names, see `resolve_checkpoint`. Raises CheckpointError."""
+    return resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
 
 
 def part_configs(name: str, find: Callable[[], Checkpoint]) -> tuple[Configs, Checkpoint | None]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoints.lora import merge_loras
@@ -23,7 +22,6 @@ from splash_workbench.files import ensure_folder, write_json
 
 I2V_FOLDER = Path(__file__).parents[1] / "tiny_i2v"
 LORA_NAME, WHOLE_NAME = "lora.safetensors", "whole.safetensors"
-PATCH_WEIGHT = "patch_embed.proj.weight"
 _FORMAT = 1  # counts up when the checkpoint made of the same files changes
 _WEIGHTS = f"transformer/{STEMS['transformer']}.safetensors"
 
@@ -56,11 +54,6 @@ def i2v_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of the image-to-video sibling of CogVideoX 1.5, of a transformer's own size."""
     channels = transformer["out_channels"]
     return {**transformer, "in_channels": 2 * channels, "ofs_embed_dim": transformer["time_embed_dim"]}
-
-
-def widened(patch_weight: np.ndarray) -> np.ndarray:
-    """Return the patch embedding's weight with columns for an image's channels behind the sample's: zeros."""
-    return np.concatenate([patch_weight, np.zeros_like(patch_weight)], axis=1)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from offline_tpu.compile import parse_topology
 from offline_tpu.machine.devices import DeviceSpec
-from pipeline.checkpoints.checks import check_request, part_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.magcache import ratios_path
 from pipeline.model.denoise_step import EVERYTHING, Reuse, StepWork
 from pipeline.model.noise_schedule import build_scheduler, step_table
@@ -88,8 +88,7 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
             "expected pallas_tpu, or leave it out"
         )
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    name, revision = request.checkpoint, request.revision
-    configs, checkpoint = part_configs(name, lambda: resolve_checkpoint(name, revision, cache_dir))
+    configs, checkpoint = part_configs(request.checkpoint, lambda: checkpoint_of(request, cache_dir))
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)

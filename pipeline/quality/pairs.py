@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.checkpoints.checks import checkpoint_of
 from pipeline.quality.gate import QualityVariant, measure, to_uint8
 from pipeline.quality.render import (
     Made,
     Wanted,
     begins_with_drawn,
-    checkpoint_of,
     first_frame,
     first_frame_psnr,
     variant_videos,

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import jax
 
-from pipeline.checkpoints.checks import Configs, check_request, read_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import Configs, check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model.step_options import entry_hashes
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
@@ -81,7 +81,7 @@ def prepare(
         which = (request.checkpoint, request.revision, request.transformer, needed)
         try:
             if which not in found:
-                checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+                checkpoint = checkpoint_of(request, cache_dir)
                 found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed)
             configs, checkpoint, identities = found[which]
             check_request(request, configs)

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline.checkpoints.checks import check_request, read_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model import step_options
 from pipeline.model.attention import check_runs_here
 from pipeline.model.placement import on_first_process
@@ -302,7 +302,7 @@ def generate(
     UserError where the folder cannot be written to or another process is at work there.
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+    checkpoint = checkpoint_of(request, cache_dir)
     check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages, request))
     run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.checkpoints.shapes import OUTLINE_WIDTH
-from pipeline.checkpoints.tiny_i2v import LORA_NAME, PATCH_WEIGHT, WHOLE_NAME, i2v_config, widened
+from pipeline.checkpoints.tiny_i2v import LORA_NAME, WHOLE_NAME, i2v_config
 from pipeline.train_tiny.config import DrawnClips, TrainTinyConfig, begin, optimize_transformer, write_provenance
 from splash_workbench.errors import UserError
 
@@ -102,7 +102,8 @@ def _for_images(transformer: Any) -> Any:
 
     wider = CogVideoXTransformer3DModel.from_config(i2v_config(transformer.config))
     weights = transformer.state_dict()
-    weights[PATCH_WEIGHT] = torch.from_numpy(widened(weights[PATCH_WEIGHT].numpy()))
+    patch_weight = weights["patch_embed.proj.weight"]  # an image's channels come behind the sample's
+    weights["patch_embed.proj.weight"] = torch.cat([patch_weight, torch.zeros_like(patch_weight)], dim=1)
     missing, unexpected = wider.load_state_dict(weights, strict=False)
     assert all(name.startswith("ofs_embedding.") for name in missing) and not unexpected
     torch.nn.init.zeros_(wider.ofs_embedding.linear_2.weight)

@@ -16,7 +16,7 @@ from pipeline.model.denoise_step import EVERYTHING, StepWork
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.step_options import Entry, StepCall
 from pipeline.predict.planner import SOURCES, Predictor
-from pipeline.predict.presets import ALL, UNUSED, PresetSteps, Video, video_of
+from pipeline.predict.presets import ALL, UNUSED, Video, video_of
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.options import to_parallel
@@ -123,7 +123,17 @@ def _search_all(
             kept = _keep(settings.promote, kind.call, found, captured)
             _print_result(found, kept)
             if settings.results_path is not None:
-                record = _record(settings.topology, preset, kind.call, found, captured, kept)
+                record = StepSearchRecord(
+                    label=Label.PREDICTED,
+                    topology=settings.topology,
+                    request=encode(request),
+                    call=encode(kind.call),
+                    default=found.default,
+                    winner=found.winner,
+                    tried=found.tried,
+                    kept=kept,
+                    environment=captured,
+                )
                 jsonl.append(Path(settings.results_path), record)
 
 
@@ -215,22 +225,6 @@ def _print_result(found: Found, kept: str) -> None:
         f"{winner.compile_cpu_s:.0f} CPU s to compile: {options_text(winner.options)}"
     )
     print(f"  {kept}; all times are predicted", flush=True)
-
-
-def _record(
-    topology: str, preset: PresetSteps, call: StepCall, found: Found, captured: Environment, kept: str
-) -> StepSearchRecord:
-    return StepSearchRecord(
-        label=Label.PREDICTED,
-        topology=topology,
-        request=encode(preset.request),
-        call=encode(call),
-        default=found.default,
-        winner=found.winner,
-        tried=found.tried,
-        kept=kept,
-        environment=captured,
-    )
 
 
 if __name__ == "__main__":
