@@ -271,7 +271,7 @@ def _begin(settings: GenerateConfig, checkpoint: str) -> None:
     kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
     where = f"{jax.device_count()} x {kind}"
     choice = HydraConfig.get().runtime.choices["model"]
-    if any(override.split("=")[0] == "model" for override in HydraConfig.get().overrides.task):
+    if "model" in given_keys():
         why = "as asked"
     elif choice == BIG_MODEL:
         why = "the default on a TPU"

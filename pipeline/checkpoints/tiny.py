@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
 from pipeline.checkpoints.weight_files import STEMS, saved_weights
-from pipeline.model import noise_schedule
+from pipeline.model.noise_schedule import build_scheduler
 from splash_workbench.files import ensure_folder
 
 TRAINED_FOLDER = Path(__file__).parents[1] / "tiny_model"
@@ -109,11 +109,6 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
     }
 
 
-def build_scheduler(configs: Mapping[str, Mapping[str, Any]] = COGVIDEOX_1_5_5B) -> Any:
-    """Build CogVideoX's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    return noise_schedule.build_scheduler(configs["scheduler"])
-
-
 def write_checkpoint(
     folder: Path,
     modules: Mapping[str, Any],
@@ -122,7 +117,7 @@ def write_checkpoint(
 ) -> None:
     """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files. configs: published."""
     build_tokenizer().save_pretrained(folder / "tokenizer")
-    build_scheduler(configs).save_pretrained(folder / "scheduler")
+    build_scheduler(configs["scheduler"]).save_pretrained(folder / "scheduler")
     modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
     for part in ("transformer", "vae"):
         modules[part].save_config(folder / part)

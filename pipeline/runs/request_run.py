@@ -148,8 +148,7 @@ class RequestRun:
             clock = StageClock(stage, progress)
             context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
-            timings = dataclasses.asdict(clock.timings)
-            details = {**self.details[stage], "timings": timings}
+            details = {**self.details[stage], "timings": dataclasses.asdict(clock.timings)}
             on_first_process(lambda: save_stage(self.run_dir, key, arrays, details))
             self.timings.append(clock.timings)
         if stage == "denoise":

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
-from pipeline.checkpoints.tiny import build_scheduler, build_tokenizer
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
+from pipeline.checkpoints.shapes import Scene, captions, draw, parse_caption, random_scene
+from pipeline.checkpoints.tiny import build_tokenizer
 from pipeline.model.latents import LatentGeometry
+from pipeline.model.noise_schedule import build_scheduler
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
 from pipeline.stages.conditioning import image_condition
@@ -20,9 +23,10 @@ from pipeline.train_tiny.training import (
     Loop,
     check_ranges,
     diffusion_loss,
-    encode_clips,
+    fast_precision,
     optimize,
     rotary_tables,
+    to_video,
 )
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
@@ -116,9 +120,15 @@ class DrawnClips:
         count = num_frames or self.settings.num_frames
         path = self.work_dir / ("latents.npy" if num_frames is None else f"latents{count}.npy")
         if not path.exists():
-            clips = encode_clips(vae, self.scenes, count, self.settings.height, self.settings.width, self.line_width)
+            encoded = []
+            for start in tqdm(range(0, len(self.scenes), 4), desc="latents", mininterval=5):
+                scenes, size = self.scenes[start : start + 4], (self.settings.height, self.settings.width)
+                videos = np.stack([draw(scene, count, *size, self.line_width) for scene in scenes])
+                with torch.no_grad(), fast_precision():
+                    means = vae.encode(to_video(videos)).latent_dist.mean
+                encoded.append(means.float().transpose(1, 2))
             with atomic_path(path) as temporary:
-                np.save(temporary, torch.stack(list(clips)).numpy())
+                np.save(temporary, torch.cat(encoded).numpy())
         return torch.from_numpy(np.load(path))
 
 
@@ -147,7 +157,7 @@ def optimize_transformer(
     loss = diffusion_loss(
         transformer,
         parts["text_encoder"],
-        build_scheduler(),
+        build_scheduler(COGVIDEOX_1_5_5B["scheduler"]),
         latents,
         torch.stack(token_ids),
         empty_ids,
