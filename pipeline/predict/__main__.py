@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu.options import check_with_compiler, checked_options
-from pipeline.predict.planner import Predictor
 from pipeline.predict.presets import ALL, UNUSED, predict_presets, video_of
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
@@ -48,16 +47,8 @@ def main(settings: PredictConfig) -> int:
     first = video.first
     parallel = settle_parallel(to_parallel(settings), first.request)
     cache = JobCache.of_user(settings.reuse)
-    predictor = Predictor(
-        topology=settings.topology,
-        request=first.request,
-        configs=video.configs,
-        timeout_s=settings.timeout_s,
-        say=functools.partial(print, " ", file=sys.stderr, flush=True),
-        compiler_options=options,
-        reuse=first.schedule.reuse,
-        cache=cache,
-    )
+    say = functools.partial(print, " ", file=sys.stderr, flush=True)
+    predictor = video.predictor(first, settings.timeout_s, say, compiler_options=options, cache=cache)
     prediction = predictor.predict(stages, parallel)
     presets, failed = predict_presets(video.presets, predictor, prediction, to_parallel(settings))
     notes = (*video.refused, *failed)

@@ -1,18 +1,18 @@
 """What each preset of quality costs: how many denoising steps run the transformer's blocks, and what a step takes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors import safe_open
+import torch
 
 from offline_tpu.compile import parse_topology
 from offline_tpu.machine.devices import DeviceSpec
 from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
-from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.checkpoints.magcache import ratios_path
 from pipeline.model.denoise_step import EVERYTHING, Reuse, StepWork
 from pipeline.model.noise_schedule import build_scheduler, step_table
@@ -62,19 +62,25 @@ class Video:
     """What a command line asks for, without weights.
 
     presets: by quality, the first decides what they share. refused: why others are not known. configs: of the
-    checkpoint's parts; source: where they are from. device: of the topology.
+    checkpoint's parts; source: where they are from. topology: of chips, of which `device` is one.
     """
 
     presets: Mapping[str, PresetSteps]
     refused: Sequence[str]
     configs: Mapping[str, Any]
     source: str
+    topology: str
     device: DeviceSpec
 
     @property
     def first(self) -> PresetSteps:
         """Return the first preset."""
         return next(iter(self.presets.values()))
+
+    def predictor(self, preset: PresetSteps, timeout_s: float, say: Callable[[str], None], **more: Any) -> Predictor:
+        """Return what predicts the stages of one of the presets. more: other fields of `Predictor`."""
+        schedule = preset.schedule
+        return Predictor(self.topology, preset.request, self.configs, timeout_s, say, reuse=schedule.reuse, **more)
 
 
 def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
@@ -94,7 +100,7 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
     check_request(request, configs)
     device, _ = from_config(lambda: parse_topology(topology))
     presets, refused = settle_presets(request, names, configs, checkpoint, device.device_kind)
-    return Video(presets, refused, configs, "built in" if checkpoint is None else "checkpoint", device)
+    return Video(presets, refused, configs, "built in" if checkpoint is None else "checkpoint", topology, device)
 
 
 def preset_steps(
@@ -129,8 +135,8 @@ def preset_steps(
 
     def embed(timesteps: np.ndarray) -> np.ndarray:
         assert checkpoint is not None
-        weights = _embedding_weights(checkpoint.weight_files("transformer"))
-        return embed_timesteps(weights, TransformerShape.from_config(transformer), timesteps)
+        loaded = load_module(checkpoint, "transformer", torch.float32, lambda name: "_embedding." in name, np.asarray)
+        return embed_timesteps(loaded.weights, TransformerShape.from_config(transformer), timesteps)
 
     schedule = step_schedule(request.cache, guided, timesteps, embed)
     decided = request.cache.method == "first_block"
@@ -170,27 +176,15 @@ def _as_reported(request: GenerateRequest, transformer: Mapping[str, Any], times
         )
     part = float(np.interp(threshold, [0.0, *known], [1.0, *known.values()]))
     count = min(max(round(part * steps), 1), steps)
-    blocks = [False] * steps
-    for index in np.round(np.linspace(0, steps - 1, count)).astype(int):
-        blocks[index] = True
-    guided = request.do_classifier_free_guidance
-    every = request.cache.unconditional_every or 1 if guided else 1
+    computed = set(np.round(np.linspace(0, steps - 1, count)).astype(int))
+    blocks = [index in computed for index in range(steps)]
+    every = request.cache.unconditional_every or 1
     return PresetSteps(
         request,
         StepSchedule(Reuse(residual=True, guidance=every > 1), tuple(with_prompts(blocks, every))),
         f"{count} of {steps} steps computed: assumed from the times that TeaCache's authors report for threshold "
         f"{threshold:g} on an H100; the checkpoint's weights decide",
     )
-
-
-def _embedding_weights(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Read the weights that embed timesteps, as float32."""
-    weights: dict[str, np.ndarray] = {}
-    for path in files:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = [name for name in file.keys() if "_embedding." in name]  # noqa: SIM118
-            weights |= {name: file.get_tensor(name).float().numpy() for name in names}
-    return weights
 
 
 def predict_presets(

@@ -130,7 +130,7 @@ class Fleet:
         if isinstance(answer, Ready):
             self._welcome(member, answer)
         elif doing is not None:
-            self._take(member, *doing, answer)
+            self._take(member, doing[0], answer)
 
     def _welcome(self, member: _Member, ready: Ready) -> None:
         if ready.errors:
@@ -170,7 +170,7 @@ class Fleet:
         member.doing = index, stages
         self._ask(member, member.actor.work.remote(index, stages))
 
-    def _take(self, member: _Member, index: int, stages: tuple[Stage, ...], done: Done) -> None:
+    def _take(self, member: _Member, index: int, done: Done) -> None:
         line = self.lines[index]
         line.time_s += done.time_s
         if done.status == "waiting":

@@ -5,7 +5,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,6 @@ from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
 
-#: Where an entry goes, by `promote`.
-_PATHS: dict[Any, Callable[[], Path] | None] = {
-    True: step_options.user_path,
-    "shipped": lambda: step_options.SHIPPED,
-    False: None,
-}
-
 
 @dataclasses.dataclass
 class TuneConfig(GenerateConfig):
@@ -67,10 +60,8 @@ def main(settings: TuneConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
     workers = from_config(lambda: worker_count(settings.workers))
-    if not isinstance(settings.promote, bool | str) or settings.promote not in _PATHS:
-        raise RequestError(f"promote={settings.promote!r}: expected true, false or shipped")
-    if (path_of := _PATHS[settings.promote]) is not None:
-        require_writable(f"promote={settings.promote}", path_of().parent)
+    if (path := _promoted_to(settings.promote)) is not None:
+        require_writable(f"promote={settings.promote}", path.parent)
     flags = from_config(lambda: _checked_flags(settings.flags))
     space = dict(SPACE) | flags
     video = video_of(settings, settings.topology, settings.quality)
@@ -78,7 +69,7 @@ def main(settings: TuneConfig) -> int:
     from_config(lambda: check_with_compiler(video.device, asked))
     cache = JobCache.of_user(settings.reuse)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        _search_all(settings, video, cache, Runner(Path(folder)), space, workers)
+        _search_all(settings, video, cache, Runner(Path(folder)), space, workers, path)
     for text in (*video.refused, cache.trouble if cache is not None else None):
         if text:
             print(text, file=sys.stderr)
@@ -92,22 +83,14 @@ def _search_all(
     runner: Runner,
     space: Mapping[str, tuple[str, ...]],
     workers: int,
+    path: Path | None,
 ) -> None:
     """Search each kind of step that runs the transformer's blocks once; print, keep and record what is found."""
     captured = libtpu.with_compiler(environment(SOURCES))
     done: set[tuple[str, str, bool, AttentionOptions]] = set()
     for name, preset in video.presets.items():
         request = preset.request
-        predictor = Predictor(
-            topology=settings.topology,
-            request=request,
-            configs=video.configs,
-            timeout_s=settings.timeout_s,
-            say=lambda text: None,
-            reuse=preset.schedule.reuse,
-            cache=cache,
-            runner=runner,
-        )
+        predictor = video.predictor(preset, settings.timeout_s, lambda text: None, cache=cache, runner=runner)
         plan = predictor.plan(settle_parallel(to_parallel(settings), request))
         for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
             same = (str(plan), str(work), request.int8_linears, request.attention)
@@ -120,7 +103,7 @@ def _search_all(
             found = search(kind.try_options, default, space, workers, runner.cancel)
             if found.winner.time_s is None or kind.call is None:
                 raise PipelineError(f"{found.default.error}")
-            kept = _keep(settings.promote, kind.call, found, captured)
+            kept = _keep(path, kind.call, found, captured)
             _print_result(found, kept)
             if settings.results_path is not None:
                 record = StepSearchRecord(
@@ -135,6 +118,14 @@ def _search_all(
                     environment=captured,
                 )
                 jsonl.append(Path(settings.results_path), record)
+
+
+def _promoted_to(promote: Any) -> Path | None:
+    """Return the file of entries that a winner goes to, None for none. Raises RequestError."""
+    paths = {True: step_options.user_path(), "shipped": step_options.SHIPPED, False: None}
+    if not isinstance(promote, bool | str) or promote not in paths:
+        raise RequestError(f"promote={promote!r}: expected true, false or shipped")
+    return paths[promote]
 
 
 def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -185,13 +176,12 @@ class _Kind:
             print(f"  {place}: {shown}, {how}, {options_text(tried.options)}; {left}", flush=True)
 
 
-def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environment) -> str:
+def _keep(path: Path | None, call: StepCall, found: Found, captured: Environment) -> str:
     """Write the winner as an entry if it beats the default; return what was done, and why."""
     winner, default = found.winner, found.default
-    path_of = _PATHS[promote]
     if winner.time_s is None or winner is default:
         return "not kept: nothing beats the default options"
-    if path_of is None:
+    if path is None:
         return "not kept: promote=false"
     entry = Entry(
         call=call,
@@ -203,12 +193,11 @@ def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environme
         source=captured.backend_hash,
         created_at=utc_now(),
     )
-    path = path_of()
     try:
         step_options.keep(path, entry)
     except OSError as error:
         raise UserError(f"{path.name}: the entry was not written ({error.strerror})") from error
-    return "kept as a shipped entry" if promote == "shipped" else "kept: every such step takes them from now on"
+    return "kept as a shipped entry" if path == step_options.SHIPPED else "kept: every such step takes them from now on"
 
 
 def _print_result(found: Found, kept: str) -> None:
