@@ -26,11 +26,7 @@ _UNUSED = (
 
 
 @cli.command(
-    "calibrate",
-    CalibrateConfig,
-    text_or_list=("lora",),
-    unused=_UNUSED,
-    resolvers={"default_model": default_model},
+    "calibrate", CalibrateConfig, text_or_list=("lora",), unused=_UNUSED, resolvers={"default_model": default_model}
 )
 def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""

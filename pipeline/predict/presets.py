@@ -29,14 +29,7 @@ from pipeline.stages.presets import base_checkpoint, settle, settle_parallel
 from pipeline.stages.step_schedule import StepSchedule, embed_timesteps, step_schedule, with_prompts
 from splash_workbench.errors import from_config
 from splash_workbench.records.jsonl import decode, encode
-from splash_workbench.records.prediction import (
-    GIB,
-    STAGES,
-    Plan,
-    PresetPrediction,
-    StagePrediction,
-    StepKind,
-)
+from splash_workbench.records.prediction import GIB, STAGES, Plan, PresetPrediction, StagePrediction, StepKind
 
 #: All presets of quality.
 ALL = "all"

@@ -6,6 +6,7 @@ is another, and the pair is made anew.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +16,7 @@ import numpy as np
 
 from pipeline.checkpoints.checks import checkpoint_of
 from pipeline.quality.gate import QualityVariant, measure, to_uint8
-from pipeline.quality.render import (
-    Made,
-    Wanted,
-    begins_with_drawn,
-    first_frame,
-    first_frame_psnr,
-    variant_videos,
-)
+from pipeline.quality.render import Made, Wanted, begins_with_drawn, first_frame, first_frame_psnr, variant_videos
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.runs.records import devices, environment
 from pipeline.runs.video import write_mp4
@@ -76,7 +70,7 @@ class Pairs:
         self._make_references(missing, tell)
         reference_keys = self._keys(self.reference)
         if variant is not self.reference and missing:
-            videos = variant_videos(variant, self._of(missing), self.cache_dir, _steps_told(tell))
+            videos = variant_videos(variant, self._of(missing), self.cache_dir, functools.partial(_tell_step, tell))
             for index, made in zip(missing, videos, strict=True):
                 self._add(variant, index, made, self._reference(reference_keys[index]))
                 tell(1, "")
@@ -106,22 +100,16 @@ class Pairs:
         request = self.reference.request
         # Of captions alone: to ask imports diffusers.
         drawn = self.with_readings and begins_with_drawn(request, checkpoint_of(request, self.cache_dir))
-        videos = variant_videos(self.reference, self._of(needed), self.cache_dir, _steps_told(tell))
+        videos = variant_videos(self.reference, self._of(needed), self.cache_dir, functools.partial(_tell_step, tell))
         for index, made in zip(needed, videos, strict=True):
             self._keep_reference(keys[index], made.frames)
             if not self._is_there(self.reference, keys[index]):
-                image = first_frame(request, *self.wanted[index]) if drawn else None
-                first_frame_db = None if image is None else first_frame_psnr(made.frames, image)
-                self._add(self.reference, index, made, made.frames, first_frame_db)
+                first = first_frame_psnr(made.frames, first_frame(request, *self.wanted[index])) if drawn else None
+                self._add(self.reference, index, made, made.frames, first)
             tell(1, "")
 
     def _add(
-        self,
-        variant: QualityVariant,
-        index: int,
-        made: Made,
-        expected: np.ndarray,
-        first_frame_db: float | None = None,
+        self, variant: QualityVariant, index: int, made: Made, expected: np.ndarray, first_frame_db: float | None = None
     ) -> None:
         """Compare a video, and put it on record: its file first, so that what is on record is there."""
         key, (prompt, seed) = self._keys(variant)[index], self.wanted[index]
@@ -207,10 +195,6 @@ def side_by_side(reference: np.ndarray, video: np.ndarray) -> np.ndarray:
     return np.concatenate([reference, video, difference.clip(0, 1)], axis=2)
 
 
-def _steps_told(tell: Tell) -> Callable[[StageEvent], None]:
-    """Return a `Progress` that tells which denoising step a video is in; it is done where `tell` says so."""
-
-    def progress(event: StageEvent) -> None:
-        tell(0, f"step {event.step} of {event.total_steps}" if event.phase == "run" else f"{event.phase} ...")
-
-    return progress
+def _tell_step(tell: Tell, event: StageEvent) -> None:
+    """Tell which denoising step a video is in; it is done where `tell` says so."""
+    tell(0, f"step {event.step} of {event.total_steps}" if event.phase == "run" else f"{event.phase} ...")

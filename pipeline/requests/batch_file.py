@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import RequestError
+from pipeline.requests.errors import RequestError, require_number
 from pipeline.requests.limits import MAX_VIDEOS
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
@@ -73,8 +73,7 @@ def entries_of(config: GenerateConfig, number: int = 1) -> list[Entry]:
     number: of the line. Raises RequestError.
     """
     count, request = config.num_videos, to_request(config)
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_VIDEOS:
-        raise RequestError(f"num_videos={count!r}: expected a whole number from 1 to {MAX_VIDEOS}")
+    require_number("num_videos", count, 1, MAX_VIDEOS)
     requests = [dataclasses.replace(request, seed=request.seed + index) for index in range(count)]
     entries = [Entry(number, request, run_name(request, config.name, number)) for request in requests]
     if len({entry.name for entry in entries}) < count:

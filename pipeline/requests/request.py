@@ -4,18 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
+from pipeline.requests import limits
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError, require, require_choice, require_number
-from pipeline.requests.limits import (
-    FRAME_MULTIPLE,
-    MAX_FPS,
-    MAX_FRAMES,
-    MAX_GUIDANCE,
-    MAX_SIDE,
-    MAX_STEPS,
-    MAX_STRENGTH,
-    SIZE_MULTIPLE,
-)
 from pipeline.requests.models import fill_in_defaults
 from pipeline.requests.reuse import PRESETS, CacheOptions, Quality
 from splash_attn.api import Implementation
@@ -82,7 +73,9 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         _require_text("lora", self.path, "tiny-outline, a file of safetensors, or PEFT's folder")
-        require_number(f"lora={self.path!r}: strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH, int | float)
+        require_number(
+            f"lora={self.path!r}: strength", self.strength, -limits.MAX_STRENGTH, limits.MAX_STRENGTH, int | float
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +135,16 @@ class GenerateRequest:
         if self.revision is not None:
             _require_text("revision", self.revision, "a branch, tag or commit of a Hub id")
         for name in ("height", "width"):
-            require_number(name, getattr(self, name), 1, MAX_SIDE)
-            require_multiple(name, getattr(self, name), SIZE_MULTIPLE)
-        require_number("num_frames", self.num_frames, 1, MAX_FRAMES)
-        require_multiple("num_frames", self.num_frames, FRAME_MULTIPLE, 1)
-        require_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        require_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE, int | float)
+            require_number(name, getattr(self, name), 1, limits.MAX_SIDE)
+            require_multiple(name, getattr(self, name), limits.SIZE_MULTIPLE)
+        require_number("num_frames", self.num_frames, 1, limits.MAX_FRAMES)
+        require_multiple("num_frames", self.num_frames, limits.FRAME_MULTIPLE, 1)
+        require_number("num_inference_steps", self.num_inference_steps, 1, limits.MAX_STEPS)
+        require_number("guidance_scale", self.guidance_scale, 0, limits.MAX_GUIDANCE, int | float)
         flag = self.use_dynamic_cfg
         require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")
         require_number("seed", self.seed, 0, 2**63 - 1)
-        require_number("fps", self.fps, 1, MAX_FPS, int | float)
+        require_number("fps", self.fps, 1, limits.MAX_FPS, int | float)
         if self.fps == int(self.fps):
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         require_choice("dtype", self.dtype, Dtype)
@@ -174,12 +167,12 @@ class GenerateRequest:
         if self.noise_aug_strength:
             require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
         if self.context_frames is None:
-            require_number("context_overlap", self.context_overlap, 0, MAX_FRAMES)
+            require_number("context_overlap", self.context_overlap, 0, limits.MAX_FRAMES)
         else:
-            require_number("context_frames", self.context_frames, 1, MAX_FRAMES)
-            require_multiple("context_frames", self.context_frames, FRAME_MULTIPLE, 1)
+            require_number("context_frames", self.context_frames, 1, limits.MAX_FRAMES)
+            require_multiple("context_frames", self.context_frames, limits.FRAME_MULTIPLE, 1)
             require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
-            require_multiple("context_overlap", self.context_overlap, FRAME_MULTIPLE)
+            require_multiple("context_overlap", self.context_overlap, limits.FRAME_MULTIPLE)
             require(self.image is None, "context_frames and image: only the first window would see the image")
         if self.video is not None and self.steps_left_out == self.num_inference_steps:
             steps = self.num_inference_steps

@@ -77,8 +77,8 @@ def check_settings(settings: TrainTinyConfig) -> None:
 
 def asked_for(settings: TrainTinyConfig) -> dict[str, Any]:
     """Return the settings that decide what comes out."""
-    fields = dataclasses.asdict(settings)
-    return {name: fields[name] for name in fields if name not in ("folder", "work_dir")}
+    fields = dataclasses.asdict(settings).items()
+    return {name: value for name, value in fields if name not in ("folder", "work_dir")}
 
 
 def begin(settings: TrainTinyConfig) -> Path:
@@ -133,11 +133,7 @@ class DrawnClips:
 
 
 def optimize_transformer(
-    name: str,
-    trained: dict[str, Any],
-    clips: DrawnClips,
-    parts: Mapping[str, Any],
-    images: torch.Tensor | None = None,
+    name: str, trained: dict[str, Any], clips: DrawnClips, parts: Mapping[str, Any], images: torch.Tensor | None = None
 ) -> tuple[list[dict[str, float]], float]:
     """Train modules by the loss of the transformer that is in `parts`, beside its T5 and VAE; return as `optimize`.
 
