@@ -177,7 +177,22 @@ def resolve_checkpoint(
     "tiny-i2v" and "tiny-random" are made in the cache folder. transformer: a file with other weights for its
     transformer. Raises CheckpointError when it is none of these or cannot be reached.
     """
-    found = _resolve(name, revision, cache_dir)
+    folder = TRAINED_FOLDER if name == TINY else user_path(name)
+    if name in _MADE or folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+            )
+        found = Checkpoint(name, _MADE[name](cache_dir or user_cache_dir()) if name in _MADE else folder)
+    elif folder.is_file():
+        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
+    elif name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"checkpoint={name!r}: no such folder; expected {', '.join((TINY, *_MADE))}, an existing folder, or "
+            "owner/name"
+        )
+    else:
+        found = hub_checkpoint(name, revision)
     if transformer is None:
         return found
     path = user_path(transformer)
@@ -185,24 +200,6 @@ def resolve_checkpoint(
         problem = "a file of another kind" if path.is_file() else "no such file"
         raise CheckpointError(f"transformer={transformer!r}: {problem}; expected a file of safetensors")
     return dataclasses.replace(found, transformer=path)
-
-
-def _resolve(name: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
-    folder = TRAINED_FOLDER if name == TINY else user_path(name)
-    if name in _MADE or folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
-            )
-        return Checkpoint(name, _MADE[name](cache_dir or user_cache_dir()) if name in _MADE else folder)
-    if folder.is_file():
-        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(
-            f"checkpoint={name!r}: no such folder; expected {', '.join((TINY, *_MADE))}, an existing folder, or "
-            "owner/name"
-        )
-    return hub_checkpoint(name, revision)
 
 
 def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:

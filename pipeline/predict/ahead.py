@@ -70,8 +70,7 @@ def request_programs(
         request = dataclasses.replace(
             request, attention=dataclasses.replace(request.attention, implementation="pallas_tpu")
         )
-    num_heads = configs["transformer"]["num_attention_heads"]
-    choice = settle_parallel(parallel, request)
+    choice, num_heads = settle_parallel(parallel, request), configs["transformer"]["num_attention_heads"]
     plan = resolve_plan(choice, len(devices), request.do_classifier_free_guidance, num_heads)
     check_quantization(request.quantization, plan)
     devices = devices[: plan.num_devices]

@@ -77,7 +77,8 @@ class Predictor:
         """
         check_versions()
         plans = [self.plan(parallel)]
-        if parallel.plan == "auto" and plans[0].num_devices > plans[0].dp:  # else all plans are the same
+        # With one device a prompt the plans are the same.
+        if parallel.plan == "auto" and plans[0].num_devices > plans[0].dp:
             with contextlib.suppress(RequestError):  # of heads that do not divide, which the first plan takes
                 plans.append(self.plan(parallel, _MEGATRON))
             plans.append(self.plan(parallel, _FRUGAL))

@@ -33,7 +33,7 @@ from splash_workbench.records.prediction import GIB, STAGES, Plan, PresetPredict
 
 #: All presets of quality.
 ALL = "all"
-#: What makes no difference to a prediction.
+#: Keys, or patterns of them, that make no difference to a prediction.
 UNUSED = (
     *OF_RUNS,
     *("prompts", "compilation_cache", "verbose", "image", "noise_aug_strength", "video", "strength", "latents"),
@@ -200,8 +200,7 @@ def predict_presets(
         try:
             for work in dict.fromkeys((EVERYTHING, *steps.schedule.steps)):
                 if work not in kinds:
-                    settled_parallel = settle_parallel(parallel, steps.request)
-                    plan, result = own.step(prediction.plan, settled_parallel, work)
+                    plan, result = own.step(prediction.plan, settle_parallel(parallel, steps.request), work)
                     kinds[work] = decode(result, StagePrediction)
         except PipelineError as error:
             notes.append(f"quality={name}: {error}")

@@ -161,7 +161,7 @@ class Hosts:
                 if time.monotonic() - silent_since > 3 * _BEAT_S and not self._stop.is_set():
                     first = self._seen.get(0)
                     who = _name(0, first[0].host if first else None)
-                    self._end(f"{who} no longer answers ({str(error).splitlines()[0]})")
+                    self._end(f"{who} no longer answers ({str(error).splitlines()[0]})", _EXIT_FAILED)
                 continue
             self._look_at(states)
 
@@ -178,7 +178,7 @@ class Hosts:
             if state.failed is not None:
                 self._end(state.failed, state.exit_code)
             if now - changed > _LOST_S:
-                self._end(f"{who} is lost: no sign of life for {_LOST_S:g} s, last {state.where}")
+                self._end(f"{who} is lost: no sign of life for {_LOST_S:g} s, last {state.where}", _EXIT_FAILED)
         if now - self._since > self._timeout_s:
             behind = min(state.progress for state in states.values())
             late = [_name(i, state.host) for i, state in states.items() if state.progress == behind]
@@ -186,10 +186,11 @@ class Hosts:
             where = next(state.where for state in states.values() if state.progress == behind)
             self._end(
                 f"{who} has not gone on for {self._timeout_s:g} s (distributed.timeout_s) {where}; "
-                f"noticed by {_name(self._index, self._mine.host)}"
+                f"noticed by {_name(self._index, self._mine.host)}",
+                _EXIT_FAILED,
             )
 
-    def _end(self, message: str, exit_code: int = _EXIT_FAILED) -> NoReturn:
+    def _end(self, message: str, exit_code: int) -> NoReturn:
         """End this process, whose main thread may wait for a process that is gone and cannot be woken."""
         print(f"error: {message}; the same command on every host goes on from what is saved", file=sys.stderr)
         self._mine.failed, self._mine.exit_code = self._mine.failed or message, exit_code

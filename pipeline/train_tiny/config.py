@@ -32,8 +32,6 @@ from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
 from splash_workbench.records.base import utc_now
 
-PROVENANCE_NAME = "training.json"
-
 
 @dataclasses.dataclass
 class TrainTinyConfig:
@@ -168,10 +166,10 @@ def optimize_transformer(
 
 def write_provenance(folder: Path, settings: TrainTinyConfig, **more: Any) -> None:
     """Write beside what was trained how it was made."""
-    provenance = {
+    made = {
         "made_by": "python -m pipeline.train_tiny",
         "settings": asked_for(settings),
         "finished_at": utc_now(),
         "environment": dataclasses.asdict(environment()),
     }
-    write_json(folder / PROVENANCE_NAME, {**provenance, **more})
+    write_json(folder / "training.json", made | more)
