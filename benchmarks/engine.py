@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ def no_work(payload: dict[str, Any]) -> dict[str, Any]:
     """Return at once: what is timed is the way to a worker and back."""
     del payload
     return {}
-
-
-def as_is(payload: dict[str, Any]) -> dict[str, Any]:
-    """Return a payload for any node."""
-    return payload
 
 
 @contextlib.contextmanager
@@ -83,10 +78,10 @@ def make_settings(folder: Path, max_trials: int, engine: EngineSettings | None) 
     )
 
 
-def rate(make: Callable[[Path], SweepSettings]) -> float:
+def rate(max_trials: int, engine: EngineSettings | None) -> float:
     """Return candidates a minute of one sweep from nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        result = sweep(make(Path(folder)), report=lambda line: None)
+        result = sweep(make_settings(Path(folder), max_trials, engine), report=lambda line: None)
     return 60 * result.evaluated_count / result.wall_time_s
 
 
@@ -114,14 +109,14 @@ def main() -> None:
         alone = Runner(Path(folder), jobs_per_worker=JOBS_PER_WORKER)
         first, *rest = job_times_s(alone)
         alone.cancel()
-        there_first, *there = job_times_s(ClusterRunner(connection, as_is))
+        there_first, *there = job_times_s(ClusterRunner(connection, lambda payload: payload))
     print(f"  {'the first job, which starts a worker: alone, on a node':<58} {first:8.2f} s {there_first:8.2f} s")
     each = statistics.median(rest), statistics.median(there)
     print(f"  {'a job that does nothing: alone, on a node':<58} {each[0] * 1e3:7.2f} ms {each[1] * 1e3:7.2f} ms")
     rates: dict[str, list[float]] = {"local": [], "ray": []}
     for _ in range(options.rounds):
         for name, chosen in (("local", None), ("ray", engine)):
-            rates[name].append(rate(lambda folder, chosen=chosen: make_settings(folder, options.max_trials, chosen)))
+            rates[name].append(rate(options.max_trials, chosen))
             print(f"  engine={name:<6} {rates[name][-1]:6.1f} candidates a minute", flush=True)
     ratio = statistics.median(rates["ray"]) / statistics.median(rates["local"])
     print(f"  engine=ray has {ratio:.2f} times the rate of engine=local on the same cores")

@@ -16,6 +16,7 @@ out.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -37,8 +38,9 @@ def make_checkpoint(folder: Path, num_layers: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from pipeline.checkpoints.loading import build_module, weight_shapes
+    from pipeline.checkpoints.loading import build_module
     from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
+    from pipeline.checkpoints.weight_files import weight_shapes
 
     config = {**COGVIDEOX_1_5_5B["transformer"], "num_layers": num_layers}
     shapes = weight_shapes(build_module("transformer", config, torch.bfloat16))
@@ -102,7 +104,7 @@ def peak_bytes() -> int:
 
 
 def read_plain(folder: Path, new_memory: bool, keep: bool) -> dict[str, float]:
-    """Read all files by several threads. keep: each piece in memory of its own."""
+    """Read all files by several threads. keep: each piece in memory of its own; else all into the same."""
     import numpy as np
 
     descriptors = {os.open(path, os.O_RDONLY): path.stat().st_size for path in weight_files(folder)}
@@ -118,16 +120,6 @@ def read_plain(folder: Path, new_memory: bool, keep: bool) -> dict[str, float]:
     with ThreadPoolExecutor(_THREADS) as pool:
         assert sum(pool.map(read, range(_THREADS))) == sum(descriptors.values())
     return {"time_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
-
-
-def read_again(folder: Path, new_memory: bool) -> dict[str, float]:
-    """Read all files into the same memory."""
-    return read_plain(folder, new_memory, keep=False)
-
-
-def read_and_keep(folder: Path, new_memory: bool) -> dict[str, float]:
-    """Read all files into memory that keeps them."""
-    return read_plain(folder, new_memory, keep=True)
 
 
 def load(folder: Path, new_memory: bool) -> dict[str, float]:
@@ -162,7 +154,11 @@ def load(folder: Path, new_memory: bool) -> dict[str, float]:
     raise AssertionError(f"{key} is in no file")
 
 
-READINGS = {"disk": read_again, "memory": read_and_keep, "loader": load}
+READINGS = {
+    "disk": functools.partial(read_plain, keep=False),
+    "memory": functools.partial(read_plain, keep=True),
+    "loader": load,
+}
 
 
 def in_own_process(what: str, folder: Path, new_memory: bool) -> dict[str, float]:

@@ -123,8 +123,7 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from pipeline.checkpoints.checks import check_request, part_configs
-    from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+    from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
     from pipeline.predict.ahead import compile_ahead, request_programs, topology_devices
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import parse_stages, to_request
@@ -132,19 +131,12 @@ def _compile_ahead(settings: GenerateConfig, topology: str) -> int:
 
     _set_up_logging(settings.verbose)
     stages, request, cache_dir = parse_stages(settings.stages), to_request(settings), _path(settings.cache_dir)
-    found: list[Checkpoint] = []
-
-    def find() -> Checkpoint:
-        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer))
-        return found[0]
-
-    configs, _ = part_configs(request.checkpoint, find)
+    configs, checkpoint = part_configs(request.checkpoint, lambda: checkpoint_of(request, cache_dir))
     check_request(request, configs)
     use_compilation_cache()
     folder = jax.config.values["jax_compilation_cache_dir"]
     devices = topology_devices(topology)
     print(f"for {len(devices)} x {devices[0].device_kind}, which need not be here, into {folder}", flush=True)
-    checkpoint = found[0] if found else None
     programs = request_programs(request, stages, to_parallel(settings), devices, configs, checkpoint)
     compile_ahead(programs, lambda text: print(f"  {text}", flush=True))
     print("copy that folder to the chips' hosts, and name it there: JAX_COMPILATION_CACHE_DIR")
@@ -279,7 +271,7 @@ def _begin(settings: GenerateConfig, checkpoint: str) -> None:
     kind = device.device_kind if device.device_kind == device.platform else f"{device.device_kind} ({device.platform})"
     where = f"{jax.device_count()} x {kind}"
     choice = HydraConfig.get().runtime.choices["model"]
-    if any(override.split("=")[0] == "model" for override in HydraConfig.get().overrides.task):
+    if "model" in given_keys():
         why = "as asked"
     elif choice == BIG_MODEL:
         why = "the default on a TPU"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.requests.errors import RequestError
+from pipeline.requests.errors import RequestError, require_choice
 from splash_workbench import cli
 from splash_workbench.files import require_writable_file
 
@@ -36,7 +36,7 @@ def main(settings: QuantizeConfig) -> int:
     from pipeline.checkpoints.loading import resolve_checkpoint
     from pipeline.checkpoints.quantized import save_quantized
     from pipeline.requests.options import ParallelOptions
-    from pipeline.requests.request import AttentionOptions, Dtype, parse_lora, require_choice
+    from pipeline.requests.request import AttentionOptions, Dtype, parse_lora
     from pipeline.stages.denoise import Denoiser
 
     require_choice("dtype", settings.dtype, Dtype)

@@ -1,4 +1,4 @@
-"""The file of a batch of videos, and what ffmpeg reads back from one."""
+"""The file of a batch of videos, what ffmpeg reads back from one, and whether its shape is filled."""
 
 import json
 import re
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+from scipy import ndimage
 
 from helpers import PLENTY_S
+from pipeline.quality import read_back
 
 _READ = """
 import imageio_ffmpeg, json, sys
@@ -41,3 +43,21 @@ def tags(path: Path) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, check=True, timeout=PLENTY_S)
     lines = re.split(r"(?<!\\)\n", done.stdout.decode())
     return {name: re.sub(r"\\(.)", r"\1", value, flags=re.S) for name, _, value in (x.partition("=") for x in lines)}
+
+
+def filled_fraction(frames: np.ndarray) -> float:
+    """Return how much of the shape's middle, a disc around its centre, is the shape's, as the mean of the frames.
+
+    1 for a filled shape, 0 for an outline, NaN without a shape. frames: uint8 [frames, height, width, 3].
+    """
+    masks = [mask for frame in frames.astype(np.float64) if (mask := read_back._region(frame)) is not None]
+    return float(np.mean([mask[_middle(mask)].mean() for mask in masks])) if masks else np.nan
+
+
+def _middle(mask: np.ndarray) -> np.ndarray:
+    """Return the mask of a disc around a region's centre, a fifth of its sides in radius: within all of SHAPES."""
+    (rows, columns), *_ = ndimage.find_objects(mask.astype(int))
+    y, x = np.indices(mask.shape)
+    centre_y, centre_x = ndimage.center_of_mass(mask)
+    radius = 0.2 * np.sqrt((rows.stop - rows.start) * (columns.stop - columns.start))
+    return np.hypot(y - centre_y, x - centre_x) <= radius

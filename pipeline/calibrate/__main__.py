@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from pipeline.requests.config import GenerateConfig
+from pipeline.requests.config import OF_RUNS, GenerateConfig
 from pipeline.requests.default_model import default_model
 from pipeline.requests.errors import RequestError
 from splash_workbench import cli
@@ -20,46 +20,18 @@ class CalibrateConfig(GenerateConfig):
 
 
 _UNUSED = (
-    *(
-        "prompts",
-        "run_dir",
-        "output_dir",
-        "name",
-        "resume",
-        "checkpoint_every",
-        "preview_every",
-        "warm_up",
-        "topology",
-        "stages",
-    ),
-    *(
-        "num_videos",
-        "profile",
-        "profile_run",
-        "logdir",
-        "results_path",
-        "quality",
-        "cache.*",
-        "distributed.*",
-        "engine",
-        "engine.*",
-    ),
-    *("context_frames", "context_overlap"),
+    *OF_RUNS,
+    *("prompts", "topology", "stages", "profile", "profile_run", "logdir", "results_path", "quality", "cache.*"),
 )
 
 
 @cli.command(
-    "calibrate",
-    CalibrateConfig,
-    text_or_list=("lora",),
-    unused=_UNUSED,
-    resolvers={"default_model": default_model},
+    "calibrate", CalibrateConfig, text_or_list=("lora",), unused=_UNUSED, resolvers={"default_model": default_model}
 )
 def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""
     from pipeline.calibrate.magnitudes import measure_ratios
-    from pipeline.checkpoints.checks import check_request, read_configs
-    from pipeline.checkpoints.loading import resolve_checkpoint
+    from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
     from pipeline.checkpoints.magcache import ratios_path, write_ratios
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
@@ -72,7 +44,7 @@ def main(settings: CalibrateConfig) -> int:
     if request.num_inference_steps < 2:
         raise RequestError(f"num_inference_steps={request.num_inference_steps}: expected 2 or more to compare")
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+    checkpoint = checkpoint_of(request, cache_dir)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
     require_writable_file(f"output={str(path)!r}", path)
     if path.exists() and not settings.output and not settings.overwrite:

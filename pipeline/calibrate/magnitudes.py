@@ -11,7 +11,7 @@ from pipeline.checkpoints.magcache import MagnitudeRatios
 from pipeline.model.placement import to_host
 from pipeline.requests.reuse import CacheOptions
 from pipeline.stages.denoise_loop import DenoiseLoop
-from pipeline.stages.progress import Progress, StageClock, StageEvent
+from pipeline.stages.progress import Progress, StageClock, StageEvent, Work
 from pipeline.stages.stages import StageContext, Stages
 
 #: Keeps what the blocks add, and always runs them.
@@ -24,13 +24,15 @@ def measure_ratios(context: StageContext, progress: Progress) -> MagnitudeRatios
 
     It is the mean over the video's tokens and the prompts. Raises what the stages raise.
     """
+
+    def timed(stage: Work) -> StageContext:
+        return dataclasses.replace(context, clock=StageClock(stage, progress))
+
     stages = Stages()
-    context = dataclasses.replace(context, clock=StageClock("text", progress))
-    embeddings = stages.encode(context, context.request.prompts)
+    embeddings = stages.encode(timed("text"), context.request.prompts)
     stages.drop("text")
-    context = dataclasses.replace(context, clock=StageClock("encode", progress))
-    moments = stages.encode_source(context)
-    denoiser = stages.loaded("denoise", dataclasses.replace(context, clock=StageClock("denoise", progress)))
+    moments = stages.encode_source(timed("encode"))
+    denoiser = stages.loaded("denoise", timed("denoise"))
     request = dataclasses.replace(context.request, cache=_OBSERVED)
     norm = jax.jit(lambda residual: jnp.linalg.norm(residual.astype(jnp.float32), axis=-1))
     norms: list[np.ndarray] = []

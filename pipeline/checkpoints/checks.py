@@ -4,14 +4,16 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, weight_shapes, with_defaults
+from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, resolve_checkpoint, with_defaults
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
+from pipeline.checkpoints.weight_files import weight_shapes
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
@@ -32,15 +34,21 @@ _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLC
 _SUPPORTED = f"supported here: CogVideoX, {', '.join(f'model={model}' for model in MODELS)}"
 
 
-def part_configs(checkpoint: str, find: Callable[[], Checkpoint]) -> tuple[Configs, str]:
-    """Return the configurations of a checkpoint's parts, and where they are from: "built in" or "checkpoint".
+def checkpoint_of(request: GenerateRequest, cache_dir: Path | None) -> Checkpoint:
+    """Return the checkpoint that a request names, see `resolve_checkpoint`. Raises CheckpointError."""
+    return resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+
+
+def part_configs(name: str, find: Callable[[], Checkpoint]) -> tuple[Configs, Checkpoint | None]:
+    """Return the configurations of a checkpoint's parts, and the checkpoint; None where they are built in.
 
     find: called only for a checkpoint that is not published here, so that nothing is fetched for the others. Raises
     CheckpointError.
     """
-    if checkpoint in PUBLISHED_CONFIGS:
-        return {part: with_defaults(part, config) for part, config in PUBLISHED_CONFIGS[checkpoint].items()}, "built in"
-    return read_configs(find()), "checkpoint"
+    if name in PUBLISHED_CONFIGS:
+        return {part: with_defaults(part, config) for part, config in PUBLISHED_CONFIGS[name].items()}, None
+    checkpoint = find()
+    return read_configs(checkpoint), checkpoint
 
 
 def read_configs(checkpoint: Checkpoint) -> Configs:

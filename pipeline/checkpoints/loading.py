@@ -22,7 +22,15 @@ import torch
 from pipeline.checkpoints.stored import open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
-from pipeline.checkpoints.weight_files import STEMS, check_whole, files_to_fetch, open_weights, stock_name, weight_files
+from pipeline.checkpoints.weight_files import (
+    STEMS,
+    check_whole,
+    files_to_fetch,
+    open_weights,
+    stock_name,
+    weight_files,
+    weight_shapes,
+)
 from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.request import Stage
@@ -169,7 +177,22 @@ def resolve_checkpoint(
     "tiny-i2v" and "tiny-random" are made in the cache folder. transformer: a file with other weights for its
     transformer. Raises CheckpointError when it is none of these or cannot be reached.
     """
-    found = _resolve(name, revision, cache_dir)
+    folder = TRAINED_FOLDER if name == TINY else user_path(name)
+    if name in _MADE or folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
+            )
+        found = Checkpoint(name, _MADE[name](cache_dir or user_cache_dir()) if name in _MADE else folder)
+    elif folder.is_file():
+        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
+    elif name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise CheckpointError(
+            f"checkpoint={name!r}: no such folder; expected {', '.join((TINY, *_MADE))}, an existing folder, or "
+            "owner/name"
+        )
+    else:
+        found = hub_checkpoint(name, revision)
     if transformer is None:
         return found
     path = user_path(transformer)
@@ -177,24 +200,6 @@ def resolve_checkpoint(
         problem = "a file of another kind" if path.is_file() else "no such file"
         raise CheckpointError(f"transformer={transformer!r}: {problem}; expected a file of safetensors")
     return dataclasses.replace(found, transformer=path)
-
-
-def _resolve(name: str, revision: str | None, cache_dir: Path | None) -> Checkpoint:
-    folder = TRAINED_FOLDER if name == TINY else user_path(name)
-    if name in _MADE or folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r}: only a Hub id has revisions, not checkpoint={name!r}; leave it out"
-            )
-        return Checkpoint(name, _MADE[name](cache_dir or user_cache_dir()) if name in _MADE else folder)
-    if folder.is_file():
-        raise CheckpointError(f"checkpoint={name!r}: a file; expected a folder in diffusers' layout")
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise CheckpointError(
-            f"checkpoint={name!r}: no such folder; expected {', '.join((TINY, *_MADE))}, an existing folder, or "
-            "owner/name"
-        )
-    return hub_checkpoint(name, revision)
 
 
 def hub_checkpoint(repo_id: str, revision: str | None = None) -> Checkpoint:
@@ -260,13 +265,6 @@ def build_module(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> to
             module = _diffusers_classes()[part].from_config(dict(config))
     # torch's own `to`: diffusers' warns of modules to keep in float32, of which these have none.
     return torch.nn.Module.to(module, dtype).eval()
-
-
-def weight_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a module's weights by name: parameters, tied ones once, and buffers that are saved."""
-    saved = module.state_dict().keys()  # not these themselves: tied weights are there under each name
-    buffers = {name: value for name, value in module.named_buffers() if name in saved}
-    return {name: value.shape for name, value in {**dict(module.named_parameters()), **buffers}.items()}
 
 
 @contextlib.contextmanager

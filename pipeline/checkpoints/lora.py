@@ -27,7 +27,7 @@ from splash_workbench.files import user_path
 #: LoRAs that come with the package, by the names that stand for their paths.
 SHIPPED: Mapping[str, Path] = {"tiny-outline": Path(__file__).parents[1] / "tiny_lora"}
 _PREFIX = re.compile(
-    r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_unet_+|lora_transformer_+)?"
+    r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_unet_+|lora_transformer_+)?"
 )
 _HALF = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(\.\w+)?\.weight")
 _DOWN = ("lora_A", "lora_down", "lora.down")
@@ -155,7 +155,7 @@ def _pairs(
     for key in keys:
         match = _HALF.fullmatch(key)
         base = match[1] if match else key.removesuffix(".alpha")
-        name = names.get(base[_prefix_length(base) :].replace(".", "_"))
+        name = names.get(_PREFIX.sub("", base, count=1).replace(".", "_"))
         if name is None or (match is None and base == key):
             unknown.append(key)
         elif match:
@@ -185,11 +185,6 @@ def _pairs(
             raise CheckpointError(f"{where}no scale of {name} in it ({error})") from error
         pairs[name] = LoraPair(both["down"], both["up"], scale)
     return pairs
-
-
-def _prefix_length(key: str) -> int:
-    match = _PREFIX.match(key)
-    return match.end() if match else 0
 
 
 def _scale(name: str, rank: int, alpha: float | None, config: Mapping[str, Any]) -> float:

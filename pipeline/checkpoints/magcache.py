@@ -70,5 +70,4 @@ def read_ratios(path: Path) -> MagnitudeRatios:
 
 def write_ratios(path: Path, ratios: MagnitudeRatios, made_by: dict[str, Any]) -> None:
     """Write ratios, and what they were made with, to a file that `read_ratios` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**made_by, **dataclasses.asdict(ratios)})

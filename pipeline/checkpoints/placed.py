@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, open_module, weight_shapes
+from pipeline.checkpoints.loading import Checkpoint, build_module, open_module
 from pipeline.checkpoints.lora import MergedWeight, lora_changes
 from pipeline.checkpoints.quantized import is_quantized, open_quantized
-from pipeline.model.placement import Stacked, place_all, read_whole
+from pipeline.checkpoints.weight_files import weight_shapes
+from pipeline.model.placement import Rows, Stacked, place_all, read_whole
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.weights import BLOCKS, POSITIONS, place_weights, weight_sharding
 from pipeline.requests.request import LoraFile, Quantization
@@ -41,15 +42,10 @@ def place_transformer(
         module = build_module("transformer", config, dtype)
         with open_quantized(file, weight_shapes(module), dtype) as stored:
             positions = _positions(stored)
-            placing = (
-                (
-                    name,
-                    Stacked(weight.layers()) if name.startswith(BLOCKS) else weight,
-                    weight_sharding(name, plan, mesh),
-                )
-                for name, weight in stored.items()
-            )
-            weights = dict(place_all(placing))
+            rows: dict[str, Rows | Stacked] = {
+                name: Stacked(weight.layers()) if name.startswith(BLOCKS) else weight for name, weight in stored.items()
+            }
+            weights = dict(place_all((name, each, weight_sharding(name, plan, mesh)) for name, each in rows.items()))
         return PlacedTransformer(module, weights, positions)
     quantize, head_dim = quantization == "int8", config["attention_head_dim"]
     with open_module(checkpoint, "transformer", dtype) as opened:

@@ -7,7 +7,7 @@ made where it is wanted, always the same for one `TinySpec`: for tests of parity
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.shapes import COLOURS, MOTIONS, SHAPES
-from pipeline.checkpoints.weight_files import STEMS
-from pipeline.model import noise_schedule
+from pipeline.checkpoints.weight_files import STEMS, saved_weights
+from pipeline.model.noise_schedule import build_scheduler
 from splash_workbench.files import ensure_folder
 
 TRAINED_FOLDER = Path(__file__).parents[1] / "tiny_model"
@@ -92,14 +92,10 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
         dropout_rate=0.0,
         architectures=["T5EncoderModel"],
     )
-    names: tuple[str, ...] = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "time_embed_dim",
-        "text_embed_dim",
+    names = (
+        *("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim", "text_embed_dim"),
+        *("max_text_seq_length", "sample_height", "sample_width", "sample_frames"),
     )
-    names += ("max_text_seq_length", "sample_height", "sample_width", "sample_frames")
     sizes = {name: value for name in names if (value := getattr(spec, name)) is not None}
     published = spec.configs["transformer"]
     if "ofs_embed_dim" in published:
@@ -113,11 +109,6 @@ def build_modules(spec: TinySpec) -> dict[str, Any]:
     }
 
 
-def build_scheduler(configs: Mapping[str, Mapping[str, Any]] = COGVIDEOX_1_5_5B) -> Any:
-    """Build CogVideoX's scheduler: velocity, zero signal at the last timestep, timesteps counted from there."""
-    return noise_schedule.build_scheduler(configs["scheduler"])
-
-
 def write_checkpoint(
     folder: Path,
     modules: Mapping[str, Any],
@@ -126,12 +117,12 @@ def write_checkpoint(
 ) -> None:
     """Write modules, tokenizer and scheduler to a folder. dtype: of the weights in the files. configs: published."""
     build_tokenizer().save_pretrained(folder / "tokenizer")
-    build_scheduler(configs).save_pretrained(folder / "scheduler")
+    build_scheduler(configs["scheduler"]).save_pretrained(folder / "scheduler")
     modules["text_encoder"].config.save_pretrained(folder / "text_encoder")
     for part in ("transformer", "vae"):
         modules[part].save_config(folder / part)
     for part, stem in STEMS.items():
-        weights = {name: value.detach().to(dtype).contiguous() for name, value in _saved(modules[part])}
+        weights = {name: value.detach().to(dtype).contiguous() for name, value in saved_weights(modules[part])}
         save_file(weights, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
     config = modules["transformer"].config
     from_image = config["in_channels"] != config["out_channels"]
@@ -146,17 +137,10 @@ def write_checkpoint(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _saved(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a file of weights holds: parameters, tied ones once, and learned positions."""
-    yield from module.named_parameters()
-    saved = module.state_dict().keys()
-    yield from ((name, value) for name, value in module.named_buffers() if name in saved)
-
-
 def _randomize(module: torch.nn.Module, seed: int) -> None:
     """Fill every weight from a generator seeded here, by name: the same whatever the library's default."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(_saved(module)):
+    for name, parameter in sorted(saved_weights(module)):
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             value = (0.0 if name.endswith("bias") else 1.0) + 0.1 * value  # 1: a norm's scale

@@ -12,18 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from pipeline.checkpoints.lora import merge_loras
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.checkpoints.weight_files import STEMS
 from pipeline.requests.request import LoraFile
-from splash_workbench.files import ensure_folder
+from splash_workbench.files import ensure_folder, write_json
 
 I2V_FOLDER = Path(__file__).parents[1] / "tiny_i2v"
 LORA_NAME, WHOLE_NAME = "lora.safetensors", "whole.safetensors"
-PATCH_WEIGHT = "patch_embed.proj.weight"
 _FORMAT = 1  # counts up when the checkpoint made of the same files changes
 _WEIGHTS = f"transformer/{STEMS['transformer']}.safetensors"
 
@@ -41,12 +39,11 @@ def ensure_tiny_i2v(cache_dir: Path) -> Path:
 def write_tiny_i2v(base: Path, changes: Path, folder: Path) -> None:
     """Write the checkpoint that `changes` make of the one in `base`."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer", "training.json"))
-    (folder / "transformer").mkdir()
     config = i2v_config(_read(base / "transformer/config.json"))
-    _write(folder / "transformer/config.json", config)
-    _write(folder / "vae/config.json", {**_read(base / "vae/config.json"), "invert_scale_latents": True})
+    write_json(folder / "transformer/config.json", config)
+    write_json(folder / "vae/config.json", {**_read(base / "vae/config.json"), "invert_scale_latents": True})
     index = {**_read(base / "model_index.json"), "_class_name": "CogVideoXImageToVideoPipeline"}
-    _write(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
     weights = load_file(base / _WEIGHTS)
     merge_loras(weights, [LoraFile(str(changes / LORA_NAME))], "tiny")
     weights.update(load_file(changes / WHOLE_NAME))
@@ -59,14 +56,5 @@ def i2v_config(transformer: Mapping[str, Any]) -> dict[str, Any]:
     return {**transformer, "in_channels": 2 * channels, "ofs_embed_dim": transformer["time_embed_dim"]}
 
 
-def widened(patch_weight: np.ndarray) -> np.ndarray:
-    """Return the patch embedding's weight with columns for an image's channels behind the sample's: zeros."""
-    return np.concatenate([patch_weight, np.zeros_like(patch_weight)], axis=1)
-
-
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

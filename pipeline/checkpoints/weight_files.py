@@ -1,4 +1,4 @@
-"""The choice among the files of a part: those whose weights diffusers, or transformers, would read."""
+"""The choice among the files of a part: those whose weights diffusers, or transformers, would read; what is in them."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.requests.errors import CheckpointError
@@ -99,6 +100,18 @@ def _shards(index: Path, where: str) -> list[str]:
             f"{where}{index.name} is not an index of shards ({problem}); download it again"
         ) from error
     return shards
+
+
+def saved_weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a file holds of a torch module: parameters, tied ones once, and buffers that are saved."""
+    yield from module.named_parameters()
+    saved = module.state_dict().keys()  # not these themselves: tied weights are there under each name
+    yield from ((name, value) for name, value in module.named_buffers() if name in saved)
+
+
+def weight_shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a module's `saved_weights` by name."""
+    return {name: value.shape for name, value in saved_weights(module)}
 
 
 def stock_name(key: str) -> str:

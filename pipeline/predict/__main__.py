@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_tpu.options import check_with_compiler, checked_options
-from pipeline.predict.presets import ALL, predict_presets, video_of
+from pipeline.predict.presets import ALL, UNUSED, predict_presets, video_of
 from pipeline.predict.report import make_report, print_report, write_timelines
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.options import to_parallel
@@ -35,14 +35,7 @@ class PredictConfig(GenerateConfig):
     reuse: bool = True
 
 
-_UNUSED = (
-    *("prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
-    *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
-    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*", "engine*"),
-)
-
-
-@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=_UNUSED, free=("compiler_options",))
+@cli.command("predict", PredictConfig, text_or_list=("stages",), unused=UNUSED, free=("compiler_options",))
 def main(settings: PredictConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
@@ -55,8 +48,7 @@ def main(settings: PredictConfig) -> int:
     parallel = settle_parallel(to_parallel(settings), first.request)
     cache = JobCache.of_user(settings.reuse)
     say = functools.partial(print, " ", file=sys.stderr, flush=True)
-    predictor = video.predictor(first, settings.topology, settings.timeout_s, say)
-    predictor = dataclasses.replace(predictor, compiler_options=options, cache=cache)
+    predictor = video.predictor(first, settings.timeout_s, say, compiler_options=options, cache=cache)
     prediction = predictor.predict(stages, parallel)
     presets, failed = predict_presets(video.presets, predictor, prediction, to_parallel(settings))
     notes = (*video.refused, *failed)

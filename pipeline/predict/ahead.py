@@ -35,13 +35,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
     return libtpu.describe_topology(name).devices
 
 
-def compile_ahead(programs: Iterable[tuple[Stage, str, Program]], say: Callable[[str], None]) -> dict[Stage, float]:
-    """Compile `request_programs` for their devices, and return the seconds that each stage took.
+def compile_ahead(programs: Iterable[tuple[str, Program]], say: Callable[[str], None]) -> None:
+    """Compile `request_programs` for their devices.
 
     say: told of every program, before and after. Raises PipelineError where one does not compile.
     """
-    seconds: dict[Stage, float] = {}
-    for stage, label, program in list(programs):  # all are made before one compiles: what refuses does so now
+    for label, program in list(programs):  # all are made before one compiles: what refuses does so now
         say(f"{label}: compiling")
         start = time.perf_counter()
         try:
@@ -49,10 +48,7 @@ def compile_ahead(programs: Iterable[tuple[Stage, str, Program]], say: Callable[
                 program.jitted.lower(*program.arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             raise PipelineError(f"{label}: {' '.join(str(error).split())[:300]}") from error
-        took_s = time.perf_counter() - start
-        seconds[stage] = seconds.get(stage, 0.0) + took_s
-        say(f"{label}: compiled in {took_s:.0f} s")
-    return seconds
+        say(f"{label}: compiled in {time.perf_counter() - start:.0f} s")
 
 
 def request_programs(
@@ -62,8 +58,8 @@ def request_programs(
     devices: Sequence[jax.Device],
     configs: Mapping[str, Mapping[str, Any]],
     checkpoint: Checkpoint | None,
-) -> Iterator[tuple[Stage, str, Program]]:
-    """Yield (stage, what it is, program) in the order in which a run needs them.
+) -> Iterator[tuple[str, Program]]:
+    """Yield (what it is, program) in the order in which a run needs them.
 
     devices: that they are for, here or not. configs: of the checkpoint's parts; checkpoint: None where it is not to be
     fetched, see `preset_steps`. Raises RequestError for a plan or preset that there is not.
@@ -74,16 +70,15 @@ def request_programs(
         request = dataclasses.replace(
             request, attention=dataclasses.replace(request.attention, implementation="pallas_tpu")
         )
-    num_heads = configs["transformer"]["num_attention_heads"]
-    choice = settle_parallel(parallel, request)
+    choice, num_heads = settle_parallel(parallel, request), configs["transformer"]["num_attention_heads"]
     plan = resolve_plan(choice, len(devices), request.do_classifier_free_guidance, num_heads)
     check_quantization(request.quantization, plan)
     devices = devices[: plan.num_devices]
     if "text" in stages:
-        yield "text", "text", text_program(request, configs, devices)
+        yield "text", text_program(request, configs, devices)
     for work in dict.fromkeys((EVERYTHING, *steps.schedule.steps)) if "denoise" in stages else ():
         label = f"denoise, {plan}" + ("" if work == EVERYTHING else f", {work}")
-        yield "denoise", label, denoise_program(request, configs, plan, devices, steps.schedule.reuse, work)[0]
+        yield label, denoise_program(request, configs, plan, devices, steps.schedule.reuse, work)[0]
     if "vae" in stages:
         for index, (program, _) in enumerate(vae_programs(request, configs, devices), start=1):
-            yield "vae", f"vae, program {index}", program
+            yield f"vae, program {index}", program

@@ -28,6 +28,7 @@ from splash_workbench.trial_status import compile_error
 _MAX_OPS = 60
 #: Queries at a time of a kernel that compiles in seconds.
 _SHORT_BLOCK_Q = 1024
+_TOTALS = ("time_s", "interval_s", "slow_time_s", "peak_hbm_bytes", "compile_time_s", "compile_cpu_s")
 _OP_FIELDS = ("name", "scope", "category", "calls", "time_s", "hbm_bytes", "bound")
 #: What a prediction's categories of ops (`offline_tpu.OpCost`) are called in a stage's breakdown.
 _TERMS = {
@@ -201,18 +202,13 @@ def summary(prediction: Prediction, terms: Mapping[str, str] = _TERMS) -> dict[s
         kinds[kind] = kinds.get(kind, 0.0) + op.time_s
     collectives = [op for op in prediction.collectives if op.collective is not None]
     return {
-        "time_s": prediction.time_s,
-        "interval_s": prediction.interval_s,
-        "slow_time_s": prediction.slow_time_s,
+        **{name: getattr(prediction, name) for name in _TOTALS},
         "breakdown_s": dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "peak_hbm_bytes": prediction.peak_hbm_bytes,
         "hbm_traffic_bytes": prediction.hbm_bytes,
         "link_bytes": sum(op.collective.link_bytes * op.calls for op in collectives if op.collective),
         "collectives": [
             {"op": str(op.collective), "calls": op.calls, "time_s": op.time_s, "scope": op.scope} for op in collectives
         ],
-        "compile_time_s": prediction.compile_time_s,
-        "compile_cpu_s": prediction.compile_cpu_s,
         "compile_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
         "ops": [

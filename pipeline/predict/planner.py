@@ -29,8 +29,8 @@ from splash_workbench.workers.pool import Outcome, Runner
 JOB = "pipeline.predict.jobs:predict_stage"
 #: What a prediction is made by, the kernel apart.
 SOURCES = (*offline_tpu.SOURCES, "pipeline/model/*.py", "pipeline/model/*/*.py", "pipeline/stages/*.py")
-_AUTO = (ParallelOptions(plan="auto"), ParallelOptions(plan="megatron"))
-#: Tried where none of _AUTO fits.
+#: Tried in this order where the plan is left open, the last where none of the others fits.
+_AUTO, _MEGATRON = ParallelOptions(plan="auto"), ParallelOptions(plan="megatron")
 _FRUGAL = ParallelOptions(plan="auto", weights="sharded")
 
 
@@ -77,12 +77,10 @@ class Predictor:
         """
         check_versions()
         plans = [self.plan(parallel)]
-        if parallel.plan == "auto":
+        # With one device a prompt the plans are the same.
+        if parallel.plan == "auto" and plans[0].num_devices > plans[0].dp:
             with contextlib.suppress(RequestError):  # of heads that do not divide, which the first plan takes
-                plans = list(dict.fromkeys([*plans, *(self.plan(parallel, choice) for choice in _AUTO[1:])]))
-        if plans[0].num_devices == plans[0].dp:
-            plans = plans[:1]  # with one device a prompt the plans are the same
-        elif parallel.plan == "auto":
+                plans.append(self.plan(parallel, _MEGATRON))
             plans.append(self.plan(parallel, _FRUGAL))
         tried: dict[ParallelPlan, dict[str, Any]] = {}
         refused: dict[str, str] = {}
@@ -119,7 +117,7 @@ class Predictor:
             raise RequestError(str(error)) from error
         num_devices = device.devices_per_chip * math.prod(map(int, name.partition(":")[2].split("x")))
         num_heads = self.configs["transformer"]["num_attention_heads"]
-        choice = choice or (_AUTO[0] if parallel.plan == "auto" else parallel)
+        choice = choice or (_AUTO if parallel.plan == "auto" else parallel)
         choice = dataclasses.replace(choice, num_devices=parallel.num_devices, dp=parallel.dp)
         plan = resolve_plan(choice, num_devices, self.request.do_classifier_free_guidance, num_heads)
         check_quantization(self.request.quantization, plan)

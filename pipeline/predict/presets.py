@@ -5,20 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-from safetensors import safe_open
+import torch
 
 from offline_tpu.compile import parse_topology
 from offline_tpu.machine.devices import DeviceSpec
-from pipeline.checkpoints.checks import check_request, part_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
+from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.checkpoints.magcache import ratios_path
 from pipeline.model.denoise_step import EVERYTHING, Reuse, StepWork
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.transformer import TransformerShape
 from pipeline.predict.planner import Predictor, VideoPrediction
-from pipeline.requests.config import GenerateConfig
+from pipeline.requests.config import OF_RUNS, GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
 from pipeline.requests.models import current_id
 from pipeline.requests.options import ParallelOptions
@@ -28,17 +29,16 @@ from pipeline.stages.presets import base_checkpoint, settle, settle_parallel
 from pipeline.stages.step_schedule import StepSchedule, embed_timesteps, step_schedule, with_prompts
 from splash_workbench.errors import from_config
 from splash_workbench.records.jsonl import decode, encode
-from splash_workbench.records.prediction import (
-    GIB,
-    STAGES,
-    Plan,
-    PresetPrediction,
-    StagePrediction,
-    StepKind,
-)
+from splash_workbench.records.prediction import GIB, STAGES, Plan, PresetPrediction, StagePrediction, StepKind
 
 #: All presets of quality.
 ALL = "all"
+#: Keys, or patterns of them, that make no difference to a prediction.
+UNUSED = (
+    *OF_RUNS,
+    *("prompts", "compilation_cache", "verbose", "image", "noise_aug_strength", "video", "strength", "latents"),
+    *("lora", "transformer"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,14 @@ class Video:
     """What a command line asks for, without weights.
 
     presets: by quality, the first decides what they share. refused: why others are not known. configs: of the
-    checkpoint's parts; source: where they are from. device: of the topology.
+    checkpoint's parts; source: where they are from. topology: of chips, of which `device` is one.
     """
 
     presets: Mapping[str, PresetSteps]
     refused: Sequence[str]
     configs: Mapping[str, Any]
     source: str
+    topology: str
     device: DeviceSpec
 
     @property
@@ -69,9 +70,10 @@ class Video:
         """Return the first preset."""
         return next(iter(self.presets.values()))
 
-    def predictor(self, preset: PresetSteps, topology: str, timeout_s: float, say: Callable[[str], None]) -> Predictor:
-        """Return what predicts the stages of one of the presets, see `Predictor`."""
-        return Predictor(topology, preset.request, self.configs, timeout_s, say, reuse=preset.schedule.reuse)
+    def predictor(self, preset: PresetSteps, timeout_s: float, say: Callable[[str], None], **more: Any) -> Predictor:
+        """Return what predicts the stages of one of the presets. more: other fields of `Predictor`."""
+        schedule = preset.schedule
+        return Predictor(self.topology, preset.request, self.configs, timeout_s, say, reuse=schedule.reuse, **more)
 
 
 def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
@@ -85,19 +87,13 @@ def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
             "expected pallas_tpu, or leave it out"
         )
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
-    found: list[Checkpoint] = []
-
-    def find() -> Checkpoint:
-        found.append(resolve_checkpoint(request.checkpoint, request.revision, cache_dir))
-        return found[0]
-
-    configs, source = part_configs(request.checkpoint, find)
+    configs, checkpoint = part_configs(request.checkpoint, lambda: checkpoint_of(request, cache_dir))
     if TransformerShape.from_config(configs["transformer"]).takes_image:
         request = dataclasses.replace(request, image="any")
     check_request(request, configs)
     device, _ = from_config(lambda: parse_topology(topology))
-    presets, refused = settle_presets(request, names, configs, found[0] if found else None, device.device_kind)
-    return Video(presets, refused, configs, source, device)
+    presets, refused = settle_presets(request, names, configs, checkpoint, device.device_kind)
+    return Video(presets, refused, configs, "built in" if checkpoint is None else "checkpoint", topology, device)
 
 
 def preset_steps(
@@ -132,8 +128,8 @@ def preset_steps(
 
     def embed(timesteps: np.ndarray) -> np.ndarray:
         assert checkpoint is not None
-        weights = _embedding_weights(checkpoint.weight_files("transformer"))
-        return embed_timesteps(weights, TransformerShape.from_config(transformer), timesteps)
+        loaded = load_module(checkpoint, "transformer", torch.float32, lambda name: "_embedding." in name, np.asarray)
+        return embed_timesteps(loaded.weights, TransformerShape.from_config(transformer), timesteps)
 
     schedule = step_schedule(request.cache, guided, timesteps, embed)
     decided = request.cache.method == "first_block"
@@ -173,27 +169,15 @@ def _as_reported(request: GenerateRequest, transformer: Mapping[str, Any], times
         )
     part = float(np.interp(threshold, [0.0, *known], [1.0, *known.values()]))
     count = min(max(round(part * steps), 1), steps)
-    blocks = [False] * steps
-    for index in np.round(np.linspace(0, steps - 1, count)).astype(int):
-        blocks[index] = True
-    guided = request.do_classifier_free_guidance
-    every = request.cache.unconditional_every or 1 if guided else 1
+    computed = set(np.round(np.linspace(0, steps - 1, count)).astype(int))
+    blocks = [index in computed for index in range(steps)]
+    every = request.cache.unconditional_every or 1
     return PresetSteps(
         request,
         StepSchedule(Reuse(residual=True, guidance=every > 1), tuple(with_prompts(blocks, every))),
         f"{count} of {steps} steps computed: assumed from the times that TeaCache's authors report for threshold "
         f"{threshold:g} on an H100; the checkpoint's weights decide",
     )
-
-
-def _embedding_weights(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Read the weights that embed timesteps, as float32."""
-    weights: dict[str, np.ndarray] = {}
-    for path in files:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = [name for name in file.keys() if "_embedding." in name]  # noqa: SIM118
-            weights |= {name: file.get_tensor(name).float().numpy() for name in names}
-    return weights
 
 
 def predict_presets(
@@ -216,8 +200,7 @@ def predict_presets(
         try:
             for work in dict.fromkeys((EVERYTHING, *steps.schedule.steps)):
                 if work not in kinds:
-                    settled_parallel = settle_parallel(parallel, steps.request)
-                    plan, result = own.step(prediction.plan, settled_parallel, work)
+                    plan, result = own.step(prediction.plan, settle_parallel(parallel, steps.request), work)
                     kinds[work] = decode(result, StagePrediction)
         except PipelineError as error:
             notes.append(f"quality={name}: {error}")
@@ -235,16 +218,7 @@ def _preset(
 ) -> PresetPrediction:
     works = steps.schedule.steps
     counted = tuple(
-        StepKind(
-            work=str(work),
-            count=works.count(work),
-            time_s=result.time_s,
-            interval_s=result.interval_s,
-            breakdown_s=result.breakdown_s,
-            peak_hbm_bytes=result.peak_hbm_bytes,
-            compile_cpu_s=result.compile_cpu_s,
-            step_options=result.step_options,
-        )
+        decode(msgspec.structs.asdict(result) | {"work": str(work), "count": works.count(work)}, StepKind)
         for work, result in kinds.items()
     )
     parts: list[tuple[StepKind | StagePrediction, int]] = [(kind, kind.count) for kind in counted]

@@ -63,7 +63,7 @@ def make_report(
     }
     denoise = stages.get("denoise")
     step_time_s = denoise.time_s if denoise else None
-    notes: list[str] = [*more_notes]
+    notes = list(more_notes)
     if denoise is not None and prediction.plan.uses_stock_block:
         step_time_s, note = _with_seed_kernel(denoise)
         notes.append(note)

@@ -3,14 +3,14 @@
 import sys
 
 from pipeline.quality.config import QualityConfig
+from pipeline.requests.config import OF_RUNS
 from splash_workbench import cli
 
 #: What the captions, the seeds and the candidates say instead, or what is the same for all of them.
 _UNUSED = (
-    *("seed", "stages", "run_dir", "output_dir", "name", "resume", "checkpoint_every"),
-    *("preview_every", "warm_up", "topology", "profile", "profile_run", "logdir", "verbose", "num_videos"),
-    *("noise_aug_strength", "video", "strength", "latents", "lora", "transformer", "context_frames"),
-    *("context_overlap", "distributed.*", "engine*"),
+    *OF_RUNS,
+    *("seed", "stages", "topology", "profile", "profile_run", "logdir", "verbose", "noise_aug_strength"),
+    *("video", "strength", "latents", "lora", "transformer"),
 )
 
 

@@ -1,6 +1,7 @@
 """The schema of configs/quality.yaml. Imports no JAX: options are read before it."""
 
 import dataclasses
+import math
 from typing import Any
 
 from pipeline.requests.config import GenerateConfig
@@ -17,17 +18,13 @@ class Budget:
     read_back: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("psnr_db", "ssim", "lpips"):
+        for name, most, expected in (("psnr_db", math.inf, "0 or more"), ("ssim", 1, "0 to 1"), ("lpips", 1, "0 to 1")):
             if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
                 raise RequestError(f"budget.{name}={value!r}: expected a number.")
+            if not 0 <= value <= most:
+                raise RequestError(f"budget.{name}={value}: expected {expected}.")
         if not isinstance(self.read_back, bool):
             raise RequestError(f"budget.read_back={self.read_back!r}: expected true or false.")
-        if not self.psnr_db >= 0:
-            raise RequestError(f"budget.psnr_db={self.psnr_db}: expected 0 or more.")
-        if not 0 <= self.ssim <= 1:
-            raise RequestError(f"budget.ssim={self.ssim}: expected 0 to 1.")
-        if not 0 <= self.lpips <= 1:
-            raise RequestError(f"budget.lpips={self.lpips}: expected 0 to 1.")
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from pipeline.checkpoints.checks import checkpoint_of
 from pipeline.checkpoints.shapes import parse_caption
 from pipeline.model.attention import check_runs_here
 from pipeline.quality.config import Budget, QualityConfig
@@ -18,7 +19,6 @@ from pipeline.quality.gate import Comparison, QualityVariant, to_uint8
 from pipeline.quality.learned import require_weights
 from pipeline.quality.page import Row, predicted_times, write_page
 from pipeline.quality.pairs import Pairs
-from pipeline.quality.render import Wanted, checkpoint_of
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.media import open_image
 from pipeline.requests.options import to_parallel
@@ -154,17 +154,17 @@ def _compare_all(
     settings: QualityConfig, pairs: Pairs, variants: Sequence[QualityVariant], predicted: dict[str, str]
 ) -> list[Row]:
     """Compare each variant, print its line, keep its record, and write the page anew."""
-    missing: dict[str, list[int] | Exception] = {}
+    missing: dict[str, list[int]] = {}
+    errors: dict[str, Exception] = {}
     for variant in variants:
-        with _failing_alone(variant, missing):
+        with _failing_alone(variant, errors):
             missing[variant.name] = pairs.missing(variant)
-    to_make = {name: found for name, found in missing.items() if isinstance(found, list)}
-    references = pairs.references_to_make(sorted({index for found in to_make.values() for index in found}))
+    references = pairs.references_to_make(sorted({index for found in missing.values() for index in found}))
     if pairs.folder is not None:
         request = pairs.reference.request
         size = request.num_frames * request.height * request.width * _FRAME_BYTES
         require_writable(f"page_dir={pairs.folder}", pairs.folder, max(1, size * len(references)))
-    total = len(references) + sum(len(found) for name, found in to_make.items() if name != _REFERENCE)
+    total = len(references) + sum(len(found) for name, found in missing.items() if name != _REFERENCE)
     rows: list[Row] = []
     with _bar(total) as bar:
 
@@ -174,17 +174,16 @@ def _compare_all(
 
         _say(bar, _header(pairs.with_readings))
         for variant in variants:
-            before, outcome = bar.n, None
+            before = bar.n
             bar.set_description_str(variant.name)
-            if not isinstance(missing[variant.name], Exception):
-                with _failing_alone(variant, missing):
+            if variant.name not in errors:
+                with _failing_alone(variant, errors):
                     outcome = Comparison(variant, pairs.compare(variant, tell))
-            if isinstance(error := missing[variant.name], Exception):
-                bar.total -= len(to_make.get(variant.name, ())) - (bar.n - before)
-                rows.append(Row(variant, None, None, [f"not made: {_reason(error)}"], None))
+            if variant.name in errors:
+                bar.total -= len(missing.get(variant.name, ())) - (bar.n - before)
+                rows.append(Row(variant, None, None, [f"not made: {_reason(errors[variant.name])}"], None))
                 _say(bar, f"  {variant.name:<22} {rows[-1].failures[0]}")
                 continue
-            assert outcome is not None
             if variant is pairs.reference and settings.videos_dir is not None:
                 _write_videos(Path(settings.videos_dir), pairs, variant.request.fps)
             failures = _failures(outcome, settings, pairs)
@@ -275,8 +274,6 @@ def _record(
 ) -> QualityRecord:
     """Return the record of a variant. settled: its request with what its quality chooses."""
     variant, pairs = outcome.variant, outcome.pairs
-    is_reference = variant.name == _REFERENCE
-    wanted: list[Wanted] = [(pair.prompt, pair.seed) for pair in pairs]
     return QualityRecord(
         label=Label.MEASURED,
         device=made_by.devices,
@@ -284,9 +281,9 @@ def _record(
         request=dataclasses.asdict(variant.request),
         candidate=variant.name,
         parallel=dataclasses.asdict(variant.parallel),
-        prompts=tuple(dict.fromkeys(prompt for prompt, _ in wanted)),
+        prompts=tuple(dict.fromkeys(pair.prompt for pair in pairs)),
         seeds=tuple(settings.seeds),
-        budget={"follows": settings.follows} if is_reference else dataclasses.asdict(variant.budget),
+        budget={"follows": settings.follows} if variant.name == _REFERENCE else dataclasses.asdict(variant.budget),
         chosen=choices(settled),
         psnr_db=tuple(pair.psnr_db for pair in pairs),
         ssim=outcome.ssim,

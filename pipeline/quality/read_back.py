@@ -53,24 +53,6 @@ def read_video(frames: np.ndarray) -> Reading:
     return Reading(colour, SHAPES[best], _motion(list(regions), masks, len(frames)), float(overlaps[best]))
 
 
-def filled_fraction(frames: np.ndarray) -> float:
-    """Return how much of the shape's middle, a disc around its centre, is the shape's, as the mean of the frames.
-
-    1 for a filled shape, 0 for an outline, NaN without a shape. frames: uint8 [frames, height, width, 3].
-    """
-    masks = [mask for frame in frames.astype(np.float64) if (mask := _region(frame)) is not None]
-    return float(np.mean([mask[_middle(mask)].mean() for mask in masks])) if masks else np.nan
-
-
-def _middle(mask: np.ndarray) -> np.ndarray:
-    """Return the mask of a disc around a region's centre, a fifth of its sides in radius: within all of SHAPES."""
-    (rows, columns), *_ = ndimage.find_objects(mask.astype(int))
-    y, x = np.indices(mask.shape)
-    centre_y, centre_x = ndimage.center_of_mass(mask)
-    radius = 0.2 * np.sqrt((rows.stop - rows.start) * (columns.stop - columns.start))
-    return np.hypot(y - centre_y, x - centre_x) <= radius
-
-
 def fractions(readings: Sequence[Reading], captions: Sequence[str]) -> dict[str, float]:
     """Return the fractions of readings that agree with their captions, in each attribute and in all."""
     agreed = [reading.agrees(caption) for reading, caption in zip(readings, captions, strict=True)]

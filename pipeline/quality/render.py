@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from pipeline.checkpoints.checks import check_request, read_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.torchax_bridge import torch_to_numpy
@@ -46,11 +46,6 @@ class Made:
     frames: np.ndarray
     denoise_time_s: float
     steps_computed: int
-
-
-def checkpoint_of(request: GenerateRequest, cache_dir: Path | None) -> Checkpoint:
-    """Return the checkpoint of a request. Raises CheckpointError."""
-    return resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
 
 
 def begins_with_drawn(request: GenerateRequest, checkpoint: Checkpoint) -> bool:

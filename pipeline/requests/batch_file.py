@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import RequestError
+from pipeline.requests.errors import RequestError, require_number
 from pipeline.requests.limits import MAX_VIDEOS
 from pipeline.requests.request import GenerateRequest, to_request
 from pipeline.requests.run_names import run_name
@@ -15,9 +15,6 @@ from pipeline.requests.unused import check_used
 
 T = TypeVar("T")
 LINE_KEYS = ("name", *(field.name for field in dataclasses.fields(GenerateRequest)), "num_videos")
-
-
-_PLAIN_SUFFIX = ".txt"  # of a file of prompts, one a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +45,12 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
-        parse = _parse_plain if path.suffix == _PLAIN_SUFFIX else _parse_line
         try:
-            for entry in parse(text, number, config):
+            if path.suffix == ".txt":
+                found = entries_of(dataclasses.replace(config, prompt=text.strip()), number)
+            else:
+                found = _parse_line(text, number, config)
+            for entry in found:
                 if entry.name in taken:
                     raise RequestError(
                         f"would go to {entry.name!r} as line {taken[entry.name]} does; give it another seed or name, "
@@ -73,17 +73,12 @@ def entries_of(config: GenerateConfig, number: int = 1) -> list[Entry]:
     number: of the line. Raises RequestError.
     """
     count, request = config.num_videos, to_request(config)
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_VIDEOS:
-        raise RequestError(f"num_videos={count!r}: expected a whole number from 1 to {MAX_VIDEOS}")
+    require_number("num_videos", count, 1, MAX_VIDEOS)
     requests = [dataclasses.replace(request, seed=request.seed + index) for index in range(count)]
     entries = [Entry(number, request, run_name(request, config.name, number)) for request in requests]
     if len({entry.name for entry in entries}) < count:
         raise RequestError(f"name={config.name!r}: the same for {count} videos; expected one with {{seed}} in it")
     return entries
-
-
-def _parse_plain(text: str, number: int, config: GenerateConfig) -> list[Entry]:
-    return entries_of(dataclasses.replace(config, prompt=text.strip()), number)
 
 
 def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:

@@ -7,6 +7,12 @@ from pipeline.requests.models import MODEL_FIELDS, fill_in_defaults
 from pipeline.requests.reuse import CacheConfig
 from splash_workbench.engines.settings import EngineSchema
 
+#: Keys, or patterns of them, of runs in folders of their own: commands that keep no such run have no use for them.
+OF_RUNS = (
+    *("run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up", "num_videos"),
+    *("context_frames", "context_overlap", "distributed.*", "engine*"),
+)
+
 
 @dataclasses.dataclass
 class AttentionConfig:

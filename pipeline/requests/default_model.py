@@ -9,15 +9,12 @@ BIG_MODEL, TINY_MODEL = "cogvideox1.5-5b", "tiny"
 
 def default_model() -> str:
     """Return the model where none is named: the full one where JAX runs on a TPU, else the tiny one."""
-    return BIG_MODEL if _default_backend() == "tpu" else TINY_MODEL
-
-
-def _default_backend() -> str:
     if not accelerator_visible():
-        return "cpu"  # known without starting JAX, which a mere --help should not do
-    if any(argument.startswith(("distributed.", "engine=")) for argument in sys.argv[1:]):
-        # JAX must not start before the hosts have met, and not here where slices want the chips.
-        return "tpu" if tpu_visible() else "cpu"
-    import jax
+        on_tpu = False  # known without starting JAX, which a mere --help should not do
+    elif any(argument.startswith(("distributed.", "engine=")) for argument in sys.argv[1:]):
+        on_tpu = tpu_visible()  # JAX must not start before the hosts have met, nor here where slices want the chips
+    else:
+        import jax
 
-    return jax.default_backend()
+        on_tpu = jax.default_backend() == "tpu"
+    return BIG_MODEL if on_tpu else TINY_MODEL

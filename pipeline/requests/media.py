@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,12 @@ def open_image(path: str) -> Image.Image:
 
 def read_video(path: str, num_frames: int) -> list[Image.Image]:
     """Read the first frames of a video, as RGB. Raises RequestError where it has fewer, or cannot be read."""
-    frames = list(_ppm_images(_decode(path, num_frames)))
-    _check_count(path, len(frames), num_frames)
-    return frames
+    data = _decode(path, num_frames)
+    header = data[: data.index(b"\n255\n") + len(b"\n255\n")]  # of each image: ffmpeg keeps to the first one's size
+    width, height = map(int, header.split()[1:3])
+    images = np.frombuffer(data, np.uint8).reshape(-1, len(header) + height * width * 3)[:, len(header) :]
+    _check_count(path, len(images), num_frames)
+    return [Image.fromarray(image.reshape(height, width, 3)) for image in images]
 
 
 def check_video(path: str, num_frames: int) -> None:
@@ -83,16 +85,6 @@ def _decode(path: str, num_frames: int, *options: str) -> bytes:
         words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no frames in it"]
         raise RequestError(f"video={path!r}: ffmpeg cannot read it ({words[0]}); expected a video such as mp4")
     return done.stdout
-
-
-def _ppm_images(data: bytes) -> Iterator[Image.Image]:
-    start = 0
-    while start < len(data):
-        _, size, _, _ = data[start : start + 40].split(b"\n", 3)
-        width, height = map(int, size.split())
-        pixels = data.index(b"\n255\n", start) + len(b"\n255\n")
-        start = pixels + 3 * width * height
-        yield Image.frombytes("RGB", (width, height), data[pixels:start])
 
 
 def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Literal
 
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import RequestError
-from pipeline.requests.request import require_choice
+from pipeline.requests.errors import RequestError, require_choice
 
 Plan = Literal["ulysses", "ulysses_allgather", "megatron", "seed_tp"]
 PlanChoice = Literal["auto", "ulysses", "ulysses_allgather", "megatron", "seed_tp"]

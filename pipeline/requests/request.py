@@ -4,20 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
+from pipeline.requests import limits
 from pipeline.requests.config import GenerateConfig
-from pipeline.requests.errors import RequestError
-from pipeline.requests.limits import (
-    FRAME_MULTIPLE,
-    MAX_FPS,
-    MAX_FRAMES,
-    MAX_GUIDANCE,
-    MAX_SIDE,
-    MAX_STEPS,
-    MAX_STRENGTH,
-    SIZE_MULTIPLE,
-)
+from pipeline.requests.errors import RequestError, require, require_choice, require_number
 from pipeline.requests.models import fill_in_defaults
-from pipeline.requests.reuse import PRESETS, CacheOptions, Quality, to_cache
+from pipeline.requests.reuse import PRESETS, CacheOptions, Quality
 from splash_attn.api import Implementation
 from splash_attn.types import BlockSizes, QkDtype, Variant
 
@@ -41,31 +32,14 @@ def require_multiple(name: str, value: int, multiple: int, offset: int = 0) -> N
     """Raise RequestError, which names the nearest, unless the value is `k * multiple + offset`."""
     nearest = " or ".join(map(str, nearest_multiples(value, multiple, offset)))
     expected = f"{multiple}k + {offset}" if offset else f"a multiple of {multiple}"
-    _require((value - offset) % multiple == 0, f"{name}={value}: expected {expected}; the nearest is {nearest}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RequestError(message)
-
-
-def require_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise RequestError unless the value is one of a Literal's."""
-    allowed = get_args(choices)
-    _require(value in allowed, f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
-
-
-def _require_number(name: str, value: Any, low: int, high: int, kind: Any = int) -> None:
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    expected = f"a {'whole ' if kind is int else ''}number from {low} to {high}"
-    _require(is_number and low <= value <= high, f"{name}={value!r}: expected {expected}")
+    require((value - offset) % multiple == 0, f"{name}={value}: expected {expected}; the nearest is {nearest}")
 
 
 def _require_text(name: str, value: Any, expected: str, empty: bool = False) -> None:
     shown = "null" if value is None else repr(value) if len(repr(value)) < 100 else f"{repr(value)[:80]}..."
-    _require(isinstance(value, str) and (empty or bool(value.strip())), f"{name}={shown}: expected {expected}")
+    require(isinstance(value, str) and (empty or bool(value.strip())), f"{name}={shown}: expected {expected}")
     is_text = "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    _require(is_text, f"{name}={shown}: holds a NUL or half a surrogate pair; expected Unicode text")
+    require(is_text, f"{name}={shown}: holds a NUL or half a surrogate pair; expected Unicode text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +58,7 @@ class AttentionOptions:
         if self.qk_dtype is not None:
             require_choice("attention.qk_dtype", self.qk_dtype, QkDtype)
         flag = self.k_smooth
-        _require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
+        require(isinstance(flag, bool), f"attention.k_smooth={flag!r}: expected true or false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +73,9 @@ class LoraFile:
 
     def __post_init__(self) -> None:
         _require_text("lora", self.path, "tiny-outline, a file of safetensors, or PEFT's folder")
-        _require_number(f"lora={self.path!r}: strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH, int | float)
+        require_number(
+            f"lora={self.path!r}: strength", self.strength, -limits.MAX_STRENGTH, limits.MAX_STRENGTH, int | float
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +135,16 @@ class GenerateRequest:
         if self.revision is not None:
             _require_text("revision", self.revision, "a branch, tag or commit of a Hub id")
         for name in ("height", "width"):
-            _require_number(name, getattr(self, name), 1, MAX_SIDE)
-            require_multiple(name, getattr(self, name), SIZE_MULTIPLE)
-        _require_number("num_frames", self.num_frames, 1, MAX_FRAMES)
-        require_multiple("num_frames", self.num_frames, FRAME_MULTIPLE, 1)
-        _require_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        _require_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE, int | float)
+            require_number(name, getattr(self, name), 1, limits.MAX_SIDE)
+            require_multiple(name, getattr(self, name), limits.SIZE_MULTIPLE)
+        require_number("num_frames", self.num_frames, 1, limits.MAX_FRAMES)
+        require_multiple("num_frames", self.num_frames, limits.FRAME_MULTIPLE, 1)
+        require_number("num_inference_steps", self.num_inference_steps, 1, limits.MAX_STEPS)
+        require_number("guidance_scale", self.guidance_scale, 0, limits.MAX_GUIDANCE, int | float)
         flag = self.use_dynamic_cfg
-        _require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")
-        _require_number("seed", self.seed, 0, 2**63 - 1)
-        _require_number("fps", self.fps, 1, MAX_FPS, int | float)
+        require(isinstance(flag, bool), f"use_dynamic_cfg={flag!r}: expected true or false")
+        require_number("seed", self.seed, 0, 2**63 - 1)
+        require_number("fps", self.fps, 1, limits.MAX_FPS, int | float)
         if self.fps == int(self.fps):
             object.__setattr__(self, "fps", int(self.fps))  # 16.0 of a command line: in names and records as 16
         require_choice("dtype", self.dtype, Dtype)
@@ -184,20 +160,20 @@ class GenerateRequest:
             if getattr(self, name) is not None:
                 _require_text(name, getattr(self, name), "the path of a file, or null")
         given = [name for name in ("image", "video") if getattr(self, name) is not None]
-        _require(len(given) < 2, f"image={self.image!r} and video={self.video!r}: expected one of them")
-        _require(self.video is None or self.latents is None, "video and latents: a video is the initial latents itself")
-        _require_number("noise_aug_strength", self.noise_aug_strength, 0, 1, int | float)
-        _require_number("strength", self.strength, 0, 1, int | float)
+        require(len(given) < 2, f"image={self.image!r} and video={self.video!r}: expected one of them")
+        require(self.video is None or self.latents is None, "video and latents: a video is the initial latents itself")
+        require_number("noise_aug_strength", self.noise_aug_strength, 0, 1, int | float)
+        require_number("strength", self.strength, 0, 1, int | float)
         if self.noise_aug_strength:
-            _require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
+            require(self.image is not None, f"noise_aug_strength={self.noise_aug_strength}: expected image=..., too")
         if self.context_frames is None:
-            _require_number("context_overlap", self.context_overlap, 0, MAX_FRAMES)
+            require_number("context_overlap", self.context_overlap, 0, limits.MAX_FRAMES)
         else:
-            _require_number("context_frames", self.context_frames, 1, MAX_FRAMES)
-            require_multiple("context_frames", self.context_frames, FRAME_MULTIPLE, 1)
-            _require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
-            require_multiple("context_overlap", self.context_overlap, FRAME_MULTIPLE)
-            _require(self.image is None, "context_frames and image: only the first window would see the image")
+            require_number("context_frames", self.context_frames, 1, limits.MAX_FRAMES)
+            require_multiple("context_frames", self.context_frames, limits.FRAME_MULTIPLE, 1)
+            require_number("context_overlap", self.context_overlap, 0, self.context_frames - 1)
+            require_multiple("context_overlap", self.context_overlap, limits.FRAME_MULTIPLE)
+            require(self.image is None, "context_frames and image: only the first window would see the image")
         if self.video is not None and self.steps_left_out == self.num_inference_steps:
             steps = self.num_inference_steps
             raise RequestError(
@@ -239,7 +215,8 @@ def to_request(config: GenerateConfig) -> GenerateRequest:
     attention = AttentionOptions(**options)
     names = {field.name for field in dataclasses.fields(GenerateRequest)} - {"attention", "cache", "lora"}
     fields = fill_in_defaults({name: getattr(config, name) for name in names}, config.model)
-    return GenerateRequest(**fields, attention=attention, cache=to_cache(config.cache), lora=parse_lora(config.lora))
+    cache = CacheOptions(**vars(config.cache))
+    return GenerateRequest(**fields, attention=attention, cache=cache, lora=parse_lora(config.lora))
 
 
 def _of_fields(key: str, value: Any, kind: type[T]) -> T | None:
@@ -281,11 +258,11 @@ def parse_stages(stages: str | list[str] | tuple[str, ...]) -> tuple[Stage, ...]
     """Parse stage names, as "text,denoise" or a sequence, into the order they run. Raises RequestError."""
     names = [name.strip() for name in stages.split(",")] if isinstance(stages, str) else list(stages)
     unknown = [name for name in names if name not in STAGES]
-    _require(
+    require(
         bool(names) and not unknown,
         f"stages={','.join(map(str, names))}: expected some of {','.join(STAGES)}"
         + (f"; unknown: {', '.join(map(repr, unknown))}" if unknown else ""),
     )
     twice = len(set(names)) < len(names)
-    _require(not twice, f"stages={','.join(names)}: expected each of {','.join(STAGES)} at most once")
+    require(not twice, f"stages={','.join(names)}: expected each of {','.join(STAGES)} at most once")
     return tuple(stage for stage in STAGES if stage in names)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pipeline.requests.errors import RequestError
+from pipeline.requests.errors import RequestError, require_number
 from pipeline.requests.limits import MAX_STEPS
 
 CacheMethod = Literal["none", "teacache", "magcache", "first_block"]
@@ -37,7 +37,7 @@ REPORTED_FRACTIONS: Mapping[tuple[str, float], float] = {
 }
 #: Where the user gives none: of TeaCache's authors the middle one, of diffusers the two others.
 DEFAULT_THRESHOLDS: Mapping[str, float] = {"none": 0.0, "teacache": 0.2, "magcache": 0.06, "first_block": 0.05}
-MAX_THRESHOLD = 10.0
+MAX_THRESHOLD = 10
 
 
 @dataclasses.dataclass
@@ -79,10 +79,10 @@ class CacheOptions:
         methods = get_args(CacheMethod)
         if self.method is not None and self.method not in methods:
             raise RequestError(f"cache.method={self.method!r}: expected one of {', '.join(methods)}, or null")
-        self._require_number("threshold", 0, MAX_THRESHOLD, int | float, optional=True)
-        self._require_number("max_reused", 1, MAX_STEPS, int)
-        self._require_number("first_steps", 0, 1, int | float)
-        self._require_number("unconditional_every", 1, MAX_STEPS, int, optional=True)
+        require_number("cache.threshold", self.threshold, 0, MAX_THRESHOLD, int | float, optional=True)
+        require_number("cache.max_reused", self.max_reused, 1, MAX_STEPS)
+        require_number("cache.first_steps", self.first_steps, 0, 1, int | float)
+        require_number("cache.unconditional_every", self.unconditional_every, 1, MAX_STEPS, optional=True)
         if self.coefficients is not None:
             values = self.coefficients
             numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
@@ -97,25 +97,10 @@ class CacheOptions:
             if getattr(self, name) is not None and self.method != method:
                 raise RequestError(f"cache.{name}={getattr(self, name)!r}: only with cache={method}")
 
-    def _require_number(self, name: str, low: float, high: float, kind: Any, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high:
-            whole = "whole " if kind is int else ""
-            or_null = ", or null" if optional else ""
-            raise RequestError(f"cache.{name}={value!r}: expected a {whole}number from {low} to {high:g}{or_null}")
-
     @property
     def is_used(self) -> bool:
         """Return whether any step reuses anything."""
         return self.method not in (None, "none") or (self.unconditional_every or 1) > 1
-
-
-def to_cache(config: CacheConfig) -> CacheOptions:
-    """Return the checked options of a configuration. Raises RequestError."""
-    return CacheOptions(**vars(config))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,7 @@ def check_used(config: GenerateConfig, given: Collection[str]) -> None:
     by_quality = cache.method is None and config.quality != "exact"
     reuses = cache.method not in (None, "none") or by_quality
     magcache = (cache.method == "magcache" or by_quality, "with cache=magcache, or quality=fast")
-    the_kernel = (
-        attention.implementation != "xla",
-        "for the kernel, which attention.implementation=xla does not run",
-    )
+    the_kernel = (attention.implementation != "xla", "for the kernel, which attention.implementation=xla does not run")
     for key, value, used, instead in (
         ("strength", config.strength, config.video is not None, "with video=..."),
         ("context_overlap", config.context_overlap, config.context_frames is not None, "with context_frames=..."),

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import jax
 
-from pipeline.checkpoints.checks import Configs, check_request, read_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import Configs, check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model.step_options import entry_hashes
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import DeviceMemoryError, PipelineError, RequestError
 from pipeline.requests.options import RunOptions
-from pipeline.requests.request import Stage
+from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.runs.hosts import check_same
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
@@ -34,8 +34,8 @@ from splash_workbench.records.base import utc_now
 
 logger = logging.getLogger(__name__)
 
-ERROR_NAME = "error.json"
-SCHEMA_VERSION = 1
+_ERROR_NAME = "error.json"
+_SCHEMA_VERSION = 1  # of it
 Status = Literal["waiting", "done", "finished before", "failed"]
 
 
@@ -81,7 +81,7 @@ def prepare(
         which = (request.checkpoint, request.revision, request.transformer, needed)
         try:
             if which not in found:
-                checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+                checkpoint = checkpoint_of(request, cache_dir)
                 found[which] = read_configs(checkpoint), checkpoint, checkpoint.identities(*needed)
             configs, checkpoint, identities = found[which]
             check_request(request, configs)
@@ -202,7 +202,7 @@ class Batch:
                 item.result = run.finish(self._results_path)
                 item.status = "done"
                 if jax.process_index() == 0:
-                    (run.run_dir / ERROR_NAME).unlink(missing_ok=True)
+                    (run.run_dir / _ERROR_NAME).unlink(missing_ok=True)
                 self._tell(item, f"done: {item.result.video_path or item.result.run_dir}")
         except Exception as error:
             if jax.process_count() > 1 and not isinstance(error, PipelineError):
@@ -217,20 +217,9 @@ class Batch:
         item.error = first_line if expected else f"{stage}: {type(error).__name__}: {first_line}"
         item.status = "failed"
         self._tell(item, f"failed: {item.error}")
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "created_at": utc_now(),
-            "line": item.entry.line,
-            "stage": stage,
-            "error": str(error),
-            "type": type(error).__name__,
-            "traceback": None if expected else traceback.format_exception(error),
-            "request": dataclasses.asdict(item.run.request),
-        }
-        if jax.process_index() != 0:
-            return
-        with contextlib.suppress(OSError):  # e.g. a full disk, which may be what failed
-            write_json(item.run.run_dir / ERROR_NAME, record)
+        if jax.process_index() == 0:
+            trace = None if expected else traceback.format_exception(error)
+            write_error(item.run.run_dir, item, stage, item.run.request, str(error), type(error).__name__, trace)
 
     def _tell(self, item: Item, text: str) -> None:
         self._say(f"[{self.items.index(item) + 1} of {len(self.items)}]", text)
@@ -241,6 +230,24 @@ class Batch:
             return ""
         time_s = statistics.median(times[1:] or times)  # the first loads and compiles
         return f" (about {time_s:.0f} s a video, {duration(time_s * videos)} left for the batch)"
+
+
+def write_error(
+    folder: Path, line: Line, stage: Stage, request: GenerateRequest, error: str, kind: str, trace: list[str] | None
+) -> None:
+    """Leave an error.json in a line's folder, where it can be written. trace: of an error that nobody expected."""
+    record = {
+        "schema_version": _SCHEMA_VERSION,
+        "created_at": utc_now(),
+        "line": line.entry.line,
+        "stage": stage,
+        "error": error,
+        "type": kind,
+        "traceback": trace,
+        "request": dataclasses.asdict(request),
+    }
+    with contextlib.suppress(OSError):  # e.g. a full disk, which may be what failed
+        write_json(folder / _ERROR_NAME, record)
 
 
 def duration(seconds: float) -> str:

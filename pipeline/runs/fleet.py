@@ -17,13 +17,12 @@ from typing import Any
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import Stage
 from pipeline.runs import records
-from pipeline.runs.batch import ERROR_NAME, SCHEMA_VERSION, Line, duration
+from pipeline.runs.batch import Line, duration, write_error
 from pipeline.runs.messages import Done, Job, Ready
 from pipeline.runs.slices import Slice
 from splash_workbench.engines.cluster import Cluster
 from splash_workbench.errors import UserError
-from splash_workbench.files import write_json
-from splash_workbench.records.base import new_id, utc_now
+from splash_workbench.records.base import new_id
 
 #: Seconds between two looks at how many slices there is room for, between two lines on what all are at, and for which
 #: slices that are told to stop are waited for.
@@ -104,7 +103,8 @@ class Fleet:
         while len(self._members) < min(limit, waiting):
             self._count += 1
             options = self._cluster.options() | {"max_restarts": 0, "concurrency_groups": {"watch": 2}}
-            actor = self._cluster.ray.remote(**_given(options))(self._kind).remote(self._job)
+            given = {name: value for name, value in options.items() if value is not None}
+            actor = self._cluster.ray.remote(**given)(self._kind).remote(self._job)
             self._members.append(_Member(self._count, actor))
             self._ask(self._members[-1], actor.prepare.remote())
 
@@ -130,7 +130,7 @@ class Fleet:
         if isinstance(answer, Ready):
             self._welcome(member, answer)
         elif doing is not None:
-            self._take(member, *doing, answer)
+            self._take(member, doing[0], answer)
 
     def _welcome(self, member: _Member, ready: Ready) -> None:
         if ready.errors:
@@ -170,7 +170,7 @@ class Fleet:
         member.doing = index, stages
         self._ask(member, member.actor.work.remote(index, stages))
 
-    def _take(self, member: _Member, index: int, stages: tuple[Stage, ...], done: Done) -> None:
+    def _take(self, member: _Member, index: int, done: Done) -> None:
         line = self.lines[index]
         line.time_s += done.time_s
         if done.status == "waiting":
@@ -206,11 +206,8 @@ class Fleet:
         line.status = "failed"
         line.error = f"lost with its slice {tries} time{'s' * (tries > 1)}: {reason}"
         self._tell(index, f"failed: {line.error}")
-        with contextlib.suppress(OSError):
-            record: dict[str, Any] = {"line": line.entry.line, "stage": stages[-1], "error": line.error, "type": "Lost"}
-            record |= {"schema_version": SCHEMA_VERSION, "created_at": utc_now(), "traceback": None}
-            request = dataclasses.asdict(line.entry.request)
-            write_json(self._job.output_dir / line.entry.name / ERROR_NAME, record | {"request": request})
+        folder = self._job.output_dir / line.entry.name
+        write_error(folder, line, stages[-1], line.entry.request, line.error, "Lost", None)
 
     def _stop(self, signal_number: int) -> None:
         """Let the slices end the steps that they are at, and save them."""
@@ -257,10 +254,6 @@ class Fleet:
     def _kill(self, member: _Member) -> None:
         with contextlib.suppress(Exception):  # it is gone, or the cluster is
             self._cluster.ray.kill(member.actor)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def new_marker() -> str:

@@ -29,6 +29,8 @@ from splash_workbench.records import jsonl
 SCHEMA_VERSION = 1
 #: What reading a JSON file raises where it is damaged, whatever it holds instead.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+#: Stage -> the one whose output it takes.
+_BEFORE: Mapping[Stage, Stage | None] = dict(zip(STAGES, (None, *STAGES), strict=False))
 _MAPPINGS = ("attention", "compiler_options", "parallel")  # what a stage's JSON may hold besides, for the record
 
 
@@ -163,7 +165,7 @@ def load_stage(folder: Path, key: StageKey) -> dict[str, np.ndarray]:
 
 def load_inputs(folder: Path, keys: Mapping[Stage, StageKey], stage: Stage) -> dict[str, np.ndarray]:
     """Load what a stage takes from the one before, nothing for the first. StageOutputError where it is not there."""
-    before = _before(stage)
+    before = _BEFORE[stage]
     if before is None:
         return {}
     with _saying_how(before, stage):
@@ -176,7 +178,7 @@ def check_inputs(folder: Path, keys: Mapping[Stage, StageKey], stages: Sequence[
     resume: a stage with an output of its own takes that, and needs nothing.
     """
     for stage in stages:
-        before = _before(stage)
+        before = _BEFORE[stage]
         if before is None or before in stages:
             continue
         if resume:
@@ -185,10 +187,6 @@ def check_inputs(folder: Path, keys: Mapping[Stage, StageKey], stages: Sequence[
                 continue
         with _saying_how(before, stage):
             check_stage(folder, keys[before])
-
-
-def _before(stage: Stage) -> Stage | None:
-    return None if stage == STAGES[0] else STAGES[STAGES.index(stage) - 1]
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline.checkpoints.checks import check_request, read_configs
-from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model import step_options
 from pipeline.model.attention import check_runs_here
 from pipeline.model.placement import on_first_process
@@ -26,19 +26,9 @@ from pipeline.requests.media import check_files
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import STAGES, GenerateRequest, Stage
 from pipeline.requests.run_names import run_name
-from pipeline.runs import records
+from pipeline.runs import outputs, records
 from pipeline.runs.hosts import check_same
-from pipeline.runs.outputs import (
-    UNREADABLE,
-    StageKey,
-    check_inputs,
-    check_stage,
-    load_inputs,
-    load_stage,
-    reused_timings,
-    save_stage,
-    stage_key,
-)
+from pipeline.runs.outputs import StageKey
 from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageClock, StageTimings, no_progress
@@ -101,7 +91,7 @@ class RequestRun:
                         f"run_dir={str(run_dir)!r}: {path.name} is a folder there; expected another run_dir"
                     )
         self.context = StageContext(checkpoint, request, identities, run_options.parallel)
-        self.keys = {stage: stage_key(self.request, stage, identities) for stage in identities}
+        self.keys = {stage: outputs.stage_key(self.request, stage, identities) for stage in identities}
         if "denoise" in stages:
             check_runs_here(self.request.attention, self.request.dtype)
             if jax.default_backend() == "tpu":
@@ -134,7 +124,7 @@ class RequestRun:
 
         All processes must call it.
         """
-        on_first_process(lambda: check_inputs(self.run_dir, self.keys, self.stages, self.run_options.resume))
+        on_first_process(lambda: outputs.check_inputs(self.run_dir, self.keys, self.stages, self.run_options.resume))
 
     def run_stage(self, stage: Stage, stages: Stages, progress: Progress = no_progress) -> None:
         """Run a stage and save its output, or take the saved one of exactly this request."""
@@ -144,12 +134,12 @@ class RequestRun:
             self.details[stage] = saved
             self.timings.append(saved["timings"])
         else:
-            inputs, clock = self._inputs(stage), StageClock(stage, progress)
+            inputs = on_first_process(lambda: outputs.load_inputs(self.run_dir, self.keys, stage))
+            clock = StageClock(stage, progress)
             context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
-            timings = dataclasses.asdict(clock.timings)
-            details = {**self.details[stage], "timings": timings}
-            on_first_process(lambda: save_stage(self.run_dir, key, arrays, details))
+            details = {**self.details[stage], "timings": dataclasses.asdict(clock.timings)}
+            on_first_process(lambda: outputs.save_stage(self.run_dir, key, arrays, details))
             self.timings.append(clock.timings)
         if stage == "denoise":
             StateFile(self.run_dir, "").remove()
@@ -203,7 +193,7 @@ class RequestRun:
     def _finish(self, results_path: Path | None) -> GenerateResult:
         if "denoise" in self.keys and "denoise" not in self.details:
             with contextlib.suppress(StageOutputError):
-                self.details["denoise"] = check_stage(self.run_dir, self.keys["denoise"])
+                self.details["denoise"] = outputs.check_stage(self.run_dir, self.keys["denoise"])
         record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
         video_path = self._write_video(record) if "vae" in self.stages else None
         remove_leftovers(*self._written)
@@ -223,14 +213,14 @@ class RequestRun:
     def _finished(self) -> GenerateResult | None:
         try:
             sidecar = json.loads((self.run_dir / SIDECAR_NAME).read_text(encoding="utf-8"))
-            timings = tuple(map(reused_timings, sidecar["stages"]))
+            timings = tuple(map(outputs.reused_timings, sidecar["stages"]))
             is_this = (
                 "vae" in self.stages
                 and sidecar["fingerprint"] == self.keys["vae"].fingerprint
                 and sidecar["request"]["fps"] == self.request.fps
                 and sidecar["video_bytes"] == (self.run_dir / VIDEO_NAME).stat().st_size
             )
-        except UNREADABLE:
+        except outputs.UNREADABLE:
             return None
         return GenerateResult(self.run_dir, self.run_dir / VIDEO_NAME, timings) if is_this else None
 
@@ -239,19 +229,16 @@ class RequestRun:
         if not (self.run_dir / f"{key.stage}.json").exists():
             return None
         try:
-            details = check_stage(self.run_dir, key)
+            details = outputs.check_stage(self.run_dir, key)
         except StageOutputError as error:
             logger.warning("%s: running it again", error)
             return None
         logger.info("%s: reusing the output in %s", key.stage, self.run_dir)
         return details
 
-    def _inputs(self, stage: Stage) -> dict[str, np.ndarray]:
-        return on_first_process(lambda: load_inputs(self.run_dir, self.keys, stage))
-
     def _write_video(self, record: GenerationRecord) -> Path:
         path, key = self.run_dir / VIDEO_NAME, self.keys["vae"]
-        frames = load_stage(self.run_dir, key)["frames"]
+        frames = outputs.load_stage(self.run_dir, key)["frames"]
         write_mp4(path, frames, self.request.fps, records.video_tags(record, key.fingerprint))
         sidecar = {
             **jsonl.encode(record),
@@ -304,7 +291,7 @@ def generate(
     UserError where the folder cannot be written to or another process is at work there.
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
-    checkpoint = resolve_checkpoint(request.checkpoint, request.revision, cache_dir, request.transformer)
+    checkpoint = checkpoint_of(request, cache_dir)
     check_request(request, read_configs(checkpoint))
     identities = checkpoint.identities(*needed_stages(stages, request))
     run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)

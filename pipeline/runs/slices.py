@@ -9,13 +9,11 @@ import os
 import socket
 import threading
 
-import jax
-
 from pipeline.model.step_options import entry_hashes
 from pipeline.requests.request import Stage
 from pipeline.runs.batch import Batch, prepare
 from pipeline.runs.messages import Done, Job, Ready
-from pipeline.runs.records import PACKAGES
+from pipeline.runs.records import PACKAGES, devices
 from pipeline.stages.progress import Interrupted, StageEvent
 from splash_workbench.compile_cache import use_compilation_cache
 from splash_workbench.errors import UserError
@@ -51,12 +49,11 @@ class Slice:
         finished = tuple(item.run.finished() for item in items)
         last = job.stages[-1] if "denoise" not in job.stages else "denoise"
         keys = [item.run.loaded_keys[last] for item in items]
-        device = jax.devices()[0]
-        devices = f"{jax.device_count()} x {device.device_kind}"
+        here = str(devices())
         described = [item.run.described for item in items]
-        text = json.dumps([described, devices, package_versions(PACKAGES), entry_hashes()], sort_keys=True)
+        text = json.dumps([described, here, package_versions(PACKAGES), entry_hashes()], sort_keys=True)
         groups = tuple(keys.index(key) for key in keys)
-        return Ready(host, (), finished, groups, devices, hashlib.sha256(text.encode()).hexdigest())
+        return Ready(host, (), finished, groups, here, hashlib.sha256(text.encode()).hexdigest())
 
     def work(self, index: int, stages: tuple[Stage, ...]) -> Done:
         """Run stages of a line that are not done. One that fails leaves an error.json, as in any batch."""

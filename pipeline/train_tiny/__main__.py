@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler, write_checkpoint
+from pipeline.checkpoints.tiny import TinySpec, build_modules, write_checkpoint
 from pipeline.train_tiny.changes import train_image_to_video, train_outline
 from pipeline.train_tiny.config import (
     DrawnClips,
     TrainTinyConfig,
     begin,
     check_settings,
-    padded,
+    optimize_transformer,
     write_provenance,
 )
-from pipeline.train_tiny.training import diffusion_loss, optimize, rotary_tables, vae_loss
+from pipeline.train_tiny.training import optimize, vae_loss
 from splash_workbench import cli
 
 
@@ -41,32 +41,15 @@ def train_model(settings: TrainTinyConfig) -> None:
     vae_history, vae_time_s = optimize("vae", {"vae": vae}, settings.vae, loss, settings.seed, work_dir / "vae.pt")
 
     clips = DrawnClips(settings, work_dir)
-    latents = clips.latents(vae)
-    scaling_factor = round(float(1 / latents.std()), 4)
+    scaling_factor = round(float(1 / clips.latents(vae).std()), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
-    latents = padded(latents, modules["transformer"].config.patch_size_t) * scaling_factor
-    *token_ids, empty_ids = clips.token_ids("")
-
-    loss = diffusion_loss(
-        modules["transformer"],
-        modules["text_encoder"],
-        build_scheduler(),
-        latents,
-        torch.stack(token_ids),
-        empty_ids,
-        rotary_tables(modules["transformer"].config, latents.shape),
-        settings.transformer.batch_size,
-        settings.caption_dropout,
-    )
-    parts = {name: modules[name] for name in ("transformer", "text_encoder")}
+    trained = {name: modules[name] for name in ("transformer", "text_encoder")}
     begun = None
     if settings.start_from is not None:
         state = torch.load(settings.start_from, weights_only=True)
-        torch.nn.ModuleDict(parts).load_state_dict(state["average"])
+        torch.nn.ModuleDict(trained).load_state_dict(state["average"])
         begun = state["history"][-1]
-    history, time_s = optimize(
-        "transformer", parts, settings.transformer, loss, settings.seed, work_dir / "transformer.pt"
-    )
+    history, time_s = optimize_transformer("transformer", trained, clips, modules)
 
     folder = Path(settings.folder)
     shutil.rmtree(folder, ignore_errors=True)

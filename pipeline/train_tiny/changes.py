@@ -10,12 +10,8 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.checkpoints.shapes import OUTLINE_WIDTH
-from pipeline.checkpoints.tiny import build_scheduler
-from pipeline.checkpoints.tiny_i2v import LORA_NAME, PATCH_WEIGHT, WHOLE_NAME, i2v_config, widened
-from pipeline.model.latents import LatentGeometry
-from pipeline.stages.conditioning import image_condition
-from pipeline.train_tiny.config import DrawnClips, TrainTinyConfig, begin, padded, write_provenance
-from pipeline.train_tiny.training import diffusion_loss, optimize, rotary_tables
+from pipeline.checkpoints.tiny_i2v import LORA_NAME, WHOLE_NAME, i2v_config
+from pipeline.train_tiny.config import DrawnClips, TrainTinyConfig, begin, optimize_transformer, write_provenance
 from splash_workbench.errors import UserError
 
 _ATTENTION_AND_FF = re.compile(r"transformer_blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))")
@@ -57,37 +53,24 @@ def lora_weights(transformer: torch.nn.Module, prefix: str = "") -> dict[str, to
 def train_outline(settings: TrainTinyConfig) -> None:
     """Train the LoRA that draws outlines and write it, in the names of diffusers."""
     parts = _base(settings)
-    work_dir = begin(settings)
+    clips = DrawnClips(settings, begin(settings), OUTLINE_WIDTH)
     add_lora(parts["transformer"], settings.rank, _ATTENTION_AND_FF)
-    clips = DrawnClips(settings, work_dir, OUTLINE_WIDTH)
-    made = _train(settings, work_dir, parts, clips)
-    folder = Path(settings.folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_file(lora_weights(parts["transformer"], "transformer."), folder / DIFFUSERS_NAME, metadata={"format": "pt"})
-    write_provenance(folder, settings, **made)
-    print(f"LoRA: {folder}")
+    made = _train(parts, clips)
+    _write("LoRA", settings, {DIFFUSERS_NAME: lora_weights(parts["transformer"], "transformer.")}, made)
 
 
 def train_image_to_video(settings: TrainTinyConfig) -> None:
     """Train the image-to-video model, and write what changes of the base: see `checkpoints.tiny_i2v`."""
     parts = _base(settings)
-    work_dir = begin(settings)
+    clips = DrawnClips(settings, begin(settings))
     parts["transformer"] = transformer = _for_images(parts["transformer"])
     add_lora(transformer, settings.rank, _OF_BLOCKS)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(name.startswith(_WHOLE) or ".lora_" in name)
     parts["vae"].register_to_config(invert_scale_latents=True)
-    clips = DrawnClips(settings, work_dir)
-    made = _train(settings, work_dir, parts, clips, clips.latents(parts["vae"], num_frames=1))
-    folder = Path(settings.folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    made = _train(parts, clips, clips.latents(parts["vae"], num_frames=1))
     whole = {name: value.detach().half() for name, value in transformer.named_parameters() if name.startswith(_WHOLE)}
-    save_file(lora_weights(transformer), folder / LORA_NAME, metadata={"format": "pt"})
-    save_file(whole, folder / WHOLE_NAME, metadata={"format": "pt"})
-    write_provenance(folder, settings, **made)
-    print(f"changes: {folder}")
+    _write("changes", settings, {LORA_NAME: lora_weights(transformer), WHOLE_NAME: whole}, made)
 
 
 def _base(settings: TrainTinyConfig) -> dict[str, Any]:
@@ -119,7 +102,8 @@ def _for_images(transformer: Any) -> Any:
 
     wider = CogVideoXTransformer3DModel.from_config(i2v_config(transformer.config))
     weights = transformer.state_dict()
-    weights[PATCH_WEIGHT] = torch.from_numpy(widened(weights[PATCH_WEIGHT].numpy()))
+    patch_weight = weights["patch_embed.proj.weight"]  # an image's channels come behind the sample's
+    weights["patch_embed.proj.weight"] = torch.cat([patch_weight, torch.zeros_like(patch_weight)], dim=1)
     missing, unexpected = wider.load_state_dict(weights, strict=False)
     assert all(name.startswith("ofs_embedding.") for name in missing) and not unexpected
     torch.nn.init.zeros_(wider.ofs_embedding.linear_2.weight)
@@ -127,37 +111,22 @@ def _for_images(transformer: Any) -> Any:
     return wider
 
 
-def _train(
-    settings: TrainTinyConfig,
-    work_dir: Path,
-    parts: dict[str, Any],
-    clips: DrawnClips,
-    images: torch.Tensor | None = None,
-) -> dict[str, Any]:
+def _train(parts: dict[str, Any], clips: DrawnClips, images: torch.Tensor | None = None) -> dict[str, Any]:
     """Train what of the transformer requires a gradient; return what is to be known of it. images: unscaled latents."""
-    transformer, vae = parts["transformer"], parts["vae"]
-    patch_size_t, scale = transformer.config.patch_size_t, vae.config.scaling_factor
-    latents = padded(clips.latents(vae), patch_size_t) * scale
-    conditions = None
-    if images is not None:
-        frames, channels, height, width = latents.shape[1:]
-        geometry = LatentGeometry(frames, 0, channels, height, width, (patch_size_t, 2, 2))
-        conditions = torch.cat([image_condition(image[None], geometry, vae.config) for image in images])
-    *token_ids, empty_ids = clips.token_ids("")
-    loss = diffusion_loss(
-        transformer,
-        parts["text_encoder"],
-        build_scheduler(),
-        latents,
-        torch.stack(token_ids),
-        empty_ids,
-        rotary_tables(transformer.config, latents.shape),
-        settings.transformer.batch_size,
-        settings.caption_dropout,
-        conditions,
-    )
-    trained = {"transformer": transformer}
-    path = work_dir / "transformer.pt"
-    history, time_s = optimize(settings.what, trained, settings.transformer, loss, settings.seed, path)
+    transformer = parts["transformer"]
+    history, time_s = optimize_transformer(clips.settings.what, {"transformer": transformer}, clips, parts, images)
     count = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     return {"cpu_time_s": round(time_s), "parameters": count, "losses": history[-1]}
+
+
+def _write(
+    what: str, settings: TrainTinyConfig, files: dict[str, dict[str, torch.Tensor]], made: dict[str, Any]
+) -> None:
+    """Write weights, by the names of their files, and how they were made; what was in the folder is replaced."""
+    folder = Path(settings.folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, weights in files.items():
+        save_file(weights, folder / name, metadata={"format": "pt"})
+    write_provenance(folder, settings, **made)
+    print(f"{what}: {folder}")

@@ -3,22 +3,34 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from pipeline.checkpoints.shapes import Scene, captions, parse_caption, random_scene
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
+from pipeline.checkpoints.shapes import Scene, captions, draw, parse_caption, random_scene
 from pipeline.checkpoints.tiny import build_tokenizer
+from pipeline.model.latents import LatentGeometry
+from pipeline.model.noise_schedule import build_scheduler
 from pipeline.requests.request import GenerateRequest
 from pipeline.runs.records import environment
-from pipeline.train_tiny.training import Loop, check_ranges, encode_clips
+from pipeline.stages.conditioning import image_condition
+from pipeline.train_tiny.training import (
+    Loop,
+    check_ranges,
+    diffusion_loss,
+    fast_precision,
+    optimize,
+    rotary_tables,
+    to_video,
+)
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
 from splash_workbench.records.base import utc_now
-
-PROVENANCE_NAME = "training.json"
 
 
 @dataclasses.dataclass
@@ -63,8 +75,8 @@ def check_settings(settings: TrainTinyConfig) -> None:
 
 def asked_for(settings: TrainTinyConfig) -> dict[str, Any]:
     """Return the settings that decide what comes out."""
-    fields = dataclasses.asdict(settings)
-    return {name: fields[name] for name in fields if name not in ("folder", "work_dir")}
+    fields = dataclasses.asdict(settings).items()
+    return {name: value for name, value in fields if name not in ("folder", "work_dir")}
 
 
 def begin(settings: TrainTinyConfig) -> Path:
@@ -106,23 +118,58 @@ class DrawnClips:
         count = num_frames or self.settings.num_frames
         path = self.work_dir / ("latents.npy" if num_frames is None else f"latents{count}.npy")
         if not path.exists():
-            clips = encode_clips(vae, self.scenes, count, self.settings.height, self.settings.width, self.line_width)
+            encoded = []
+            for start in tqdm(range(0, len(self.scenes), 4), desc="latents", mininterval=5):
+                scenes, size = self.scenes[start : start + 4], (self.settings.height, self.settings.width)
+                videos = np.stack([draw(scene, count, *size, self.line_width) for scene in scenes])
+                with torch.no_grad(), fast_precision():
+                    means = vae.encode(to_video(videos)).latent_dist.mean
+                encoded.append(means.float().transpose(1, 2))
             with atomic_path(path) as temporary:
-                np.save(temporary, torch.stack(list(clips)).numpy())
+                np.save(temporary, torch.cat(encoded).numpy())
         return torch.from_numpy(np.load(path))
 
 
-def padded(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
-    """Return scaled latents [clips, frames, 16, h, w] with the leading frame that fills the last temporal patch."""
-    return torch.cat([latents[:, :1]] * (-latents.shape[1] % patch_size_t) + [latents], dim=1)
+def optimize_transformer(
+    name: str, trained: dict[str, Any], clips: DrawnClips, parts: Mapping[str, Any], images: torch.Tensor | None = None
+) -> tuple[list[dict[str, float]], float]:
+    """Train modules by the loss of the transformer that is in `parts`, beside its T5 and VAE; return as `optimize`.
+
+    images: unscaled latents of what the clips begin with, of an image-to-video model.
+    """
+    settings, transformer, vae = clips.settings, parts["transformer"], parts["vae"]
+    patch_size_t = transformer.config.patch_size_t
+    latents = clips.latents(vae)
+    padding = [latents[:, :1]] * (-latents.shape[1] % patch_size_t)  # fills the last temporal patch
+    latents = torch.cat([*padding, latents], dim=1) * vae.config.scaling_factor
+    conditions = None
+    if images is not None:
+        frames, channels, height, width = latents.shape[1:]
+        geometry = LatentGeometry(frames, 0, channels, height, width, (patch_size_t, 2, 2))
+        conditions = torch.cat([image_condition(image[None], geometry, vae.config) for image in images])
+    *token_ids, empty_ids = clips.token_ids("")
+    loss = diffusion_loss(
+        transformer,
+        parts["text_encoder"],
+        build_scheduler(COGVIDEOX_1_5_5B["scheduler"]),
+        latents,
+        torch.stack(token_ids),
+        empty_ids,
+        rotary_tables(transformer.config, latents.shape),
+        settings.transformer.batch_size,
+        settings.caption_dropout,
+        conditions,
+    )
+    path = clips.work_dir / "transformer.pt"
+    return optimize(name, trained, settings.transformer, loss, settings.seed, path)
 
 
 def write_provenance(folder: Path, settings: TrainTinyConfig, **more: Any) -> None:
     """Write beside what was trained how it was made."""
-    provenance = {
+    made = {
         "made_by": "python -m pipeline.train_tiny",
         "settings": asked_for(settings),
         "finished_at": utc_now(),
         "environment": dataclasses.asdict(environment()),
     }
-    write_json(folder / PROVENANCE_NAME, {**provenance, **more})
+    write_json(folder / "training.json", made | more)

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.checkpoints.shapes import Scene, draw, random_scene
+from pipeline.checkpoints.shapes import draw, random_scene
 from pipeline.model.latents import LatentGeometry, rotary_embedding
 from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path
@@ -225,21 +225,6 @@ def _window(
 
 
 # --- transformer and text encoder
-
-
-@torch.no_grad()
-def encode_clips(
-    vae: Any, scenes: list[Scene], num_frames: int, height: int, width: int, line_width: float | None = None
-) -> Iterator[torch.Tensor]:
-    """Yield the means of the scenes' latents, unscaled, one [latent frames, 16, h, w] each.
-
-    num_frames: 1 for the first frames as images. line_width: see `draw`.
-    """
-    for start in tqdm(range(0, len(scenes), 4), desc="latents", mininterval=5):
-        batch = [draw(scene, num_frames, height, width, line_width) for scene in scenes[start : start + 4]]
-        with fast_precision():
-            means = vae.encode(to_video(np.stack(batch))).latent_dist.mean
-        yield from means.float().transpose(1, 2)
 
 
 def rotary_tables(config: Any, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

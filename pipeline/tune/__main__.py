@@ -5,7 +5,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from pipeline.model.denoise_step import EVERYTHING, StepWork
 from pipeline.model.sharding import ParallelPlan
 from pipeline.model.step_options import Entry, StepCall
 from pipeline.predict.planner import SOURCES, Predictor
-from pipeline.predict.presets import ALL, PresetSteps, Video, video_of
+from pipeline.predict.presets import ALL, UNUSED, Video, video_of
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import PipelineError, RequestError
-from pipeline.requests.options import ParallelOptions, to_parallel
+from pipeline.requests.options import to_parallel
 from pipeline.requests.request import AttentionOptions
 from pipeline.runs.records import environment
 from pipeline.stages.presets import settle_parallel
@@ -37,13 +37,6 @@ from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Runner
 from splash_workbench.workers.room import check_timeout_s, worker_count
 
-#: Where an entry goes, by `promote`.
-_PATHS: dict[Any, Callable[[], Path] | None] = {
-    True: step_options.user_path,
-    "shipped": lambda: step_options.SHIPPED,
-    False: None,
-}
-
 
 @dataclasses.dataclass
 class TuneConfig(GenerateConfig):
@@ -59,12 +52,7 @@ class TuneConfig(GenerateConfig):
     workers: int | None = None
 
 
-_UNUSED = (
-    *("prompt", "prompts", "run_dir", "output_dir", "name", "resume", "checkpoint_every", "preview_every", "warm_up"),
-    *("compilation_cache", "verbose", "num_videos", "image", "noise_aug_strength", "video", "strength", "latents"),
-    *("lora", "transformer", "context_frames", "context_overlap", "distributed.*", "engine*", "stages", "fps", "seed"),
-    *("negative_prompt", "profile", "profile_run", "logdir"),
-)
+_UNUSED = (*UNUSED, "prompt", "negative_prompt", "stages", "fps", "seed", "profile", "profile_run", "logdir")
 
 
 @cli.command("tune", TuneConfig, unused=_UNUSED, free=("flags",))
@@ -72,10 +60,8 @@ def main(settings: TuneConfig) -> int:
     """Run the command; return its exit code."""
     from_config(lambda: check_timeout_s(settings.timeout_s))
     workers = from_config(lambda: worker_count(settings.workers))
-    if not isinstance(settings.promote, bool | str) or settings.promote not in _PATHS:
-        raise RequestError(f"promote={settings.promote!r}: expected true, false or shipped")
-    if (path_of := _PATHS[settings.promote]) is not None:
-        require_writable(f"promote={settings.promote}", path_of().parent)
+    if (path := _promoted_to(settings.promote)) is not None:
+        require_writable(f"promote={settings.promote}", path.parent)
     flags = from_config(lambda: _checked_flags(settings.flags))
     space = dict(SPACE) | flags
     video = video_of(settings, settings.topology, settings.quality)
@@ -83,7 +69,7 @@ def main(settings: TuneConfig) -> int:
     from_config(lambda: check_with_compiler(video.device, asked))
     cache = JobCache.of_user(settings.reuse)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        _search_all(settings, video, cache, Runner(Path(folder)), space, workers)
+        _search_all(settings, video, cache, Runner(Path(folder)), space, workers, path)
     for text in (*video.refused, cache.trouble if cache is not None else None):
         if text:
             print(text, file=sys.stderr)
@@ -97,14 +83,18 @@ def _search_all(
     runner: Runner,
     space: Mapping[str, tuple[str, ...]],
     workers: int,
+    path: Path | None,
 ) -> None:
-    """Search each kind of step once; print, keep and record what is found."""
+    """Search each kind of step that runs the transformer's blocks once; print, keep and record what is found."""
     captured = libtpu.with_compiler(environment(SOURCES))
     done: set[tuple[str, str, bool, AttentionOptions]] = set()
     for name, preset in video.presets.items():
-        for work, plan, predictor in _kinds(settings, video, preset, cache, runner):
-            request = predictor.request
-            if (same := (str(plan), str(work), request.int8_linears, request.attention)) in done:
+        request = preset.request
+        predictor = video.predictor(preset, settings.timeout_s, lambda text: None, cache=cache, runner=runner)
+        plan = predictor.plan(settle_parallel(to_parallel(settings), request))
+        for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
+            same = (str(plan), str(work), request.int8_linears, request.attention)
+            if same in done or not work.blocks:
                 continue
             done.add(same)
             kind = _Kind(predictor, plan, work, most_trials(space))
@@ -113,11 +103,29 @@ def _search_all(
             found = search(kind.try_options, default, space, workers, runner.cancel)
             if found.winner.time_s is None or kind.call is None:
                 raise PipelineError(f"{found.default.error}")
-            kept = _keep(settings.promote, kind.call, found, captured)
+            kept = _keep(path, kind.call, found, captured)
             _print_result(found, kept)
             if settings.results_path is not None:
-                record = _record(settings.topology, preset, kind.call, found, captured, kept)
+                record = StepSearchRecord(
+                    label=Label.PREDICTED,
+                    topology=settings.topology,
+                    request=encode(request),
+                    call=encode(kind.call),
+                    default=found.default,
+                    winner=found.winner,
+                    tried=found.tried,
+                    kept=kept,
+                    environment=captured,
+                )
                 jsonl.append(Path(settings.results_path), record)
+
+
+def _promoted_to(promote: Any) -> Path | None:
+    """Return the file of entries that a winner goes to, None for none. Raises RequestError."""
+    paths = {True: step_options.user_path(), "shipped": step_options.SHIPPED, False: None}
+    if not isinstance(promote, bool | str) or promote not in paths:
+        raise RequestError(f"promote={promote!r}: expected true, false or shipped")
+    return paths[promote]
 
 
 def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -128,19 +136,6 @@ def _checked_flags(flags: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"flags.{flag}={values!r}: expected a list of values, as [true,false].")
         checked[flag] = tuple(checked_options({flag: value})[flag] if value != "" else "" for value in values)
     return checked
-
-
-def _kinds(
-    settings: TuneConfig, video: Video, preset: PresetSteps, cache: JobCache | None, runner: Runner
-) -> Iterator[tuple[StepWork, ParallelPlan, Predictor]]:
-    """Yield the kinds of steps of a preset that run the transformer's blocks, each with its plan."""
-    base = video.predictor(preset, settings.topology, settings.timeout_s, say=lambda text: None)
-    base = dataclasses.replace(base, cache=cache, runner=runner)
-    parallel: ParallelOptions = settle_parallel(to_parallel(settings), preset.request)
-    plan = base.plan(parallel)
-    for work in dict.fromkeys((EVERYTHING, *preset.schedule.steps)):
-        if work.blocks:
-            yield work, plan, base
 
 
 class _Kind:
@@ -181,13 +176,12 @@ class _Kind:
             print(f"  {place}: {shown}, {how}, {options_text(tried.options)}; {left}", flush=True)
 
 
-def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environment) -> str:
+def _keep(path: Path | None, call: StepCall, found: Found, captured: Environment) -> str:
     """Write the winner as an entry if it beats the default; return what was done, and why."""
     winner, default = found.winner, found.default
-    path_of = _PATHS[promote]
     if winner.time_s is None or winner is default:
         return "not kept: nothing beats the default options"
-    if path_of is None:
+    if path is None:
         return "not kept: promote=false"
     entry = Entry(
         call=call,
@@ -199,12 +193,11 @@ def _keep(promote: bool | str, call: StepCall, found: Found, captured: Environme
         source=captured.backend_hash,
         created_at=utc_now(),
     )
-    path = path_of()
     try:
         step_options.keep(path, entry)
     except OSError as error:
         raise UserError(f"{path.name}: the entry was not written ({error.strerror})") from error
-    return "kept as a shipped entry" if promote == "shipped" else "kept: every such step takes them from now on"
+    return "kept as a shipped entry" if path == step_options.SHIPPED else "kept: every such step takes them from now on"
 
 
 def _print_result(found: Found, kept: str) -> None:
@@ -221,22 +214,6 @@ def _print_result(found: Found, kept: str) -> None:
         f"{winner.compile_cpu_s:.0f} CPU s to compile: {options_text(winner.options)}"
     )
     print(f"  {kept}; all times are predicted", flush=True)
-
-
-def _record(
-    topology: str, preset: PresetSteps, call: StepCall, found: Found, captured: Environment, kept: str
-) -> StepSearchRecord:
-    return StepSearchRecord(
-        label=Label.PREDICTED,
-        topology=topology,
-        request=encode(preset.request),
-        call=encode(call),
-        default=found.default,
-        winner=found.winner,
-        tried=found.tried,
-        kept=kept,
-        environment=captured,
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Search compiler options, one flag after the other, each value with the best of the flags before."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from splash_workbench.records.step_search import TriedOptions
@@ -61,7 +61,8 @@ def search(
 
         try_all([best])
         for flag, values in space.items():
-            candidates = [best, *_with(best, flag, values)]
+            changed = [{**best, flag: value} for value in values]
+            candidates = [best, *({name: value for name, value in one.items() if value} for one in changed)]
             try_all(candidates)
             best = min(candidates, key=time_s)  # the first of equal ones, so the default where nothing beats it
         ranked = [dict(options) for options in sorted(tried, key=lambda key: time_s(dict(key)))]
@@ -74,14 +75,6 @@ def search(
         pool.shutdown(cancel_futures=True)
     winner = min(whole, key=lambda outcome: float("inf") if outcome.time_s is None else outcome.time_s)
     return Found(whole[0], winner, (*tried.values(), *whole))
-
-
-def _with(options: Mapping[str, str], flag: str, values: Sequence[str]) -> Iterator[dict[str, str]]:
-    for value in values:
-        if value:
-            yield {**options, flag: value}
-        else:
-            yield {name: old for name, old in options.items() if name != flag}
 
 
 def _key(options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -85,6 +85,6 @@ def test_int8_weights_that_cannot_be_written_are_refused_before_any_work(output,
     (tmp_path / "there.safetensors").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["quantize", f"output={output}"])
-    monkeypatch.setattr("pipeline.checkpoints.loading.resolve_checkpoint", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("pipeline.checkpoints.checks.checkpoint_of", lambda *_: pytest.fail("work began"))
     assert quantize.main() == 2
     assert re.fullmatch(rf"error: output='{output}': .*\n", capsys.readouterr().err)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from helpers import PLENTY_S
@@ -78,7 +79,8 @@ def test_the_command_line_comes_before_the_models_defaults():
 
 @pytest.mark.parametrize(("backend", "expected"), [("tpu", "cogvideox1.5-5b"), ("cpu", "tiny"), ("gpu", "tiny")])
 def test_the_default_model_goes_by_the_device(backend, expected, monkeypatch):
-    monkeypatch.setattr(default_model, "_default_backend", lambda: backend)
+    monkeypatch.setattr(default_model, "accelerator_visible", lambda: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert default_model.default_model() == expected
     assert to_request(_compose("prompt=x")).dtype == ("bfloat16" if expected == "cogvideox1.5-5b" else "float32")
 

@@ -15,12 +15,13 @@ from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.tiny import TRAINED_FOLDER
 from pipeline.checkpoints.tiny_i2v import I2V_FOLDER
 from pipeline.quality.gate import to_uint8
-from pipeline.quality.read_back import filled_fraction, fractions, read_video
+from pipeline.quality.read_back import fractions, read_video
 from pipeline.quality.render import each_video, first_frame, first_frame_psnr
 from pipeline.requests.errors import CheckpointError
 from pipeline.requests.models import MODELS
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest, LoraFile
+from videos import filled_fraction
 
 SEED = 1001  # the training drew its scenes and noise from other generators: every seed is held out
 

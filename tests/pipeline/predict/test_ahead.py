@@ -71,7 +71,7 @@ def test_there_is_no_such_topology():
 
 def test_what_refuses_does_so_before_any_program_is_compiled():
     def programs():
-        yield "text", "text", None
+        yield "text", None
         raise RequestError("step_options.json: unreadable compiler options; put it right or remove it.")
 
     said = []

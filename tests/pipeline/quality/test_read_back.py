@@ -5,7 +5,8 @@ import pytest
 from scipy import ndimage
 
 from pipeline.checkpoints.shapes import MOTIONS, OUTLINE_WIDTH, SHAPES, captions, draw, parse_caption, random_scene
-from pipeline.quality.read_back import Reading, filled_fraction, fractions, read_video
+from pipeline.quality.read_back import Reading, fractions, read_video
+from videos import filled_fraction
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 17
 

@@ -11,10 +11,12 @@ import torch
 from pipeline.checkpoints.checks import read_configs
 from pipeline.checkpoints.loading import load_module, resolve_checkpoint
 from pipeline.checkpoints.lora import merge_loras
+from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import captions
-from pipeline.checkpoints.tiny import TinySpec, build_modules, build_scheduler
+from pipeline.checkpoints.tiny import TinySpec, build_modules
 from pipeline.checkpoints.tiny_i2v import write_tiny_i2v
 from pipeline.model.latents import LatentGeometry, rotary_embedding
+from pipeline.model.noise_schedule import build_scheduler
 from pipeline.requests.request import GenerateRequest, LoraFile
 from pipeline.train_tiny import __main__ as train_tiny
 from pipeline.train_tiny.training import Loop, Muon, diffusion_loss, optimize, rotary_tables
@@ -145,7 +147,7 @@ def test_training_sees_what_inference_sees():
 
 
 def test_the_loss_is_of_the_velocity_and_caption_dropout_takes_the_caption():
-    scheduler = build_scheduler()
+    scheduler = build_scheduler(COGVIDEOX_1_5_5B["scheduler"])
     latents = torch.randn(4, 2, 1, 2, 2)
     seen = {}
 
