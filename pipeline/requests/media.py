@@ -79,7 +79,7 @@ def _decode(path: str, num_frames: int, *options: str) -> bytes:
     if not source.is_file():
         raise RequestError(f"video={path!r}: no such file; expected a video")
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{source}", "-frames:v", str(num_frames)]
-    command += [*options, "-f", "image2pipe", "-c:v", "ppm", "-"]
+    command += [*options, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode != 0 or not done.stdout:
         words = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no frames in it"]

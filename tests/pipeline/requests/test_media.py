@@ -1,8 +1,10 @@
 """Images of any size, mode and orientation, and videos, as diffusers takes them; and files that are none."""
 
 import os
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,17 @@ def test_the_first_frames_of_a_video(video):
     actual = source_frames(_request(video=str(video)))
     assert actual.shape == (9, HEIGHT, WIDTH, 3)
     np.testing.assert_allclose(actual[:, 0, 0, 0], np.arange(0, 180, 20) / 127.5 - 1, atol=0.03)
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "gray", "rgba64le"])
+def test_a_video_of_other_pixels_is_read_as_rgb(pixels, tmp_path):
+    path = tmp_path / "deep.mkv"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "color=white:size=32x16:rate=8"]
+    subprocess.run([*command, "-frames:v", "3", "-c:v", "ffv1", "-pix_fmt", pixels, str(path)], check=True)
+    check_video(str(path), 3)
+    frames = read_video(str(path), 3)
+    assert [(frame.mode, frame.size) for frame in frames] == [("RGB", (32, 16))] * 3
+    assert np.asarray(frames[2]).min() > 240
 
 
 def test_a_video_that_is_too_short_or_none(video, tmp_path):
