@@ -19,6 +19,7 @@ _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
 #: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
 _CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[[^\]]+\]\](?: \([^)]*\))? /\* (?:megacore )?core id\b")
 _MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
+_HALF = re.compile(r"\.(f32|lmr)\b")
 _ATTRIBUTE = re.compile(r"\[resolvable:\$\w+\] ")
 _FIELD = re.compile(r"/\*([\w.]+)=\*/(%?\w+|\[[^\]]*\])")
 
@@ -64,7 +65,8 @@ class Program:
       fall_throughs: bundles where what a branch may skip has ended.
       events: instructions by bundle, in the order of execution.
       matmuls: how many matmuls of a whole register start before each bundle; one in float32 counts half, since its
-        register holds half as many rows as one of packed bfloat16, int8 or float8.
+        register holds half as many rows as one of packed bfloat16, int8 or float8. So does one of v5p's `lmr`: as many
+        results are popped of it.
 
     Raises:
       UnknownDumpFormatError: the text is not in the known form.
@@ -89,7 +91,7 @@ class Program:
                     for label in _LABEL.findall(comment):
                         self.labels.setdefault(label, index)
             kinds = _MATMUL.findall(body) if "vmatmul" in body else ()
-            started.append(started[-1] + sum(0.5 if ".f32" in kind else 1.0 for kind in kinds))
+            started.append(started[-1] + sum(0.5 if _HALF.search(kind) else 1.0 for kind in kinds))
             parsed.extend((index, instruction) for instruction in _parse_bundle(body))
         self.events = _slice(_with_divisions(parsed))
         self.matmuls = started
