@@ -31,7 +31,7 @@ _UNUSED = (
 def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""
     from pipeline.calibrate.magnitudes import measure_ratios
-    from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+    from pipeline.checkpoints.checks import check_request, check_weights, checkpoint_of, read_configs
     from pipeline.checkpoints.magcache import ratios_path, write_ratios
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
@@ -51,7 +51,9 @@ def main(settings: CalibrateConfig) -> int:
         raise RequestError(
             f"{path}: the checkpoint has ratios already; give output=FILE to keep both, or overwrite=true"
         )
-    check_request(request, read_configs(checkpoint))
+    configs = read_configs(checkpoint)
+    check_request(request, configs)
+    check_weights(checkpoint, configs, STAGES, request.encodes)
     check_files(request)
     if settings.compilation_cache:
         use_compilation_cache()

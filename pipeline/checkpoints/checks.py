@@ -1,4 +1,4 @@
-"""Checks of checkpoint and request that need configurations only, made before any weight is read."""
+"""Checks of checkpoint and request that need configurations and headers only, made before any weight is read."""
 
 import functools
 import json
@@ -9,21 +9,28 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints.loading import Checkpoint, build_module, find_weights, resolve_checkpoint, with_defaults
+from pipeline.checkpoints.loading import (
+    STAGE_PARTS,
+    Checkpoint,
+    build_module,
+    find_weights,
+    resolve_checkpoint,
+    with_defaults,
+)
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
-from pipeline.checkpoints.weight_files import weight_shapes
+from pipeline.checkpoints.weight_files import STEMS, weight_shapes
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae.decoder import DecoderShape
-from pipeline.model.vae.layers import NORM_EPS
+from pipeline.model.vae.layers import DECODER_PREFIXES, ENCODER_PREFIXES, NORM_EPS
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
 from pipeline.requests.limits import MAX_FRAMES
 from pipeline.requests.media import read_latents
 from pipeline.requests.models import MODELS
-from pipeline.requests.request import GenerateRequest, LoraFile, require_multiple
+from pipeline.requests.request import GenerateRequest, LoraFile, Stage, require_multiple
 from splash_workbench.files import user_path
 
 logger = logging.getLogger(__name__)
@@ -52,7 +59,10 @@ def part_configs(name: str, find: Callable[[], Checkpoint]) -> tuple[Configs, Ch
 
 
 def read_configs(checkpoint: Checkpoint) -> Configs:
-    """Read the configurations of all parts. Raises CheckpointError unless they make a model that runs here."""
+    """Read the configurations of all parts. Raises CheckpointError unless they make a model that runs here.
+
+    Also where the transformer's weights are in a file of their own that does not fit.
+    """
     pipeline = checkpoint.pipeline_class()
     if pipeline is not None and not str(pipeline).startswith("CogVideoX"):
         raise checkpoint.error(f"this is a {pipeline}; {_SUPPORTED}")
@@ -61,16 +71,47 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
         raise checkpoint.error(f"transformer/config.json {_class_of(transformer)}; {_SUPPORTED}")
     configs = {part: checkpoint.config(part) for part in COGVIDEOX_1_5_5B}
     try:
-        modules = _check_parts(configs)
+        _check_parts(configs)
     except CheckpointError as error:
         raise checkpoint.error(str(error)) from error
     if checkpoint.transformer is not None:
-        shapes = weight_shapes(modules["transformer"])
+        module = _module("transformer", configs)
         if is_quantized(checkpoint.transformer):
-            check_quantized(checkpoint.transformer, shapes)
+            check_quantized(checkpoint.transformer, weight_shapes(module))
         else:
-            find_weights(checkpoint, "transformer", shapes)
+            find_weights(checkpoint, "transformer", module)
     return configs
+
+
+def check_weights(checkpoint: Checkpoint, configs: Configs, stages: Sequence[Stage], encodes: bool) -> None:
+    """Raise CheckpointError where weights in a local folder do not fit their part's configuration, from the headers.
+
+    configs: by `read_configs`, which has checked a transformer's file of its own. stages: whose weights are wanted.
+    encodes: whether the VAE's encoder is, too. Those on the Hub may not be here yet: the stage that loads them checks.
+    """
+    halves = DECODER_PREFIXES + (ENCODER_PREFIXES if encodes else ())  # some checkpoints leave out the encoder
+
+    def is_wanted(name: str) -> bool:
+        return name.startswith(halves)
+
+    for part in (part for stage in stages for part in STAGE_PARTS[stage] if part in STEMS):
+        if checkpoint.folder is None or (part == "transformer" and checkpoint.transformer is not None):
+            continue
+        module = _module(part, configs)
+        if part == "vae":
+            find_weights(checkpoint, part, module, is_wanted)
+        else:
+            find_weights(checkpoint, part, module)
+
+
+def _module(part: str, configs: Configs) -> Any:
+    """Return a part's stock module, without storage."""
+    return _stock_module(part, json.dumps(configs[part]))
+
+
+@functools.lru_cache(maxsize=6)  # three parts of two checkpoints
+def _stock_module(part: str, config: str) -> Any:
+    return build_module(part, json.loads(config), torch.float32)
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
@@ -78,9 +119,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
     return f"is for {name!r}" if name else "has no _class_name"
 
 
-def _check_parts(configs: Configs) -> dict[str, Any]:
-    """Return the parts' stock modules, without storage."""
-    modules: dict[str, Any] = {}
+def _check_parts(configs: Configs) -> None:
     for part in ("text_encoder", "transformer", "vae"):
         config = configs[part]
         if part in _CLASSES and config.get("_class_name") != _CLASSES[part]:
@@ -89,19 +128,18 @@ def _check_parts(configs: Configs) -> dict[str, Any]:
             raise CheckpointError(f"text_encoder/config.json is for {config['model_type']!r}, expected 't5'")
         _check_numbers(part, config)
         try:
-            modules[part] = build_module(part, config, torch.float32)
+            _module(part, configs)
         except Exception as error:  # whatever a library makes of a value that it does not expect
             raise _unexpected(f"{part}/config.json", error) from error
     transformer, vae = configs["transformer"], configs["vae"]
     TransformerShape.from_config(transformer)
     DecoderShape.from_config(vae)
     for name, other, expected in (
-        ("text_embed_dim", "text_encoder/config.json: d_model", modules["text_encoder"].config.d_model),
+        ("text_embed_dim", "text_encoder/config.json: d_model", _module("text_encoder", configs).config.d_model),
         ("out_channels", "vae/config.json: latent_channels", vae["latent_channels"]),
     ):
         if transformer[name] != expected:
             raise CheckpointError(f"transformer/config.json: {name}={transformer[name]}, but {other}={expected}")
-    return modules
 
 
 def _check_numbers(part: str, config: Mapping[str, Any]) -> None:
@@ -172,7 +210,7 @@ def check_transformer(
                 "LoRA to be merged when they are made, python -m pipeline.quantize lora=..."
             )
     if loras:
-        module = build_module("transformer", config, torch.float32)
+        module = _module("transformer", {"transformer": dict(config)})
         check_loras(loras, weight_shapes(module), f"checkpoint={checkpoint!r}")
 
 

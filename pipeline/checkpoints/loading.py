@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import torch
 
-from pipeline.checkpoints.stored import open_stored
+from pipeline.checkpoints.stored import dtype_of, open_stored
 from pipeline.checkpoints.tiny import TRAINED_FOLDER, ensure_tiny_checkpoint
 from pipeline.checkpoints.tiny_i2v import ensure_tiny_i2v
 from pipeline.checkpoints.weight_files import (
@@ -27,9 +27,9 @@ from pipeline.checkpoints.weight_files import (
     check_whole,
     files_to_fetch,
     open_weights,
+    saved_weights,
     stock_name,
     weight_files,
-    weight_shapes,
 )
 from pipeline.model.placement import read_whole
 from pipeline.requests.errors import CheckpointError
@@ -43,7 +43,7 @@ TINY, RANDOM, TINY_I2V = "tiny", "tiny-random", "tiny-i2v"
 #: Made in the cache folder when they are asked for.
 _MADE = {TINY_I2V: ensure_tiny_i2v, RANDOM: ensure_tiny_checkpoint}
 _PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-_STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
+STAGE_PARTS: Mapping[Stage, tuple[str, ...]] = {
     "text": ("tokenizer", "text_encoder"),
     "denoise": ("transformer", "scheduler"),
     "vae": ("vae",),
@@ -132,7 +132,7 @@ class Checkpoint:
 
     def identities(self, *stages: Stage) -> dict[Stage, str]:
         """Return the `identity` of the weights of each stage. Raises CheckpointError."""
-        return {stage: self.identity(*_STAGE_PARTS[stage]) for stage in stages}
+        return {stage: self.identity(*STAGE_PARTS[stage]) for stage in stages}
 
     def identity(self, *parts: str) -> str:
         """Return the identity of these weights: the Hub commit, or a digest of a local folder's files.
@@ -274,18 +274,10 @@ def open_module(
     """Open one part ("text_encoder", "transformer" or "vae"); its weights are to be read in the block.
 
     keep: which parameters are wanted at all, by name.
-    Raises CheckpointError when weights are missing, unexpected, of another shape, unreadable, or only there as pickle.
+    Raises CheckpointError as `find_weights` does.
     """
     module = build_module(part, checkpoint.config(part), dtype)
-    shapes = {name: shape for name, shape in weight_shapes(module).items() if keep(name)}
-    first = {id(value): name for name, value in module.named_parameters()}
-    aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
-
-    def is_known(key: str) -> bool:
-        return not keep(key) or any(re.search(pattern, key) for pattern in ignored)
-
-    keys = find_weights(checkpoint, part, shapes, aliases, is_known)
+    keys = find_weights(checkpoint, part, module, keep)
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for path, _ in keys.values())
         files = {path: stack.enter_context(open_stored(path, checkpoint.where(part))) for path in paths}
@@ -307,18 +299,18 @@ def load_module(
 
 
 def find_weights(
-    checkpoint: Checkpoint,
-    part: str,
-    shapes: Mapping[str, Sequence[int]],
-    aliases: Mapping[str, str] | None = None,
-    is_known: Callable[[str], bool] = lambda key: False,
+    checkpoint: Checkpoint, part: str, module: torch.nn.Module, keep: Callable[[str], bool] = lambda name: True
 ) -> dict[str, tuple[Path, str]]:
     """Return the file and the key of each weight of a part, from the files' headers.
 
-    aliases: names of tied weights, to those in `shapes`. is_known: whether a weight of another name is no error.
-    Raises CheckpointError unless they are just those of these names and shapes.
+    module: the part's, without storage. keep: which of its weights are wanted at all, by name.
+    Raises CheckpointError when weights are missing, unexpected, of another shape, of a dtype that is not floating,
+    unreadable, or only there as pickle.
     """
-    where, aliases = checkpoint.where(part), aliases or {}
+    where, wanted = checkpoint.where(part), {name: value for name, value in saved_weights(module) if keep(name)}
+    first = {id(value): name for name, value in module.named_parameters()}
+    aliases = {name: first[id(value)] for name, value in module.named_parameters(remove_duplicate=False)}
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or []  # a whole T5 has a decoder, too
     single_file = part == "transformer" and checkpoint.transformer is not None
     found: dict[str, tuple[Path, str]] = {}
     unexpected: list[str] = []
@@ -327,15 +319,17 @@ def find_weights(
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = stock_name(key) if single_file else key
                 name = aliases.get(name, name)
-                if name not in shapes:
-                    if not is_known(name):
+                if name not in wanted:
+                    if keep(name) and not any(re.search(pattern, name) for pattern in ignored):
                         unexpected.append(key)
                     continue
-                shape = file.get_slice(key).get_shape()
-                if shape != list(shapes[name]):
-                    raise CheckpointError(f"{where}{path.name}: {key} has shape {shape}, expected {list(shapes[name])}")
+                stored, expected = file.get_slice(key), list(wanted[name].shape)
+                if stored.get_shape() != expected:
+                    problem = f"has shape {stored.get_shape()}, expected {expected}"
+                    raise CheckpointError(f"{where}{path.name}: {key} {problem}")
+                dtype_of(stored.get_dtype(), wanted[name].dtype, f"{where}{path.name}: {key}")
                 found[name] = path, key
-    missing = sorted(shapes.keys() - found.keys())
+    missing = sorted(wanted.keys() - found.keys())
     if missing or unexpected:
         problem = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the configuration does not"
         raise CheckpointError(

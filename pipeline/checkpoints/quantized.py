@@ -49,7 +49,7 @@ def check_quantized(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
 def open_quantized(
     path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
 ) -> Iterator[dict[str, StoredWeight]]:
-    """Open a file of weights, to be read in the block; in floating point they take `dtype`, but what belongs to int8.
+    """Open a file of weights, to be read in the block; they take `dtype`, but int8 weights and what belongs to them.
 
     shapes: of the stock weights. Raises CheckpointError.
     """
@@ -64,7 +64,5 @@ def open_quantized(
             if actual != shape:
                 raise CheckpointError(f"{where}{name} has shape {list(actual)}, expected {list(shape)}")
     with open_stored(path, where) as stored:
-        yield {
-            name: stored.weight(name, torch.float32 if kind == jnp.float32 else dtype)
-            for name, (_, kind) in expected.items()
-        }
+        kinds = {None: dtype, jnp.float32: torch.float32, jnp.int8: torch.int8}
+        yield {name: stored.weight(name, kinds[kind]) for name, (_, kind) in expected.items()}

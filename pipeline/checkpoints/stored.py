@@ -62,6 +62,25 @@ def _count(read_bytes: int = 0, stored_bytes: int = 0) -> None:
         _reads.stored_bytes += stored_bytes
 
 
+def dtype_of(stored: str, wanted: torch.dtype, weight: str) -> torch.dtype:
+    """Return the dtype of this name in a file's header. weight: begins the message of CheckpointError.
+
+    Raises CheckpointError where it cannot become the dtype wanted: of numbers of no floating point the scales are lost.
+    """
+    fits = {
+        name: dtype
+        for name, dtype in _DTYPES.items()
+        if dtype == wanted or (dtype.is_floating_point and wanted.is_floating_point)
+    }
+    if stored in fits:
+        return fits[stored]
+    expected = f"expected {'a floating one, ' if wanted.is_floating_point else ''}{', '.join(fits)}"
+    raise CheckpointError(
+        f"{weight} has dtype {stored}, {expected}; of int8 weights only those that python -m pipeline.quantize makes "
+        "run here, as transformer=FILE"
+    )
+
+
 class StoredFile:
     """An open file of safetensors, for any thread. where: begins the messages of CheckpointError."""
 
@@ -71,16 +90,12 @@ class StoredFile:
         self._header: dict[str, Any] = json.loads(os.pread(descriptor, self._begin - 8, 8))
 
     def weight(self, key: str, dtype: torch.dtype) -> "StoredWeight":
-        """Return a weight to be read; in floating point it takes `dtype`. Raises CheckpointError for another dtype."""
+        """Return a weight to be read as `dtype`. Raises CheckpointError as `dtype_of` does."""
         entry = self._header[key]
-        stored = _DTYPES.get(entry["dtype"])
-        if stored is None:
-            known = ", ".join(_DTYPES)
-            raise CheckpointError(f"{self._name}: {key} has dtype {entry['dtype']}, expected one of {known}")
+        stored = dtype_of(entry["dtype"], dtype, f"{self._name}: {key}")
         start, stop = entry["data_offsets"]
         _count(stored_bytes=stop - start)
-        kind = dtype if stored.is_floating_point else stored
-        return StoredWeight(self, self._begin + start, tuple(entry["shape"]), stored, kind)
+        return StoredWeight(self, self._begin + start, tuple(entry["shape"]), stored, dtype)
 
     def read(self, offset: int, out: np.ndarray) -> None:
         """Fill an array of bytes with those at an offset. Raises CheckpointError where they cannot be read."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.checks import check_request, check_weights, checkpoint_of, read_configs
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.shapes import draw, parse_caption, random_scene
 from pipeline.model.latents import LatentGeometry
@@ -86,6 +86,7 @@ def each_video(
         request = dataclasses.replace(request, image=_DRAWN)
     configs = read_configs(checkpoint)
     check_request(request, configs)
+    check_weights(checkpoint, configs, STAGES, request.encodes)
     stages = Stages()
     base = StageContext(checkpoint, request, checkpoint.identities(*STAGES), parallel)
     base.loaded_key("denoise")  # raises for a plan that does not fit, before the text is encoded

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from pipeline.checkpoints.checks import Configs, check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.checks import Configs, check_request, check_weights, checkpoint_of, read_configs
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model.step_options import entry_hashes
 from pipeline.requests.batch_file import Entry
@@ -73,12 +73,13 @@ def prepare(
     path: None where there is no file, and the entries differ in their seeds.
     """
     found: dict[Any, tuple[Configs, Checkpoint, dict[Stage, str]]] = {}
+    checked: set[Any] = set()
     items: list[Item] = []
     errors: list[str] = []
     for entry in entries:
         request = entry.request
         needed = needed_stages(stages, request)
-        which = (request.checkpoint, request.revision, request.transformer, needed)
+        which = (request.checkpoint, request.revision, request.transformer, needed, request.encodes)
         try:
             if which not in found:
                 checkpoint = checkpoint_of(request, cache_dir)
@@ -87,6 +88,9 @@ def prepare(
             check_request(request, configs)
             run_dir = output_dir / entry.name
             run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+            if which not in checked:
+                check_weights(checkpoint, configs, needed, request.encodes)
+                checked.add(which)
             items.append(Item(entry, run=run))
         except PipelineError as error:
             errors.append(f"{path}:{entry.line}: {error}" if path is not None else str(error))

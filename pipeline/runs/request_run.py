@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipeline.checkpoints.checks import check_request, checkpoint_of, read_configs
+from pipeline.checkpoints.checks import check_request, check_weights, checkpoint_of, read_configs
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model import step_options
 from pipeline.model.attention import check_runs_here
@@ -292,9 +292,10 @@ def generate(
     """
     run_options, run_dir = run_options or RunOptions(), run_dir or output_dir / run_name(request)
     checkpoint = checkpoint_of(request, cache_dir)
-    check_request(request, read_configs(checkpoint))
-    identities = checkpoint.identities(*needed_stages(stages, request))
-    run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+    configs, needed = read_configs(checkpoint), needed_stages(stages, request)
+    check_request(request, configs)
+    run = RequestRun(request, stages, run_dir, checkpoint, checkpoint.identities(*needed), run_options)
+    check_weights(checkpoint, configs, needed, request.encodes)
     check_same([run.described])
     with run.locked():
         run.check_inputs()

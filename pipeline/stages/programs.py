@@ -18,7 +18,7 @@ from pipeline.model.placement import split_mesh
 from pipeline.model.sharding import ParallelPlan, resolve_plan
 from pipeline.model.transformer import TransformerShape
 from pipeline.model.vae.decoder import DecoderShape
-from pipeline.model.vae.layers import arrange
+from pipeline.model.vae.layers import DECODER_PREFIXES, ENCODER_PREFIXES, arrange
 from pipeline.model.weights import abstract_weights
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.models import MODELS
@@ -26,8 +26,6 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest, Stage, to_request
 from pipeline.stages.text import encode_program, weight_sharding
 from pipeline.stages.vae import (
-    DECODER_PREFIXES,
-    ENCODER_PREFIXES,
     cache_like,
     decode_program,
     decoder_sharding,

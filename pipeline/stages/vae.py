@@ -31,12 +31,11 @@ from pipeline.model.vae.convolution import VMEM
 from pipeline.model.vae.decoder import DecoderShape, decode
 from pipeline.model.vae.encoder import encode
 from pipeline.model.vae.fused import FusedLayer, can_fuse
-from pipeline.model.vae.layers import arrange
+from pipeline.model.vae.layers import DECODER_PREFIXES, ENCODER_PREFIXES, arrange
 from pipeline.requests.errors import NonFiniteError, RequestError
 from pipeline.stages.progress import StageClock
 from splash_workbench.provenance import VAE_KERNEL_VARIABLE
 
-DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 #: Of the cache, [resnets, frames, columns, ...].
 CACHE_SPEC = PartitionSpec(None, None, SPLIT)
 #: TPUs whose matrix units are 128 wide; later ones' are 256.

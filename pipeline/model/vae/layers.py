@@ -26,6 +26,8 @@ from jaxtyping import Array, Float
 
 from pipeline.model.placement import SPLIT
 
+#: What the names of their weights begin with.
+DECODER_PREFIXES, ENCODER_PREFIXES = ("decoder.", "post_quant_conv."), ("encoder.", "quant_conv.")
 NORM_EPS = 1e-6  # fixed in diffusers' CogVideoXSpatialNorm3D, and what the encoder's norms have as published
 MAX_STRIPS = 8  # sublanes of a TPU's vector register
 Weights = Mapping[str, jax.Array]

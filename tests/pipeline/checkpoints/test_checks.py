@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import loading
-from pipeline.checkpoints.checks import check_request, read_configs
+from pipeline.checkpoints.checks import check_request, check_weights, read_configs
 from pipeline.checkpoints.loading import Checkpoint, resolve_checkpoint
+from pipeline.checkpoints.stored import StoredFile
+from pipeline.checkpoints.weight_files import STEMS
 from pipeline.requests.batch_file import Entry
 from pipeline.requests.errors import CheckpointError, PipelineError, RequestError
 from pipeline.requests.options import RunOptions
-from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.requests.request import STAGES, AttentionOptions, GenerateRequest
 from pipeline.runs.batch import prepare
 from pipeline.runs.request_run import generate
 from splash_attn.types import Variant
@@ -200,3 +202,72 @@ def test_the_tiny_model_says_what_it_was_trained_on(caplog):
     with caplog.at_level(logging.WARNING):
         check_request(GenerateRequest("a", num_frames=41), configs)
     assert "41 frames" in caplog.messages[-1]
+
+
+def _rewrite(folder: Path, part: str, change) -> None:
+    path = folder / part / f"{STEMS[part]}.safetensors"
+    save_file({name: change(name, value) for name, value in load_file(path).items()}, path)
+
+
+@pytest.fixture
+def no_bytes(monkeypatch):
+    """Fail where more than the header of a file of weights is read."""
+    monkeypatch.setattr(StoredFile, "read", lambda *args: pytest.fail("a weight is read"))
+
+
+TENSORS = {
+    "text_encoder": "shared.weight",
+    "transformer": "proj_out.bias",
+    "vae": "decoder.conv_in.conv.weight",
+}
+WRONG_WEIGHTS = [
+    (lambda value: value[:-1].clone(), r"has shape \[.*\], expected \["),
+    (lambda value: value.to(torch.int8), "has dtype I8, expected a floating one, .*python -m pipeline.quantize"),
+    (lambda value: value.to(torch.int64), "has dtype I64, expected a floating one"),
+]
+
+
+@pytest.mark.parametrize("part", TENSORS)
+@pytest.mark.parametrize(("change", "message"), WRONG_WEIGHTS)
+def test_weights_that_do_not_fit_are_found_by_their_headers(
+    folder, request_of, tmp_path, no_bytes, part, change, message
+):
+    """Before the first stage, not when the part's own turn comes."""
+    _rewrite(folder, part, lambda name, value: change(value) if name == TENSORS[part] else value)
+    request = request_of(checkpoint=str(folder))
+    message = f"checkpoint='.*': {part}/.*safetensors: {TENSORS[part]} {message}"
+    with pytest.raises(CheckpointError, match=message) as error:
+        generate(request, run_dir=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RequestError, match=f"lines:1: {message}"):
+        prepare([Entry(1, request, "one")], Path("lines"), STAGES, tmp_path / "out", RunOptions())
+
+
+def test_only_weights_that_the_request_needs_are_checked(folder, no_bytes):
+    def check(*stages, encodes=False):
+        check_weights(checkpoint, configs, stages, encodes)
+
+    checkpoint = Checkpoint("mine", folder)
+    configs = read_configs(checkpoint)
+    _rewrite(folder, "vae", lambda name, value: value.to(torch.int8 if name.startswith("encoder.") else value.dtype))
+    check(*STAGES)
+    with pytest.raises(CheckpointError, match=r"vae/.*: encoder.* has dtype I8"):
+        check(*STAGES, encodes=True)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    check("denoise", "vae")
+    with pytest.raises(CheckpointError, match="text_encoder/ holds no weights"):
+        check("text")
+
+
+def test_eight_bit_floats_fit(folder, no_bytes):
+    for part in TENSORS:
+        _rewrite(folder, part, lambda name, value: value.to(torch.float8_e4m3fn))
+    checkpoint = Checkpoint("mine", folder)
+    check_weights(checkpoint, read_configs(checkpoint), STAGES, encodes=True)
+
+
+def test_nothing_is_fetched_to_be_checked(checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: pytest.fail("a file is fetched"))
+    hub = Checkpoint("owner/name", repo_id="owner/name", commit="c0ffee")
+    check_weights(hub, read_configs(checkpoint), STAGES, encodes=True)

@@ -105,6 +105,13 @@ def test_a_weight_of_another_shape(folder):
         _load(folder)
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_of_whole_numbers_are_not_read_as_they_are(folder, part):
+    _rewrite(folder / part / WEIGHTS.name, lambda tensors: tensors.update({x: y.char() for x, y in tensors.items()}))
+    with pytest.raises(CheckpointError, match=rf"^checkpoint='mine': {part}/\S+: \S+ has dtype I8, expected a"):
+        _load(folder, part)
+
+
 def test_shards_are_put_together(folder):
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()

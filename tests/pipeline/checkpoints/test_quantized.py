@@ -64,13 +64,16 @@ def test_a_preset_can_use_it(file, checkpoint, request_of):
     check_request(request_of(transformer=str(file), quality="fast"), read_configs(checkpoint))
 
 
-@pytest.mark.parametrize("what", ["a weight less", "another shape"])
+@pytest.mark.parametrize("what", ["a weight less", "another shape", "another dtype"])
 def test_files_that_do_not_fit(what, file, tiny_folder, tmp_path):
     tensors, name = load_file(file), "transformer_blocks.ff.net.2.smoothing"
     value = tensors.pop(name)
     if what == "another shape":
         tensors[name] = value[:, :-1].clone()
+    if what == "another dtype":
+        tensors[name] = value.to(torch.int8)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata={"quantization": "int8"})
-    message = f"lacks {name}" if what == "a weight less" else f"{name} has shape "
+    problems = {"a weight less": f"lacks {name}", "another shape": f"{name} has shape "}
+    message = problems.get(what, f"{name} has dtype I8, expected a floating one")
     with pytest.raises(CheckpointError, match=message):
         read_configs(resolve_checkpoint(str(tiny_folder), transformer=str(tmp_path / "wrong.safetensors")))
