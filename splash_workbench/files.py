@@ -51,17 +51,18 @@ def remove_leftovers(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str | None) -> Iterator[None]:
     """Hold a lock file in the block; remove it then, and its folder if empty. A process that dies holds it no longer.
 
-    Raises UserError with the message `busy` where another process, or thread, holds it.
+    Raises UserError with the message `busy` where another process, or thread, holds it; waits for it with None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
             except BlockingIOError as error:
+                assert busy is not None
                 raise UserError(busy) from error
             if os.fstat(file.fileno()).st_nlink == 0:
                 continue  # whoever held it removed it after it was opened here
