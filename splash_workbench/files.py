@@ -96,20 +96,22 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
+def require_writable(option: str, folder: Path, byte_count: int = 1, or_else: str = "") -> None:
     """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
-    Raises UserError where they cannot; its message begins with `option`.
+    Raises UserError where they cannot; its message begins with `option`. or_else: what needs fewer bytes.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
-        amount = f" {byte_count / 2**20:.3g} MiB" if byte_count >= 2**20 else ""
-        room = "make room there, or " if error.errno in NO_SPACE else ""
+        unit, name = (2**30, "GiB") if byte_count >= 2**30 else (2**20, "MiB")
+        amount = f" {round(byte_count / unit, 1):,g} {name}" if byte_count >= unit else ""
+        is_full = error.errno in NO_SPACE
+        room, less = "make room there, or " if is_full else "", f", or {or_else}" if is_full and or_else else ""
         raise UserError(
-            f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder."
+            f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder{less}."
         ) from error
 
 
