@@ -62,7 +62,8 @@ def main(settings: GenerateConfig) -> int:
         said = f"interrupted {terminal.where}"
         if not settings.warm_up:
             command = "the same command" if settings.resume else "the same command without resume=false"
-            said += f"; {command} goes on from {'there' if error.between_steps else 'what is saved'}"
+            is_kept = error.between_steps and terminal.keeps_steps
+            said += f"; {command} goes on from {'there' if is_kept else 'what is saved'}"
         print(said, file=sys.stderr)
         return 128 + error.signal_number
     finally:

@@ -94,6 +94,11 @@ class Terminal:
             where = f"in {event.stage}{steps}"
         return f"{self._place} {where}".lstrip()
 
+    @property
+    def keeps_steps(self) -> bool:
+        """Return whether the steps done of this stage are kept where it ends between two of them."""
+        return self._last is not None and self._last.stage == "denoise"
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # After the last step, too, until the next stage begins: its output is being saved.
         in_step = self._last is not None and self._last.phase == "run"

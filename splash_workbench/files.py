@@ -51,17 +51,18 @@ def remove_leftovers(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str | None) -> Iterator[None]:
     """Hold a lock file in the block; remove it then, and its folder if empty. A process that dies holds it no longer.
 
-    Raises UserError with the message `busy` where another process, or thread, holds it.
+    Raises UserError with the message `busy` where another process, or thread, holds it; waits for it with None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
             except BlockingIOError as error:
+                assert busy is not None
                 raise UserError(busy) from error
             if os.fstat(file.fileno()).st_nlink == 0:
                 continue  # whoever held it removed it after it was opened here
@@ -95,20 +96,22 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_writable(option: str, folder: Path, byte_count: int = 1) -> None:
+def require_writable(option: str, folder: Path, byte_count: int = 1, or_else: str = "") -> None:
     """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
-    Raises UserError where they cannot; its message begins with `option`.
+    Raises UserError where they cannot; its message begins with `option`. or_else: what needs fewer bytes.
     """
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
     except OSError as error:
-        amount = f" {byte_count / 2**20:.3g} MiB" if byte_count >= 2**20 else ""
-        room = "make room there, or " if error.errno in NO_SPACE else ""
+        unit, name = (2**30, "GiB") if byte_count >= 2**30 else (2**20, "MiB")
+        amount = f" {round(byte_count / unit, 1):,g} {name}" if byte_count >= unit else ""
+        is_full = error.errno in NO_SPACE
+        room, less = "make room there, or " if is_full else "", f", or {or_else}" if is_full and or_else else ""
         raise UserError(
-            f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder."
+            f"{option}: cannot write{amount} to {folder} ({error.strerror}); {room}name another folder{less}."
         ) from error
 
 

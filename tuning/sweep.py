@@ -99,7 +99,9 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
     captured = capture(settings)
     context = context_of(workload, target, backend, captured, settings.compiler_options)
     sweeps_dir = settings.results_dir / "sweeps"
-    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, settings.workers * DUMP_BYTES)
+    workers = settings.workers
+    fewer = f"fewer workers= than {workers}" if workers > 1 else ""
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, workers * DUMP_BYTES, fewer)
     if settings.promote and (tuned_path := settings.tuned_path) is not None:
         require_writable(f"tuned={tuned_path}", tuned_path.parent)
         from_config(lambda: promoted.read(tuned_path))

@@ -78,6 +78,8 @@ class Video:
 
 def video_of(settings: GenerateConfig, topology: str, quality: str) -> Video:
     """Return the video of a command line with a preset of quality, or ALL of them. Raises UserError."""
+    if quality not in (*PRESETS, ALL):
+        raise RequestError(f"quality={quality!r}: expected one of {', '.join((*PRESETS, ALL))}")
     names = tuple(PRESETS) if quality == ALL else (quality,)
     # How long the prompt is makes no difference: it is padded.
     request = to_request(dataclasses.replace(settings, quality=names[0], prompt=settings.prompt or "any"))

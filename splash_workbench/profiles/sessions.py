@@ -138,11 +138,16 @@ def sessions(logdir: Path) -> list[tuple[Path, Session]]:
     """Return the sessions with a SESSION_FILE by their names. Raises UserError where such a file cannot be read."""
     found = []
     for path in sorted(profile_dir(logdir).glob(f"*/{SESSION_FILE}")):
-        try:
-            found.append((path.parent, decode(json.loads(path.read_text(encoding="utf-8")), Session)))
-        except ValueError as error:
-            raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
+        found.append((path.parent, read_session(path)))
     return found
+
+
+def read_session(path: Path) -> Session:
+    """Return what a SESSION_FILE says. Raises UserError where it cannot be read."""
+    try:
+        return decode(json.loads(path.read_text(encoding="utf-8")), Session)
+    except ValueError as error:
+        raise UserError(f"{path}: not the description of a session ({error}); remove its folder.") from error
 
 
 def check_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from pipeline.requests.errors import RequestError
 from pipeline.requests.request import to_request
 from pipeline.runs import request_run
 from pipeline.runs.request_run import GenerateResult
+from pipeline.stages.progress import StageEvent
+from pipeline.terminal import Terminal
 
 ROOT = Path(generate.__file__).resolve().parents[1]
 
@@ -35,6 +38,32 @@ def _compose(*arguments: str) -> GenerateConfig:
         patch.setattr(generate, "_set_up_logging", lambda verbose: None)
         assert generate.main() == 0
     return taken[0]
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        (StageEvent("denoise", "run", 1, 2, 1.0), "in denoise after step 1 of 2; the same command goes on from there"),
+        (StageEvent("vae", "run", 1, 2, 1.0), "in vae after step 1 of 2; the same command goes on from what is saved"),
+        (StageEvent("encode", "run", 0, 1), "in encode; the same command goes on from what is saved"),
+        (StageEvent("denoise", "load"), "in denoise; the same command goes on from what is saved"),
+    ],
+)
+def test_an_interrupt_promises_only_the_steps_that_are_kept(event, said, monkeypatch, capsys):
+    def interrupted(settings: GenerateConfig, engine: None, terminal: Terminal) -> int:
+        if event.phase == "run":
+            terminal(StageEvent(event.stage, "run", 0, event.total_steps))
+        else:
+            terminal(event)
+        os.kill(os.getpid(), signal.SIGTERM)
+        terminal(event)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(sys, "argv", ["generate", "prompt=x"])
+    monkeypatch.setattr(generate, "_generate", interrupted)
+    monkeypatch.setattr(generate, "_set_up_logging", lambda verbose: None)
+    assert generate.main() == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted {said}"
 
 
 def _run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:

@@ -77,7 +77,7 @@ def test_what_cannot_be_written_is_said_without_a_word_too_many(tmp_path, monkey
     with pytest.raises(
         UserError, match=r"^x=1: cannot write to /dev/null/y \(Not a directory\); name another folder\.$"
     ):
-        require_writable("x=1", Path("/dev/null/y"))
+        require_writable("x=1", Path("/dev/null/y"), or_else="which makes no difference")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -87,6 +87,11 @@ def test_what_cannot_be_written_is_said_without_a_word_too_many(tmp_path, monkey
         UserError, match=r"cannot write 2 MiB to .* device\); make room there, or name another folder\."
     ):
         require_writable("x=1", tmp_path, 2**21)
+    for byte_count, amount in ((1023 * 2**20, "1,023 MiB"), (2**30, "1 GiB"), (1000 * 2**26, "62.5 GiB")):
+        with pytest.raises(
+            UserError, match=f"cannot write {amount} to .*; make room there, or name another folder, or x="
+        ):
+            require_writable("x=1", tmp_path, byte_count, or_else="x=")
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,37 @@ def test_a_trial_without_a_time_is_refused(make_trial, tmp_path):
         resolve(trial.record_id, tmp_path / "runs", tmp_path / "results")
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"run": 1}'])
+def test_a_folder_whose_description_is_broken_is_refused(write, tmp_path, content):
+    write("a", TIMES, seed=1)
+    folder = sessions.profile_dir(tmp_path / "runs") / "a-denoise"
+    (folder / sessions.SESSION_FILE).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"session\.json: not the description of a session \(.*\); remove its folder"
+    ) as error:
+        column(tmp_path, str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_lines_that_hold_no_record_keep_their_numbers(make_trial, tmp_path):
+    path = tmp_path / records.TRIALS_FILE
+    ops = (_op("fusion.1", "jit(step)/attention/dot", 550e-6),)
+    first, last = make_trial(ops=ops), make_trial(ops=ops, notes=("one\u2028line",))
+    jsonl.append(path, first)
+    broken = b'{"record_id": "to', b'{"a": "\xff"}', b"[1, 2]", b"null"
+    path.write_bytes(path.read_bytes() + b"\n".join(broken) + b"\n")
+    jsonl.append(path, last)
+    for selector, trial in ((1, first), (6, last), (-1, last), (-6, first), (last.record_id, last)):
+        assert resolve(f"{path}:{selector}", tmp_path, tmp_path).notes == trial.notes
+    for selector, shown in ((2, '{"record_id": "to'), (3, '{"a": "\ufffd"}'), (4, "[1, 2]"), (-2, "null")):
+        expected = f"{path}:{selector}: expected a JSON object on one line, got {shown!r}; name another record."
+        with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+            resolve(f"{path}:{selector}", tmp_path, tmp_path)
+    for selector, message in (("7", "the file has 6 lines"), ("--1", "0 begin so"), ("\u00b2", "0 begin so")):
+        with pytest.raises(UserError, match=message):
+            resolve(f"{path}:{selector}", tmp_path, tmp_path)
+
+
 def test_repeats_of_other_code_are_said(write, tmp_path):
     write("a", TIMES, seed=1)
     write("a", TIMES, seed=2, repeat=2, config={"seed": 7})

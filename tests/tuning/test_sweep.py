@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def test_a_results_folder_that_cannot_be_written_is_one_refusal(make_settings: M
     for folder in (tmp_path / "file", Path("/proc/results")):
         with pytest.raises(UserError, match=r"results_dir=.*: cannot write .* to .*; name another folder"):
             sweep(with_job("bowl", make_settings(results_dir=folder)), report=quiet)
+
+
+def test_a_disk_too_small_for_so_many_workers_names_them(
+    make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for workers, amount, end in ((1000, "62.5 GiB", ", or fewer workers= than 1000"), (1, "64 MiB", "")):
+        message = rf"^results_dir=.*: cannot write {amount} to .*; make room there, or name another folder{end}\.$"
+        with pytest.raises(UserError, match=message):
+            sweep(with_job("bowl", make_settings(workers=workers)), report=quiet)
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_at_once(

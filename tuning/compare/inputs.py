@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tuning.trials.records import Trial
 #: The first step of a session of at least this many is left out: it meets cold caches.
 _STEPS_TO_SKIP_ONE = 3
 _LEAST_ID = 6
+#: Of a line that is no record.
+_SHOWN_BYTES = 40
 
 
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
@@ -70,7 +73,7 @@ def _xplanes(folder: Path) -> list[Path]:
 def _of_folder(folder: Path) -> list[tuple[Path, Session | None]]:
     """Return the first profile of a folder with its description; [] where it holds no profile."""
     path = folder / trace.SESSION_FILE
-    session = jsonl.decode(json.loads(path.read_text(encoding="utf-8")), Session) if path.exists() else None
+    session = trace.read_session(path) if path.exists() else None
     return [(file, session) for file in _xplanes(folder)[:1]]
 
 
@@ -152,14 +155,21 @@ def _differences(sessions: Sequence[Session]) -> list[str]:
 def _of_record(name: str, path: Path, selector: str) -> Run:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if selector.lstrip("-").isdigit() and len(selector) < _LEAST_ID:
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    if re.fullmatch(r"-?[0-9]+", selector) and len(selector) < _LEAST_ID:
         number = int(selector)
         if not 1 <= abs(number) <= len(lines):
-            raise UserError(f"{path}:{selector}: the file has {len(lines)} records.")
-        record = lines[number - 1 if number > 0 else number]
+            raise UserError(f"{path}:{selector}: the file has {len(lines)} lines.")
+        line = lines[number - 1 if number > 0 else number]
+        record = _fields_of(line)
+        if record is None:
+            shown = line[:_SHOWN_BYTES].decode(errors="replace")
+            raise UserError(
+                f"{path}:{selector}: expected a JSON object on one line, got {shown!r}; name another record."
+            )
     else:
-        found = [line for line in lines if str(line.get("record_id", "")).startswith(selector)]
+        records_there = [fields for line in lines if (fields := _fields_of(line)) is not None]
+        found = [fields for fields in records_there if str(fields.get("record_id", "")).startswith(selector)]
         if len(found) != 1:
             raise UserError(f"{path}:{selector}: expected the record_id of one record; {len(found)} begin so.")
         record = found[0]
@@ -169,6 +179,15 @@ def _of_record(name: str, path: Path, selector: str) -> Run:
         return _of_trial(name or selector, jsonl.decode(record, Trial))
     except ValueError as error:
         raise UserError(f"{path}:{selector}: neither a trial nor a prediction of the pipeline ({error}).") from error
+
+
+def _fields_of(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a record; None for a torn line, or what is no record."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def _of_trial(name: str, trial: Trial) -> Run:

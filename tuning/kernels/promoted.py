@@ -1,7 +1,6 @@
 """Keep the winner of a user's kernel in a file of the user's, and look it up from a program."""
 
 import dataclasses
-import fcntl
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ import jax
 import msgspec
 
 from offline_tpu.machine import devices
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, locked
 from splash_workbench.provenance import stable_hash
 from tuning.kernels.loading import file_of, spec_of
 from tuning.kernels.protocol import C, Kernel, KernelError, W, tunables
@@ -108,10 +107,7 @@ def lookup(
 def promote(path: Path, new: Entry) -> tuple[bool, str]:
     """Write an entry if it beats the one in its place. Return whether it was written, and why or why not."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.stem}.lock")
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(path.with_name(f".{path.stem}.lock"), None):
             entries = read(path)
             old = next((entry for entry in entries if entry.call == new.call), None)
             if old is not None and (old.record_id, old.source) == (new.record_id, new.source):
@@ -123,7 +119,6 @@ def promote(path: Path, new: Entry) -> tuple[bool, str]:
             content = dataclasses.asdict(PromotedFile(1, tuple(ordered)))
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            lock.unlink(missing_ok=True)
     except OSError as error:
         return False, f"cannot be written ({error}); tuned=PATH names another file"
     except KernelError as error:

@@ -29,8 +29,10 @@ _TOKAMAX_LIBTPU = {
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
 
-Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
-Megabytes = Annotated[float, msgspec.Meta(gt=0)]
+#: Nor NaN; the most is more than any row has of anything.
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+Milliseconds = Positive
+Megabytes = Positive
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -171,11 +173,11 @@ class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
     topology: str | None = None
     input: str | None = None
     output: str | None = None
-    transferred_gb: float | None = None
+    transferred_gb: Positive | None = None
     time_ms: Milliseconds | None = None
-    tflops_per_device: float | None = None
-    bandwidth_gb_s: float | None = None
-    bandwidth_gb_s_per_core: float | None = None
+    tflops_per_device: Positive | None = None
+    bandwidth_gb_s: Positive | None = None
+    bandwidth_gb_s_per_core: Positive | None = None
     method: str | None = None
     note: str | None = None
 

@@ -223,6 +223,13 @@ def test_a_runs_name_that_cannot_be_is_refused_before_any_work(monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_quality_is_refused_with_those_of_a_prediction(monkeypatch, capsys):
+    monkeypatch.setattr(Predictor, "predict", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(sys, "argv", ["predict", "model=tiny", "quality=x"])
+    assert predict.main() == 2
+    assert capsys.readouterr().err == "error: quality='x': expected one of exact, fast, fastest, all\n"
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
 def test_another_attention_than_the_kernel_is_refused_before_any_stage(monkeypatch, capsys, implementation):
     monkeypatch.setattr(Predictor, "predict", lambda *_: pytest.fail("work began"))

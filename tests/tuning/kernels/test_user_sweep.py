@@ -1,8 +1,10 @@
 """Sweeps of a user's kernel: what the attention kernel has, it has."""
 
+import concurrent.futures
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,29 @@ def test_an_entry_of_other_tunables_is_none(tuned: tuple[Best[Any], Path, Path],
     assert promoted.lookup(kernel, workload, device_kind=KIND, path=path, default=default) is default
     with pytest.raises(KernelError, match=r"tuned\.json: \{'rows_at_once': 8\} is no configuration of Scaled as it is"):
         promoted.lookup(kernel, workload, device_kind=KIND, path=path)
+
+
+def test_many_promote_at_once_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "tuned.json", promoted.read
+
+    def read_slowly(path: Path) -> tuple[promoted.Entry, ...]:
+        entries = read(path)
+        time.sleep(0.01)  # long enough for another to write between
+        return entries
+
+    monkeypatch.setattr(promoted, "read", read_slowly)
+
+    def promote_five(first: int) -> list[bool]:
+        return [promoted.promote(path, _entry(rows))[0] for rows in range(first, first + 5)]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(promote_five, range(0, 20, 5))] == [[True] * 5] * 4
+    assert sorted(entry.sizes["rows"] for entry in read(path)) == list(range(20))
+    assert [file.name for file in tmp_path.iterdir()] == ["tuned.json"]
+
+
+def _entry(rows: int) -> promoted.Entry:
+    return promoted.Entry("Scaled", KIND, {"rows": rows}, {"block": 8}, "predicted", 1.0, 2.0, "id", "source", "today")
 
 
 def test_the_same_again_evaluates_nothing(tuned: tuple[Best[Any], Path, Path]) -> None:

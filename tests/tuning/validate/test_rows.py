@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from tuning.trials.reported import DEFAULT_PATH
 from tuning.validate import rows
 from tuning.validate.rows import SPLASH, read, read_shipped
 
+NAN, INF = math.nan, math.inf  # which Python's JSON has
 OP_ROW = {
     "arguments": {"x": "bf16[384,64]", "axis": -1, "offset": None},
     "config": {"tile_m": 8},
@@ -95,9 +97,24 @@ def test_flags_and_power_state_of_microbenchmarks(tmp_path: Path) -> None:
         (OP_FILE | {"op": None}, "expected `op`, of the file or of the row - at `$.rows[0]`"),
         (OP_FILE | {"rows": [OP_ROW | {"times_ms": []}]}, "Expected `array` of length >= 1 - at `$.rows[0].times_ms`"),
         (OP_FILE | {"rows": [OP_ROW | {"times_ms": [0]}]}, "Expected `float` > 0.0 - at `$.rows[0].times_ms[0]`"),
+        (OP_FILE | {"rows": [OP_ROW | {"times_ms": [NAN]}]}, "Expected `float` > 0.0 - at `$.rows[0].times_ms[0]`"),
+        (
+            OP_FILE | {"rows": [OP_ROW | {"times_ms": [1, INF]}]},
+            "Expected `float` <= 1000000000000.0 - at `$.rows[0].times_ms[1]`",
+        ),
+        (
+            OP_FILE | {"rows": [OP_ROW | {"peak_memory_mb": INF}]},
+            "Expected `float` <= 1000000000000.0 - at `$.rows[0].peak_memory",
+        ),
         (OP_FILE | {"rows": [OP_ROW, {"times_ms": [1]}]}, "missing required field `arguments` - at `$.rows[1]`"),
         (OP_FILE | {"rows": [OP_ROW | {"arguments": []}]}, "Expected `object`, got `array` - at `$.rows[0].arguments`"),
         ({"rows": [MATMUL]}, "expected time_ms, tflops_per_device with m, k and n, or a bandwidth"),
+        ({"rows": [MATMUL | {"time_ms": INF}]}, "Expected `float` <= 1000000000000.0 - at `$.rows[0].time_ms`"),
+        (
+            {"rows": [MATMUL | {"tflops_per_device": INF}]},
+            "Expected `float` <= 1000000000000.0 - at `$.rows[0].tflops_per_device`",
+        ),
+        ({"rows": [MATMUL | {"tflops_per_device": NAN}]}, "Expected `float` > 0.0 - at `$.rows[0].tflops_per_device`"),
         ({"rows": [MATMUL | {"time_ms": "1"}]}, "Expected `float | null`, got `str` - at `$.rows[0].time_ms`"),
     ],
 )
