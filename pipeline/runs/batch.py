@@ -29,6 +29,7 @@ from pipeline.runs.hosts import check_same
 from pipeline.runs.request_run import GenerateResult, RequestRun, needed_stages
 from pipeline.stages.progress import Progress, no_progress
 from pipeline.stages.stages import Stages
+from splash_workbench.errors import UserError
 from splash_workbench.files import write_json
 from splash_workbench.records.base import utc_now
 
@@ -129,6 +130,8 @@ class Batch:
             finished = item.run.finished() if item.run.run_options.resume else None
             if finished is not None:
                 item.status, item.result = "finished before", finished
+                with contextlib.suppress(UserError, OSError), item.run.locked():
+                    pass  # of a batch that was killed, takes away the lock that it left
                 self._tell(item, f"finished before, skipped: {finished.video_path}")
         with contextlib.ExitStack() as locks:
             for item in self._waiting():
