@@ -6,13 +6,14 @@ import sys
 from pipeline.predict.report import markdown_table
 from splash_workbench import cli
 from splash_workbench.errors import from_config
+from splash_workbench.files import user_path
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
 
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m pipeline.predict_table", description="Print predictions as one Markdown table.")
-    parser.add_argument("records", type=cli.path_flag, help="what python -m pipeline.predict appended to results_path")
+    parser.add_argument("records", type=user_path, help="what python -m pipeline.predict appended to results_path")
     return parser
 
 

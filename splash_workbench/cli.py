@@ -33,7 +33,7 @@ from splash_workbench.errors import (
     UserError,
     from_config,
 )
-from splash_workbench.files import atomic_path, require_writable, require_writable_file, user_path
+from splash_workbench.files import atomic_path, require_writable, require_writable_file
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CONFIG_DIR
 from splash_workbench.startup import interrupts_raise
@@ -180,10 +180,6 @@ def _finish_values(settings: Any) -> None:
 def given_keys() -> frozenset[str]:
     """Return the keys that the command line of the command that runs names."""
     return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
-
-
-#: The `type` of a `Parser`'s flag that is a path.
-path_flag = user_path
 
 
 def _check_outputs(settings: Any) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 from offline_tpu.timeline import PREFIX
 from splash_workbench import cli
 from splash_workbench.errors import UserError
+from splash_workbench.files import user_path
 from splash_workbench.profiles import sessions
 from splash_workbench.profiles.reader import SUFFIX
 from splash_workbench.trial_status import Label
@@ -110,11 +111,11 @@ faster) or not (noise). "?": fewer than {table.MIN_STEPS} steps. For repeats giv
 """,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--logdir", type=cli.path_flag, default=Path("runs"), help="TensorBoard's folder [%(default)s]")
+    parser.add_argument("--logdir", type=user_path, default=Path("runs"), help="TensorBoard's folder [%(default)s]")
     parser.add_argument(
-        "--results-dir", type=cli.path_flag, default=Path("results"), help="records of trials [%(default)s]"
+        "--results-dir", type=user_path, default=Path("results"), help="records of trials [%(default)s]"
     )
-    parser.add_argument("--output", type=cli.path_flag, help="where CSV, JSON and Markdown go [RESULTS_DIR/compare]")
+    parser.add_argument("--output", type=user_path, help="where CSV, JSON and Markdown go [RESULTS_DIR/compare]")
     parser.add_argument("--depth", type=_count, default=3, help="print scopes to so many parts; 0: whole [%(default)s]")
     parser.add_argument("--top", type=_count, default=30, help="rows to print; 0: all [%(default)s]")
     parser.add_argument("--port", type=int, default=sessions.PORT, help="of TensorBoard, for the links [%(default)s]")

@@ -10,6 +10,7 @@ import numpy as np
 from offline_tpu.machine import devices, residuals
 from splash_workbench import cli
 from splash_workbench.errors import UserError
+from splash_workbench.files import user_path
 from tuning.validate.record import Comparison, Validation
 
 _PATH = Path(residuals.__file__).with_name("residuals.json")
@@ -17,12 +18,8 @@ _PATH = Path(residuals.__file__).with_name("residuals.json")
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tuning.validate.residuals", description=__doc__)
-    parser.add_argument(
-        "record", nargs="?", type=cli.path_flag, default="results/validate/wide.json", help="%(default)s"
-    )
-    parser.add_argument(
-        "--output", type=cli.path_flag, default=_PATH, help="by default the file that the package reads"
-    )
+    parser.add_argument("record", nargs="?", type=user_path, default="results/validate/wide.json", help="%(default)s")
+    parser.add_argument("--output", type=user_path, default=_PATH, help="by default the file that the package reads")
     return parser
 
 

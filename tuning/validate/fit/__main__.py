@@ -21,7 +21,7 @@ import offline_tpu
 from offline_tpu.machine import devices
 from splash_workbench import cli, provenance
 from splash_workbench.errors import UserError, from_config
-from splash_workbench.files import atomic_path, require_writable, write_json
+from splash_workbench.files import atomic_path, require_writable, user_path, write_json
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
@@ -44,9 +44,9 @@ class NotFittedError(Exception):
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tuning.validate.fit", description=__doc__)
-    parser.add_argument("dumps", type=cli.path_flag, help="the folder that `python -m tuning.validate dumps=` filled")
+    parser.add_argument("dumps", type=user_path, help="the folder that `python -m tuning.validate dumps=` filled")
     parser.add_argument("--set", default="wide", choices=sets.SIZES, help="rows to fit on, by default wide")
-    parser.add_argument("--output", type=cli.path_flag, default="results/validate", help="folder; %(default)s")
+    parser.add_argument("--output", type=user_path, default="results/validate", help="folder; %(default)s")
     return parser
 
 
