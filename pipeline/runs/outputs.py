@@ -121,6 +121,13 @@ def save_stage(folder: Path, key: StageKey, arrays: Mapping[str, np.ndarray], de
     write_json(folder / f"{key.stage}.json", described)
 
 
+def mark_on_record(folder: Path, stage: Stage) -> None:
+    """Say in a stage's JSON that a record has its timings. Where it cannot be written, the next has them too."""
+    path = folder / f"{stage}.json"
+    with contextlib.suppress(*UNREADABLE):
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "on_record": True})
+
+
 def check_stage(folder: Path, key: StageKey) -> dict[str, Any]:
     """Return a saved output's JSON, timings marked reused. Raises StageOutputError unless it is whole and of `key`."""
     stage, path = key.stage, folder / f"{key.stage}.json"

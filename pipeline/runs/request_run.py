@@ -138,7 +138,7 @@ class RequestRun:
             clock = StageClock(stage, progress)
             context = dataclasses.replace(self.context, clock=clock)
             arrays, self.details[stage] = self._compute(stage, context, inputs, stages)
-            details = {**self.details[stage], "timings": dataclasses.asdict(clock.timings)}
+            details = {**self.details[stage], "timings": dataclasses.asdict(clock.timings), "on_record": False}
             on_first_process(lambda: outputs.save_stage(self.run_dir, key, arrays, details))
             self.timings.append(clock.timings)
         if stage == "denoise":
@@ -194,12 +194,22 @@ class RequestRun:
         if "denoise" in self.keys and "denoise" not in self.details:
             with contextlib.suppress(StageOutputError):
                 self.details["denoise"] = outputs.check_stage(self.run_dir, self.keys["denoise"])
-        record = records.make_record(self.request, self.timings, self.details.get("denoise", {}))
+        timings = [
+            timing if self._is_on_record(timing) else dataclasses.replace(timing, reused=False)
+            for timing in self.timings
+        ]
+        record = records.make_record(self.request, timings, self.details.get("denoise", {}))
         video_path = self._write_video(record) if "vae" in self.stages else None
         remove_leftovers(*self._written)
-        if results_path is not None and not all(timing.reused for timing in self.timings):
+        if results_path is not None and record.stages:
             records.keep(results_path, record)  # last: the video matters more
+        for stage in self.stages:
+            outputs.mark_on_record(self.run_dir, stage)
         return GenerateResult(self.run_dir, video_path, tuple(self.timings), record)
+
+    def _is_on_record(self, timing: StageTimings) -> bool:
+        """Return False for a stage of a run that was killed before its record was made."""
+        return all(self.details[stage].get("on_record", True) for stage in self.stages if stage == timing.stage)
 
     @property
     def _written(self) -> list[Path]:

@@ -1,5 +1,6 @@
 """Predicted times against those of real chips, reported or measured: `python -m tuning.validate --help`."""
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -86,6 +87,13 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _kept_count(record: Path) -> int:
+    """Return how many rows are predicted in a record; none where there is no record that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return Validation.read(record).row_count
+    return 0
+
+
 @cli.command("validate", ValidateSchema)
 def main(settings: ValidateSchema) -> int:
     """Run the command; return its exit code."""
@@ -119,7 +127,10 @@ def main(settings: ValidateSchema) -> int:
             compiler_of=compiler_of if chosen_compiler is None else lambda row: chosen_compiler,
         )
     pairs = [*(pair for row in comparisons if (pair := row.pair)), *measured]
-    picture = directory / f"{name}.png" if pairs else None
+    record = directory / f"{name}.json"
+    kept_count = _kept_count(record) if any(row.status == "reported" for row in comparisons) else 0
+    is_kept = kept_count <= sum(row.status == "predicted" for row in comparisons)
+    picture = directory / f"{name}.png" if pairs and is_kept else None
     if picture:
         save_png(parity(pairs), picture)
     validation = Validation.of(
@@ -138,8 +149,11 @@ def main(settings: ValidateSchema) -> int:
         print(cache.trouble)
     if picture:
         print(f"picture: {picture}")
-    write_json(directory / f"{name}.json", jsonl.encode(validation))
-    print(f"record: {directory / f'{name}.json'}")
+    if is_kept:
+        write_json(record, jsonl.encode(validation))
+        print(f"record: {record}")
+    else:
+        print(f"record: {record} has {kept_count} predicted rows, more than these, and stays as it is")
     cli.write_json(settings.json, jsonl.encode(validation))
     return 1 if validation.failed_count else 0
 

@@ -66,6 +66,22 @@ def test_the_same_request_reuses_everything_and_records_nothing(run_dir, same, r
     assert json.loads((run_dir / "video.json").read_text())["attention"]["implementation"] == "xla"
 
 
+def test_a_run_killed_before_its_record_leaves_its_times_to_the_next(tmp_path, same, run_dir, ran):
+    for stage in STAGES:  # as they are before a run ends
+        path = run_dir / f"{stage}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "on_record": False}))
+    (run_dir / "video.json").unlink()
+    results = tmp_path / "results.jsonl"
+    result = generate(same(), run_dir=run_dir, results_path=results)
+    assert ran == []
+    assert all(timing.reused for timing in result.timings)
+    record = json.loads(results.read_text())
+    assert list(record["stages"]) == list(STAGES) and record["reused_stages"] == []
+    (run_dir / "video.json").unlink()
+    generate(same(), run_dir=run_dir, results_path=results)
+    assert len(results.read_text().splitlines()) == 1, "recorded twice"
+
+
 def test_another_rate_only_writes_the_video_again(run_dir, same, ran):
     generate(same(fps=12), run_dir=run_dir)
     assert ran == []

@@ -332,3 +332,15 @@ def test_rows_that_the_time_limit_leaves_are_listed_as_not_tried(
     assert code == 0
     assert [row["status"] for row in content["rows"]] == ["reported"] * 2
     assert "not predicted: not tried within limit_s=0" in capsys.readouterr().out
+
+
+def test_a_time_limit_takes_no_rows_from_the_record(
+    validated: Validated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ops_file(tmp_path / "mine.json", "copy", "copy")
+    validated("measured=mine.json")
+    (record,) = (tmp_path / "results" / "validate").glob("*.json")
+    before = record.read_bytes()
+    validated("measured=mine.json", "limit_s=0", "reuse=false")
+    assert record.read_bytes() == before
+    assert "has 2 predicted rows, more than these, and stays as it is" in capsys.readouterr().out
