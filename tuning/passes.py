@@ -12,7 +12,6 @@ from splash_workbench.files import require_writable
 from splash_workbench.records import jsonl
 from splash_workbench.trial_status import Status
 from tuning.backends.evaluate import Evaluator
-from tuning.backends.offline import DUMP_BYTES
 from tuning.feedback import Feedback
 from tuning.search.settings import SweepSettings
 from tuning.search.space import Candidate
@@ -87,7 +86,8 @@ class Passes:
             self._alone_ms[trial.key] = alone_ms
         self._feedback.finished(trial, refined=before is not None)
         if trial.status is Status.CRASHED:  # of a full disk all others would, too
-            require_writable(f"results_dir={self._settings.results_dir}", self._path.parent, DUMP_BYTES)
+            folder, scratch_bytes = self._path.parent, self._settings.backend.scratch_bytes
+            require_writable(f"results_dir={self._settings.results_dir}", folder, scratch_bytes)
         return trial
 
     def _explore(self) -> None:

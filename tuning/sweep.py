@@ -27,7 +27,6 @@ from tuning import hparams
 from tuning import kernel_sweeps as kernels
 from tuning.backends.base import Target, context_of
 from tuning.backends.evaluate import Evaluator
-from tuning.backends.offline import DUMP_BYTES
 from tuning.kernel_sweeps import capture
 from tuning.kernels import promoted
 from tuning.on_nodes import OnNode, shipped_files
@@ -101,7 +100,7 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
     sweeps_dir = settings.results_dir / "sweeps"
     workers = settings.workers
     fewer = f"fewer workers= than {workers}" if workers > 1 else ""
-    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, workers * DUMP_BYTES, fewer)
+    require_writable(f"results_dir={settings.results_dir}", sweeps_dir, workers * backend.scratch_bytes, fewer)
     if settings.promote and (tuned_path := settings.tuned_path) is not None:
         require_writable(f"tuned={tuned_path}", tuned_path.parent)
         from_config(lambda: promoted.read(tuned_path))

@@ -74,6 +74,7 @@ class Backend:
       cacheable: whether an outcome depends neither on when nor on where it was made. A measured time does.
       exclusive: whether trials must not share the device.
       timed: whether an ok trial has a time.
+      scratch_bytes: more than the files of one candidate take.
       quick: whether a first pass can tell the time of a candidate with less; see `tuning.backends.quick`.
     """
 
@@ -89,6 +90,7 @@ class Backend:
     timed: bool = True
     quick: bool = False
     side_by_side: str | None = None
+    scratch_bytes: int = 2**20
 
 
 def context_of(

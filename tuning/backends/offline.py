@@ -23,7 +23,7 @@ from tuning.backends.numerics import check_numerics
 from tuning.kernels.protocol import abstract, known_values
 
 #: More than the dumps of one candidate take: two together took 93 MiB.
-DUMP_BYTES = 64 * 2**20
+_DUMP_BYTES = 64 * 2**20
 
 
 def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
@@ -52,6 +52,7 @@ OFFLINE = Backend(
     check_options=_check_options,
     capture=offline_tpu.capture,
     quick=True,
+    scratch_bytes=_DUMP_BYTES,
 )
 
 
@@ -63,7 +64,7 @@ def predict_candidate(payload: dict[str, Any]) -> dict[str, Any]:
     device = devices.by_name(request.device)
     # Outside of the try: what libtpu says against its own start is not the candidate's fault.
     libtpu.describe_topology(device.topology)
-    require_writable("dumps", libtpu.find_dump_dir().parent, DUMP_BYTES)  # a torn dump may be a shorter schedule
+    require_writable("dumps", libtpu.find_dump_dir().parent, _DUMP_BYTES)  # a torn dump may be a shorter schedule
     fields: dict[str, Any]
     stages.enter("compile")
     try:
