@@ -106,7 +106,7 @@ class SweepSettings:
                     "chips are of no one chip."
                 )
             if self.search.storage is not None:
-                raise ValueError("engine=ray and search.storage: expected one of them; see docs/scale.md.")
+                raise ValueError("engine=ray and search.storage: expected one of them; see docs/clusters.md.")
             if self.engine.slices is not None:
                 raise ValueError(f"engine.slices={self.engine.slices}: it is of pipeline.generate; expected workers=.")
         if self.backend.exclusive and self.workers != 1:
