@@ -89,7 +89,7 @@ def _generate(settings: GenerateConfig, engine: EngineSettings | None, terminal:
         return _run_batch(settings, stages, run_options, terminal)
     request = to_request(settings)
     run_dir = _path(settings.run_dir) or Path(settings.output_dir) / run_name(request, settings.name)
-    _check_apart(run_dir)
+    _check_apart(run_dir, settings.name)
     _begin(settings, request.checkpoint)
     if settings.warm_up:
         timings = warm_up(request, stages=stages, run_options=run_options, cache_dir=cache_dir, progress=terminal)
@@ -245,7 +245,7 @@ def _check_combination(settings: GenerateConfig, engine: EngineSettings | None) 
         raise RequestError(f"run_dir={settings.run_dir!r} and name={settings.name!r}: expected one of them")
 
 
-def _check_apart(run_dir: Path) -> None:
+def _check_apart(run_dir: Path, name: str | None) -> None:
     """Raise RequestError where an earlier run of the same --multirun went to this folder."""
     hydra = HydraConfig.get()
     if hydra.mode is not RunMode.MULTIRUN:
@@ -253,9 +253,10 @@ def _check_apart(run_dir: Path) -> None:
     if hydra.job.num == 0:
         _multirun_dirs.clear()
     if run_dir in _multirun_dirs:
+        given = f"run_dir={str(run_dir)!r}" if name is None else f"{name=}"
         raise RequestError(
-            f"run_dir={str(run_dir)!r}: an earlier one of these runs went there; leave run_dir out, or give a name "
-            "with what differs, e.g. name={seed}"
+            f"{given}: an earlier one of these runs went there; leave it out, or give a name with what differs, e.g. "
+            "name={seed}"
         )
     _multirun_dirs.add(run_dir)
 

@@ -43,12 +43,12 @@ _stock_warning_line = warnings.formatwarning
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: Keys of schemas that hold paths.
 _PATHS = {
-    *("cache_dir", "folder", "json", "logdir", "measured", "output", "output_dir", "page_dir", "predictions"),
+    *("cache_dir", "dumps", "folder", "json", "logdir", "measured", "output", "output_dir", "page_dir", "predictions"),
     *("prompts", "results_dir"),
-    *("results_path", "run_dir", "start_from", "tuned_dir", "validation", "videos_dir", "work_dir"),
+    *("results_path", "run_dir", "start_from", "tuned", "tuned_dir", "validation", "videos_dir", "work_dir"),
 }
 #: Those of files; of the others the last part of the name says whether a folder is meant.
-_FILES = {"json", "measured", "predictions", "prompts", "results_path", "start_from"}
+_FILES = {"json", "measured", "predictions", "prompts", "results_path", "start_from", "tuned"}
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",

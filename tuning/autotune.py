@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from splash_workbench.errors import UserError, from_config
+from splash_workbench.files import user_path
 from splash_workbench.trial_status import Status
 from tuning import kernel_sweeps
 from tuning.kernels import KernelError, loading
@@ -88,13 +89,13 @@ def autotune(
             device=DeviceSchema(device),
             backend=BackendSchema(backend),
             search=SearchSettings(sampler=sampler, max_trials=max_trials, seed=seed),
-            workload={} if workload is None else dataclasses.asdict(workload),  # type: ignore[call-overload]
+            workload={} if workload is None else loading.sizes_of(kernel, workload),
             space=dict(space or {}),
             compiler_options=dict(compiler_options or {}),
             workers=workers,
             timeout_s=timeout_s,
-            results_dir=str(results_dir),
-            tuned=None if tuned_path is None else str(tuned_path),
+            results_dir=str(user_path(results_dir)),
+            tuned=None if tuned_path is None else str(user_path(tuned_path)),
             reuse=reuse,
             promote=promote,
             quick=quick,

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from splash_workbench.trial_status import Label, Status
 from splash_workbench.workers.pool import Runner
 from tuning.backends.base import Target
 from tuning.backends.evaluate import Evaluator
-from tuning.kernels import Kernel, loading, promoted
+from tuning.kernels import Kernel, KernelError, loading, promoted
+from tuning.kernels.protocol import abstract
 from tuning.search.settings import SweepSettings
 from tuning.search.tunables import TunableSpace
 from tuning.trials import contenders, records
@@ -46,22 +46,29 @@ def bound_ms(settings: SweepSettings, target: Target) -> float | None:
         return None
     kernel = loading.find(settings.source)
     workload, spec = kernel.Workload(**settings.workload.sizes), target.spec
+    _users(kernel, workload, settings.source, "arguments", lambda: abstract(kernel.arguments(workload)))
     flops, hbm_bytes = (_count(kernel, workload, settings.source, name) for name in ("flops", "hbm_bytes"))
     return roofline_ms(flops, hbm_bytes, spec)
 
 
 def _count(kernel: Kernel[Any, Any], workload: Any, source: str, name: str) -> float | None:
     """Return what one of a kernel's methods counts. Raises UserError in one line where it fails or is no count."""
+    found = _users(kernel, workload, source, name, lambda: getattr(kernel, name)(workload))
+    if found is not None and not (isinstance(found, int | float | np.number) and 0 <= found <= sys.float_info.max):
+        raise UserError(f"{kernel.name}.{name}({workload}) returns {found!r}: expected a number from 0, or None.")
+    return None if found is None else float(found)
+
+
+def _users(kernel: Kernel[Any, Any], workload: Any, source: str, name: str, call: Callable[[], Any]) -> Any:
+    """Return what a method of a user's kernel returns. Raises UserError in one line where it fails."""
     try:
-        found = getattr(kernel, name)(workload)
+        return call()
     except OF_USERS_CODE as error:
         path = loading.file_of(source)
         at = f"{line_of(error, path)}: " if path is not None else ""
+        kind = "" if isinstance(error, KernelError) else f"{type(error).__name__}: "
         first = str(error).partition("\n")[0]
-        raise UserError(f"{at}{kernel.name}.{name}({workload}): {type(error).__name__}: {first}") from error
-    if found is not None and not (isinstance(found, int | float | np.number) and 0 <= found < math.inf):
-        raise UserError(f"{kernel.name}.{name}({workload}) returns {found!r}: expected a number from 0, or None.")
-    return None if found is None else float(found)
+        raise UserError(f"{at}{kernel.name}.{name}({workload}): {kind}{first}") from error
 
 
 def look(settings: SweepSettings, evaluator: Evaluator) -> None:

@@ -61,7 +61,8 @@ def read_entries(path: Path, config: GenerateConfig) -> list[Entry]:
         except RequestError as error:
             errors.append(f"{path}:{number}: {error}")
     if not entries and not errors:
-        errors.append(f'{path}: holds no prompts; expected lines like {{"prompt": "a cat", "seed": 1}}')
+        form = "a prompt a line" if path.suffix == ".txt" else 'lines like {"prompt": "a cat", "seed": 1}'
+        errors.append(f"{path}: holds no prompts; expected {form}")
     if errors:
         raise RequestError(*errors)
     return entries

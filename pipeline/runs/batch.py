@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _ERROR_NAME = "error.json"
 _SCHEMA_VERSION = 1  # of it
+_OTHER_FILES = 40  # that a run of one line may have open
 Status = Literal["waiting", "done", "finished before", "failed"]
 
 
@@ -119,12 +120,17 @@ class Batch:
         self._apart = False  # whether the transformer and the decoder must not share the memory
 
     def run_all(self) -> None:
-        """Run every item. Raises UserError, before any work, where another process is at work on one of them.
+        """Run every item. Raises UserError, before any work, for too many, or one that another process is at work on.
 
         With several processes whatever is no PipelineError ends the batch: the others may not have met it.
         """
         check_same([[item.run.described for item in self.items], entry_hashes()])
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and len(self.items) + _OTHER_FILES > hard:
+            raise UserError(
+                f"{len(self.items)} lines: each has a file open, of {hard} that may be (`ulimit -Hn`); expected fewer "
+                "lines at a time, or a higher limit"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + len(self.items)), hard))  # a lock each
         for item in self.items:
             finished = item.run.finished() if item.run.run_options.resume else None

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from splash_workbench.errors import innermost_line
+from splash_workbench.errors import OF_USERS_CODE, innermost_line
 from splash_workbench.trial_status import Status, TrialError
 from splash_workbench.workers import stages
 
@@ -66,7 +66,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     except TrialError as error:
         traceback.print_exc()
         return {"status": error.status, "error": " ".join(str(error).split())[:_ERROR_CHARACTERS]}
-    except Exception as error:
+    except OF_USERS_CODE as error:
         traceback.print_exc()
         return {"status": Status.CRASHED, "error": _one_line(error)}
 
@@ -81,14 +81,14 @@ def _forget(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """Return the first line, and the last: that has the cause where one error wraps another. The log has the rest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     return f"{type(error).__name__}{_place(error)}: {text}"[:_ERROR_CHARACTERS]
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Return " at NAME:LINE" of the innermost line that is of no installed package; nothing where there is none."""
     installed = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "purelib", "platlib"))
     line = innermost_line(error, lambda filename: not filename.startswith(installed))

@@ -5,6 +5,7 @@ A job runs in `splash_workbench.workers.worker`, takes the payload that `evaluat
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 
 from splash_attn.api import Implementation
 from splash_attn.types import AttentionShape, BlockSizes
+from splash_workbench.errors import OF_USERS_CODE, line_of
+from splash_workbench.trial_status import Status, TrialError
 from tuning.backends import device_times
 from tuning.kernels import Kernel, loading
 from tuning.kernels.attention import AttentionKernel, from_projections
@@ -74,7 +77,28 @@ class Request:
         config = config or self.config
         if isinstance(self.found, AttentionKernel):
             return self.found.attention(config.block_sizes, dict(config.options), implementation)
-        return self.found.interpreted(config) if implementation == "pallas_interpret" else self.found.build(config)
+        make = self.found.interpreted if implementation == "pallas_interpret" else self.found.build
+        built = self._of_user(make)(config)
+        return self._of_user(built) if isinstance(built, types.FunctionType) else built
+
+    def _of_user(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a user's function whose errors are its own, not the machine's: such a trial is not made again.
+
+        Those that a compiler raises, too, are told apart where they are caught.
+        """
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except (ValueError, NotImplementedError, OSError, MemoryError, jax.errors.JaxRuntimeError, TrialError):
+                raise
+            except OF_USERS_CODE as error:
+                path = loading.file_of(self.kernel)
+                at = f"{line_of(error, path)}: " if path is not None else ""
+                raise TrialError(Status.COMPILE_ERROR, f"{at}{type(error).__name__}: {error}") from error
+
+        return call
 
     def timed(self, implementation: Implementation, config: Any = None) -> Callable[..., Any]:
         """Return the op of which the time is taken, of `arguments`."""

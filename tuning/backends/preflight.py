@@ -1,6 +1,7 @@
 """Look at a user's kernel before its sweep: what is wrong with it is one line, and no trial."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from tuning.backends.jobs import Request
 from tuning.backends.measure import implementation_of
 from tuning.backends.numerics import check_numerics
 from tuning.kernels import loading
-from tuning.kernels.protocol import abstract
+from tuning.kernels.protocol import Unrolled, abstract
 
 #: Of objects in the text of a traced program: another one each time.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -45,14 +46,17 @@ def look(payload: dict[str, Any]) -> dict[str, Any]:
     implementation = implementation_of(request.found) if on_device else "pallas_interpret"
     stages.enter("reference")
     expected = _shapes(request, f"{name}.reference", request.found.reference, arguments)
+    if not expected:
+        raise _wrong(f"{name}.reference returns no array: expected what build makes returns.")
     stages.enter("build")
+    _look_at_what_it_says(request)
     _refuse_what_cannot_be_called(request)
     actual = _shapes(request, f"{name}.build", lambda *x: request.function(implementation)(*x), arguments)
     if expected != actual:
         ours, theirs = (" and ".join(shapes) or "nothing" for shapes in (actual, expected))
         raise _wrong(f"{name}: what build makes returns {ours}, and the reference {theirs}.")
     if request.found.platform == "tpu" or on_device:
-        for title, baseline in request.found.baselines().items():
+        for title, baseline in _baselines(request).items():
             try:
                 jax.eval_shape(baseline, *arguments)
             except NotImplementedError:
@@ -79,10 +83,44 @@ def _wrong(text: str) -> TrialError:
 
 
 def _refusal(request: Request, what: str, error: BaseException) -> TrialError:
+    if isinstance(error, TrialError) and error.__cause__ is not None:
+        error = error.__cause__  # see Request.function
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     path = loading.file_of(request.kernel)
     at = f"{line_of(error, path)}: " if path is not None else ""
     return _wrong(f"{at}{what}: {type(error).__name__}: {lines[0]}")
+
+
+def _look_at_what_it_says(request: Request) -> None:
+    """Refuse what `unrolled` and `assume` must not return: every candidate would end by it."""
+    found, about = request.found, (request.config, request.workload)
+    for method, is_right, expected in (
+        (found.unrolled, lambda x: x is None or isinstance(x, Unrolled), "an Unrolled, or None"),
+        (
+            found.assume,
+            lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], Mapping),
+            "grid sizes, notes",
+        ),
+        (found.assume_slow, lambda x: isinstance(x, Mapping), "grid sizes by name of the kernel"),
+    ):
+        what = f"{found.name}.{method.__name__}"
+        try:
+            said = method(*about)
+        except OF_USERS_CODE as error:
+            raise _refusal(request, what, error) from error
+        if not is_right(said):
+            raise _wrong(f"{what}({request.config}, {request.workload}) returns {said!r}: expected {expected}.")
+
+
+def _baselines(request: Request) -> Mapping[str, Callable[..., Any]]:
+    what = f"{request.found.name}.baselines"
+    try:
+        found = request.found.baselines()
+    except OF_USERS_CODE as error:
+        raise _refusal(request, what, error) from error
+    if not isinstance(found, Mapping):
+        raise _wrong(f"{what}() returns {found!r}: expected functions by name.")
+    return found
 
 
 def _shapes(request: Request, what: str, function: Any, arguments: list[Any]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from splash_workbench.errors import line_of
+from splash_workbench.errors import OF_USERS_CODE, line_of
 from splash_workbench.files import user_path
 from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
 from tuning.kernels.attention import ATTENTION_KERNELS
@@ -148,16 +148,27 @@ def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:
         kernel = kind()
     except TypeError as error:
         raise KernelError(f"{name}: cannot be made without arguments ({error}).") from error
+    except OF_USERS_CODE as error:
+        raise KernelError(f"{name}(): {type(error).__name__}: {error}") from error
+    if not isinstance(kernel.requires, tuple | list):
+        raise KernelError(f"{name}.requires={kernel.requires!r}: expected a tuple of names of packages.")
+    if kernel.platform not in ("tpu", "gpu"):
+        raise KernelError(f'{name}.platform={kernel.platform!r}: expected "tpu" or "gpu".')
+    if not isinstance(kernel.op_name, str):
+        raise KernelError(f"{name}.op_name={kernel.op_name!r}: expected text.")
     for package in kernel.requires:
         if importlib.util.find_spec(package.partition(".")[0]) is None:
             raise KernelError(f"{name}: {package} is not installed.")
     for limit in ("tolerance", "row_tolerance"):
-        if not 0 < (value := getattr(kernel, limit)) < float("inf"):
+        value = getattr(kernel, limit)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise KernelError(f"{name}.{limit}={value!r}: expected a number above 0.")
     grows_with = kernel.vmem_grows_with
     if not isinstance(grows_with, tuple) or not set(grows_with) <= set(tunables(kernel)):
         there = ", ".join(tunables(kernel))
         raise KernelError(f"{name}.vmem_grows_with={grows_with!r}: expected a tuple of some of its tunables, {there}.")
+    if not tunables(kernel):
+        raise KernelError(f"{name}.Config: expected tunables, as in `block_m: int = one_of(128, 256)`.")
     for tunable, values in tunables(kernel).items():
         where = f"{name}.Config.{tunable}"
         if not values:
@@ -166,7 +177,23 @@ def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:
         default = next(f.default for f in dataclasses.fields(kernel.Config) if f.name == tunable)
         if default not in values:
             raise KernelError(f"{where}: its default {default!r} is not one of its values {list(values)}.")
+    try:
+        kernel.Config()
+    except OF_USERS_CODE as error:
+        raise KernelError(f"{name}.Config(), the default: {type(error).__name__}: {error}") from error
     return kernel
+
+
+def sizes_of(kernel: Kernel[Any, Any], workload: Any) -> dict[str, Any]:
+    """Return the fields of a workload. Raises KernelError for one that a record would not have so."""
+    sizes = {field.name: getattr(workload, field.name) for field in dataclasses.fields(workload) if field.init}
+    for name, value in sizes.items():
+        if type(value) not in (bool, int, float, str, type(None)):
+            raise KernelError(
+                f"{kernel.name}.Workload.{name}={value!r}: a {type(value).__name__} is kept in no record; expected a "
+                'number, text, or None: sizes one by one, a dtype as "bfloat16".'
+            )
+    return sizes
 
 
 def check_values(where: str, values: tuple[Any, ...]) -> None:

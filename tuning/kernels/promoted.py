@@ -9,9 +9,9 @@ import jax
 import msgspec
 
 from offline_tpu.machine import devices
-from splash_workbench.files import atomic_path, locked
+from splash_workbench.files import atomic_path, locked, user_path
 from splash_workbench.provenance import stable_hash
-from tuning.kernels.loading import file_of, spec_of
+from tuning.kernels.loading import file_of, sizes_of, spec_of
 from tuning.kernels.protocol import C, Kernel, KernelError, W, tunables
 
 
@@ -90,8 +90,8 @@ def lookup(
         raise KernelError(f"{kernel.name}: expected a workload of {kernel.Workload.__name__}, got {workload!r}.")
     named = devices.DEVICES.get(device_kind or "")
     kind = named.device_kind if named else device_kind or jax.devices()[0].device_kind
-    file = Path(path) if path is not None else default_path(kernel)
-    sizes = dataclasses.asdict(workload)  # type: ignore[call-overload]
+    file = user_path(path) if path is not None else default_path(kernel)
+    sizes = sizes_of(kernel, workload)
     entries = [e for e in read(file) if (e.kernel, e.device_kind, e.sizes) == (kernel.name, kind, sizes)]
     entry = min(entries, key=lambda entry: entry.label != "measured", default=None)
     if entry is not None and entry.config.keys() <= tunables(kernel).keys():

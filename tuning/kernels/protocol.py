@@ -13,7 +13,7 @@ import numpy as np
 
 from splash_attn.types import BlockSizes
 
-#: A configuration: a frozen dataclass of tunables. A workload: a frozen dataclass of sizes and dtypes.
+#: A configuration: a frozen dataclass of tunables. A workload: a frozen dataclass of sizes and text.
 C = TypeVar("C")
 W = TypeVar("W")
 
@@ -70,7 +70,8 @@ class Kernel(abc.ABC, Generic[C, W]):
     Attributes:
       Config: a frozen dataclass; each field is a tunable, made by `one_of` or `compiler_option`. Its defaults are what
         the winner is compared with.
-      Workload: a frozen dataclass of integers and text, which are set on the command line as workload.NAME=value.
+      Workload: a frozen dataclass of numbers and text (a dtype as "bfloat16"), which are set on the command line as
+        workload.NAME=value.
       platform: "tpu" or "gpu", that the kernel is for.
       tolerance, row_tolerance: limits of ||actual - expected|| / ||expected||, of each result and of its worst row (the
         last axis). The defaults are for bfloat16, which rounds a number by up to 2^-8 of itself, several times over.
@@ -211,6 +212,8 @@ def tunables(kernel: Kernel[Any, Any]) -> dict[str, tuple[Any, ...]]:
 
 def abstract(arguments: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Return shapes and dtypes of arguments. Raises KernelError for one that has none."""
+    if not isinstance(arguments, Sequence):
+        raise KernelError(f"arguments: expected a list or tuple of them, got {arguments!r}")
     for position, x in enumerate(arguments):
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise KernelError(

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,8 +90,10 @@ class TunableSpace:
         """Return the candidate of parameters, or why it is left out."""
         try:
             candidate = self.candidate_of(parameters)
-        except (ValueError, NotImplementedError) as error:
-            return f"not a configuration: {error}"
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            return f"not a configuration: {str(error) or 'an assertion of Config'}"
+        except OF_USERS_CODE as error:
+            raise KernelError(f"{self.name}.Config(**{parameters}): {type(error).__name__}: {error}") from error
         try:
             verdict = self.kernel.is_valid(candidate.variant, workload)
         except OF_USERS_CODE as error:
@@ -105,17 +109,35 @@ class TunableSpace:
 
 def call_of(kernel: Kernel[Any, Any], given: Mapping[str, Any]) -> KernelCall:
     """Return a kernel's workload with the fields given. Raises KernelError for one that is not a field, or missing."""
-    fields = {field.name: field for field in dataclasses.fields(kernel.Workload)}
+    fields = {field.name: field for field in dataclasses.fields(kernel.Workload) if field.init}
+    sizes = dict(given)
     for name, value in given.items():
         if name not in fields:
             raise KernelError(f"workload.{name}: {kernel.name}.Workload has {', '.join(fields)}.")
-        default = fields[name].default
-        if default is not dataclasses.MISSING and type(value) is not type(default):
-            raise KernelError(f"workload.{name}={value!r}: expected {type(default).__name__}, as {default!r}.")
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
-    if missing:
+        expected = _types_of(kernel.Workload, fields[name])
+        if float in expected and type(value) is int:
+            sizes[name] = float(value)
+        elif expected and type(value) not in expected:
+            kinds = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in expected)
+            default = fields[name].default
+            like = "" if default is dataclasses.MISSING else f", as {default!r}"
+            raise KernelError(f"workload.{name}={value!r}: expected {kinds}{like}.")
+    optional = {n for n, f in fields.items() if not (f.default is f.default_factory is dataclasses.MISSING)}
+    if missing := [name for name in fields if name not in given and name not in optional]:
         raise KernelError(f"workload.{missing[0]}: expected a value; {kernel.name}.Workload has no default for it.")
     try:
-        return KernelCall(kernel.name, dataclasses.asdict(kernel.Workload(**given)))
-    except (ValueError, TypeError) as error:
-        raise KernelError(f"workload: {error}") from error
+        workload = kernel.Workload(**sizes)
+    except OF_USERS_CODE as error:
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise KernelError(f"workload: {kind}{str(error) or 'refused'}") from error
+    return KernelCall(kernel.name, loading.sizes_of(kernel, workload))
+
+
+def _types_of(workload: type, field: dataclasses.Field[Any]) -> tuple[type, ...]:
+    """Return the types of a field by its annotation, or by its default where that names none; empty: any."""
+    try:
+        kind = typing.get_type_hints(workload)[field.name]
+    except (NameError, TypeError, KeyError):
+        kind = None if field.default is dataclasses.MISSING else type(field.default)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return kinds if all(isinstance(each, type) and not typing.get_origin(each) for each in kinds) else ()

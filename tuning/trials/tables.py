@@ -61,7 +61,8 @@ def table(
         found = found.drop(columns=fields)
         texts = [" ".join(f"{name}={value}" for name, value in t.variant.items() if name not in same) for t in shown]
         found.insert(list(found.columns).index("status"), "variant", texts)
-    found = found.rename(columns=lambda name: name.removeprefix(VARIANT_PREFIX))
+    for name in fields if not one_variant_column else ():
+        found[name] = [_shorten(value) if isinstance(value, str) else value for value in found[name]]
     if "record_id" in found:
         found["record_id"] = found["record_id"].str[:_RECORD_ID_CHARACTERS]
     if "error" in found:
@@ -69,6 +70,9 @@ def table(
     for column, form in _FORMATS.items():
         if column in found:
             found[column] = ["-" if pd.isna(value) else form.format(value) for value in found[column]]
+    columns = set(found.columns)  # a tunable may have the name of one of them
+    bare = {name: name.removeprefix(VARIANT_PREFIX) for name in fields}
+    found = found.rename(columns={name: short for name, short in bare.items() if short not in columns})
     lines = [found.to_string(index=False, na_rep="-", float_format="{:.3f}".format)]
     if same:
         lines.insert(0, f"all with {', '.join(f'{name}={value}' for name, value in same.items())}")

@@ -130,9 +130,8 @@ def main(settings: ValidateSchema) -> int:
     record = directory / f"{name}.json"
     kept_count = _kept_count(record) if any(row.status == "reported" for row in comparisons) else 0
     is_kept = kept_count <= sum(row.status == "predicted" for row in comparisons)
-    picture = directory / f"{name}.png" if pairs and is_kept else None
-    if picture:
-        save_png(parity(pairs), picture)
+    drawn = [pair for pair in pairs if pair.predicted_ms > 0]  # on axes of logarithms
+    picture = directory / f"{name}.png" if drawn and is_kept else None
     validation = Validation.of(
         name,
         comparisons,
@@ -147,14 +146,15 @@ def main(settings: ValidateSchema) -> int:
     print("\n".join([*_lines(validation), *table.measured_lines(measured, results_dir)]))
     if cache and cache.trouble:
         print(cache.trouble)
-    if picture:
-        print(f"picture: {picture}")
     if is_kept:
         write_json(record, jsonl.encode(validation))
         print(f"record: {record}")
     else:
         print(f"record: {record} has {kept_count} predicted rows, more than these, and stays as it is")
     cli.write_json(settings.json, jsonl.encode(validation))
+    if picture:
+        save_png(parity(drawn), picture)
+        print(f"picture: {picture}")
     return 1 if validation.failed_count else 0
 
 

@@ -1,11 +1,13 @@
 """Rows of times that others measured: a call of a named program on a chip, and how long it took."""
 
 import collections
+import difflib
 import json
+import logging
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,11 @@ _TOKAMAX_LIBTPU = {
     "TPU7x": ("0.0.45", re.compile(r"(?!.*(cross_entropy|ragged_dot)).*")),
     "TPU v5": ("0.0.45", re.compile(r".*")),
 }
+
+#: How like two names are, of 1, for one to be the other misspelt.
+_ALIKE = 0.8
+
+logger = logging.getLogger(__name__)
 
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
@@ -169,6 +176,7 @@ class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
     blocks_m_k_n: str | None = None
     libtpu_args: str = ""
     bytes: Size | None = None
+    elements: Size | None = None  # of what is gathered, as `output` says
     shape: tuple[Size, ...] | None = None
     topology: str | None = None
     input: str | None = None
@@ -190,10 +198,16 @@ class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
             op=self.op,
             arguments=self.arguments,
             times_ms=(self.found_time_ms(),),
-            compiler_options=dict(re.findall(r"--(\w+)=(\S+)", self.libtpu_args)),
+            compiler_options=self._compiler_options(),
             p_state=int(p_state[1]) if p_state else None,
             notes=tuple(text for text in (self.method, self.note) if text),
         )
+
+    def _compiler_options(self) -> dict[str, str]:
+        found = [re.fullmatch(r"--(\w+)=(\S+)", text) for text in self.libtpu_args.split()]
+        if not all(found):
+            raise ValueError(f"libtpu_args={self.libtpu_args!r}: expected --NAME=VALUE, with spaces between several")
+        return {option[1]: option[2] for option in found if option}
 
     @property
     def op(self) -> str:
@@ -281,6 +295,9 @@ def _read_file(path: Path) -> list[MeasuredRow]:
         if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
             raise ValueError("expected an object with `rows`")
         keys = set().union(*(row for row in content["rows"] if isinstance(row, dict)))
+        form = _Microbenchmark if "program" in keys else _OpRow
+        if "program" in keys or "op" in content or keys & {"arguments", "times_ms", "op"}:
+            _look_at_names(path, keys, form.__struct_fields__)
         if "program" in keys:
             return list(msgspec.convert(content, _MicrobenchmarkFile).measured(path.stem))
         if "op" in content or keys & {"arguments", "times_ms", "op"}:
@@ -290,6 +307,14 @@ def _read_file(path: Path) -> list[MeasuredRow]:
     except ValueError as error:
         raise ValueError(f"measured={path}: {error}; expected the form of the files in tuning/data.") from error
     return _splash_rows(path)
+
+
+def _look_at_names(path: Path, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a field that is misspelt; tell of one that is not known, as more may be written down."""
+    for name in sorted(set(names) - set(known)):
+        if meant := difflib.get_close_matches(name, known, 1, _ALIKE):
+            raise ValueError(f"a row has `{name}`: expected `{meant[0]}`, or another name for what is not used")
+        logger.warning("measured=%s: `%s` of rows is not used", path, name)
 
 
 def _splash_rows(path: Path) -> list[MeasuredRow]:

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ def _earlier(row: MeasuredRow) -> str | None:
 
 def fetch_compilers(rows: Iterable[MeasuredRow], say: Callable[[str], None]) -> None:
     """Fetch what rows were timed with and is not here. Where that fails, say so: `compiler_of` takes another then."""
+    rows = list(rows)
+    known = (libtpu.SUPPORTED_LIBTPU, *libtpu.EARLIER_LIBTPUS)
+    for told, count in Counter(row.libtpu for row in rows if row.libtpu not in (None, *known)).items():
+        say(f"libtpu {told} of {count} rows: libtpu {known[0]} compiles them, for known are {', '.join(known)}")
     wanted = {_earlier(row) for row in rows}
     for compiler in libtpu.EARLIER_LIBTPUS:
         if compiler not in wanted:

@@ -164,3 +164,41 @@ class Plain(Scaled):
 
     def arguments(self, workload):
         return [1.0]
+
+
+class UnrollsFive(Scaled):
+    """Says of its unrolled code what nothing can use."""
+
+    def unrolled(self, config, workload):
+        return 5
+
+
+class AssumesNothing(Scaled):
+    """Returns nothing where grid sizes are wanted."""
+
+    def assume(self, config, workload):
+        return None
+
+
+class ListsBaselines(Scaled):
+    """Has baselines without names."""
+
+    def baselines(self):
+        return []
+
+
+class ReturnsNothing(Scaled):
+    """Computes nothing, as its reference does."""
+
+    def build(self, config):
+        return lambda x: None
+
+    def reference(self, x):
+        return None
+
+
+class Trips(Scaled):
+    """Fails with one value of a tunable, by a mistake of its author."""
+
+    def build(self, config):
+        return {}["block"] if config.add_first else super().build(config)

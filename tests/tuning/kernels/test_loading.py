@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from splash_workbench.provenance import REPO_ROOT
-from tuning.kernels import Kernel, KernelError, loading
+from tuning.kernels import Kernel, KernelError, loading, promoted
 from tuning.kernels.protocol import tunables
 from tuning.search.tunables import TunableSpace, call_of
 
@@ -105,6 +105,33 @@ def test_the_hash_is_of_the_file_and_of_what_it_imports_beside_it(write: Write, 
             (("class Double(Kernel):", "class Double(Kernel):\n    vmem_grows_with = ('blok',)"),),
             r"vmem_grows_with=\('blok',\): expected a tuple of some of its tunables",
         ),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    tolerance = 'x'"),),
+            "Double.tolerance='x': expected a number above 0",
+        ),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    requires = 'numpy'"),),
+            "Double.requires='numpy': expected a tuple of names",
+        ),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    platform = 'cpu'"),),
+            'Double.platform=\'cpu\': expected "tpu" or "gpu"',
+        ),
+        (
+            (("class Double(Kernel):", "class Double(Kernel):\n    def __init__(self): raise RuntimeError('no')"),),
+            r"Double\(\): RuntimeError: no",
+        ),
+        (
+            (("    flag: bool", "    def __post_init__(self): assert self.factor > 3, 'too small'\n    flag: bool"),),
+            r"Double\.Config\(\), the default: AssertionError: too small",
+        ),
+        (
+            (
+                ("    factor: int = one_of(range(2, 6, 2))\n", ""),
+                ('    flag: bool | None = compiler_option("xla_flag", None, True)\n', "    pass\n"),
+            ),
+            "Double.Config: expected tunables, as in",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_kernel_is_one_line(
@@ -138,10 +165,52 @@ def test_values_that_do_not_fit(write: Write) -> None:
         call_of(kernel, {})
     with pytest.raises(KernelError, match=r"workload\.dtype=3: expected str"):
         call_of(kernel, {"n": 1, "dtype": 3})
+    with pytest.raises(KernelError, match=r"workload\.n='x': expected int\.$"):
+        call_of(kernel, {"n": "x"})
     with pytest.raises(KernelError, match=r"space\.block: Double has factor, flag"):
         TunableSpace(kernel, {"block": (1,)})
     with pytest.raises(KernelError, match=r"configurations, expected at most"):
         TunableSpace(kernel, {"factor": tuple(range(2000)), "flag": tuple(range(2000))})
+
+
+_FIELDS = """
+    n: int
+    kind: str | None = None
+    scale: float = 1.0
+    rows: int = dataclasses.field(default_factory=lambda: 8)
+"""
+
+
+def test_a_workload_may_have_optional_and_float_fields(write: Write) -> None:
+    kernel = loading.find(write(("\n    n: int\n", _FIELDS)))
+    assert call_of(kernel, {"n": 1}).sizes == {"n": 1, "kind": None, "scale": 1.0, "rows": 8, "dtype": "float32"}
+    sizes = call_of(kernel, {"n": 1, "kind": "a", "scale": 2}).sizes
+    assert (sizes["kind"], sizes["scale"], type(sizes["scale"])) == ("a", 2.0, float)
+    with pytest.raises(KernelError, match=r"workload\.kind=3: expected str or None, as None"):
+        call_of(kernel, {"n": 1, "kind": 3})
+
+
+@pytest.mark.parametrize("value", ["(1, 2)", "jnp.float32", "jnp.dtype('int8')", "Config()"])
+def test_a_workload_that_no_record_keeps_is_refused(write: Write, value: str) -> None:
+    """A tuple would come back as a list, and the promoted winner would not be found."""
+    kernel = loading.find(write(('dtype: str = "float32"', f"dtype: object = {value}")))
+    with pytest.raises(KernelError, match=r"Double\.Workload\.dtype=.*is kept in no record; expected a number, text"):
+        call_of(kernel, {"n": 1})
+    with pytest.raises(KernelError, match="is kept in no record"):
+        promoted.lookup(kernel, kernel.Workload(n=1), device_kind="v6e", default=kernel.Config())
+
+
+def test_what_a_workload_asserts_is_one_line(write: Write) -> None:
+    kernel = loading.find(write(("    n: int\n", "    n: int\n    def __post_init__(self): assert self.n > 1, 'n'\n")))
+    with pytest.raises(KernelError, match=r"^workload: AssertionError: n$"):
+        call_of(kernel, {"n": 1})
+
+
+def test_a_configuration_that_asserts_is_left_out(write: Write) -> None:
+    new = "    def __post_init__(self): assert self.factor < 4\n    flag: bool"
+    kernel = loading.find(write(("    flag: bool", new)))
+    found = TunableSpace(kernel, tunables(kernel)).candidates(call_of(kernel, {"n": 1}))
+    assert found.pruned == {"not a configuration: an assertion of Config": 2}
 
 
 @pytest.mark.parametrize("verdict", ["None", "16", "['a']"])

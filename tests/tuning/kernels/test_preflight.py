@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from splash_workbench.trial_status import TrialError
+from splash_workbench.records.jsonl import decode
+from splash_workbench.trial_status import Status, TrialError
+from tuning.backends.jobs import Request
 from tuning.backends.preflight import look
 from tuning.kernels import loading
 from tuning.kernels.protocol import tunables
@@ -56,6 +58,10 @@ def test_nothing_is_said_of_a_good_kernel(look_at: Callable[[str], dict[str, Any
         ("Plain", r"Plain\.arguments: KernelError: arguments: the one at 0 is 1\.0, expected a jax\.Shape"),
         ("Exits", r"^scaled\.py:\d+: Exits\.build: SystemExit: 3$"),
         ("Divides", r"^scaled\.py:\d+: Divides\.build: ZeroDivisionError: integer division or modulo by zero$"),
+        ("UnrollsFive", r"UnrollsFive\.unrolled\(.*\) returns 5: expected an Unrolled, or None"),
+        ("AssumesNothing", r"AssumesNothing\.assume\(.*\) returns None: expected grid sizes, notes"),
+        ("ListsBaselines", r"ListsBaselines\.baselines\(\) returns \[\]: expected functions by name"),
+        ("ReturnsNothing", r"ReturnsNothing\.reference returns no array: expected what build makes returns"),
         ("NanWhereUnwritten", r"Config\(block=8, add_first=False\) disagrees with the reference: rms_error=nan"),
     ],
 )
@@ -74,6 +80,18 @@ def test_a_result_that_is_not_written_whole_at_the_real_sizes(look_at: Callable[
 
 def test_a_value_that_build_refuses_is_not_called_idle(look_at: Callable[..., dict[str, Any]]) -> None:
     assert look_at("Refuses") == {}
+
+
+def test_a_mistake_in_one_configuration_is_that_candidates(look_at: Callable[..., dict[str, Any]]) -> None:
+    """It is no fault of the machine, after which a candidate would be tried again."""
+    assert look_at("Trips") == {}
+    fields = {"kernel": f"{SCALED}:Trips", "options": {"block": 8, "add_first": True}, "sizes": {"rows": 64}}
+    unused = {"kernel_hash": "h", "shape": None, "dtype": "", "block_sizes": None, "cache_dir": "", "measure": {}}
+    request = decode(fields | unused | {"device": "local"}, Request)
+    for implementation in ("pallas_tpu", "pallas_interpret"):
+        with pytest.raises(TrialError, match=r"^scaled\.py:\d+: KeyError: 'block'$") as caught:
+            request.function(implementation)(*request.arguments())
+        assert caught.value.status is Status.COMPILE_ERROR
 
 
 def test_sizes_that_make_an_argument_empty(look_at: Callable[..., dict[str, Any]]) -> None:

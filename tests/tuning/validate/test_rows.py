@@ -115,6 +115,9 @@ def test_flags_and_power_state_of_microbenchmarks(tmp_path: Path) -> None:
             "Expected `float` <= 1000000000000.0 - at `$.rows[0].tflops_per_device`",
         ),
         ({"rows": [MATMUL | {"tflops_per_device": NAN}]}, "Expected `float` > 0.0 - at `$.rows[0].tflops_per_device`"),
+        (OP_FILE | {"rows": [OP_ROW | {"confg": {}}]}, "a row has `confg`: expected `config`"),
+        ({"rows": [MATMUL | {"time_ms": 1, "dtyp": "float32"}]}, "a row has `dtyp`: expected `dtype`"),
+        ({"rows": [MATMUL | {"time_ms": 1, "libtpu_args": "--a 1"}]}, "libtpu_args='--a 1': expected --NAME=VALUE"),
         ({"rows": [MATMUL | {"time_ms": "1"}]}, "Expected `float | null`, got `str` - at `$.rows[0].time_ms`"),
     ],
 )
@@ -132,3 +135,11 @@ def test_what_is_not_there_and_what_is_there_twice(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(ValueError, match="more than one row has the id 'same'"):
         read(_file(tmp_path / "x.json", OP_FILE | {"rows": [OP_ROW | {"id": "same"}] * 2}))
+
+
+def test_a_field_that_is_not_known_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(_file(tmp_path / "mine.json", OP_FILE | {"rows": [OP_ROW | {"weather": "fine"}]}))
+    assert "`weather` of rows is not used" in caplog.text
+    caplog.clear()
+    read_shipped()
+    assert not caplog.text
