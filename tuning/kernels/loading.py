@@ -152,8 +152,6 @@ def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:
         raise KernelError(f"{name}(): {type(error).__name__}: {error}") from error
     if not isinstance(kernel.requires, tuple | list):
         raise KernelError(f"{name}.requires={kernel.requires!r}: expected a tuple of names of packages.")
-    if kernel.platform not in ("tpu", "gpu"):
-        raise KernelError(f'{name}.platform={kernel.platform!r}: expected "tpu" or "gpu".')
     if not isinstance(kernel.op_name, str):
         raise KernelError(f"{name}.op_name={kernel.op_name!r}: expected text.")
     for package in kernel.requires:

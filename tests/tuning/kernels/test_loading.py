@@ -114,10 +114,6 @@ def test_the_hash_is_of_the_file_and_of_what_it_imports_beside_it(write: Write, 
             "Double.requires='numpy': expected a tuple of names",
         ),
         (
-            (("class Double(Kernel):", "class Double(Kernel):\n    platform = 'cpu'"),),
-            'Double.platform=\'cpu\': expected "tpu" or "gpu"',
-        ),
-        (
             (("class Double(Kernel):", "class Double(Kernel):\n    def __init__(self): raise RuntimeError('no')"),),
             r"Double\(\): RuntimeError: no",
         ),
