@@ -15,7 +15,7 @@ from splash_attn import tuned
 from splash_workbench import cli, provenance
 from splash_workbench.engines.cluster import Cluster, connected
 from splash_workbench.engines.runner import ClusterRunner
-from splash_workbench.errors import UserError, from_config
+from splash_workbench.errors import EXIT_USER_ERROR, UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
@@ -250,7 +250,19 @@ def kernel_main(config: KernelSweepSchema) -> int:
 
 def main() -> int:
     """Run the command, for the kernel that its arguments name; return its exit code."""
-    return kernel_main() if any(argument.startswith("kernel=") for argument in sys.argv[1:]) else attention_main()
+    given = sys.argv[1:]
+    if not any(argument.startswith("kernel=") for argument in given):
+        return attention_main()
+    for argument in given:
+        if argument.startswith(("workload=", "space=")):
+            name = argument.partition("=")[0]
+            value = "value" if name == "workload" else "[value,value]"
+            print(
+                f"error: {argument}: {name}s with a name are splash_attn's; expected {name}.NAME={value}",
+                file=sys.stderr,
+            )
+            return EXIT_USER_ERROR
+    return kernel_main()
 
 
 main.keys = attention_main.keys  # type: ignore[attr-defined] # for what describes the command
