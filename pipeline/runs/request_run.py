@@ -209,7 +209,7 @@ class RequestRun:
 
     def _is_on_record(self, timing: StageTimings) -> bool:
         """Return False for a stage of a run that was killed before its record was made."""
-        return all(self.details[stage].get("on_record", True) for stage in self.stages if stage == timing.stage)
+        return all(saved.get("on_record", True) for stage, saved in self.details.items() if stage == timing.stage)
 
     @property
     def _written(self) -> list[Path]:
