@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.requests.errors import RequestError, require_choice
 from splash_workbench import cli
-from splash_workbench.files import require_writable_file
+from splash_workbench.files import require_writable_file, user_path
 
 
 @dataclasses.dataclass
@@ -20,6 +20,7 @@ class QuantizeConfig:
     lora: Any = None
     dtype: str = "bfloat16"
     output: str | None = None
+    overwrite: bool = False
     cache_dir: str | None = None
 
 
@@ -30,6 +31,8 @@ def main(settings: QuantizeConfig) -> int:
         raise RequestError(f"output={settings.output!r}: expected a file *.safetensors to write")
     output = Path(str(settings.output))
     require_writable_file(f"output={str(output)!r}", output)
+    if output.exists() and not settings.overwrite:
+        raise RequestError(f"output={str(output)!r}: is there already; give another name, or overwrite=true")
     import torch
 
     from pipeline.checkpoints.checks import check_transformer, read_configs
@@ -43,6 +46,9 @@ def main(settings: QuantizeConfig) -> int:
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     checkpoint = resolve_checkpoint(settings.checkpoint, settings.revision, cache_dir, settings.transformer)
     configs, loras = read_configs(checkpoint), parse_lora(settings.lora)
+    read = [path for path in (checkpoint.folder, settings.transformer, *(lora.path for lora in loras)) if path]
+    if any(output.resolve().is_relative_to(user_path(path).resolve()) for path in read) and output.exists():
+        raise RequestError(f"output={str(output)!r}: weights are read from there; expected another file")
     check_transformer(settings.transformer, True, loras, configs["transformer"], settings.checkpoint)
     one_device = ParallelOptions(num_devices=1)
     dtype = getattr(torch, settings.dtype)

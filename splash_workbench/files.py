@@ -101,6 +101,8 @@ def require_writable(option: str, folder: Path, byte_count: int = 1, or_else: st
 
     Raises UserError where they cannot; its message begins with `option`. or_else: what needs fewer bytes.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{option}: {folder} is a link to nothing; mend it, or name another folder.")
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there) as file:

@@ -32,7 +32,7 @@ def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""
     from pipeline.calibrate.magnitudes import measure_ratios
     from pipeline.checkpoints.checks import check_request, check_weights, checkpoint_of, read_configs
-    from pipeline.checkpoints.magcache import ratios_path, write_ratios
+    from pipeline.checkpoints.magcache import ratios_path, read_ratios, write_ratios
     from pipeline.requests.media import check_files
     from pipeline.requests.options import to_parallel
     from pipeline.requests.request import STAGES, to_request
@@ -47,9 +47,15 @@ def main(settings: CalibrateConfig) -> int:
     checkpoint = checkpoint_of(request, cache_dir)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
     require_writable_file(f"output={str(path)!r}", path)
-    if path.exists() and not settings.output and not settings.overwrite:
+    if path.exists():
+        read_ratios(path)  # nothing else is replaced
+        if not settings.overwrite:
+            raise RequestError(f"{path}: holds ratios already; give another output=FILE, or overwrite=true")
+    changes = [name for name in ("lora", "transformer", "quantization") if getattr(request, name)]
+    if changes and not settings.output:
         raise RequestError(
-            f"{path}: the checkpoint has ratios already; give output=FILE to keep both, or overwrite=true"
+            f"{changes[0]}={getattr(settings, changes[0])!r}: the checkpoint's own ratios are of its own weights; "
+            "expected output=FILE, which cache.ratios= takes"
         )
     configs = read_configs(checkpoint)
     check_request(request, configs)
@@ -67,6 +73,7 @@ def main(settings: CalibrateConfig) -> int:
     names = ("checkpoint", "prompt", "height", "width", "num_frames", "num_inference_steps", "guidance_scale")
     made_by = {"made_by": "python -m pipeline.calibrate", "weights": identities["denoise"]}
     made_by |= {name: getattr(request, name) for name in (*names, "scheduler", "seed", "dtype")}
+    made_by |= {name: getattr(settings, name) for name in changes}
     write_ratios(path, ratios, made_by)
     print("  ".join(f"{ratio:.3f}" for ratio in ratios.ratios))
     print(f"ratios: {path}; cache=magcache takes them" + (f" with cache.ratios={path}" if settings.output else ""))

@@ -22,6 +22,8 @@ from pipeline.requests.request import GenerateRequest, Stage
 from pipeline.runs.records import environment
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import COMPILER_PACKAGES, package_versions
+from splash_workbench.records.jsonl import decode
+from splash_workbench.records.prediction import StagePrediction
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import Outcome, Runner
@@ -180,7 +182,7 @@ class Predictor:
             asked = payload | {"request": payload["request"] | {"prompt": "", "negative_prompt": "", "seed": 0}}
             entries = step_options.entry_hashes(step=self.step_options is None) if denoise else []
             key = JobCache.key(JOB, asked, _code() | {"entries": entries})
-            outcome, was_there = self.cache.outcome(key, compile_now)
+            outcome, was_there = self.cache.outcome(key, compile_now, accept=_check_stored)
             if was_there:
                 self.say(f"{what}: on record, of the same sources and versions")
         where = f"{stage} on {self.topology}" + (f" with {plan}" if denoise else "")
@@ -194,6 +196,12 @@ class Predictor:
         if outcome.status != Status.OK:
             raise PipelineError(f"{where}: {outcome.status}: {outcome.error}\n{outcome.log_tail}")
         return outcome.result | {"hbm_bytes": device.hbm_bytes, "wall_time_s": outcome.wall_time_s}
+
+
+def _check_stored(outcome: Outcome) -> None:
+    """Raise ValueError for a stored outcome that is no prediction; it is made again."""
+    if outcome.status == Status.OK:
+        decode(outcome.result | {"hbm_bytes": 0, "wall_time_s": 0.0}, StagePrediction)
 
 
 @functools.cache

@@ -28,13 +28,20 @@ from splash_workbench.compile_cache import use_compilation_cache
 from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.overrides import one_line
+from splash_workbench.provenance import stable_hash
 from splash_workbench.records import jsonl
 from splash_workbench.records.quality import QualityRecord
 from splash_workbench.trial_status import Label
 
 _NOT_OF_A_CANDIDATE = {"name", "budget"}
+_OF_ALL = {
+    *("prompt", "prompts", "seed", "stages", "topology", "num_videos", "run_dir", "output_dir", "results_path"),
+    *("resume", "warm_up", "profile", "profile_run", "logdir", "verbose"),
+}
+_LEAST_SIDE = 32  # pixels, that AlexNet's strides leave something of
 _REFERENCE = "reference"
 _BAR_FORMAT = "  {desc} {bar:24} {n:.0f} of {total:.0f} videos{postfix}, {elapsed} so far, {remaining} left"
+_NAME_LENGTH = 80  # bytes
 _FRAME_BYTES = 3 * 4  # a pixel of the reference, which is kept until all is compared
 
 
@@ -57,6 +64,8 @@ def judge(settings: QualityConfig) -> int:
     base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
     reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
     check_runs_here(reference.request.attention, reference.request.dtype)
+    if settings.lpips and (side := min(base.height or _LEAST_SIDE, base.width or _LEAST_SIDE)) < _LEAST_SIDE:
+        raise UserError(f"{side} pixels: LPIPS needs {_LEAST_SIDE} a side or more; expected those, or lpips=false")
     chosen = _chosen(settings, base)
     if not 0 <= settings.follows <= 1:
         raise UserError(f"follows={settings.follows}: expected 0 to 1, a part of the videos")
@@ -117,14 +126,19 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _chosen(settings: QualityConfig, base: GenerateConfig) -> list[QualityVariant]:
-    candidates = [_candidate(base, fields, settings.budget) for fields in settings.candidates]
-    names = [candidate.name for candidate in candidates]
+    named = [fields.get("name") if isinstance(fields, dict) else None for fields in settings.candidates]
+    candidates = [
+        _candidate(base, fields, settings.budget)
+        for name, fields in zip(named, settings.candidates, strict=True)
+        if not settings.only or name in settings.only
+    ]
+    names = [str(name) for name in named]
     for name in names:
         if name == _REFERENCE or names.count(name) > 1:
             raise UserError(f"candidates: {name!r} is the name of two; expected one of its own for each")
     if unknown := set(settings.only) - set(names):
         raise UserError(f"only={sorted(unknown)}: expected some of {', '.join(names)}")
-    return [candidate for candidate in candidates if candidate.name in (settings.only or names)]
+    return candidates
 
 
 def _candidate(base: GenerateConfig, fields: Any, budget: Budget) -> QualityVariant:
@@ -135,6 +149,8 @@ def _candidate(base: GenerateConfig, fields: Any, budget: Budget) -> QualityVari
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"candidates: expected a name in {fields}")
     changes = {key: value for key, value in fields.items() if key not in _NOT_OF_A_CANDIDATE}
+    if idle := sorted(set(changes) & _OF_ALL):
+        raise UserError(f"candidate {name!r}: {idle[0]} is the same for all, or used by none; expected it left out")
     own = fields.get("budget", {})  # a Budget where it names another key of the configuration
     own = dataclasses.asdict(own) if isinstance(own, Budget) else own
     limits = dataclasses.asdict(budget)
@@ -232,7 +248,10 @@ def _say(bar: Any, text: str) -> None:
 
 def _write_videos(folder: Path, pairs: Pairs, fps: float) -> None:
     for (prompt, seed), video in zip(pairs.wanted, pairs.references(), strict=True):
-        name = "".join(letter if letter.isalnum() else "-" for letter in prompt)[:80]
+        text = "".join(letter if letter.isalnum() else "-" for letter in prompt)
+        name = text if text.isascii() and len(text) <= _NAME_LENGTH and text.replace("-", " ") == prompt else None
+        if name is None:  # others may look alike
+            name = f"{text.encode()[:_NAME_LENGTH].decode(errors='ignore')}-{stable_hash(prompt)[:8]}"
         write_mp4(folder / f"{name}-seed{seed}.mp4", to_uint8(video), fps)
 
 

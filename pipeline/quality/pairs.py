@@ -169,7 +169,13 @@ class Pairs:
 
     def _has_reference(self, key: str) -> bool:
         path = self._reference_path(key)
-        return key in self._kept if path is None else path.exists()
+        if path is None:
+            return key in self._kept
+        try:
+            np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # absent, or torn: it is made again
+            return False
+        return True
 
     def _keep_reference(self, key: str, frames: np.ndarray) -> None:
         path = self._reference_path(key)

@@ -8,7 +8,7 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
 from pipeline.requests.errors import RequestError
@@ -43,10 +43,14 @@ def open_image(path: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                values = np.asarray(upright)
+                values = values * 255 if values.max(initial=0) <= 1 else values
+                upright = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
             if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
             return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else "no image that can be read"
         raise RequestError(f"image={path!r}: {problem}; expected a file such as PNG, JPEG or WebP") from error
 
@@ -95,12 +99,17 @@ def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:
     try:
         with safe_open(user_path(path), framework="pt", device="cpu") as file:
             names = list(file.keys())
+            if not names:
+                raise RequestError(f"latents={path!r}: holds no tensor; expected one, or 'latents'")
             name = "latents" if "latents" in names else names[0]
             if len(names) > 1 and name != "latents":
                 raise RequestError(f"latents={path!r}: holds {', '.join(names[:5])}; expected one tensor, or 'latents'")
             tensor = file.get_tensor(name)
     except (SafetensorError, OSError, IndexError) as error:
         raise RequestError(f"latents={path!r}: {error}; expected a file of safetensors with one tensor") from error
+    if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+        what = "NaN or infinite values" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+        raise RequestError(f"latents={path!r}: holds {what}; expected finite floating-point numbers")
     if shape is not None and tuple(tensor.shape) != shape:
         raise RequestError(
             f"latents={path!r}: has shape {list(tensor.shape)}; expected {list(shape)}: 1, frames, channels, height, "

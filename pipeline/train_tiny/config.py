@@ -32,6 +32,9 @@ from splash_workbench.errors import UserError
 from splash_workbench.files import atomic_path, require_writable, write_json
 from splash_workbench.records.base import utc_now
 
+#: Of the file that says how something was trained, beside it.
+PROVENANCE_NAME = "training.json"
+
 
 @dataclasses.dataclass
 class TrainTinyConfig:
@@ -70,7 +73,22 @@ def check_settings(settings: TrainTinyConfig) -> None:
         )
     if settings.what == "model" and settings.base is not None:
         raise UserError(f"base={settings.base}: expected null for what=model, which begins from nothing.")
-    require_writable(f"folder={settings.folder}", Path(settings.folder))
+    folder = Path(settings.folder)
+    require_writable(f"folder={settings.folder}", folder)
+    if settings.what == "model":
+        _require_ours(folder, settings)
+
+
+def _require_ours(folder: Path, settings: TrainTinyConfig) -> None:
+    """Raise UserError for a folder, which training replaces, that holds more than an earlier training's."""
+    used = [Path(settings.work_dir).resolve(), Path.cwd()]
+    inside = any(path.is_relative_to(folder.resolve()) for path in used)
+    is_empty = not folder.is_dir() or not any(folder.iterdir())
+    if inside or not (is_empty or (folder / PROVENANCE_NAME).is_file()):
+        raise UserError(
+            f"folder={settings.folder}: would be replaced, and holds more than what this command made; expected a new "
+            "folder, or one of an earlier training"
+        )
 
 
 def asked_for(settings: TrainTinyConfig) -> dict[str, Any]:
@@ -172,4 +190,4 @@ def write_provenance(folder: Path, settings: TrainTinyConfig, **more: Any) -> No
         "finished_at": utc_now(),
         "environment": dataclasses.asdict(environment()),
     }
-    write_json(folder / "training.json", made | more)
+    write_json(folder / PROVENANCE_NAME, made | more)

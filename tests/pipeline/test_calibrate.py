@@ -77,7 +77,36 @@ def test_ratios_that_are_there_are_not_replaced_without_a_word(monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "compilation_cache=false"])
     assert main() == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: \S*magcache.json: the checkpoint has ratios already; .* or overwrite=true\n", error)
+    assert re.fullmatch(r"error: \S*magcache.json: holds ratios already; .* or overwrite=true\n", error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("output=model_index.json", "overwrite=true"), r"cache=magcache: model_index\.json holds no ratios"),
+        (("lora=tiny-outline",), r"lora='tiny-outline': the checkpoint's own ratios are of its own weights"),
+    ],
+)
+def test_ratios_that_would_harm(arguments, message, monkeypatch, tmp_path, capsys, tiny_folder):
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.calibrate.magnitudes.measure_ratios", lambda *_: pytest.fail("work began"))
+    given = [f"checkpoint={tiny_folder}", "compilation_cache=false", *arguments]
+    monkeypatch.setattr("sys.argv", ["calibrate", *given])
+    assert main() == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+def test_int8_weights_replace_nothing_unasked(monkeypatch, tmp_path, capsys, tiny_folder):
+    weights = next((tiny_folder / "transformer").glob("*.safetensors"))
+    monkeypatch.setattr("pipeline.checkpoints.quantized.save_quantized", lambda *_: pytest.fail("written"))
+    for more, said in (
+        ([], "is there already; give another name"),
+        (["overwrite=true"], "weights are read from there"),
+    ):
+        monkeypatch.setattr("sys.argv", ["quantize", f"checkpoint={tiny_folder}", f"output={weights}", *more])
+        assert quantize.main() == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["/dev/null/x.safetensors", "/proc/x.safetensors", "there.safetensors"])

@@ -21,6 +21,12 @@ from splash_workbench.files import (
 )
 
 
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"^run_dir='x': .*link is a link to nothing; mend it"):
+        require_writable("run_dir='x'", tmp_path / "link")
+
+
 def test_the_home_of_a_user_who_is_not_known(monkeypatch):
     assert user_path("~no_such_user/a") == Path("~no_such_user/a")
     monkeypatch.setenv("HOME", "/home/of/me")

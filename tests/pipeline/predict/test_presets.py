@@ -8,7 +8,7 @@ from pipeline.checkpoints.checks import part_configs, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
 from pipeline.model.denoise_step import StepWork
 from pipeline.model.sharding import ParallelPlan
-from pipeline.predict.planner import Predictor, VideoPrediction
+from pipeline.predict.planner import Predictor, VideoPrediction, _check_stored
 from pipeline.predict.presets import predict_presets, preset_steps, settle_presets
 from pipeline.predict.report import make_report, markdown_table, print_report
 from pipeline.requests.errors import PipelineError, RequestError
@@ -16,6 +16,8 @@ from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
 from pipeline.requests.reuse import PRESETS, CacheOptions
 from splash_workbench.records.jsonl import decode, encode
+from splash_workbench.trial_status import Status
+from splash_workbench.workers.pool import Outcome
 
 BIG = "zai-org/CogVideoX1.5-5B"
 V6E = "TPU v6 lite"
@@ -146,3 +148,9 @@ def test_the_table_has_a_line_for_each_preset(request_of_5b, configs, capsys):
     assert "exact      50 of 50     2.000    100.00   100.50" in printed
     assert "fast       28 of 50     1.000" in printed and "note: quality=x: no" in printed
     assert "reported                2.130             106.47" in printed
+
+
+@pytest.mark.parametrize("result", [{"time_s": "abc"}, {}])
+def test_a_stored_outcome_that_is_no_prediction_is_made_again(result):
+    with pytest.raises(ValueError):
+        _check_stored(Outcome(Status.OK, result, None))

@@ -174,6 +174,7 @@ def test_a_pairs_video_shows_both_and_the_enlarged_difference():
         ({"candidates": [], "page_dir": None}, "candidates=[]: expected some to compare"),
         ({"candidates": [NEAR, NEAR]}, "candidates: 'near' is the name of two"),
         ({"candidates": [{"name": "reference"}]}, "candidates: 'reference' is the name of two"),
+        ({"candidates": [{"name": "x", "prompt": "b"}]}, "candidate 'x': prompt is the same for all, or used by none"),
         ({"candidates": [ON_TPU]}, "candidate 'on tpu': attention.implementation='pallas_tpu': needs a TPU"),
     ],
 )

@@ -64,6 +64,13 @@ def test_sixteen_bits_are_not_cut_off(tmp_path):
     np.testing.assert_array_equal(np.asarray(open_image(str(tmp_path / "image.png")))[..., 0], values >> 8)
 
 
+def test_an_image_of_floats_is_not_black(tmp_path):
+    values = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    Image.fromarray(values).save(tmp_path / "image.tiff")
+    found = np.asarray(open_image(str(tmp_path / "image.tiff")))[..., 0]
+    np.testing.assert_array_equal(found, (values * 255).round())
+
+
 def test_noise_on_an_image_is_of_the_seed(tmp_path):
     _gradient(80, 48).save(tmp_path / "image.png")
     image = str(tmp_path / "image.png")
@@ -151,6 +158,13 @@ def test_latents_of_a_file(tmp_path):
         read_latents(str(path), (1, 4, 3, 4, 5))
     save_file({"a": latents, "b": latents.clone()}, path)
     with pytest.raises(RequestError, match="holds a, b; expected one tensor, or 'latents'"):
+        read_latents(str(path))
+    for wrong, said in ((latents * np.nan, "NaN or infinite"), (latents.to(torch.complex64), "complex64")):
+        save_file({"noise": wrong}, path)
+        with pytest.raises(RequestError, match=f"holds {said}.*; expected finite floating-point numbers"):
+            read_latents(str(path))
+    save_file({}, path)
+    with pytest.raises(RequestError, match="holds no tensor"):
         read_latents(str(path))
     path.write_bytes(b"no")
     with pytest.raises(RequestError, match="expected a file of safetensors with one tensor"):

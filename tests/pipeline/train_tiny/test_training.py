@@ -134,6 +134,18 @@ def test_settings_that_cannot_be(monkeypatch, tmp_path, capsys, arguments, messa
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("folder", [".", "models"])
+def test_a_folder_of_the_users_is_not_replaced(monkeypatch, tmp_path, capsys, folder):
+    (tmp_path / "models").mkdir()
+    kept = tmp_path / "models" / "mine.txt"
+    kept.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_tiny", f"folder={folder}", f"work_dir={tmp_path / 'work'}"])
+    assert train_tiny.main() == 2
+    assert f"folder={folder}: would be replaced" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+
+
 def test_training_sees_what_inference_sees():
     """Rotary tables and shapes are those of the default request, with its padding frame."""
     modules = build_modules(TinySpec(num_layers=1, num_attention_heads=1))

@@ -163,7 +163,10 @@ def test_the_command_checks_a_kernel_and_says_what_it_does(run: Run, tmp_path: P
         (("kernel=absent.py:A",), "kernel=absent.py:A: there is no file absent.py"),
         ((f"kernel={SCALED}", "workload.columns=3"), "workload.columns: Scaled.Workload has rows"),
         ((f"kernel={SCALED}", "space.block=8"), "space.block=8: expected a list"),
-        ((f"kernel={SCALED}", "workload=tiny"), "workload=tiny: workloads with a name are splash_attn's; expected work"),
+        (
+            (f"kernel={SCALED}", "workload=tiny"),
+            "workload=tiny: workloads with a name are splash_attn's; expected",
+        ),
         ((f"kernel={SCALED}", "space=small"), "space=small: spaces with a name are splash_attn's; expected space.NAME"),
         ((f"kernel={SCALED}", "tuned="), "tuned='': expected a file, or null"),
         ((f"kernel={SCALED}", "heatmap=[block,rows]"), "heatmap=['block', 'rows']: expected two of block, add_first"),
