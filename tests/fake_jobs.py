@@ -190,6 +190,9 @@ def exits(payload: dict[str, Any]) -> dict[str, Any]:
     sys.exit(3)
 
 
+EXITS_AT = f"fake_jobs.py:{exits.__code__.co_firstlineno + 1}"
+
+
 def dumps_and_aborts(payload: dict[str, Any]) -> dict[str, Any]:
     """Leaves a dump as libtpu does, where the environment says."""
     dump_dir = Path(os.environ["FAKE_DUMP_DIR"])

@@ -256,7 +256,7 @@ def test_runs_of_a_multirun_have_a_folder_each(monkeypatch, tmp_path, capsys):
         ((), ("a-cat-red-96x64x17-seed1-", "a-cat-red-96x64x17-seed2-"), ""),
         (("name={seed}",), ("1", "2"), ""),
         (("run_dir=x",), ("x",), "error: run_dir='x': an earlier one of these runs went there; leave it out"),
-        (("name=y",), ("y",), "error: run_dir='videos/y': an earlier one of these runs went there"),
+        (("name=y",), ("y",), "error: name='y': an earlier one of these runs went there"),
     ):
         folders.clear()
         monkeypatch.setattr(sys, "argv", [*command, *more])

@@ -181,7 +181,7 @@ def test_a_disk_too_small_for_so_many_workers_names_them(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    for workers, amount, end in ((1000, "62.5 GiB", ", or fewer workers= than 1000"), (1, "64 MiB", "")):
+    for workers, amount, end in ((1000, "1,000 MiB", ", or fewer workers= than 1000"), (1, "1 MiB", "")):
         message = rf"^results_dir=.*: cannot write {amount} to .*; make room there, or name another folder{end}\.$"
         with pytest.raises(UserError, match=message):
             sweep(with_job("bowl", make_settings(workers=workers)), report=quiet)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_jobs import RAISES_AT
+from fake_jobs import EXITS_AT, RAISES_AT
 from helpers import PLENTY_S, environment_with_repo, is_alive, wait_until, wait_until_dead
 from splash_workbench.trial_status import Status
 from splash_workbench.workers import pool as module
@@ -38,7 +38,7 @@ def test_result_of_a_job_comes_back(runner: Runner) -> None:
         ("abort", Status.CRASHED, f"the worker died of SIGABRT: {FATAL}"),
         ("refuses_a_flag", Status.CRASHED, f"the worker ended with exit code 1 and no result: {UNKNOWN_FLAG}"),
         ("segfault", Status.CRASHED, "the worker died of SIGSEGV"),
-        ("exits", Status.CRASHED, "the worker ended with exit code 3 and no result"),
+        ("exits", Status.CRASHED, f"SystemExit at {EXITS_AT}: 3"),
         ("raises", Status.CRASHED, f"RuntimeError at {RAISES_AT}: first line ... last line"),
         ("out_of_memory", Status.OUT_OF_MEMORY, "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."),
         ("wrong", Status.WRONG, "rms_error=0.5"),
