@@ -139,7 +139,9 @@ def test_what_is_not_there_and_what_is_there_twice(tmp_path: Path) -> None:
 
 def test_a_field_that_is_not_known_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read(_file(tmp_path / "mine.json", OP_FILE | {"rows": [OP_ROW | {"weather": "fine"}]}))
+    read(_file(tmp_path / "chip.json", {"rows": [MATMUL | {"time_ms": 1, "bandwidth_gb_s_per_chip": 2}]}))
     assert "`weather` of rows is not used" in caplog.text
+    assert "`bandwidth_gb_s_per_chip` of rows is not used" in caplog.text
     caplog.clear()
     read_shipped()
     assert not caplog.text
