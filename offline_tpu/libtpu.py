@@ -30,8 +30,8 @@ EARLIER_LIBTPUS = ("0.0.45",)
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
 
-#: Patterns of the files that make a prediction, for `splash_workbench.provenance`.
-SOURCES = ("offline_tpu/**/*.py",)
+#: Patterns of the files that make a prediction, for `splash_workbench.provenance`: without __init__ and __main__.
+SOURCES = ("offline_tpu/**/[!_]*.py",)
 
 _DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
 

@@ -10,7 +10,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import offline_tpu
 from helpers import PLENTY_S
-from offline_tpu import __main__ as command
 from offline_tpu import compile, libtpu
 from offline_tpu.machine import devices
 from splash_workbench.errors import UserError
@@ -126,26 +125,6 @@ def test_a_persistent_cache_of_the_user_is_left_alone(tmp_path: Path, recwarn: p
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["jax.numpy"], "'jax.numpy': expected MODULE:FUNCTION"),
-        (["no_such_module:f"], "No module named 'no_such_module'"),
-        (["jax.numpy:sin", "bfloat16"], "'bfloat16': expected an array as DTYPE[SIZE,SIZE]"),
-        (["jax.numpy:sin", "float32[8]", "--device", "v4"], "device='v4': not supported"),
-        (["jax.numpy:sin", "float32[8]", "--compiler-options", "xla_a"], "compiler_options=xla_a: expected name=value"),
-    ],
-)
-def test_bad_arguments_of_the_command_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["offline_tpu", *arguments])
-    assert command.main() == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.slow("1 min")
