@@ -30,9 +30,8 @@ def attention_reference(
         q64, k64, v64 = (np.asarray(x).astype(np.float64) for x in (q, k, v))
         scores = np.einsum("bhqd,bhkd->bhqk", q64, k64, optimize=True) * scale
         scores -= scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores)
-        weights /= weights.sum(axis=-1, keepdims=True)
-        return np.einsum("bhqk,bhkd->bhqd", weights, v64, optimize=True)
+        weights = np.exp(scores, out=scores)
+        return np.einsum("bhqk,bhkd->bhqd", weights, v64, optimize=True) / weights.sum(axis=-1, keepdims=True)
     if dtype == np.float32:
         q32, k32, v32 = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
         exact = jax.lax.Precision.HIGHEST
