@@ -138,3 +138,20 @@ def test_files_that_do_not_fit(
     monkeypatch.setattr(loading.Checkpoint, "identity", lambda *_: "another")
     with pytest.raises(RequestError, match="made with other weights of model_id='tiny'; make it again"):
         load.execute(file=f"one_00001_{suffix} [output]")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4, 6), (2, 3, 16, 4, 6)])
+def test_latents_of_another_model_or_edited(nodes: dict[str, Any], latents: Any, part: Any, shape: Any) -> None:
+    """The weights are those of the model, but what lies in the file is not: refused before a program is compiled."""
+    edited = dataclasses.replace(latents, latents=np.zeros(shape, np.float32))
+    name = part("exchange").save(edited, "edited")
+    expected = rf"edited_.*: a tensor \[{shape[0]}, 3, .*; expected \[1, any, 16, any, any\], all finite"
+    with pytest.raises(RequestError, match=expected):
+        nodes["CogVideoXTPULoadLatents"].execute(file=f"{name} [output]")
+
+
+@pytest.mark.parametrize("value", [np.zeros((2, 19, 21), np.float32), np.full((2, 19, 20), np.nan, np.float32)])
+def test_embeddings_of_another_model_or_edited(nodes: dict[str, Any], embeds: Any, part: Any, value: Any) -> None:
+    name = part("exchange").save(dataclasses.replace(embeds, prompts=value), "edited")
+    with pytest.raises(RequestError, match=r"edited_.*: a tensor .*; expected \[any, \d+, 20\], all finite"):
+        nodes["CogVideoXTPULoadEmbeddings"].execute(file=f"{name} [output]")

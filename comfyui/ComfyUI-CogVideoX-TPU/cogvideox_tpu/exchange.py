@@ -108,6 +108,17 @@ def load(name: str, kind: str) -> Embeds | Latents:
     stage: Any = "text" if kind == "embeddings" else "vae"
     if checkpoint.identities(stage)[stage] != details["weights"]:
         raise RequestError(f"file={name!r}: made with other weights of model_id={checkpoint.name!r}; make it again")
+    transformer = checkpoint.config("transformer")
+    if kind == "embeddings":
+        expected = {1: transformer["max_text_seq_length"], 2: transformer["text_embed_dim"]}
+    else:
+        expected = {0: 1, 2: checkpoint.config("vae")["latent_channels"]}
+    if any(tensor.shape[axis] != size for axis, size in expected.items()) or not tensor.isfinite().all():
+        shape = ", ".join(str(expected.get(axis, "any")) for axis in range(tensor.ndim))
+        raise RequestError(
+            f"file={name!r}: a tensor {list(tensor.shape)} of {tensor.dtype}; expected [{shape}], all finite, "
+            f"as model_id={checkpoint.name!r} has them"
+        )
     array = torch_to_numpy(tensor)
     if kind == "embeddings":
         return Embeds(checkpoint, details["prompt"], details["negative_prompt"], details["dtype"], array)
