@@ -242,9 +242,9 @@ def _exit_code(run: Callable[[], int]) -> int:
         code = run()
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(error, "signal_number", EXIT_INTERRUPTED - EXIT_SIGNAL)
     except BrokenPipeError:
         if not _drop_broken_streams():
             raise

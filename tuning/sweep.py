@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from splash_workbench.errors import EXIT_USER_ERROR, UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
+from splash_workbench.startup import sigterm_raises
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
@@ -274,7 +274,7 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
         raise UserError(f"profile_top={config.profile_top}: expected at least 1.")
     if config.profile:
         sessions.require_tensorboard("profile=true")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ctrl-C does: workers end, the same command resumes
+    sigterm_raises()  # workers end, and the same command resumes
     result = sweep(settings)
     # Here, since pandas and Matplotlib take a second or more to import, and the first candidate would wait for it.
     from tuning.trials import tables

@@ -21,6 +21,7 @@ from splash_workbench import cli
 from splash_workbench.errors import TornLineWarning, UserError
 from splash_workbench.overrides import Keys, as_given, key_types
 from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
+from splash_workbench.startup import Terminated
 
 MISTAKES = [
     ("tuning.sweep", ("device=false",)),
@@ -273,6 +274,7 @@ def raising(error: BaseException) -> Callable[[Schema], int]:
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied\n"),
         (OSError(28, "No space left on device"), 2, "error: a file: No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+        (Terminated(), 143, "interrupted; the same command goes on from here\n"),
     ],
 )
 def test_exit_codes(run: Run, error: BaseException, code: int, message: str) -> None:
