@@ -14,6 +14,8 @@ from splash_workbench.errors import TornLineWarning, UserError
 from splash_workbench.files import NO_SPACE
 
 T = TypeVar("T")
+#: Torn lines of a file that are said one by one: a file of something else has nothing but such.
+_SAID = 3
 
 
 class RecordError(UserError, ValueError):
@@ -73,15 +75,15 @@ def read(path: Path, kind: type[T]) -> list[T]:
         return []
     if path.is_dir():
         raise RecordError(f"{path}: expected a file of records, got a folder; move it away.")
-    records = []
+    records: list[T] = []
+    torn: list[str] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):  # not JSON, or not UTF-8
-            torn = f"{path}:{number}: skipped a torn line of {len(line)} bytes."
-            warnings.warn(torn, TornLineWarning, stacklevel=1)  # from here: once, however many read it
+            torn.append(f"{path}:{number}: skipped a torn line of {len(line)} bytes.")
             continue
         try:
             records.append(decode(fields, kind))
@@ -89,4 +91,7 @@ def read(path: Path, kind: type[T]) -> list[T]:
             remedy = "delete this line, or move the file away"
             line_is = f"{path}:{number}: not a {kind.__name__} that this version reads"
             raise RecordError(f"{line_is} ({error}); {remedy}.") from error
+    more = [f"{path}: skipped {len(torn) - _SAID} more torn lines."] if len(torn) > _SAID else []
+    for message in torn[:_SAID] + more:
+        warnings.warn(message, TornLineWarning, stacklevel=1)  # from here: once, however many read it
     return records

@@ -83,6 +83,17 @@ def test_what_was_half_written_is_taken_back(tmp_path: Path, monkeypatch: pytest
     assert path.read_bytes() == before
 
 
+def test_a_file_of_something_else_is_not_told_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a record\n" * 40)
+    with pytest.warns(UserWarning) as said:
+        assert jsonl.read(path, Line) == []
+    assert [str(w.message).partition("notes.txt")[2] for w in said] == [
+        *(f":{number}: skipped a torn line of 12 bytes." for number in (1, 2, 3)),
+        ": skipped 37 more torn lines.",
+    ]
+
+
 @pytest.mark.parametrize("torn", [b'{"text": "a', '{"text": "é'.encode()[:-1], b"[" * 200_000])
 def test_a_torn_line_is_kept_apart_and_skipped_with_a_warning(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "lines.jsonl"
