@@ -51,7 +51,9 @@ def collective_kind(op: HloOp, module: HloModule) -> str | None:
     if opcode in _KINDS:
         return opcode
     if opcode in _UNMODELLED:
-        raise UnknownDumpFormatError(f"{op.name}: {opcode} is not modelled, expected one of {', '.join(_KINDS)}.")
+        of_host = "; jax.debug.print and callbacks are such: leave them out" if opcode in ("send", "recv") else ""
+        kinds = ", ".join(_KINDS)
+        raise UnknownDumpFormatError(f"{op.name}: {opcode} is not modelled, expected one of {kinds}{of_host}.")
     if op.opcode in ("fusion", "async-start"):
         inner = [o for o in module.inside(op) if o.opcode in _KINDS]
         if len(inner) > 1:

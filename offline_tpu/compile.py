@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ SLICE_SHAPES = {
 }
 #: By number of axes, the most chips that a pod has: the same sources.
 _POD_CHIPS = {2: 256, 3: 9216}
+#: libtpu dumps into one folder a process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
@@ -96,7 +99,7 @@ def predict(
     auto_layouts: bool = False,
     kept: Path | None = None,
 ) -> Prediction:
-    """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. One call at a time in a process.
+    """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. Calls in threads wait.
 
     Args:
       fn: a JAX function of arrays, jitted or not; Pallas TPU kernels may be inside.
@@ -117,16 +120,23 @@ def predict(
         the caller knows that it is of the same program, device and libtpu.
 
     Raises:
-      ValueError: neither or both of device and topology are given, or what is given is not known, compiler options
-        among it.
+      ValueError: neither or both of device and topology are given, or what is given is not known or no array, number of
+        trips or compiler option.
       RuntimeError: libtpu was loaded before, for something else, or it is another version; or an accelerator is here
         and JAX_PLATFORMS is not "cpu".
       jax.errors.JaxRuntimeError: the program does not compile, e.g. it does not fit VMEM or HBM.
       UnknownDumpFormatError: the dump is not in the known form.
     """
+    _check_call(fn, args)
+    for given, counts in (
+        ("grid_sizes", grid_sizes),
+        ("slow_grid_sizes", slow_grid_sizes),
+        ("trip_counts", trip_counts),
+    ):
+        _check_counts(given, counts or {})
     options = checked_options(compiler_options)
     spec = _find_device(device, topology).at_p_state(options)
-    values = _checked_values(values, args)
+    values = integers.checked_values(values, args)
 
     def prediction(
         facts: archive.Facts, folder: Path, trace: Callable[[], jax.stages.Traced], archived: bool = False
@@ -144,29 +154,30 @@ def predict(
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(kept, Path(folder))
             return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh, auto_layouts)[0], archived=True)
-    dump_dir = libtpu.find_dump_dir()
-    shutil.rmtree(dump_dir, ignore_errors=True)
-    dump_dir.mkdir(parents=True)
-    try:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        traced, mesh = _trace(fn, args, spec, mesh, auto_layouts)
-        compiled = _compile(traced, mesh, options)
-        facts = archive.Facts(
-            coords=[list(chip.coords) for chip in mesh.devices.flat],
-            **_peak_bytes(compiled),
-            compile_time_s=time.perf_counter() - start,
-            compile_cpu_s=time.process_time() - cpu_start,
-        )
-        if not any(dump_dir.iterdir()):
-            raise RuntimeError(
-                "libtpu was loaded in this process before, without the flags that make it dump schedules: expected "
-                "JAX_PLATFORMS=cpu in the environment, or `predict` before JAX's first array."
-            )
-        if kept is not None:
-            archive.pack(dump_dir, facts, kept)
-        return prediction(facts, dump_dir, lambda: traced)
-    finally:
+    with _ONE_AT_A_TIME:
+        dump_dir = libtpu.find_dump_dir()
         shutil.rmtree(dump_dir, ignore_errors=True)
+        dump_dir.mkdir(parents=True)
+        try:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            traced, mesh = _trace(fn, args, spec, mesh, auto_layouts)
+            compiled = _compile(traced, mesh, options)
+            facts = archive.Facts(
+                coords=[list(chip.coords) for chip in mesh.devices.flat],
+                **_peak_bytes(compiled),
+                compile_time_s=time.perf_counter() - start,
+                compile_cpu_s=time.process_time() - cpu_start,
+            )
+            if not any(dump_dir.iterdir()):
+                raise RuntimeError(
+                    "libtpu was loaded in this process before, without the flags that make it dump schedules: expected "
+                    "JAX_PLATFORMS=cpu in the environment, or `predict` before JAX's first array."
+                )
+            if kept is not None:
+                archive.pack(dump_dir, facts, kept)
+            return prediction(facts, dump_dir, lambda: traced)
+        finally:
+            shutil.rmtree(dump_dir, ignore_errors=True)
 
 
 def try_options(payload: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +265,24 @@ def _find_device(device: DeviceSpec | str | None, topology: str | None) -> Devic
     return by_name(device) if isinstance(device, str) else device  # type: ignore[return-value]
 
 
+def _check_call(fn: Any, args: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `fn` can be called, and all that it is called with are arrays, abstract or not."""
+    if not callable(fn):
+        raise ValueError(f"fn={fn!r}: expected a function of arrays.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"args{jax.tree_util.keystr(path)}={leaf!r}: expected an array, abstract or not; what is none is given to "
+                "`fn` by functools.partial."
+            )
+
+
+def _check_counts(given: str, counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            raise ValueError(f"{given}[{name!r}]={count!r}: expected a whole number, 0 or more.")
+
+
 def _peak_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Return the bytes of HBM that are reserved, and those of them in use at one time, as Facts has them."""
     memory = compiled.memory_analysis()
@@ -294,23 +323,6 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh, options: dict[str, str]) -> 
             if (refused := option_error(error)) is not None:
                 raise refused from error
             raise
-
-
-def _checked_values(values: Mapping[int, np.ndarray] | None, args: tuple[Any, ...]) -> dict[int, np.ndarray]:
-    leaves = jax.tree.leaves(args)
-    checked = {}
-    for position, value in (values or {}).items():
-        array = np.asarray(value)
-        if position not in range(len(leaves)):
-            raise ValueError(f"values={{{position}: ...}}: expected positions below {len(leaves)}, of the arguments.")
-        leaf = leaves[position]
-        if array.shape != leaf.shape or leaf.dtype != np.int32 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"values={{{position}: {array.dtype}{list(array.shape)}}}: expected integers of the shape of an int32 "
-                f"argument, and this one is {leaf.dtype}{list(leaf.shape)}."
-            )
-        checked[position] = array.astype(np.int32)
-    return checked
 
 
 @contextlib.contextmanager

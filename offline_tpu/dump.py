@@ -169,7 +169,7 @@ def _read_vmem(path: Path) -> dict[str, int]:
         data, _ = json.JSONDecoder().raw_decode(text, start.end())
         return {
             name: sum(block["block_size"] for block in op["blocks"] if block["block_type"] == "SCOPED")
-            for name, op in data["hlo_breakdowns"].items()
+            for name, op in (data["hlo_breakdowns"] or {}).items()
         }
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UnknownDumpFormatError(f"{path.name}: its data are not in the known form ({error}).") from error

@@ -55,6 +55,24 @@ def find(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> Integers:
     )
 
 
+def checked_values(values: Mapping[int, np.ndarray] | None, args: tuple[Any, ...]) -> dict[int, np.ndarray]:
+    """Return the values of int32 arguments by their positions in the flattened `args`. Raises ValueError for others."""
+    leaves = jax.tree.leaves(args)
+    checked = {}
+    for position, value in (values or {}).items():
+        array = np.asarray(value)
+        if position not in range(len(leaves)):
+            raise ValueError(f"values={{{position}: ...}}: expected positions below {len(leaves)}, of the arguments.")
+        leaf = leaves[position]
+        if array.shape != leaf.shape or leaf.dtype != np.int32 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"values={{{position}: {array.dtype}{list(array.shape)}}}: expected integers of the shape of an int32 "
+                f"argument, and this one is {leaf.dtype}{list(leaf.shape)}."
+            )
+        checked[position] = array.astype(np.int32)
+    return checked
+
+
 def _words(array: Any) -> _Words:
     return tuple(np.asarray(array).astype(np.int32).ravel().tolist())
 

@@ -30,9 +30,11 @@ def checked_options(options: Mapping[str, Value] | None) -> dict[str, str]:
     Raises:
       CompilerOptionError: a name or a value cannot be one of a flag.
     """
-    found = {}
-    for name, value in sorted((options or {}).items()):
-        if not _NAME.fullmatch(name):
+    found: dict[str, str] = {}
+    if not isinstance(options, Mapping | None):
+        raise CompilerOptionError(f"compiler_options={options!r}: expected a dict of flags, by name.")
+    for name, value in sorted((options or {}).items(), key=str):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise CompilerOptionError(
                 f"compiler_options: got {name!r}; expected a flag's name, e.g. xla_tpu_scoped_vmem_limit_kib."
             )

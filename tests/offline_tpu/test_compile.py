@@ -2,9 +2,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -101,6 +104,46 @@ def test_device_and_topology_exclude_each_other() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ValueError, match="device='v99': expected one of"):
         offline_tpu.predict(lambda x: x, device="v99")
+
+
+X = jax.ShapeDtypeStruct((256, 256), "float32")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((3, X), {}, "fn=3: expected a function of arrays"),
+        ((jnp.multiply, X, 2.0), {}, r"args\[1\]=2.0: expected an array, abstract or not; .* functools.partial"),
+        ((lambda x: x, {"a": [X, "mean"]}), {}, r"args\[0\]\['a'\]\[1\]='mean': expected an array"),
+        ((jnp.sin, X), {"compiler_options": ["a"]}, r"compiler_options=\['a'\]: expected a dict of flags"),
+        ((jnp.sin, X), {"compiler_options": {3: 4}}, "compiler_options: got 3; expected a flag's name"),
+        ((jnp.sin, X), {"grid_sizes": {"f": -3}}, r"grid_sizes\['f'\]=-3: expected a whole number, 0 or more"),
+        ((jnp.sin, X), {"trip_counts": {"f": "a"}}, r"trip_counts\['f'\]='a': expected a whole number"),
+    ],
+)
+def test_what_is_no_call_is_refused_in_one_line(args: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        offline_tpu.predict(*args, device=V6E, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.compile
+def test_calls_in_threads_wait_for_one_another() -> None:
+    """libtpu dumps into one folder a process, and aborts where another call has removed it."""
+    with ThreadPoolExecutor(3) as threads:
+        times = list(threads.map(lambda n: offline_tpu.predict(lambda a: a @ a + n, X, device=V6E).time_s, [1, 1, 1]))
+    assert times[0] == times[1] == times[2] > 0
+
+
+@pytest.mark.compile
+def test_a_function_that_returns_nothing_is_predicted() -> None:
+    assert offline_tpu.predict(lambda a: None, X, device=V6E).time_s >= 0
+
+
+@pytest.mark.compile
+def test_transfers_with_the_host_are_refused_with_what_to_do() -> None:
+    with pytest.raises(offline_tpu.UnknownDumpFormatError, match=r"jax.debug.print and callbacks are such: leave them"):
+        offline_tpu.predict(lambda a: (jax.debug.print("{}", a.sum()), a)[1], X, device=V6E)
 
 
 @pytest.mark.compile
