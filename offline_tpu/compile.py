@@ -272,8 +272,8 @@ def _check_call(fn: Any, args: tuple[Any, ...]) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"args{jax.tree_util.keystr(path)}={leaf!r}: expected an array, abstract or not; what is none is given to "
-                "`fn` by functools.partial."
+                f"args{jax.tree_util.keystr(path)}={leaf!r}: expected an array, abstract or not; what is none is given "
+                "to `fn` by functools.partial."
             )
 
 
