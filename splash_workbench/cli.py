@@ -44,7 +44,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 #: Keys of schemas that hold paths.
 _PATHS = {
     *("cache_dir", "dumps", "folder", "json", "logdir", "measured", "output", "output_dir", "page_dir", "predictions"),
-    *("prompts", "results_dir"),
+    *("prompts", "results_dir", "storage"),
     *("results_path", "run_dir", "start_from", "tuned", "tuned_dir", "validation", "videos_dir", "work_dir"),
 }
 #: Those of files; of the others the last part of the name says whether a folder is meant.
@@ -105,6 +105,7 @@ def command(
         for resolver, resolve in (resolvers or {}).items():
             OmegaConf.register_new_resolver(resolver, resolve, replace=True)
         outcomes: list[int | Exception] = []
+        written: set[str] = set()
 
         def task(config: DictConfig) -> None:
             if any(isinstance(outcome, int) and outcome >= EXIT_SIGNAL for outcome in outcomes):
@@ -115,6 +116,9 @@ def command(
                 settings: Any = from_config(lambda: OmegaConf.to_object(config))
                 _finish_values(settings)
                 _check_outputs(settings)
+                if (path := getattr(settings, "json", None)) in written:
+                    raise UserError(f"json={path}: holds the run before; expected one a run, as json=a.json,b.json")
+                written.update([path] if path is not None else [])
                 outcomes.append(function(settings))
             except Exception as error:  # kept from Hydra, which would add lines of its own
                 outcomes.append(error)

@@ -80,6 +80,8 @@ class Keys:
         if options.help:  # which is a string.Template
             options.overrides = [override.replace("$", "$$") for override in options.overrides]
         overrides = [self._quoted(override, options.multirun) for override in options.overrides]
+        # As it is by default; Hydra itself takes no null for a group.
+        overrides = [each for each in overrides if each not in {f"{group}=null" for group in self.unset_groups}]
         for override in overrides:
             self._check(override)
             group, dot, _ = override.partition("=")[0].partition(".")
@@ -125,11 +127,7 @@ class Keys:
             raise UserError(f"{key}: no such key{self._nearest(key)}")
         if parsed.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or parsed.package is not None:
             raise UserError(f"{override}: expected {key}=value; +, ~ and @ have no use here")
-        if (
-            key in self.groups
-            and not parsed.is_sweep_override()
-            and isinstance(parsed.value(), bool | int | float | dict)
-        ):
+        if key in self.groups and not parsed.is_sweep_override() and not isinstance(parsed.value(), str):
             raise UserError(f"{override}: expected {key}=name, with a name of configs/{key}/")
 
     def _is_known(self, key: str) -> bool:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import re
+import shlex
 import shutil
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -173,7 +174,7 @@ def require_tensorboard(what_for: str) -> None:
 
 def tensorboard_command(logdir: Path, port: int = PORT) -> str:
     """Return the command that shows a logdir, to this machine only."""
-    return f"tensorboard --logdir {logdir} --host 127.0.0.1 --port {port}"
+    return f"tensorboard --logdir {shlex.quote(str(logdir))} --host 127.0.0.1 --port {port}"
 
 
 def link(session: str, tool: str, hosts: Sequence[str], *, base: str | None = None, port: int = PORT) -> str:

@@ -1,6 +1,7 @@
 """The command-line layer, and what all commands have in common through it."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -230,6 +231,19 @@ def test_what_is_meant_for_hydra_is_left_to_hydra() -> None:
 
 def test_several_runs_end_with_the_worst_code(run: Run) -> None:
     assert run(entry_point(lambda settings: settings.top or 0), "--multirun", "top=1,3,0")[0] == 3
+
+
+def test_several_runs_have_a_json_each(run: Run, tmp_path: Path) -> None:
+    def write(settings: Schema) -> int:
+        cli.write_json(settings.json, {"top": settings.top})
+        return 0
+
+    code, _, said = run(entry_point(write), "--multirun", "top=1,2", f"json={tmp_path}/a.json")
+    assert (code, said) == (
+        2,
+        f"error: json={tmp_path}/a.json: holds the run before; expected one a run, as json=a.json,b.json\n",
+    )
+    assert json.loads((tmp_path / "a.json").read_text()) == {"top": 1}
 
 
 def test_several_runs_all_happen_and_leave_nothing(run: Run, tmp_path: Path) -> None:

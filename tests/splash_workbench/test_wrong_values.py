@@ -83,6 +83,34 @@ def test_a_key_of_a_group_that_is_not_chosen(
     assert capsys.readouterr().err == "error: workload.num_heads=24: expected workload=name beside it\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "argument", "expected"),
+    [
+        ("tuning.choose", "device=null", "device=null: expected device=name, with a name of configs/device/"),
+        ("tuning.choose", "device=[v6e,v5e]", "device=[v6e,v5e]: expected device=name"),
+        ("tuning.sweep", "search=null", "search=null: expected search=name"),
+        ("tuning.sweep", "search.storage=", "storage='': expected a path, or null"),
+    ],
+)
+def test_a_group_is_a_name_and_a_storage_is_told(
+    module: str, argument: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", argument])
+    assert main_of(module)() == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+
+
+def test_a_group_that_is_null_by_default_may_be_given_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for arguments in ([], ["workload=null", "device=null"]):
+        monkeypatch.setattr(sys, "argv", ["command", "results_dir=none", *arguments])
+        said.append((main_of("tuning.results")(), capsys.readouterr()))
+    assert said[0] == said[1]
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(("module", "arguments"), list(cases()))
 def test_a_wrong_value_is_one_line(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import os
 import tempfile
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from splash_workbench.errors import UserError
-from splash_workbench.files import write_json
+from splash_workbench.files import locked, write_json
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import utc_now
 from splash_workbench.trial_status import Status
@@ -67,7 +68,8 @@ class Session:
     def run(self) -> SelfCheck:
         """Run the parts; return all that was found. It is in the file at every moment, if this one is the last, too."""
         first, *others = PARTS
-        with self._work:
+        busy = f"{self.output_dir}: another self-check writes here; wait for it, or give output_dir=FOLDER."
+        with locked(self.output_dir / ".selfcheck.lock", busy), self._work:
             self._run_part(first, first.tasks({}), [first, *self._wanted(others)])
             if not self.found.environment:
                 self._leave_out({part.name: "the chips were not found" for part in others})
@@ -149,12 +151,17 @@ class Session:
             self._update(rows=(*found.rows, self._row(task, result)))
 
     def _begin(self, environment: dict[str, Any]) -> None:
-        """Take the chips as found; go on with today's file of the same chips."""
+        """Take the chips as found; go on with today's file of the same chips. One of others is left as it is."""
         kind = environment["device_kind"]
-        self.path = self.output_dir / file_name(kind, _today())
-        before = _read(self.path) if self.resume else None
-        if before is not None and before.same_place(environment):
-            self.found = msgspec.structs.replace(before, left_out={}, failures=())
+        first = self.path = self.output_dir / file_name(kind, _today())
+        for number in itertools.count(2):
+            before = _read(self.path, strict=self.resume)
+            if before is None or before.same_place(environment):
+                break
+            self.path = first.with_stem(f"{first.stem}-{number}")
+        if before is not None and self.resume:
+            others = tuple(each for each in before.failures if each.part not in (*self.parts, "environment"))
+            self.found = msgspec.structs.replace(before, left_out={}, failures=others)
         self._update(environment=environment, device_kind=kind)
 
     def _row(self, task: Task, result: Mapping[str, Any]) -> TimedRow:
@@ -191,12 +198,15 @@ class Session:
         write_json(self.path, jsonl.encode(self.found))
 
 
-def _read(path: Path) -> SelfCheck | None:
+def _read(path: Path, *, strict: bool) -> SelfCheck | None:
+    """Return what a file holds; without `strict` None for one that cannot be read, which is then replaced."""
     if not path.exists():
         return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=SelfCheck)
     except (msgspec.DecodeError, ValueError) as error:
+        if not strict:
+            return None
         raise UserError(f"{path}: {error}; move it away, or start anew with resume=false.") from error
 
 

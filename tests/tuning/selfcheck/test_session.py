@@ -15,6 +15,8 @@ import played_chip
 from helpers import PLENTY_S
 from splash_attn import tuned
 from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_workbench import files
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import REPO_ROOT
 from tuning.selfcheck import __main__ as command
 from tuning.selfcheck import session as module
@@ -121,6 +123,29 @@ def test_what_fails_costs_only_itself(check: Any) -> None:
     found = check("healthy", "numerics", "text")
     assert not found.failures and len(found.rows) == 1
     assert not any(text.startswith("numerics") for text in check.said)
+
+
+def test_failures_of_parts_not_asked_for_are_kept(check: Any) -> None:
+    check("crashing", "text")
+    found = check("healthy", "numerics")
+    assert [failure.part for failure in found.failures] == ["text"] and len(found.checks) == 1
+
+
+def test_what_other_versions_found_is_left_as_it_is(check: Any) -> None:
+    check("healthy", "numerics")
+    first = check.path
+    content = json.loads(first.read_text())
+    content["environment"]["versions"]["jax"] = "0.0.1"
+    first.write_text(json.dumps(content))
+    for _ in range(2):  # the second goes on with the second file
+        found = check("healthy", "environment")
+        assert check.path.name == f"{first.stem}-2.json" and not found.checks
+    assert json.loads(first.read_text()) == content
+
+
+def test_two_self_checks_do_not_write_one_file(check: Any, tmp_path: Path) -> None:
+    with files.locked(tmp_path / ".selfcheck.lock", None), pytest.raises(UserError, match="another self-check writes"):
+        check("healthy", "numerics")
 
 
 def test_a_part_that_hangs_is_ended(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
