@@ -118,8 +118,8 @@ def command(
                 _check_outputs(settings)
                 if (path := getattr(settings, "json", None)) in written:
                     raise UserError(f"json={path}: holds the run before; expected one a run, as json=a.json,b.json")
-                written.update([path] if path is not None else [])
                 outcomes.append(function(settings))
+                written.update([path] if path is not None else [])
             except Exception as error:  # kept from Hydra, which would add lines of its own
                 outcomes.append(error)
 
