@@ -6,7 +6,6 @@ python -m offline_tpu my_ops.py:attention bf16[1,16,4096,128] bf16[1,16,4096,128
 
 import argparse
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from offline_tpu.machine.devices import DEVICES, by_name
 from offline_tpu.options import parse_options
 from splash_workbench import cli
 from splash_workbench.errors import OF_USERS_CODE, UserError, innermost_line
-from splash_workbench.files import user_path
+from splash_workbench.files import run_file, user_path
 
 _ARRAY = re.compile(r"(\w+)\[((?:\d+(?:,\d+)*)?)\]")
 #: HLO's names of dtypes, as its dumps have them.
@@ -106,12 +105,7 @@ def _import(source: str) -> ModuleType:
         return importlib.import_module(source)
     path = user_path(source).absolute()
     sys.path.insert(0, str(path.parent))  # as Python does for a script, which may import what lies beside it
-    name = f"_file_{path.stem}"  # no module of another's
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return run_file(path, f"_file_{path.stem}")
 
 
 def _parse_array(text: str) -> jax.ShapeDtypeStruct:

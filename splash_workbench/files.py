@@ -1,13 +1,16 @@
-"""Writes files that are either whole or not there."""
+"""Writes files that are either whole or not there; finds and runs those that a user names."""
 
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from splash_workbench.errors import UserError
@@ -19,6 +22,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def user_path(text: str | Path) -> Path:
     """Return a path that a user gave, `~` being their home; of a user who is not known it stays as it is."""
     return Path(os.path.expanduser(text))  # Path.expanduser raises there
+
+
+def run_file(path: Path, name: str) -> ModuleType:
+    """Run a Python file and return it as the module `name`, which no other may have; the folder goes on no path."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splash_workbench.errors import OF_USERS_CODE, line_of
-from splash_workbench.files import user_path
+from splash_workbench.files import run_file, user_path
 from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
 from tuning.kernels.attention import ATTENTION_KERNELS
 from tuning.kernels.protocol import Kernel, KernelError, tunables
@@ -115,14 +115,10 @@ def _run(path: Path, mtime_ns: int) -> types.ModuleType:
     """
     del mtime_ns  # part of the cache's key only
     name = f"_kernel_{path.stem}_{stable_hash(str(path))}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module  # dataclasses look their module up
     sys.path.insert(0, str(path.parent))
     token = _loading.set(path.name)
     try:
-        module_spec.loader.exec_module(module)
+        return run_file(path, name)
     except KernelError:
         raise
     except (Exception, SystemExit) as error:
@@ -130,7 +126,6 @@ def _run(path: Path, mtime_ns: int) -> types.ModuleType:
     finally:
         _loading.reset(token)
         sys.path.remove(str(path.parent))
-    return module
 
 
 def checked(kind: type[Kernel[Any, Any]]) -> Kernel[Any, Any]:

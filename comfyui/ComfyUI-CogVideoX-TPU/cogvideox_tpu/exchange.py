@@ -108,8 +108,8 @@ def load(name: str, kind: str) -> Embeds | Latents:
     stage: Any = "text" if kind == "embeddings" else "vae"
     if checkpoint.identities(stage)[stage] != details["weights"]:
         raise RequestError(f"file={name!r}: made with other weights of model_id={checkpoint.name!r}; make it again")
-    transformer = checkpoint.config("transformer")
     if kind == "embeddings":
+        transformer = checkpoint.config("transformer")
         expected = {1: transformer["max_text_seq_length"], 2: transformer["text_embed_dim"]}
     else:
         expected = {0: 1, 2: checkpoint.config("vae")["latent_channels"]}
