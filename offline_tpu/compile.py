@@ -1,6 +1,7 @@
 """Compiles a function for a TPU that is not here, and turns what the compiler wrote down into a prediction."""
 
 import contextlib
+import functools
 import math
 import re
 import shutil
@@ -128,14 +129,11 @@ def predict(
       UnknownDumpFormatError: the dump is not in the known form.
     """
     _check_call(fn, args)
-    for given, counts in (
-        ("grid_sizes", grid_sizes),
-        ("slow_grid_sizes", slow_grid_sizes),
-        ("trip_counts", trip_counts),
-    ):
-        _check_counts(given, counts or {})
+    _check_counts(grid_sizes=grid_sizes, slow_grid_sizes=slow_grid_sizes, trip_counts=trip_counts)
     options = checked_options(compiler_options)
     spec = _find_device(device, topology).at_p_state(options)
+    if mesh is not None:
+        _check_mesh(mesh, spec, topology)
     values = integers.checked_values(values, args)
 
     def prediction(
@@ -277,10 +275,22 @@ def _check_call(fn: Any, args: tuple[Any, ...]) -> None:
             )
 
 
-def _check_counts(given: str, counts: Mapping[str, int]) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
-            raise ValueError(f"{given}[{name!r}]={count!r}: expected a whole number, 0 or more.")
+def _check_mesh(mesh: Mesh, device: DeviceSpec, topology: str | None) -> None:
+    """Raise ValueError unless a mesh is of the device, and of all of the topology."""
+    expected = f"expected one of offline_tpu.topology_mesh, of {topology or device.name}."
+    if (kinds := {chip.device_kind for chip in mesh.devices.flat}) != {device.device_kind}:
+        raise ValueError(f"mesh: its devices are {', '.join(sorted(kinds))}; {expected}")
+    if topology is not None:
+        count = len(libtpu.describe_topology(parse_topology(topology)[1]).devices)
+        if mesh.size != count:
+            raise ValueError(f"mesh: it has {mesh.size} devices, and {topology} has {count}; {expected}")
+
+
+def _check_counts(**given: Mapping[str, int] | None) -> None:
+    for argument, counts in given.items():
+        for name, count in (counts or {}).items():
+            if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+                raise ValueError(f"{argument}[{name!r}]={count!r}: expected a whole number, 0 or more.")
 
 
 def _peak_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -311,7 +321,10 @@ def _trace(
         if auto_layouts:
             layouts: Any = jax.tree.map(lambda a: Format(Layout.AUTO, a.sharding), args)
             return jax.jit(fn, in_shardings=layouts, out_shardings=Format(Layout.AUTO)).trace(*args), mesh
-        return (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args), mesh
+        if hasattr(fn, "trace"):
+            fn.clear_cache()  # type: ignore[attr-defined] # compiled before, it would leave no dump
+            return fn.trace(*args), mesh
+        return jax.jit(functools.wraps(fn)(lambda *arrays: fn(*arrays))).trace(*args), mesh  # likewise
 
 
 def _compile(traced: jax.stages.Traced, mesh: Mesh, options: dict[str, str]) -> jax.stages.Compiled:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +32,8 @@ SUPPORTED_JAXLIB = "0.10.2"
 #: Patterns of the files that make a prediction, for `splash_workbench.provenance`: without __init__ and __main__.
 SOURCES = ("offline_tpu/**/[!_]*.py",)
 
-_DUMP_FLAG = re.compile(r"--xla_jf_dump_to=(\S+)")
+#: Names the folder that `predict` empties and removes. A user's own --xla_jf_dump_to names one that it must not.
+_DUMP_VARIABLE = "OFFLINE_TPU_DUMP_DIR"
 
 
 def worker_environment(device: DeviceSpec, dump_dir: Path, compiler: str = SUPPORTED_LIBTPU) -> dict[str, str]:
@@ -55,6 +55,7 @@ def worker_environment(device: DeviceSpec, dump_dir: Path, compiler: str = SUPPO
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
         "TPU_MIN_LOG_LEVEL": "3",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        _DUMP_VARIABLE: str(dump_dir),
         "LIBTPU_INIT_ARGS": (
             f"--xla_jf_dump_to={dump_dir} --xla_jf_dump_llo_text=true "
             "--xla_jf_dump_llo_pass_label_regex=^(final_(bundles|hlo-static-per-bundle-utilization)|overlay-graph)$"
@@ -69,8 +70,8 @@ def find_dump_dir() -> Path:
       RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or another libtpu is installed.
     """
     check_versions()
-    match = _DUMP_FLAG.search(os.environ.get("LIBTPU_INIT_ARGS", ""))
-    return Path(match[1]) if match else Path(_load().name) / "dump"
+    folder = os.environ.get(_DUMP_VARIABLE)
+    return Path(folder) if folder else Path(_load().name) / "dump"
 
 
 @functools.cache

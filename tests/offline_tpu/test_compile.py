@@ -147,6 +147,47 @@ def test_transfers_with_the_host_are_refused_with_what_to_do() -> None:
 
 
 @pytest.mark.compile
+def test_a_folder_of_the_user_that_libtpu_dumps_to_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("dumped before")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_jf_dump_to={tmp_path}")
+    assert offline_tpu.predict(jnp.sin, X, device=V6E).time_s > 0
+    assert (tmp_path / "kept").read_text() == "dumped before"
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_a_sharded_function_is_predicted_as_often_as_one_likes(is_jitted: bool) -> None:
+    """JAX keeps what it has compiled, and a hit would bring no schedule."""
+    mesh = offline_tpu.topology_mesh("v6e-4", (4,), ("rows",))
+    x = jax.ShapeDtypeStruct((1024, 256), "float32", sharding=jax.NamedSharding(mesh, jax.P("rows")))
+
+    def twice(a: jax.Array) -> jax.Array:
+        return a + a
+
+    fn = jax.jit(twice) if is_jitted else twice
+    first, second = (offline_tpu.predict(fn, x, topology="v6e-4", mesh=mesh) for _ in range(2))
+    assert first.time_s == second.time_s > 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "v5e"}, "mesh: its devices are TPU v6 lite; expected one of offline_tpu.topology_mesh, of v5e"),
+        ({"topology": "v5e-4"}, "mesh: its devices are TPU v6 lite; expected .* of v5e-4"),
+        ({"topology": "v6e-8"}, "mesh: it has 4 devices, and v6e-8 has 8"),
+    ],
+)
+def test_a_mesh_of_other_devices_is_refused(options: Any, message: str) -> None:
+    """It was predicted by one chip's schedule at the other's clock."""
+    mesh = offline_tpu.topology_mesh("v6e-4", (4,), ("rows",))
+    with pytest.raises(ValueError, match=message):
+        offline_tpu.predict(jnp.sin, X, mesh=mesh, **options)
+
+
+@pytest.mark.compile
 def test_a_persistent_cache_of_the_user_is_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """A hit would bring no schedule; JAX warns of an entry that it cannot load without the chip."""
     options = {
