@@ -2,20 +2,19 @@
 
 import contextlib
 import functools
+import logging
 import math
-import re
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -26,64 +25,17 @@ from offline_tpu.machine.constants import core_timing
 from offline_tpu.machine.devices import DeviceSpec, by_name
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.machine.links import Grid
-from offline_tpu.options import Value, checked_options, option_error
+from offline_tpu.machine.topology import parse_topology
+from offline_tpu.options import Value, checked_options, option_error, options_text
 from offline_tpu.prediction import Prediction
 from offline_tpu.program_time import ProgramCost
-from splash_workbench.trial_status import compile_error
+from splash_workbench.files import require_writable_file, user_path
+from splash_workbench.trial_status import TrialError, compile_error
 
-#: By number of axes: TensorCores, which slices are named by -> shape of the slice of chips. Sources:
-#: https://cloud.google.com/tpu/docs/v6e, where slices are flat and a chip has one, and .../tpu7x and .../v5p, where a
-#: chip has two.
-SLICE_SHAPES = {
-    2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
-    3: {2: "1x1x1", 8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
-}
-#: By number of axes, the most chips that a pod has: the same sources.
-_POD_CHIPS = {2: 256, 3: 9216}
+logger = logging.getLogger(__name__)
+
 #: libtpu dumps into one folder a process.
 _ONE_AT_A_TIME = threading.Lock()
-
-
-def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
-    """Return a mesh of devices that are not here.
-
-    Args:
-      topology: "v6e-8" (so many chips, in the shape that such a slice has) or "v6e:2x4" (that shape).
-      shape, axis_names: of the mesh; neighbours on the chips' own grid are kept together where that is possible.
-
-    Raises:
-      ValueError: the topology is not known, or the mesh does not have as many devices.
-      RuntimeError: as for `predict`.
-    """
-    _, name = parse_topology(topology)
-    libtpu.find_dump_dir()
-    description = libtpu.describe_topology(name)
-    if math.prod(shape) != len(description.devices):
-        raise ValueError(f"shape={tuple(shape)}: expected {len(description.devices)} devices, as {topology} has.")
-    return topologies.make_mesh(description, tuple(shape), tuple(axis_names))
-
-
-def parse_topology(topology: str) -> tuple[DeviceSpec, str]:
-    """Return the device of a topology and the name that libtpu knows it by: "v6e-8" is (v6e, "v6e:2x4").
-
-    Raises:
-      ValueError: it is not known.
-    """
-    name, separator, size = topology.replace(":", "-").partition("-")
-    device = by_name(name, given=f"{topology=}")
-    platform, _, shape = device.topology.partition(":")
-    if not separator:
-        return device, device.topology
-    axes = shape.count("x") + 1
-    slices = SLICE_SHAPES[axes]
-    if re.fullmatch("x".join(["[1-9][0-9]*"] * axes), size):
-        if math.prod(map(int, size.split("x"))) > _POD_CHIPS[axes]:
-            raise ValueError(f"{topology=}: expected at most {_POD_CHIPS[axes]} chips, the largest {name} slice.")
-        return device, f"{platform}:{size}"
-    if not size.isdigit() or int(size) not in slices:
-        counts = ", ".join(map(str, slices))
-        raise ValueError(f"{topology=}: expected {name}-N with N one of {counts}, or chips as {name}:{shape}.")
-    return device, f"{platform}:{slices[int(size)]}"
 
 
 def predict(
@@ -98,7 +50,7 @@ def predict(
     values: Mapping[int, np.ndarray] | None = None,
     compiler_options: Mapping[str, Value] | None = None,
     auto_layouts: bool = False,
-    kept: Path | None = None,
+    kept: Path | str | None = None,
 ) -> Prediction:
     """Compile `fn` and predict its time from the compiler's schedule. Nothing is run. Calls in threads wait.
 
@@ -130,6 +82,11 @@ def predict(
     """
     _check_call(fn, args)
     _check_counts(grid_sizes=grid_sizes, slow_grid_sizes=slow_grid_sizes, trip_counts=trip_counts)
+    if not isinstance(auto_layouts, bool):
+        raise ValueError(f"{auto_layouts=}: expected True or False.")
+    kept = None if kept is None else user_path(kept)
+    if kept is not None and not kept.is_file():
+        require_writable_file(f"kept={kept}", kept)
     options = checked_options(compiler_options)
     spec = _find_device(device, topology).at_p_state(options)
     if mesh is not None:
@@ -146,9 +103,11 @@ def predict(
             return _costs(spec, facts, folder, grid_sizes, trip_counts or {}, find_integers, archived)
 
         slow_time_s = costs(slow_grid_sizes)[2] if slow_grid_sizes else None
-        return _prediction(spec, facts, options, *costs(grid_sizes or {}), slow_time_s)
+        dump, program, time_s = costs(grid_sizes or {})
+        _tell_of_strangers(dump, grid_sizes=grid_sizes, slow_grid_sizes=slow_grid_sizes, trip_counts=trip_counts)
+        return _prediction(spec, facts, options, dump, program, time_s, slow_time_s)
 
-    if kept is not None and kept.exists():
+    if kept is not None and kept.is_file():
         with tempfile.TemporaryDirectory() as folder:
             facts = archive.unpack(kept, Path(folder))
             return prediction(facts, Path(folder), lambda: _trace(fn, args, spec, mesh, auto_layouts)[0], archived=True)
@@ -186,6 +145,10 @@ def try_options(payload: dict[str, Any]) -> dict[str, Any]:
             predict(jnp.exp, x, device=payload["device"], compiler_options=options)
         except ValueError as error:
             raise compile_error(error) from error
+        except jax.errors.JaxRuntimeError as error:
+            reason = compile_error(error)
+            text = f"compiler_options: {options_text(options)}: the smallest program does not compile: {reason}"
+            raise TrialError(reason.status, text) from error
     return {}
 
 
@@ -260,7 +223,7 @@ def _find_device(device: DeviceSpec | str | None, topology: str | None) -> Devic
         raise ValueError(f"{device=}, {topology=}: expected one of them.")
     if topology is not None:
         return parse_topology(topology)[0]
-    return by_name(device) if isinstance(device, str) else device  # type: ignore[return-value]
+    return device if isinstance(device, DeviceSpec) else by_name(device)  # type: ignore[arg-type]
 
 
 def _check_call(fn: Any, args: tuple[Any, ...]) -> None:
@@ -286,11 +249,33 @@ def _check_mesh(mesh: Mesh, device: DeviceSpec, topology: str | None) -> None:
             raise ValueError(f"mesh: it has {mesh.size} devices, and {topology} has {count}; {expected}")
 
 
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | np.integer) and bool(value >= 0)
+
+
 def _check_counts(**given: Mapping[str, int] | None) -> None:
     for argument, counts in given.items():
+        if not isinstance(counts, Mapping | None):
+            raise ValueError(f"{argument}={counts!r}: expected a dict of whole numbers, by name.")
         for name, count in (counts or {}).items():
-            if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 0:
+            if not _is_count(count):
                 raise ValueError(f"{argument}[{name!r}]={count!r}: expected a whole number, 0 or more.")
+
+
+def _tell_of_strangers(dump: Dump, trip_counts: Mapping[str, int] | None, **sizes: Mapping[str, int] | None) -> None:
+    """Tell where nothing of a program has one of the names that were given, in part of a loop's scope."""
+    kernels = dump.names_of("custom-call")
+    for argument, given in sizes.items():
+        if given and not kernels & given.keys():
+            logger.warning("%s: no kernel is named %s; it has %s", argument, _listed(given), _listed(kernels))
+    scopes = dump.scopes_of("while")
+    for text in trip_counts or {}:
+        if not any(text in scope for scope in scopes):
+            logger.warning("trip_counts: no loop's scope contains %r; they are %s", text, _listed(scopes))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _peak_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -331,7 +316,9 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh, options: dict[str, str]) -> 
     with jax.set_mesh(mesh), _kept_out_of_compilation_cache():
         lowered = traced.lower()
         try:
-            return lowered.compile(compiler_options=options or None)
+            # As Python's booleans, which XLA's own options take, and libtpu's as well as text.
+            given = {name: {"true": True, "false": False}.get(value, value) for name, value in options.items()}
+            return lowered.compile(compiler_options=given or None)
         except jax.errors.JaxRuntimeError as error:
             if (refused := option_error(error)) is not None:
                 raise refused from error

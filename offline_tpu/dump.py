@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from offline_tpu.hlo import ragged, values
@@ -109,6 +109,17 @@ class Dump:
         if not complete and any(text.startswith("branch") for text in schedule.unresolved):
             return dataclasses.replace(schedule, unresolved=(UNKNOWN_TRIPS, *schedule.unresolved))
         return schedule
+
+    def names_of(self, opcode: str) -> set[str]:
+        """Return the names of all ops of a kind, without the numbers that tell ops of one name apart."""
+        return {op.name.rsplit(".", 1)[0] for op in self._all(opcode)}
+
+    def scopes_of(self, opcode: str) -> set[str]:
+        """Return the scopes of all ops of a kind."""
+        return {op.scope for op in self._all(opcode)}
+
+    def _all(self, opcode: str) -> Iterator[HloOp]:
+        return (op for ops in self.module.computations.values() for op in ops if op.opcode == opcode)
 
     def _known_operands(self, computation: str, op: HloOp) -> tuple[dict[int, tuple[int, ...]], bool]:
         """Return the known words by operand, and whether all integers that may decide how often loops run are known."""

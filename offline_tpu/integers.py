@@ -57,6 +57,8 @@ def find(jaxpr: core.ClosedJaxpr, values: Mapping[int, np.ndarray]) -> Integers:
 
 def checked_values(values: Mapping[int, np.ndarray] | None, args: tuple[Any, ...]) -> dict[int, np.ndarray]:
     """Return the values of int32 arguments by their positions in the flattened `args`. Raises ValueError for others."""
+    if not isinstance(values, Mapping | None):
+        raise ValueError(f"values={values!r:.100}: expected a dict of arrays, by position of the argument.")
     leaves = jax.tree.leaves(args)
     checked = {}
     for position, value in (values or {}).items():

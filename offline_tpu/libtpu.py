@@ -3,24 +3,32 @@
 import contextlib
 import dataclasses
 import functools
+import logging
+import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from offline_tpu.machine.devices import DEVICES, DeviceSpec
 from offline_tpu.machine.errors import UnsupportedVersionError
+from offline_tpu.machine.topology import parse_topology
 from splash_workbench import provenance
 from splash_workbench.accelerator import accelerator_visible
-from splash_workbench.files import ensure_folder
+from splash_workbench.errors import UserError
+from splash_workbench.files import ensure_folder, require_writable
 from splash_workbench.profiles.profiler import load_libtpu_without_profiler
+
+logger = logging.getLogger(__name__)
 
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
@@ -34,6 +42,8 @@ SOURCES = ("offline_tpu/**/[!_]*.py",)
 
 #: Names the folder that `predict` empties and removes. A user's own --xla_jf_dump_to names one that it must not.
 _DUMP_VARIABLE = "OFFLINE_TPU_DUMP_DIR"
+#: Room for a program's dump.
+_DUMP_BYTES = 2**25
 
 
 def worker_environment(device: DeviceSpec, dump_dir: Path, compiler: str = SUPPORTED_LIBTPU) -> dict[str, str]:
@@ -44,7 +54,7 @@ def worker_environment(device: DeviceSpec, dump_dir: Path, compiler: str = SUPPO
     Raises:
       UnsupportedVersionError: another libtpu or jaxlib is installed.
     """
-    check_versions(compiler)
+    _check_versions(compiler)
     is_beside = installed_version("libtpu") != compiler
     beside = {"TPU_LIBRARY_PATH": str(folder_beside(compiler) / "libtpu" / "libtpu.so")} if is_beside else {}
     return beside | {
@@ -68,8 +78,9 @@ def find_dump_dir() -> Path:
 
     Raises:
       RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or another libtpu is installed.
+      UserError: as `check_setup`.
     """
-    check_versions()
+    check_setup()
     folder = os.environ.get(_DUMP_VARIABLE)
     return Path(folder) if folder else Path(_load().name) / "dump"
 
@@ -100,6 +111,29 @@ def describe_topology(name: str) -> topologies.TopologyDescription:
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
+def topology_mesh(topology: str, shape: Sequence[int], axis_names: Sequence[str]) -> Mesh:
+    """Return a mesh of devices that are not here.
+
+    Args:
+      topology: "v6e-8" (so many chips, in the shape that such a slice has) or "v6e:2x4" (that shape).
+      shape, axis_names: of the mesh; neighbours on the chips' own grid are kept together where that is possible.
+
+    Raises:
+      ValueError: the topology is not known, or the mesh does not have as many devices, or a name for each axis.
+      RuntimeError: as for `predict`.
+    """
+    _, name = parse_topology(topology)
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{shape=}: expected a tuple of whole numbers, 1 or more.")
+    if isinstance(axis_names, str) or len(set(axis_names)) != len(axis_names) or len(axis_names) != len(shape):
+        raise ValueError(f"{axis_names=}: expected a tuple of names, another for each axis of shape={tuple(shape)}.")
+    find_dump_dir()
+    description = describe_topology(name)
+    if math.prod(shape) != len(description.devices):
+        raise ValueError(f"shape={tuple(shape)}: expected {len(description.devices)} devices, as {topology} has.")
+    return topologies.make_mesh(description, tuple(shape), tuple(axis_names))
+
+
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
@@ -114,8 +148,31 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_versions(compiler: str = SUPPORTED_LIBTPU) -> None:
-    """Raise UnsupportedVersionError unless this libtpu and SUPPORTED_JAXLIB are installed."""
+def check_setup() -> None:
+    """See whether programs can be compiled and their schedules dumped here. Tells once of flags that are not used.
+
+    Raises:
+      UnsupportedVersionError: another libtpu or jaxlib is installed.
+      UserError: libtpu cannot dump to the folder of temporary files: it would end the process.
+    """
+    _check_versions(SUPPORTED_LIBTPU)
+    _tell_of_flags(None if _DUMP_VARIABLE in os.environ else os.environ.get("LIBTPU_INIT_ARGS"))
+    folder = Path(tempfile.gettempdir())
+    if re.search(r"\s", str(folder)):
+        raise UserError(f"TMPDIR={folder}: libtpu's flags take no folder with a space; name another folder.")
+    require_writable("TMPDIR", folder, _DUMP_BYTES)
+
+
+@functools.cache
+def _tell_of_flags(flags: str | None) -> None:
+    """Tell of flags in whose place others are set: a prediction is of what is recorded with it, and nothing else."""
+    if flags:
+        logger.warning(
+            "LIBTPU_INIT_ARGS=%s: predictions do not use it; compiler_options has flags for one program", flags
+        )
+
+
+def _check_versions(compiler: str) -> None:
     found_versions = {"libtpu": compiler_version(compiler), "jaxlib": installed_version("jaxlib")}
     for name, expected in (("libtpu", compiler), ("jaxlib", SUPPORTED_JAXLIB)):
         found = found_versions[name]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from offline_tpu.libtpu import check_versions, worker_environment
+from offline_tpu.libtpu import check_setup, worker_environment
 from offline_tpu.machine.devices import DeviceSpec
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.pool import Runner
@@ -38,6 +39,8 @@ def checked_options(options: Mapping[str, Value] | None) -> dict[str, str]:
             raise CompilerOptionError(
                 f"compiler_options: got {name!r}; expected a flag's name, e.g. xla_tpu_scoped_vmem_limit_kib."
             )
+        if isinstance(value, np.generic):
+            value = value.item()
         if not isinstance(value, Value):
             raise CompilerOptionError(f"compiler_options.{name}={value!r}: expected a number, a string, true or false.")
         found[name] = str(value).lower() if isinstance(value, bool) else str(value)
@@ -49,11 +52,11 @@ def check_with_compiler(device: DeviceSpec, options: Sequence[Mapping[str, str]]
 
     Raises:
       CompilerOptionError: libtpu does not take them.
-      UnsupportedVersionError: as `check_versions`.
+      UnsupportedVersionError: as `check_setup`.
     """
     if not any(options):
         return
-    check_versions()
+    check_setup()
     payload = {"device": device.name, "options": [dict(each) for each in options]}
     with tempfile.TemporaryDirectory() as folder:
         outcome = Runner(Path(folder)).run(
@@ -63,7 +66,10 @@ def check_with_compiler(device: DeviceSpec, options: Sequence[Mapping[str, str]]
             variables=lambda worker_dir: worker_environment(device, worker_dir / "dump"),
         )
     if outcome.status is not Status.OK:
-        raise CompilerOptionError(outcome.error)
+        said = outcome.error or outcome.status.value
+        named = said.startswith("compiler_options")
+        given = ", or ".join(options_text(each) for each in options if each)
+        raise CompilerOptionError(said if named else f"compiler_options: {given}: {said}")
 
 
 def options_text(options: Mapping[str, str]) -> str:
@@ -91,7 +97,7 @@ def option_error(error: jax.errors.JaxRuntimeError) -> CompilerOptionError | Non
     if unknown := re.search(r"No such compile option: '(\w+)'", str(error)):
         return CompilerOptionError(
             f"compiler_options.{unknown[1]}: libtpu takes no such option for one program; expected one as "
-            "xla_tpu_scoped_vmem_limit_kib. Flags of the process go into LIBTPU_INIT_ARGS."
+            "xla_tpu_scoped_vmem_limit_kib."
         )
     if refused := re.search(r"Failed to parse '(.*)' into flag (\w+): *([^\n]*)", str(error)):
         value, name, reason = refused.groups()

@@ -9,10 +9,19 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from splash_attn import tuned
-from splash_attn.inputs import as_array, as_number, check_shapes, refuse_not_finite
+from splash_attn.inputs import (
+    as_array,
+    as_length,
+    as_number,
+    check_flag,
+    check_shapes,
+    find_sharding,
+    refuse_not_finite,
+)
 from splash_attn.markers import chosen_off_tpu
 from splash_attn.pallas import attention_pallas
 from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
@@ -71,6 +80,10 @@ def attention(
     finite; numbers under 2**-126 count as 0. The Pallas implementations have no gradient, "xla" has. JAX's settings of
     precision, promotion, x64 and debugging change nothing here.
 
+    Arrays known to lie on several devices (outside jit, or by the explicit axes of a mesh) are to be divided by batch
+    and heads, all alike: each device computes its own. Where JAX does not tell, as within jit on a mesh of other axes,
+    call a kernel within jax.shard_map.
+
     Args:
       q, k, v: JAX or NumPy arrays in bfloat16, float16 or float32, all of one dtype. q_seq and kv_seq may differ.
       scale: multiplies the logits; None means head_dim ** -0.5. The caller multiplies nothing in beforehand. A number
@@ -94,17 +107,15 @@ def attention(
 
     Raises:
       ValueError: mismatched shapes or dtypes, an unsupported type, dtype or head_dim, an empty sequence, a traced
-        scale, a scale or (outside jit) an input that is not finite, an unknown implementation.
+        scale, a scale or (outside jit) an input that counts and is not finite, an unknown implementation, arrays that
+        are divided otherwise.
       NotImplementedError: a gradient of a Pallas implementation.
     """
     q, k, v = (as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    if not isinstance(k_smooth, bool | np.bool):
-        raise ValueError(f"k_smooth={k_smooth!r}: expected True or False, known when tracing.")
+    k_smooth = check_flag("k_smooth", k_smooth)
     shape = check_shapes(q, k, v)
     if kv_seq_len is not None:
-        if type(kv_seq_len) is not int or not 0 < kv_seq_len <= shape.kv_seq_len:
-            raise ValueError(f"{kv_seq_len=}: expected 1 to {shape.kv_seq_len}, the keys that there are.")
-        shape = dataclasses.replace(shape, kv_seq_len=kv_seq_len)
+        shape = dataclasses.replace(shape, kv_seq_len=as_length(kv_seq_len, shape.kv_seq_len))
     scale = shape.head_dim**-0.5 if scale is None else as_number(scale)
     resolution = resolve(
         shape,
@@ -117,16 +128,18 @@ def attention(
         interpret=interpret,
     )
     _report(shape, resolution)
+    sharding = find_sharding(partitioned=resolution.implementation == "xla", q=q, k=k, v=v)
     with contextlib.ExitStack() as stack:
         for setting, value in _SETTINGS:
             stack.enter_context(setting(value))
-        refuse_not_finite(q=q, k=k, v=v)
+        refuse_not_finite(shape.kv_seq_len, q=q, k=k, v=v)
         return _run(
             q,
             k,
             v,
+            sharding=sharding,
             scale=scale,
-            k_smooth=bool(k_smooth),
+            k_smooth=k_smooth,
             resolution=resolution,
             asked=interpret or implementation is not None,
             score_bytes=_XLA_SCORE_BYTES,
@@ -164,7 +177,7 @@ def resolve(
         raise ValueError(f"qk_dtype={qk_dtype!r} contradicts variant={variant}; leave one of them out.")
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {get_args(Implementation)}, or None.")
-    if interpret:
+    if check_flag("interpret", interpret):
         if implementation not in (None, "pallas_interpret"):
             raise ValueError(f"interpret=True contradicts implementation={implementation!r}; leave one of them out.")
         implementation = "pallas_interpret"
@@ -210,7 +223,7 @@ def _device_kind(*arrays: jax.Array | np.ndarray) -> str:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "k_smooth", "resolution", "asked", "score_bytes", "kv_seq_len"),
+    static_argnames=("sharding", "scale", "k_smooth", "resolution", "asked", "score_bytes", "kv_seq_len"),
     inline=True,
 )
 def _run(
@@ -218,6 +231,7 @@ def _run(
     k: jax.Array,
     v: jax.Array,
     *,
+    sharding: NamedSharding | None,
     scale: float,
     k_smooth: bool,
     resolution: Resolution,
@@ -225,19 +239,25 @@ def _run(
     score_bytes: int,
     kv_seq_len: int,
 ) -> jax.Array:
-    if resolution.implementation == "xla":
-        k, v = k[:, :, :kv_seq_len], v[:, :, :kv_seq_len]
-        out = attention_xla(q, k, v, scale=scale, k_smooth=k_smooth, score_bytes=score_bytes)
-        return out if asked else chosen_off_tpu(out)
-    assert resolution.block_sizes is not None and resolution.variant is not None
-    return attention_pallas(
-        q,
-        k,
-        v,
-        scale=scale,
-        k_smooth=k_smooth,
-        block_sizes=resolution.block_sizes,
-        variant=resolution.variant,
-        interpret=resolution.implementation == "pallas_interpret",
-        kv_seq_len=kv_seq_len,
-    )
+    def of_one_device(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if resolution.implementation == "xla":
+            k, v = k[:, :, :kv_seq_len], v[:, :, :kv_seq_len]
+            out = attention_xla(q, k, v, scale=scale, k_smooth=k_smooth, score_bytes=score_bytes)
+            return out if asked else chosen_off_tpu(out)
+        assert resolution.block_sizes is not None and resolution.variant is not None
+        return attention_pallas(
+            q,
+            k,
+            v,
+            scale=scale,
+            k_smooth=k_smooth,
+            block_sizes=resolution.block_sizes,
+            variant=resolution.variant,
+            interpret=resolution.implementation == "pallas_interpret",
+            kv_seq_len=kv_seq_len,
+        )
+
+    if sharding is None:
+        return of_one_device(q, k, v)
+    spec = sharding.spec
+    return jax.shard_map(of_one_device, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)

@@ -27,6 +27,8 @@ def attention_pallas(q: jax.Array, k: jax.Array, v: jax.Array, **how: Any) -> ja
 
     @batched.def_vmap
     def _(axis_size: int, in_batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        if not axis_size:
+            return jnp.zeros((0, *arrays[0].shape[1 if in_batched[0] else 0 :]), arrays[0].dtype), True
         wide = (
             x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
             for x, is_batched in zip(arrays, in_batched, strict=True)

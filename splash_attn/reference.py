@@ -22,8 +22,13 @@ def attention_reference(
         np.float64 computes with NumPy and returns a NumPy array.
 
     Raises:
-      ValueError: dtype is neither.
+      ValueError: dtype is neither, or the shapes are not those of one call.
     """
+    if q.ndim != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3]):
+        raise ValueError(
+            f"q.shape={q.shape}, k.shape={k.shape}, v.shape={v.shape}: expected [batch, heads, seq, head_dim], alike "
+            "but for q's seq."
+        )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if dtype == np.float64:

@@ -11,6 +11,7 @@ side). The entries of `tuned/` are shipped; the user's own are in `user_dir()`.
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import re
@@ -20,6 +21,8 @@ from typing import Any, Literal, Self
 import msgspec
 
 from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant
+
+logger = logging.getLogger(__name__)
 
 #: The shipped entries.
 TUNED_DIR = Path(__file__).parent / "tuned"
@@ -53,7 +56,7 @@ class Provenance:
     def __post_init__(self) -> None:
         if self.label not in LABELS:
             raise ValueError(f"label={self.label!r}: expected one of {', '.join(LABELS)}.")
-        if not self.time_ms > 0:
+        if not 0 < self.time_ms < math.inf:
             raise ValueError(f"time_ms={self.time_ms}: expected a positive number.")
 
 
@@ -125,6 +128,7 @@ def load(device_kind: str, directory: Path | None = None) -> tuple[TunedEntry, .
     """
     if directory is not None:
         return _entries(path_for(device_kind, directory))
+    _tell_of_missing(os.environ.get(USER_VARIABLE))
     every = [entry for folder in (user_dir(), TUNED_DIR) for entry in _entries(path_for(device_kind, folder))]
     return tuple(
         entry
@@ -141,7 +145,7 @@ def read_file(path: Path) -> TunedFile:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=TunedFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: unreadable tuned entries ({error}); put them right, or remove the file.") from error
 
 
@@ -150,11 +154,25 @@ def _entries(path: Path) -> tuple[TunedEntry, ...]:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # the home of another user
         return ()
+    except OSError as error:  # a link to itself
+        raise ValueError(f"{path}: unreadable tuned entries ({error}); put them right, or remove it.") from error
     return _read(path, stat.st_mtime_ns, stat.st_size).entries
 
 
-#: The other arguments are part of the cache's key only.
-_read = functools.lru_cache(maxsize=32)(lambda path, mtime_ns, size: read_file(path))
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, mtime_ns: int, size: int) -> TunedFile:
+    """Read a file; the other arguments are part of the cache's key only."""
+    file = read_file(path)
+    if path_for(file.device_kind, path.parent) != path:
+        raise ValueError(f"{path}: its device_kind is {file.device_kind!r}; expected that of its name; rename it.")
+    return file
+
+
+@functools.cache
+def _tell_of_missing(folder: str | None) -> None:
+    """Tell once of a folder that is not there: it is misspelt, or nothing was promoted to it yet."""
+    if folder and not user_dir().is_dir():
+        logger.warning("%s=%s: there is no such folder; only the shipped entries are read", USER_VARIABLE, folder)
 
 
 def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:

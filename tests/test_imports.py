@@ -1,5 +1,9 @@
 """The direction of imports, between packages and between the folders inside them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import architecture
@@ -41,6 +45,20 @@ def test_imports_point_one_way(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_can_be_looked_over(folder: str) -> None:
     assert len(folder_files(folder)) <= MAX_FILES
+
+
+def test_pytest_alone_finds_the_packages() -> None:
+    """Not only `python -m pytest`, which puts the current folder first."""
+    command = [
+        Path(sys.executable).with_name("pytest"),
+        "--collect-only",
+        "-q",
+        "-n",
+        "0",
+        "tests/splash_attn/test_types.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_picture_is_of_these_imports() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from offline_tpu import libtpu
-from offline_tpu.compile import parse_topology
+from offline_tpu.machine.topology import parse_topology
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.model.denoise_step import EVERYTHING
 from pipeline.model.sharding import check_quantization, resolve_plan

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from offline_tpu import CompilerOptionError, Prediction, libtpu, predict
-from offline_tpu.compile import parse_topology
+from offline_tpu.machine.topology import parse_topology
 from pipeline.model.attention import resolve_attention
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, DenoiseStep, Reuse, StepWork
 from pipeline.model.device_share import DeviceShare

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import offline_tpu
-from offline_tpu import check_versions, worker_environment
-from offline_tpu.compile import parse_topology
+from offline_tpu import check_setup, worker_environment
+from offline_tpu.machine.topology import parse_topology
 from pipeline.model import step_options
 from pipeline.model.denoise_step import EVERYTHING, NOTHING, Reuse, StepWork
 from pipeline.model.sharding import ParallelPlan, check_quantization, resolve_plan
@@ -77,7 +77,7 @@ class Predictor:
         Raises RequestError for a topology or plan that there is not, PipelineError where no stage fits, UserError for
         compiler options that libtpu refuses.
         """
-        check_versions()
+        check_setup()
         plans = [self.plan(parallel)]
         # With one device a prompt the plans are the same.
         if parallel.plan == "auto" and plans[0].num_devices > plans[0].dp:

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import torch
 
-from offline_tpu.compile import parse_topology
 from offline_tpu.machine.devices import DeviceSpec
+from offline_tpu.machine.topology import parse_topology
 from pipeline.checkpoints.checks import check_request, checkpoint_of, part_configs
 from pipeline.checkpoints.loading import Checkpoint, load_module
 from pipeline.checkpoints.magcache import ratios_path

@@ -8,7 +8,7 @@ import msgspec
 
 import offline_tpu
 from offline_tpu import libtpu
-from offline_tpu.compile import parse_topology
+from offline_tpu.machine.topology import parse_topology
 from offline_tpu.options import options_text
 from offline_tpu.timeline import PREFIX, Program, predicted_by, space_of
 from pipeline.model.sharding import ParallelPlan

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import offline_tpu
 from helpers import PLENTY_S
-from offline_tpu import compile, libtpu
+from offline_tpu import libtpu
 from offline_tpu.machine import devices
+from offline_tpu.machine.topology import parse_topology
 from splash_workbench.errors import UserError
 from splash_workbench.provenance import REPO_ROOT
 from tuning.backends.offline import OFFLINE
@@ -38,7 +41,7 @@ V6E = devices.by_name("v6e")
     ],
 )
 def test_names_of_topologies(name: str, expected: str) -> None:
-    device, actual = compile.parse_topology(name)
+    device, actual = parse_topology(name)
     assert actual == expected
     assert device.name == name[:3]
 
@@ -62,7 +65,7 @@ def test_names_of_topologies(name: str, expected: str) -> None:
 )
 def test_an_unknown_topology_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        compile.parse_topology(name)
+        parse_topology(name)
 
 
 def test_a_chip_without_figures_is_refused_by_name_and_reason() -> None:
@@ -119,11 +122,17 @@ X = jax.ShapeDtypeStruct((256, 256), "float32")
         ((jnp.sin, X), {"compiler_options": {3: 4}}, "compiler_options: got 3; expected a flag's name"),
         ((jnp.sin, X), {"grid_sizes": {"f": -3}}, r"grid_sizes\['f'\]=-3: expected a whole number, 0 or more"),
         ((jnp.sin, X), {"trip_counts": {"f": "a"}}, r"trip_counts\['f'\]='a': expected a whole number"),
+        ((jnp.sin, X), {"grid_sizes": [3]}, r"grid_sizes=\[3\]: expected a dict of whole numbers, by name"),
+        ((jnp.sin, X), {"values": [1, 2]}, r"values=\[1, 2\]: expected a dict of arrays, by position"),
+        ((jnp.sin, X), {"auto_layouts": "no"}, "auto_layouts='no': expected True or False"),
+        ((jnp.sin, X), {"kept": "/"}, "kept=/: expected a file, got a folder"),
+        ((jnp.sin, X), {"device": 5}, "device=5: expected one of v6e, v5e"),
+        ((jnp.sin, X), {"device": None, "topology": 8}, "topology=8: expected a name"),
     ],
 )
 def test_what_is_no_call_is_refused_in_one_line(args: Any, options: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as raised:
-        offline_tpu.predict(*args, device=V6E, **options)
+    with pytest.raises((ValueError, UserError), match=message) as raised:
+        offline_tpu.predict(*args, **({"device": V6E} | options))
     assert "\n" not in str(raised.value)
 
 
@@ -187,6 +196,64 @@ def test_a_mesh_of_other_devices_is_refused(options: Any, message: str) -> None:
         offline_tpu.predict(jnp.sin, X, mesh=mesh, **options)
 
 
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [
+        (8, ("a",), "shape=8: expected a tuple of whole numbers"),
+        ((2, -4), ("a", "b"), r"shape=\(2, -4\): expected a tuple of whole numbers"),
+        ((2, 4), "ab", "axis_names='ab': expected a tuple of names"),
+        ((2, 4), ("a", "a"), r"axis_names=\('a', 'a'\): expected a tuple of names, another for each axis of"),
+        ((2, 4), ("a",), r"axis_names=\('a',\): expected a tuple of names"),
+        ((3,), ("a",), r"shape=\(3,\): expected 8 devices, as v6e-8 has"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(shape: Any, names: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        offline_tpu.topology_mesh("v6e-8", shape, names)
+
+
+def test_a_temporary_folder_that_libtpu_cannot_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended the process, or left no schedule."""
+    spaced = tmp_path / "my files"
+    spaced.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spaced))
+    with pytest.raises(UserError, match="my files: libtpu's flags take no folder with a space; name another"):
+        OFFLINE.find_target("v6e")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/self")
+    with pytest.raises(UserError, match=r"^TMPDIR: cannot write .* to /proc/self"):
+        OFFLINE.find_target("v6e")
+
+
+def test_flags_of_the_process_are_told_to_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("OFFLINE_TPU_DUMP_DIR", raising=False)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_of_this_test=7")
+    for _ in range(2):
+        OFFLINE.find_target("v6e")
+    assert caplog.text.count("LIBTPU_INIT_ARGS=--xla_tpu_of_this_test=7: predictions do not use it") == 1
+
+
+@pytest.mark.compile
+def test_names_that_nothing_has_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    def loop(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda y: y[0, 0] < 3, lambda y: y + 1, x)
+
+    offline_tpu.predict(loop, X, device=V6E, grid_sizes={"mispelt": 3}, trip_counts={"nowhere": 3, "while": 2})
+    assert "grid_sizes: no kernel is named mispelt; it has none" in caplog.text
+    assert "trip_counts: no loop's scope contains 'nowhere'; they are jit(" in caplog.text
+    assert "'while'" not in caplog.text
+
+
+@pytest.mark.compile
+def test_booleans_of_xlas_own_options(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"xla_embed_ir_in_executable": True, "xla_tpu_enable_latency_hiding_scheduler": np.bool(False)}
+    predicted = offline_tpu.predict(jnp.sin, X, device=V6E, compiler_options=options)
+    assert predicted.compiler_options == dict.fromkeys(sorted(options), "true") | {
+        "xla_tpu_enable_latency_hiding_scheduler": "false"
+    }
+
+
 @pytest.mark.compile
 def test_a_persistent_cache_of_the_user_is_left_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """A hit would bring no schedule; JAX warns of an entry that it cannot load without the chip."""
@@ -233,7 +300,7 @@ def another_libtpu(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_another_libtpu_may_lie_beside_the_one_that_runs(another_libtpu: Path) -> None:
     with pytest.raises(UserError, match=rf"or beside it: pip install --no-deps --target {another_libtpu} libtpu=="):
-        offline_tpu.check_versions()
+        offline_tpu.check_setup()
     info = another_libtpu / f"libtpu-{libtpu.SUPPORTED_LIBTPU}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: libtpu\nVersion: {libtpu.SUPPORTED_LIBTPU}\n")

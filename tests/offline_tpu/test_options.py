@@ -1,6 +1,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from offline_tpu import options
@@ -9,8 +10,14 @@ from offline_tpu.options import CompilerOptionError, checked_options, option_err
 
 
 def test_values_are_as_libtpu_reads_them() -> None:
-    given = {"xla_tpu_b": True, "xla_a": 65536, "xla_c": 0.5, "xla_d": "text"}
-    assert checked_options(given) == {"xla_a": "65536", "xla_c": "0.5", "xla_d": "text", "xla_tpu_b": "true"}
+    given = {"xla_tpu_b": True, "xla_a": 65536, "xla_c": 0.5, "xla_d": "text", "xla_e": np.int64(3)}
+    assert checked_options(given) == {
+        "xla_a": "65536",
+        "xla_c": "0.5",
+        "xla_d": "text",
+        "xla_e": "3",
+        "xla_tpu_b": "true",
+    }
     assert checked_options(None) == {}
 
 
@@ -63,6 +70,14 @@ def test_the_compiler_is_asked_before_any_work() -> None:
     known = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
     with pytest.raises(CompilerOptionError, match=r"^compiler_options.xla_tpu_foo: libtpu takes no such option"):
         options.check_with_compiler(DEVICES["v6e"], [known, {"xla_tpu_foo": "1"}])
+
+
+@pytest.mark.compile
+def test_a_value_with_which_nothing_compiles_is_named() -> None:
+    tried = [{"xla_tpu_scoped_vmem_limit_kib": "65536"}, {"xla_tpu_scoped_vmem_limit_kib": "-5"}]
+    expected = r"^compiler_options: xla_tpu_scoped_vmem_limit_kib=-5: the smallest program does not compile: .*VmemOom"
+    with pytest.raises(CompilerOptionError, match=expected):
+        options.check_with_compiler(DEVICES["v6e"], tried)
 
 
 def test_without_options_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

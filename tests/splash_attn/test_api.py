@@ -41,6 +41,29 @@ def test_refuses_dtypes() -> None:
         attention(*(x.astype(jnp.int32) for x in (q, k, v)))
 
 
+def test_refuses_another_byte_order() -> None:
+    x = np.ones((1, 1, 5, 8), ">f4")
+    with pytest.raises(ValueError, match=r"^q\.dtype=>f4: expected the byte order of this machine; use q\.astype"):
+        attention(x, x, x)
+
+
+def test_reference_refuses_what_would_be_broadcast() -> None:
+    q, k = arrays((2, 2, 5, 8), (1, 2, 5, 8))
+    with pytest.raises(ValueError, match=r"k\.shape=\(1, 2, 5, 8\).*expected .* alike"):
+        attention_reference(q, k, k)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_keys_that_do_not_count_may_hold_anything(implementation: str) -> None:
+    q, k = arrays((1, 1, 5, 8), (1, 1, 7, 8))
+    behind = k.at[:, :, 6:].set(jnp.nan)
+    how = {"implementation": implementation, "kv_seq_len": np.int64(6)}
+    np.testing.assert_array_equal(attention(q, behind, behind, **how), attention(q, k, k, **how))
+    with pytest.raises(ValueError, match="k holds NaN"):
+        attention(q, k.at[0, 0, 5, 0].set(jnp.inf), behind, **how)
+
+
 @pytest.mark.parametrize("make", [torch.from_numpy, np.ndarray.tolist, memoryview])
 def test_refuses_other_arrays_by_their_type(make: Callable[[np.ndarray], object]) -> None:
     x = np.zeros((1, 1, 5, 8), np.float32)
@@ -48,7 +71,7 @@ def test_refuses_other_arrays_by_their_type(make: Callable[[np.ndarray], object]
         attention(x, make(x), x)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("scale", ["0.1", True, 1j, [1.0, 2.0], np.ones(2), None])
+@pytest.mark.parametrize("scale", ["0.1", True, 10**400, 1j, [1.0, 2.0], np.ones(2), None])
 def test_scale_is_one_number_known_when_tracing(scale: object) -> None:
     q, k, v = arrays((1, 1, 5, 8), (1, 1, 7, 8), (1, 1, 7, 8))
     if scale is None:
@@ -142,8 +165,8 @@ def test_reference_in_float32_and_float64_agree() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_seq_len": 0}, r"kv_seq_len=0: expected 1 to 6, the keys that there are"),
-        ({"kv_seq_len": 7}, r"kv_seq_len=7: expected 1 to 6"),
+        ({"kv_seq_len": 0}, r"kv_seq_len=0: expected an integer from 1 to 6, the keys that there are"),
+        ({"kv_seq_len": 7}, r"kv_seq_len=7: expected an integer from 1 to 6"),
     ],
 )
 def test_lengths_that_cannot_be(options, message):

@@ -1,7 +1,12 @@
 """attention under JAX's transformations, and traced on one platform for another."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,6 +17,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from helpers import PLENTY_S, virtual_devices
 from splash_attn import BlockSizes, Variant, api, attention
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 24, 16)), jnp.float32)
@@ -148,3 +154,27 @@ def test_the_cpu_of_a_tpu_host() -> None:
             with jax.default_device(default):
                 assert api._device_kind(X) == "cpu"
                 jax.jit(lambda q: attention(q, q, q)).lower(X)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("axes", ["Explicit", "Auto"])
+def test_arrays_on_several_devices(axes: str) -> None:
+    """Each device computes its heads, wherever JAX tells how they lie; XLA alone may divide otherwise."""
+    environment = os.environ | {"XLA_FLAGS": virtual_devices(4), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "sharded_programs", axes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PLENTY_S, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    refused = {name for name, outcome in found.items() if isinstance(outcome, str)}
+    divided = {name for name in found if "queries" in name and (axes == "Explicit" or "kernel" in name)}
+    assert refused == divided | {"kernel, q alone"}
+    assert all("expected q, k and v all alike, and by batch and heads only; use jax" in found[name] for name in refused)
+    assert {name: error for name, error in found.items() if name not in refused and error > 0.02} == {}
+    assert len(found) - len(refused) == (12 if axes == "Explicit" else 7)
+
+
+@IMPLEMENTATIONS
+def test_vmap_over_nothing(implementation: str) -> None:
+    how = {"implementation": implementation} | (SMALL if implementation != "xla" else {})
+    out = jax.vmap(lambda q: attention(q, q, q, **how))(jnp.zeros((0, 1, 2, 24, 16), jnp.bfloat16))
+    assert (out.shape, out.dtype) == ((0, 1, 2, 24, 16), jnp.bfloat16)

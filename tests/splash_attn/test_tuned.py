@@ -227,3 +227,36 @@ def test_choosing_needs_no_jax() -> None:
         "assert not {'jax', 'torch', 'numpy', 'hydra', 'pandas'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PLENTY_S)
+
+
+def test_a_folder_or_a_link_to_itself_in_the_files_place(tmp_path: Path) -> None:
+    path = tuned.path_for(KIND, tmp_path)
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"tpu_v6_lite\.json: unreadable tuned entries \(.*directory.*remove"):
+        choose(tmp_path)
+    path.rmdir()
+    path.symlink_to(path)
+    with pytest.raises(ValueError, match=r"tpu_v6_lite\.json: unreadable tuned entries \(.*remove"):
+        choose(tmp_path)
+
+
+def test_a_file_of_another_device(tmp_path: Path) -> None:
+    write(tmp_path, entry())
+    tuned.path_for(KIND, tmp_path).rename(tuned.path_for("TPU v5 lite", tmp_path))
+    with pytest.raises(ValueError, match=r"tpu_v5_lite\.json: its device_kind is 'TPU v6 lite'; expected that of its"):
+        tuned.choose("TPU v5 lite", SHAPE, "bfloat16", directory=tmp_path)
+
+
+@pytest.mark.parametrize("time_ms", [0.0, float("inf"), float("nan")])
+def test_a_time_that_cannot_be(time_ms: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive number"):
+        dataclasses.replace(PROVENANCE, time_ms=time_ms)
+
+
+def test_a_named_folder_that_is_not_there_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(tuned.USER_VARIABLE, str(tmp_path / "mispelt"))
+    for _ in range(2):
+        assert tuned.load(KIND)
+    assert caplog.text.count("mispelt: there is no such folder; only the shipped entries are read") == 1

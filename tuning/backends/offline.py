@@ -32,7 +32,7 @@ def _worker_env(target: Target, worker_dir: Path) -> Mapping[str, str]:
 
 
 def _find_target(device: str) -> Target:
-    offline_tpu.check_versions()  # once, before a candidate fails for it
+    offline_tpu.check_setup()  # once, before a candidate fails for it
     return named_device(device)
 
 

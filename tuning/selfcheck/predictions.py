@@ -15,9 +15,9 @@ import msgspec
 import offline_tpu
 from offline_tpu import libtpu
 from offline_tpu.machine import devices, residuals
-from offline_tpu.machine.errors import UnsupportedVersionError
 from splash_attn import tuned
 from splash_attn.types import AttentionShape, BlockSizes, Variant
+from splash_workbench.errors import UserError
 from splash_workbench.provenance import REPO_ROOT
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
@@ -147,8 +147,8 @@ def _why_not(found: Mapping[str, Any]) -> str | None:
         return "predictions are for TPUs"
     try:
         devices.by_name(found["device_kind"])
-        libtpu.check_versions()
-    except (ValueError, UnsupportedVersionError) as error:
+        libtpu.check_setup()
+    except (ValueError, UserError) as error:
         return str(error)
     return None
 

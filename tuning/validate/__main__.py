@@ -97,7 +97,7 @@ def _kept_count(record: Path) -> int:
 @cli.command("validate", ValidateSchema)
 def main(settings: ValidateSchema) -> int:
     """Run the command; return its exit code."""
-    offline_tpu.check_versions()
+    offline_tpu.check_setup()
     chosen_compiler = _checked_compiler(settings.libtpu)
     workers = from_config(lambda: worker_count(settings.workers))
     from_config(lambda: check_timeout_s(settings.timeout_s))

@@ -7,7 +7,7 @@ import pytest
 from fake_jobs import RAISES_AT
 from helpers import PLENTY_S
 from offline_tpu import SUPPORTED_LIBTPU, libtpu
-from offline_tpu.compile import parse_topology
+from offline_tpu.machine.topology import parse_topology
 from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.selfcheck import predictions as module
 from tuning.selfcheck.predictions import Predictions

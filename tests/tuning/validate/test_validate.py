@@ -185,7 +185,7 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     _FakeRunner.calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validate, "Runner", _FakeRunner)
-    monkeypatch.setattr(validate.offline_tpu, "check_versions", lambda: None)
+    monkeypatch.setattr(validate.offline_tpu, "check_setup", lambda: None)
     monkeypatch.setattr(run.libtpu, "fetch_beside", _no_pip)
     monkeypatch.setattr(residuals, "factors", lambda device, shares: (0.72, 0.88))  # of 12.5 ms: 9 to 11
 
