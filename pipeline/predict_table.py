@@ -5,7 +5,7 @@ import sys
 
 from pipeline.predict.report import markdown_table
 from splash_workbench import cli
-from splash_workbench.errors import from_config
+from splash_workbench.errors import UserError, from_config
 from splash_workbench.files import user_path
 from splash_workbench.records import jsonl
 from splash_workbench.records.prediction import PredictionRecord
@@ -21,7 +21,10 @@ def _parser() -> cli.Parser:
 def main(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     arguments.records.stat()  # an absent file is no empty table
-    print(markdown_table(from_config(lambda: jsonl.read(arguments.records, PredictionRecord))), end="")
+    found = from_config(lambda: jsonl.read(arguments.records, PredictionRecord))
+    if not found:
+        raise UserError(f"{arguments.records}: no predictions; run python -m pipeline.predict first.")
+    print(markdown_table(found), end="")
     return 0
 
 

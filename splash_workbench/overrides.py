@@ -107,6 +107,8 @@ class Keys:
             return override
         if key in self.text_or_list:
             return override if value.startswith("[") else f"{name}={_literal(value)}"
+        if value == "null" and kind is str and key.endswith(("dir", "path")):
+            raise UserError(f"{override}: expected a path; ./null is one of that name")
         if kind not in (str, str | None) or (value == "null" and kind is not str):
             return override
         if multirun and _SWEEP.fullmatch(value):

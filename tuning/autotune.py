@@ -82,7 +82,20 @@ def autotune(
 
     def settings() -> SweepSettings:
         loading.refuse_while_loading()
+        if isinstance(kernel, type):
+            raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
         loading.checked(type(kernel))
+        _check_types({"device": device, "backend": backend, "sampler": sampler}, str, "text")
+        _check_types({"results_dir": results_dir}, str | Path, "a folder")
+        _check_types({"tuned_path": tuned_path}, str | Path | None, "a file")
+        _check_types({"seed": seed}, int, "a whole number")
+        _check_types({"max_trials": max_trials, "workers": workers}, int | None, "a whole number, or None")
+        _check_types({"timeout_s": timeout_s}, int | float, "a number of seconds")
+        flags = {"quick": quick, "promote": promote, "reuse": reuse, "progress": progress}
+        _check_types(flags, bool, "True or False")
+        _check_types({"space": space, "compiler_options": compiler_options}, Mapping | None, "a dict")
+        for name, values in (space or {}).items():
+            _check_types({f"space[{name!r}]": values}, list | tuple | range, "a list of values")
         if workload is not None and not isinstance(workload, kernel.Workload):
             raise KernelError(f"{workload=}: expected a {kernel.name}.Workload.")
         config = KernelSweepSchema(
@@ -117,3 +130,10 @@ def autotune(
         promoted = kernel_sweeps.promote(winner, on_record, made).reason
     label = winner.label.value if winner.label else None
     return Best(config, winner.time_ms, label, kernel.build(config), winner, result.trials, promoted)
+
+
+def _check_types(given: Mapping[str, Any], kinds: Any, expected: str) -> None:
+    """Raise KernelError for the first that is of another type; a bool is no number."""
+    for name, value in given.items():
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise KernelError(f"{name}={value!r}: expected {expected}.")

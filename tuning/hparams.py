@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from splash_workbench import cli
 from splash_workbench.errors import UserError
+from splash_workbench.files import require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.trial_status import Status
 from tuning.search.schemas import WorkloadSchema
@@ -99,6 +100,7 @@ def main(settings: HParamsSchema) -> int:
     """Run the command; return its exit code."""
     results_dir, logdir = Path(settings.results_dir), Path(settings.logdir)
     sessions.require_tensorboard("python -m tuning.hparams")
+    require_writable(f"logdir={logdir}", logdir)
     workload = settings.workload.frozen() if settings.workload else None
     sweeps: dict[str, list[Trial]] = {}  # the same one may be in the folders of several machines
     for path in sorted(results_dir.rglob(TRIALS_FILE)):

@@ -141,9 +141,12 @@ def read(path: Path) -> Profile:
 def parse(path: Path) -> XSpace:
     """Return the message of an .xplane.pb. Raises OSError without such a file, ValueError where it is not an xplane."""
     try:
-        return XSpace.FromString(path.read_bytes())
+        space = XSpace.FromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(f"{path}: expected an xplane written by the JAX profiler ({error}).") from error
+    if not space.planes:  # no profile is without one: it was cut off
+        raise ValueError(f"{path}: expected an xplane written by the JAX profiler, and it holds nothing.")
+    return space
 
 
 def from_space(space: XSpace, host: str) -> Profile:

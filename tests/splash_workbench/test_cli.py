@@ -229,6 +229,14 @@ def test_what_is_meant_for_hydra_is_left_to_hydra() -> None:
     assert keys.checked(["kernel=a", "--cfg", "job", "top=3"]) == ["--cfg", "job", "kernel='a'", "top=3"]
 
 
+@pytest.mark.parametrize("key", ["output_dir", "logdir", "log_path"])
+def test_null_is_no_path(key: str) -> None:
+    keys = Keys({key: str}, ())
+    with pytest.raises(UserError, match=rf"^{key}=null: expected a path; \./null is one of that name"):
+        keys.checked([f"{key}=null"])
+    assert Keys({key: str | None}, ()).checked([f"{key}=null"]) == [f"{key}=null"]
+
+
 def test_several_runs_end_with_the_worst_code(run: Run) -> None:
     assert run(entry_point(lambda settings: settings.top or 0), "--multirun", "top=1,3,0")[0] == 3
 

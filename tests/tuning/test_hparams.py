@@ -71,6 +71,10 @@ def test_command(trials, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["hparams", *arguments, "workload=wan_720p"])
     assert hparams.main() == 2
     assert "no trials of workload=wan_720p" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["hparams", arguments[0], f"logdir={tmp_path / 'file'}"])
+    assert hparams.main() == 2
+    assert f"logdir={tmp_path / 'file'}: cannot write" in capsys.readouterr().err
 
 
 def test_without_tensorboard_the_error_names_the_extra(trials, tmp_path, monkeypatch):

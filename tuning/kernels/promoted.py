@@ -79,29 +79,48 @@ def lookup(
     Args:
       device_kind: as jax.Device.device_kind, or a name as "v6e"; None: that of JAX's default device.
       path: of the file; None: `default_path`.
-      default: what to return where there is no such entry, or its tunables are no longer those of the kernel.
+      default: what to return where there is no such entry, or it is no longer one that the kernel calls valid.
 
     Raises:
-      KernelError: there is no such entry, or no longer, and no default.
+      KernelError: there is no such entry, or no longer, and no default; what is given is not of this kernel.
     """
     if isinstance(kernel, type):
         raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
     if not isinstance(workload, kernel.Workload):
         raise KernelError(f"{kernel.name}: expected a workload of {kernel.Workload.__name__}, got {workload!r}.")
+    if default is not None and not isinstance(default, kernel.Config):
+        raise KernelError(f"{kernel.name}: default={default!r}: expected a {kernel.Config.__name__}.")
     named = devices.DEVICES.get(device_kind or "")
     kind = named.device_kind if named else device_kind or jax.devices()[0].device_kind
     file = user_path(path) if path is not None else default_path(kernel)
     sizes = sizes_of(kernel, workload)
     entries = [e for e in read(file) if (e.kernel, e.device_kind, e.sizes) == (kernel.name, kind, sizes)]
-    entry = min(entries, key=lambda entry: entry.label != "measured", default=None)
-    if entry is not None and entry.config.keys() <= tunables(kernel).keys():
-        return kernel.config_of(None, entry.config)
+    reason = f"no entry of {kernel.name} for {sizes} on {kind!r}; tune it"
+    for entry in sorted(entries, key=lambda entry: entry.label != "measured"):
+        config = _config_of(kernel, workload, entry)
+        if not isinstance(config, str):
+            return config
+        reason = f"{entry.config} {config}; tune it again"
     if default is not None:
         return default
-    reason = f"no entry of {kernel.name} for {sizes} on {kind!r}; tune it"
-    if entry is not None:
-        reason = f"{entry.config} is no configuration of {kernel.name} as it is now; tune it again"
     raise KernelError(f"{file.name}: {reason}, or give a default.")
+
+
+def _config_of(kernel: Kernel[C, W], workload: W, entry: Entry) -> C | str:
+    """Return the configuration of an entry, or why it is none of the kernel as it is now."""
+    values = tunables(kernel)
+    kinds = {name: {type(value) for value in listed} for name, listed in values.items()}
+    is_none = f"is no configuration of {kernel.name} as it is now"
+    if entry.config.keys() != values.keys() or any(type(entry.config[name]) not in kinds[name] for name in values):
+        return is_none
+    try:
+        config = kernel.config_of(None, entry.config)
+    except (ValueError, NotImplementedError, AssertionError):
+        return is_none
+    verdict = kernel.is_valid(config, workload)
+    if isinstance(verdict, str):
+        return f"is not valid ({verdict})"
+    return config if verdict else "is refused by is_valid"
 
 
 def promote(path: Path, new: Entry) -> tuple[bool, str]:

@@ -6,21 +6,23 @@ until it has (Lamport's bakery). Optuna's own heartbeats are no help: they are o
 """
 
 import contextlib
+import os
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from splash_workbench.errors import UserError
+from splash_workbench.files import require_writable_file
 from splash_workbench.records import jsonl
 from splash_workbench.records.base import new_id
 from tuning.trials.records import Trial
@@ -28,6 +30,7 @@ from tuning.trials.records import Trial
 #: How often a sweep says that it lives, and after which silence another takes it for dead. By the other's own clock.
 BEAT_S, LOST_S = 10.0, 60.0
 _POLL_S = 0.2
+_BLOCK_BYTES = 2**16
 _KEY, _SWEEP, _HELD, _RECORD = "key", "sweep", "held", "record"
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -46,8 +49,9 @@ def open_storage(url: str) -> BaseStorage:
                 return _open_redis(url, option)
         if "://" in url:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        require_writable_file(option, Path(url))
         Path(url).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(url))
+        return JournalStorage(_Journal(Path(url)))
     except ImportError as error:
         raise UserError(f"{option}: its driver is not installed ({error}); install the extra cluster.") from error
     except ArgumentError as error:
@@ -67,6 +71,37 @@ def _open_redis(url: str, option: str) -> BaseStorage:
         return JournalStorage(JournalRedisBackend(url))
     except RedisError as error:
         raise UserError(f"{option}: Redis does not answer ({error}); start it, or check host and port.") from error
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, which a line that a killed sweep tore does not end: the next to write removes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._writers = path, JournalFileSymlinkLock(str(path))
+        super().__init__(str(path), self._writers)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._writers.acquire()
+        try:
+            with self._path.open("rb+") as file:
+                _remove_torn_line(file)
+        finally:
+            self._writers.release()
+        super().append_logs(logs)
+
+
+def _remove_torn_line(file: BinaryIO) -> None:
+    """Cut a file behind its last newline."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        if found := file.read(end - start).rfind(b"\n") + 1:
+            end = start + found
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
 
 
 def shown(url: str) -> str:
@@ -91,9 +126,13 @@ class SharedStudy:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop saying that this sweep lives."""
+        """Stop saying that this sweep lives, and leave to others what it was at."""
         self._stop.set()
         self._thread.join()
+        with contextlib.suppress(Exception):  # else they wait until it is taken for dead
+            for trial in self._claims():
+                if trial.state is TrialState.RUNNING and trial.user_attrs[_SWEEP] == self._name:
+                    self._study.tell(trial.number, state=TrialState.FAIL)
 
     def claim(self, trial: optuna.trial.Trial, key: str) -> bool:
         """Return whether a trial's candidate is this sweep's to evaluate: no sweep has it, had it, or will have it."""

@@ -61,6 +61,8 @@ class Session:
             source=f"tuning.selfcheck, {_today()}: device times by the profiler", created_at=utc_now()
         )
         self.path = self.output_dir / file_name(self.found.device_kind, _today())
+        for path in sorted(self.output_dir.glob(f"selfcheck-*-{_today()}*.json")):
+            _read(path, strict=self.resume)  # before the chips are looked for, which takes a while
         self._tasks: dict[str, Task] = {}
         self._deadline = time.monotonic() + self.timeout_s
         self._work = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)

@@ -266,7 +266,7 @@ def read(path: Path) -> list[MeasuredRow]:
     """Return the rows of a file, or of every JSON file of a folder, in the order of their names.
 
     A file has one of three forms: that of `SHIPPED_DIR`'s files of an op, that of its microbenchmarks.json, and that of
-    `tuning.trials.reported.DEFAULT_PATH`.
+    `tuning.trials.reported.DEFAULT_PATH`. Of a folder, files without rows are left out, with a warning for each.
 
     Raises:
       ValueError: there is no such file, none in the folder, or one is of none of these forms; the message is one line
@@ -277,6 +277,12 @@ def read(path: Path) -> list[MeasuredRow]:
     paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(f"measured={path}: expected files of rows, *.json, in the folder.")
+    if path.is_dir():
+        with_rows = [each for each in paths if not _has_no_rows(each)]
+        for each in paths if with_rows else ():
+            if each not in with_rows:
+                logger.warning("measured=%s: left out, it has no rows", each)
+        paths = with_rows or paths
     rows = [row for each in paths for row in _read_file(each)]
     counts = collections.Counter(row.id for row in rows)
     if twice := [name for name, count in counts.items() if count > 1]:
@@ -306,6 +312,15 @@ def _read_file(path: Path) -> list[MeasuredRow]:
     except ValueError as error:
         raise ValueError(f"measured={path}: {error}; expected the form of the files in tuning/data.") from error
     return _splash_rows(path)
+
+
+def _has_no_rows(path: Path) -> bool:
+    """Return whether a file is JSON without rows: something else, or of an op of which none was timed."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # which `_read_file` says
+        return False
+    return not isinstance(content, dict) or not content.get("rows")
 
 
 def _look_at_names(path: Path, names: Iterable[str], known: Sequence[str]) -> None:

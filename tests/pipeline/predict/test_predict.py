@@ -8,6 +8,7 @@ import pytest
 
 from helpers import PLENTY_S
 from offline_tpu.options import CompilerOptionError
+from pipeline import predict_table
 from pipeline.checkpoints.checks import part_configs
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model import step_options
@@ -343,3 +344,14 @@ def test_the_command_predicts_a_small_model(tmp_path):
     assert report["plan"] == {"plan": "ulysses", "dp": 2, "model": 2, "weights": "replicated", "kv": 1}
     assert {"attention_kernel", "projections", "collectives"} <= set(report["stages"]["denoise"]["breakdown_s"])
     assert "predicted" in done.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08"])
+def test_a_file_without_predictions_makes_no_table(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "predict.jsonl"
+    path.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["predict_table", str(path)])
+    assert predict_table.main() == 2
+    assert "predict.jsonl: no predictions; run python -m pipeline.predict first" in capsys.readouterr().err

@@ -189,8 +189,9 @@ def test_profile_of_this_machine(tmp_path):
         assert scopes.count("blocks/feed_forward") >= 3, step
 
 
-def test_what_is_no_xplane(tmp_path):
+@pytest.mark.parametrize("content", [b"\xff\xff not a message", b""])
+def test_what_is_no_xplane(content, tmp_path):
     path = tmp_path / "x.xplane.pb"
-    path.write_bytes(b"\xff\xff not a message")
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.xplane\.pb: expected an xplane"):
         reader.read(path)

@@ -98,6 +98,52 @@ def test_an_entry_of_other_tunables_is_none(tuned: tuple[Best[Any], Path, Path],
         promoted.lookup(kernel, workload, device_kind=KIND, path=path)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"block": "64", "add_first": False}, "is no configuration of Scaled as it is now"),
+        ({"block": 64}, "is no configuration of Scaled as it is now"),
+        ({"block": 48, "add_first": False}, r"is not valid \(block does not divide rows\)"),
+    ],
+)
+def test_an_entry_that_the_kernel_would_not_take(
+    tuned: tuple[Best[Any], Path, Path], tmp_path: Path, config: dict[str, Any], reason: str
+) -> None:
+    kernel, path = loading.find(SCALED), tmp_path / "tuned.json"
+    (entry,) = promoted.read(tuned[2])
+    promoted.promote(path, dataclasses.replace(entry, config=config))
+    where: Any = {"device_kind": KIND, "path": path}
+    with pytest.raises(KernelError, match=rf"tuned\.json: .* {reason}; tune it again, or give a default"):
+        promoted.lookup(kernel, kernel.Workload(rows=ROWS), **where)
+    default = kernel.Config()
+    assert promoted.lookup(kernel, kernel.Workload(rows=ROWS), default=default, **where) is default
+    promoted.promote(path, dataclasses.replace(entry, label="measured"))
+    assert promoted.lookup(kernel, kernel.Workload(rows=ROWS), **where) == tuned[0].config
+    with pytest.raises(KernelError, match=r"Scaled: default=\{'block': 8\}: expected a Config"):
+        promoted.lookup(kernel, kernel.Workload(rows=ROWS), default={"block": 8}, **where)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_trials": "3"}, "max_trials='3': expected a whole number, or None"),
+        ({"quick": "no"}, "quick='no': expected True or False"),
+        ({"space": [8, 16]}, r"space=\[8, 16\]: expected a dict"),
+        ({"space": {"block": "16"}}, r"space\['block'\]='16': expected a list of values"),
+        ({"results_dir": None}, "results_dir=None: expected a folder"),
+        ({"timeout_s": True}, "timeout_s=True: expected a number of seconds"),
+    ],
+)
+def test_arguments_of_another_type_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{message}\.$"):
+        autotune(loading.find(SCALED), **options)
+
+
+def test_a_class_is_no_kernel() -> None:
+    with pytest.raises(UserError, match=r"^Scaled: expected a kernel, as Scaled\(\), got its class"):
+        autotune(type(loading.find(SCALED)))  # type: ignore[arg-type]
+
+
 def test_many_promote_at_once_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, read = tmp_path / "tuned.json", promoted.read
 

@@ -85,7 +85,7 @@ def test_sweeps_at_once_ask_each_candidate_once(sampler, open_search, trial_of):
 def test_what_a_dead_sweep_had_is_taken_over(open_search, trial_of, monkeypatch):
     dead = open_search()
     lost = dead.ask()
-    dead.close()  # it says no more that it lives
+    dead._shared._stop.set()  # it says no more that it lives
     monkeypatch.setattr(shared, "LOST_S", 0.3)
     other, asked = open_search(), []
     while (candidate := other.ask()) is not None:  # waits for the last one, then takes it over
@@ -93,6 +93,24 @@ def test_what_a_dead_sweep_had_is_taken_over(open_search, trial_of, monkeypatch)
         other.tell(candidate, trial_of(candidate))
     assert lost.key in asked and len(asked) == len(set(asked)) == 12
     dead.tell(lost, trial_of(lost))  # it lived after all: no harm
+
+
+def test_what_a_sweep_leaves_is_free_at_once(open_search, trial_of):
+    left = open_search(max_trials=1)
+    candidate = left.ask()
+    left.close()  # as where SIGTERM ends it
+    other = open_search(max_trials=1)
+    assert other.ask().key == candidate.key
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code": 5, "worker', b"x" * 200_000])
+def test_a_torn_line_of_the_journal_is_removed(torn, open_search, trial_of, tmp_path):
+    first = open_search()
+    first.tell(candidate := first.ask(), trial_of(candidate))
+    with (tmp_path / "shared" / "journal.log").open("ab") as file:
+        file.write(torn)  # of a sweep that was killed
+    first.tell(candidate := first.ask(), trial_of(candidate))
+    assert open_search().told.keys() == first.told.keys() and len(first.told) == 2
 
 
 def test_the_budget_is_that_of_all(open_search, trial_of):
@@ -120,6 +138,8 @@ def test_a_crashed_candidate_is_tried_by_another_sweep(open_search, trial_of):
             "postgresql+psycopg://me:secret@localhost:1/x",
             r"me:\*\*\*@localhost:1/x: (the database does not|its driver)",
         ),
+        ("/proc/1/none/journal.log", r"search.storage=/proc/1/none/journal.log: cannot write"),
+        ("/tmp", "search.storage=/tmp: expected a file, got a folder"),
     ],
 )
 def test_a_storage_that_is_not_there_is_refused_without_its_password(url, message):

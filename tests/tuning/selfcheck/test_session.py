@@ -82,6 +82,14 @@ def check(tmp_path: Path) -> Callable[..., SelfCheck]:
     return run
 
 
+def test_a_damaged_file_of_today_is_found_before_the_chips_are_looked_for(check: Any, tmp_path: Path) -> None:
+    path = tmp_path / module.file_name("TPU v6 lite", module._today())
+    path.write_text('{"rows": [')
+    with pytest.raises(UserError, match=r"selfcheck-tpu-v6-lite-.*move it away, or start anew with resume=false"):
+        Session((), PLENTY_S, tmp_path, True, "played_chip:healthy", lambda text: pytest.fail(text))
+    assert check("healthy", resume=False).device_kind == "TPU v6 lite"
+
+
 def test_a_healthy_chip(check: Any) -> None:
     found = check("healthy", *(part.name for part in tasks.PARTS))
     assert (found.device_kind, found.failures, found.left_out) == ("TPU v6 lite", (), {})

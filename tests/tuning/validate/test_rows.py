@@ -59,6 +59,17 @@ def test_a_folder_is_all_of_its_files(tmp_path: Path) -> None:
     assert [row.id for row in read(tmp_path)] == ["a-0000", "b-0000"]
 
 
+def test_files_without_rows_in_a_folder_are_told_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _file(tmp_path / "b.json", OP_FILE)
+    _file(tmp_path / "none.json", OP_FILE | {"rows": []})
+    _file(tmp_path / "package.json", {"name": "something else"})
+    assert [row.id for row in read(tmp_path)] == ["b-0000"]
+    assert caplog.text.count("left out, it has no rows") == 2
+    (tmp_path / "b.json").unlink()
+    with pytest.raises(ValueError, match=r"none\.json: .*length >= 1"):
+        read(tmp_path)
+
+
 def test_rows_of_splash_keep_their_short_texts() -> None:
     first = read(DEFAULT_PATH)[0]
     assert (first.op, first.shape, first.settings) == (SPLASH, "32x512x32x64", "512/512/512 sss lp")
