@@ -1,18 +1,22 @@
 """MagCache's ratios of a checkpoint: how much what the blocks add grows from step to step, as a run has shown."""
 
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoints.loading import Checkpoint
+from pipeline.checkpoints.loading import STAGE_PARTS, Checkpoint
 from pipeline.requests.errors import RequestError
 from splash_workbench.files import write_json
 from splash_workbench.provenance import user_cache_dir
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "magcache.json"
 _HOW = "python -m pipeline.calibrate makes them"
@@ -24,6 +28,23 @@ def ratios_path(checkpoint: Checkpoint) -> Path:
         return checkpoint.folder / FILE_NAME
     assert checkpoint.repo_id is not None
     return user_cache_dir() / "magcache" / checkpoint.repo_id.replace("/", "--") / FILE_NAME
+
+
+def own_ratios(checkpoint: Checkpoint) -> Path:
+    """Return `ratios_path`, and tell once where the ratios there were made with other weights than are there now."""
+    path = ratios_path(checkpoint)
+    try:
+        made_with = json.loads(path.read_bytes()).get("weights")
+    except (OSError, ValueError, AttributeError):  # which `read_ratios` says
+        return path
+    if made_with != dataclasses.replace(checkpoint, transformer=None).identity(*STAGE_PARTS["denoise"]):
+        _tell_of_others(path)
+    return path
+
+
+@functools.cache
+def _tell_of_others(path: Path) -> None:
+    logger.warning("cache=magcache: the ratios at %s are of other weights than are there now; %s", path, _HOW)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from pipeline.checkpoints.loading import Checkpoint, with_defaults
-from pipeline.checkpoints.magcache import ratios_path, read_ratios
+from pipeline.checkpoints.magcache import own_ratios, read_ratios
 from pipeline.checkpoints.published import PUBLISHED_CONFIGS
 from pipeline.model.transformer import TransformerShape
 from pipeline.requests.errors import RequestError
@@ -63,7 +63,7 @@ def settle(
 def settle_here(request: GenerateRequest, checkpoint: Checkpoint) -> GenerateRequest:
     """Return `settle` for the devices that are here."""
     device_kind = jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
-    return settle(request, lambda: checkpoint.config("transformer"), lambda: ratios_path(checkpoint), device_kind)
+    return settle(request, lambda: checkpoint.config("transformer"), lambda: own_ratios(checkpoint), device_kind)
 
 
 def settle_parallel(parallel: ParallelOptions, request: GenerateRequest) -> ParallelOptions:

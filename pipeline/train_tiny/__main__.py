@@ -4,6 +4,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from pipeline.train_tiny.config import (
 )
 from pipeline.train_tiny.training import optimize, vae_loss
 from splash_workbench import cli
+from splash_workbench.errors import UserError
 
 
 @cli.command("train_tiny", TrainTinyConfig)
@@ -36,6 +38,8 @@ def train_model(settings: TrainTinyConfig) -> None:
     work_dir = begin(settings)
     sizes = ("num_layers", "num_attention_heads", "max_text_seq_length")
     modules = build_modules(TinySpec(**{name: getattr(settings, name) for name in sizes}))
+    trained = {name: modules[name] for name in ("transformer", "text_encoder")}
+    begun = None if settings.start_from is None else load_average(settings.start_from, trained)
     frame, vae = (settings.height, settings.width, settings.num_frames), modules["vae"]
     loss = vae_loss(vae, *frame, settings.vae.steps, settings.kl_weight)
     vae_history, vae_time_s = optimize("vae", {"vae": vae}, settings.vae, loss, settings.seed, work_dir / "vae.pt")
@@ -43,12 +47,6 @@ def train_model(settings: TrainTinyConfig) -> None:
     clips = DrawnClips(settings, work_dir)
     scaling_factor = round(float(1 / clips.latents(vae).std()), 4)
     vae.register_to_config(scaling_factor=scaling_factor)
-    trained = {name: modules[name] for name in ("transformer", "text_encoder")}
-    begun = None
-    if settings.start_from is not None:
-        state = torch.load(settings.start_from, weights_only=True)
-        torch.nn.ModuleDict(trained).load_state_dict(state["average"])
-        begun = state["history"][-1]
     history, time_s = optimize_transformer("transformer", trained, clips, modules)
 
     folder = Path(settings.folder)
@@ -64,6 +62,20 @@ def train_model(settings: TrainTinyConfig) -> None:
         losses={"vae": vae_history[-1], "transformer": history[-1]},
     )
     print(f"checkpoint: {folder}")
+
+
+def load_average(path: str, trained: dict[str, torch.nn.Module]) -> Any:
+    """Load the averaged weights of an earlier training. Returns the end of its history; UserError for another file."""
+    try:
+        state = torch.load(path, weights_only=True)
+        torch.nn.ModuleDict(trained).load_state_dict(state["average"])
+        return state["history"][-1]
+    except Exception as error:  # whatever a library makes of another file
+        said = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"start_from={path}: expected transformer.pt of another work_dir, of a model of these sizes "
+            f"({type(error).__name__}: {said})."
+        ) from error
 
 
 _TRAINS = {"model": train_model, "outline": train_outline, "i2v": train_image_to_video}

@@ -1,6 +1,7 @@
 """Steps that reuse what earlier ones computed: against diffusers' own hooks and plain loops, resumed, and sharded."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from helpers import compiling_in_haste
-from pipeline.checkpoints.magcache import MagnitudeRatios, write_ratios
+from pipeline.checkpoints.loading import STAGE_PARTS
+from pipeline.checkpoints.magcache import MagnitudeRatios, own_ratios, ratios_path, write_ratios
 from pipeline.model.denoise_step import DenoiseStep
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import AttentionOptions
@@ -209,6 +211,18 @@ def test_presets_choose_what_the_checkpoint_allows(request_of, checkpoint, ratio
         settle_here(request_of(quality="fast"), checkpoint)
     with pytest.raises(RequestError, match="cache=teacache: no polynomial is published for checkpoint="):
         settle_here(request_of(cache=CacheOptions("teacache")), checkpoint)
+
+
+def test_own_ratios_of_other_weights_are_told(checkpoint, ratios, tmp_path, caplog):
+    mine = dataclasses.replace(checkpoint, folder=tmp_path / "mine")
+    shutil.copytree(checkpoint.folder, mine.folder)
+    made = MagnitudeRatios(TIMESTEPS, RATIOS)
+    write_ratios(ratios_path(mine), made, {"weights": checkpoint.identity(*STAGE_PARTS["denoise"])})
+    assert own_ratios(mine) == ratios_path(mine) and not caplog.text
+    write_ratios(ratios_path(mine), made, {"weights": "sha256:of-others"})
+    for _ in range(2):
+        assert own_ratios(mine) == ratios_path(mine)
+    assert caplog.text.count("magcache.json are of other weights than are there now") == 1
 
 
 @pytest.mark.parametrize("quality", ["exact", "fast", "fastest"])

@@ -134,6 +134,14 @@ def test_settings_that_cannot_be(monkeypatch, tmp_path, capsys, arguments, messa
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_start_that_is_no_training_is_found_before_any(monkeypatch, tmp_path, capsys):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    assert command(monkeypatch, tmp_path, f"start_from={tmp_path / 'junk.pt'}") == 2
+    said = capsys.readouterr().err
+    assert "junk.pt: expected transformer.pt of another work_dir, of a model of these sizes" in said
+    assert not list((tmp_path / "work_out").glob("*.pt"))
+
+
 @pytest.mark.parametrize("folder", [".", "models"])
 def test_a_folder_of_the_users_is_not_replaced(monkeypatch, tmp_path, capsys, folder):
     (tmp_path / "models").mkdir()
