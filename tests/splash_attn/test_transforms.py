@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import offline_tpu
 from helpers import PLENTY_S, virtual_devices
 from splash_attn import BlockSizes, Variant, api, attention
 
@@ -171,6 +172,23 @@ def test_arrays_on_several_devices(axes: str) -> None:
     assert all("expected q, k and v all alike, and by batch and heads only; use jax" in found[name] for name in refused)
     assert {name: error for name, error in found.items() if name not in refused and error > 0.02} == {}
     assert len(found) - len(refused) == (12 if axes == "Explicit" else 7)
+
+
+@pytest.mark.compile
+def test_compiled_for_a_slice_each_chip_has_its_heads() -> None:
+    mesh = offline_tpu.topology_mesh("v6e-4", (4,), ("chips",))
+    explicit = Mesh(mesh.devices, ("chips",), axis_types=(AxisType.Explicit,))
+    share = jax.ShapeDtypeStruct((1, 2, 256, 64), "bfloat16")
+    whole = jax.ShapeDtypeStruct(
+        (1, 8, 256, 64), "bfloat16", sharding=NamedSharding(explicit, PartitionSpec(None, "chips"))
+    )
+
+    def call(q: jax.Array) -> jax.Array:
+        return attention(q, q, q, **SMALL)
+
+    of_share = offline_tpu.predict(call, share, device="v6e")
+    of_whole = offline_tpu.predict(call, whole, topology="v6e-4", mesh=explicit)
+    assert of_whole.cycles == pytest.approx(of_share.cycles, rel=0.01) and not of_whole.collectives
 
 
 @IMPLEMENTATIONS
