@@ -108,7 +108,7 @@ def attention(
     Raises:
       ValueError: mismatched shapes or dtypes, an unsupported type, dtype or head_dim, an empty sequence, a traced
         scale, a scale or (outside jit) an input that counts and is not finite, an unknown implementation, arrays that
-        are divided otherwise.
+        are divided otherwise, a file of tuned entries that cannot be read.
       NotImplementedError: a gradient of a Pallas implementation.
     """
     q, k, v = (as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -165,7 +165,7 @@ def resolve(
 
     Raises:
       ValueError: an unknown implementation, one that contradicts `interpret` or that the device cannot run, a qk_dtype
-        that contradicts `variant`.
+        that contradicts `variant`, a file of tuned entries that cannot be read.
     """
     if qk_dtype not in (None, *get_args(QkDtype)):
         raise ValueError(f"qk_dtype={qk_dtype!r}: expected one of {get_args(QkDtype)}, or None.")

@@ -124,7 +124,7 @@ def load(device_kind: str, directory: Path | None = None) -> tuple[TunedEntry, .
     kernel source or compiler.
 
     Raises:
-      ValueError: a file is not what this version reads.
+      ValueError: a file is not what this version reads, or is named for another device kind than it is of.
     """
     if directory is not None:
         return _entries(path_for(device_kind, directory))
@@ -219,6 +219,9 @@ def choose(
 
     device_kind: of `jax.Device`. dtype: of q, k and v, e.g. "bfloat16". variant: what to run, whatever qk_dtype says;
     only its block sizes are chosen. directory: of the JSON files; None: the user's and the shipped ones.
+
+    Raises:
+      ValueError: as `load`.
     """
     entries = load(device_kind, directory)
     qk_dtype = qk_dtype if variant is None else variant.qk_dtype

@@ -247,7 +247,7 @@ def _exit_code(run: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         return EXIT_SIGNAL + getattr(error, "signal_number", EXIT_INTERRUPTED - EXIT_SIGNAL)
     except BrokenPipeError:
         if not _drop_broken_streams():

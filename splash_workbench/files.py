@@ -68,9 +68,13 @@ def locked(path: Path, busy: str | None) -> Iterator[None]:
 
     Raises UserError with the message `busy` where another process, or thread, holds it; waits for it with None.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("w") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            opened = path.open("w")
+        except FileNotFoundError:
+            continue  # whoever held it removed the folder after it was made here
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
             except BlockingIOError as error:

@@ -107,6 +107,12 @@ def source_hash(patterns: Iterable[str], root: Path = REPO_ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+def parse_source(text: str) -> ast.Module:
+    """Return `ast.parse`, in any thread."""
+    with _PARSER_LOCK:
+        return ast.parse(text)
+
+
 def stable_hash(text: str) -> str:
     """Return a short hash for names of studies and candidates."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -70,11 +70,7 @@ def shipped_files(source: str | None) -> dict[str, bytes]:
     path = loading.file_of(source) if source is not None else None
     if path is None:
         return {}
-    found: dict[str, bytes] = {}
-    for other in loading.files_of(path):
-        within = sorted(other.parent.rglob("*.py")) if other.name == "__init__.py" else [other]
-        found |= {part.relative_to(path.parent).as_posix(): part.read_bytes() for part in within}
-    return found
+    return {other.relative_to(path.parent).as_posix(): other.read_bytes() for other in loading.files_of(path)}
 
 
 @functools.cache

@@ -113,9 +113,10 @@ def main(settings: PeersSchema) -> int:
     recorded = from_config(lambda: records.read(path)) if settings.reuse else []
     on_record = {(trial.kernel, trial.key): trial for trial in records.reusable(recorded, settings.timeout_s)}
     with tempfile.TemporaryDirectory() as work_dir:
+        cache = JobCache.of_user(settings.reuse)
         evaluator = Evaluator(
-            runner=Runner(Path(work_dir), jobs_per_worker=JOBS_PER_WORKER),
-            cache=JobCache.of_user(settings.reuse),
+            runner=Runner(Path(work_dir) / "work", jobs_per_worker=JOBS_PER_WORKER),
+            cache=cache,
             workload=workload,
             target=target,
             backend=OFFLINE,
@@ -123,7 +124,7 @@ def main(settings: PeersSchema) -> int:
             environment=captured,
             timeout_s=settings.timeout_s,
             measure={},
-            cache_dir=results_dir / "sweeps" / ".numerics",
+            cache_dir=(cache.directory if cache else Path(work_dir)) / "numerics",
         )
 
         def trial_of(entrant: Entrant) -> Trial:

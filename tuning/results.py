@@ -37,6 +37,7 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
     Trials of one shape, dtype, device and backend stand together, whatever names their workloads have. Raises
     ValueError where no trial at all has a wanted value, with those there are.
     """
+    every = trials
     if workload is not None:
         there = sorted({f"{trial.workload} ({trial.call} {trial.dtype})" for trial in trials})
         trials = [trial for trial in trials if (trial.shape, trial.dtype) == workload.identity]
@@ -47,7 +48,7 @@ def select(trials: Sequence[Trial], workload: Workload | None = None, **wanted: 
         name = "call" if name == "shape" else name
         if value is None:
             continue
-        there = list(Status) if name == "status" else sorted({str(getattr(trial, name)) for trial in trials})
+        there = list(Status) if name == "status" else sorted({str(getattr(trial, name)) for trial in every})
         if value not in there:
             raise ValueError(f"{'shape' if name == 'call' else name}={value!r}: on record are {', '.join(there)}.")
         trials = [trial for trial in trials if str(getattr(trial, name)) == value]

@@ -132,7 +132,7 @@ def _sweep(settings: SweepSettings, report: Callable[[str], None], cluster: Clus
         environment=captured,
         timeout_s=settings.timeout_s,
         measure=settings.measure,
-        cache_dir=cache.directory / "numerics" if cache else sweeps_dir / ".numerics",
+        cache_dir=cache.directory / "numerics" if cache else state / "work" / "numerics",
         cache=cache,
         compiler_options=settings.compiler_options,
         source=settings.source,

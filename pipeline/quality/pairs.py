@@ -22,7 +22,7 @@ from pipeline.runs.records import devices, environment
 from pipeline.runs.video import write_mp4
 from pipeline.stages.presets import settle_here, settle_parallel
 from pipeline.stages.progress import StageEvent
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, user_path
 from splash_workbench.provenance import stable_hash
 from splash_workbench.records import jsonl
 from splash_workbench.records.quality import PairRecord
@@ -158,9 +158,9 @@ class Pairs:
         request = settle_here(variant.request, checkpoint)
         fields = dataclasses.asdict(dataclasses.replace(request, prompt="", seed=0))
         if request.cache.ratios is not None:
-            fields["cache"]["ratios"] = stable_hash(Path(request.cache.ratios).read_text(encoding="utf-8"))
+            fields["cache"]["ratios"] = stable_hash(user_path(request.cache.ratios).read_text(encoding="utf-8"))
         if request.image is not None:
-            fields["image"] = stable_hash(Path(request.image).read_bytes().hex())
+            fields["image"] = stable_hash(user_path(request.image).read_bytes().hex())
         parallel = dataclasses.asdict(settle_parallel(variant.parallel, request))
         return {"request": fields, "parallel": parallel, "weights": checkpoint.identities(*STAGES)}
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _MAX_PROMPT = 4000  # characters, in the mp4; the sidecar has all
 #: What a stage's result and time depend on.
 PACKAGES = ("cogvideox-splash", "jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers")
-_SOURCES = ("pipeline/model/*.py", "pipeline/stages/*.py")
+_SOURCES = ("pipeline/model/**/*.py", "pipeline/stages/*.py", "pipeline/checkpoints/*.py", "splash_attn/*.py")
 
 
 def keep(path: Path, record: GenerationRecord) -> None:

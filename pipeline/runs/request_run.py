@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from pipeline.stages.progress import Progress, StageClock, StageTimings, no_prog
 from pipeline.stages.resume import StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
-from splash_workbench.provenance import package_versions
+from splash_workbench.provenance import FLAG_VARIABLES, package_versions
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 
@@ -272,10 +273,14 @@ def needed_stages(stages: Sequence[Stage], request: GenerateRequest) -> tuple[St
 
 
 def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
-    """Digest everything that the bits depend on: another plan, device or compiler sums in another order."""
+    """Digest what the bits depend on: another plan, device, compiler or flag sums in another order.
+
+    Of the tuned entries the denoising itself adds what it takes, see `StateFile.depends_on`.
+    """
     device = jax.devices()[0]
     versions = package_versions(records.PACKAGES)
-    described = [key.fingerprint, plan, device.platform, device.device_kind, versions]
+    flags = {name: os.environ.get(name) for name in FLAG_VARIABLES}
+    described = [key.fingerprint, plan, device.platform, device.device_kind, versions, flags]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

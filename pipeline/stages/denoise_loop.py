@@ -78,7 +78,15 @@ class DenoiseLoop:
         self._generator = torch.Generator().manual_seed(request.seed)
         encoded = None if moments is None else sample_posterior(moments, self._generator, self._dtype)
         self._conditions = self._place_conditions(encoded)
-        saved = state_file.load() if state_file is not None else None
+        saved = None
+        if state_file is not None:
+            attention = denoiser.describe_attention(request, embeddings.shape[1])
+            of_work = {work: dataclasses.replace(step, work=work) for work in schedule.kinds}
+            state_file.depends_on(
+                attention={name: attention[name] for name in ("implementation", "block_sizes", "variant")},
+                options={str(work): each.options(denoiser.weights) for work, each in of_work.items()},
+            )
+            saved = state_file.load()
         if saved is not None:
             self._generator.set_state(torch.from_numpy(saved.generator))
             clock.timings.step_times_s[:] = saved.step_times_s

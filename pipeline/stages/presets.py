@@ -16,6 +16,7 @@ from pipeline.requests.models import current_id
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import GenerateRequest
 from pipeline.requests.reuse import PRESETS
+from splash_workbench.files import user_path
 
 #: Kinds of devices for which rates of bfloat16 and fp8 are published and none of int8
 #: (https://cloud.google.com/tpu/docs/tpu7x): a step of the 720p video in int8 is slower by a sixth there (predicted,
@@ -52,7 +53,7 @@ def settle(
         name = base_checkpoint(name, transformer())
     cache = preset.cache(cache, name)
     if cache.method == "magcache":
-        path = ratios() if cache.ratios is None else Path(cache.ratios)
+        path = ratios() if cache.ratios is None else user_path(cache.ratios)
         read_ratios(path)
         cache = dataclasses.replace(cache, ratios=str(path))
     if not request.do_classifier_free_guidance:

@@ -87,7 +87,17 @@ def recorder_of(settings: Any, request: GenerateRequest) -> Recorder | None:
     if not settings.profile:
         return None
     attention, plan = request.attention, settings.parallel.plan
-    choices = [attention.implementation, attention.block_sizes, attention.variant, None if plan == "auto" else plan]
+    choices = [
+        attention.implementation,
+        attention.block_sizes,
+        attention.variant,
+        attention.qk_dtype,
+        None if plan == "auto" else plan,
+        None if request.quality == "exact" else request.quality,
+        request.quantization,
+        request.cache.method,
+        settings.parallel.num_devices and f"{settings.parallel.num_devices}-devices",
+    ]
     size = f"{request.width}x{request.height}x{request.num_frames}-{request.dtype}"
     name = "-".join([Path(request.checkpoint).name, size, *(str(choice) for choice in choices if choice is not None)])
     run = check_profile_run(settings.profile_run) or safe_name(name)

@@ -1,11 +1,14 @@
 """The state of a half-done denoise stage on disk: a run that was killed goes on from it and gives the same bits."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,6 +63,11 @@ class StateFile:
         self._every = every
         self._resume = resume
         self.resumed_at_step: int | None = None
+
+    def depends_on(self, **choices: Any) -> None:
+        """Add what the bits depend on, as JSON has it: the blocks and options that were tuned, by now."""
+        text = json.dumps([self._fingerprint, choices], sort_keys=True)
+        self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def load(self) -> DenoiseState | None:
         """Read the saved state, None where there is none of this fingerprint."""

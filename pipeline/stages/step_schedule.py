@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from pipeline.checkpoints.magcache import read_ratios
 from pipeline.model.denoise_step import Reuse, StepWork
 from pipeline.model.transformer import TransformerShape, timestep_embedding
 from pipeline.requests.reuse import CacheOptions
+from splash_workbench.files import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def step_schedule(cache: CacheOptions, guided: bool, timesteps: np.ndarray, embe
         blocks = teacache_steps(embed(timesteps), cache.coefficients, cache.threshold)
     elif method == "magcache":
         assert cache.ratios is not None and cache.threshold is not None
-        ratios = read_ratios(Path(cache.ratios)).at(timesteps)
+        ratios = read_ratios(user_path(cache.ratios)).at(timesteps)
         blocks = magcache_steps(ratios.tolist(), cache.threshold, cache.max_reused, cache.first_steps)
     every = cache.unconditional_every or 1 if guided else 1
     first_block = cache.threshold if method == "first_block" else None

@@ -29,7 +29,7 @@ from pipeline.train_tiny.training import (
     to_video,
 )
 from splash_workbench.errors import UserError
-from splash_workbench.files import atomic_path, require_writable, write_json
+from splash_workbench.files import atomic_path, require_writable, user_path, write_json
 from splash_workbench.records.base import utc_now
 
 #: Of the file that says how something was trained, beside it.
@@ -75,13 +75,14 @@ def check_settings(settings: TrainTinyConfig) -> None:
         raise UserError(f"base={settings.base}: expected null for what=model, which begins from nothing.")
     folder = Path(settings.folder)
     require_writable(f"folder={settings.folder}", folder)
-    if settings.what == "model":
-        _require_ours(folder, settings)
+    _require_ours(folder, settings)
 
 
 def _require_ours(folder: Path, settings: TrainTinyConfig) -> None:
     """Raise UserError for a folder, which training replaces, that holds more than an earlier training's."""
     used = [Path(settings.work_dir).resolve(), Path.cwd()]
+    if settings.what != "model" and settings.base is not None:
+        used.append(user_path(settings.base).resolve())
     inside = any(path.is_relative_to(folder.resolve()) for path in used)
     is_empty = not folder.is_dir() or not any(folder.iterdir())
     if inside or not (is_empty or (folder / PROVENANCE_NAME).is_file()):

@@ -72,7 +72,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget(folder: Path) -> None:
-    """Drop compiled programs, and files in the worker's folder beside its log: they would add up from job to job."""
+    """Drop compiled programs, and folders in the worker's own: they would add up from job to job."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()

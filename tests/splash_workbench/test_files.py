@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,21 @@ def test_the_lock_of_a_process_that_died_is_free(tmp_path):
     assert path.exists()
     with locked(path, "busy"):
         pass
+
+
+def test_those_who_wait_for_a_lock_have_it_in_turn(tmp_path):
+    """Each removes the folder with the lock, in which the next ones wait."""
+    order, path = [], tmp_path / "locks" / "x.lock"
+
+    def hold(number):
+        with locked(path, None):
+            order.append(number)
+            time.sleep(0.01)
+            order.append(number)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(hold, range(24)))
+    assert order[::2] == order[1::2] and sorted(order[::2]) == list(range(24))
 
 
 def test_what_cannot_be_written_is_said_without_a_word_too_many(tmp_path, monkeypatch):

@@ -161,6 +161,8 @@ def test_results_filters_and_writes_what_it_prints(run: Run, tmp_path: Path, mak
     code, _, err = run(results, "kernel=other")
     assert code == 2
     assert "kernel='other': on record are splash_attn" in err
+    jsonl.append(path, make_trial(kernel="other", status=Status.TIMEOUT, numerics=None, error="killed"))
+    assert run(results, "kernel=other", "status=ok")[:2] == (0, "no trials\n")
 
 
 def test_two_shapes_under_one_name_are_never_in_one_ranking(

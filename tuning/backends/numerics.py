@@ -104,7 +104,8 @@ def _about(request: Request) -> dict[str, Any]:
 def check(request: Request, implementation: Implementation, function: Callable[..., Any]) -> Numerics:
     """Run `function` on the kernel's inputs for a check, and compare with its reference."""
     arguments = request.found.inputs(request.checked()[1])
-    options: Any = _CPU_OPTIONS if jax.devices()[0].platform == "cpu" else None
+    # On the device the program that will be timed; a CPU takes no flags of libtpu.
+    options: Any = _CPU_OPTIONS if jax.devices()[0].platform == "cpu" else request.options_of_compiler or None
     actual_tree = jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
     expected_tree = request.found.reference(*arguments)
     actual_leaves, expected_leaves = jax.tree.leaves(actual_tree), jax.tree.leaves(expected_tree)

@@ -14,7 +14,7 @@ from typing import Any
 
 from splash_workbench.errors import OF_USERS_CODE, line_of
 from splash_workbench.files import run_file, user_path
-from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, source_hash, stable_hash
+from splash_workbench.provenance import KERNEL_SOURCES, REPO_ROOT, parse_source, source_hash, stable_hash
 from tuning.kernels.attention import ATTENTION_KERNELS
 from tuning.kernels.protocol import Kernel, KernelError, tunables
 
@@ -70,7 +70,15 @@ def hash_of(spec: str) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return a kernel's file and those beside it that it imports; of a package its __init__.py."""
+    """Return a kernel's file and those beside it that it imports, of a package all of its modules, in order."""
+    found = set()
+    for other in _imported_files(path):
+        found |= set(other.parent.rglob("*.py")) if other.name == "__init__.py" else {other}
+    return sorted(found)
+
+
+def _imported_files(path: Path) -> set[Path]:
+    """Return a file and those beside it that it imports; of a package its __init__.py."""
     found, unread = {path}, [path]
     while unread:
         path = unread.pop()
@@ -79,7 +87,7 @@ def files_of(path: Path) -> list[Path]:
                 if other.is_file() and path.parent != REPO_ROOT and other not in found:
                     found.add(other)
                     unread.append(other)
-    return sorted(found)
+    return found
 
 
 def refuse_while_loading() -> None:
@@ -89,7 +97,7 @@ def refuse_while_loading() -> None:
 
 
 def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse_source(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -20,9 +20,8 @@ ATTENTION = ("block_q", "block_kv")
 
 def file_name(exact: bool, names: tuple[str, str] = ATTENTION) -> str:
     """Return the picture's name. Candidates that are not exact rank apart, and have a picture of their own."""
-    if names != ATTENTION:
-        return f"heatmap-{names[0]}-{names[1]}.png"
-    return "heatmap.png" if exact else "heatmap-int8.png"
+    axes = "" if names == ATTENTION else f"-{names[0]}-{names[1]}"
+    return f"heatmap{axes}{'' if exact else '-int8'}.png"
 
 
 def draw(trials: Sequence[Trial], names: tuple[str, str] = ATTENTION) -> Figure | None:

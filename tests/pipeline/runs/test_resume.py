@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from pipeline.requests.options import RunOptions
 from pipeline.runs.request_run import generate
 from pipeline.stages import resume as denoise_state
-from pipeline.stages.resume import STATE_NAME, StateFile
+from pipeline.stages.resume import STATE_NAME, DenoiseState, StateFile
 
 
 @pytest.mark.compile
@@ -85,6 +86,24 @@ def test_an_unwritable_state_is_a_warning(same, tmp_path, caplog, monkeypatch):
     generate(same(), stages=["text", "denoise"], run_dir=tmp_path, run_options=RunOptions(checkpoint_every=1))
     assert "step 1 could not be saved" in caplog.text and "No space left" in caplog.text
     assert (tmp_path / "denoise.safetensors").exists()
+
+
+def test_a_state_of_other_blocks_or_options_is_not_taken(tmp_path, caplog):
+    """Where an entry was promoted between a kill and the same command."""
+    one = np.zeros((1, 2), np.float32)
+
+    def opened(**choices):
+        state = StateFile(tmp_path, "x")
+        state.depends_on(**choices)
+        return state
+
+    opened(attention={"block_sizes": 1}, options={}).save(DenoiseState(1, one, one, np.zeros(3, np.uint8), [1.0]))
+    for changed in (
+        {"attention": {"block_sizes": 2}, "options": {}},
+        {"attention": {"block_sizes": 1}, "options": "a"},
+    ):
+        assert opened(**changed).load() is None
+    assert opened(options={}, attention={"block_sizes": 1}).load().step == 1
 
 
 @pytest.mark.parametrize(

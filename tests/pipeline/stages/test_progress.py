@@ -11,6 +11,7 @@ from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import RunOptions
 from pipeline.requests.request import AttentionOptions, GenerateRequest
+from pipeline.requests.reuse import CacheOptions
 from pipeline.runs.request_run import generate
 from pipeline.stages import progress
 from pipeline.stages.progress import StageClock, recorder_of, tracing
@@ -92,6 +93,9 @@ def test_a_run_is_named_after_what_decides_its_time(request_of, tmp_path):
     request = request_of(attention=dataclasses.replace(request_of().attention, implementation="xla"))
     recorder = recorder_of(GenerateConfig(profile=True, logdir=str(tmp_path)), request)
     assert recorder.run == f"{Path(request.checkpoint).name}-80x48x{request.num_frames}-float32-xla"
+    faster = request_of(quality="fast", quantization="int8", cache=CacheOptions("first_block"))
+    recorder = recorder_of(GenerateConfig(profile=True, logdir=str(tmp_path)), faster)
+    assert recorder.run.endswith("-float32-fast-int8-first_block")
     with pytest.raises(RequestError, match=r"profile_run=.*expected a run's name"):
         recorder_of(GenerateConfig(profile=True, profile_run="../x", logdir=str(tmp_path)), request)
 

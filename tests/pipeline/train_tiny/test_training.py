@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -13,12 +14,13 @@ from pipeline.checkpoints.loading import load_module, resolve_checkpoint
 from pipeline.checkpoints.lora import merge_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B
 from pipeline.checkpoints.shapes import captions
-from pipeline.checkpoints.tiny import TinySpec, build_modules
+from pipeline.checkpoints.tiny import TRAINED_FOLDER, TinySpec, build_modules
 from pipeline.checkpoints.tiny_i2v import write_tiny_i2v
 from pipeline.model.latents import LatentGeometry, rotary_embedding
 from pipeline.model.noise_schedule import build_scheduler
 from pipeline.requests.request import GenerateRequest, LoraFile
 from pipeline.train_tiny import __main__ as train_tiny
+from pipeline.train_tiny.config import PROVENANCE_NAME
 from pipeline.train_tiny.training import Loop, Muon, diffusion_loss, optimize, rotary_tables
 
 ARGUMENTS = ["height=32", "width=48", "num_frames=9", "num_layers=1", "num_attention_heads=1", "clips_per_caption=1"]
@@ -142,13 +144,19 @@ def test_a_start_that_is_no_training_is_found_before_any(monkeypatch, tmp_path, 
     assert not list((tmp_path / "work_out").glob("*.pt"))
 
 
-@pytest.mark.parametrize("folder", [".", "models"])
-def test_a_folder_of_the_users_is_not_replaced(monkeypatch, tmp_path, capsys, folder):
+@pytest.mark.parametrize("folder", [".", "models", "base"])
+@pytest.mark.parametrize("what", ["model", "outline", "i2v"])
+def test_a_folder_of_the_users_is_not_replaced(monkeypatch, tmp_path, capsys, folder, what):
+    shutil.copytree(TRAINED_FOLDER, tmp_path / "base")
+    if what == "model":
+        (tmp_path / "base" / PROVENANCE_NAME).unlink()
     (tmp_path / "models").mkdir()
     kept = tmp_path / "models" / "mine.txt"
     kept.write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_tiny", f"folder={folder}", f"work_dir={tmp_path / 'work'}"])
+    base = [] if what == "model" else ["base=base"]
+    arguments = [f"what={what}", f"folder={folder}", f"work_dir={tmp_path / 'work'}", *base]
+    monkeypatch.setattr(sys, "argv", ["train_tiny", *arguments])
     assert train_tiny.main() == 2
     assert f"folder={folder}: would be replaced" in capsys.readouterr().err
     assert kept.read_text() == "mine"

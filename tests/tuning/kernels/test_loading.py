@@ -1,8 +1,10 @@
 """A user's kernel that lacks something, or has it wrong, is one line."""
 
 import pickle
+import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,31 @@ def test_a_kernel_is_found_and_lists_its_configurations(write: Write) -> None:
     assert kernel.compiler_options(found.valid[0].variant) == {}
     assert kernel.hbm_bytes(kernel.Workload(n=12)) == 12 * 4 * 2
     assert loading.find(spec) is kernel and loading.spec_of(kernel) == spec
+
+
+def test_the_hash_is_of_all_of_a_package_beside_it(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine" / "inside.py").write_text("FACTOR = 2\n")
+    spec = write(("import dataclasses\n", "import dataclasses\nfrom mine.inside import FACTOR\n"))
+    first = loading.hash_of(spec)
+    (tmp_path / "mine" / "inside.py").write_text("FACTOR = 3\n")
+    assert loading.hash_of(spec) != first
+    assert [path.name for path in loading.files_of(tmp_path / "double.py")] == ["double.py", "__init__.py", "inside.py"]
+
+
+def test_the_hash_is_found_in_threads_too(write: Write) -> None:
+    """Python 3.11's parser fails where two threads are in it (python/cpython#106905)."""
+    spec, before = (
+        str(REPO_ROOT / "examples" / "kernels" / "paged_attention.py:PagedAttention"),
+        sys.getswitchinterval(),
+    )
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert len(set(threads.map(loading.hash_of, [spec] * 100))) == 1
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_the_hash_is_of_the_file_and_of_what_it_imports_beside_it(write: Write, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ def test_a_cell_shows_an_estimate_only_where_nothing_was_settled(make_trial: Cal
     assert "~ from shorter kernels" in axes.get_xlabel()
 
 
+def test_exact_and_inexact_have_a_picture_each() -> None:
+    for names in (heatmap.ATTENTION, ("block_q", "lookahead")):
+        assert heatmap.file_name(True, names) != heatmap.file_name(False, names)
+
+
 def test_another_kernels_blocks_are_named_as_its_own(make_trial: Callable[..., Trial]) -> None:
     """Its tunables may be called as attention's are; it may be timed on a chip of a long name."""
     kernel = {"kernel": "Mine", "workload": "Mine-batch_size1-seq_len39936-num_heads12-head_dim64", "shape": None}
