@@ -24,7 +24,7 @@ from splash_attn.inputs import (
 )
 from splash_attn.markers import chosen_off_tpu
 from splash_attn.pallas import attention_pallas
-from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant
+from splash_attn.types import AttentionShape, BlockSizes, QkDtype, Variant, clamp
 from splash_attn.xla import attention_xla
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def resolve(
     if block_sizes is None:
         choice = tuned.choose(kind, shape, dtype, variant=variant, qk_dtype=qk_dtype)
         return Resolution(implementation, choice.block_sizes, choice.variant, f"{reason}; {choice.reason}")
-    blocks = tuned.clamp(block_sizes, shape)
+    blocks = clamp(block_sizes, shape)
     return Resolution(implementation, blocks, variant or Variant(qk_dtype=qk_dtype), f"{reason}; block sizes given")
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant
+from splash_attn.types import LANES, SEED_BLOCK_SIZES, AttentionShape, BlockSizes, QkDtype, Variant, clamp, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -175,22 +175,9 @@ def _tell_of_missing(folder: str | None) -> None:
         logger.warning("%s=%s: there is no such folder; only the shipped entries are read", USER_VARIABLE, folder)
 
 
-def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
-    """Return the same blocks, no longer than the sequences rounded up to what a block must be a multiple of."""
-    block_kv_compute = min(block_sizes.block_kv_compute, _round_up(shape.kv_seq_len, LANES))
-    return BlockSizes(
-        block_q=min(block_sizes.block_q, _round_up(shape.q_seq_len, LANES)),
-        block_kv=min(
-            block_sizes.block_kv // block_kv_compute * block_kv_compute,
-            _round_up(shape.kv_seq_len, block_kv_compute),
-        ),
-        block_kv_compute=block_kv_compute,
-    )
-
-
 def fit_block_q(block_q: int, q_seq_len: int) -> int:
     """Return the shortest block_q that needs no more blocks: rows past the sequence are computed for nothing."""
-    return _round_up(-(-q_seq_len // -(-q_seq_len // block_q)), LANES)
+    return round_up(-(-q_seq_len // -(-q_seq_len // block_q)), LANES)
 
 
 def fit(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
@@ -260,7 +247,7 @@ def _serves(tuned_shape: AttentionShape, shape: AttentionShape) -> bool:
         (tuned_shape.kv_seq_len, shape.kv_seq_len, SEED_BLOCK_SIZES.block_kv),
     )
     return all(
-        length <= _round_up(tuned_length, LANES) or (tuned_length >= block and length <= _MAX_STRETCH * tuned_length)
+        length <= round_up(tuned_length, LANES) or (tuned_length >= block and length <= _MAX_STRETCH * tuned_length)
         for tuned_length, length, block in lengths
     )
 
@@ -274,7 +261,3 @@ def _rank(entry: TunedEntry, shape: AttentionShape) -> tuple[float, bool, int, f
         LABELS.index(entry.provenance.label),
         entry.provenance.time_ms / heads,
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -153,3 +153,21 @@ class Variant:
 
 #: The block sizes of the published CogVideoX kernel for TPU v6e (BQSIZE, BKVSIZE, BKVCOMPUTESIZE).
 SEED_BLOCK_SIZES = BlockSizes(block_q=3328, block_kv=2816, block_kv_compute=256)
+
+
+def clamp(block_sizes: BlockSizes, shape: AttentionShape) -> BlockSizes:
+    """Return the same blocks, no longer than the sequences rounded up to what a block must be a multiple of."""
+    block_kv_compute = min(block_sizes.block_kv_compute, round_up(shape.kv_seq_len, LANES))
+    return BlockSizes(
+        block_q=min(block_sizes.block_q, round_up(shape.q_seq_len, LANES)),
+        block_kv=min(
+            block_sizes.block_kv // block_kv_compute * block_kv_compute,
+            round_up(shape.kv_seq_len, block_kv_compute),
+        ),
+        block_kv_compute=block_kv_compute,
+    )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple that is not less than a value."""
+    return -(-value // multiple) * multiple

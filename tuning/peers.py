@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from splash_attn import tuned
-from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes
+from splash_attn.types import SEED_BLOCK_SIZES, BlockSizes, clamp
 from splash_workbench import cli
 from splash_workbench.errors import from_config
 from splash_workbench.files import require_writable
@@ -73,7 +73,7 @@ def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) 
     """
     choice = tuned.choose(device_kind, workload.shape, workload.dtype)
     options = choice.variant.to_dict()
-    ours = (choice.block_sizes, tuned.clamp(SEED_BLOCK_SIZES, workload.shape))
+    ours = (choice.block_sizes, clamp(SEED_BLOCK_SIZES, workload.shape))
     found = [Entrant(block_sizes, options) for block_sizes in dict.fromkeys(ours)]
     quantized = tuned.choose(device_kind, workload.shape, workload.dtype, qk_dtype="int8")
     if quantized.entry is not None:
@@ -88,7 +88,7 @@ def entrants(peers: Sequence[PeerSchema], workload: Workload, device_kind: str) 
             lines.append(f"{peer.kernel} is left out: not installed; pip install 'cogvideox-splash[{kernel.extra}]'")
             continue
         listed = BlockSizes(peer.block_q, peer.block_kv, peer.block_kv_compute)
-        entrant = Entrant(tuned.clamp(listed, workload.shape), peer.options, peer.kernel)
+        entrant = Entrant(clamp(listed, workload.shape), peer.options, peer.kernel)
         if entrant.block_sizes != listed:
             lines.append(f"{peer.kernel}: {listed} is shortened to the sequences, {entrant.block_sizes}")
         if entrant not in found:

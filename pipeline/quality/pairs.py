@@ -23,13 +23,15 @@ from pipeline.runs.video import write_mp4
 from pipeline.stages.presets import settle_here, settle_parallel
 from pipeline.stages.progress import StageEvent
 from splash_workbench.files import atomic_path, user_path
-from splash_workbench.provenance import stable_hash
+from splash_workbench.provenance import source_hash, stable_hash
 from splash_workbench.records import jsonl
 from splash_workbench.records.quality import PairRecord
 
 #: How many times a difference is enlarged in a pair's video.
 GAIN = 8
 PAIRS_FILE = "pairs.jsonl"
+#: What makes the figures of a pair from its videos.
+_MEASURES = tuple(f"pipeline/quality/{name}.py" for name in ("gate", "learned", "read_back", "render"))
 #: Told of a part of a video that is done, and what of it.
 Tell = Callable[[float, str], None]
 
@@ -144,7 +146,7 @@ class Pairs:
             variants = [self.reference] if variant is self.reference else [self.reference, variant]
             depends_on = {
                 "variants": [self._dependencies(each) for each in variants],
-                "measured": [self.with_lpips, self.with_readings],
+                "measured": [self.with_lpips, self.with_readings, source_hash(_MEASURES)],
                 "devices": jsonl.encode(self.devices),
                 **{name: made_by[name] for name in names},
             }

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import PLENTY_S
 from splash_attn import tuned
-from splash_attn.types import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant
+from splash_attn.types import SEED_BLOCK_SIZES, AttentionShape, BlockSizes, Variant, clamp
 
 KIND = "TPU v6 lite"
 SHAPE = AttentionShape(batch_size=1, num_heads=12, q_seq_len=39826, kv_seq_len=39826, head_dim=64)
@@ -120,7 +120,7 @@ def test_same_lengths_prefer_same_heads_then_measured_then_time_per_head(tmp_pat
     ],
 )
 def test_blocks_are_clamped_to_the_sequences(q_seq_len: int, kv_seq_len: int, expected: tuple) -> None:
-    assert tuned.clamp(SEED_BLOCK_SIZES, shape(q_seq_len=q_seq_len, kv_seq_len=kv_seq_len)) == BlockSizes(*expected)
+    assert clamp(SEED_BLOCK_SIZES, shape(q_seq_len=q_seq_len, kv_seq_len=kv_seq_len)) == BlockSizes(*expected)
 
 
 @pytest.mark.parametrize(
