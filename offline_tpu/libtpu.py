@@ -80,9 +80,11 @@ def find_dump_dir() -> Path:
       RuntimeError: an accelerator is here, and JAX_PLATFORMS is not cpu; or another libtpu is installed.
       UserError: as `check_setup`.
     """
+    if folder := os.environ.get(_DUMP_VARIABLE):
+        _check_versions(SUPPORTED_LIBTPU)
+        return Path(folder)
     check_setup()
-    folder = os.environ.get(_DUMP_VARIABLE)
-    return Path(folder) if folder else Path(_load().name) / "dump"
+    return Path(_load().name) / "dump"
 
 
 @functools.cache
