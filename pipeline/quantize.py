@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.requests.errors import RequestError, require_choice
 from splash_workbench import cli
-from splash_workbench.files import require_writable_file, user_path
+from splash_workbench.files import require_writable, require_writable_file, user_path
 
 
 @dataclasses.dataclass
@@ -47,8 +47,13 @@ def main(settings: QuantizeConfig) -> int:
     checkpoint = resolve_checkpoint(settings.checkpoint, settings.revision, cache_dir, settings.transformer)
     configs, loras = read_configs(checkpoint), parse_lora(settings.lora)
     read = [path for path in (checkpoint.folder, settings.transformer, *(lora.path for lora in loras)) if path]
-    if any(output.resolve().is_relative_to(user_path(path).resolve()) for path in read) and output.exists():
+    replaces = output.exists() and any(output.resolve().is_relative_to(user_path(path).resolve()) for path in read)
+    parts = [] if checkpoint.folder is None else [checkpoint.part("transformer").resolve()]
+    if replaces or output.parent.resolve() in parts:
         raise RequestError(f"output={str(output)!r}: weights are read from there; expected another file")
+    if checkpoint.folder is not None:  # int8 of float32 is a quarter, and of no dtype less
+        least_bytes = sum(path.stat().st_size for path in checkpoint.weight_files("transformer")) // 4
+        require_writable(f"output={str(output)!r}", output.parent, max(1, least_bytes))
     check_transformer(settings.transformer, True, loras, configs["transformer"], settings.checkpoint)
     one_device = ParallelOptions(num_devices=1)
     dtype = getattr(torch, settings.dtype)

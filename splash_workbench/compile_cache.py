@@ -29,7 +29,7 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         except OSError as error:
             logger.warning(
                 "cache: cannot write to %s (%s); programs are compiled again each time, unless "
-                "$COGVIDEOX_SPLASH_CACHE or cache_dir names another folder",
+                "$COGVIDEOX_SPLASH_CACHE names another folder",
                 folder,
                 error.strerror,
             )

@@ -41,8 +41,11 @@ def main(settings: CalibrateConfig) -> int:
     from splash_workbench.compile_cache import use_compilation_cache
 
     request = to_request(settings)
-    if request.num_inference_steps < 2:
-        raise RequestError(f"num_inference_steps={request.num_inference_steps}: expected 2 or more to compare")
+    if request.cache.is_used:
+        raise RequestError("cache: all steps are computed, to compare them; leave it out")
+    if (left := request.num_inference_steps - request.steps_left_out) < 2:
+        which = f", of which strength={request.strength} leaves {left}" if request.steps_left_out else ""
+        raise RequestError(f"num_inference_steps={request.num_inference_steps}{which}: expected 2 or more to compare")
     cache_dir = Path(settings.cache_dir) if settings.cache_dir else None
     checkpoint = checkpoint_of(request, cache_dir)
     path = Path(settings.output) if settings.output else ratios_path(checkpoint)
@@ -51,11 +54,11 @@ def main(settings: CalibrateConfig) -> int:
         read_ratios(path)  # nothing else is replaced
         if not settings.overwrite:
             raise RequestError(f"{path}: holds ratios already; give another output=FILE, or overwrite=true")
-    changes = [name for name in ("lora", "transformer", "quantization") if getattr(request, name)]
+    changes = [name for name in ("lora", "transformer", "quantization", "video") if getattr(request, name)]
     if changes and not settings.output:
         raise RequestError(
-            f"{changes[0]}={getattr(settings, changes[0])!r}: the checkpoint's own ratios are of its own weights; "
-            "expected output=FILE, which cache.ratios= takes"
+            f"{changes[0]}={getattr(settings, changes[0])!r}: the checkpoint's own ratios are of its own weights "
+            "and of all steps; expected output=FILE, which cache.ratios= takes"
         )
     configs = read_configs(checkpoint)
     check_request(request, configs)

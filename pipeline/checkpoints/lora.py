@@ -7,6 +7,7 @@ Known are the names of PEFT and diffusers (`transformer.transformer_blocks.0.att
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from pipeline.checkpoints.stored import ONE_AT_A_TIME
 from pipeline.checkpoints.weight_files import open_weights
@@ -129,6 +131,9 @@ def _opened(lora: LoraFile) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         instead = f"holds {len(found)} files of safetensors" if path.is_dir() else "a file of another kind"
         raise CheckpointError(f"{where}{instead}; expected one of safetensors")
     with open_weights(found[0], where) as file:
+        stat = found[0].stat()
+        if (wrong := _not_finite(found[0], stat.st_mtime_ns, stat.st_size)) is not None:
+            raise CheckpointError(f"{where}{wrong}; expected finite floats: the file is damaged, or of another kind")
         beside = path / "adapter_config.json"
         try:
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -138,6 +143,22 @@ def _opened(lora: LoraFile) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}its settings are not readable ({error})") from error
         yield file, settings
+
+
+@functools.lru_cache(maxsize=64)
+def _not_finite(path: Path, modified_ns: int, size: int) -> str | None:
+    """Return the first tensor of a file that holds something else than finite floats, or None; numbers may be whole.
+
+    modified_ns, size: of the file, which is read anew when they change.
+    """
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 # no mapping
+            values = file.get_tensor(key)
+            if not values.is_floating_point() and values.numel() > 1:
+                return f"{key} is {str(values.dtype).removeprefix('torch.')}"
+            if not values.float().isfinite().all():
+                return f"{key} holds NaN or infinity"
+    return None
 
 
 def _pairs(
@@ -159,7 +180,9 @@ def _pairs(
         if name is None or (match is None and base == key):
             unknown.append(key)
         elif match:
-            halves.setdefault(name, {})["down" if match[2] in _DOWN else "up"] = key
+            half = "down" if match[2] in _DOWN else "up"
+            if (other := halves.setdefault(name, {}).setdefault(half, key)) != key:
+                raise CheckpointError(f"{where}{other} and {key} are of one weight: expected a file of one LoRA")
         else:
             alphas[name] = key
     if unknown or not halves:
@@ -173,7 +196,8 @@ def _pairs(
             raise CheckpointError(f"{where}only one half, {next(iter(both.values()))}; it was not saved whole")
         down, up = (tuple(file.get_slice(both[half]).get_shape()) for half in ("down", "up"))
         out, *rest = shapes[name]
-        if len(up) < 2 or (*up[:2], math.prod(down[1:])) != (out, down[0], math.prod(rest)):
+        is_pair = min(len(up), len(down)) >= 2 and down[0] > 0
+        if not is_pair or (*up[:2], math.prod(down[1:])) != (out, down[0], math.prod(rest)):
             raise CheckpointError(
                 f"{where}{both['up']} {list(up)} times {both['down']} {list(down)} is no {list(shapes[name])} as "
                 f"{name} of {of}: a LoRA of another model"

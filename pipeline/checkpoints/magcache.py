@@ -85,7 +85,7 @@ def read_ratios(path: Path) -> MagnitudeRatios:
         return MagnitudeRatios(tuple(content["timesteps"]), tuple(content["ratios"]))
     except OSError as error:
         raise RequestError(f"cache=magcache: no ratios at {path} ({error.strerror}); {_HOW}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise RequestError(f"cache=magcache: {path} holds no ratios ({error!r}); {_HOW}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.checkpoints.stored import StoredWeight, open_stored
@@ -19,7 +20,7 @@ from pipeline.model.placement import to_host
 from pipeline.model.torchax_bridge import numpy_to_torch
 from pipeline.model.weights import POSITIONS, stacked_shapes
 from pipeline.requests.errors import CheckpointError
-from splash_workbench.files import atomic_path
+from splash_workbench.files import atomic_path, remove_leftovers
 
 _METADATA = {"format": "pt", "made_by": "cogvideox-splash", "quantization": "int8"}
 
@@ -31,12 +32,21 @@ def is_quantized(path: Path) -> bool:
 
 
 def save_quantized(weights: Mapping[str, Any], positions: np.ndarray | None, path: Path) -> None:
-    """Write quantized weights as `place_weights` makes them, whole on the host. positions: learned ones, if any."""
+    """Write quantized weights as `place_weights` makes them, whole on the host. positions: learned ones, if any.
+
+    Raises CheckpointError for weights that are not finite, OSError where they cannot be written.
+    """
     tensors = {name: numpy_to_torch(np.array(to_host(value))) for name, value in weights.items()}
     if positions is not None:
         tensors[POSITIONS] = numpy_to_torch(positions)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=_METADATA)
+    if damaged := [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]:
+        raise CheckpointError(f"{damaged[0]} holds NaN or infinity ({len(damaged)} such): the weights are damaged")
+    remove_leftovers(path)
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=_METADATA)
+    except SafetensorError as error:  # safetensors' own words for a full disk
+        raise OSError(f"{path}: not written ({error}); make room there, or name another file") from error
 
 
 def check_quantized(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:

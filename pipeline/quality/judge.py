@@ -63,6 +63,12 @@ def judge(settings: QualityConfig) -> int:
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(GenerateConfig)}
     base = GenerateConfig(**{**fields, "prompt": prompts[0], "prompts": None})
     reference = QualityVariant(_REFERENCE, to_request(base), to_parallel(base), Budget())
+    from_config(lambda: [dataclasses.replace(reference.request, prompt=prompt) for prompt in prompts])
+    if reference.request.quality != "exact":
+        raise UserError(
+            f"quality={reference.request.quality}: expected exact, what candidates are compared with; give it to a "
+            "candidate"
+        )
     check_runs_here(reference.request.attention, reference.request.dtype)
     if settings.lpips and (side := min(base.height or _LEAST_SIDE, base.width or _LEAST_SIDE)) < _LEAST_SIDE:
         raise UserError(f"{side} pixels: LPIPS needs {_LEAST_SIDE} a side or more; expected those, or lpips=false")
@@ -105,7 +111,7 @@ def _prompts(settings: QualityConfig) -> tuple[list[str], bool]:
         if path.suffix != ".txt" or not path.is_file():
             raise UserError(f"prompts={settings.prompts!r}: expected a file *.txt, a prompt a line")
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
         except UnicodeDecodeError as error:
             raise UserError(f"prompts={settings.prompts!r}: not UTF-8 text ({error.reason})") from error
         prompts = list(dict.fromkeys(filter(None, lines)))
@@ -160,7 +166,11 @@ def _candidate(base: GenerateConfig, fields: Any, budget: Budget) -> QualityVari
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))
         request = to_request(settings)
-        check_runs_here(request.attention, request.dtype)
+        if request.attention.implementation is not None:  # what a preset chooses may cost its row only
+            check_runs_here(request.attention, request.dtype)
+        for size in ("height", "width", "num_frames"):
+            if getattr(settings, size) != getattr(base, size):
+                raise UserError(f"{size}={getattr(settings, size)}: expected the reference's, {getattr(base, size)}")
         return QualityVariant(name, request, to_parallel(settings), Budget(**limits))
     except (UserError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"candidate {name!r}: {str(error).splitlines()[0]}") from error
@@ -174,6 +184,7 @@ def _compare_all(
     errors: dict[str, Exception] = {}
     for variant in variants:
         with _failing_alone(variant, errors):
+            check_runs_here(variant.request.attention, variant.request.dtype)
             missing[variant.name] = pairs.missing(variant)
     references = pairs.references_to_make(sorted({index for found in missing.values() for index in found}))
     if pairs.folder is not None:

@@ -45,12 +45,18 @@ def open_image(path: str) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "F":
                 values = np.asarray(upright)
+                if not np.isfinite(values).all():
+                    raise RequestError(f"image={path!r}: holds NaN or infinity; expected finite values")
                 values = values * 255 if values.max(initial=0) <= 1 else values
                 upright = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
             if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
             return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise RequestError(
+            f"image={path!r}: more pixels than Pillow reads ({error}); expected a smaller one"
+        ) from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else "no image that can be read"
         raise RequestError(f"image={path!r}: {problem}; expected a file such as PNG, JPEG or WebP") from error
 

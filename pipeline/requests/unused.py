@@ -22,8 +22,8 @@ def check_used(config: GenerateConfig, given: Collection[str]) -> None:
         ("cache.threshold", cache.threshold, reuses, "with cache=teacache, magcache or first_block, or quality=fast"),
         ("cache.max_reused", cache.max_reused, *magcache),
         ("cache.first_steps", cache.first_steps, *magcache),
-        ("cache.ratios", cache.ratios, *magcache),
-        ("cache.coefficients", cache.coefficients, cache.method == "teacache" or by_quality, "with cache=teacache"),
+        ("cache.ratios", cache.ratios, cache.method == "magcache", "with cache=magcache"),
+        ("cache.coefficients", cache.coefficients, cache.method == "teacache", "with cache=teacache"),
         ("attention.block_sizes", attention.block_sizes, *the_kernel),
         ("attention.variant", attention.variant, *the_kernel),
     ):

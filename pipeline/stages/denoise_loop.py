@@ -147,7 +147,7 @@ class DenoiseLoop:
                 if not self._advance(programs[self._schedule.steps[index]], self._arguments(index)):
                     raise NonFiniteError(
                         f"denoise: step {index + 1} of {total}: the latents hold NaN or infinity; "
-                        "try dtype=float32 or a lower guidance_scale"
+                        "try dtype=float32 or a lower guidance_scale; else the checkpoint's weights are damaged"
                     )
                 self._clock.tick(functools.partial(self._video_latents, self._state[1]))
         if self._schedule.reuse.residual:

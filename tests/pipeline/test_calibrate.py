@@ -58,6 +58,12 @@ def test_one_step_has_nothing_to_compare(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: num_inference_steps=1: expected 2 or more to compare\n"
 
 
+def test_a_cache_is_not_for_what_observes_all_steps(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["calibrate", "model=tiny", "cache=unconditional"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: cache")
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [("", "output='': expected a path, or null."), ("there", "output='there': expected a file, got a folder.")],
@@ -84,6 +90,14 @@ def test_ratios_that_are_there_are_not_replaced_without_a_word(monkeypatch, caps
     ("arguments", "message"),
     [
         (("output=model_index.json", "overwrite=true"), r"cache=magcache: model_index\.json holds no ratios"),
+        (
+            ("video=x.mp4", "strength=0.5", "num_inference_steps=4"),
+            r"video='x.mp4': the checkpoint's own ratios are of its own weights and of all steps; expected output=FILE",
+        ),
+        (
+            ("video=x.mp4", "strength=0.3", "num_inference_steps=4", "output=x.json"),
+            r"num_inference_steps=4, of which strength=0.3 leaves 1: expected 2 or more to compare",
+        ),
         (("lora=tiny-outline",), r"lora='tiny-outline': the checkpoint's own ratios are of its own weights"),
     ],
 )

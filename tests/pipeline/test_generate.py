@@ -178,6 +178,7 @@ def test_bad_attention_options(argument, message):
         (("prompt=x", "cache.threshold=0.3"), "error: cache.threshold=0.3: only with cache=teacache, "),
         (("prompt=x", "cache=none", "cache.threshold=0.3"), "error: cache.threshold=0.3: only with cache=teacache, "),
         (("prompt=x", "cache.max_reused=2"), "error: cache.max_reused=2: only with cache=magcache, or quality=fast; "),
+        (("prompt=x", "quality=fast", "cache.ratios=x"), "error: cache.ratios='x': only with cache=magcache; leave it"),
         (
             ("prompt=x", "cache=teacache", "cache.first_steps=0.3"),
             "error: cache.first_steps=0.3: only with cache=magcache",

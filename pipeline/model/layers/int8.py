@@ -65,8 +65,8 @@ def to_steps(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def scale_of(largest: jax.Array) -> jax.Array:
-    """Return the step for values up to `largest`; 1 where all are 0."""
-    return jnp.where(largest > 0, largest, LEVELS) / LEVELS
+    """Return the step for values up to `largest`; 1 where all are 0. NaN stays NaN, or it would become a 0 unseen."""
+    return jnp.where(largest == 0, LEVELS, largest) / LEVELS
 
 
 def quantize_weight(

@@ -134,6 +134,24 @@ def test_the_denoiser_has_it_in_its_weights(tiny_folder, weights, tmp_path):
     assert changed["transformer_blocks.attn1.to_q.weight"].dtype == "bfloat16"
 
 
+def _spoilt(what: str) -> dict[str, torch.Tensor]:
+    down, up = (f"{TARGETS[0]}.lora_{half}.weight" for half in "AB")
+    tensors = {down: torch.ones(RANK, CHANNELS), up: torch.ones(CHANNELS, RANK)}
+    if what == "not finite":
+        tensors[up][5, 1] = float("nan")
+    elif what == "whole numbers":
+        tensors[up] = tensors[up].to(torch.int8)
+    elif what == "rank 0":
+        tensors = {down: torch.ones(0, CHANNELS), up: torch.ones(CHANNELS, 0)}
+    elif what == "no matrix":
+        tensors[down] = torch.tensor(1.0)
+    elif what == "twice":
+        tensors[f"diffusion_model.{up}"] = tensors[up] * 2
+    else:
+        tensors[f"{TARGETS[0]}.alpha"] = torch.tensor(float("inf"))
+    return tensors
+
+
 def _wrong(folder: Path, what: str) -> str:
     folder.mkdir(exist_ok=True)
     path = folder / "wrong.safetensors"
@@ -162,6 +180,8 @@ def _wrong(folder: Path, what: str) -> str:
     elif what == "flat":
         shapes = {"A": (RANK, CHANNELS), "B": (CHANNELS,)}
         save_file({f"{TARGETS[0]}.lora_{half}.weight": torch.zeros(shape) for half, shape in shapes.items()}, path)
+    elif what in ("not finite", "whole numbers", "rank 0", "no matrix", "twice", "infinite alpha"):
+        save_file(_spoilt(what), path)
     elif what == "empty":
         save_file({}, path)
     elif what == "two":
@@ -190,6 +210,12 @@ def _wrong(folder: Path, what: str) -> str:
         ("bad alpha", "no scale of transformer_blocks.*could not convert string to float: 'much'"),
         ("bad pattern", "no scale of transformer_blocks"),
         ("flat", r"lora_B.weight \[192\] times"),
+        ("not finite", "to_q.lora_B.weight holds NaN or infinity; expected finite floats"),
+        ("whole numbers", "to_q.lora_B.weight is int8; expected finite floats"),
+        ("infinite alpha", "to_q.alpha holds NaN or infinity"),
+        ("rank 0", r"times .*lora_A.weight \[0, 192\] is no"),
+        ("no matrix", r"times .*lora_A.weight \[\] is no"),
+        ("twice", "are of one weight: expected a file of one LoRA"),
         ("two", "holds 2 files of safetensors; expected one"),
         ("absent", "no such file"),
     ],

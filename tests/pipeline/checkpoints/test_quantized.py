@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import quantize
 from pipeline.checkpoints.checks import check_request, read_configs
 from pipeline.checkpoints.loading import resolve_checkpoint
-from pipeline.checkpoints.quantized import is_quantized
+from pipeline.checkpoints.quantized import is_quantized, save_quantized
+from pipeline.model.layers.int8 import quantize_weight
 from pipeline.requests.errors import CheckpointError, RequestError
 from pipeline.requests.options import ParallelOptions
 from pipeline.requests.request import AttentionOptions, LoraFile
@@ -45,6 +47,22 @@ def test_what_is_read_is_what_was_written(file, tiny_folder, checkpoint):
         np.testing.assert_array_equal(actual[name], value, err_msg=name)
     stock = sum(path.stat().st_size for path in (tiny_folder / "transformer").glob("*.safetensors"))
     assert file.stat().st_size < stock / 2  # of float32, whose norms stay
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    """In int8 they would look like any others."""
+    scale = quantize_weight(jnp.ones((4, 8)).at[1, 2].set(jnp.nan))[1]
+    with pytest.raises(CheckpointError, match=r"^scale holds NaN or infinity"):
+        save_quantized({"scale": scale}, None, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_into_a_checkpoints_transformer(tiny_folder, monkeypatch, capsys):
+    """Its weights would be those of two files."""
+    output = tiny_folder / "transformer" / "another.safetensors"
+    monkeypatch.setattr(sys, "argv", ["quantize", f"checkpoint={tiny_folder}", f"output={output}"])
+    assert quantize.main() == 2
+    assert "another.safetensors': weights are read from there" in capsys.readouterr().err and not output.exists()
 
 
 @pytest.mark.parametrize(

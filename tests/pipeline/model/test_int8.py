@@ -190,3 +190,12 @@ def test_saved_latents_are_of_one_quantization():
     for stage, same in (("text", True), ("denoise", False), ("vae", False)):
         keys = [stage_key(request, stage, identities) for request in (exact, quantized)]
         assert (keys[0].fingerprint == keys[1].fingerprint) is same
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(bad):
+    """A 0 in its place would end in a video like any other."""
+    weight = jnp.ones((4, 8), jnp.float32).at[1, 2].set(bad)
+    steps, scale = int8.quantize_weight(weight)
+    assert not np.isfinite(np.asarray(steps.astype(jnp.float32) * scale[:, None])[1]).any()
+    assert np.isfinite(np.asarray(scale))[[0, 2, 3]].all()

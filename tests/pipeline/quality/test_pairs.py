@@ -175,6 +175,8 @@ def test_a_pairs_video_shows_both_and_the_enlarged_difference():
         ({"candidates": [NEAR, NEAR]}, "candidates: 'near' is the name of two"),
         ({"candidates": [{"name": "reference"}]}, "candidates: 'reference' is the name of two"),
         ({"candidates": [{"name": "x", "prompt": "b"}]}, "candidate 'x': prompt is the same for all, or used by none"),
+        ({"quality": "fast"}, "quality=fast: expected exact, what candidates are compared with"),
+        ({"candidates": [{"name": "x", "height": 96}]}, "candidate 'x': height=96: expected the reference's, "),
         ({"candidates": [ON_TPU]}, "candidate 'on tpu': attention.implementation='pallas_tpu': needs a TPU"),
     ],
 )

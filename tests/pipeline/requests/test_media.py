@@ -197,3 +197,18 @@ def test_an_image_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(RequestError, match=r"image='.*pipe.png': not a file"):
         open_image(str(tmp_path / "pipe.png"))
+
+
+def test_an_image_that_is_not_finite(tmp_path):
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(path)
+    with pytest.raises(RequestError, match=r"x\.tiff': holds NaN or infinity; expected finite values"):
+        open_image(str(path))
+
+
+def test_an_image_of_more_pixels_than_pillow_reads(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(RequestError, match=r"x\.png': more pixels than Pillow reads .*; expected a smaller one"):
+        open_image(str(path))
