@@ -52,6 +52,8 @@ def open_image(path: str) -> Image.Image:
             if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
                 upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
             return upright.convert("RGB")
+    except RequestError:
+        raise
     except Image.DecompressionBombError as error:
         raise RequestError(
             f"image={path!r}: more pixels than Pillow reads ({error}); expected a smaller one"
