@@ -73,6 +73,8 @@ def locked(path: Path, busy: str | None) -> Iterator[None]:
         try:
             opened = path.open("w")
         except FileNotFoundError:
+            if path.is_symlink():  # to nowhere
+                raise
             continue  # whoever held it removed the folder after it was made here
         with opened as file:
             try:

@@ -96,6 +96,12 @@ def test_those_who_wait_for_a_lock_have_it_in_turn(tmp_path):
     assert order[::2] == order[1::2] and sorted(order[::2]) == list(range(24))
 
 
+def test_a_lock_that_is_a_link_to_nowhere_is_an_error(tmp_path):
+    (tmp_path / "x.lock").symlink_to(tmp_path / "nowhere" / "x.lock")
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "x.lock", "busy"):
+        pytest.fail("held")
+
+
 def test_what_cannot_be_written_is_said_without_a_word_too_many(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"^x=1: cannot write to /dev/null/y \(Not a directory\); name another folder\.$"
