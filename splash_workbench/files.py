@@ -69,13 +69,13 @@ def locked(path: Path, busy: str | None) -> Iterator[None]:
     Raises UserError with the message `busy` where another process, or thread, holds it; waits for it with None.
     """
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             opened = path.open("w")
-        except FileNotFoundError:
-            if path.is_symlink():  # to nowhere
+        except (FileNotFoundError, FileExistsError):
+            if path.is_symlink() or path.parent.is_file():  # a link to nowhere, or no folder
                 raise
-            continue  # whoever held it removed the folder after it was made here
+            continue  # whoever held it removed the folder meanwhile
         with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
