@@ -33,9 +33,9 @@ from splash_workbench.errors import (
     UserError,
     from_config,
 )
-from splash_workbench.files import atomic_path, require_writable, require_writable_file
+from splash_workbench.files import atomic_path, require_writable, require_writable_file, user_path
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
-from splash_workbench.provenance import CONFIG_DIR
+from splash_workbench.provenance import CACHE_VARIABLE, CONFIG_DIR, user_cache_dir
 from splash_workbench.startup import interrupts_raise
 
 S = TypeVar("S")
@@ -273,7 +273,11 @@ def _messages(error: UserError | OSError) -> tuple[str, ...]:
         return error.messages
     if error.errno is None:
         return (str(error) or type(error).__name__,)
-    return (f"{error.filename or 'a file'}: {error.strerror}",)
+    named = user_path(str(error.filename or "")).absolute()
+    cache = user_cache_dir().absolute()
+    of_cache = error.filename and (named.is_relative_to(cache) or (cache.is_relative_to(named) and not named.is_dir()))
+    remedy = f"; ${CACHE_VARIABLE} names another folder for what can be made again" if of_cache else ""
+    return (f"{error.filename or 'a file'}: {error.strerror}{remedy}",)
 
 
 def _drop_broken_streams() -> bool:

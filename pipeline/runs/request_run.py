@@ -33,7 +33,7 @@ from pipeline.runs.outputs import StageKey
 from pipeline.runs.preview import PreviewWriter
 from pipeline.runs.video import write_mp4
 from pipeline.stages.progress import Progress, StageClock, StageTimings, no_progress
-from pipeline.stages.resume import StateFile
+from pipeline.stages.resume import STATE_NAME, StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
 from splash_workbench.provenance import FLAG_VARIABLES, package_versions
@@ -215,7 +215,7 @@ class RequestRun:
     @property
     def _written(self) -> list[Path]:
         names = [f"{stage}.{suffix}" for stage in self.stages for suffix in ("safetensors", "json")]
-        return [self.run_dir / name for name in (*names, VIDEO_NAME, SIDECAR_NAME)]
+        return [self.run_dir / name for name in (*names, VIDEO_NAME, SIDECAR_NAME, STATE_NAME, LOCK_NAME)]
 
     def finished(self) -> GenerateResult | None:
         """Return the result where the video of exactly this request is already there, even if stage outputs are not."""

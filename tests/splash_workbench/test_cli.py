@@ -21,7 +21,7 @@ from commands import COMMANDS, HYDRA_COMMANDS, main_of
 from splash_workbench import cli
 from splash_workbench.errors import TornLineWarning, UserError
 from splash_workbench.overrides import Keys, as_given, key_types
-from splash_workbench.provenance import CONFIG_DIR, REPO_ROOT
+from splash_workbench.provenance import CACHE_VARIABLE, CONFIG_DIR, REPO_ROOT
 from splash_workbench.startup import Terminated
 
 MISTAKES = [
@@ -301,6 +301,14 @@ def raising(error: BaseException) -> Callable[[Schema], int]:
 )
 def test_exit_codes(run: Run, error: BaseException, code: int, message: str) -> None:
     assert run(entry_point(raising(error))) == (code, "", message)
+
+
+def test_what_fails_in_the_cache_names_its_variable(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    remedy = f"; ${CACHE_VARIABLE} names another folder for what can be made again\n"
+    for name in ("file", "file/tiny"):
+        error = FileExistsError(17, "File exists", str(tmp_path / name))
+        assert run(entry_point(raising(error)))[2] == f"error: {tmp_path / name}: File exists{remedy}"
 
 
 def test_a_warning_of_ours_is_one_line() -> None:

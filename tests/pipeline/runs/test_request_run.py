@@ -236,10 +236,12 @@ def test_damaged_field(field, value, run_dir, same, asked):
     assert asked == ["text"]
 
 
-@pytest.mark.parametrize("name", ["text.json", "vae.safetensors", "video.json", "video.mp4"])
+@pytest.mark.parametrize("name", ["text.json", "vae.safetensors", "video.json", "video.mp4", ".lock"])
 def test_a_folder_where_an_output_should_be(name, same, ran, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"^run_dir='.*': {name} is a folder there; expected another run_dir$"):
+    with pytest.raises(
+        UserError, match=f"^run_dir='.*': {re.escape(name)} is a folder there; expected another run_dir$"
+    ):
         generate(same(), run_dir=tmp_path)
     assert ran == []
 
