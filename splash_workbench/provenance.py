@@ -71,11 +71,9 @@ class Environment:
 def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> Environment:
     """Describe this process, for figures that the files matching `sources` make (patterns from the root)."""
     commit, dirty = git_state()
-    flags = {name: os.environ[name] for name in FLAG_VARIABLES if os.environ.get(name)}
     return Environment(
         versions=package_versions(packages),
-        # Where a dump goes changes nothing, and the path is nobody's business.
-        flags={name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in flags.items()},
+        flags=flags(),
         git_commit=commit,
         git_dirty=dirty,
         kernel_hash=source_hash(KERNEL_SOURCES),
@@ -83,6 +81,12 @@ def capture(sources: Iterable[str], packages: tuple[str, ...] = _PACKAGES) -> En
         host=f"{platform.machine()}-{platform.system().lower()}",
         cpu_count=os.cpu_count() or 1,
     )
+
+
+def flags() -> dict[str, str]:
+    """Return FLAG_VARIABLES that are set; where a dump goes changes nothing, and the path is nobody's business."""
+    found = {name: os.environ[name] for name in FLAG_VARIABLES if os.environ.get(name)}
+    return {name: re.sub(r"--xla_jf_dump_to=\S+\s*", "", value).strip() for name, value in found.items()}
 
 
 def user_cache_dir() -> Path:

@@ -82,8 +82,7 @@ def autotune(
 
     def settings() -> SweepSettings:
         loading.refuse_while_loading()
-        if isinstance(kernel, type):
-            raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
+        loading.refuse_class(kernel)
         loading.checked(type(kernel))
         _check_types({"device": device, "backend": backend, "sampler": sampler}, str, "text")
         _check_types({"results_dir": results_dir}, str | Path, "a folder")

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from pipeline.stages.progress import Progress, StageClock, StageTimings, no_prog
 from pipeline.stages.resume import STATE_NAME, StateFile
 from pipeline.stages.stages import StageContext, Stages
 from splash_workbench.files import locked, remove_leftovers, require_writable, write_json
-from splash_workbench.provenance import FLAG_VARIABLES, package_versions
+from splash_workbench.provenance import flags, package_versions
 from splash_workbench.records import jsonl
 from splash_workbench.records.generation import GenerationRecord
 
@@ -279,8 +278,7 @@ def _state_fingerprint(key: StageKey, plan: Mapping[str, Any]) -> str:
     """
     device = jax.devices()[0]
     versions = package_versions(records.PACKAGES)
-    flags = {name: os.environ.get(name) for name in FLAG_VARIABLES}
-    described = [key.fingerprint, plan, device.platform, device.device_kind, versions, flags]
+    described = [key.fingerprint, plan, device.platform, device.device_kind, versions, flags()]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -90,6 +90,12 @@ def _imported_files(path: Path) -> set[Path]:
     return found
 
 
+def refuse_class(kernel: Any) -> None:
+    """Raise KernelError for the class of a kernel in the place of one."""
+    if isinstance(kernel, type):
+        raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
+
+
 def refuse_while_loading() -> None:
     """Raise KernelError inside a kernel's file that is being loaded: each worker would start a sweep of its own."""
     if (path := _loading.get()) is not None:

@@ -11,7 +11,7 @@ import msgspec
 from offline_tpu.machine import devices
 from splash_workbench.files import atomic_path, locked, user_path
 from splash_workbench.provenance import stable_hash
-from tuning.kernels.loading import file_of, sizes_of, spec_of
+from tuning.kernels.loading import file_of, refuse_class, sizes_of, spec_of
 from tuning.kernels.protocol import C, Kernel, KernelError, W, tunables
 
 
@@ -84,8 +84,7 @@ def lookup(
     Raises:
       KernelError: there is no such entry, or no longer, and no default; what is given is not of this kernel.
     """
-    if isinstance(kernel, type):
-        raise KernelError(f"{kernel.__name__}: expected a kernel, as {kernel.__name__}(), got its class.")
+    refuse_class(kernel)
     if not isinstance(workload, kernel.Workload):
         raise KernelError(f"{kernel.name}: expected a workload of {kernel.Workload.__name__}, got {workload!r}.")
     if default is not None and not isinstance(default, kernel.Config):
