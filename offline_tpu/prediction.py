@@ -64,6 +64,7 @@ class OpCost:
       code_bytes: size of its code.
       code_load_s: of one call, what it waits for its code: 0 where its loop is one piece of code (see
         offline_tpu.overlays).
+      resting_cores: of the TensorCores that share the chip's ops, those that leave this one to another.
     """
 
     name: str
@@ -85,6 +86,7 @@ class OpCost:
     loops: tuple[Loop, ...] = ()
     code_bytes: int = 0
     code_load_s: float = 0.0
+    resting_cores: int = 0
 
     @property
     def busiest_unit(self) -> str | None:
@@ -209,8 +211,9 @@ class Prediction:
             )
         left_out = len(longest) - limit
         more = [f"... and {left_out} shorter ops"] if left_out > 0 else []
+        alone = [f"one TensorCore runs it, the other rests: {op.name}" for op in longest[:limit] if op.resting_cores]
         assumed = [f"assumed: {text}" for text in self.unresolved]
-        return "\n".join([str(self), *_aligned(rows), *more, *assumed])
+        return "\n".join([str(self), *_aligned(rows), *more, *alone, *assumed])
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

@@ -339,6 +339,7 @@ class ProgramCost:
                 ),
                 code_bytes=len(schedule.counts) * BUNDLE_BYTES if schedule else 0,
                 code_load_s=code_load_s,
+                resting_cores=self._device.cores - 1 if schedule and schedule.is_alone else 0,
                 unresolved=context.unresolved + unresolved,
                 collective=collective,
                 start_s=start_s,

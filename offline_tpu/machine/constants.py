@@ -87,6 +87,7 @@ class FittedConstants:
             latency_cycles=self.dma_latency_s * issue_hz,
             vmem_bytes_per_stolen_cycle=self.vmem_bytes_per_stolen_cycle,
             matmul_cycles=device.matmul_cycles,
+            cores=device.cores,
         )
 
 

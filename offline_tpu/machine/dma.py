@@ -8,7 +8,7 @@ VMEM takes cycles from the core, since both want the same memory.
 import collections
 import dataclasses
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Self
 
 HBM_GRANULE_BYTES = 32
 
@@ -22,12 +22,18 @@ class CoreTiming:
       latency_cycles: from the start of a DMA to its first byte, and from its last to the flag, together.
       vmem_bytes_per_stolen_cycle: bytes moved into or out of VMEM for each cycle that the core loses to them.
       matmul_cycles: from one matmul of a packed register to the next, over all matrix units.
+      cores: that share HBM, each with the bandwidth above.
     """
 
     bytes_per_cycle: float
     latency_cycles: float
     vmem_bytes_per_stolen_cycle: float
     matmul_cycles: float
+    cores: int = 1
+
+    def alone(self) -> Self:
+        """Return the timing of a core whose chip's others rest: it has the whole bandwidth of HBM."""
+        return dataclasses.replace(self, bytes_per_cycle=self.bytes_per_cycle * self.cores, cores=1)
 
 
 class DmaClock:

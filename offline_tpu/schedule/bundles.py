@@ -16,7 +16,8 @@ _MEMORY = re.compile(r"\[smem:\[(#allocation\d+|%\w+)(?: \+ (%\w+|\$0x[0-9a-f]+)
 _OPERAND = re.compile(r"\s*(%s\w+) = inlined_call_operand\.(<no memory space>|\w+) \[shape: (\S+), index: (\d+),")
 _DMA = re.compile(r"\s*%\w+ = (dma\.(?:(?:hbm|vmem|smem)_to_(?:hbm|vmem|smem)|general))\b(.*)", re.DOTALL)
 _WAIT = re.compile(r"\s*%\w+ = dma\.done\.wait\b(.*)", re.DOTALL)
-#: Of the two cores that share a chip and its grids, each reads which it is. The first is followed.
+#: Of the two cores that share a chip and its grids, each reads which it is; the register that stands for it.
+CORE_ID = "core id"
 _CORE_ID = re.compile(r"\s*(%s\w+) = sld \[smem:\[[^\]]+\]\](?: \([^)]*\))? /\* (?:megacore )?core id\b")
 _MATMUL = re.compile(r"= vmatmul((?:\.\w+)+)")
 _HALF = re.compile(r"\.(f32|lmr)\b")
@@ -151,7 +152,7 @@ def _parse_bundle(body: str) -> list[Instruction]:
         elif "dma.done.wait" in raw and (wait := _WAIT.match(raw)):
             instruction = _parse_wait(_COMMENT.sub("", wait[1]))
         elif "core id" in raw and (core := _CORE_ID.match(raw)):
-            instruction = Instruction(MOVE, core[1], (0,))
+            instruction = Instruction(MOVE, core[1], (CORE_ID,))
         elif OPERAND in raw and (operand := _OPERAND.match(raw)):
             space = operand[2] if operand[2].isidentifier() else None
             instruction = Instruction(OPERAND, operand[1], (int(operand[4]),), spaces=(space,))

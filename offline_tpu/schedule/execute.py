@@ -10,7 +10,7 @@ may have, is run for some of them.
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from offline_tpu.machine.dma import HBM_GRANULE_BYTES, CoreTiming, DmaClock, Recording, RecordingClock
 from offline_tpu.machine.errors import UnknownDumpFormatError
@@ -67,11 +67,34 @@ def execute(
     return _Run(program, clock, operands or {}).to_the_end()
 
 
+def runs_alone(program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]] | None = None) -> bool:
+    """Return whether a chip's second core leaves the program to the first: it ends without a transfer of HBM.
+
+    So it is with a Pallas kernel whose grid's size is known at run time only, and with XLA's small ops.
+    """
+    try:
+        _Run(program, _NoTransferClock(timing), operands or {}, core=1).to_the_end()
+    except _TransferError:
+        return False
+    return True
+
+
+class _TransferError(Exception):
+    """A transfer was started."""
+
+
+class _NoTransferClock(DmaClock):
+    def start(self, flag: Hashable | None, size_bytes: int, spaces: tuple[str | None, ...], cores: int = 1) -> None:
+        super().start(flag, size_bytes, spaces, cores)
+        if self.hbm_bytes:
+            raise _TransferError
+
+
 class _Run:
-    def __init__(self, program: Program, clock: DmaClock, operands: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, program: Program, clock: DmaClock, operands: Mapping[int, Sequence[int]], core: int = 0) -> None:
         self._program = program
         self._addresses = sorted(program.events)
-        self._scalars = Scalars(operands)
+        self._scalars = Scalars(operands, core)
         self._bundles = [[(i.name, i, self._scalars.step(i)) for i in program.events[a]] for a in self._addresses]
         self._clock = clock
         self._unresolved: dict[str, None] = {}  # an ordered set

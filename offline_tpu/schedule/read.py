@@ -8,7 +8,7 @@ from typing import Self
 from offline_tpu.machine.dma import CoreTiming, Recording
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import Program
-from offline_tpu.schedule.execute import execute
+from offline_tpu.schedule.execute import execute, runs_alone
 
 _SPILL, _FILL = "VSTORE:SPILL", "VLOAD:FILL"
 
@@ -25,9 +25,10 @@ class Schedule:
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
-      hbm_bytes: bytes moved to and from HBM by the op's own DMAs.
+      hbm_bytes: bytes moved to and from HBM by the op's own DMAs, of one core: where one of two moves all, half of it.
       unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
         size is not known, which are not counted.
+      is_alone: the chip has more cores, and they leave the op to this one.
       recording: of its clock, for `at`; None: not recorded.
     """
 
@@ -41,11 +42,13 @@ class Schedule:
     fill_count: int
     hbm_bytes: int
     unresolved: tuple[str, ...]
+    is_alone: bool = False
     recording: Recording | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def at(self, timing: CoreTiming) -> Self:
         """Return the schedule of a core with other constants. Its clock's calls must have been recorded."""
         assert self.recording is not None
+        timing = timing.alone() if self.is_alone else timing
         return dataclasses.replace(self, stall_cycles=self.recording.stall_cycles(timing))
 
     def utilization(self, unit: str) -> float:
@@ -83,7 +86,8 @@ def read_schedule(
         raise UnknownDumpFormatError(
             f"{utilization_path.name}: {len(table)} bundles, expected the {program.length} of {bundles_path.name}."
         )
-    execution = execute(program, timing, operands, record=record)
+    is_alone = timing.cores > 1 and runs_alone(program, timing, operands)
+    execution = execute(program, timing.alone() if is_alone else timing, operands, record=record)
     uses = dict.fromkeys(capacity, 0)
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):
@@ -99,8 +103,9 @@ def read_schedule(
         unit_capacity=capacity,
         spill_count=uses.get(_SPILL, 0),
         fill_count=uses.get(_FILL, 0),
-        hbm_bytes=execution.hbm_bytes,
+        hbm_bytes=execution.hbm_bytes // (timing.cores if is_alone else 1),
         unresolved=execution.unresolved,
+        is_alone=is_alone,
         recording=execution.recording,
     )
 

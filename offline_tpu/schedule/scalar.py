@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from offline_tpu.schedule.bundles import LOAD, OPERAND, PHI, STORE, Instruction
+from offline_tpu.schedule.bundles import CORE_ID, LOAD, OPERAND, PHI, STORE, Instruction
 
 #: Key, among the operands of an op, of the words that its vector unit writes to a table in SMEM: no scalar code says
 #: what they are. The op finds the table at an address that it loads from a table of addresses.
@@ -116,12 +116,12 @@ class Scalars:
     """The scalar registers and SMEM of a core.
 
     Args:
-      operands: by index, the words of the op's operands that the caller knows.
+      operands: by index, the words of the op's operands that the caller knows. core: which of a chip's it is.
     """
 
-    def __init__(self, operands: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, operands: Mapping[int, Sequence[int]], core: int = 0) -> None:
         self._operands = operands
-        self._values: dict[str, Scalar] = {}
+        self._values: dict[str, Scalar] = {CORE_ID: core}
         self._memory: dict[str, dict[int, Scalar]] = {}
         self._table: dict[int, Scalar] = dict(enumerate(operands.get(SMEM_TABLE, ())))
 

@@ -4,7 +4,6 @@ import collections
 import difflib
 import json
 import logging
-import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from tuning.trials.microbenchmarks import Microbenchmark, MicrobenchmarkFile, Milliseconds, Positive
 from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow, Text
 
 #: The public rows that come with the project.
@@ -21,12 +21,13 @@ SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 SPLASH = "splash_attention"
 
 _TOKAMAX = "openxla/tokamax"
-#: By chip, the libtpu that its rows of these ops were timed with, as the memory that they report says
-#: (docs/predictions.md).
-_TOKAMAX_LIBTPU = {
-    "TPU7x": ("0.0.45", re.compile(r"(?!.*(cross_entropy|ragged_dot)).*")),
-    "TPU v5": ("0.0.45", re.compile(r".*")),
-}
+#: By chip and op, the libtpu nearest to what its rows were timed with, as the days on which they were published and the
+#: memory that they report say; no time has a part in it (docs/predictions.md).
+_TOKAMAX_LIBTPU = (
+    ("TPU7x", re.compile(r"triangle_multiplication|normalization_vjp"), "0.0.36"),
+    ("TPU7x", re.compile(r"(?!.*(cross_entropy|ragged_dot)).*"), "0.0.45"),
+    ("TPU v5", re.compile(r".*"), "0.0.45"),
+)
 
 #: How like two names are, of 1, for one to be the other misspelt: a letter. Names that only end otherwise are less.
 _ALIKE = 0.88
@@ -36,11 +37,7 @@ logger = logging.getLogger(__name__)
 #: Arguments that change nothing that a table's reader looks for.
 _UNSAID = ("precision", "logits_dtype", "logits_scale", "normalize_output", "epsilon", "zero_initialize")
 
-#: Nor NaN; the most is more than any row has of anything.
-Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
-Milliseconds = Positive
 Megabytes = Positive
-Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,10 +74,12 @@ class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def timed_with(self) -> str | None:
         """Version of libtpu that it was timed with, told or inferred for its source; None: not known."""
-        if self.libtpu or not self.source.startswith(_TOKAMAX) or self.device_kind not in _TOKAMAX_LIBTPU:
+        if self.libtpu or not self.source.startswith(_TOKAMAX):
             return self.libtpu
-        libtpu, ops = _TOKAMAX_LIBTPU[self.device_kind]
-        return libtpu if ops.fullmatch(self.op) else None
+        known = (
+            version for kind, ops, version in _TOKAMAX_LIBTPU if kind == self.device_kind and ops.fullmatch(self.op)
+        )
+        return next(known, None)
 
     @property
     def time_ms(self) -> float:
@@ -163,105 +162,6 @@ class _OpFile(msgspec.Struct, frozen=True):
             yield MeasuredRow(**fields | {"id": row.id or f"{stem}-{number:04d}", "config": row.config or {}})
 
 
-class _Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of a file of single figures, in the units of their authors."""
-
-    device_kind: Text
-    program: Text
-    source: Text
-    m: Size | None = None
-    k: Size | None = None
-    n: Size | None = None
-    dtype: str = "bfloat16"
-    blocks_m_k_n: str | None = None
-    libtpu_args: str = ""
-    bytes: Size | None = None
-    elements: Size | None = None  # of what is gathered, as `output` says
-    shape: tuple[Size, ...] | None = None
-    topology: str | None = None
-    input: str | None = None
-    output: str | None = None
-    transferred_gb: Positive | None = None
-    time_ms: Milliseconds | None = None
-    tflops_per_device: Positive | None = None
-    bandwidth_gb_s: Positive | None = None
-    bandwidth_gb_s_per_core: Positive | None = None
-    method: str | None = None
-    note: str | None = None
-
-    def measured(self, identifier: str) -> MeasuredRow:
-        p_state = re.search(r"p_state (\d+)", self.note or "")
-        return MeasuredRow(
-            id=identifier,
-            source=self.source,
-            device_kind=self.device_kind,
-            op=self.op,
-            arguments=self.arguments,
-            times_ms=(self.found_time_ms(),),
-            compiler_options=self._compiler_options(),
-            p_state=int(p_state[1]) if p_state else None,
-            notes=tuple(text for text in (self.method, self.note) if text),
-        )
-
-    def _compiler_options(self) -> dict[str, str]:
-        found = [re.fullmatch(r"--(\w+)=(\S+)", text) for text in self.libtpu_args.split()]
-        if not all(found):
-            raise ValueError(f"libtpu_args={self.libtpu_args!r}: expected --NAME=VALUE, with spaces between several")
-        return {option[1]: option[2] for option in found if option}
-
-    @property
-    def op(self) -> str:
-        if self.program.startswith("pallas matmul"):
-            return "pallas_matmul"
-        return "psum" if self.program.startswith("psum") else self.program
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Return the sizes that the program has; where only its name says the slice, from there."""
-        slice_name = re.search(r"\b(v\w+-\d+)", self.program)
-        found = {name: getattr(self, name) for name in ("m", "k", "n", "bytes", "input", "output")}
-        found["topology"] = self.topology or (slice_name[1] if slice_name else None)
-        if self.op == "pallas_matmul":
-            found["blocks"] = self.blocks_m_k_n
-        if self.op in ("matmul", "pallas_matmul", "psum"):
-            found["dtype"] = self.dtype
-        found["shape"] = list(self.shape) if self.shape else None
-        return {name: value for name, value in found.items() if value is not None}
-
-    def found_time_ms(self) -> float:
-        """Return the time, from the rate where only that is published: each source says what it counts."""
-        if self.time_ms is not None:
-            return self.time_ms
-        if self.tflops_per_device and self.m and self.k and self.n:
-            return 2 * self.m * self.k * self.n / self.tflops_per_device / 1e9
-        bandwidth = self.bandwidth_gb_s_per_core or self.bandwidth_gb_s
-        if bandwidth and (moved := self._moved_bytes()):
-            return moved / bandwidth / 1e6
-        raise ValueError("expected time_ms, tflops_per_device with m, k and n, or a bandwidth with what was moved")
-
-    def _moved_bytes(self) -> float | None:
-        if self.transferred_gb:
-            return self.transferred_gb * 1e9
-        if self.op == "copy" and self.bytes:
-            return 2 * self.bytes  # read and written
-        if self.op == "psum" and self.shape and (chips := re.search(r"-(\d+)\b", self.program)):
-            # As a reduce-scatter and an all-gather: all but one's own part, twice.
-            size = math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
-            return 2 * size * (int(chips[1]) - 1) / int(chips[1])
-        return None
-
-
-class _MicrobenchmarkFile(msgspec.Struct, frozen=True):
-    rows: Annotated[tuple[_Microbenchmark, ...], msgspec.Meta(min_length=1)]
-
-    def measured(self, stem: str) -> Iterator[MeasuredRow]:
-        for number, row in enumerate(self.rows):
-            try:
-                yield row.measured(f"{stem}-{number:04d}")
-            except ValueError as error:
-                raise ValueError(f"{error} - at `$.rows[{number}]`") from error
-
-
 def read(path: Path) -> list[MeasuredRow]:
     """Return the rows of a file, or of every JSON file of a folder, in the order of their names.
 
@@ -302,8 +202,9 @@ def _read_file(path: Path) -> list[MeasuredRow]:
             raise ValueError("expected an object with `rows`")
         keys = set().union(*(row for row in content["rows"] if isinstance(row, dict)))
         if "program" in keys:
-            _look_at_names(path, keys, _Microbenchmark.__struct_fields__)
-            return list(msgspec.convert(content, _MicrobenchmarkFile).measured(path.stem))
+            _look_at_names(path, keys, Microbenchmark.__struct_fields__)
+            found = msgspec.convert(content, MicrobenchmarkFile).measured(path.stem)
+            return [MeasuredRow(**fields) for fields in found]
         if "op" in content or keys & {"arguments", "times_ms", "op"}:
             _look_at_names(path, keys, _OpRow.__struct_fields__)
             return list(msgspec.convert(content, _OpFile).measured(path.stem))

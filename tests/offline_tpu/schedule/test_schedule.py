@@ -6,8 +6,8 @@ import pytest
 from offline_tpu import UnknownDumpFormatError
 from offline_tpu.machine.dma import CoreTiming, DmaClock
 from offline_tpu.schedule.bundles import Program
-from offline_tpu.schedule.execute import RUN_IN_PART, execute
-from offline_tpu.schedule.read import read_schedule
+from offline_tpu.schedule.execute import RUN_IN_PART, execute, runs_alone
+from offline_tpu.schedule.read import Schedule, read_schedule
 from offline_tpu.schedule.scalar import SMEM_TABLE
 
 TIMING = CoreTiming(bytes_per_cycle=100.0, latency_cycles=1000.0, vmem_bytes_per_stolen_cycle=4000.0, matmul_cycles=4.0)
@@ -31,6 +31,21 @@ TRANSFER = """
    0x3   :  {}
    0x4   :  { %12 = dma.done.wait [#allocation7 + $0x1], 64 /* pipeline-emitter-dma-wait */ }
    0x5   :  {}
+"""
+#: The same, of which a chip's second core does nothing.
+ALONE = """
+     0   :  { %s7_s7 = sld [smem:[#allocation0]] /* megacore core id :: core id */ }
+   0x1   :  { %p1_p0 = scmp.ne.s32.totalorder %s7_s7, 0 }
+   0x2   :  { %10 = sbr.rel (%p1_p0) target = $region4 }
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  {}
+   0x6   :  {}
+   0x7   :  { %9 = dma.hbm_to_vmem [thread:$0]  /*hbm=*/%s8_s3, /*size_in_granules=*/64, /*vmem=*/%s9_s4, \
+/*dst_syncflagno=*/[#allocation7] /* base_bounds: (1) */ }
+   0x8   :  {}
+   0x9   :  { %12 = dma.done.wait [#allocation7], 64 /* pipeline-emitter-dma-wait */ }
+   0xa   :  {} /* Start region 4 */
 """
 UTILIZATION = """== CAPACITY
 MATMUL, VSTORE:SPILL, VLOAD:FILL
@@ -148,6 +163,26 @@ def test_the_first_of_two_cores_that_share_an_op_is_followed(word: str) -> None:
     actual = execute(Program(text), TIMING)
     assert actual.counts[1] == 6
     assert actual.unresolved == ()
+
+
+def test_an_op_that_the_second_core_leaves_to_the_first_has_the_whole_bandwidth(tmp_path: Path) -> None:
+    """So libtpu compiles a Pallas kernel whose grid's size is traced: a branch over all of it, first of all."""
+    timing = dataclasses.replace(TIMING, cores=2)
+    assert runs_alone(Program(ALONE), timing)
+    assert not runs_alone(Program(TRANSFER), timing)
+
+    def read(text: str, timing: CoreTiming) -> Schedule:
+        (tmp_path / "bundles").write_text(text)
+        (tmp_path / "utilization").write_text(UTILIZATION + "0 0 0\n" * Program(text).length)
+        return read_schedule("op", tmp_path / "bundles", tmp_path / "utilization", timing=timing, record=True)
+
+    shared, whole = read(TRANSFER, timing), read(ALONE, timing)
+    size = 64 * 32
+    assert (shared.is_alone, whole.is_alone) == (False, True)
+    assert shared.stall_cycles - whole.stall_cycles == pytest.approx(size / timing.bytes_per_cycle / 2)
+    assert (shared.hbm_bytes, whole.hbm_bytes) == (size, size // 2)  # of each core's share of the bandwidth
+    assert whole.at(timing).stall_cycles == pytest.approx(whole.stall_cycles)
+    assert not read(ALONE, TIMING).is_alone  # a chip of one core
 
 
 def test_a_transfer_into_both_cores_takes_half_of_the_time_of_each() -> None:

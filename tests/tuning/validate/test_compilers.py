@@ -49,7 +49,10 @@ def test_what_a_row_or_its_file_says_counts_before_what_is_inferred(tmp_path: Pa
     path.write_text(json.dumps(content | {"libtpu": NEW}))
     assert [row.timed_with for row in read(path)] == [NEW, "0.0.45"]
     assert ROW.timed_with is None
-    assert {row.timed_with for row in read_shipped()} == {OLD, None}
+    shipped = read_shipped()
+    assert {row.timed_with for row in shipped} == {*libtpu.EARLIER_LIBTPUS, None}
+    oldest = {row.op for row in shipped if row.timed_with == libtpu.EARLIER_LIBTPUS[-1]}
+    assert oldest == {"triangle_multiplication", "normalization_vjp"}  # published in January 2026
 
 
 def test_a_compiler_that_is_not_here_or_whose_dumps_are_not_known_is_not_taken(here: set[str]) -> None:
@@ -129,7 +132,8 @@ def test_one_may_be_chosen_for_all_rows(here: set[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(libtpu, "fetch_beside", here.add)
     assert validate._checked_compiler(None) is None
     assert [validate._checked_compiler(name) for name in (NEW, OLD)] == [NEW, OLD] and here == {OLD}
-    with pytest.raises(UserError, match=f"libtpu=0.0.1: expected one of {NEW}, {OLD}, whose dumps are known, or null"):
+    known = ", ".join((NEW, *libtpu.EARLIER_LIBTPUS))
+    with pytest.raises(UserError, match=f"libtpu=0.0.1: expected one of {known}, whose dumps are known, or null"):
         validate._checked_compiler("0.0.1")
 
 

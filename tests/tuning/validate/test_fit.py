@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import tiny_dumps
 from offline_tpu.machine import devices
 from offline_tpu.machine.constants import FittedConstants
 from splash_workbench import provenance
+from splash_workbench.workers.cache import JobCache
 from tuning.validate.fit import __main__ as fit
 from tuning.validate.fit import sensitivity
 from tuning.validate.fit.fitting import FitRow, Fitted
@@ -91,6 +93,19 @@ def test_rows_far_off_hardly_move_the_constants(rows: list[FitRow]) -> None:
     assert with_them == pytest.approx(without, rel=0.05)
 
 
+def test_the_clock_of_a_p_state_that_a_row_names_is_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(provenance.CACHE_VARIABLE, str(tmp_path / "cache"))
+    usual = MeasuredRow(id="row", source="", device_kind="TPU7x", op="computes", arguments={}, times_ms=(1.0,))
+    faster = msgspec.structs.replace(usual, p_state=7)
+    found = []
+    for row in (usual, faster):
+        tiny_dumps.keep(dump_path(tmp_path, row, compiler_of(row)), **PROGRAMS["computes"])
+        found.append(fit._fit_row(row, tmp_path, JobCache.of_user(enabled=True), "sources"))
+    assert ["clock_hz v7x" in row.sensitivities for row in found] == [True, False]
+    clocks = devices.by_name("v7x").p_states
+    assert found[0].log_ratio - found[1].log_ratio == pytest.approx(math.log(clocks[7] / clocks[3]), rel=0.1)
+
+
 def test_rows_are_left_out_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def row(number: int, op: str = "streams", **more) -> MeasuredRow:
         arguments = {"number": number}
@@ -108,7 +123,7 @@ def test_rows_are_left_out_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert fit.main() == 0
     found = json.loads((output / "fit.json").read_text())
     assert [each["id"] for each in found["rows"]] == ["row-0"]
-    assert sorted(found["without"].values()) == [1, 1, 1, 1]
+    assert sorted(found["without"].values()) == [1, 1, 2]
     printed = capsys.readouterr().out
-    assert "1 rows: no dump is kept" in printed
+    assert "2 rows: no dump is kept" in printed
     assert "| streams | v7x | 1 |" in (output / "fit.md").read_text()

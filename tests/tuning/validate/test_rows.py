@@ -80,6 +80,7 @@ def test_rows_of_splash_keep_their_short_texts() -> None:
     ("row", "time_ms"),
     [
         ({"time_ms": 1.5}, 1.5),
+        ({"time_ms": 1.5, "method": "wall clock: an upper bound, about 0.1 ms of it overhead"}, 1.4),
         ({"tflops_per_device": 1.2}, 10.0),
         ({"program": "copy", "bytes": 10**6, "bandwidth_gb_s_per_core": 1.0}, 2.0),  # read and written
         ({"program": "all_gather", "transferred_gb": 0.5, "bandwidth_gb_s": 100.0}, 5.0),
@@ -95,8 +96,15 @@ def test_flags_and_power_state_of_microbenchmarks(tmp_path: Path) -> None:
     row = _micro(tmp_path, time_ms=1.0, libtpu_args=flags, note="dvfs p_state 7 by libtpu flag")
     assert row.compiler_options == {"xla_tpu_scoped_vmem_limit_kib": "65536", "xla_tpu_rwb_fusion": "false"}
     assert row.p_state == 7
+    theirs = _micro(tmp_path, time_ms=1.0, source="AI-Hypercomputer/tpu-recipes, ironwood/README.md", libtpu_args=flags)
+    assert (theirs.p_state, len(theirs.compiler_options)) == (7, 5)  # what the benchmark sets, and what the row says
     psum = _micro(tmp_path, program="psum over the slice (v6e-256)", shape=[4, 4], bandwidth_gb_s=1.0)
     assert (psum.op, psum.arguments["topology"]) == ("psum", "v6e-256")
+
+
+def test_a_wall_time_that_is_all_overhead_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"time_ms=0.1: expected more than the overhead .* - at `\$.rows\[0\]`"):
+        _micro(tmp_path, time_ms=0.1, method="about 0.1 ms of it overhead")
 
 
 @pytest.mark.parametrize(

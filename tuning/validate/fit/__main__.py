@@ -8,6 +8,7 @@ what comes out where every program on every chip weighs the same. Writes fit.jso
 """
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
@@ -97,9 +98,9 @@ def _read(rows: Iterable[MeasuredRow], dumps: Path) -> tuple[list[FitRow], dict[
 def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> FitRow:
     if row.op in _COLLECTIVES:
         raise NotFittedError("a collective: what it takes is the links'")
-    if row.p_state is not None:
-        raise NotFittedError("its p_state is set: the clock is published")
     device = devices.by_name(row.device_kind)
+    if row.p_state is not None:  # a published clock, which is not fitted
+        device = dataclasses.replace(device.at_p_state({devices.P_STATE_OPTION: str(row.p_state)}), p_states={})
     path = dump_path(dumps, row, compiler_of(row))
     if not path.exists():
         raise NotFittedError("no dump is kept")
@@ -110,7 +111,11 @@ def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> Fi
         except (ValueError, offline_tpu.UnknownDumpFormatError) as error:
             return Outcome(Status.COMPILE_ERROR, {}, str(error))
 
-    key = JobCache.key("tuning.validate.fit.sensitivity:of_dump", {"dump": path.name}, {"sources": sources})
+    key = JobCache.key(
+        "tuning.validate.fit.sensitivity:of_dump",
+        {"dump": path.name, "clock_hz": device.clock_hz},
+        {"sources": sources},
+    )
     outcome, _ = cache.outcome(key, read)
     if outcome.status is not Status.OK:
         raise NotFittedError(f"not predicted: {outcome.error}")
