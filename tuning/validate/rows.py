@@ -24,9 +24,10 @@ _TOKAMAX = "openxla/tokamax"
 #: By chip and op, the libtpu nearest to what its rows were timed with, as the days on which they were published and the
 #: memory that they report say; no time has a part in it (docs/predictions.md).
 _TOKAMAX_LIBTPU = (
-    ("TPU7x", re.compile(r"triangle_multiplication|normalization_vjp"), "0.0.36"),
+    ("TPU7x", re.compile(r"triangle_multiplication|normalization(_vjp)?"), "0.0.36"),
     ("TPU7x", re.compile(r"(?!.*(cross_entropy|ragged_dot)).*"), "0.0.45"),
     ("TPU v5", re.compile(r".*"), "0.0.45"),
+    ("TPU v6 lite", re.compile(r"dot_product_attention|.*linear_softmax_cross_entropy_loss"), "0.0.45"),
 )
 
 #: How like two names are, of 1, for one to be the other misspelt: a letter. Names that only end otherwise are less.
