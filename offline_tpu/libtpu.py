@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: The libtpu whose dump format this package reads. The flags and files are undocumented and change between releases.
 SUPPORTED_LIBTPU = "0.0.52"
 #: Further ones that dump alike: what was timed with one of them can be compiled with it.
-EARLIER_LIBTPUS = ("0.0.45", "0.0.36")
+EARLIER_LIBTPUS = ("0.0.45", "0.0.46", "0.0.36")
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
 

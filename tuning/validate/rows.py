@@ -27,7 +27,7 @@ _TOKAMAX_LIBTPU = (
     ("TPU7x", re.compile(r"triangle_multiplication|normalization(_vjp)?"), "0.0.36"),
     ("TPU7x", re.compile(r"(?!.*(cross_entropy|ragged_dot)).*"), "0.0.45"),
     ("TPU v5", re.compile(r".*"), "0.0.45"),
-    ("TPU v6 lite", re.compile(r"dot_product_attention|.*linear_softmax_cross_entropy_loss"), "0.0.45"),
+    ("TPU v6 lite", re.compile(r".*"), "0.0.46"),
 )
 
 #: How like two names are, of 1, for one to be the other misspelt: a letter. Names that only end otherwise are less.
