@@ -49,6 +49,8 @@ _PATHS = {
 }
 #: Those of files; of the others the last part of the name says whether a folder is meant.
 _FILES = {"json", "measured", "predictions", "prompts", "results_path", "start_from", "tuned"}
+#: Groups whose options differ in what they are -> the key below the group that says which one it is.
+_SAYS_WHICH = {"backend": "name", "cache": "method", "engine": "name", "parallel": "plan", "search": "sampler"}
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -115,6 +117,7 @@ def command(
                     raise UserError(f"{', '.join(missing)}: expected a value")
                 settings: Any = from_config(lambda: OmegaConf.to_object(config))
                 _finish_values(settings)
+                _check_groups(config)
                 _check_outputs(settings)
                 if (path := getattr(settings, "json", None)) in written:
                     raise UserError(f"json={path}: holds the run before; expected one a run, as json=a.json,b.json")
@@ -184,6 +187,18 @@ def _finish_values(settings: Any) -> None:
 def given_keys() -> frozenset[str]:
     """Return the keys that the command line of the command that runs names."""
     return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
+
+
+def _check_groups(config: DictConfig) -> None:
+    """Raise UserError where the command line names a group's option and a key that makes it another one."""
+    given, choices = given_keys(), HydraConfig.get().runtime.choices
+    for group, name in _SAYS_WHICH.items():
+        key = f"{group}.{name}"
+        if group in given and key in given:
+            expected: Any = OmegaConf.select(OmegaConf.load(CONFIG_DIR / group / f"{choices[group]}.yaml"), name)
+            value = as_given(OmegaConf.select(config, key))
+            if expected not in (None, value):
+                raise UserError(f"{group}={choices[group]} and {key}={value!r}: expected one of them")
 
 
 def _check_outputs(settings: Any) -> None:

@@ -109,6 +109,11 @@ BAD_LINES = [
     ({"prompt": "x", "cache": {"method": "magcache", "ratios": 5}}, "cache.ratios=5: expected a file"),
     ({"prompt": "x", "name": "{seed:>9999999999}"}, "name='{seed:>9999999999}': a width of more than 200"),
     ({"prompt": "x", "strength": 0.5}, "strength=0.5: only with video=...; leave it out"),
+    (
+        {"prompt": "x", "guidance_scale": 1, "cache": {"unconditional_every": 2}},
+        "cache.unconditional_every=2: only with guidance_scale above 1",
+    ),
+    ({"prompt": "x", "num_frames": 9, "context_frames": 17}, "context_frames=17: only up to num_frames (it is 9)"),
     ({"prompt": "x", "cache": {"threshold": 0.3}}, "cache.threshold=0.3: only with cache=teacache"),
     ({"prompt": "x", "attention": {"k_smooth": "no"}}, "attention.k_smooth='no'"),
     ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
