@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,24 @@ def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:
 def check_files(request: GenerateRequest) -> None:
     """Raise RequestError for an image or video of a request that cannot be read."""
     if request.image is not None:
-        open_image(request.image)
+        _check_once(open_image, request.image, *_state(request.image))
     if request.video is not None:
-        check_video(request.video, request.num_frames)
+        _check_once(check_video, request.video, request.num_frames, *_state(request.video))
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Return when a file was changed last, and its size; zeros where it is not there, which what opens it tells."""
+    try:
+        found = user_path(path).stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_once(check: Callable[..., Any], path: str, *more: int) -> None:
+    """Read a file once that many lines of a batch name; more: arguments, then the file's `_state`."""
+    check(path, *more[:-2])
 
 
 def file_digests(request: GenerateRequest) -> dict[str, Any]:
