@@ -72,7 +72,8 @@ def append(path: Path, record: Any) -> None:
 def append_once(path: Path, record: Any, apart_from: Collection[str] = ()) -> bool:
     """Append a record unless the same stands there, as where a command is given again; return whether it was appended.
 
-    apart_from: fields that do not tell records apart, beside when and under which id they were made. Raises as `append`.
+    apart_from: fields that do not tell records apart, beside those of when and under which id they were made. Raises
+    as `append`.
     """
     ignored = {*_AS_MADE, *apart_from}
     wanted = _without(json.loads(json.dumps(encode(record))), ignored)
