@@ -111,7 +111,8 @@ def command(
             return False
         if goes_on is not None:
             return goes_on(running[-1])
-        return any(getattr(running[-1], key) for key in _KEEPS & keys_used.keys())
+        values = [getattr(running[-1], key) for key in _KEEPS & keys_used.keys()]
+        return any(value is True or isinstance(value, str) for value in values)  # others have such names, too
 
     def _compose_and_run(function: Callable[[S], int], running: list[S]) -> int:
         config_file: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))

@@ -26,6 +26,8 @@ class Schema:
     status: str | None = None
     json: str | None = None
     reuse: bool = True
+    page_dir: str | None = None
+    work_dir: Any = dataclasses.field(default_factory=dict)  # of that name, and something else
 
 
 def ending(function: Callable[[Schema], int], monkeypatch, *arguments: str, **options: Any) -> int:
@@ -40,6 +42,7 @@ def ending(function: Callable[[Schema], int], monkeypatch, *arguments: str, **op
         (("reuse=false",), {}, "the same command begins anew"),
         ((), {"unused": ("reuse",)}, "the same command begins anew"),
         (("top=3",), {"goes_on": lambda settings: settings.top == 3}, "the same command goes on from what is finished"),
+        (("reuse=false", "page_dir=x"), {}, "the same command goes on from what is finished"),
         (("top=4",), {"goes_on": lambda settings: settings.top == 3}, "the same command begins anew"),
         ((), {"unused": ("reuse",), "interrupted": "nothing was written"}, "nothing was written"),
     ],
