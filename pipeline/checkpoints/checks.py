@@ -130,7 +130,8 @@ def _check_parts(configs: Configs) -> None:
         try:
             _module(part, configs)
         except Exception as error:  # whatever a library makes of a value that it does not expect
-            raise _unexpected(f"{part}/config.json", error) from error
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"{part}/config.json: {problem}") from error
     transformer, vae = configs["transformer"], configs["vae"]
     TransformerShape.from_config(transformer)
     DecoderShape.from_config(vae)
@@ -156,10 +157,6 @@ def _check_numbers(part: str, config: Mapping[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _unexpected(file: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def check_request(request: GenerateRequest, configs: Configs) -> None:
@@ -188,11 +185,16 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
     require_multiple("num_frames", request.num_frames, vae["temporal_compression_ratio"], 1)
     _check_frames(request, transformer, shape)
     if request.encodes and vae["norm_eps"] != NORM_EPS:
-        raise CheckpointError(f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode")
+        problem = f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode"
+        raise CheckpointError(f"checkpoint={request.checkpoint!r}: {problem}")
     if request.latents is not None:
         read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
     check_transformer(request.transformer, request.int8_linears, request.lora, transformer, request.checkpoint)
-    _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
+    try:
+        _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
+    except CheckpointError as error:
+        file = f"checkpoint={request.checkpoint!r}: scheduler/scheduler_config.json"
+        raise CheckpointError(f"{file}: {error}") from error
     if warning := size_warning(request):
         _warn_once(warning)
 
@@ -244,7 +246,7 @@ def _check_schedule(config: str, scheduler: str, num_inference_steps: int) -> No
     except PipelineError:
         raise
     except Exception as error:  # whatever diffusers makes of a value that it does not expect
-        raise _unexpected("scheduler/scheduler_config.json", error) from error
+        raise CheckpointError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def size_warning(request: GenerateRequest) -> str | None:
