@@ -46,6 +46,22 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def sigterm_ends() -> Iterator[None]:
+    """Let SIGTERM end the process in the block, where `sigterm_raises` had changed that.
+
+    For calls that wait long outside Python, where nothing can be raised, and while there is nothing to clean up.
+    """
+    if signal.getsignal(signal.SIGTERM) is not _terminate:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
 def _terminate(signal_number: int, frame: FrameType | None) -> None:
     raise Terminated
 

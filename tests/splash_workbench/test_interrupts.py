@@ -1,5 +1,6 @@
 """What an interrupt or SIGTERM leaves, and what it is said to leave."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from splash_workbench import cli
+from splash_workbench.startup import sigterm_ends
 
 
 @dataclasses.dataclass
@@ -53,6 +55,23 @@ def test_an_interrupt_promises_only_what_is_kept(arguments, options, said, monke
 
     assert ending(function, monkeypatch, *arguments, **options) == 130
     assert capsys.readouterr().err == f"interrupted; {said}\n"
+
+
+def test_sigterm_ends_what_waits_outside_python(monkeypatch):
+    found = []
+
+    def function(settings: Schema) -> int:
+        for block in (contextlib.nullcontext(), sigterm_ends(), contextlib.nullcontext()):
+            with block:
+                found.append(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+        return 0
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert ending(function, monkeypatch) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [False, True, False]
 
 
 def test_sigterm_lets_a_command_remove_its_temporary_files(monkeypatch, capsys):

@@ -143,9 +143,10 @@ def test_a_value_of_any_type_is_taken_or_refused(tmp_path, config, key):
 
 
 def test_a_line_without_use_for_what_the_command_line_gives_is_no_error(tmp_path, config):
-    config.strength, config.cache.threshold = 0.5, 0.3
-    path = write_batch(tmp_path, {"prompt": "a"}, {"prompt": "b", "video": "x", "quality": "fast"})
-    assert len(read_entries(path, config)) == 2
+    config.strength, config.cache.threshold, config.cache.unconditional_every = 0.5, 0.3, 2
+    lines = {"prompt": "a"}, {"prompt": "b", "video": "x", "quality": "fast"}
+    unguided = {"prompt": "c", "guidance_scale": 1, "cache": {"method": "first_block"}}
+    assert len(read_entries(write_batch(tmp_path, *lines, unguided), config)) == 3
 
 
 def test_files_that_are_none(tmp_path, config):
