@@ -155,7 +155,7 @@ def _run_batch(
 
     path, entries = _entries(settings)
     output_dir, cache_dir = Path(settings.output_dir), _path(settings.cache_dir)
-    items = prepare(entries, path, stages, output_dir, run_options, cache_dir)
+    items = prepare(entries, path, stages, output_dir, run_options, cache_dir, terminal.checking)
     _begin(settings, ", ".join(dict.fromkeys(entry.request.checkpoint for entry in entries)))
     batch = Batch(items, _path(settings.results_path), terminal, terminal.say)
     try:

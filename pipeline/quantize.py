@@ -24,7 +24,7 @@ class QuantizeConfig:
     cache_dir: str | None = None
 
 
-@cli.command("quantize", QuantizeConfig, text_or_list=("lora",))
+@cli.command("quantize", QuantizeConfig, text_or_list=("lora",), interrupted="nothing was written")
 def main(settings: QuantizeConfig) -> int:
     """Run the command; return its exit code."""
     if not (settings.output or "").endswith(".safetensors"):

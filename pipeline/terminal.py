@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from pipeline.runs.batch import Line
 from pipeline.runs.hosts import Hosts
 from pipeline.stages.progress import Interrupted, StageEvent, StageTimings
 
+T = TypeVar("T")
 _BAR_FORMAT = "  {desc:<8} {bar:24} {n_fmt}/{total_fmt} {unit}{postfix}, {elapsed} so far, {remaining} left"
 _UNITS = {"text": "prompts", "encode": "batches", "denoise": "steps", "vae": "batches"}
 
@@ -68,6 +70,17 @@ class Terminal:
             pending = self.hosts.agree_on_signal(pending)  # one that comes meanwhile is for the next step
         if pending is not None:
             raise Interrupted(pending, between_steps=True, everywhere=event.phase == "run")
+
+    def checking(self, lines: Sequence[T]) -> Iterator[T]:
+        """Yield the lines of a batch, with a bar where that takes more than a moment."""
+        yield from tqdm(
+            lines,
+            desc="checking",
+            unit="lines",
+            delay=1.0,
+            disable=self.hosts is not None and not self.hosts.is_first,
+            bar_format=_BAR_FORMAT,
+        )
 
     def close(self) -> None:
         """Leave the last line on the screen."""

@@ -36,7 +36,7 @@ from splash_workbench.errors import (
 from splash_workbench.files import atomic_path, require_writable, require_writable_file, user_path
 from splash_workbench.overrides import Keys, as_given, one_line, used_keys
 from splash_workbench.provenance import CACHE_VARIABLE, CONFIG_DIR, user_cache_dir
-from splash_workbench.startup import interrupts_raise
+from splash_workbench.startup import interrupts_raise, sigterm_raises
 
 S = TypeVar("S")
 _stock_warning_line = warnings.formatwarning
@@ -49,6 +49,11 @@ _PATHS = {
 }
 #: Those of files; of the others the last part of the name says whether a folder is meant.
 _FILES = {"json", "measured", "predictions", "prompts", "results_path", "start_from", "tuned"}
+#: Keys that say that what is done is kept, or where: the same command takes it.
+_KEEPS = frozenset({"page_dir", "resume", "reuse", "work_dir"})
+_GOES_ON, _ANEW = "the same command goes on from what is finished", "the same command begins anew"
+#: Groups whose options differ in what they are -> the key below the group that says which one it is.
+_SAYS_WHICH = {"backend": "name", "cache": "method", "engine": "name", "parallel": "plan", "search": "sampler"}
 #: A command stays in the user's folder, and Hydra writes nothing there.
 _HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -68,6 +73,8 @@ def command(
     unused: Collection[str] = (),
     free: Collection[str] = (),
     resolvers: Mapping[str, Callable[..., Any]] | None = None,
+    goes_on: Callable[[S], bool] | None = None,
+    interrupted: str = _ANEW,
 ) -> Callable[[Callable[[S], int]], Callable[[], int]]:
     """Make a function of settings the entry point of a command that Hydra configures from sys.argv.
 
@@ -78,6 +85,9 @@ def command(
       free: see `splash_workbench.overrides.Keys`.
       unused: keys of the schema, or patterns of them, that the command has no use for, and refuses.
       resolvers: name -> function that the configuration uses as ${name:}.
+      goes_on: whether the same command, where it is interrupted, goes on from what is finished; None: where one of the
+        keys _KEEPS, of those that it uses, is set.
+      interrupted: what is said where it does not.
 
     The entry point returns the function's exit code, or one of those above for an error of the user (UserError,
     OSError, or a value that does not fit the schema), after Ctrl-C, and where nobody reads on.
@@ -86,18 +96,31 @@ def command(
     def decorate(function: Callable[[S], int]) -> Callable[[], int]:
         @functools.wraps(function)
         def main() -> int:
-            return _exit_code(lambda: _compose_and_run(function))
+            running: list[S] = []
+            return _exit_code(
+                lambda: _compose_and_run(function, running), lambda: _GOES_ON if keeps(running) else interrupted
+            )
 
-        main.keys = used_keys(schema, unused)  # type: ignore[attr-defined] # for what describes the command
+        main.keys = keys_used  # type: ignore[attr-defined] # for what describes the command
         return main
 
-    def _compose_and_run(function: Callable[[S], int]) -> int:
+    keys_used = used_keys(schema, unused)
+
+    def keeps(running: list[S]) -> bool:
+        if not running:
+            return False
+        if goes_on is not None:
+            return goes_on(running[-1])
+        values = [getattr(running[-1], key) for key in _KEEPS & keys_used.keys()]
+        return any(value is True or isinstance(value, str) for value in values)  # others have such names, too
+
+    def _compose_and_run(function: Callable[[S], int], running: list[S]) -> int:
         config_file: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
         groups = {
             group: entry[group] for entry in config_file["defaults"] if isinstance(entry, dict) for group in entry
         }
         unset = [group for group, option in groups.items() if option is None]
-        keys = Keys(used_keys(schema, unused), groups, text_or_list, unset, free)
+        keys = Keys(keys_used, groups, text_or_list, unset, free)
         store: Any = ConfigStore.instance()
         store.store(name=f"{name}_schema", node=schema)
         # Hydra copies its sources for each reading, and with them every schema there is; it reads from copies anyhow.
@@ -115,9 +138,11 @@ def command(
                     raise UserError(f"{', '.join(missing)}: expected a value")
                 settings: Any = from_config(lambda: OmegaConf.to_object(config))
                 _finish_values(settings)
+                _check_groups(config)
                 _check_outputs(settings)
                 if (path := getattr(settings, "json", None)) in written:
                     raise UserError(f"json={path}: holds the run before; expected one a run, as json=a.json,b.json")
+                running.append(settings)
                 outcomes.append(function(settings))
                 written.update([path] if path is not None else [])
             except Exception as error:  # kept from Hydra, which would add lines of its own
@@ -186,6 +211,18 @@ def given_keys() -> frozenset[str]:
     return frozenset(override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task)
 
 
+def _check_groups(config: DictConfig) -> None:
+    """Raise UserError where the command line names a group's option and a key that makes it another one."""
+    given, choices = given_keys(), HydraConfig.get().runtime.choices
+    for group, name in _SAYS_WHICH.items():
+        key = f"{group}.{name}"
+        if group in given and key in given:
+            expected: Any = OmegaConf.select(OmegaConf.load(CONFIG_DIR / group / f"{choices[group]}.yaml"), name)
+            value = as_given(OmegaConf.select(config, key))
+            if expected not in (None, value):
+                raise UserError(f"{group}={choices[group]} and {key}={value!r}: expected one of them")
+
+
 def _check_outputs(settings: Any) -> None:
     """Raise UserError, before the work, where writing what it leaves behind would fail after it."""
     for key in ("json", "results_path"):
@@ -237,17 +274,18 @@ def _hydra_arguments(keys: Keys) -> Iterator[None]:
                 os.environ[_FULL_ERROR] = full_error
 
 
-def _exit_code(run: Callable[[], int]) -> int:
+def _exit_code(run: Callable[[], int], interrupted: Callable[[], str] = lambda: _ANEW) -> int:
     """Run, and tell the user in one line where that fails for a reason that is the user's."""
     quiet_jax_without_accelerator()
     warnings.formatwarning = _warning_line
     try:
         interrupts_raise()
-        code = run()
+        with sigterm_raises():
+            code = run()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print(f"interrupted; {interrupted()}", file=sys.stderr)
         return EXIT_SIGNAL + getattr(error, "signal_number", EXIT_INTERRUPTED - EXIT_SIGNAL)
     except BrokenPipeError:
         if not _drop_broken_streams():

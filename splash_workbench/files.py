@@ -114,17 +114,24 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_writable(option: str, folder: Path, byte_count: int = 1, or_else: str = "") -> None:
+def require_writable(
+    option: str, folder: Path, byte_count: int = 1, or_else: str = "", known: set[Path] | None = None
+) -> None:
     """See whether that many bytes can be written to a folder, or to where it would be made. Leaves nothing behind.
 
-    Raises UserError where they cannot; its message begins with `option`. or_else: what needs fewer bytes.
+    Raises UserError where they cannot; its message begins with `option`. or_else: what needs fewer bytes. known:
+    folders that were tried before, which are not tried again: trying one takes some milliseconds. It grows.
     """
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{option}: {folder} is a link to nothing; mend it, or name another folder.")
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if known is not None and there in known:
+            return
         with tempfile.TemporaryFile(dir=there) as file:
             os.posix_fallocate(file.fileno(), 0, byte_count)
+        if known is not None:
+            known.add(there)
     except OSError as error:
         unit, name = (2**30, "GiB") if byte_count >= 2**30 else (2**20, "MiB")
         amount = f" {round(byte_count / unit, 1):,g} {name}" if byte_count >= unit else ""

@@ -1,8 +1,11 @@
 """Lets Ctrl-C end a command while it is still importing what it needs, without a traceback."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from splash_workbench.errors import EXIT_INTERRUPTED
@@ -26,9 +29,37 @@ def interrupts_raise() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def sigterm_raises() -> None:
-    """Make SIGTERM raise Terminated, so that workers end and what is done is kept."""
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Make SIGTERM raise Terminated in the block: workers end, temporary files go, and what is done is kept.
+
+    Where it has another handler, or none can be set outside the main thread, nothing changes.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def sigterm_ends() -> Iterator[None]:
+    """Let SIGTERM end the process in the block, where `sigterm_raises` had changed that.
+
+    For calls that wait long outside Python, where nothing can be raised, and while there is nothing to clean up.
+    """
+    if signal.getsignal(signal.SIGTERM) is not _terminate:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:

@@ -18,7 +18,6 @@ from splash_workbench.errors import EXIT_USER_ERROR, UserError, from_config
 from splash_workbench.files import locked, require_writable
 from splash_workbench.profiles import sessions
 from splash_workbench.records import jsonl
-from splash_workbench.startup import sigterm_raises
 from splash_workbench.trial_status import Status
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.pool import JOBS_PER_WORKER, Runner, Usage
@@ -236,13 +235,18 @@ def _draw(result: SweepResult, on_record: Sequence[Trial], names: tuple[str, str
     return path
 
 
-@cli.command("sweep", SweepSchema, free=("compiler_options", "engine.resources"))
+@cli.command("sweep", SweepSchema, free=("compiler_options", "engine.resources"), goes_on=lambda _: True)
 def attention_main(config: SweepSchema) -> int:
     """Run the command for splash_attn; return its exit code."""
     return run(from_config(lambda: settings_from(config)), config)
 
 
-@cli.command("sweep_kernel", KernelSweepSchema, free=("workload", "space", "compiler_options", "engine.resources"))
+@cli.command(
+    "sweep_kernel",
+    KernelSweepSchema,
+    free=("workload", "space", "compiler_options", "engine.resources"),
+    goes_on=lambda _: True,  # a trial that is on record counts, whatever reuse says of the cache
+)
 def kernel_main(config: KernelSweepSchema) -> int:
     """Run the command for a user's kernel; return its exit code."""
     return run(from_config(lambda: kernel_settings.settings_from(config)), config)
@@ -274,7 +278,6 @@ def run(settings: SweepSettings, config: SweepSchema | KernelSweepSchema) -> int
         raise UserError(f"profile_top={config.profile_top}: expected at least 1.")
     if config.profile:
         sessions.require_tensorboard("profile=true")
-    sigterm_raises()  # workers end, and the same command resumes
     result = sweep(settings)
     # Here, since pandas and Matplotlib take a second or more to import, and the first candidate would wait for it.
     from tuning.trials import tables

@@ -26,7 +26,12 @@ _UNUSED = (
 
 
 @cli.command(
-    "calibrate", CalibrateConfig, text_or_list=("lora",), unused=_UNUSED, resolvers={"default_model": default_model}
+    "calibrate",
+    CalibrateConfig,
+    text_or_list=("lora",),
+    unused=_UNUSED,
+    resolvers={"default_model": default_model},
+    interrupted="nothing was written",
 )
 def main(settings: CalibrateConfig) -> int:
     """Run the command; return its exit code."""

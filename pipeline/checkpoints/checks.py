@@ -1,5 +1,6 @@
 """Checks of checkpoint and request that need configurations and headers only, made before any weight is read."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -20,7 +21,15 @@ from pipeline.checkpoints.loading import (
 from pipeline.checkpoints.lora import check_loras
 from pipeline.checkpoints.published import COGVIDEOX_1_5_5B, PUBLISHED_CONFIGS
 from pipeline.checkpoints.quantized import check_quantized, is_quantized
-from pipeline.checkpoints.weight_files import STEMS, weight_shapes
+from pipeline.checkpoints.weight_files import (
+    STEMS,
+    cached_folder,
+    files_on_hub,
+    own_names,
+    require_on_hub,
+    weight_files,
+    weight_shapes,
+)
 from pipeline.model.latents import LatentGeometry
 from pipeline.model.noise_schedule import build_scheduler, step_table
 from pipeline.model.transformer import TransformerShape
@@ -84,10 +93,11 @@ def read_configs(checkpoint: Checkpoint) -> Configs:
 
 
 def check_weights(checkpoint: Checkpoint, configs: Configs, stages: Sequence[Stage], encodes: bool) -> None:
-    """Raise CheckpointError where weights in a local folder do not fit their part's configuration, from the headers.
+    """Raise CheckpointError where weights that are here do not fit their part's configuration, from the headers.
 
-    configs: by `read_configs`, which has checked a transformer's file of its own. stages: whose weights are wanted.
-    encodes: whether the VAE's encoder is, too. Those on the Hub may not be here yet: the stage that loads them checks.
+    Or where they are neither here nor on the Hub, which is asked for the names of its files, and for nothing else: what
+    is still to be fetched is checked by the stage that loads it. configs: by `read_configs`, which has checked a
+    transformer's file of its own. stages: whose weights are wanted. encodes: whether the VAE's encoder is, too.
     """
     halves = DECODER_PREFIXES + (ENCODER_PREFIXES if encodes else ())  # some checkpoints leave out the encoder
 
@@ -95,13 +105,47 @@ def check_weights(checkpoint: Checkpoint, configs: Configs, stages: Sequence[Sta
         return name.startswith(halves)
 
     for part in (part for stage in stages for part in STAGE_PARTS[stage] if part in STEMS):
-        if checkpoint.folder is None or (part == "transformer" and checkpoint.transformer is not None):
+        if part == "transformer" and checkpoint.transformer is not None:
+            continue
+        here = checkpoint if checkpoint.folder is not None else _in_cache(checkpoint, part)
+        if here is None:
             continue
         module = _module(part, configs)
         if part == "vae":
-            find_weights(checkpoint, part, module, is_wanted)
+            find_weights(here, part, module, is_wanted)
         else:
-            find_weights(checkpoint, part, module)
+            find_weights(here, part, module)
+
+
+def _in_cache(checkpoint: Checkpoint, part: str) -> Checkpoint | None:
+    """Return a checkpoint of the Hub as a local one where all weights of a part are in its cache; None where not.
+
+    Raises CheckpointError where they are not on the Hub either, or it does not answer.
+    """
+    assert checkpoint.repo_id is not None
+    folder, where = cached_folder(checkpoint.repo_id, checkpoint.commit), checkpoint.where(part)
+    if folder is None:
+        return None
+    local = dataclasses.replace(checkpoint, folder=folder)
+    problem: CheckpointError | None = None
+    try:
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"{where} holds no weights; expected {STEMS[part]}.safetensors")
+        weight_files(folder / part, part, where)
+        if any((folder / part / name).is_file() for name in own_names(part)):
+            return local  # others may only be there for want of these
+    except CheckpointError as error:
+        problem = error
+    names = files_on_hub(checkpoint.repo_id, checkpoint.commit)
+    if names is not None:
+        require_on_hub(part, names, where)
+        return None
+    if problem is None:
+        return local
+    raise CheckpointError(
+        f"{problem} (in the Hub's cache, {folder}, and the Hub does not answer: expected the network, without "
+        "HF_HUB_OFFLINE, or a folder that holds the checkpoint)"
+    ) from problem
 
 
 def _module(part: str, configs: Configs) -> Any:
@@ -130,7 +174,8 @@ def _check_parts(configs: Configs) -> None:
         try:
             _module(part, configs)
         except Exception as error:  # whatever a library makes of a value that it does not expect
-            raise _unexpected(f"{part}/config.json", error) from error
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"{part}/config.json: {problem}") from error
     transformer, vae = configs["transformer"], configs["vae"]
     TransformerShape.from_config(transformer)
     DecoderShape.from_config(vae)
@@ -156,10 +201,6 @@ def _check_numbers(part: str, config: Mapping[str, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _unexpected(file: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def check_request(request: GenerateRequest, configs: Configs) -> None:
@@ -188,11 +229,16 @@ def check_request(request: GenerateRequest, configs: Configs) -> None:
     require_multiple("num_frames", request.num_frames, vae["temporal_compression_ratio"], 1)
     _check_frames(request, transformer, shape)
     if request.encodes and vae["norm_eps"] != NORM_EPS:
-        raise CheckpointError(f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode")
+        problem = f"vae/config.json: norm_eps={vae['norm_eps']}, expected {NORM_EPS} to encode"
+        raise CheckpointError(f"checkpoint={request.checkpoint!r}: {problem}")
     if request.latents is not None:
         read_latents(request.latents, LatentGeometry.from_request(request, transformer, vae).shape)
     check_transformer(request.transformer, request.int8_linears, request.lora, transformer, request.checkpoint)
-    _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
+    try:
+        _check_schedule(json.dumps(configs["scheduler"]), request.scheduler, request.num_inference_steps)
+    except CheckpointError as error:
+        file = f"checkpoint={request.checkpoint!r}: scheduler/scheduler_config.json"
+        raise CheckpointError(f"{file}: {error}") from error
     if warning := size_warning(request):
         _warn_once(warning)
 
@@ -244,7 +290,7 @@ def _check_schedule(config: str, scheduler: str, num_inference_steps: int) -> No
     except PipelineError:
         raise
     except Exception as error:  # whatever diffusers makes of a value that it does not expect
-        raise _unexpected("scheduler/scheduler_config.json", error) from error
+        raise CheckpointError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def size_warning(request: GenerateRequest) -> str | None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ def weight_files(folder: Path, part: str, where: str) -> list[Path]:
     that cannot be read; a shard that is not there.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    single = f"{STEMS[part]}.safetensors"
-    own = [name for name in (f"{single}.index.json", single) if name in names]
+    index, single = own_names(part)
+    own = [name for name in (index, single) if name in names]
     if own:
         chosen = own[-1] if part == "text_encoder" else own[0]
         return [folder / name for name in _weights_of(folder, chosen, where)]
@@ -53,6 +53,12 @@ def weight_files(folder: Path, part: str, where: str) -> list[Path]:
     return [folder / name for name in next(iter(found.values()))]
 
 
+def own_names(part: str) -> tuple[str, str]:
+    """Return the libraries' own names of the index of a part's shards, and of a single file."""
+    single = f"{STEMS[part]}.safetensors"
+    return f"{single}.index.json", single
+
+
 def files_to_fetch(folder: Path, part: str, where: str) -> Iterator[list[str]]:
     """Yield patterns of the files to fetch into a part's folder: the next ones only where those before bring none.
 
@@ -64,6 +70,33 @@ def files_to_fetch(folder: Path, part: str, where: str) -> Iterator[list[str]]:
     own = [_shards(index, where)] if index.is_file() else []
     yield from ([[single], *own] if part == "text_encoder" else [*own, [single]])
     yield ["*.safetensors"]
+
+
+def cached_folder(repo_id: str, commit: str | None) -> Path | None:
+    """Return the folder of the Hub's cache that holds what is here of a commit; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = "transformer/config.json"  # which every checkpoint has, and is read first of all
+    found = try_to_load_from_cache(repo_id, name, revision=commit)
+    return Path(found).parents[1] if isinstance(found, str) else None
+
+
+def files_on_hub(repo_id: str, commit: str | None) -> list[str] | None:
+    """Return the names of a commit's files as the Hub lists them; None where it does not answer. Fetches no file."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=commit)
+    except (HTTPError, OSError):  # OSError: with HF_HUB_OFFLINE=1
+        return None
+
+
+def require_on_hub(part: str, names: Sequence[str], where: str) -> None:
+    """Raise CheckpointError unless there are weights of a part among the names of the Hub's files."""
+    own = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+    if not any(name.endswith(".safetensors") for name in own):
+        raise CheckpointError(f"{where} holds {_instead(own)} on the Hub; expected {STEMS[part]}.safetensors")
 
 
 def _instead(names: list[str]) -> str:

@@ -50,8 +50,8 @@ def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") ->
     classes: dict[Any, Any] = {cls.__name__: cls for cls in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)}
     named = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler", "checkpoint": config.get("_class_name")}
     name = named[scheduler]
-    if name not in classes:
-        raise CheckpointError(f"scheduler_config.json is for {name!r}, expected one of {', '.join(classes)}")
+    if not isinstance(name, str) or name not in classes:
+        raise CheckpointError(f"it is for {name!r}, expected one of {', '.join(classes)}")
     return classes[name].from_config(config)
 
 

@@ -57,7 +57,7 @@ def main(settings: PredictConfig) -> int:
     if settings.json is not None:
         write_json(Path(settings.json), jsonl.encode(report))
     if settings.results_path is not None:
-        jsonl.append(Path(settings.results_path), report.without_ops())
+        jsonl.append_once(Path(settings.results_path), report.without_ops())
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     if cache is not None and cache.trouble:

@@ -95,8 +95,9 @@ def _parse_line(text: str, number: int, config: GenerateConfig) -> list[Entry]:
         raise RequestError(f"{unknown[0]!r}: no such key; expected some of {', '.join(LINE_KEYS)}")
     if "prompt" not in fields:
         raise RequestError('no "prompt" in it; expected e.g. {"prompt": "a cat"}')
-    given = set(fields)
-    for name in ("attention", "cache"):
+    groups = ("attention", "cache")
+    given = set(fields) - set(groups)
+    for name in groups:
         if name in fields:
             own = fields[name]
             fields[name] = _group(name, own, getattr(config, name))

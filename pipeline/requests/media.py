@@ -3,19 +3,22 @@
 import functools
 import hashlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from safetensors import SafetensorError, safe_open
 
 from pipeline.requests.errors import RequestError
 from pipeline.requests.request import GenerateRequest
 from splash_workbench.files import user_path
 
-_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats of no more bits; some releases of Pillow read them as 32
+_BITS_PER_SAMPLE = 258  # a tag of TIFF; 12 are read as 16
 
 
 def content_digest(name: str, path: str) -> str:
@@ -43,14 +46,8 @@ def open_image(path: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode == "F":
-                values = np.asarray(upright)
-                if not np.isfinite(values).all():
-                    raise RequestError(f"image={path!r}: holds NaN or infinity; expected finite values")
-                values = values * 255 if values.max(initial=0) <= 1 else values
-                upright = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-            if upright.mode in _SIXTEEN_BITS:  # which PIL would cut off at 255
-                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
+            if upright.mode == "F" or upright.mode.startswith("I"):  # which PIL would cut off at 255
+                upright = Image.fromarray(_eight_bits(np.asarray(upright), image, path))
             return upright.convert("RGB")
     except RequestError:
         raise
@@ -61,6 +58,25 @@ def open_image(path: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else "no image that can be read"
         raise RequestError(f"image={path!r}: {problem}; expected a file such as PNG, JPEG or WebP") from error
+
+
+def _eight_bits(values: np.ndarray, image: Image.Image, path: str) -> np.ndarray:
+    """Return the values of an image of floats, 12, 16 or 32 bits as uint8, black and white kept where they are."""
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise RequestError(f"image={path!r}: holds NaN or infinity; expected finite values")
+        high = values.max(initial=0)
+        if high > 255:
+            raise RequestError(f"image={path!r}: holds floats to {high:g}; expected them from 0 to 1, or to 255")
+        return (values * 255 if high <= 1 else values).clip(0, 255).round().astype(np.uint8)
+    if image.mode == "I" and image.format not in _SIXTEEN_BITS_AS_I:
+        low, high = values.min(initial=0), values.max(initial=0)
+        raise RequestError(
+            f"image={path!r}: whole numbers of 32 bits, or with a sign, from {low} to {high}, which do not say what "
+            "white is; expected 8 or 16 bits a colour"
+        )
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
+    return (values.clip(0, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
 
 
 def read_video(path: str, num_frames: int) -> list[Image.Image]:
@@ -129,9 +145,24 @@ def read_latents(path: str, shape: tuple[int, ...] | None = None) -> Any:
 def check_files(request: GenerateRequest) -> None:
     """Raise RequestError for an image or video of a request that cannot be read."""
     if request.image is not None:
-        open_image(request.image)
+        _check_once(open_image, request.image, *_state(request.image))
     if request.video is not None:
-        check_video(request.video, request.num_frames)
+        _check_once(check_video, request.video, request.num_frames, *_state(request.video))
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Return when a file was changed last, and its size; zeros where it is not there, which what opens it tells."""
+    try:
+        found = user_path(path).stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_once(check: Callable[..., Any], path: str, *more: int) -> None:
+    """Read a file once that many lines of a batch name; more: arguments, then the file's `_state`."""
+    check(path, *more[:-2])
 
 
 def file_digests(request: GenerateRequest) -> dict[str, Any]:

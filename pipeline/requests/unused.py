@@ -1,9 +1,11 @@
 """Options that change nothing beside the others of a request, and are refused where a user gives them."""
 
 from collections.abc import Collection
+from typing import TypeGuard
 
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import RequestError
+from pipeline.requests.models import fill_in_defaults
 
 
 def check_used(config: GenerateConfig, given: Collection[str]) -> None:
@@ -12,6 +14,20 @@ def check_used(config: GenerateConfig, given: Collection[str]) -> None:
     What a file's lines leave out they take from the command line, where it may be meant for other lines: not for these.
     """
     cache, attention = config.cache, config.attention
+    sizes = fill_in_defaults(vars(config), config.model)
+    guidance, frames = sizes["guidance_scale"], sizes["num_frames"]
+    leaves_out = cache.unconditional_every is not None and cache.unconditional_every > 1
+    if leaves_out and {"cache", "cache.unconditional_every"} & set(given) and _is_number(guidance) and guidance <= 1:
+        raise RequestError(
+            f"cache.unconditional_every={cache.unconditional_every!r}: only with guidance_scale above 1 (it is "
+            f"{guidance:g}), which computes a negative prompt to be left out; leave it out"
+        )
+    window = config.context_frames
+    if "context_frames" in given and _is_number(window) and _is_number(frames) and window > frames:
+        raise RequestError(
+            f"context_frames={window!r}: only up to num_frames (it is {frames}), which the model then sees at a time; "
+            "leave it out"
+        )
     by_quality = cache.method is None and config.quality != "exact"
     reuses = cache.method not in (None, "none") or by_quality
     magcache = (cache.method == "magcache" or by_quality, "with cache=magcache, or quality=fast")
@@ -29,3 +45,7 @@ def check_used(config: GenerateConfig, given: Collection[str]) -> None:
     ):
         if key in given and value is not None and not used:
             raise RequestError(f"{key}={value!r}: only {instead}; leave it out")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)  # a line of a file may hold anything, which the request refuses

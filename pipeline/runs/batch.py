@@ -12,7 +12,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,16 +69,19 @@ def prepare(
     output_dir: Path,
     run_options: RunOptions,
     cache_dir: Path | None = None,
+    watch: Callable[[Sequence[Entry]], Iterable[Entry]] = iter,
 ) -> list[Item]:
     """Check the entries of the file `path` against the checkpoints, devices and folders here. Raises RequestError.
 
-    path: None where there is no file, and the entries differ in their seeds.
+    path: None where there is no file, and the entries differ in their seeds. watch: yields the entries, and may show
+    how far they are: those of many images or videos take a while.
     """
     found: dict[Any, tuple[Configs, Checkpoint, dict[Stage, str]]] = {}
     checked: set[Any] = set()
+    writable: set[Path] = set()
     items: list[Item] = []
     errors: list[str] = []
-    for entry in entries:
+    for entry in watch(entries):
         request = entry.request
         needed = needed_stages(stages, request)
         which = (request.checkpoint, request.revision, request.transformer, needed, request.encodes)
@@ -89,7 +92,7 @@ def prepare(
             configs, checkpoint, identities = found[which]
             check_request(request, configs)
             run_dir = output_dir / entry.name
-            run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options)
+            run = RequestRun(request, stages, run_dir, checkpoint, identities, run_options, writable)
             if which not in checked:
                 check_weights(checkpoint, configs, needed, request.encodes)
                 checked.add(which)

@@ -29,6 +29,7 @@ from pipeline.model.placement import arrays_read, from_first_process
 from pipeline.requests.errors import RequestError
 from pipeline.requests.options import DistributedOptions
 from splash_workbench.errors import UserError
+from splash_workbench.startup import sigterm_ends
 
 #: A process that was silent for so long is lost. Those that are left end within twice the time.
 _LOST_S = 25.0
@@ -50,12 +51,13 @@ def join(options: DistributedOptions) -> None:
     here = f"distributed: {_name(options.process_id, socket.gethostname())}"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, see pipeline.terminal
     try:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.num_processes,
-            options.process_id,
-            initialization_timeout=round(options.timeout_s),
-        )
+        with sigterm_ends():
+            jax.distributed.initialize(
+                options.coordinator,
+                options.num_processes,
+                options.process_id,
+                initialization_timeout=round(options.timeout_s),
+            )
     except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
         reason = str(error).strip().splitlines()[0]
         if options.coordinator is None:

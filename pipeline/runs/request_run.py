@@ -76,15 +76,16 @@ class RequestRun:
         checkpoint: Checkpoint,
         identities: Mapping[Stage, str],
         run_options: RunOptions,
+        writable: set[Path] | None = None,
     ):
         """Check a request against what is here, without any work. Raises RequestError and CheckpointError.
 
-        identities: of the checkpoint's `needed_stages`.
+        identities: of the checkpoint's `needed_stages`. writable: folders that are known to be, of the runs of a batch.
         """
         self.stages, self.run_dir, self.run_options = tuple(stages), run_dir, run_options
         check_files(request)
         if jax.process_index() == 0:
-            require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES)
+            require_writable(f"run_dir={str(run_dir)!r}", run_dir, _FREE_BYTES, known=writable)
             for path in self._written:
                 if path.is_dir():
                     raise RequestError(

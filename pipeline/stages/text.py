@@ -1,8 +1,10 @@
 """Stage "text": prompts -> T5 embeddings."""
 
+import json
 import logging
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,6 +101,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # whatever the library makes of files that it does not expect
         first_line = (str(error).strip().splitlines() or [""])[0]
         detail = first_line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first_line}"
+        broken = next((path.name for path in sorted(folder.glob("*.json")) if not _is_json(path)), "")
+        what = f"tokenizer/{broken} is not JSON: " if broken else ""
         raise CheckpointError(
-            f"checkpoint={checkpoint.name!r}: cannot read tokenizer/ as a T5 tokenizer ({detail})"
+            f"checkpoint={checkpoint.name!r}: {what}cannot read tokenizer/ as a T5 tokenizer ({detail})"
         ) from error
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True

@@ -117,7 +117,7 @@ def _search_all(
                     kept=kept,
                     environment=captured,
                 )
-                jsonl.append(Path(settings.results_path), record)
+                jsonl.append_once(Path(settings.results_path), record)
 
 
 def _promoted_to(promote: Any) -> Path | None:

@@ -1,10 +1,11 @@
 """Records as JSON lines: append one, read all, and decode JSON onto typed records."""
 
+import contextlib
 import fcntl
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from splash_workbench.files import NO_SPACE
 T = TypeVar("T")
 #: Torn lines of a file that are said one by one: a file of something else has nothing but such.
 _SAID = 3
+#: Fields that are new in each record.
+_AS_MADE = ("record_id", "created_at")
 
 
 class RecordError(UserError, ValueError):
@@ -64,6 +67,27 @@ def append(path: Path, record: Any) -> None:
             raise OSError(error.errno, f"{error.strerror}; the record was not written{remedy}", str(path)) from error
     finally:
         os.close(descriptor)
+
+
+def append_once(path: Path, record: Any, apart_from: Collection[str] = ()) -> bool:
+    """Append a record unless the same stands there, as where a command is given again; return whether it was appended.
+
+    apart_from: fields that do not tell records apart, beside those of when and under which id they were made. Raises
+    as `append`.
+    """
+    ignored = {*_AS_MADE, *apart_from}
+    wanted = _without(json.loads(json.dumps(encode(record))), ignored)
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):  # of a torn line, which `read` tells of
+                if _without(json.loads(line), ignored) == wanted:
+                    return False
+    append(path, record)
+    return True
+
+
+def _without(fields: Any, names: Collection[str]) -> Any:
+    return {name: value for name, value in fields.items() if name not in names} if isinstance(fields, dict) else fields
 
 
 def read(path: Path, kind: type[T]) -> list[T]:

@@ -80,12 +80,38 @@ def test_a_name_that_no_file_can_have(part: Any, latents: Any, prefix: str) -> N
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 1), (8, 8, 3), (1, 0, 0, 3)])
 def test_images_of_another_shape(embeds: Any, shape: tuple[int, ...]) -> None:
-    with pytest.raises(RequestError, match=r"^images: .*expected an IMAGE of \[frames, height, width"):
+    with pytest.raises(RequestError, match=r"^image: .*expected an IMAGE of \[frames, height, width"):
         dataclasses.replace(embeds, image=torch.zeros(shape)).pictures(1)
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.full((1, 8, 8, 3), 255, dtype=torch.uint8), r"uint8; expected an IMAGE of .* with floats from 0 to 1"),
+        (torch.full((1, 8, 8, 3), 255.0), r"values from 255 to 255; expected .* floats from 0 to 1 \(divide by 255\)"),
+        (torch.full((1, 8, 8, 3), -3.0), r"values from -3 to -3; expected an IMAGE"),
+        (torch.zeros(1, 8, 8, 5), r"\[1, 8, 8, 5\]; expected an IMAGE"),
+        (None, r"NoneType; expected an IMAGE"),
+        (torch.zeros(3, 8, 8, 3), r"3 images; expected one, the first frame"),
+    ],
+)
+def test_an_image_that_is_not_comfyuis(nodes: dict[str, Any], embeds: Any, image: Any, message: str) -> None:
+    """They were taken: white, or the first of a batch."""
+    with pytest.raises(RequestError, match=f"^image: {message}"):
+        nodes["CogVideoXTPUImage"].execute(embeds, image=image)
+    if "3 images" not in message:
+        with pytest.raises(RequestError, match=f"^images: {message}"):
+            nodes["CogVideoXTPUVideo"].execute(embeds, images=image, strength=0.8)
+
+
+def test_an_image_that_is_sharpened_is_clamped(nodes: dict[str, Any], embeds: Any) -> None:
+    image = torch.tensor([-0.1, 0.5, 1.1]).expand(1, 8, 8, 3)
+    (found,) = nodes["CogVideoXTPUImage"].execute(embeds, image=image).args
+    assert found.pictures(1)[0].getpixel((0, 0)) == (0, 128, 255)
+
+
 def test_an_image_that_is_not_finite(embeds: Any) -> None:
-    with pytest.raises(RequestError, match=r"^images: .*not finite"):
+    with pytest.raises(RequestError, match=r"^image: .*not finite"):
         dataclasses.replace(embeds, image=torch.full((1, 8, 8, 3), torch.nan)).pictures(1)
 
 

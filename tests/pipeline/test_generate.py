@@ -184,6 +184,19 @@ def test_bad_attention_options(argument, message):
             "error: cache.first_steps=0.3: only with cache=magcache",
         ),
         (
+            ("prompt=x", "cache=teacache", "cache.method=none"),
+            "error: cache=teacache and cache.method='none': expected one of them",
+        ),
+        (("prompt=x", "parallel.plan=megatron", "parallel=ulysses"), "error: parallel=ulysses and parallel.plan='mega"),
+        (
+            ("prompt=x", "cache=unconditional", "guidance_scale=1"),
+            "error: cache.unconditional_every=2: only with guidance_scale above 1 (it is 1), which computes a negative",
+        ),
+        (
+            ("prompt=x", "num_frames=9", "context_frames=17"),
+            "error: context_frames=17: only up to num_frames (it is 9), which the model then sees at a time",
+        ),
+        (
             ("prompt=x", "attention.implementation=xla", "attention.variant={softmax:online}"),
             "error: attention.variant={'softmax': 'online'}: only for the kernel, which attention.implementation=xla ",
         ),

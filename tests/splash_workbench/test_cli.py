@@ -295,8 +295,8 @@ def raising(error: BaseException) -> Callable[[Schema], int]:
         (UserError("first", "second\nline"), 2, "error: first\nerror: second line\n"),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied\n"),
         (OSError(28, "No space left on device"), 2, "error: a file: No space left on device\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is finished\n"),
-        (Terminated(), 143, "interrupted; the same command goes on from what is finished\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command begins anew\n"),
+        (Terminated(), 143, "interrupted; the same command begins anew\n"),
     ],
 )
 def test_exit_codes(run: Run, error: BaseException, code: int, message: str) -> None:

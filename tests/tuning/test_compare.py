@@ -198,6 +198,12 @@ def test_command_prints_saves_and_pairs(write, tmp_path, monkeypatch, capsys):
         (("a", "nope"), "'nope': expected a run in .*there are: a"),
         (("a", "a"), "expected different names; name one: other=a"),
         (("a", "missing.jsonl:1"), "missing.jsonl: no such file"),
+        (("a", "other="), "'other=': names no run; expected a name, a folder, a file, or LABEL=any of these"),
+        (("a", ""), "'': names no run"),
+        (("logdir=",), "logdir=: expected --logdir=VALUE; see --help"),
+        (("a", "a", "results_dir=x"), "results_dir=x: expected --results-dir=x; see --help"),
+        (("a", "a", "--output="), "argument --output: '': expected a folder; see --help"),
+        (("a", "/"), "'/': a folder that holds no profile; expected one with \\*.xplane.pb in it"),
     ],
 )
 def test_errors_are_one_line(write, tmp_path, monkeypatch, capsys, runs, message):
@@ -206,6 +212,18 @@ def test_errors_are_one_line(write, tmp_path, monkeypatch, capsys, runs, message
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("option", ["--logdir", "--results-dir"])
+def test_an_empty_folder_is_not_the_one_it_runs_in(monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["compare", "a", "b", f"{option}="])
+    assert compare.main() == 2
+    assert capsys.readouterr().err == f"error: argument {option}: '': expected a folder; see --help\n"
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path, monkeypatch, capsys):
+    assert run_command(monkeypatch, tmp_path, "a", "b") == 2
+    assert re.fullmatch(r"error: 'a': expected a run in .*runs \(there are: none\), .*\n", capsys.readouterr().err)
 
 
 def test_a_trial_without_a_time_is_refused(make_trial, tmp_path):

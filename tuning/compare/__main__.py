@@ -111,16 +111,20 @@ faster) or not (noise). "?": fewer than {table.MIN_STEPS} steps. For repeats giv
 """,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--logdir", type=user_path, default=Path("runs"), help="TensorBoard's folder [%(default)s]")
-    parser.add_argument(
-        "--results-dir", type=user_path, default=Path("results"), help="records of trials [%(default)s]"
-    )
-    parser.add_argument("--output", type=user_path, help="where CSV, JSON and Markdown go [RESULTS_DIR/compare]")
+    parser.add_argument("--logdir", type=_folder, default=Path("runs"), help="TensorBoard's folder [%(default)s]")
+    parser.add_argument("--results-dir", type=_folder, default=Path("results"), help="records of trials [%(default)s]")
+    parser.add_argument("--output", type=_folder, help="where CSV, JSON and Markdown go [RESULTS_DIR/compare]")
     parser.add_argument("--depth", type=_count, default=3, help="print scopes to so many parts; 0: whole [%(default)s]")
     parser.add_argument("--top", type=_count, default=30, help="rows to print; 0: all [%(default)s]")
     parser.add_argument("--port", type=int, default=sessions.PORT, help="of TensorBoard, for the links [%(default)s]")
     parser.add_argument("--no-session", action="store_true", help="write no session of the runs as hosts into logdir")
     return parser
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a folder")
+    return user_path(text)
 
 
 def _count(text: str) -> int:
@@ -132,6 +136,10 @@ def _count(text: str) -> int:
 @cli.flags_command(_parser)
 def main(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    for run in arguments.runs:
+        label, equals, source = run.partition("=")
+        if equals and hasattr(arguments, label.replace("-", "_")) and label != "runs":  # as other commands take them
+            raise UserError(f"{run}: expected --{label.replace('_', '-')}={source or 'VALUE'}; see --help")
     if len(arguments.runs) < 2:
         raise UserError(f"{' '.join(arguments.runs)}: expected at least two runs")
     output = arguments.output or arguments.results_dir / "compare"

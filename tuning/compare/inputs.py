@@ -32,6 +32,8 @@ _SHOWN_BYTES = 40
 def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
     """Find a run by what the user calls it, see `HELP`. Raises UserError where there is none, with those there are."""
     name, _, source = argument.rpartition("=")
+    if not source.strip():
+        raise UserError(f"{argument!r}: names no run; expected a name, a folder, a file, or LABEL=any of these.")
     path = user_path(source)
     file, colon, selector = str(path).rpartition(":")
     if colon and file.endswith(".jsonl"):
@@ -50,6 +52,8 @@ def resolve(argument: str, logdir: Path, results_dir: Path) -> Run:
             raise UserError(f"{source!r}: {len(trials)} trials begin so; expected more of the record_id.")
         if trials:
             return _of_trial(name or source[:8], trials[0])
+    if path.is_dir():
+        raise UserError(f"{source!r}: a folder that holds no profile; expected one with *{reader.SUFFIX} in it.")
     runs = ", ".join(sorted({session.run for _, session in known})) or "none"
     raise UserError(
         f"{source!r}: expected a run in {logdir} (there are: {runs}), a folder or file of a profile, the record_id of "

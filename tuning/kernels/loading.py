@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import math
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,20 @@ def check_values(where: str, values: tuple[Any, ...]) -> None:
             raise KernelError(f"{where}={value!r}: a {kind} is kept in no record; expected a number, text, or None.")
     if len(set(values)) != len(values):
         raise KernelError(f"{where}={list(values)}: expected each value once.")
+
+
+def of_own_types(where: str, values: Sequence[Any], own: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return values of a tunable as the types that its own values have: 128.0 as 128 where they are whole numbers.
+
+    A winner of another type would be none of the kernel's when it is looked up. Raises KernelError for such a value.
+    """
+    kinds = list(dict.fromkeys(map(type, own)))
+    found = []
+    for value in values:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        equal = [kind(value) for kind in kinds if is_number and kind in (int, float) and kind(value) == value]
+        if type(value) not in kinds and not equal and isinstance(value, int | float | str | None):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise KernelError(f"{where}={value!r}: expected values of type {names}, as the kernel's own {list(own)}.")
+        found.append(value if type(value) in kinds or not equal else equal[0])
+    return tuple(found)

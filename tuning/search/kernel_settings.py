@@ -43,7 +43,12 @@ def kernel_settings(kernel: Kernel[Any, Any], config: KernelSweepSchema) -> Swee
             f"{kernel.name} is for a GPU: backend={config.backend.name} predicts TPUs; expected backend=measure "
             f"device=local where a GPU is, or backend=interpret (got device={config.device.name})."
         )
-    choices = tunables(kernel) | {name: tuple(values) for name, values in config.space.items()}
+    own = tunables(kernel)
+    given = {
+        name: loading.of_own_types(f"space.{name}", values, own[name]) if name in own else tuple(values)
+        for name, values in config.space.items()
+    }
+    choices = own | given
     names = tuple(sorted(choices, key=lambda name: len(choices[name]) < 2)[:2])
     return SweepSettings(
         **fields,

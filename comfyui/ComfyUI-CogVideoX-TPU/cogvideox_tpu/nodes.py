@@ -75,8 +75,9 @@ class CogVideoXTPUImage(io.ComfyNode):
 
     @classmethod
     @settings.checked_widgets
-    def execute(cls, embeddings: Any, **values: Any) -> io.NodeOutput:
-        return io.NodeOutput(dataclasses.replace(embeddings, **values))
+    def execute(cls, embeddings: Any, image: Any, **values: Any) -> io.NodeOutput:
+        stages.check_frames(image, one=True)
+        return io.NodeOutput(dataclasses.replace(embeddings, image=image, **values))
 
 
 class CogVideoXTPUVideo(io.ComfyNode):
@@ -91,6 +92,7 @@ class CogVideoXTPUVideo(io.ComfyNode):
     @classmethod
     @settings.checked_widgets
     def execute(cls, embeddings: Any, images: Any, **values: Any) -> io.NodeOutput:
+        stages.check_frames(images, one=False)
         return io.NodeOutput(dataclasses.replace(embeddings, video=images, **values))
 
 

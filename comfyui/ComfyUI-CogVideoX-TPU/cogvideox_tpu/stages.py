@@ -12,6 +12,7 @@ import torch
 
 from . import host, models, settings
 
+_BEYOND = 0.5  # that a picture scaled with a sharp filter, or sharpened, may have beyond 0 and 1; it is clamped
 GIVEN = "as given"  # in place of a path, for what comes over a link
 
 
@@ -65,14 +66,35 @@ class Embeds:
         frames, count = (self.image, 1) if self.video is None else (self.video, num_frames)
         if frames is None:
             return None
-        if frames.ndim != 4 or frames.shape[-1] < 3 or 0 in frames.shape or not frames.isfinite().all():
-            raise RequestError(
-                f"images: {list(frames.shape)}, or not finite; expected an IMAGE of [frames, height, width, 3 or 4]"
-            )
+        check_frames(frames, one=self.video is None)
         if len(frames) < count:
             raise RequestError(f"images: {len(frames)} frames; expected num_frames={count} of them, or a smaller one")
         pixels = (frames[:count, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return [Image.fromarray(each) for each in pixels]
+
+
+def check_frames(frames: Any, one: bool) -> None:
+    """Raise RequestError unless a value is ComfyUI's IMAGE: floats [frames, height, width, 3 or 4] in 0 to 1.
+
+    one: whether it is the input image, of one frame, or else the frames of images.
+    """
+    from pipeline.requests.errors import RequestError
+
+    name = "image" if one else "images"
+    expected = "expected an IMAGE of [frames, height, width, 3 or 4] with floats from 0 to 1"
+    if not isinstance(frames, torch.Tensor):
+        raise RequestError(f"{name}: {type(frames).__name__}; {expected}")
+    if frames.ndim != 4 or frames.shape[-1] not in (3, 4) or 0 in frames.shape:
+        raise RequestError(f"{name}: {list(frames.shape)}; {expected}")
+    if not frames.is_floating_point():
+        raise RequestError(f"{name}: {str(frames.dtype).removeprefix('torch.')}; {expected} (divide by 255)")
+    if not frames.isfinite().all():
+        raise RequestError(f"{name}: not finite; {expected}")
+    low, high = float(frames.min()), float(frames.max())
+    if low < -_BEYOND or high > 1 + _BEYOND:
+        raise RequestError(f"{name}: values from {low:g} to {high:g}; {expected} (divide by 255)")
+    if one and len(frames) != 1:
+        raise RequestError(f"image: {len(frames)} images; expected one, the first frame (ImageFromBatch takes one out)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -75,8 +75,23 @@ WRONG = [
     ("vae", {"_class_name": None}, "vae/config.json has no _class_name, expected 'AutoencoderKLCogVideoX'"),
     ("text_encoder", {"model_type": "umt5"}, "text_encoder/config.json is for 'umt5', expected 't5'"),
     ("text_encoder", {"feed_forward_proj": "gated-what-gelu"}, "text_encoder/config.json: .*gated-what-gelu"),
-    ("scheduler", {"_class_name": "EulerDiscreteScheduler"}, "for 'EulerDiscreteScheduler', expected one of CogVideoX"),
-    ("scheduler", {"prediction_type": "banana"}, "scheduler_config.json.*banana"),
+    (
+        "scheduler",
+        {"_class_name": "EulerDiscreteScheduler"},
+        "checkpoint='.*': scheduler/scheduler_config.json: it is for 'EulerDiscreteScheduler', expected one of Cog",
+    ),
+    (
+        "scheduler",
+        {"_class_name": []},
+        r"checkpoint='.*': scheduler/scheduler_config.json: it is for \[\], expected one",
+    ),
+    ("scheduler", {"prediction_type": "banana"}, "checkpoint='.*': scheduler/scheduler_config.json: .*banana"),
+    ("scheduler", {"beta_end": None}, "checkpoint='.*': scheduler/scheduler_config.json: TypeError"),
+    (
+        "scheduler",
+        {"snr_shift_scale": -1},
+        "checkpoint='.*': scheduler/scheduler_config.json: num_inference_steps=3: the scheduler's step 0 is not finite",
+    ),
     ("scheduler", {"num_train_timesteps": 2}, "num_inference_steps=3: this scheduler has at most 2"),
 ]
 
@@ -123,7 +138,9 @@ def test_inputs_that_do_not_fit_the_model(folder, request_of, tmp_path, no_weigh
 def test_an_encoder_with_other_norms(folder, request_of, tmp_path, no_weights):
     _change(folder, "vae", norm_eps=1e-5)
     check_request(request_of(), read_configs(Checkpoint("mine", folder)))
-    with pytest.raises(CheckpointError, match="norm_eps=1e-05, expected 1e-06 to encode"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint='.*': vae/config.json: norm_eps=1e-05, expected 1e-06 to enc"
+    ):
         generate(request_of(checkpoint=str(folder), video="a.mp4"), run_dir=tmp_path / "run")
 
 

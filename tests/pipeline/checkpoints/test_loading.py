@@ -135,7 +135,7 @@ def test_unreadable_config(folder, content, message):
 
 def test_unreadable_tokenizer(folder):
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot read tokenizer/"):
+    with pytest.raises(CheckpointError, match=r"^checkpoint='mine': tokenizer/tokenizer.json is not JSON: cannot read"):
         load_tokenizer(Checkpoint("mine", folder))
 
 

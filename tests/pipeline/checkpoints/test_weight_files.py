@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoints.checks import check_weights, read_configs
 from pipeline.checkpoints.loading import Checkpoint
 from pipeline.checkpoints.weight_files import STEMS, open_weights, weight_files
 from pipeline.requests.errors import CheckpointError
+from pipeline.requests.request import STAGES
 
 OWN = "diffusion_pytorch_model"
 
@@ -170,3 +173,74 @@ def test_an_index_on_the_hub_that_cannot_be_read(folder, hub):
     (folder / "vae" / f"{OWN}.safetensors.index.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"index.json is not an index of shards .*; download it again"):
         hub.weight_files("vae")
+
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def hub_cache(folder, tmp_path, monkeypatch) -> Path:
+    """The cache of a Hub that does not answer: what is there of "owner/name", all of `folder`. Nothing is fetched."""
+    cached = tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT
+    shutil.copytree(folder, cached)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("a file is fetched"))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", _no_answer)
+    return cached
+
+
+def _no_answer(*args, **options):
+    raise OfflineModeIsEnabled("offline")
+
+
+def _check_cached(folder) -> None:
+    on_hub = Checkpoint("owner/name", repo_id="owner/name", commit=COMMIT)
+    check_weights(on_hub, read_configs(Checkpoint("mine", folder)), STAGES, encodes=False)
+
+
+def test_what_the_hubs_cache_holds_is_checked_before_any_work(folder, hub_cache):
+    _check_cached(folder)
+    path = hub_cache / "vae" / f"{OWN}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"^checkpoint='owner/name': vae/.* is not readable as safetensors"):
+        _check_cached(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+def test_what_the_hubs_cache_lacks_is_told_before_any_work(folder, hub_cache, monkeypatch, part):
+    (hub_cache / part / f"{STEMS[part]}.safetensors").unlink()
+    message = rf"^checkpoint='owner/name': {part}/ holds no weights; .*{hub_cache}, and the Hub does not answer"
+    with pytest.raises(CheckpointError, match=message):
+        _check_cached(folder)
+    names = [f"{part}/config.json", f"{part}/model.bin"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+    with pytest.raises(
+        CheckpointError, match=rf"{part}/ holds only pickled weights \(model.bin\), .* on the Hub; expec"
+    ):
+        _check_cached(folder)
+    names.append(f"{part}/{STEMS[part]}.safetensors")
+    _check_cached(folder)  # it is fetched when its stage begins
+
+
+def test_a_part_that_is_not_in_the_hubs_cache(folder, hub_cache):
+    shutil.rmtree(hub_cache / "vae")
+    with pytest.raises(CheckpointError, match=r"vae/ holds no weights; .* and the Hub does not answer"):
+        _check_cached(folder)
+
+
+def test_a_lone_variant_in_the_hubs_cache_counts_where_the_hub_has_no_other(folder, hub_cache, monkeypatch):
+    path = hub_cache / "vae" / "x.fp16.safetensors"
+    (hub_cache / "vae" / f"{OWN}.safetensors").rename(path)
+    _check_cached(folder)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="vae/ lacks "):
+        _check_cached(folder)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [f"vae/{OWN}.safetensors"])
+    _check_cached(folder)
+
+
+def test_a_shard_that_the_hubs_cache_lacks(folder, hub_cache):
+    (hub_cache / "transformer" / f"{OWN}.safetensors").unlink()
+    _index(hub_cache / "transformer" / f"{OWN}.safetensors.index.json", "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformer/ lacks one\.safetensors, listed in .* does not answer"):
+        _check_cached(folder)

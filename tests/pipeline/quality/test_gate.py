@@ -157,8 +157,11 @@ def test_planted_harm_is_seen_and_nothing_else(harms, monkeypatch, tmp_path, cap
 def test_without_failures_the_command_ends_well(monkeypatch, tmp_path, capsys, rng):
     drawn = video(rng)
     monkeypatch.setattr(pairs, "variant_videos", lambda variant, wanted, *_: [Made(drawn[0], 1.0, 8) for _ in wanted])
-    assert command(monkeypatch, tmp_path, "candidates=[{name: same}]") == 0
-    assert "all within budget" in capsys.readouterr().out
+    for _ in range(2):  # the same command again adds no record
+        assert command(monkeypatch, tmp_path, "candidates=[{name: same}]") == 0
+        assert "all within budget" in capsys.readouterr().out
+        lines = (tmp_path / "quality.jsonl").read_text().splitlines()
+        assert [json.loads(line)["candidate"] for line in lines] == ["reference", "same"]
 
 
 def test_prompts_that_are_no_text_are_one_line(monkeypatch, tmp_path, capsys):

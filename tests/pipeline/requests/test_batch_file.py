@@ -109,6 +109,11 @@ BAD_LINES = [
     ({"prompt": "x", "cache": {"method": "magcache", "ratios": 5}}, "cache.ratios=5: expected a file"),
     ({"prompt": "x", "name": "{seed:>9999999999}"}, "name='{seed:>9999999999}': a width of more than 200"),
     ({"prompt": "x", "strength": 0.5}, "strength=0.5: only with video=...; leave it out"),
+    (
+        {"prompt": "x", "guidance_scale": 1, "cache": {"unconditional_every": 2}},
+        "cache.unconditional_every=2: only with guidance_scale above 1",
+    ),
+    ({"prompt": "x", "num_frames": 9, "context_frames": 17}, "context_frames=17: only up to num_frames (it is 9)"),
     ({"prompt": "x", "cache": {"threshold": 0.3}}, "cache.threshold=0.3: only with cache=teacache"),
     ({"prompt": "x", "attention": {"k_smooth": "no"}}, "attention.k_smooth='no'"),
     ({"prompt": "x", "name": "a/b"}, "name='a/b': expected the name of one folder"),
@@ -138,9 +143,10 @@ def test_a_value_of_any_type_is_taken_or_refused(tmp_path, config, key):
 
 
 def test_a_line_without_use_for_what_the_command_line_gives_is_no_error(tmp_path, config):
-    config.strength, config.cache.threshold = 0.5, 0.3
-    path = write_batch(tmp_path, {"prompt": "a"}, {"prompt": "b", "video": "x", "quality": "fast"})
-    assert len(read_entries(path, config)) == 2
+    config.strength, config.cache.threshold, config.cache.unconditional_every = 0.5, 0.3, 2
+    lines = {"prompt": "a"}, {"prompt": "b", "video": "x", "quality": "fast"}
+    unguided = {"prompt": "c", "guidance_scale": 1, "cache": {"method": "first_block"}}
+    assert len(read_entries(write_batch(tmp_path, *lines, unguided), config)) == 3
 
 
 def test_files_that_are_none(tmp_path, config):

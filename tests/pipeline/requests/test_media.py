@@ -1,6 +1,7 @@
 """Images of any size, mode and orientation, and videos, as diffusers takes them; and files that are none."""
 
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,45 @@ def test_sixteen_bits_are_not_cut_off(tmp_path):
     values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     Image.fromarray(values).save(tmp_path / "image.png")
     np.testing.assert_array_equal(np.asarray(open_image(str(tmp_path / "image.png")))[..., 0], values >> 8)
+
+
+def _twelve_bits(path: Path, values: np.ndarray) -> None:
+    """Write a TIFF of 12 bits a pixel, two pixels in three bytes."""
+    first, second = values.reshape(-1, 2).T
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags.append((279, len(data)))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4))
+
+
+def test_twelve_bits_are_not_dark(tmp_path):
+    values = np.arange(0, 4096, 4).reshape(32, 32)
+    _twelve_bits(tmp_path / "image.tif", values)
+    np.testing.assert_array_equal(np.asarray(open_image(str(tmp_path / "image.tif")))[..., 0], values >> 4)
+
+
+def test_sixteen_bits_that_are_read_as_thirty_two(tmp_path):
+    values = np.arange(0, 65536, 64, dtype=">u2")
+    (tmp_path / "image.pgm").write_bytes(b"P5 32 32 65535\n" + values.tobytes())
+    found = np.asarray(open_image(str(tmp_path / "image.pgm")))[..., 0]
+    np.testing.assert_array_equal(found.ravel(), values >> 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.arange(256, dtype=np.int32), "whole numbers of 32 bits, or with a sign, from 0 to 255, which do not say"),
+        (np.linspace(-5, 2**31 - 1, 256).astype(np.int32), "from -5 to 2147483647, .*; expected 8 or 16 bits a colour"),
+        (np.linspace(0, 65535, 256).astype(np.float32), "holds floats to 65535; expected them from 0 to 1, or to 255"),
+    ],
+)
+def test_an_image_that_does_not_say_what_white_is(values, message, tmp_path):
+    """Whole numbers to 255 were black, and beyond 16 bits white."""
+    Image.fromarray(values.reshape(16, 16)).save(tmp_path / "image.tif")
+    with pytest.raises(RequestError, match=message):
+        open_image(str(tmp_path / "image.tif"))
 
 
 def test_an_image_of_floats_is_not_black(tmp_path):

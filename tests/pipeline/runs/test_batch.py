@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import PLENTY_S, wait_until
 from pipeline import generate
+from pipeline.requests import media
 from pipeline.requests.batch_file import read_entries
 from pipeline.requests.config import GenerateConfig
 from pipeline.requests.errors import DeviceMemoryError, RequestError
@@ -23,6 +24,7 @@ from pipeline.requests.request import STAGES
 from pipeline.runs import batch
 from pipeline.runs.batch import Batch, Item
 from pipeline.runs.request_run import RequestRun
+from pipeline.runs.video import write_mp4
 from pipeline.stages.denoise import Denoiser
 from pipeline.stages.resume import STATE_NAME
 from pipeline.terminal import batch_table
@@ -53,6 +55,18 @@ def _run(folder, config, *lines, options=None, progress=lambda event: None, **mo
 def test_a_line_of_no_checkpoint_is_named(tmp_path, config):
     with pytest.raises(RequestError, match=r"prompts.jsonl:2: checkpoint='nowhere': no such folder"):
         _prepare(tmp_path, config, {"prompt": "x"}, {"prompt": "x", "checkpoint": "nowhere"})
+
+
+def test_what_many_lines_share_is_checked_once(tmp_path, config, monkeypatch):
+    """A try at writing took 3 ms a line, a video as long as its decoding."""
+    tried, decoded = [], []
+    fallocate, decode = os.posix_fallocate, media._decode
+    monkeypatch.setattr(os, "posix_fallocate", lambda *given: tried.append(given) or fallocate(*given))
+    monkeypatch.setattr(media, "_decode", lambda *given: decoded.append(given) or decode(*given))
+    video = tmp_path / "of-many.mp4"
+    write_mp4(video, np.zeros((9, 48, 80, 3), np.uint8), 8)
+    items = _prepare(tmp_path, config, *({"prompt": "x", "seed": seed, "video": str(video)} for seed in range(20)))
+    assert (len(items), len(tried), len(decoded)) == (20, 1, 1)
 
 
 def test_an_output_that_is_missing_in_between_fails_before_any_work(tmp_path, config, monkeypatch):

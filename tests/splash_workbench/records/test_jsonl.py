@@ -34,6 +34,22 @@ def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert jsonl.read(tmp_path / "lines.jsonl", Line) == [Line("a long text")]
 
 
+class Made(msgspec.Struct, frozen=True):
+    created_at: str
+    time_s: float
+    found: tuple[float | None, ...] = (1.5, None)
+
+
+def test_a_record_that_stands_there_is_not_appended_again(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"torn\n[]\n')
+    assert jsonl.append_once(path, Made("today", 1.0), ("time_s",))
+    assert not jsonl.append_once(path, Made("tomorrow", 2.0), ("time_s",))
+    assert jsonl.append_once(path, Made("tomorrow", 2.0))
+    assert jsonl.append_once(path, Made("today", 1.0, (1.5, 2.0)), ("time_s",))
+    assert len(path.read_text().splitlines()) == 5
+
+
 _APPEND_UNTIL_FULL = """
 import resource, signal, sys
 from pathlib import Path

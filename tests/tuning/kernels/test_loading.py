@@ -236,6 +236,16 @@ def test_a_configuration_that_asserts_is_left_out(write: Write) -> None:
     assert found.pruned == {"not a configuration: an assertion of Config": 2}
 
 
+def test_values_that_are_given_get_the_types_of_the_kernels_own() -> None:
+    """A winner of another type was refused when it was looked up, after the whole sweep."""
+    found = loading.of_own_types("space.x", [128.0, 256, None], (64, None))
+    assert found == (128, 256, None) and [type(value) for value in found] == [int, int, type(None)]
+    assert [type(value) for value in loading.of_own_types("space.x", [1], (0.5,))] == [float]
+    for value, own in (("128", (64,)), (True, (64,)), (1, (True, False)), (0.5, (64,)), (None, (64,)), (2, ("a",))):
+        with pytest.raises(KernelError, match=r"space\.x=.*: expected values of type .*, as the kernel's own"):
+            loading.of_own_types("space.x", [value], own)
+
+
 @pytest.mark.parametrize("verdict", ["None", "16", "['a']"])
 def test_what_is_valid_says_must_be_yes_no_or_a_text(write: Write, verdict: str) -> None:
     kernel = loading.find(write(('config.factor < 4 or "factor too large"', verdict)))

@@ -210,6 +210,12 @@ def test_the_command_checks_a_kernel_and_says_what_it_does(run: Run, tmp_path: P
         ((f"kernel={SCALED}", "workload.columns=3"), "workload.columns: Scaled.Workload has rows"),
         ((f"kernel={SCALED}", "space.block=8"), "space.block=8: expected a list"),
         (
+            (f"kernel={SCALED}", "space.block=[8,'16']"),
+            "space.block='16': expected values of type int, as the kernel's own [8, 16, 64]",
+        ),
+        ((f"kernel={SCALED}", "space.block=[8.5]"), "space.block=8.5: expected values of type int"),
+        ((f"kernel={SCALED}", "space.add_first=[0,1]"), "space.add_first=0: expected values of type bool"),
+        (
             (f"kernel={SCALED}", "workload=tiny"),
             "workload=tiny: workloads with a name are splash_attn's; expected",
         ),
