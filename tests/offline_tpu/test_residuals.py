@@ -1,7 +1,12 @@
+import json
+from pathlib import Path
+
 import pytest
 
+import offline_tpu
 from offline_tpu.machine import residuals
 from offline_tpu.machine.residuals import MIN_ROWS, Residual
+from splash_workbench import provenance
 
 
 @pytest.fixture
@@ -34,3 +39,13 @@ def test_of_a_kind_that_few_rows_are_of_the_interval_is_wide(known):
 def test_the_shipped_residuals_are_readable():
     for by_device in residuals._read().values():
         assert all(0 < found.low <= found.high and found.rows for found in by_device.values())
+
+
+def test_what_is_cached_depends_on_the_intervals(tmp_path: Path) -> None:
+    path = tmp_path / "offline_tpu/machine/residuals.json"
+    path.parent.mkdir(parents=True)
+    hashes = []
+    for high in (1.1, 1.2):
+        path.write_text(json.dumps({"kernel": {"v6e": {"low": 0.9, "high": high, "rows": 8}}}))
+        hashes.append(provenance.source_hash(offline_tpu.SOURCES, tmp_path))
+    assert hashes[0] != hashes[1]
