@@ -37,8 +37,8 @@ EARLIER_LIBTPUS = ("0.0.45", "0.0.46", "0.0.36")
 #: The jaxlib whose parser reads these dumps.
 SUPPORTED_JAXLIB = "0.10.2"
 
-#: Patterns of the files that make a prediction and its interval, for `splash_workbench.provenance`: without __init__ and
-#: __main__.
+#: Patterns of the files that make a prediction and its interval, for `splash_workbench.provenance`: without __init__
+#: and __main__.
 SOURCES = ("offline_tpu/**/[!_]*.py", "offline_tpu/machine/residuals.json")
 
 #: Names the folder that `predict` empties and removes. A user's own --xla_jf_dump_to names one that it must not.

@@ -10,7 +10,7 @@ P_STATE_OPTION = "xla_tpu_dvfs_p_state"
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSpec:
-    """One TPU chip as XLA sees it (one JAX device); one core's half of a chip whose two cores share every op.
+    """One TPU chip as XLA sees it (one JAX device); one core's half of a chip whose two cores share ops.
 
     Attributes:
       name: the short name used on command lines, e.g. "v6e".
@@ -27,7 +27,7 @@ class DeviceSpec:
       ici_wrap_length: an axis of a slice closes into a ring where its length is a multiple of this.
       source: where the figures are published.
       devices_per_chip: JAX devices that one chip is.
-      cores: TensorCores that share every op of a device; the figures above are one core's.
+      cores: TensorCores that share the ops of a device; the figures above are one core's.
       p_states: clocks by libtpu's DVFS p_state; empty: it has none. `clock_hz` is that of the default.
     """
 

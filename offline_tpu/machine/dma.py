@@ -22,7 +22,7 @@ class CoreTiming:
       latency_cycles: from the start of a DMA to its first byte, and from its last to the flag, together.
       vmem_bytes_per_stolen_cycle: bytes moved into or out of VMEM for each cycle that the core loses to them.
       matmul_cycles: from one matmul of a packed register to the next, over all matrix units.
-      cores: that share HBM, each with the bandwidth above.
+      cores: that share HBM, each with its part of the bandwidth, above.
     """
 
     bytes_per_cycle: float

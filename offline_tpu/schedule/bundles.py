@@ -68,6 +68,7 @@ class Program:
       matmuls: how many matmuls of a whole register start before each bundle; one in float32 counts half, since its
         register holds half as many rows as one of packed bfloat16, int8 or float8. So does one of v5p's `lmr`: as many
         results are popped of it.
+      reads_core: whether what it does depends on which of a chip's cores runs it.
 
     Raises:
       UnknownDumpFormatError: the text is not in the known form.
@@ -95,6 +96,7 @@ class Program:
             started.append(started[-1] + sum(0.5 if _HALF.search(kind) else 1.0 for kind in kinds))
             parsed.extend((index, instruction) for instruction in _parse_bundle(body))
         self.events = _slice(_with_divisions(parsed))
+        self.reads_core = any(CORE_ID in i.operands for bundle in self.events.values() for i in bundle)
         self.matmuls = started
         targets = {i.target for bundle in self.events.values() for i in bundle if i.name == BRANCH}
         missing = sorted(str(target) for target in targets - self.labels.keys())

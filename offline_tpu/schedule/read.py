@@ -25,10 +25,10 @@ class Schedule:
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
-      hbm_bytes: bytes moved to and from HBM by the op's own DMAs, of one core: where one of two moves all, half of it.
+      hbm_bytes: bytes moved to and from HBM by the op's own DMAs, of each core in the mean.
       unresolved: branches and DMAs that depend on data, which are counted as run (a loop: one trip), and DMAs whose
         size is not known, which are not counted.
-      is_alone: the chip has more cores, and they leave the op to this one.
+      is_alone: the chip has more cores, and they leave the op, and HBM, to this one.
       recording: of its clock, for `at`; None: not recorded.
     """
 
@@ -88,6 +88,7 @@ def read_schedule(
         )
     is_alone = timing.cores > 1 and runs_alone(program, timing, operands)
     execution = execute(program, timing.alone() if is_alone else timing, operands, record=record)
+    is_alone = is_alone and execution.hbm_bytes > 0  # else it takes as long in any case
     uses = dict.fromkeys(capacity, 0)
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):

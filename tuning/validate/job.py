@@ -16,7 +16,7 @@ from splash_workbench.records import jsonl
 from splash_workbench.trial_status import compile_error
 from tuning.validate.programs import CannotMakeError, Program, forms
 from tuning.validate.record import RowPrediction, has_memory, memory_difference
-from tuning.validate.rows import MeasuredRow
+from tuning.validate.rows import COLLECTIVES, MeasuredRow
 
 
 def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
@@ -58,14 +58,12 @@ def predict_row(payload: dict[str, Any]) -> dict[str, Any]:
     if unknown := [text for text in unresolved if text.endswith((UNKNOWN_TRIPS, RUN_IN_PART))]:
         return {"unmade": unknown[0]}
     timed = form.prediction
-    if row.op in _COLLECTIVES:
+    if row.op in COLLECTIVES:
+        if not timed.collectives:
+            return {"unmade": "the compiler makes no collective of it"}
         time_s = sum(op.time_s for op in timed.collectives)
         timed = dataclasses.replace(timed, ops=timed.collectives, time_s=time_s)
     return jsonl.encode(RowPrediction.of(timed, form.program.form))
-
-
-#: Programs of which the collective alone was timed: the benchmarks that published them look for its own event.
-_COLLECTIVES = ("all_gather", "psum")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ from tuning.trials.reported import DEFAULT_PATH, Reported, ReportedRow, Text
 SHIPPED_DIR = DEFAULT_PATH.parent / "measured"
 #: The program of the rows that Reported.read reads.
 SPLASH = "splash_attention"
+#: Programs of which the collective alone was timed: the benchmarks that published them look for its own event.
+COLLECTIVES = ("all_gather", "psum")
 
 _TOKAMAX = "openxla/tokamax"
 #: By chip and op, the libtpu nearest to what its rows were timed with, as the days on which they were published and the

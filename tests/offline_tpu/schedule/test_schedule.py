@@ -169,7 +169,10 @@ def test_an_op_that_the_second_core_leaves_to_the_first_has_the_whole_bandwidth(
     """So libtpu compiles a Pallas kernel whose grid's size is traced: a branch over all of it, first of all."""
     timing = dataclasses.replace(TIMING, cores=2)
     assert runs_alone(Program(ALONE), timing)
-    assert not runs_alone(Program(TRANSFER), timing)
+    both = ALONE.replace("%s7_s7, 0 }", "%s7_s7, 1 }")
+    of_unknown_size = both.replace("/*size_in_granules=*/64", "/*size_in_granules=*/%s77_s7")
+    for shared_text in (TRANSFER, LOOP, both, of_unknown_size):
+        assert not runs_alone(Program(shared_text), timing)
 
     def read(text: str, timing: CoreTiming) -> Schedule:
         (tmp_path / "bundles").write_text(text)
@@ -183,6 +186,8 @@ def test_an_op_that_the_second_core_leaves_to_the_first_has_the_whole_bandwidth(
     assert (shared.hbm_bytes, whole.hbm_bytes) == (size, size // 2)  # of each core's share of the bandwidth
     assert whole.at(timing).stall_cycles == pytest.approx(whole.stall_cycles)
     assert not read(ALONE, TIMING).is_alone  # a chip of one core
+    without = ALONE.replace("dma.hbm_to_vmem", "dma.vmem_to_vmem")
+    assert not read(without, timing).is_alone  # whose bandwidth does not matter
 
 
 def test_a_transfer_into_both_cores_takes_half_of_the_time_of_each() -> None:

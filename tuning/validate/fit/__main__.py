@@ -30,10 +30,9 @@ from splash_workbench.workers.pool import Outcome
 from tuning.validate import sets
 from tuning.validate.fit import sensitivity, table
 from tuning.validate.fit.fitting import FitRow, Fitted
-from tuning.validate.rows import MeasuredRow, read_shipped
+from tuning.validate.rows import COLLECTIVES, MeasuredRow, read_shipped
 from tuning.validate.run import compiler_of, dump_path
 
-_COLLECTIVES = ("all_gather", "psum")
 _READERS = ("tuning/validate/fit/retiming.py", "tuning/validate/fit/sensitivity.py")
 #: How a prediction says that data, which the row does not have, decide how often its code runs.
 _DEPENDS_ON_DATA = re.compile(r"branch at|trips of the loop")
@@ -96,7 +95,7 @@ def _read(rows: Iterable[MeasuredRow], dumps: Path) -> tuple[list[FitRow], dict[
 
 
 def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> FitRow:
-    if row.op in _COLLECTIVES:
+    if row.op in COLLECTIVES:
         raise NotFittedError("a collective: what it takes is the links'")
     device = devices.by_name(row.device_kind)
     if row.p_state is not None:  # a published clock, which is not fitted
