@@ -33,14 +33,15 @@ def interrupts_raise() -> None:
 def sigterm_raises() -> Iterator[None]:
     """Make SIGTERM raise Terminated in the block: workers end, temporary files go, and what is done is kept.
 
-    Where it has another handler, or none can be set outside the main thread, nothing changes.
+    As Ctrl-C, it waits for a call outside Python, such as a compilation here, to end. A second one does not disturb the
+    cleaning up. Where it has another handler, or none can be set outside the main thread, nothing changes.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _terminate)
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -55,14 +56,15 @@ def sigterm_ends() -> Iterator[None]:
     if signal.getsignal(signal.SIGTERM) is not _terminate:
         yield
         return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         yield
     finally:
         signal.signal(signal.SIGTERM, _terminate)
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 

@@ -15,6 +15,8 @@ from splash_workbench.records.quality import PairRecord, QualityRecord
 from splash_workbench.records.step_search import StepSearchRecord
 from tuning.trials import contenders
 from tuning.trials.records import TRIALS_FILE, Trial
+from tuning.validate.record import Validation
+from tuning.validate.table import group_lines
 
 RESULTS = Path(__file__).parent.parent / "results"
 KINDS: dict[str, type] = {
@@ -27,6 +29,22 @@ KINDS: dict[str, type] = {
     contenders.FILE_NAME: contenders.SideBySide,
 }
 FILES = sorted(RESULTS.rglob("*.jsonl"))
+
+
+def test_the_documentation_has_the_table_of_the_record() -> None:
+    validation = Validation.read(RESULTS / "validate" / "wide.json")
+    documentation = (RESULTS.parent / "docs" / "predictions.md").read_text(encoding="utf-8")
+    lines = {line.rstrip() for line in documentation.splitlines()}
+    assert [line for line in group_lines(validation) if line.rstrip() not in lines] == []
+    made_by = ", ".join(f"{count} rows by libtpu {version}" for version, count in sorted(validation.compilers.items()))
+    assert made_by in " ".join(documentation.split())
+
+
+@pytest.mark.parametrize("name", ["wide", "splash"])
+def test_the_picture_of_a_validation_lies_beside_it(name: str) -> None:
+    validation = Validation.read(RESULTS / "validate" / f"{name}.json")
+    assert validation.picture == f"{name}.png"
+    assert (RESULTS / "validate" / validation.picture).is_file()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(RESULTS).as_posix())

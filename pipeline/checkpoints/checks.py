@@ -107,7 +107,7 @@ def check_weights(checkpoint: Checkpoint, configs: Configs, stages: Sequence[Sta
     for part in (part for stage in stages for part in STAGE_PARTS[stage] if part in STEMS):
         if part == "transformer" and checkpoint.transformer is not None:
             continue
-        here = checkpoint if checkpoint.folder is not None else _in_cache(checkpoint, part)
+        here = checkpoint if checkpoint.folder is not None else _from_cache(checkpoint, part)
         if here is None:
             continue
         module = _module(part, configs)
@@ -117,7 +117,7 @@ def check_weights(checkpoint: Checkpoint, configs: Configs, stages: Sequence[Sta
             find_weights(here, part, module)
 
 
-def _in_cache(checkpoint: Checkpoint, part: str) -> Checkpoint | None:
+def _from_cache(checkpoint: Checkpoint, part: str) -> Checkpoint | None:
     """Return a checkpoint of the Hub as a local one where all weights of a part are in its cache; None where not.
 
     Raises CheckpointError where they are not on the Hub either, or it does not answer.

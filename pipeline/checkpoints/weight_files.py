@@ -21,6 +21,8 @@ STEMS: Mapping[str, str] = {
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(\.\w+)?\.safetensors$")
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Of the Hub to list files, before what is here is taken to be all there is.
+_HUB_TIMEOUT_S = 10.0
 _LFS_POINTER = b"version https://git-lfs"
 _PREFIX = re.compile(r"^((model\.)?diffusion_model\.|transformer\.|model\.)")
 
@@ -82,14 +84,21 @@ def cached_folder(repo_id: str, commit: str | None) -> Path | None:
 
 
 def files_on_hub(repo_id: str, commit: str | None) -> list[str] | None:
-    """Return the names of a commit's files as the Hub lists them; None where it does not answer. Fetches no file."""
+    """Return the names of a commit's files as the Hub lists them; None where it does not answer. Fetches no file.
+
+    Raises CheckpointError where it refuses to list them.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
-        return HfApi().list_repo_files(repo_id, revision=commit)
-    except (HTTPError, OSError):  # OSError: with HF_HUB_OFFLINE=1
+        found = HfApi().repo_info(repo_id, revision=commit, timeout=_HUB_TIMEOUT_S)
+    except (HTTPError, OSError) as error:  # OSError: with HF_HUB_OFFLINE=1
+        if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 500:
+            said = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"checkpoint={repo_id!r}: the Hub does not list its files ({said})") from error
         return None
+    return [file.rfilename for file in found.siblings or ()]
 
 
 def require_on_hub(part: str, names: Sequence[str], where: str) -> None:

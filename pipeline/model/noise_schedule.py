@@ -51,7 +51,7 @@ def build_scheduler(config: Mapping[str, Any], scheduler: str = "checkpoint") ->
     named = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler", "checkpoint": config.get("_class_name")}
     name = named[scheduler]
     if not isinstance(name, str) or name not in classes:
-        raise CheckpointError(f"it is for {name!r}, expected one of {', '.join(classes)}")
+        raise CheckpointError(f"the scheduler is for {name!r}, expected one of {', '.join(classes)}")
     return classes[name].from_config(config)
 
 

@@ -21,6 +21,9 @@ from splash_workbench.records import jsonl
 from splash_workbench.workers.cache import JobCache
 from splash_workbench.workers.room import check_timeout_s
 
+#: Fields of a record that differ where the same command is given again: what it took here.
+_TIMED = ("compile_time_s", "compile_cpu_s", "compile_peak_rss_bytes", "wall_time_s")
+
 
 @dataclasses.dataclass
 class PredictConfig(GenerateConfig):
@@ -57,7 +60,7 @@ def main(settings: PredictConfig) -> int:
     if settings.json is not None:
         write_json(Path(settings.json), jsonl.encode(report))
     if settings.results_path is not None:
-        jsonl.append_once(Path(settings.results_path), report.without_ops())
+        jsonl.append_once(Path(settings.results_path), report.without_ops(), _TIMED)
     if settings.profile:
         print("\n".join(write_timelines(report, Path(settings.logdir), settings.profile_run)))
     if cache is not None and cache.trouble:

@@ -111,6 +111,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return True

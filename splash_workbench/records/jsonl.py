@@ -1,6 +1,5 @@
 """Records as JSON lines: append one, read all, and decode JSON onto typed records."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -48,11 +47,28 @@ def append(path: Path, record: Any) -> None:
     A line that a crash tore stays apart from it, and so does the line of another process that appends meanwhile. Raises
     OSError, and leaves the file as it was, where the line could not be written whole, as on a full disk.
     """
+    _append(path, record, None)
+
+
+def append_once(path: Path, record: Any, apart_from: Collection[str] = ()) -> bool:
+    """Append a record unless the same stands there, as where a command is given again; return whether it was appended.
+
+    apart_from: fields at any depth that do not tell records apart, beside those of when and under which id they were
+    made. Raises as `append`.
+    """
+    return _append(path, record, {*_AS_MADE, *apart_from})
+
+
+def _append(path: Path, record: Any, once_apart_from: Collection[str] | None) -> bool:
     line = json.dumps(encode(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if once_apart_from is not None:
+            wanted = _compared(line, once_apart_from)
+            if any(_compared(other, once_apart_from) == wanted for other in path.read_bytes().split(b"\n")):
+                return False
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -67,27 +83,22 @@ def append(path: Path, record: Any) -> None:
             raise OSError(error.errno, f"{error.strerror}; the record was not written{remedy}", str(path)) from error
     finally:
         os.close(descriptor)
-
-
-def append_once(path: Path, record: Any, apart_from: Collection[str] = ()) -> bool:
-    """Append a record unless the same stands there, as where a command is given again; return whether it was appended.
-
-    apart_from: fields that do not tell records apart, beside those of when and under which id they were made. Raises
-    as `append`.
-    """
-    ignored = {*_AS_MADE, *apart_from}
-    wanted = _without(json.loads(json.dumps(encode(record))), ignored)
-    if path.is_file():
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError):  # of a torn line, which `read` tells of
-                if _without(json.loads(line), ignored) == wanted:
-                    return False
-    append(path, record)
     return True
 
 
+def _compared(line: bytes, apart_from: Collection[str]) -> str | None:
+    """Return the text by which a record is compared, where NaN is NaN; None of a torn line, which `read` tells of."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return json.dumps(_without(fields, apart_from), sort_keys=True)
+
+
 def _without(fields: Any, names: Collection[str]) -> Any:
-    return {name: value for name, value in fields.items() if name not in names} if isinstance(fields, dict) else fields
+    if isinstance(fields, dict):
+        return {name: _without(value, names) for name, value in fields.items() if name not in names}
+    return [_without(value, names) for value in fields] if isinstance(fields, list) else fields
 
 
 def read(path: Path, kind: type[T]) -> list[T]:

@@ -138,7 +138,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     for run in arguments.runs:
         label, equals, source = run.partition("=")
-        if equals and hasattr(arguments, label.replace("-", "_")) and label != "runs":  # as other commands take them
+        if equals and label.replace("-", "_") in vars(arguments) and label != "runs":  # as other commands take them
             raise UserError(f"{run}: expected --{label.replace('_', '-')}={source or 'VALUE'}; see --help")
     if len(arguments.runs) < 2:
         raise UserError(f"{' '.join(arguments.runs)}: expected at least two runs")

@@ -1,12 +1,12 @@
 """Find a kernel by its name, or in a file of the user's, and refuse one that cannot be tuned."""
 
 import ast
+import contextlib
 import contextvars
 import dataclasses
 import functools
 import importlib.util
 import inspect
-import math
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -220,12 +220,16 @@ def of_own_types(where: str, values: Sequence[Any], own: tuple[Any, ...]) -> tup
     A winner of another type would be none of the kernel's when it is looked up. Raises KernelError for such a value.
     """
     kinds = list(dict.fromkeys(map(type, own)))
-    found = []
-    for value in values:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        equal = [kind(value) for kind in kinds if is_number and kind in (int, float) and kind(value) == value]
-        if type(value) not in kinds and not equal and isinstance(value, int | float | str | None):
-            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise KernelError(f"{where}={value!r}: expected values of type {names}, as the kernel's own {list(own)}.")
-        found.append(value if type(value) in kinds or not equal else equal[0])
-    return tuple(found)
+
+    def of_own_type(value: Any) -> Any:
+        if type(value) in kinds or not isinstance(value, int | float | str | None):
+            return value
+        for kind in kinds:
+            if kind in (int, float) and type(value) in (int, float):
+                with contextlib.suppress(OverflowError, ValueError):  # of infinity, NaN and what is beyond them
+                    if kind(value) == value:
+                        return kind(value)
+        names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise KernelError(f"{where}={value!r}: expected values of type {names}, as the kernel's own {list(own)}.")
+
+    return tuple(map(of_own_type, values))

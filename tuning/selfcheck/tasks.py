@@ -18,7 +18,6 @@ from tuning.validate.sets import spread
 #: Rows of the validation sets that are timed, none of which took longer where it was reported.
 ROW_COUNT, _LONGEST_MS = 15, 300.0
 #: Programs of several chips.
-_COLLECTIVES = ("all_gather", "psum")
 _JOBS = "tuning.selfcheck.jobs"
 _MAKE_STAGE = "pipeline.stages.programs:model_program"
 _STAGE_OPS = {"text": "t5_encode", "vae": "cogvideox_vae_batch", "denoise": "cogvideox_denoise_step"}
@@ -144,7 +143,7 @@ def choose_rows(rows: Iterable[MeasuredRow], device_kind: str, count: int) -> li
     """Return short rows of one chip of that kind, of every op in turn, spread over each op's times."""
     by_op: dict[str, list[MeasuredRow]] = {}
     for row in rows:
-        usual = row.p_state is None and row.op not in _COLLECTIVES and row.time_ms <= _LONGEST_MS
+        usual = row.p_state is None and row.op not in measured_rows.COLLECTIVES and row.time_ms <= _LONGEST_MS
         if row.device_kind == device_kind and usual:
             by_op.setdefault(row.op, []).append(row)
     places = -(-count // max(len(by_op), 1))

@@ -16,10 +16,10 @@ Milliseconds = Positive
 #: How `method` tells what part of a wall time is not the device's.
 _OVERHEAD = re.compile(r"about (\d+(?:\.\d+)?) ms of it overhead")
 
-#: In the source of rows of v7x that AI-Hypercomputer/accelerator-microbenchmarks made. What follows its programs set
-#: themselves (Ironwood/src/benchmark_{gemm,hbm,collectives}.py, commit 9a6567b), but for flags that change nothing in a
-#: program of one op.
-_IRONWOOD = "ironwood/"
+#: How the source of rows begins that AI-Hypercomputer/accelerator-microbenchmarks made. What follows its programs for
+#: v7x set themselves (Ironwood/src/benchmark_{gemm,hbm,collectives}.py, commit 9a6567b), but for flags that change
+#: nothing in a program of one op.
+_AUTHORS, _IRONWOOD = "AI-Hypercomputer/", "TPU7x"
 _IRONWOOD_P_STATE = 7
 _IRONWOOD_OPTIONS = {
     "matmul": {
@@ -66,7 +66,7 @@ class Microbenchmark(msgspec.Struct, frozen=True, kw_only=True):
           ValueError: there is neither a time nor a rate, the time is all overhead, or a flag has another form.
         """
         p_state = re.search(r"p_state (\d+)", self.note or "")
-        is_ironwood = _IRONWOOD in self.source
+        is_ironwood = self.source.startswith(_AUTHORS) and self.device_kind == _IRONWOOD
         return {
             "id": identifier,
             "source": self.source,

@@ -141,7 +141,7 @@ def main(settings: ValidateSchema) -> int:
             **jsonl.encode(summarize(measured)),
             "rows": [jsonl.encode(pair) | {"ratio": pair.ratio} for pair in measured],
         },
-        picture=str(picture) if picture else None,
+        picture=picture.name if picture else None,
     )
     print("\n".join([*_lines(validation), *table.measured_lines(measured, results_dir)]))
     if cache and cache.trouble:

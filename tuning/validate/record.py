@@ -204,7 +204,7 @@ class Validation(Summary, frozen=True, kw_only=True):
       versions: of Python and of the packages that predicted; empty where only the reported times are known.
       groups: by program and chip.
       measured: the same of trials that were both measured and predicted: a summary, and its pairs.
-      picture: path of the parity plot.
+      picture: file name of the parity plot, which lies beside the record.
     """
 
     name: str

@@ -78,12 +78,12 @@ WRONG = [
     (
         "scheduler",
         {"_class_name": "EulerDiscreteScheduler"},
-        "checkpoint='.*': scheduler/scheduler_config.json: it is for 'EulerDiscreteScheduler', expected one of Cog",
+        "checkpoint='.*': scheduler/scheduler_config.json: the scheduler is for 'EulerDiscreteScheduler', exp",
     ),
     (
         "scheduler",
         {"_class_name": []},
-        r"checkpoint='.*': scheduler/scheduler_config.json: it is for \[\], expected one",
+        r"checkpoint='.*': scheduler/scheduler_config.json: the scheduler is for \[\], expected one",
     ),
     ("scheduler", {"prediction_type": "banana"}, "checkpoint='.*': scheduler/scheduler_config.json: .*banana"),
     ("scheduler", {"beta_end": None}, "checkpoint='.*': scheduler/scheduler_config.json: TypeError"),

@@ -4,10 +4,11 @@ import fnmatch
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints.checks import check_weights, read_configs
@@ -185,12 +186,19 @@ def hub_cache(folder, tmp_path, monkeypatch) -> Path:
     shutil.copytree(folder, cached)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("a file is fetched"))
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", _no_answer)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _no_answer)
     return cached
 
 
 def _no_answer(*args, **options):
     raise OfflineModeIsEnabled("offline")
+
+
+def _list_on_hub(monkeypatch, names: list[str]) -> None:
+    def repo_info(*args, timeout: float, **options):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
 
 
 def _check_cached(folder) -> None:
@@ -213,13 +221,25 @@ def test_what_the_hubs_cache_lacks_is_told_before_any_work(folder, hub_cache, mo
     with pytest.raises(CheckpointError, match=message):
         _check_cached(folder)
     names = [f"{part}/config.json", f"{part}/model.bin"]
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: names)
+    _list_on_hub(monkeypatch, names)
     with pytest.raises(
         CheckpointError, match=rf"{part}/ holds only pickled weights \(model.bin\), .* on the Hub; expec"
     ):
         _check_cached(folder)
     names.append(f"{part}/{STEMS[part]}.safetensors")
     _check_cached(folder)  # it is fetched when its stage begins
+
+
+def test_a_hub_that_refuses_says_so(folder, hub_cache, monkeypatch):
+    answer = SimpleNamespace(status_code=403, headers={}, request=None)
+
+    def refuse(*args, **options):
+        raise GatedRepoError("Access to it is restricted", response=answer)
+
+    (hub_cache / "vae" / f"{OWN}.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
+    with pytest.raises(CheckpointError, match=r"^checkpoint='owner/name': the Hub does not list .*is restricted"):
+        _check_cached(folder)
 
 
 def test_a_part_that_is_not_in_the_hubs_cache(folder, hub_cache):
@@ -235,7 +255,7 @@ def test_a_lone_variant_in_the_hubs_cache_counts_where_the_hub_has_no_other(fold
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="vae/ lacks "):
         _check_cached(folder)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [f"vae/{OWN}.safetensors"])
+    _list_on_hub(monkeypatch, [f"vae/{OWN}.safetensors"])
     _check_cached(folder)
 
 

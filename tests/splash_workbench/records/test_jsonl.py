@@ -1,5 +1,6 @@
 """JSON lines on disk: whole, or an error; and decoding that names the field."""
 
+import math
 import os
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def test_a_record_that_stands_there_is_not_appended_again(tmp_path: Path) -> Non
     assert jsonl.append_once(path, Made("tomorrow", 2.0))
     assert jsonl.append_once(path, Made("today", 1.0, (1.5, 2.0)), ("time_s",))
     assert len(path.read_text().splitlines()) == 5
+    for seconds in (1.0, 2.0):  # what it took, within; and a figure that is none
+        jsonl.append_once(path, {"stages": [{"wall_time_s": seconds, "loss": math.nan}]}, ("wall_time_s",))
+    assert len(path.read_text().splitlines()) == 6
 
 
 _APPEND_UNTIL_FULL = """

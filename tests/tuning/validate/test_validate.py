@@ -229,7 +229,7 @@ def test_every_row_is_listed_and_counted(
     assert "10 -> 12.5, ratio 1.250; bound by HBM: fusion 9 (hbm); kernel 75%, layout 25%" in out
     assert "mine-0002 on TPU v6 lite cannot be made: no such op" in out
     assert "mine-0003 on TPU v6 lite failed: compile_error: does not fit" in out
-    assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results" / "validate" / content["picture"]).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "results" / "validate" / "mine.json").read_text())["name"] == "mine"
 
 
@@ -319,7 +319,7 @@ def test_the_command_on_a_folder_of_ones_own(
     assert content["rows"][2]["compiler_options"] == options
     assert content["measured"]["rows"][0]["ratio"] == pytest.approx(1.1)
     assert "measured on TPU v6 lite: 1 row: median error 10.0%" in out
-    assert (tmp_path / content["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results" / "validate" / content["picture"]).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(validate.Runner, "run", lambda *_, **__: pytest.fail("the outcome is in the cache"))
     assert run()[0]["rows"] == content["rows"]
 
