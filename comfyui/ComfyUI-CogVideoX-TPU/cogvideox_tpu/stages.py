@@ -92,7 +92,8 @@ def check_frames(frames: Any, one: bool) -> None:
         raise RequestError(f"{name}: not finite; {expected}")
     low, high = float(frames.min()), float(frames.max())
     if low < -_BEYOND or high > 1 + _BEYOND:
-        raise RequestError(f"{name}: values from {low:g} to {high:g}; {expected} (divide by 255)")
+        remedy = " (divide by 255)" if high > 2 else ""
+        raise RequestError(f"{name}: values from {low:g} to {high:g}; {expected}{remedy}")
     if one and len(frames) != 1:
         raise RequestError(f"image: {len(frames)} images; expected one, the first frame (ImageFromBatch takes one out)")
 

@@ -99,7 +99,11 @@ def _fit_row(row: MeasuredRow, dumps: Path, cache: JobCache, sources: str) -> Fi
         raise NotFittedError("a collective: what it takes is the links'")
     device = devices.by_name(row.device_kind)
     if row.p_state is not None:  # a published clock, which is not fitted
-        device = dataclasses.replace(device.at_p_state({devices.P_STATE_OPTION: str(row.p_state)}), p_states={})
+        try:
+            device = device.at_p_state({devices.P_STATE_OPTION: str(row.p_state)})
+        except ValueError as error:
+            raise NotFittedError(str(error)) from error
+        device = dataclasses.replace(device, p_states={})
     path = dump_path(dumps, row, compiler_of(row))
     if not path.exists():
         raise NotFittedError("no dump is kept")
