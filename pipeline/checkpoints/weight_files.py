@@ -92,7 +92,7 @@ def files_on_hub(repo_id: str, commit: str | None) -> list[str] | None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
-        found = HfApi().repo_info(repo_id, revision=commit, timeout=_HUB_TIMEOUT_S)
+        found = HfApi().model_info(repo_id, revision=commit, timeout=_HUB_TIMEOUT_S)
     except (HTTPError, OSError) as error:  # OSError: with HF_HUB_OFFLINE=1
         if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 500:
             said = " ".join(str(error).split())[:300]

@@ -224,8 +224,8 @@ def of_own_types(where: str, values: Sequence[Any], own: tuple[Any, ...]) -> tup
     def of_own_type(value: Any) -> Any:
         if type(value) in kinds or not isinstance(value, int | float | str | None):
             return value
-        for kind in kinds:
-            if kind in (int, float) and type(value) in (int, float):
+        for kind in (int, float):
+            if kind in kinds and isinstance(value, int | float) and not isinstance(value, bool):
                 with contextlib.suppress(OverflowError, ValueError):  # of infinity, NaN and what is beyond them
                     if kind(value) == value:
                         return kind(value)

@@ -186,7 +186,7 @@ def hub_cache(folder, tmp_path, monkeypatch) -> Path:
     shutil.copytree(folder, cached)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("a file is fetched"))
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", _no_answer)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_answer)
     return cached
 
 
@@ -195,10 +195,10 @@ def _no_answer(*args, **options):
 
 
 def _list_on_hub(monkeypatch, names: list[str]) -> None:
-    def repo_info(*args, timeout: float, **options):
+    def model_info(*args, timeout: float, **options):
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
 
 
 def _check_cached(folder) -> None:
@@ -237,7 +237,7 @@ def test_a_hub_that_refuses_says_so(folder, hub_cache, monkeypatch):
         raise GatedRepoError("Access to it is restricted", response=answer)
 
     (hub_cache / "vae" / f"{OWN}.safetensors").unlink()
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     with pytest.raises(CheckpointError, match=r"^checkpoint='owner/name': the Hub does not list .*is restricted"):
         _check_cached(folder)
 
