@@ -70,8 +70,8 @@ def execute(
 def runs_alone(program: Program, timing: CoreTiming, operands: Mapping[int, Sequence[int]] | None = None) -> bool:
     """Return whether a chip's second core leaves the program to the first: it ends without a transfer of HBM.
 
-    So it is with a Pallas kernel whose grid's size is known at run time only, and with XLA's small ops. Where it is not
-    known whether one is started, it counts as started.
+    So it is with tokamax's ragged matmuls, and with XLA's small ops. Where it is not known whether one is started, it
+    counts as started.
     """
     if not program.reads_core:
         return False

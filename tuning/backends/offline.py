@@ -115,7 +115,7 @@ def _fields(prediction: offline_tpu.Prediction, op_name: str) -> dict[str, Any]:
     if loading_ms := sum(op.code_load_s * op.calls for op in kernel_ops) * 1e3:
         notes.append(f"the kernel's loop spans pieces of code, loaded anew in every trip: {loading_ms:.3f} ms counted")
     if any(op.resting_cores for op in kernel_ops):
-        notes.append("one TensorCore runs the kernel, the other rests: sizes of a shared grid are known when compiling")
+        notes.append("one TensorCore of the chip runs the kernel, the other rests")
     if unresolved_count := sum(len(op.unresolved) - (op.code_load_s > 0) for op in kernel_ops):
         notes.append(f"{unresolved_count} spots of the kernel's schedule depend on data: see `ops`")
     return whole | {

@@ -166,7 +166,7 @@ def test_the_first_of_two_cores_that_share_an_op_is_followed(word: str) -> None:
 
 
 def test_an_op_that_the_second_core_leaves_to_the_first_has_the_whole_bandwidth(tmp_path: Path) -> None:
-    """So libtpu compiles a Pallas kernel whose grid's size is traced: a branch over all of it, first of all."""
+    """So libtpu compiles tokamax's ragged matmuls: a branch over all of it, first of all."""
     timing = dataclasses.replace(TIMING, cores=2)
     assert runs_alone(Program(ALONE), timing)
     both = ALONE.replace("%s7_s7, 0 }", "%s7_s7, 1 }")
