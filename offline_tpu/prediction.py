@@ -51,6 +51,7 @@ class OpCost:
       calls: how often the program runs the op.
       cycles: TensorCore cycles of one call; one VLIW bundle is one cycle.
       stall_cycles: cycles of one call beyond these, waiting for DMAs, for VMEM or for links.
+      steady_cycles: of one call, see `offline_tpu.schedule.read.Schedule`.
       hbm_bytes: HBM traffic of one call.
       bound: what limits the op; `bottleneck` says it by unit.
       vmem_bytes: VMEM that the op reserves.
@@ -75,6 +76,7 @@ class OpCost:
     calls: int
     cycles: int = 0
     stall_cycles: float = 0.0
+    steady_cycles: int = 0
     hbm_bytes: int = 0
     bound: Bound = "compute"
     vmem_bytes: int = 0

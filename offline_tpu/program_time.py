@@ -328,6 +328,7 @@ class ProgramCost:
                 time_s=time_s * context.calls,
                 cycles=cycles,
                 stall_cycles=time_s * self._issue_hz - cycles,
+                steady_cycles=round(schedule.steady_cycles) if schedule else 0,
                 calls=context.calls,
                 hbm_bytes=hbm_bytes,
                 bound=bound,

@@ -14,7 +14,7 @@ from tuning.trials.records import Trial, objective
 #: Seconds between two looks at the workers, on a terminal and in a file.
 _TERMINAL_S, _FILE_S = 1.0, 30.0
 _ERROR_CHARACTERS = 90
-_SAYS = {"whole": "", "kernel": ", kernel compiled alone", "shorter": ", from shorter kernels"}
+_SAYS = {"whole": "", "kernel": ", kernel compiled alone", "shorter": ", from a shorter kernel"}
 
 
 class Feedback:

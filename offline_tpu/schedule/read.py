@@ -1,6 +1,7 @@
 """Reads the two dump files that the compiler wrote about one op, for what it costs on its core."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -9,8 +10,9 @@ from offline_tpu.machine.dma import CoreTiming, Recording
 from offline_tpu.machine.errors import UnknownDumpFormatError
 from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute, runs_alone
+from offline_tpu.schedule.pace import steady_cycles
 
-_SPILL, _FILL = "VSTORE:SPILL", "VLOAD:FILL"
+_SPILL, _FILL, _VECTOR = "VSTORE:SPILL", "VLOAD:FILL", "VALU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Schedule:
       counts: how often each VLIW bundle of the op runs, in the order of the code.
       cycles: bundles executed; one bundle is one cycle.
       stall_cycles: cycles beyond these, waiting for DMAs, VMEM or matrix units.
+      steady_cycles: what `cycles` would be at the pace of the middle of its unrolled code, by its matrix products, or
+        where it has none by its vector operations; 0 where it has neither.
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
@@ -36,6 +40,7 @@ class Schedule:
     counts: Sequence[int]
     cycles: int
     stall_cycles: float
+    steady_cycles: float
     unit_uses: dict[str, int]
     unit_capacity: dict[str, int]
     spill_count: int
@@ -89,6 +94,10 @@ def read_schedule(
     is_alone = timing.cores > 1 and runs_alone(program, timing, operands)
     execution = execute(program, timing.alone() if is_alone else timing, operands, record=record)
     is_alone = is_alone and execution.hbm_bytes > 0  # else it takes as long in any case
+    work: Sequence[float] = program.matmuls
+    if not work[-1] and _VECTOR in capacity:
+        column = list(capacity).index(_VECTOR)
+        work = [0, *itertools.accumulate(row[column] for row in table)]
     uses = dict.fromkeys(capacity, 0)
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):
@@ -100,6 +109,7 @@ def read_schedule(
         counts=execution.counts,
         cycles=sum(execution.counts),
         stall_cycles=execution.stall_cycles,
+        steady_cycles=steady_cycles(execution.counts, work),
         unit_uses=uses,
         unit_capacity=capacity,
         spill_count=uses.get(_SPILL, 0),

@@ -23,7 +23,7 @@ def test_a_line_for_each_trial_with_the_best_and_the_time_left(make_trial: Calla
     first, second, third, fourth, fifth = stream.getvalue().splitlines()
     assert first.startswith("1/3 256/512/128 softmax=fixed_bound") and "12.5 ms predicted (best so far); about" in first
     assert second.endswith("out_of_memory RESOURCE_EXHAUSTED: vmem (best 12.5 ms); about 0 s left")
-    assert third.endswith("11.5 ms predicted, from shorter kernels (best so far)")
+    assert third.endswith("11.5 ms predicted, from a shorter kernel (best so far)")
     # What is refined takes its estimate's place, and a trial beside the budget adds to it.
     assert fourth.startswith("4/4") and fourth.endswith("12.75 ms predicted (best 12.5 ms)")
     assert fifth.startswith("5/5") and fifth.endswith("13.5 ms predicted (best 12.75 ms)")

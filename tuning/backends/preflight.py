@@ -95,7 +95,11 @@ def _look_at_what_it_says(request: Request) -> None:
     """Refuse what `unrolled` and `assume` must not return: every candidate would end by it."""
     found, about = request.found, (request.config, request.workload)
     for method, is_right, expected in (
-        (found.unrolled, lambda x: x is None or isinstance(x, Unrolled), "an Unrolled, or None"),
+        (
+            found.unrolled,
+            lambda x: x is None or (isinstance(x, Unrolled) and _is_longer(x, found.unrolled, request.workload)),
+            "an Unrolled, or None, and of its `shorter` one with a smaller length",
+        ),
         (
             found.assume,
             lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], Mapping),
@@ -110,6 +114,13 @@ def _look_at_what_it_says(request: Request) -> None:
             raise _refusal(request, what, error) from error
         if not is_right(said):
             raise _wrong(f"{what}({request.config}, {request.workload}) returns {said!r}: expected {expected}.")
+
+
+def _is_longer(said: Unrolled[Any], unrolled: Callable[..., Any], workload: Any) -> bool:
+    if said.shorter is None:
+        return True
+    short = unrolled(said.shorter, workload)
+    return isinstance(short, Unrolled) and 0 < short.length < said.length
 
 
 def _baselines(request: Request) -> Mapping[str, Callable[..., Any]]:

@@ -2,7 +2,7 @@
 
 Of the op only the Pallas kernels that run are compiled. The rest of the op, which is the same for all candidates around
 whose kernels JAX traces the same program, is compiled once. A kernel that says in which dimension its code is unrolled
-is compiled at two shorter lengths, from which its own is extrapolated.
+is compiled at a shorter length, and what it takes more is extrapolated at the pace of the middle of that.
 """
 
 import contextlib
@@ -51,6 +51,7 @@ class Cost:
 
     time_ms: float
     cycles: int = 0
+    steady_cycles: float = 0.0
     vmem_bytes: int = 0
     spill_count: int = 0
     fill_count: int = 0
@@ -68,61 +69,49 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     """
     if known_values(request.arguments()):
         return None  # what a kernel does depends on integers that the op around it computes
-    unrolled = request.found.unrolled(request.config, request.workload)
-    configs, lengths = [request.config], (0, 0)
-    if request.compiled == "shorter" and unrolled and unrolled.lengths and unrolled.length > max(unrolled.lengths):
-        lengths = unrolled.lengths
-        configs = [unrolled.shorter(length) for length in lengths]
-    ops = [_Op(request, config, device) for config in configs]
-    shortest = ops[0]
-    if unrolled and unrolled.length > unrolled.least:
-        shortest = _Op(request, unrolled.shorter(unrolled.least), device)
+    config, short = request.config, None
+    unrolled = request.found.unrolled(config, request.workload)
+    if request.compiled == "shorter" and unrolled and unrolled.shorter is not None:
+        config = unrolled.shorter
+        short = request.found.unrolled(config, request.workload)
+        if short is None or not 0 < short.length < unrolled.length:
+            raise ValueError(f"unrolled: {config} is not shorter than {request.config}.")
+    op = _Op(request, config, device)
+    shortest = _Op(request, unrolled.least, device) if unrolled and unrolled.least is not None else op
     if shortest.rest_on_record() is None and not shortest.kernels:
         return None
-    costs = [op.kernel_cost() for op in ops]
+    cost = op.kernel_cost()
     with _one_at_a_time(shortest.rest_path):
         rest = shortest.rest_on_record()
         if rest is None:
-            is_candidate = shortest is ops[0] and len(ops) == 1
+            is_candidate = shortest is op and short is None
             whole, rest = shortest.compile_whole(few=not is_candidate)
             if is_candidate:
                 return whole
-    if any(cost.unknown_trips for cost in costs):
+    if cost.unknown_trips:
         return None
-    steps = [_steps(request, config) for config in (request.config, *configs)]
+    steps = unrolled.steps if unrolled else 1
     fields = {
-        "time_samples_ms": [rest.time_ms + costs[-1].time_ms],
-        "kernel_time_ms": costs[-1].time_ms,
-        **{name: getattr(costs[-1], name) for name in ("cycles", "vmem_bytes", "spill_count", "fill_count")},
-        "code_bytes": costs[-1].code_bytes,
-        "compile_time_s": rest.compile_time_s + sum(cost.compile_time_s for cost in costs),
+        "time_samples_ms": [rest.time_ms + cost.time_ms],
+        "kernel_time_ms": cost.time_ms,
+        **{name: getattr(cost, name) for name in ("cycles", "vmem_bytes", "spill_count", "fill_count", "code_bytes")},
+        "compile_time_s": rest.compile_time_s + cost.compile_time_s,
         "compiled": "kernel",
         "notes": [],
     }
-    if unrolled is not None and len(costs) == 2:
-        per_step = [cost.cycles / count for cost, count in zip(costs, steps[1:], strict=True)]
-        cycles = steps[0] * _line(lengths, per_step)(unrolled.length)
+    if unrolled and short:
+        growth = unrolled.length / short.length - 1
+        cycles = steps * (cost.cycles + growth * cost.steady_cycles) / short.steps
         issue_hz = FittedConstants.of(device).issue_hz(device)
-        # What a step waits for memory beside its work is no line: the longer kernel waits least, as the candidate does.
-        waits_ms = (costs[1].time_ms - costs[1].cycles / issue_hz * 1e3) / steps[2]
-        time_ms = cycles / issue_hz * 1e3 + steps[0] * max(0.0, waits_ms)
+        # What a step waits for memory beside its work does not grow with it.
+        waits_ms = (cost.time_ms - cost.cycles / issue_hz * 1e3) / short.steps
+        time_ms = cycles / issue_hz * 1e3 + steps * max(0.0, waits_ms)
         fields |= {"time_samples_ms": [rest.time_ms + time_ms], "kernel_time_ms": time_ms, "cycles": round(cycles)}
         fields |= {"compiled": "shorter", **dict.fromkeys(("vmem_bytes", "spill_count", "fill_count", "code_bytes"))}
-    elif costs[-1].code_load_ms:
-        loaded = f"loaded anew in every trip: {costs[-1].code_load_ms:.3f} ms counted"
+    elif cost.code_load_ms:
+        loaded = f"loaded anew in every trip: {cost.code_load_ms:.3f} ms counted"
         fields["notes"] = [f"the kernel's loop spans pieces of code, {loaded}"]
-    return None if steps[0] * rest.apart_ms > _SAME * fields["kernel_time_ms"] else fields
-
-
-def _steps(request: Request, config: Any) -> int:
-    unrolled = request.found.unrolled(config, request.workload)
-    return unrolled.steps if unrolled is not None else 1
-
-
-def _line(lengths: tuple[int, int], values: list[float]) -> Callable[[int], float]:
-    """Return the line through two points."""
-    slope = (values[1] - values[0]) / (lengths[1] - lengths[0])
-    return lambda length: values[0] + slope * (length - lengths[0])
+    return None if steps * rest.apart_ms > _SAME * fields["kernel_time_ms"] else fields
 
 
 class _Op:
@@ -201,7 +190,8 @@ class _Op:
         inside_ms = prediction.time_s * 1e3 - rest_ms
         repeats = max(map(self._repeats, self.kernels)) if few else 1.0
         alone_ms = self.kernel_cost().time_ms / repeats
-        apart_ms = abs(alone_ms - inside_ms) * repeats / _steps(self._request, self._config)
+        unrolled = self._request.found.unrolled(self._config, self._request.workload)
+        apart_ms = abs(alone_ms - inside_ms) * repeats / (unrolled.steps if unrolled else 1)
         cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, apart_ms=apart_ms)
         _keep(self.rest_path, cost)
         return prediction, cost
@@ -292,6 +282,7 @@ def _sum(predictions: list[Prediction], repeats: list[float]) -> Cost:
     return Cost(
         time_ms=sum(op.time_s * runs / op.calls for op, runs in ops) * 1e3,
         cycles=round(sum(op.cycles * runs for op, runs in ops)),
+        steady_cycles=sum(op.steady_cycles * runs for op, runs in ops),
         vmem_bytes=max((op.vmem_bytes for op, _ in ops), default=0),
         spill_count=round(sum(op.spill_count * runs for op, runs in ops)),
         fill_count=round(sum(op.fill_count * runs for op, runs in ops)),

@@ -42,8 +42,9 @@ _INT8_BOUNDS = (16.0, 50.0, 120.0)
 TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
 #: int8: the error that it is allowed, which is for the rms; for the worst row the same share more as above.
 INT8_TOLERANCE = (INT8_ERROR_BUDGET, 8 * INT8_ERROR_BUDGET)
-#: block_q from which longer ones are extrapolated. From 512 the transfers of k and v would bend the line.
-_SHORT_LENGTHS = (1024, 2048)
+#: Queries that are unrolled in the kernel by which longer ones are estimated, four tiles or eight, and around which the
+#: rest of the op is compiled.
+_SHORT_LENGTH, _LEAST_LENGTH = 2048, 640
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,18 +201,23 @@ class SplashAttn(AttentionKernel):
 
     def unrolled(self, config: AttentionConfig, workload: workloads.Workload) -> Unrolled[AttentionConfig]:
         """Return the queries that are unrolled: unroll_q, or all of block_q."""
-        blocks, unroll_q = config.block_sizes, _variant(config).unroll_q
+        blocks, unroll_q, tile = config.block_sizes, _variant(config).unroll_q, _variant(config).block_q_compute
         loops = unroll_q is not None and unroll_q < blocks.block_q
         length = unroll_q if loops and unroll_q is not None else blocks.block_q
 
-        def shorter(new: int) -> AttentionConfig:
+        def shorter(new: int) -> AttentionConfig | None:
+            if length <= new:
+                return None
             loop_count, rest = divmod(blocks.block_q, length)
             block_q = loop_count * new + -(-rest * new // (length * LANES)) * LANES
             options = dict(config.options) | ({"unroll_q": new} if loops else {})
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
+        short = _SHORT_LENGTH + (
+            length % tile if loops else 0
+        )  # a tile that is cut in every trip costs more than its share
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
-        return Unrolled(length, steps, shorter, _SHORT_LENGTHS, least=_SHORT_LENGTHS[0])
+        return Unrolled(blocks.block_q, steps, shorter(short), shorter(_LEAST_LENGTH))
 
 
 def _variant(config: AttentionConfig) -> Variant:

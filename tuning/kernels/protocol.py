@@ -30,21 +30,20 @@ class KernelError(ValueError):
 class Unrolled(Generic[C]):
     """The dimension in which the code of a configuration is unrolled, so that a shorter one tells its time.
 
-    The time is taken to be steps * (a + b * length); two shorter lengths give a and b.
+    What a longer one takes more is taken to go at the pace of the shorter one's middle.
 
     Attributes:
-      length: of the configuration.
-      steps: how often the unrolled code runs for the workload.
-      shorter: length -> the configuration with that length, otherwise the same.
-      lengths: two shorter lengths to compile instead; None where that would take as long.
-      least: a length that compiles in no time, for what surrounds the kernel.
+      length: of the code that runs in a step, in whatever it is counted: rows, queries.
+      steps: how often it runs for the workload.
+      shorter: the configuration with less of the same code, at least four times what repeats in it, and otherwise the
+        same; None where its own compiles as fast.
+      least: one that compiles in no time, for what surrounds the kernel; None: the configuration itself.
     """
 
     length: int
     steps: int
-    shorter: Callable[[int], C]
-    lengths: tuple[int, int] | None
-    least: int
+    shorter: C | None = None
+    least: C | None = None
 
 
 def one_of(*values: Any, default: Any = dataclasses.MISSING) -> Any:

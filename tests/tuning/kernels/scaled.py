@@ -51,9 +51,9 @@ class Scaled(Kernel[Config, Sizes]):
 
     def unrolled(self, config, workload):
         def shorter(block):
-            return dataclasses.replace(config, block=block)
+            return dataclasses.replace(config, block=block) if config.block > block else None
 
-        return Unrolled(config.block, workload.rows // config.block, shorter, lengths=(16, 32), least=8)
+        return Unrolled(config.block, workload.rows // config.block, shorter(32), shorter(8))
 
     def check_workload(self, config, workload):
         return Sizes(rows=min(workload.rows, 4 * config.block))

@@ -61,7 +61,8 @@ def test_the_winner_was_compiled_whole_beside_its_estimate(tuned: tuple[Best[Any
     assert best.trial.bound_ms is not None and best.trial.bound_ms < best.time_ms
     (path,) = results.rglob(records.TRIALS_FILE)
     of_64 = [trial for trial in records.read(path) if trial.tunables["block"] == 64]
-    assert of_64[0].compiled == "shorter" and of_64[0].cycles
+    assert of_64[0].compiled == "shorter" and of_64[-1].compiled == "whole"
+    assert of_64[0].cycles == pytest.approx(of_64[-1].cycles, rel=0.15)  # of a kernel that mostly starts and ends
     assert "add_first" in tables.table(best.trials)
     assert heatmap.draw(best.trials, ("add_first", "block")) is not None
     assert best.trial.numerics is not None and "block=64" in best.trial.numerics.config
