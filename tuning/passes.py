@@ -23,7 +23,7 @@ from tuning.trials.records import Compiled, Trial, best_of, objective
 #: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
-#: must be: twice the largest error seen of most such passes (docs/tuning.md).
+#: must be: most such passes are less far off (docs/tuning.md).
 _FINALISTS, _NEAR = 4, 1.01
 #: With so many near the best, or fewer, that is compiled whole at once, beside the others' kernels.
 _FEW = 3

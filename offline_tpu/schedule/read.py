@@ -12,7 +12,7 @@ from offline_tpu.schedule.bundles import Program
 from offline_tpu.schedule.execute import execute, runs_alone
 from offline_tpu.schedule.pace import steady_cycles
 
-_SPILL, _FILL, _VECTOR = "VSTORE:SPILL", "VLOAD:FILL", "VALU"
+_SPILL, _FILL, _SCALAR = "VSTORE:SPILL", "VLOAD:FILL", "SALU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Schedule:
       counts: how often each VLIW bundle of the op runs, in the order of the code.
       cycles: bundles executed; one bundle is one cycle.
       stall_cycles: cycles beyond these, waiting for DMAs, VMEM or matrix units.
-      steady_cycles: what `cycles` would be at the pace of the middle of its unrolled code, by its matrix products, or
-        where it has none by its vector operations; 0 where it has neither.
+      steady_cycles: what `cycles` would be at the pace of the middle of its straight code, by its matrix products, or
+        where it has none by all of its vector instructions.
       unit_uses: executed slots by unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU, ...).
       unit_capacity: slots a cycle by unit.
       spill_count, fill_count: executed vector register spills (stores) and fills (loads).
@@ -95,9 +95,9 @@ def read_schedule(
     execution = execute(program, timing.alone() if is_alone else timing, operands, record=record)
     is_alone = is_alone and execution.hbm_bytes > 0  # else it takes as long in any case
     work: Sequence[float] = program.matmuls
-    if not work[-1] and _VECTOR in capacity:
-        column = list(capacity).index(_VECTOR)
-        work = [0, *itertools.accumulate(row[column] for row in table)]
+    if not work[-1]:
+        vector = [column for column, unit in enumerate(capacity) if unit != _SCALAR]
+        work = [0, *itertools.accumulate(sum(row[column] for column in vector) for row in table)]
     uses = dict.fromkeys(capacity, 0)
     units = list(capacity)
     for count, row in zip(execution.counts, table, strict=True):

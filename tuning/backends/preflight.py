@@ -95,11 +95,7 @@ def _look_at_what_it_says(request: Request) -> None:
     """Refuse what `unrolled` and `assume` must not return: every candidate would end by it."""
     found, about = request.found, (request.config, request.workload)
     for method, is_right, expected in (
-        (
-            found.unrolled,
-            lambda x: x is None or (isinstance(x, Unrolled) and _is_longer(x, found.unrolled, request.workload)),
-            "an Unrolled, or None, and of its `shorter` one with a smaller length",
-        ),
+        (found.unrolled, lambda x: x is None or isinstance(x, Unrolled), "an Unrolled, or None"),
         (
             found.assume,
             lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], Mapping),
@@ -114,13 +110,22 @@ def _look_at_what_it_says(request: Request) -> None:
             raise _refusal(request, what, error) from error
         if not is_right(said):
             raise _wrong(f"{what}({request.config}, {request.workload}) returns {said!r}: expected {expected}.")
+    _look_at_shorter(request)
 
 
-def _is_longer(said: Unrolled[Any], unrolled: Callable[..., Any], workload: Any) -> bool:
-    if said.shorter is None:
-        return True
-    short = unrolled(said.shorter, workload)
-    return isinstance(short, Unrolled) and 0 < short.length < said.length
+def _look_at_shorter(request: Request) -> None:
+    unrolled, what = request.found.unrolled, f"{request.found.name}.unrolled"
+    said = unrolled(request.config, request.workload)
+    if said is None or said.shorter is None:
+        return
+    try:
+        short = unrolled(said.shorter, request.workload)
+    except OF_USERS_CODE as error:
+        raise _refusal(request, f"{what}, of its `shorter` configuration", error) from error
+    if not isinstance(short, Unrolled) or not 0 < short.length < said.length:
+        raise _wrong(
+            f"{what}({said.shorter}, {request.workload}) returns {short!r}: expected a length below {said.length}."
+        )
 
 
 def _baselines(request: Request) -> Mapping[str, Callable[..., Any]]:

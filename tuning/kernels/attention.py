@@ -213,9 +213,8 @@ class SplashAttn(AttentionKernel):
             options = dict(config.options) | ({"unroll_q": new} if loops else {})
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
-        short = _SHORT_LENGTH + (
-            length % tile if loops else 0
-        )  # a tile that is cut in every trip costs more than its share
+        # A tile that is cut in every trip costs more than its share.
+        short = _SHORT_LENGTH + (length % tile if loops else 0)
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
         return Unrolled(blocks.block_q, steps, shorter(short), shorter(_LEAST_LENGTH))
 

@@ -173,6 +173,13 @@ class UnrollsFive(Scaled):
         return 5
 
 
+class UnrollsTheSame(Scaled):
+    """Says of itself that it is shorter than it is."""
+
+    def unrolled(self, config, workload):
+        return Unrolled(config.block, workload.rows // config.block, config)
+
+
 class AssumesNothing(Scaled):
     """Returns nothing where grid sizes are wanted."""
 
