@@ -77,15 +77,16 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
         if short is None or not 0 < short.length < unrolled.length:
             raise ValueError(f"unrolled: {config} is not shorter than {request.config}.")
     op = _Op(request, config, device)
-    shortest = _Op(request, unrolled.least, device) if unrolled and unrolled.least is not None else op
-    if shortest.rest_on_record() is None and not shortest.kernels:
+    if _read(op.rest_path) is None and not op.kernels:
         return None
     cost = op.kernel_cost()
-    with _one_at_a_time(shortest.rest_path):
-        rest = shortest.rest_on_record()
+    with _one_at_a_time(op.rest_path):
+        rest = _read(op.rest_path)
         if rest is None:
-            is_candidate = shortest is op and short is None
-            whole, rest = shortest.compile_whole(few=not is_candidate)
+            least = _Op(request, unrolled.least, device) if unrolled and unrolled.least is not None else op
+            is_candidate = least is op and short is None
+            whole, rest = least.compile_whole(few=not is_candidate)
+            _keep(op.rest_path, rest)
             if is_candidate:
                 return whole
     if cost.unknown_trips:
@@ -154,13 +155,9 @@ class _Op:
         """Return how often what is predicted of a kernel runs: of a grid size that data decide, a few are enough."""
         return max(1.0, self._grid_sizes.get(_name(call), 0) / _FEW)
 
-    def rest_on_record(self) -> Cost | None:
-        """Return what the op costs around its kernels, from the cache; None where it is not there."""
-        return _read(self.rest_path)
-
     @property
     def rest_path(self) -> Path:
-        """Return where that is kept."""
+        """Return where is kept what ops cost around their kernels that have the same around them."""
         return self._path("rest", self._around)
 
     @functools.cached_property
@@ -176,7 +173,7 @@ class _Op:
         return found
 
     def compile_whole(self, *, few: bool) -> tuple[Prediction, Cost]:
-        """Return the prediction of the op, and what it costs around its kernels, which is kept.
+        """Return the prediction of the op, and what it costs around its kernels.
 
         few: of grid sizes that data decide, a few are enough: the prediction is not of the whole call.
         """
@@ -192,9 +189,7 @@ class _Op:
         alone_ms = self.kernel_cost().time_ms / repeats
         unrolled = self._request.found.unrolled(self._config, self._request.workload)
         apart_ms = abs(alone_ms - inside_ms) * repeats / (unrolled.steps if unrolled else 1)
-        cost = Cost(rest_ms, compile_time_s=prediction.compile_time_s, apart_ms=apart_ms)
-        _keep(self.rest_path, cost)
-        return prediction, cost
+        return prediction, Cost(rest_ms, compile_time_s=prediction.compile_time_s, apart_ms=apart_ms)
 
     def _alone(self, call: core.JaxprEqn) -> Prediction:
         def kernel(*operands: Any) -> Any:

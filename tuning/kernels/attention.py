@@ -42,9 +42,9 @@ _INT8_BOUNDS = (16.0, 50.0, 120.0)
 TOLERANCES = {"bfloat16": (2**-6, 2**-3), "float32": (2**-6, 2**-3)}
 #: int8: the error that it is allowed, which is for the rms; for the worst row the same share more as above.
 INT8_TOLERANCE = (INT8_ERROR_BUDGET, 8 * INT8_ERROR_BUDGET)
-#: Queries that are unrolled in the kernel by which longer ones are estimated, four tiles or eight, and around which the
-#: rest of the op is compiled.
-_SHORT_LENGTH, _LEAST_LENGTH = 2048, 640
+#: Queries that are unrolled in the kernel by which longer ones are estimated, without a loop and in one, which takes
+#: longer to compile; and in the kernel around which the rest of the op is compiled.
+_SHORT_LENGTH, _SHORT_LOOP, _LEAST_LENGTH = 2048, 1536, 640
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ class SplashAttn(AttentionKernel):
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
         # A tile that is cut in every trip costs more than its share.
-        short = _SHORT_LENGTH + (length % tile if loops else 0)
+        short = _SHORT_LOOP + length % tile if loops else _SHORT_LENGTH
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
         return Unrolled(blocks.block_q, steps, shorter(short), shorter(_LEAST_LENGTH))
 

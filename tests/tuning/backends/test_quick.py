@@ -4,10 +4,12 @@ import concurrent.futures
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offline_tpu.machine import devices
+from offline_tpu.machine.constants import FittedConstants
 from splash_attn.types import BlockSizes, Variant
 from splash_workbench.trial_status import Status
 from tuning.backends import quick
@@ -17,7 +19,7 @@ from tuning.backends.evaluate import Evaluator
 from tuning.backends.jobs import Request
 from tuning.backends.registry import BACKENDS
 from tuning.trials import workloads
-from tuning.trials.records import Trial
+from tuning.trials.records import Compiled, Trial
 
 pytest.importorskip("libtpu")
 
@@ -43,29 +45,51 @@ def test_a_first_pass_comes_near(make_evaluator: Callable[..., Evaluator]) -> No
     assert (shorter.numerics.block_sizes, whole.numerics.block_sizes) == ("768/512/256", "4096/512/256")
 
 
+@pytest.fixture
+def estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Returns a first pass of block=64 in 2,048 steps, of which 1 ms is around the kernel."""
+
+    def call(compiled: Compiled, cost: quick.Cost, apart_ms: float = 0.0) -> Any:
+        request = Request(
+            kernel=f"{Path(__file__).parents[1] / 'kernels' / 'scaled.py'}:Scaled",
+            kernel_hash="",
+            shape=None,
+            dtype="",
+            block_sizes=None,
+            options={"block": 64, "add_first": False},
+            sizes={"rows": 2**17},
+            device="v6e",
+            cache_dir=str(tmp_path),
+            measure=MeasureSettings(),
+            compiled=compiled,
+        )
+        monkeypatch.setattr(quick._Op, "_around", "the same")
+        monkeypatch.setattr(quick._Op, "kernel_cost", lambda op: cost)
+        quick._keep(quick._Op(request, request.config, V6E).rest_path, quick.Cost(time_ms=1.0, apart_ms=apart_ms))
+        return quick.predict(request, V6E)
+
+    return call
+
+
 @pytest.mark.parametrize(("apart_ms", "trusted"), [(0.00009, True), (0.00011, False)])
 def test_a_kernel_that_alone_takes_another_time_is_compiled_whole(
-    apart_ms: float, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart_ms: float, trusted: bool, estimate: Callable[..., Any]
 ) -> None:
     """Of 2,048 steps the first 0.00009 ms each are 1.8 % of the kernel's 10 ms."""
-    scaled = f"{Path(__file__).parents[1] / 'kernels' / 'scaled.py'}:Scaled"
-    options, rows = {"block": 64, "add_first": False}, 2**17
-    call = {"shape": None, "dtype": "", "block_sizes": None, "options": options, "sizes": {"rows": rows}}
-    request = Request(
-        kernel=scaled,
-        kernel_hash="",
-        device="v6e",
-        cache_dir=str(tmp_path),
-        measure=MeasureSettings(),
-        compiled="kernel",
-        **call,  # type: ignore[arg-type]
-    )
-    monkeypatch.setattr(quick._Op, "rest_on_record", lambda op: quick.Cost(time_ms=1.0, apart_ms=apart_ms))
-    monkeypatch.setattr(quick._Op, "kernel_cost", lambda op: quick.Cost(time_ms=10.0, cycles=1000))
-    fields = quick.predict(request, V6E)
+    fields = estimate("kernel", quick.Cost(time_ms=10.0, cycles=1000), apart_ms)
     assert (fields is not None) == trusted
-    if isinstance(fields, dict):
+    if fields is not None:
         assert (fields["kernel_time_ms"], fields["time_samples_ms"], fields["compiled"]) == (10.0, [11.0], "kernel")
+
+
+def test_what_a_candidate_has_more_goes_at_the_steady_pace(estimate: Callable[..., Any]) -> None:
+    """The shorter one, block=32, runs 4,096 steps of 100 cycles, 60 at the steady pace, each of which waits 20 ns."""
+    issue_hz = FittedConstants.of(V6E).issue_hz(V6E)
+    time_ms = 4096 * (100 / issue_hz + 20e-9) * 1e3
+    fields = estimate("shorter", quick.Cost(time_ms=time_ms, cycles=409_600, steady_cycles=245_760))
+    assert (fields["compiled"], fields["cycles"]) == ("shorter", 2048 * 160)
+    assert fields["kernel_time_ms"] == pytest.approx(2048 * (160 / issue_hz + 20e-9) * 1e3)
+    assert fields["time_samples_ms"] == [pytest.approx(1.0 + fields["kernel_time_ms"])]
 
 
 def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(
