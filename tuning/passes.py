@@ -25,6 +25,8 @@ _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
 #: must be: most such passes are less far off (docs/tuning.md).
 _FINALISTS, _NEAR = 4, 1.01
+#: What would run today is compiled whole unless its estimate is slower than the winner by more than any estimate was off.
+_OFF = 1.08
 #: With so many near the best, or fewer, that is compiled whole at once, beside the others' kernels.
 _FEW = 3
 _KERNEL: Compiled = "kernel"
@@ -181,7 +183,7 @@ class Passes:
             trial = known.get(key)
             if trial is None:
                 trial = self._make(block_sizes, options, self._first_pass)
-            near = trial.time_ms is not None and trial.time_ms < _NEAR * objective(winner)
+            near = trial.time_ms is not None and trial.time_ms < _OFF * objective(winner)
             if trial.compiled != "whole" and near:
                 self._make(block_sizes, options, "whole", trial)
 

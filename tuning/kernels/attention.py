@@ -18,7 +18,7 @@ import splash_attn
 from splash_attn.api import Implementation
 from splash_attn.gates import INT8_ERROR_BUDGET
 from splash_attn.pallas import assumed_grid_sizes, slow_grid_sizes
-from splash_attn.types import LANES, AttentionShape, BlockSizes, Variant
+from splash_attn.types import AttentionShape, BlockSizes, Variant
 from tuning.kernels.protocol import Kernel, Unrolled
 from tuning.trials import workloads
 
@@ -209,7 +209,7 @@ class SplashAttn(AttentionKernel):
             if length <= new:
                 return None
             loop_count, rest = divmod(blocks.block_q, length)
-            block_q = loop_count * new + -(-rest * new // (length * LANES)) * LANES
+            block_q = loop_count * new + -(-rest * new // (length * tile)) * tile
             options = dict(config.options) | ({"unroll_q": new} if loops else {})
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
