@@ -25,7 +25,7 @@ _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
 #: must be: most such passes are less far off (docs/tuning.md).
 _FINALISTS, _NEAR = 4, 1.01
-#: What would run today is compiled whole unless its estimate is slower than the winner by more than any estimate was off.
+#: What would run today is compiled whole unless it is slower than the winner by more than any estimate was off.
 _OFF = 1.08
 #: With so many near the best, or fewer, that is compiled whole at once, beside the others' kernels.
 _FEW = 3
