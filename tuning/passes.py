@@ -23,7 +23,7 @@ from tuning.trials.records import Compiled, Trial, best_of, objective
 #: Candidates asked for ahead of the first that is not told yet: a slow one must not leave workers idle.
 _ASKED_PER_WORKER = 2
 #: Candidates that are compiled at their own length after a first pass from shorter ones, and how near the best they
-#: must be: most such passes are less far off (docs/tuning.md).
+#: must be: on v6e most such passes are less far off (docs/tuning.md).
 _FINALISTS, _NEAR = 4, 1.01
 #: What would run today is compiled whole unless it is slower than the winner by more than any estimate was off.
 _OFF = 1.08

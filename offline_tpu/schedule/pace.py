@@ -13,8 +13,9 @@ def steady_cycles(counts: Sequence[int], work: Sequence[float]) -> float:
     """Return the cycles that an op's bundles would take, did all of its work go as it goes in most of its code.
 
     Filling and draining a pipeline costs what it costs once, however long the code between them is. The pace is the
-    median over all parts that are a quarter of the stretch of code with the most work: those at its ends are slower,
-    and so are those where one pipeline ends and another begins, as long as most are neither.
+    median over all parts that are a quarter of the stretch of code (neighbouring bundles that run equally often) with
+    the most work: those at its ends are slower, and so are those where one pipeline ends and another begins; most must
+    be neither.
 
     Args:
       counts: how often each bundle runs.

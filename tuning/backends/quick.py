@@ -72,18 +72,23 @@ def predict(request: Request, device: DeviceSpec) -> dict[str, Any] | Prediction
     config, short = request.config, None
     unrolled = request.found.unrolled(config, request.workload)
     if request.compiled == "shorter" and unrolled and unrolled.shorter is not None:
-        config = unrolled.shorter
-        short = request.found.unrolled(config, request.workload)
-        if short is None or not 0 < short.length < unrolled.length:
-            raise ValueError(f"unrolled: {config} is not shorter than {request.config}.")
+        short = request.found.unrolled(unrolled.shorter, request.workload)
+        if short is not None and 0 < short.length < unrolled.length:
+            config = unrolled.shorter
+        else:  # the preflight refuses this of the default configuration
+            short = None
     op = _Op(request, config, device)
     if _read(op.rest_path) is None and not op.kernels:
         return None
     cost = op.kernel_cost()
+    if short and not cost.steady_cycles:
+        return None  # no work of which to tell the pace
     with _one_at_a_time(op.rest_path):
         rest = _read(op.rest_path)
         if rest is None:
             least = _Op(request, unrolled.least, device) if unrolled and unrolled.least is not None else op
+            if least.around != op.around:
+                least = op
             is_candidate = least is op and short is None
             whole, rest = least.compile_whole(few=not is_candidate)
             _keep(op.rest_path, rest)
@@ -158,10 +163,10 @@ class _Op:
     @property
     def rest_path(self) -> Path:
         """Return where is kept what ops cost around their kernels that have the same around them."""
-        return self._path("rest", self._around)
+        return self._path("rest", self.around)
 
     @functools.cached_property
-    def _around(self) -> str:
+    def around(self) -> str:
         """The hash of the program around the kernels, from the cache or of a trace."""
         path = self._path("around", repr(self._config))
         with contextlib.suppress(OSError, ValueError):

@@ -200,7 +200,7 @@ class SplashAttn(AttentionKernel):
         return AttentionConfig.of(BlockSizes(block_q, block_kv, blocks.block_kv_compute), options)
 
     def unrolled(self, config: AttentionConfig, workload: workloads.Workload) -> Unrolled[AttentionConfig]:
-        """Return the queries that are unrolled: unroll_q, or all of block_q."""
+        """Return the queries of a block; of those that are unrolled, all or unroll_q, a shorter one has fewer."""
         blocks, unroll_q, tile = config.block_sizes, _variant(config).unroll_q, _variant(config).block_q_compute
         loops = unroll_q is not None and unroll_q < blocks.block_q
         length = unroll_q if loops and unroll_q is not None else blocks.block_q
@@ -214,7 +214,8 @@ class SplashAttn(AttentionKernel):
             return AttentionConfig.of(dataclasses.replace(blocks, block_q=block_q), options)
 
         # A tile that is cut in every trip costs more than its share.
-        short = _SHORT_LOOP + length % tile if loops else _SHORT_LENGTH
+        columns = max(3 if loops else 4, -(-(_SHORT_LOOP if loops else _SHORT_LENGTH) // tile))
+        short = columns * tile + (length % tile if loops else 0)
         steps = workload.shape.batch_size * workload.shape.num_heads * -(-workload.shape.q_seq_len // blocks.block_q)
         return Unrolled(blocks.block_q, steps, shorter(short), shorter(_LEAST_LENGTH))
 

@@ -28,16 +28,17 @@ class KernelError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Generic[C]):
-    """The dimension in which the code of a configuration is unrolled, so that a shorter one tells its time.
+    """How long the unrolled code of a configuration is, so that a shorter one tells its time.
 
-    What a longer one takes more is taken to go at the pace of the shorter one's middle.
+    What a longer one takes more is taken to go at the pace of the shorter one's middle, and what a step waits for
+    memory not to grow: for kernels that are bound by what they compute.
 
     Attributes:
       length: of the code that runs in a step, in whatever it is counted: rows, queries.
       steps: how often it runs for the workload.
-      shorter: the configuration with less of the same code, at least four times what repeats in it, and otherwise the
-        same; None where its own compiles as fast.
-      least: one that compiles in no time, for what surrounds the kernel; None: the configuration itself.
+      shorter: the configuration with less of the same code, three or four times what repeats in it, and otherwise the
+        same; None where its own compiles as fast. `unrolled` is asked for its length and steps, too.
+      least: one that compiles in no time, for what surrounds the kernel; None: the configuration itself, or `shorter`.
     """
 
     length: int

@@ -62,7 +62,7 @@ class Trial:
       kernel: "splash_attn", a peer's name, or the class of a user's kernel.
       shape, block_sizes: of an attention; sizes: the fields of another kernel's workload; its tunables are in variant.
       compiled: what stands behind a prediction: the "whole" op; the "kernel" alone, beside which the rest of the op is
-        that of another candidate; or two "shorter" kernels, from which this one is extrapolated.
+        that of another candidate; or a "shorter" kernel, from which this one is extrapolated.
       estimate_ms: of a whole op, what was predicted of the same candidate before by less.
       bound_ms: the least time that FLOPs and bytes allow, as the kernel says them; for attention see `trials.bound`.
       compiler_options: flags of libtpu that were given for this program; empty: its defaults.

@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import pytest
 
+from pipeline.stages import vae
 from pipeline.stages.programs import model_program, model_request, vae_programs
 
 
@@ -49,3 +50,33 @@ def test_small_chips_hold_the_weights_in_parts() -> None:
     small, large = (model_request("cogvideox1.5-5b", 8, gib * 2**30)[2] for gib in (16, 32))
     assert (small.weights, large.weights) == ("sharded", "replicated")
     assert model_request("cogvideox1.5-5b", 2, 16 * 2**30)[2].weights == "replicated"  # each prompt has one
+
+
+class _Lowered:
+    """Takes the options of a release of XLA that has those of `vae`, or has not, or fails."""
+
+    def __init__(self, says: str | None) -> None:
+        self.says, self.given = says, []
+
+    def compile(self, compiler_options=None):
+        self.given.append(compiler_options)
+        if self.says is not None and compiler_options is not None:
+            raise jax.errors.JaxRuntimeError(self.says)
+        return "compiled"
+
+
+def test_the_vae_is_compiled_with_the_options_for_a_cpu():
+    lowered = _Lowered(None)
+    assert vae._compiled(lowered) == "compiled"
+    assert lowered.given == [vae._CPU_OPTIONS]
+
+
+def test_the_vae_is_compiled_by_a_release_without_these_options():
+    lowered = _Lowered("INVALID_ARGUMENT: No such compile option: 'xla_cpu_use_fusion_emitters'")
+    assert vae._compiled(lowered) == "compiled"
+    assert lowered.given == [vae._CPU_OPTIONS, None]
+
+
+def test_another_error_of_the_compiler_is_not_hidden():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        vae._compiled(_Lowered("RESOURCE_EXHAUSTED: out of memory"))

@@ -10,7 +10,7 @@ import pytest
 
 from offline_tpu.machine import devices
 from offline_tpu.machine.constants import FittedConstants
-from splash_attn.types import BlockSizes, Variant
+from splash_attn.types import AttentionShape, BlockSizes, Variant
 from splash_workbench.trial_status import Status
 from tuning.backends import quick
 from tuning.backends.base import Target
@@ -63,7 +63,7 @@ def estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
             measure=MeasureSettings(),
             compiled=compiled,
         )
-        monkeypatch.setattr(quick._Op, "_around", "the same")
+        monkeypatch.setattr(quick._Op, "around", "the same")
         monkeypatch.setattr(quick._Op, "kernel_cost", lambda op: cost)
         quick._keep(quick._Op(request, request.config, V6E).rest_path, quick.Cost(time_ms=1.0, apart_ms=apart_ms))
         return quick.predict(request, V6E)
@@ -90,6 +90,31 @@ def test_what_a_candidate_has_more_goes_at_the_steady_pace(estimate: Callable[..
     assert (fields["compiled"], fields["cycles"]) == ("shorter", 2048 * 160)
     assert fields["kernel_time_ms"] == pytest.approx(2048 * (160 / issue_hz + 20e-9) * 1e3)
     assert fields["time_samples_ms"] == [pytest.approx(1.0 + fields["kernel_time_ms"])]
+
+
+def test_without_work_no_pace_is_told(estimate: Callable[..., Any]) -> None:
+    assert estimate("shorter", quick.Cost(time_ms=10.0, cycles=1000)) is None
+
+
+@pytest.mark.parametrize("softmax", ["fixed_bound", "online"])
+def test_the_same_is_around_the_shorter_kernels_of_an_attention(softmax: str, tmp_path: Path) -> None:
+    request = Request(
+        kernel="splash_attn",
+        kernel_hash="",
+        shape=AttentionShape(1, 4, 20000, 20000, 64),
+        dtype="bfloat16",
+        block_sizes=BlockSizes(6656, 1024, 256),
+        options={"softmax": softmax, "unroll_q": 3328},
+        device="v6e",
+        cache_dir=str(tmp_path),
+        measure=MeasureSettings(),
+    )
+    unrolled = request.found.unrolled(request.config, request.workload)
+    assert unrolled is not None and unrolled.shorter is not None and unrolled.least is not None
+    configs = (request.config, unrolled.shorter, unrolled.least)
+    assert len({quick._Op(request, config, V6E).around for config in configs}) == 1
+    lengths = [request.found.unrolled(config, request.workload).length for config in configs]  # type: ignore[union-attr]
+    assert lengths == [6656, 3072, 1280]
 
 
 def test_what_is_around_a_kernel_is_compiled_by_one_worker_at_a_time(

@@ -24,7 +24,7 @@ def test_a_cell_shows_an_estimate_only_where_nothing_was_settled(make_trial: Cal
     assert {text.get_text() for text in axes.texts} == {"11.5\n/256", "~12.5\n/256"}
     assert [patch.get_edgecolor()[:3] for patch in axes.patches] == [(1.0, 0.0, 0.0)]  # the winner's frame
     assert "11.500 ms" in axes.get_title()
-    assert "~ from shorter kernels" in axes.get_xlabel()
+    assert "~ from a shorter kernel" in axes.get_xlabel()
 
 
 def test_exact_and_inexact_have_a_picture_each() -> None:
