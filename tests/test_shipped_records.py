@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from pipeline.model import step_options
 from splash_attn import tuned
@@ -29,6 +31,30 @@ KINDS: dict[str, type] = {
     contenders.FILE_NAME: contenders.SideBySide,
 }
 FILES = sorted(RESULTS.rglob("*.jsonl"))
+
+
+def test_the_documentation_says_how_near_first_passes_come() -> None:
+    """Of the candidates that one search estimated and another compiled whole."""
+
+    def ms(study: str, compiled: str) -> dict[str, float]:
+        (path,) = (RESULTS / "sweeps").glob(f"cogvideox_720p-v6e-offline-{study}/{TRIALS_FILE}")
+        found = [trial for trial in jsonl.read(path, Trial) if trial.compiled == compiled]
+        return {trial.key: trial.time_ms for trial in found if trial.time_ms is not None}
+
+    estimated, whole = ms("a571388b", "shorter"), ms("57aacb58", "whole")
+    both = sorted(estimated.keys() & whole.keys())
+    off = np.array([estimated[key] / whole[key] - 1 for key in both]) * 100
+    rank = scipy.stats.spearmanr([estimated[key] for key in both], [whole[key] for key in both]).statistic
+    said = (
+        f"Of the {len(both)} that are in both {(abs(off) <= 1).sum()} are within 1 % "
+        f"(median {np.median(off):.1f}, {off.min():.1f} to {off.max():+.1f} %; rank correlation {rank:.2f})"
+    )
+    assert said in " ".join((RESULTS.parent / "docs" / "tuning.md").read_text(encoding="utf-8").split())
+    assert min(whole, key=whole.__getitem__) in {
+        trial.key
+        for trial in jsonl.read(RESULTS / "sweeps/cogvideox_720p-v6e-offline-a571388b" / TRIALS_FILE, Trial)
+        if trial.compiled == "whole"
+    }
 
 
 def test_the_documentation_has_the_table_of_the_record() -> None:
